@@ -1,0 +1,58 @@
+# The commands of this repository. Each one sets up .venv by itself; a fresh machine needs python3 >= 3.11 with venv.
+#   make demo       a diffusion transformer on 4 CPU ranks, compared with one process
+#   make test       all tests (make test PYTEST_ARGS="tests/passes -k view")
+#   make check      formatting, lint, types, layout rules
+#   make clean      remove everything that was built, the venv included
+
+PYTHON ?= python3
+# For example PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu": the CPU build of torch.
+PIP_FLAGS ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := sfcompile passes codegen runtime
+SOURCES := $(PACKAGES) tests $(wildcard examples benchmarks)
+LINKS := build/typecheck/sfcompile
+
+.PHONY: demo test check format lint typecheck layout clean
+
+demo: $(STAMP)
+	$(BIN)/sfcompile demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint typecheck layout
+
+format: $(STAMP)
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+# Type checkers know neither `__path__` nor setuptools' mapping: they get the tree that a wheel would have, as links.
+typecheck: $(STAMP)
+	rm -rf $(LINKS)
+	mkdir -p $(LINKS)
+	ln -s $(CURDIR)/sfcompile/*.py $(CURDIR)/sfcompile/py.typed $(LINKS)/
+	for folder in passes codegen runtime; do ln -s $(CURDIR)/$$folder $(LINKS)/$$folder; done
+	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sfcompile
+
+layout: $(STAMP)
+	$(BIN)/python -m pytest -q tests/packaging
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; name another one: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

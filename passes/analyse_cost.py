@@ -1,0 +1,83 @@
+"""What a node costs: floating-point operations, bytes moved, seconds, for the whole value on one rank."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from sfcompile.passes.op_view import OpView
+from sfcompile.runtime.topology import Topology
+
+_VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze", "select",
+    "slice", "split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "narrow", "lift_fresh_copy", "_conj",
+    "view_as_real", "view_as_complex", "dropout", "_unsafe_view",
+}  # fmt: skip
+
+
+def nbytes(node: fx.Node) -> int:
+    """Bytes of a tensor-valued node (all outputs of a node with several)."""
+    value = node.meta["val"]
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return sum(math.prod(v.shape) * v.element_size() for v in values if isinstance(v, torch.Tensor))
+
+
+def flops(op: OpView) -> float:
+    """Matmul, convolution and attention FLOPs (a multiply-add counts as two); 0 for everything else."""
+    if op.name == "linear":
+        x, weight = op.operands[:2]
+        return 2.0 * math.prod(x.shape) * weight.shape[0]
+    if op.name in ("matmul", "einsum"):
+        return _contraction_flops(op)
+    if op.name in ("conv1d", "conv2d", "conv3d", "convolution"):
+        weight = op.operands[1]
+        return 2.0 * math.prod(op.out_shapes[0]) * math.prod(weight.shape[1:])
+    if op.name == "scaled_dot_product_attention":
+        q, k, v = op.operands[:3]
+        return 2.0 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+    formula = flop_registry.get(getattr(op.node.target, "_overloadpacket", None))
+    if formula is None:
+        return 0.0
+    args, kwargs = op.rebuild([operand.node for operand in op.operands])
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    try:
+        return float(formula(*values, **kwargs, out_val=op.node.meta["val"]))
+    except (TypeError, AssertionError, ValueError, AttributeError):
+        return 0.0
+
+
+def _contraction_flops(op: OpView) -> float:
+    out = math.prod(op.out_shapes[0])
+    if op.name == "matmul":
+        return 2.0 * out * op.operands[0].shape[-1]
+    spec = str(op.args["equation"]).replace(" ", "").replace(".", "").split("->")
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(spec[0].split(","), op.operands, strict=True):
+        sizes.update(zip(reversed(letters), reversed(operand.shape), strict=False))
+    contracted = set(spec[0]) - set(spec[-1]) - {","}
+    return 2.0 * out * math.prod(sizes[letter] for letter in contracted) if contracted else 0.0
+
+
+def seconds(op: OpView, topology: Topology) -> float:
+    """Time of the whole op on one rank: the larger of arithmetic and memory traffic; views are free."""
+    if op.name in _VIEWS:
+        return 0.0
+    moved = nbytes(op.node) + sum(nbytes(operand.node) for operand in op.operands)
+    return max(flops(op) / topology.flops_per_s, moved / topology.memory_bytes_per_s)
+
+
+def gather_seconds(node: fx.Node, topology: Topology) -> float:
+    """Time to all-gather a sharded value to every rank: what must cross the slower link, plus one latency."""
+    ranks = topology.num_ranks
+    if ranks == 1:
+        return 0.0
+    total = nbytes(node)
+    local = total * (ranks - 1) / ranks / topology.local_bytes_per_s + topology.local_latency_s
+    if topology.num_machines == 1:
+        return local
+    per_machine = ranks / topology.num_machines
+    crossing = total * (ranks - per_machine) / ranks * per_machine
+    return max(local, crossing / topology.network_bytes_per_s + topology.network_latency_s)

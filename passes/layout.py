@@ -1,0 +1,178 @@
+"""Where the tokens of a value sit, and who owns them.
+
+A layout says that one dim of a value is ``outer x n x inner`` with ``n`` token positions: ``outer = B`` where a view
+merged batch and tokens, ``inner = r`` after ``repeat_interleave``. The ``n`` positions carry labels (labels.py);
+``Ownership`` maps every label to the rank that keeps it, so a rank's shard of the value is "the positions whose label
+I own", in order. Nothing asks that shards be equal, contiguous or non-empty.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfcompile.passes.labels import LabelSpace, Runs, runs_length, runs_merge
+
+Shape = tuple[int, ...]
+Owners = tuple[tuple[int, int], ...]
+"""Run-length code of a vector of ranks: ``(rank, count)``."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dim ``dim`` of a value is ``outer x n x inner``, its ``n`` token positions labelled by ``runs``."""
+
+    dim: int
+    runs: Runs
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Number of token positions."""
+        return runs_length(self.runs)
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Where the tokens sit, without saying which they are."""
+        return self.dim, self.outer, self.inner
+
+    @property
+    def plain(self) -> bool:
+        """Whether the dim holds the tokens and nothing else."""
+        return self.outer == 1 and self.inner == 1
+
+    def at(self, dim: int) -> Layout:
+        """The same tokens at another dim."""
+        return replace(self, dim=dim)
+
+    def with_runs(self, runs: Runs) -> Layout:
+        """Other tokens at the same place."""
+        return replace(self, runs=runs)
+
+
+def map_through_view(layout: Layout, source: Shape, target: Shape) -> Layout | None:
+    """Follow tokens through a reshape by arithmetic on row-major factors.
+
+    The source reads as ``left x n x right`` elements in row-major order, where ``right = inner x later dims``. The
+    target dim that holds the tokens is the one in which a factor ``right`` ends and ``n`` fits whole.
+    None if the tokens end up spread over several dims (or, for a single token, if the dim is not kept as it is).
+    """
+    tokens = layout.tokens
+    right = layout.inner * math.prod(source[layout.dim + 1 :])
+    after = 1
+    for dim in reversed(range(len(target))):
+        if target[dim] == 0:
+            return None
+        if after * target[dim] > right or (tokens == 1 and after == right and target[dim] == 1):
+            if right % after:
+                return None
+            inner = right // after
+            if target[dim] % (tokens * inner):
+                return None
+            outer = target[dim] // (tokens * inner)
+            if tokens == 1 and (outer != 1 or inner != 1):
+                return None
+            return Layout(dim, layout.runs, outer, inner)
+        after *= target[dim]
+    return None
+
+
+class Ownership:
+    """Which rank owns which label; built once the label classes are final.
+
+    Every segment (a maximal stretch of root labels that no vector tears apart) is cut into ``num_ranks`` contiguous
+    pieces that differ by at most one token; the longer pieces are rotated from segment to segment so that uneven
+    segments do not all burden rank 0.
+    """
+
+    def __init__(self, space: LabelSpace, segments: Sequence[tuple[int, int]], axes: Sequence[int], num_ranks: int) -> None:
+        self._space = space
+        self.num_ranks = num_ranks
+        self.segments = tuple(sorted(segments))
+        self._segment_starts = [first for first, _ in self.segments]
+        self._starts: list[int] = []
+        self._pieces: list[tuple[int, int]] = []  # (end label, rank)
+        turn = 0
+        for first, length in self.segments:
+            base, extra = divmod(length, num_ranks)
+            at = first
+            for rank in range(num_ranks):
+                count = base + ((rank - turn) % num_ranks < extra)
+                if count:
+                    self._starts.append(at)
+                    self._pieces.append((at + count, rank))
+                at += count
+            turn = (turn + extra) % num_ranks
+        self._axes = {first: axis for (first, _), axis in zip(segments, axes, strict=True)}
+        self._owners: dict[Runs, Owners] = {}
+        self._vectors: dict[Owners, NDArray[np.int32]] = {}
+
+    def owners(self, runs: Runs) -> Owners:
+        """The rank of each position, run-length coded."""
+        known = self._owners.get(runs)
+        if known is None:
+            out: list[tuple[int, int]] = []
+            for first, length in self._space.roots(runs):
+                at = first
+                while at < first + length:
+                    index = bisect_right(self._starts, at) - 1
+                    end, rank = self._pieces[index]
+                    count = min(end, first + length) - at
+                    if out and out[-1][0] == rank:
+                        out[-1] = (rank, out[-1][1] + count)
+                    else:
+                        out.append((rank, count))
+                    at += count
+            known = self._owners[runs] = tuple(out)
+        return known
+
+    def axis_of(self, runs: Runs) -> int:
+        """The token axis a vector belongs to: segments that ever appear in one vector share an axis."""
+        first = self._space.roots(runs)[0][0]
+        index = bisect_right(self._segment_starts, first) - 1
+        return self._axes[self._segment_starts[index]]
+
+    def vector(self, runs: Runs) -> NDArray[np.int32]:
+        """The rank of each position, as an array of length n."""
+        owners = self.owners(runs)
+        known = self._vectors.get(owners)
+        if known is None:
+            ranks = np.array([rank for rank, _ in owners], dtype=np.int32)
+            known = self._vectors[owners] = np.repeat(ranks, [count for _, count in owners])
+        return known
+
+    def positions(self, runs: Runs, rank: int) -> NDArray[np.int64]:
+        """Positions of the vector that ``rank`` owns, ascending."""
+        return np.flatnonzero(self.vector(runs) == rank)
+
+    def position_runs(self, runs: Runs, rank: int) -> Runs:
+        """The same positions as runs ``(first position, length)``."""
+        out: list[tuple[int, int]] = []
+        at = 0
+        for owner, count in self.owners(runs):
+            if owner == rank:
+                out.append((at, count))
+            at += count
+        return runs_merge(out)
+
+    def count(self, runs: Runs, rank: int) -> int:
+        """How many positions ``rank`` owns."""
+        return sum(count for owner, count in self.owners(runs) if owner == rank)
+
+    def same(self, a: Layout | None, b: Layout | None) -> bool:
+        """Whether two layouts of one value put every element on the same rank."""
+        if a is None or b is None:
+            return a is b
+        return a.key == b.key and (a.runs == b.runs or self.owners(a.runs) == self.owners(b.runs))
+
+    def local_shape(self, shape: Shape, layout: Layout, rank: int) -> Shape:
+        """Shape of ``rank``'s shard."""
+        out = list(shape)
+        out[layout.dim] = layout.outer * self.count(layout.runs, rank) * layout.inner
+        return tuple(out)

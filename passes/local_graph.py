@@ -1,0 +1,192 @@
+"""One rank's graph while it is being written: local calls with fake values, slices, gathers, attention subgraphs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sfcompile.codegen.sites import AttentionSite, GatherSite
+from sfcompile.passes.layout import Layout, Ownership, Shape
+from sfcompile.passes.op_rules import Chosen
+from sfcompile.passes.op_view import OpView
+from sfcompile.runtime import ops as runtime_ops  # registers torch.ops.streamfusion
+
+_MAX_SLICES = 8
+"""A shard of up to this many runs is written as slices and a cat; beyond, as one index_select."""
+
+COMMUNICATION = frozenset(runtime_ops.COMMUNICATION)
+"""Targets of the nodes that talk to other ranks."""
+
+
+class LocalGraph:
+    """Emits the graph of one rank.
+
+    Args:
+        mode: fake mode of the captured values; local values are computed in it as nodes are written.
+        owners: who owns which token.
+        rank: whose graph this is.
+        program: key under which the runtime will find this graph's schedules.
+    """
+
+    def __init__(self, mode: FakeTensorMode, owners: Ownership, rank: int, program: str) -> None:
+        self.graph = fx.Graph()
+        self.root = torch.nn.Module()
+        self.owners = owners
+        self.rank = rank
+        self.program = program
+        self.sites: list[AttentionSite | GatherSite] = []
+        self.origin: fx.Node | None = None  # the captured node being rewritten, for names and stack traces
+        self._mode = mode
+        self._ticket: fx.Node | None = None
+        self._constants: dict[tuple[Any, ...], fx.Node] = {}
+
+    # ------------------------------------------------------------------ calls
+
+    def call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
+        """Append a call and compute its fake value."""
+        node = self.graph.call_function(target, tuple(args), kwargs)
+        values = fx.map_arg((tuple(args), kwargs), lambda n: n.meta["val"])
+        with self._mode, torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+        self._inherit(node)
+        return node
+
+    def _inherit(self, node: fx.Node) -> None:
+        if self.origin is not None:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                if key in self.origin.meta:
+                    node.meta[key] = self.origin.meta[key]
+
+    def copy(self, node: fx.Node, args: dict[fx.Node, fx.Node]) -> fx.Node:
+        """Append a captured node unchanged (computed whole on every rank)."""
+        return self.graph.node_copy(node, lambda n: args[n])
+
+    def constant(self, value: torch.Tensor) -> fx.Node:
+        """A tensor baked into the graph; equal ones are shared."""
+        key = (value.dtype, tuple(value.shape), value.numpy().tobytes())
+        if key not in self._constants:
+            name = f"_sf_constant{len(self._constants)}"
+            self.root.register_buffer(name, value, persistent=False)
+            node = self.graph.get_attr(name)
+            node.meta["val"] = self._mode.from_tensor(value)
+            self._constants[key] = node
+        return self._constants[key]
+
+    def getitem(self, source: fx.Node, index: int) -> fx.Node:
+        """Pick one output of a node with several."""
+        node = self.graph.call_function(operator.getitem, (source, index))
+        node.meta["val"] = source.meta["val"][index]
+        self._inherit(node)
+        return node
+
+    def out_shapes(self, op: OpView, chosen: Chosen) -> list[Shape]:
+        """Shapes of this rank's outputs of an op."""
+        return [
+            shape if layout is None else self.owners.local_shape(shape, layout, self.rank)
+            for shape, layout in zip(op.out_shapes, chosen.outs, strict=True)
+        ]
+
+    # ------------------------------------------------------------------ shards
+
+    def take(self, node: fx.Node, dim: int, positions: NDArray[np.int64]) -> fx.Node:
+        """``node`` at ascending ``positions`` of ``dim``."""
+        size = int(node.meta["val"].shape[dim])
+        count = len(positions)
+        if count == size:
+            return node
+        if count == 0:
+            return self._slice(node, dim, 0, 0)
+        breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+        steps = np.unique(np.diff(positions)) if count > 1 else np.array([1])
+        if len(breaks) and len(steps) == 1:
+            first, last, step = int(positions[0]), int(positions[-1]), int(steps[0])
+            return self.call(torch.ops.aten.slice.Tensor, [node, dim, first, last + 1, step], {})
+        if len(breaks) >= _MAX_SLICES:
+            index = self.constant(torch.from_numpy(positions))
+            return self.call(torch.ops.aten.index_select.default, [node, dim, index], {})
+        runs = np.split(positions, breaks)
+        slices = [self._slice(node, dim, int(run[0]), int(run[-1]) + 1) for run in runs]
+        return slices[0] if len(slices) == 1 else self.call(torch.ops.aten.cat.default, [slices, dim], {})
+
+    def _slice(self, node: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
+        return self.call(torch.ops.aten.slice.Tensor, [node, dim, start, stop], {})
+
+    def shard(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """This rank's shard of a whole value: the positions it owns, cut out locally."""
+        positions = self.owners.positions(layout.runs, self.rank)
+        if layout.plain:
+            return self.take(node, layout.dim, positions)
+        shape = [int(size) for size in node.meta["val"].shape]
+        split = [*shape[: layout.dim], layout.outer, layout.tokens, layout.inner, *shape[layout.dim + 1 :]]
+        parts = self.call(torch.ops.aten.reshape.default, [node, split], {})
+        taken = self.take(parts, layout.dim + 1, positions)
+        local = list(self.owners.local_shape(tuple(shape), layout, self.rank))
+        return self.call(torch.ops.aten.reshape.default, [taken, local], {})
+
+    # ------------------------------------------------------------------ communication
+
+    def ticket(self) -> fx.Node:
+        """The value that threads one total order through all communication (see runtime/ops.py)."""
+        if self._ticket is None:
+            self._ticket = self.call(torch.ops.aten.zeros.default, [[1]], {"dtype": torch.int64})
+        return self._ticket
+
+    def _communicate(self, target: Any, args: Sequence[Any]) -> fx.Node:
+        node = self.call(target, args, {})
+        self._ticket = node if isinstance(node.meta["val"], torch.Tensor) else self.getitem(node, 1)
+        return node
+
+    def gather(self, node: fx.Node, layout: Layout, shape: Shape) -> fx.Node:
+        """The whole value from every rank's shard."""
+        dtype = node.meta["val"].dtype
+        site = len(self.sites)
+        runs = tuple(self.owners.position_runs(layout.runs, r) for r in range(self.owners.num_ranks))
+        name = f"{self.origin.name if self.origin else 'value'}"
+        self.sites.append(GatherSite(name, shape, dtype, layout.dim, layout.outer, layout.inner, runs))
+        ops = torch.ops.streamfusion
+        self._communicate(ops.gather_start.default, [node, self.ticket(), self.program, site])
+        finish = self._communicate(
+            ops.gather_finish.default, [self.ticket(), self.program, site, list(shape), dtype]
+        )
+        return self.getitem(finish, 0)
+
+    def attention(self, op: OpView, chosen: Chosen, operands: Sequence[fx.Node]) -> fx.Node:
+        """Torus attention of sharded q, k, v [B, H, L, D] as visible put / attend / collect nodes."""
+        q, k, v = op.operands[:3]
+        layout_q, layout_k, out = chosen.ins[0], chosen.ins[1], chosen.outs[0]
+        assert layout_q is not None and layout_k is not None and out is not None
+        everyone = range(self.owners.num_ranks)
+        dtype = operands[0].meta["val"].dtype
+        mask = operands[3] if len(operands) > 3 else None
+        scale = op.args.get("scale")
+        site = len(self.sites)
+        self.sites.append(
+            AttentionSite(
+                name=op.node.name,
+                batch=q.shape[0],
+                heads=q.shape[1],
+                kv_heads=k.shape[1],
+                head_dim=q.shape[-1],
+                v_head_dim=v.shape[-1],
+                dtype=dtype,
+                q_positions=tuple(self.owners.position_runs(layout_q.runs, r) for r in everyone),
+                kv_positions=tuple(self.owners.position_runs(layout_k.runs, r) for r in everyone),
+                scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
+                causal=bool(op.args.get("is_causal")),
+                mask="full" if mask is not None else None,
+            )
+        )
+        ops = torch.ops.streamfusion
+        for put, operand in zip((ops.put_q, ops.put_k, ops.put_v), operands[:3], strict=True):
+            self._communicate(put.default, [operand, self.ticket(), self.program, site])
+        self._communicate(ops.attend.default, [self.ticket(), mask, self.program, site])
+        size = list(self.owners.local_shape(op.out_shapes[0], out, self.rank))
+        done = self._communicate(ops.collect.default, [self.ticket(), self.program, site, size, dtype])
+        return self.getitem(done, 0)

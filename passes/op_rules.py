@@ -1,0 +1,82 @@
+"""The table of op rules, and what a rule is.
+
+A rule answers three questions about one op, and the same answers serve the analysis (both ways), the placement and
+the rewrite:
+
+* ``spread``: tokens are known on one operand or output; where else does the op put them?
+* ``needs``:  the outputs shall be computed as shards; what must each operand be? A layout, or None for "whole".
+              No answer (None for the list) means: this op has no local form here and must be computed replicated.
+* ``emit``:   write the local op.
+
+A rule never communicates. An op without a rule is never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import fx
+
+from sfcompile.passes.labels import LabelSpace
+from sfcompile.passes.layout import Layout, Ownership
+from sfcompile.passes.op_view import OpView
+
+if TYPE_CHECKING:
+    from sfcompile.passes.local_graph import LocalGraph
+
+Side = tuple[str, int]
+"""``("in", operand index)`` or ``("out", output index)``."""
+Found = list[tuple[Side, Layout]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the choose phase decided about the tensors of one op."""
+
+    ins: list[Layout | None]
+    outs: list[Layout | None]
+    owners: Ownership
+
+
+class Rule(Protocol):
+    """How one family of ops behaves on shards; see the head of the file."""
+
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
+        """Where else the op puts the tokens seen at ``side``; may repeat ``side`` itself with labels to unite."""
+
+    def needs(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+        """Per operand the layout it must have for a local op (None: the whole value), or None for no local form."""
+
+    def emit(self, op: OpView, chosen: Chosen, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """Write the local op into ``local`` and return its node."""
+
+
+_RULES: dict[str, Callable[[OpView], Rule | None]] = {}
+
+
+def register_rule(*names: str) -> Callable[[Callable[[OpView], Rule | None]], Callable[[OpView], Rule | None]]:
+    """Register a rule factory for ops by their ``aten`` names (without overload).
+
+    The factory sees the call and may decline with None. Open to users: registering a name again replaces its rule.
+    """
+
+    def register(factory: Callable[[OpView], Rule | None]) -> Callable[[OpView], Rule | None]:
+        for name in names:
+            _RULES[name] = factory
+        return factory
+
+    return register
+
+
+def find_rule(op: OpView) -> Rule | None:
+    """The rule for a call, or None."""
+    factory = _RULES.get(op.name)
+    if factory is None:
+        import torch
+
+        if torch.Tag.pointwise not in op.node.target.tags:  # type: ignore[union-attr]
+            return None
+        factory = _RULES["__pointwise__"]
+    return factory(op)

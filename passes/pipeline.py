@@ -1,0 +1,184 @@
+"""The ordered list of passes, and the runner that times, checks and dumps.
+
+Read ``PIPELINE`` from top to bottom: that is the compiler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sfcompile.passes.op_rules_attention
+import sfcompile.passes.op_rules_index
+import sfcompile.passes.op_rules_linked
+import sfcompile.passes.op_rules_view  # noqa: F401  the four rule files register themselves
+from sfcompile.codegen.schedule import Mesh, Schedule, build_gather, build_torus
+from sfcompile.codegen.sites import AttentionSite
+from sfcompile.errors import InternalError, NotShardedError
+from sfcompile.passes.analyse_attention import Site, analyse_attention
+from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, seeds_of
+from sfcompile.passes.choose_layouts import Layouts, choose_layouts
+from sfcompile.passes.choose_mesh import choose_mesh
+from sfcompile.passes.local_graph import LocalGraph
+from sfcompile.passes.place_min_cut import Placement, place_min_cut
+from sfcompile.passes.report import GraphReport
+from sfcompile.passes.report_graph import report_graph
+from sfcompile.passes.rewrite_local import rewrite_local
+from sfcompile.passes.schedule_puts import schedule_puts
+from sfcompile.runtime.topology import Topology
+
+
+@dataclass
+class State:
+    """What the passes hand on. Inputs first; each pass fills the field named in its line of ``PIPELINE``."""
+
+    gm: fx.GraphModule
+    mode: FakeTensorMode
+    topology: Topology
+    rank: int
+    mesh_asked: Mapping[str, int] | None = None
+    shard_everything: bool = False
+    sites: list[Site] = field(default_factory=list)
+    tokens: Tokens = field(default_factory=Tokens)
+    layouts: Layouts | None = None
+    mesh: Mesh | None = None
+    placement: Placement | None = None
+    local: LocalGraph | None = None
+    schedules: list[Schedule] = field(default_factory=list)
+
+    @property
+    def program(self) -> str:
+        """Key of this program: the same on every rank, different for another graph, topology or option."""
+        assert self.mesh is not None
+        text = f"{self.gm.code}|{self.topology}|{self.mesh}|{self.shard_everything}"
+        shapes = [tuple(n.meta["val"].shape) for n in self.gm.graph.nodes if n.op == "placeholder"]
+        return hashlib.sha256(f"{text}|{shapes}".encode()).hexdigest()[:16]
+
+
+@dataclass
+class Compiled:
+    """One rank's graph, the schedules of its communication sites (all ranks), and the plan for people."""
+
+    gm: fx.GraphModule
+    program: str
+    schedules: list[Schedule]
+    report: GraphReport
+
+
+def _analyse_attention(s: State) -> None:
+    s.sites = analyse_attention(s.gm.graph)
+
+
+def _analyse_tokens(s: State) -> None:
+    s.tokens = analyse_tokens(s.gm.graph, seeds_of(s.sites))
+
+
+def _choose_layouts(s: State) -> None:
+    s.layouts = choose_layouts(s.tokens, s.sites, s.topology.num_ranks)
+
+
+def _choose_mesh(s: State) -> None:
+    s.mesh = choose_mesh(s.sites, s.topology, s.mesh_asked)
+
+
+def _place_min_cut(s: State) -> None:
+    assert s.layouts is not None
+    s.placement = place_min_cut(s.gm.graph, s.tokens, s.layouts, s.topology, s.shard_everything)
+
+
+def _rewrite_local(s: State) -> None:
+    assert s.layouts is not None and s.placement is not None
+    s.local = LocalGraph(s.mode, s.layouts.owners, s.rank, s.program)
+    for name, buffer in _constants(s.gm).items():
+        setattr(s.local.root, name, buffer)
+    rewrite_local(s.gm.graph, s.tokens, s.layouts, s.placement, s.local)
+
+
+def _schedule_puts(s: State) -> None:
+    assert s.local is not None
+    schedule_puts(s.local.graph)
+
+
+def _schedule_sites(s: State) -> None:
+    assert s.local is not None and s.mesh is not None
+    known: dict[object, Schedule] = {}  # layers repeat: build each distinct site once
+    for site in s.local.sites:
+        key = site.geometry()
+        if key not in known:
+            known[key] = build_torus(site, s.mesh) if isinstance(site, AttentionSite) else build_gather(site, s.mesh)
+        s.schedules.append(known[key])
+
+
+PIPELINE: list[tuple[str, Callable[[State], None], str]] = [
+    ("analyse_attention", _analyse_attention, "the only places where tokens meet; seeds of everything below"),
+    ("analyse_tokens", _analyse_tokens, "labels flow both ways from the seeds through every op rule"),
+    ("choose_layouts", _choose_layouts, "label classes are final: owners of tokens, one layout per value"),
+    ("choose_mesh", _choose_mesh, "needs the head counts of the sites"),
+    ("place_min_cut", _place_min_cut, "needs layouts, to know which ops have a local form"),
+    ("rewrite_local", _rewrite_local, "every decision is made: write this rank's graph"),
+    ("schedule_puts", _schedule_puts, "moves communication inside the finished graph"),
+    ("schedule_sites", _schedule_sites, "one schedule per attention and gather, for all ranks"),
+]
+
+
+def _constants(gm: fx.GraphModule) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            found[str(node.target)] = getattr(gm, str(node.target))
+    return found
+
+
+def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -> Compiled:
+    """Run every pass and return this rank's program.
+
+    Raises:
+        NotShardedError: ``strict`` and token work is left replicated; names the nodes.
+        InternalError: an analysis pass changed the graph, or a rule wrote a wrong shape.
+    """
+    timings: dict[str, float] = {}
+    before = _fingerprint(state.gm.graph)
+    for name, run, _ in PIPELINE:
+        start = time.perf_counter()
+        run(state)
+        timings[name] = time.perf_counter() - start
+        if _fingerprint(state.gm.graph) != before:
+            raise InternalError(f"pass {name} edited the captured graph", "passes write into a graph of their own")
+    assert state.local is not None
+    state.local.graph.lint()
+    gm = fx.GraphModule(state.local.root, state.local.graph, "StreamFusionRank")
+    report = report_graph(state, timings)
+    if dump is not None:
+        _dump(dump, state, gm, report)
+    if strict and report.left_behind:
+        worst = report.left_behind[0]
+        raise NotShardedError(
+            f"{len(report.left_behind)} token ops are not sharded; the costliest is {worst.node} ({worst.op})",
+            worst.reason,
+            "leave strict=False to run them replicated, or see the report for each node",
+            node=worst.node,
+            source=worst.source or None,
+        )
+    return Compiled(gm, state.program, state.schedules, report)
+
+
+def _fingerprint(graph: fx.Graph) -> tuple[int, int]:
+    return len(graph.nodes), hash(tuple((node.name, node.op) for node in graph.nodes))
+
+
+def _dump(directory: Path, state: State, gm: fx.GraphModule, report: GraphReport) -> None:
+    if state.rank != 0:
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    stem = directory / state.program
+    stem.with_suffix(".captured.txt").write_text(str(state.gm.graph) + "\n")
+    stem.with_suffix(".rank0.txt").write_text(str(gm.graph) + "\n")
+    stem.with_suffix(".schedules.txt").write_text("\n\n".join(str(s) for s in dict.fromkeys(state.schedules)) + "\n")
+    stem.with_suffix(".plan.txt").write_text(str(report) + "\n")

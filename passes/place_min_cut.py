@@ -1,0 +1,197 @@
+r"""Place every op: computed as shards (S) or replicated on every rank (R), at minimum total cost.
+
+Let each op ``w`` have a side, S or R. With ``P`` ranks, ``c(w)`` its seconds when computed whole and ``g(v)`` the seconds
+to all-gather the value ``v``:
+
+    cost = sum over w on side R of c(w)
+         + sum over w on side S of c(w) / P + t(w)             t(w): chunks sent by a torus attention
+         + sum over values v made on side S and *read whole* of g(v)         (paid once, however many readers)
+
+A value is read whole by an op on side R, by the graph's output, and by an S op that needs it whole (``Rule.needs``).
+Cutting a replicated value to a shard is a local slice and free. This is an s-t minimum cut, so the answer is the
+optimum and not a heuristic:
+
+    source = S, sink = R
+    source -> w  capacity c(w)            cut when w ends on side R         -> _add_op
+    w -> sink    capacity c(w)/P + t(w)   cut when w ends on side S         -> _add_op
+    w -> g(v)    capacity g(v)            v made on S, but read whole       -> _add_reads
+    g(v) -> u    infinite                 a reader u on R forces "read whole"
+    g(v) -> sink infinite                 some reader needs v whole whatever its side
+
+Ops without a local rule have ``w -> sink`` infinite. ``c`` gets a vanishing bonus so that ties go to side S: shard as
+early and gather as late as costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import networkx as nx
+from torch import fx
+
+from sfcompile.passes.analyse_cost import flops, gather_seconds, nbytes, seconds
+from sfcompile.passes.analyse_tokens import Tokens
+from sfcompile.passes.choose_layouts import Layouts
+from sfcompile.passes.layout import Layout
+from sfcompile.passes.op_rules import Chosen
+from sfcompile.passes.op_rules_attention import Attention
+from sfcompile.passes.op_view import OpView, is_tensor
+from sfcompile.runtime.topology import Topology
+
+Needs = list[Layout | None]
+
+
+@dataclass
+class Placement:
+    """The ops computed as shards, what they need of their operands, and what the cut cost.
+
+    ``reasons`` says, for every op that touches tokens and is nevertheless replicated, why.
+    """
+
+    needs: dict[fx.Node, Needs]
+    chosen: dict[fx.Node, Chosen]
+    reasons: dict[fx.Node, str]
+    gathers: list[fx.Node] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def sharded(self, node: fx.Node) -> bool:
+        """Whether the op that makes this value runs on shards."""
+        return _maker(node) in self.needs
+
+
+def _maker(value: fx.Node) -> fx.Node:
+    """The op that computes a value (a getitem's source)."""
+    if value.op == "call_function" and getattr(value.target, "__name__", "") == "getitem":
+        source = value.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+    return value
+
+
+def place_min_cut(
+    graph: fx.Graph, tokens: Tokens, layouts: Layouts, topology: Topology, shard_everything: bool
+) -> Placement:
+    """Choose the side of every op. ``shard_everything`` prices replication so high that whatever can shard does."""
+    placement = Placement({}, {}, {})
+    candidates: dict[fx.Node, Needs] = {}
+    for node, op in tokens.views.items():
+        if not any(output in layouts.chosen for output in op.outputs if output is not None):
+            continue
+        chosen = Chosen(
+            [layouts.chosen.get(operand.node) for operand in op.operands],
+            [layouts.chosen.get(output) if output is not None else None for output in op.outputs],
+            layouts.owners,
+        )
+        placement.chosen[node] = chosen
+        rule = tokens.rules.get(node)
+        needs = rule.needs(op, chosen) if rule is not None else None
+        if needs is not None:
+            candidates[node] = needs
+        else:
+            placement.reasons[node] = _why_whole(rule is not None, chosen)
+
+    if shard_everything:
+        gather_cost: Callable[[fx.Node], float] = lambda v: 1e-12 * (1 + nbytes(v))  # noqa: E731
+    else:
+        gather_cost = lambda v: gather_seconds(v, topology)  # noqa: E731
+    net = _Network(candidates, topology, shard_everything)
+    for node in candidates:
+        net.add_op(node, tokens.views[node], placement.chosen[node])
+    for value in graph.nodes:
+        if is_tensor(value) and _maker(value) in candidates:
+            net.add_reads(value, tokens, placement, gather_cost(value))
+    sharded, placement.seconds = net.solve()
+    placement.needs = {node: needs for node, needs in candidates.items() if node in sharded}
+    for node in candidates:
+        if node not in sharded:
+            placement.reasons[node] = "replicating costs less than the traffic of sharding"
+    for node, op in tokens.views.items():
+        reads_shards = any(_maker(operand.node) in placement.needs for operand in op.operands)
+        if node not in placement.needs and node not in placement.reasons and reads_shards:
+            placement.reasons[node] = (
+                "no rule for this op" if node not in tokens.rules else "it mixes the tokens of a sharded value"
+            )
+    return placement
+
+
+def _why_whole(has_rule: bool, chosen: Chosen) -> str:
+    if not has_rule:
+        return "no rule for this op"
+    if not any(chosen.ins):
+        return "the tokens come into being here: before it they fill no single dim"
+    return "its operands hold the tokens in layouts that differ"
+
+
+class _Network:
+    """The flow network of the head of the file, capacities in integer picoseconds."""
+
+    def __init__(self, candidates: dict[fx.Node, Needs], topology: Topology, shard_everything: bool) -> None:
+        self._ids = {node: i + 2 for i, node in enumerate(candidates)}
+        self._candidates = candidates
+        self._topology = topology
+        self._shard_everything = shard_everything
+        self._graph = nx.DiGraph()
+        self._graph.add_nodes_from((0, 1))
+        self._next = len(candidates) + 2
+
+    def _edge(self, a: int, b: int, cost: float | None) -> None:
+        if cost is None:
+            self._graph.add_edge(a, b)  # no capacity attribute: infinite
+        else:
+            self._graph.add_edge(a, b, capacity=max(0, round(cost * 1e12)))
+
+    def add_op(self, node: fx.Node, op: OpView, chosen: Chosen) -> None:
+        """Edges source -> w and w -> sink."""
+        ranks = self._topology.num_ranks
+        whole = 1e3 * (1.0 + flops(op)) if self._shard_everything else seconds(op, self._topology)
+        share = 0.0 if self._shard_everything else whole / ranks + self._chunk_seconds(op, chosen)
+        self._edge(0, self._ids[node], whole + 1e-9)
+        self._edge(self._ids[node], 1, share)
+
+    def _chunk_seconds(self, op: OpView, chosen: Chosen) -> float:
+        if not (op.name == "scaled_dot_product_attention" and Attention(op).torus(op, chosen)):
+            return 0.0
+        moved = sum(nbytes(operand.node) for operand in op.operands[:3]) + nbytes(op.node)
+        ranks, machines = self._topology.num_ranks, self._topology.num_machines
+        if machines == 1:
+            return moved / ranks / self._topology.local_bytes_per_s + 4 * self._topology.local_latency_s
+        crossing = moved / machines * (machines - 1) / machines
+        return crossing / self._topology.network_bytes_per_s + 4 * self._topology.network_latency_s
+
+    def add_reads(self, value: fx.Node, tokens: Tokens, placement: Placement, cost: float) -> None:
+        """Edges of the value's all-gather: who reads it whole."""
+        maker = self._ids[_maker(value)]
+        gather = self._next
+        read = False
+        for user in value.users:
+            if user in self._candidates:
+                op, chosen = tokens.views[user], placement.chosen[user]
+                for operand, need in zip(op.operands, self._candidates[user], strict=True):
+                    if operand.node is value:
+                        agrees = need is not None and chosen.owners.same(need, chosen.ins[operand.index])
+                        self._edge(gather, self._ids[user] if agrees else 1, None)
+                        read = True
+            elif not (user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem"):
+                self._edge(gather, 1, None)
+                read = True
+        if read:
+            self._next += 1
+            self._edge(maker, gather, cost)
+
+    def solve(self) -> tuple[set[fx.Node], float]:
+        """The ops on side S (the largest such side among the minimum cuts), and the cost in seconds."""
+        if not self._ids:
+            return set(), 0.0
+        residual = nx.algorithms.flow.boykov_kolmogorov(self._graph, 0, 1)
+        reach = {1}
+        stack = [1]
+        while stack:  # who can still reach the sink in the residual network must be R; everything else may be S
+            at = stack.pop()
+            for before in residual.pred[at]:
+                edge = residual[before][at]
+                if before not in reach and edge["flow"] < edge["capacity"]:
+                    reach.add(before)
+                    stack.append(before)
+        chosen = {node for node, i in self._ids.items() if i not in reach}
+        return chosen, residual.graph["flow_value"] * 1e-12

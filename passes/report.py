@@ -1,0 +1,95 @@
+"""What the passes decided, for people: a table of the plan, what is sharded, what is not and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Left:
+    """An op that touches tokens and is computed whole on every rank, or a value that had to be gathered."""
+
+    node: str
+    op: str
+    source: str
+    reason: str
+    flops: float
+    nbytes: int
+
+
+@dataclass
+class GraphReport:
+    """The plan of one graph.
+
+    Attributes:
+        num_ranks, num_machines: the topology.
+        ulysses, ring: the mesh.
+        axes: per token axis ``(tokens, segments, attention FLOPs)``, heaviest first.
+        torus_sites, local_sites: attentions rewritten to put / attend / collect, and those that run on local queries.
+        sharded_ops, replicated_ops: op counts.
+        total_flops, rank_flops: matmul, convolution and attention FLOPs of the whole graph and of each rank.
+        replicated: token ops left whole, costliest first; gathered: all-gathers in the graph.
+        heap_bytes: symmetric heap per rank.
+        pass_seconds: wall time per pass.
+        warnings: what a user should know.
+    """
+
+    num_ranks: int
+    num_machines: int
+    ulysses: int
+    ring: int
+    axes: tuple[tuple[int, int, float], ...] = ()
+    torus_sites: int = 0
+    local_sites: int = 0
+    sharded_ops: int = 0
+    replicated_ops: int = 0
+    total_flops: float = 0.0
+    rank_flops: tuple[float, ...] = ()
+    replicated: list[Left] = field(default_factory=list)
+    gathered: list[Left] = field(default_factory=list)
+    heap_bytes: int = 0
+    pass_seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """The busiest rank's FLOPs over ``total / num_ranks``: 1.0 is perfect."""
+        return max(self.rank_flops) * self.num_ranks / self.total_flops if self.total_flops else 0.0
+
+    @property
+    def left_behind(self) -> list[Left]:
+        """What ``strict`` objects to: token ops with matmul, convolution or attention work that were not sharded."""
+        return [row for row in self.replicated if row.flops]
+
+    def __str__(self) -> str:
+        rows = [
+            ("ranks", f"{self.num_ranks} on {self.num_machines} machine{'s' * (self.num_machines > 1)}"),
+            ("mesh", f"ulysses {self.ulysses} (across machines first) x ring {self.ring} (inside)"),
+        ]
+        for tokens, segments, flops in self.axes:
+            split = f"{segments} segment{'s' * (segments > 1)}"
+            rows.append(("token axis", f"{tokens} tokens in {split}, {flops / 1e9:.2f} GFLOP of attention"))
+        rows += [
+            ("attention", f"{self.torus_sites} torus, {self.local_sites} local (keys whole on every rank)"),
+            ("ops", f"{self.sharded_ops} sharded, {self.replicated_ops} replicated"),
+            ("FLOPs", f"{self.total_flops / 1e9:.2f} G in all; busiest rank {self.share:.3f} x total/{self.num_ranks}"),
+            ("heap", f"{self.heap_bytes / 2**20:.1f} MiB symmetric memory per rank, shared by all layers"),
+            ("compile", ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in self.pass_seconds.items())),
+        ]
+        lines = [f"  {name:<12} {text}" for name, text in rows]
+        lines += _table("gathered (sharded values that some reader needs whole)", self.gathered)
+        lines += _table("not sharded (token ops computed whole on every rank)", self.replicated)
+        lines += [f"  warning: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+def _table(title: str, rows: list[Left], limit: int = 12) -> list[str]:
+    if not rows:
+        return [f"  {title}: none"]
+    lines = [f"  {title}: {len(rows)}"]
+    for row in rows[:limit]:
+        cost = f"{row.flops / 1e6:.1f} MFLOP" if row.flops else f"{row.nbytes / 2**10:.1f} KiB"
+        lines.append(f"    {row.node:<28} {row.op:<22} {cost:>14}  {row.source:<44} {row.reason}")
+    if len(rows) > limit:
+        lines.append(f"    ... and {len(rows) - limit} more")
+    return lines

@@ -1,0 +1,89 @@
+"""Count what the passes decided and put it into a report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from sfcompile.errors import source_line
+from sfcompile.passes.analyse_cost import flops, nbytes
+from sfcompile.passes.layout import Layout, Ownership
+from sfcompile.passes.op_view import is_tensor
+from sfcompile.passes.report import GraphReport, Left
+
+if TYPE_CHECKING:
+    from sfcompile.passes.pipeline import State
+
+
+def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
+    """The report of a finished pipeline run."""
+    assert state.layouts is not None and state.placement is not None
+    assert state.mesh is not None and state.local is not None
+    owners, placement = state.layouts.owners, state.placement
+    ranks = range(state.topology.num_ranks)
+    report = GraphReport(
+        state.topology.num_ranks,
+        state.topology.num_machines,
+        state.mesh.ulysses,
+        state.mesh.ring,
+        state.layouts.axes,
+        pass_seconds=dict(timings),
+    )
+    per_rank = [0.0 for _ in ranks]
+    for node, op in state.tokens.views.items():
+        cost = flops(op)
+        report.total_flops += cost
+        if node in placement.needs:
+            report.sharded_ops += 1
+            layout = next(out for out in placement.chosen[node].outs if out is not None)
+            for rank in ranks:
+                per_rank[rank] += cost * _share(owners, layout, rank)
+        else:
+            report.replicated_ops += 1
+            for rank in ranks:
+                per_rank[rank] += cost
+    report.rank_flops = tuple(per_rank)
+    names = {site.name for site in state.local.sites}
+    report.torus_sites = sum(site.node.name in names for site in state.sites)
+    report.local_sites = len(state.sites) - report.torus_sites
+    report.heap_bytes = 2 * max((schedule.heap_bytes for schedule in state.schedules), default=0)
+    outputs = set(state.gm.graph.output_node().all_input_nodes)
+    report.gathered = [
+        _left(value, "model output" if value in outputs else _reader(value, placement.reasons), 0.0)
+        for value in placement.gathers
+    ]
+    left = [
+        _left(node, reason, flops(state.tokens.views[node]))
+        for node, reason in placement.reasons.items()
+        if node in state.tokens.views
+    ]
+    report.replicated = sorted(left, key=lambda row: (-row.flops, -row.nbytes))
+    if not state.sites:
+        report.warnings.append("no attention found: nothing was sharded, every rank computes the whole graph")
+    elif not placement.needs:
+        report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
+    return report
+
+
+def _share(owners: Ownership, layout: Layout, rank: int) -> float:
+    return owners.count(layout.runs, rank) / max(layout.tokens, 1)
+
+
+def _reader(value: fx.Node, reasons: dict[fx.Node, str]) -> str:
+    for user in value.users:
+        if user in reasons:
+            return f"read by {user.name}: {reasons[user]}"
+    return "read whole by " + ", ".join(user.name for user in list(value.users)[:3])
+
+
+def _left(node: fx.Node, reason: str, cost: float) -> Left:
+    size = nbytes(node) if is_tensor(node) else 0
+    source = source_line(node.stack_trace) or ""
+    return Left(node.name, str(node.target).removeprefix("aten."), _short(source), reason, cost, size)
+
+
+def _short(source: str) -> str:
+    path, _, rest = source.partition(":")
+    return f"{path.rsplit('/', 1)[-1]}:{rest}" if rest else path
+

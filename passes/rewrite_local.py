@@ -1,0 +1,128 @@
+"""Write one rank's graph by re-interpreting the captured one on local fake values.
+
+Constants are not patched in place: every sharded op is written anew by its rule, from this rank's operands, so view
+sizes, expands and slice bounds are this rank's own and uneven shards are exact. Values are kept whole, as shards, or
+both; a whole value is made from shards by an all-gather, a shard from a whole value by slicing, each at most once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from sfcompile.errors import InternalError
+from sfcompile.passes.analyse_tokens import Tokens
+from sfcompile.passes.choose_layouts import Layouts
+from sfcompile.passes.layout import Layout, Owners
+from sfcompile.passes.local_graph import LocalGraph
+from sfcompile.passes.op_view import is_getitem, is_tensor, shape_of
+from sfcompile.passes.place_min_cut import Placement
+
+ShardKey = tuple[fx.Node, tuple[int, int, int], Owners]
+
+
+class _Rewriter:
+    def __init__(self, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph) -> None:
+        self._tokens = tokens
+        self._layouts = layouts
+        self._placement = placement
+        self._local = local
+        self._whole: dict[fx.Node, fx.Node] = {}
+        self._made: dict[fx.Node, fx.Node] = {}  # shards under the value's own layout; tuples of sharded ops too
+        self._cuts: dict[ShardKey, fx.Node] = {}
+
+    def whole(self, value: fx.Node) -> fx.Node:
+        """The value on every rank in full, gathering it if only shards exist."""
+        if value not in self._whole:
+            layout = self._layouts.chosen[value]
+            self._placement.gathers.append(value)
+            self._whole[value] = self._local.gather(self._made[value], layout, shape_of(value))
+        return self._whole[value]
+
+    def shard(self, value: fx.Node, layout: Layout) -> fx.Node:
+        """The value under a layout: as it was made, or cut from the whole."""
+        owners = self._layouts.owners
+        if value in self._made and owners.same(self._layouts.chosen.get(value), layout):
+            return self._made[value]
+        key = (value, layout.key, owners.owners(layout.runs))
+        if key not in self._cuts:
+            self._cuts[key] = self._local.shard(self.whole(value), layout)
+        return self._cuts[key]
+
+    def run(self, graph: fx.Graph) -> None:
+        """Rewrite every node in order."""
+        for node in graph.nodes:
+            self._local.origin = node
+            if node.op == "output":
+                self._local.graph.output(fx.map_arg(node.args[0], self._result))
+            elif node in self._placement.needs:
+                self._sharded(node)
+            elif is_getitem(node) and node.args[0] in self._made:
+                self._made[node] = self._local.getitem(self._made[node.args[0]], node.args[1])
+                self._check(node)
+            else:
+                self._copy(node)
+
+    def _result(self, value: fx.Node) -> fx.Node:
+        return self.whole(value)
+
+    def _sharded(self, node: fx.Node) -> None:
+        op, chosen = self._tokens.views[node], self._placement.chosen[node]
+        operands = [
+            self.shard(operand.node, need) if need is not None else self.whole(operand.node)
+            for operand, need in zip(op.operands, self._placement.needs[node], strict=True)
+        ]
+        # Rules read the layouts that operands really have, which are those they asked for.
+        asked = type(chosen)(list(self._placement.needs[node]), chosen.outs, chosen.owners)
+        self._made[node] = self._tokens.rules[node].emit(op, asked, operands, self._local)
+        if is_tensor(node):
+            self._check(node)
+
+    def _check(self, node: fx.Node) -> None:
+        made = tuple(int(size) for size in self._made[node].meta["val"].shape)
+        layout = self._layouts.chosen.get(node)
+        if layout is None:
+            if node.users:
+                raise InternalError(
+                    f"output {node.name} of a sharded op carries no tokens",
+                    "its rule gave it no layout although it is computed as a shard",
+                    "report this graph",
+                    node=node,
+                )
+            return
+        want = self._layouts.owners.local_shape(shape_of(node), layout, self._local.rank)
+        if made != want:
+            raise InternalError(
+                f"the local form of {node.name} has shape {list(made)}, its shard has {list(want)}",
+                f"the rule for {node.target} is wrong for the global shape {list(shape_of(node))}",
+                "report this graph",
+                node=node,
+                rank=self._local.rank,
+            )
+
+    def _copy(self, node: fx.Node) -> None:
+        values: dict[fx.Node, fx.Node] = {}
+        for value in node.all_input_nodes:
+            values[value] = self._whole[value] if value in self._whole else self.whole(value)
+        self._whole[node] = self._local.copy(node, values)
+
+
+def rewrite_local(graph: fx.Graph, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph) -> None:
+    """Fill ``local`` with this rank's graph. Fills ``placement.gathers`` with the values that had to be gathered."""
+    _Rewriter(tokens, layouts, placement, local).run(graph)
+    local.origin = None
+    _drop_dead(local.graph)
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    """Remove pure nodes that nothing reads (views of operands that a rule did not use, say)."""
+    for node in reversed(graph.nodes):
+        pure: Any = node.op == "get_attr" or (
+            node.op == "call_function"
+            and (is_getitem(node) or isinstance(node.target, torch._ops.OpOverload))
+            and not node.is_impure()
+        )
+        if pure and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,16 @@
+"""sfcompile: `torch.compile(model, backend="streamfusion")` shards a Diffusion Transformer along tokens.
+
+torch finds the backend through the entry point in pyproject.toml, so a user never has to import this package.
+It stays light on purpose: importing it loads neither torch nor any of our phases.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a checkout passes/, codegen/ and runtime/ lie beside this folder; in a wheel they lie inside it.
+_root = Path(__file__).resolve().parents[1]
+if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
+    __path__.append(str(_root))

@@ -1,0 +1,163 @@
+"""The backend: ``torch.compile(model, backend="streamfusion")``.
+
+Dynamo graph -> capture -> passes -> this rank's graph -> Inductor (or eager). One screen; the passes are in passes/.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sfcompile.capture import Captured, capture, compile_with_inductor, refuse_training
+from sfcompile.errors import StreamFusionError, UnsupportedError
+from sfcompile.options import Options
+from sfcompile.passes.pipeline import Compiled, State, run_pipeline
+from sfcompile.passes.report import GraphReport
+from sfcompile.runtime.session import Session, get_session
+from sfcompile.runtime.topology import Topology
+
+log = logging.getLogger("sfcompile")
+
+_reports: list[GraphReport] = []
+
+
+def reports() -> list[GraphReport]:
+    """The plan of every graph compiled in this process, in order."""
+    return list(_reports)
+
+
+def last_report() -> GraphReport | None:
+    """The plan of the graph compiled last, or None."""
+    return _reports[-1] if _reports else None
+
+
+def streamfusion_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph for this rank.
+
+    Every rank must call with the same graph and the same input shapes; each gets a callable that takes the same full
+    inputs and returns the same full outputs. One rank: plain Inductor.
+
+    Raises:
+        OptionError, MeshError, TopologyError: bad options.
+        TrainingGraphError: gradients are enabled and wanted.
+        RankMismatchError: ranks compile different graphs.
+        NotShardedError: ``strict=True`` and something is left replicated.
+    """
+    asked = Options.from_dict(options, mode)
+    refuse_training(example_inputs)
+    world_size = _world_size()
+    asked.check_world(world_size)
+    if world_size == 1:
+        return _inner(gm, example_inputs, None, asked)
+    session = get_session(asked.transport, asked.timeout_s)
+    with session.guard():
+        return _compile_rank(gm, example_inputs, asked, session)
+
+
+def _compile_rank(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options, session: Session
+) -> Callable[..., Any]:
+    start = time.perf_counter()
+    topology = session.topology if asked.topology == "auto" else _topology(asked.topology)
+    try:
+        captured = capture(gm, example_inputs)
+    except UnsupportedError as error:
+        session.agree("unsharded", _describe(gm, example_inputs, asked))
+        log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
+        return _inner(gm, example_inputs, None, asked)
+    session.agree(_digest_text(captured, asked, topology), _describe(gm, example_inputs, asked))
+    state = State(
+        captured.gm, captured.mode, topology, session.rank, asked.mesh, shard_everything=asked.placement == "shard"
+    )
+    compiled = run_pipeline(state, strict=asked.strict, dump=asked.dump)
+    session.load(compiled.program, compiled.schedules)
+    _announce(compiled, session, time.perf_counter() - start)
+    inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
+    local = _inner(compiled.gm, inputs, captured, asked)
+    return _pick_tensors(local, captured.tensor_inputs, len(example_inputs))
+
+
+def _pick_tensors(local: Callable[..., Any], tensors: tuple[int, ...], count: int) -> Callable[..., Any]:
+    if tensors == tuple(range(count)):
+        return local
+
+    def without_sizes(*args: Any) -> Any:
+        return local(*(args[i] for i in tensors))
+
+    return without_sizes
+
+
+def _inner(
+    gm: fx.GraphModule, inputs: Sequence[Any], captured: Captured | None, asked: Options
+) -> Callable[..., Any]:
+    """What runs a graph: Inductor, or eager where asked for or no compiler is installed."""
+    if asked.inner == "eager" or (asked.inner == "auto" and not _has_compiler(inputs)):
+        if asked.inner == "auto":
+            log.warning("no C++ compiler found: the local graph runs eagerly; install g++ or set inner='eager'")
+        return gm.forward
+    config: dict[str, Any] = {}
+    if asked.mode and asked.mode != "default":
+        config.update(torch._inductor.list_mode_options(asked.mode))
+    return compile_with_inductor(gm, inputs, captured.mode if captured else None, config)
+
+
+def _has_compiler(inputs: Sequence[Any]) -> bool:
+    if any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in inputs):
+        return True
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
+
+
+def _topology(value: object) -> Topology:
+    return value if isinstance(value, Topology) else Topology.parse(str(value))
+
+
+def _world_size() -> int:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options) -> dict[str, str]:
+    """What ranks compare when they disagree, in words: entry -> value."""
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    described = {"options": str(asked.as_dict()), "graph": f"{len(gm.graph.nodes)} nodes"}
+    for name, value in zip(names, inputs, strict=False):
+        if isinstance(value, torch.Tensor):
+            described[f"input {name}"] = f"{str(value.dtype).removeprefix('torch.')}{list(map(int, value.shape))}"
+    return described
+
+
+def _digest_text(captured: Captured, asked: Options, topology: Topology) -> str:
+    shapes = [
+        (str(node.meta["val"].dtype), tuple(node.meta["val"].shape))
+        for node in captured.gm.graph.nodes
+        if node.op == "placeholder"
+    ]
+    return f"{captured.gm.code}\n{shapes}\n{asked.as_dict()}\n{topology}"
+
+
+def _announce(compiled: Compiled, session: Session, seconds: float) -> None:
+    report = compiled.report
+    _reports.append(report)
+    for warning in report.warnings:
+        (log.warning if session.rank == 0 else log.info)(warning)
+    level = logging.INFO if session.rank == 0 else logging.DEBUG
+    log.log(level, "compiled a graph in %.1f s\n%s", seconds, report)
+
+
+__all__ = ["StreamFusionError", "last_report", "reports", "streamfusion_backend"]

@@ -1,0 +1,231 @@
+"""The options of `torch.compile(model, backend="streamfusion", options={...})`. Leaf file: standard library only.
+
+`Options.from_dict` checks everything that can be checked without knowing the ranks; `Options.check_world` checks the
+rest once the number of ranks is known.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sfcompile.errors import MeshError, OptionError, StreamFusionError, TopologyError, UnsupportedError
+
+MESH_AXES = ("ulysses", "ring")
+SCHEDULES = ("auto", "torus", "ulysses", "ring", "usp")
+TRANSPORTS = ("auto", "shm", "c10d", "nvshmem")
+ATTENTIONS = ("auto", "aten", "triton")
+INNERS = ("auto", "inductor", "eager")
+PLACEMENTS = ("auto", "shard")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
+
+# Named by the contract, brought by a later version: refused, never replaced by something else behind the user's back.
+_LATER = {
+    "schedule": ("ulysses", "ring", "usp"),
+    "transport": ("nvshmem",),
+    "attention": ("triton",),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; every field has a default. Build it with `from_dict`, which validates.
+
+    Attributes:
+        topology: "auto" (found from torchrun), "NxM" (N machines of M ranks each), or a Topology object.
+        mesh: {"ulysses": P_u, "ring": P_r} with P_u * P_r = world size, or None: the planner chooses.
+        schedule: how one attention runs: "auto" | "torus".
+        transport: "auto" | "shm" (ranks of one machine) | "c10d" (gloo or NCCL).
+        attention: "auto" | "aten".
+        inner: what runs the local graph: "auto" | "inductor" | "eager".
+        placement: "auto" (by cost) | "shard" (all that has a rule, whatever it costs).
+        strict: raise when anything is left replicated.
+        timeout_s: longest wait on a peer, in seconds.
+        dump: directory that receives graphs and plans, or None.
+        mode: the `mode=` of torch.compile, handed to Inductor; not an option of ours.
+    """
+
+    topology: object = field(default="auto", hash=False)
+    mesh: dict[str, int] | None = field(default=None, hash=False)
+    schedule: str = "auto"
+    transport: str = "auto"
+    attention: str = "auto"
+    inner: str = "auto"
+    placement: str = "auto"
+    strict: bool = False
+    timeout_s: float = 60.0
+    dump: Path | None = None
+    mode: str | None = None
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Validated options.
+
+        Raises:
+            OptionError: an unknown key or a bad value; the message lists what is allowed.
+            UnsupportedError: a value of the contract that this version does not bring yet.
+        """
+        given = dict(options or {})
+        for key in given:
+            if key not in _VALIDATORS:
+                raise _unknown_key(key)
+        if mode is not None and mode not in MODES:
+            raise _bad_value("mode", mode, MODES)
+        return cls(**{key: _VALIDATORS[key](key, value) for key, value in given.items()}, mode=mode)
+
+    @property
+    def machine_shape(self) -> tuple[int, int] | None:
+        """(machines, ranks per machine) of a topology "NxM"; None for any other topology."""
+        match = _machine_shape(self.topology)
+        return None if match is None else (int(match[1]), int(match[2]))
+
+    def check_world(self, world_size: int) -> None:
+        """Check mesh and topology against the number of ranks.
+
+        Raises:
+            MeshError: the mesh's axes do not multiply to `world_size`.
+            TopologyError: the topology "NxM" does not have `world_size` ranks.
+        """
+        if self.mesh is not None:
+            ulysses, ring = self.mesh["ulysses"], self.mesh["ring"]
+            if ulysses * ring != world_size:
+                legal = ", ".join(
+                    f"{{'ulysses': {u}, 'ring': {world_size // u}}}"
+                    for u in range(1, world_size + 1)
+                    if world_size % u == 0
+                )
+                raise MeshError(
+                    f"mesh={self.mesh!r} has {ulysses} x {ring} = {ulysses * ring} ranks, but {world_size} ranks run",
+                    "The axes of the mesh must multiply to the number of ranks",
+                    f"Use one of {legal}, or leave mesh out",
+                )
+        shape = self.machine_shape
+        if shape is not None and shape[0] * shape[1] != world_size:
+            machines, ranks = shape
+            raise TopologyError(
+                f"topology={self.topology!r} has {machines} x {ranks} = {machines * ranks} ranks, "
+                f"but {world_size} ranks run",
+                '"NxM" means N machines of M ranks each, all of them in use',
+                'Use a topology with as many ranks as torchrun starts, or "auto"',
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Field name -> value, in the order of the fields; for comparing ranks and for dumps."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+
+def _machine_shape(topology: object) -> re.Match[str] | None:
+    return re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", topology) if isinstance(topology, str) else None
+
+
+def _unknown_key(key: object) -> StreamFusionError:
+    allowed = ", ".join(_VALIDATORS)
+    if key == "mode":
+        return OptionError(
+            "'mode' is not an option of the streamfusion backend",
+            "It is an argument of torch.compile itself",
+            'Write torch.compile(model, backend="streamfusion", mode=...)',
+        )
+    close = difflib.get_close_matches(str(key), _VALIDATORS, n=1)
+    return OptionError(
+        f"Unknown option {key!r} of the streamfusion backend",
+        f"Did you mean {close[0]!r}?" if close else "",
+        f"Allowed options: {allowed}",
+    )
+
+
+def _bad_value(key: str, value: object, allowed: tuple[str, ...] | str) -> StreamFusionError:
+    listed = allowed if isinstance(allowed, str) else ", ".join(repr(entry) for entry in allowed)
+    close = (
+        difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) and not isinstance(allowed, str) else []
+    )
+    return OptionError(
+        f"Bad value for option {key!r}: got {value!r}",
+        f"Did you mean {close[0]!r}?" if close else "",
+        f"Allowed: {listed}",
+    )
+
+
+def _later(key: str, value: object, now: str) -> StreamFusionError:
+    return UnsupportedError(
+        f"Option {key}={value!r} is not in this version yet",
+        "It is part of the contract but a later version brings it",
+        f"Use {now}",
+    )
+
+
+def _choice(allowed: tuple[str, ...]) -> Callable[[str, object], str]:
+    def check(key: str, value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise _bad_value(key, value, allowed)
+        later = _LATER.get(key, ())
+        if value in later:
+            raise _later(key, value, " or ".join(repr(entry) for entry in allowed if entry not in later))
+        return value
+
+    return check
+
+
+def _topology(key: str, value: object) -> object:
+    if isinstance(value, str):
+        if value != "auto" and _machine_shape(value) is None:
+            if re.fullmatch(r"\d+x\d+", value):
+                raise _bad_value(key, value, '"NxM" with N machines and M ranks per machine, both at least 1')
+            raise _later(key, value, '"auto", "NxM" (N machines of M ranks) or a Topology object')
+        return value
+    # The class lives above this leaf in the import order, so it is recognised by what we use of it.
+    if isinstance(getattr(value, "world_size", None), int):
+        return value
+    raise _bad_value(key, value, '"auto", "NxM" (N machines of M ranks) or a Topology object')
+
+
+def _mesh(key: str, value: object) -> dict[str, int] | None:
+    if value is None or value == "auto":
+        return None
+    allowed = "a dict such as {'ulysses': 4, 'ring': 2}, axes at least 1 (an axis left out is 1), or None"
+    if not isinstance(value, Mapping) or not value or not set(value) <= set(MESH_AXES):
+        raise _bad_value(key, value, allowed)
+    if any(isinstance(degree, bool) or not isinstance(degree, int) or degree < 1 for degree in value.values()):
+        raise _bad_value(key, value, allowed)
+    return {axis: value.get(axis, 1) for axis in MESH_AXES}
+
+
+def _strict(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _bad_value(key, value, "True or False")
+    return value
+
+
+def _timeout_s(key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise _bad_value(key, value, "a number of seconds above 0")
+    return float(value)
+
+
+def _dump(key: str, value: object) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | Path) or str(value) == "":
+        raise _bad_value(key, value, "a directory (str or Path), or None")
+    path = Path(value)
+    if path.exists() and not path.is_dir():
+        raise _bad_value(key, value, "a directory; this is a file")
+    return path
+
+
+_VALIDATORS: dict[str, Callable[[str, object], Any]] = {
+    "topology": _topology,
+    "mesh": _mesh,
+    "schedule": _choice(SCHEDULES),
+    "transport": _choice(TRANSPORTS),
+    "attention": _choice(ATTENTIONS),
+    "inner": _choice(INNERS),
+    "placement": _choice(PLACEMENTS),
+    "strict": _strict,
+    "timeout_s": _timeout_s,
+    "dump": _dump,
+}
