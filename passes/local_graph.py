@@ -150,6 +150,24 @@ class LocalGraph:
         runs = tuple(self.owners.position_runs(layout.runs, r) for r in range(self.owners.num_ranks))
         name = f"{self.origin.name if self.origin else 'value'}"
         self.sites.append(GatherSite(name, shape, dtype, layout.dim, layout.outer, layout.inner, runs))
+        return self._exchange(node, site, shape, dtype)
+
+    def all_reduce(self, node: fx.Node) -> fx.Node:
+        """The sum over ranks of a partial value: gathered, then added in rank order in fp32 (the same bits everywhere)."""
+        value = node.meta["val"]
+        ranks = self.owners.num_ranks
+        site = len(self.sites)
+        name = f"{self.origin.name if self.origin else 'value'}"
+        runs = tuple(((rank, 1),) for rank in range(ranks))
+        shape = (ranks, *(int(size) for size in value.shape))
+        self.sites.append(GatherSite(name, shape, value.dtype, 0, 1, 1, runs))
+        part = self.call(torch.ops.aten.unsqueeze.default, [node, 0], {})
+        parts = self._exchange(part, site, shape, value.dtype)
+        wide = {"dtype": torch.float32} if value.dtype in (torch.float16, torch.bfloat16) else {}
+        total = self.call(torch.ops.aten.sum.dim_IntList, [parts, [0]], wide)
+        return self.call(torch.ops.aten._to_copy.default, [total], {"dtype": value.dtype}) if wide else total
+
+    def _exchange(self, node: fx.Node, site: int, shape: Shape, dtype: torch.dtype) -> fx.Node:
         ops = torch.ops.streamfusion
         self._communicate(ops.gather_start.default, [node, self.ticket(), self.program, site])
         finish = self._communicate(

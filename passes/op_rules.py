@@ -8,6 +8,9 @@ the rewrite:
               No answer (None for the list) means: this op has no local form here and must be computed replicated.
 * ``emit``:   write the local op.
 
+A rule may also offer ``partial``: the output holds no tokens, but it is a sum over tokens, so every rank can add up its
+own and the partial sums are all-reduced (linear attention, means over tokens).
+
 A rule never communicates. An op without a rule is never guessed.
 """
 
@@ -48,6 +51,9 @@ class Rule(Protocol):
 
     def needs(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
         """Per operand the layout it must have for a local op (None: the whole value), or None for no local form."""
+
+    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+        """Per operand the layout for a local op whose outputs sum over the ranks to the true one, or None."""
 
     def emit(self, op: OpView, chosen: Chosen, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """Write the local op into ``local`` and return its node."""

@@ -110,6 +110,10 @@ class Attention:
                 needs.append(None)
         return needs
 
+    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+        """Never a sum over tokens."""
+        return None
+
     def emit(self, op: OpView, chosen: Chosen, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """Torus subgraph, or the same op on this rank's queries."""
         if self.torus(op, chosen):

@@ -81,6 +81,10 @@ class Indexed:
             needs.append(whole.with_runs(cut(whole.runs)) if cut else None)
         return needs
 
+    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+        """Never a sum over tokens."""
+        return None
+
     def emit(self, op: OpView, chosen: Chosen, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """The local op, on this rank's positions."""
         if not any(self._here(out) for out in chosen.outs):
@@ -339,7 +343,7 @@ def _repeat(op: OpView) -> Rule | None:
     times = op.args["repeats"] if op.name == "repeat" else op.args["dims"]
     offset = len(out) - x.ndim
     times = [1] * (len(out) - len(times)) + [int(t) for t in times]
-    return _Tiled([list(range(offset, len(out)))], [list(range(len(out)))], None, tuple(times))
+    return _Tiled([list(range(offset, len(out)))], [list(range(len(out)))], times=tuple(times))
 
 
 @register_rule("repeat_interleave")
@@ -354,4 +358,4 @@ def _repeat_interleave(op: OpView) -> Rule | None:
         kwargs.pop("output_size", None)
 
     names = list(range(x.ndim))
-    return _Tiled([names], [names], fix, times, True)
+    return _Tiled([names], [names], fix, times=times, inside=True)

@@ -7,10 +7,12 @@ the op on the shards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from sfcompile.passes.labels import LabelSpace
@@ -32,6 +34,7 @@ class Linked:
     ins: list[Names]
     outs: list[Names]
     fix: FixArgs | None = None
+    summed: list[Names] | None = None  # names of contracted dims, where the op is a sum of products over them
 
     def _sides(self, op: OpView) -> list[tuple[Side, Names, Shape]]:
         sides: list[tuple[Side, Names, Shape]] = [
@@ -44,11 +47,15 @@ class Linked:
         """Every dim of the same name and size carries the same tokens."""
         names = (self.ins if side[0] == "in" else self.outs)[side[1]]
         name = names[layout.dim]
+        sides = self._sides(op)
+        if name is None and self.summed is not None and side[0] == "in":
+            name = self.summed[side[1]][layout.dim]
+            sides = [(("in", operand.index), self.summed[operand.index], operand.shape) for operand in op.operands]
         if name is None:
             return []
         size = layout.outer * layout.tokens * layout.inner
         found: Found = []
-        for other, other_names, shape in self._sides(op):
+        for other, other_names, shape in sides:
             if other != side and name in other_names:
                 dim = list(other_names).index(name)
                 if shape[dim] == size:
@@ -75,6 +82,25 @@ class Linked:
             dim = list(names).index(name) if name in names else -1
             needs.append(model.at(dim) if dim >= 0 and operand.shape[dim] == size else None)
         return needs
+
+    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+        """Needs of a local call whose results add up over the ranks: every operand cut along one contracted dim."""
+        if self.summed is None:
+            return None
+        for operand in op.operands:
+            layout = chosen.ins[operand.index]
+            name = self.summed[operand.index][layout.dim] if layout is not None else None
+            if layout is None or name is None:
+                continue
+            needs: list[Layout | None] = []
+            for other in op.operands:
+                names = list(self.summed[other.index])
+                if name in names and other.shape[names.index(name)] == operand.shape[layout.dim]:
+                    needs.append(layout.at(names.index(name)))
+                else:
+                    return None
+            return needs
+        return None
 
     def emit(self, op: OpView, chosen: Chosen, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """The same call on the shards."""
@@ -132,7 +158,8 @@ def _expand(op: OpView) -> Rule:
 def einsum_like(op: OpView, spec: Sequence[str], out: str, fix: FixArgs | None = None) -> Linked:
     """Letters per operand and for the output; a letter missing from the output is contracted."""
     ins = [[letter if letter in out else None for letter in letters] for letters in spec]
-    return Linked(ins, [list(out)], fix)  # type: ignore[arg-type]
+    summed: list[Names] = [[None if letter in out else letter for letter in letters] for letters in spec]
+    return Linked(ins, [list(out)], fix, summed)  # type: ignore[arg-type]
 
 
 @register_rule("linear")
@@ -151,7 +178,8 @@ def _matmul(op: OpView) -> Rule | None:
         return None
     rows: Names = [*aligned(a.shape[:-2], out[:-2]), len(out) - 2, None]
     columns: Names = [*aligned(b.shape[:-2], out[:-2]), None, len(out) - 1]
-    return Linked([rows, columns], [list(range(len(out)))])
+    summed: list[Names] = [[*[None] * (a.ndim - 1), "c"], [*[None] * (b.ndim - 2), "c", None]]
+    return Linked([rows, columns], [list(range(len(out)))], None, summed)
 
 
 @register_rule("addmm", "baddbmm")
@@ -219,7 +247,7 @@ def _fix_group_norm(args: list[Any], kwargs: dict[str, Any], shapes: list[Shape]
     args[3] = shapes[0][0]
 
 
-def _keep_dims(op: OpView, reduced: tuple[int, ...], keepdim: bool) -> Rule:
+def _keep_dims(op: OpView, reduced: tuple[int, ...], keepdim: bool) -> Linked:
     x = op.operands[0]
     kept = [d for d in range(x.ndim) if d not in reduced]
     names: Names = [None if d in reduced else d for d in range(x.ndim)]
@@ -233,7 +261,26 @@ def _keep_dims(op: OpView, reduced: tuple[int, ...], keepdim: bool) -> Rule:
 def _reduce(op: OpView) -> Rule | None:
     if op.operands[1:] or "dim" not in op.args:
         return None
-    return _keep_dims(op, op.dims("dim", op.operands[0].ndim), bool(op.args.get("keepdim")))
+    reduced = op.dims("dim", op.operands[0].ndim)
+    rule = _keep_dims(op, reduced, bool(op.args.get("keepdim")))
+    if op.name in ("sum", "mean"):
+        summed = [[d if d in reduced else None for d in range(op.operands[0].ndim)]]
+        return (_Mean if op.name == "mean" else Linked)(rule.ins, rule.outs, None, summed)
+    return rule
+
+
+class _Mean(Linked):
+    """A mean over tokens adds up only after each rank's mean is weighed by its share of the tokens."""
+
+    def emit(self, op: OpView, chosen: Chosen, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        if any(chosen.outs):
+            return super().emit(op, chosen, operands, local)
+        args, kwargs = op.rebuild(operands)
+        reduced = op.dims("dim", op.operands[0].ndim)
+        names = {"keepdim": bool(op.args.get("keepdim")), "dtype": kwargs.get("dtype")}
+        total = local.call(torch.ops.aten.sum.dim_IntList, [args[0], list(reduced)], names)
+        count = math.prod(op.operands[0].shape[d] for d in reduced)
+        return local.call(torch.ops.aten.div.Tensor, [total, count], {})
 
 
 @register_rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk",
@@ -308,8 +355,6 @@ class _Squeeze(Linked):
         self._dropped = dropped
 
     def emit(self, op: OpView, chosen: Chosen, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
-        import torch
-
         return local.call(torch.ops.aten.squeeze.dims, [operands[0], self._dropped], {})
 
 
@@ -384,8 +429,6 @@ def _gather(op: OpView) -> Rule | None:
 
 @register_rule("index")
 def _index(op: OpView) -> Rule | None:
-    import torch
-
     x = op.operands[0]
     slots = op.args["indices"]
     used = [d for d, slot in enumerate(slots) if isinstance(slot, Operand)]

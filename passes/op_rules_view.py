@@ -34,6 +34,10 @@ class Reshape:
         mapped = map_through_view(layout, op.out_shapes[0], op.operands[0].shape) if layout else None
         return [mapped] if mapped else None
 
+    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+        """Never a sum over tokens."""
+        return None
+
     def emit(self, op: OpView, chosen: Chosen, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """A reshape (a shard may lack the strides that a ``view`` wants)."""
         return local.call(torch.ops.aten.reshape.default, [operands[0], list(local.out_shapes(op, chosen)[0])], {})

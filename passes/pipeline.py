@@ -18,7 +18,9 @@ import sfcompile.passes.op_rules_attention
 import sfcompile.passes.op_rules_index
 import sfcompile.passes.op_rules_linked
 import sfcompile.passes.op_rules_view  # noqa: F401  the four rule files register themselves
-from sfcompile.codegen.schedule import Mesh, Schedule, build_gather, build_torus
+from sfcompile.codegen.schedule import Mesh, Schedule
+from sfcompile.codegen.schedule_gather import build_gather
+from sfcompile.codegen.schedule_torus import build_torus
 from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import InternalError, NotShardedError
 from sfcompile.passes.analyse_attention import Site, analyse_attention

@@ -4,7 +4,8 @@ Let each op ``w`` have a side, S or R. With ``P`` ranks, ``c(w)`` its seconds wh
 to all-gather the value ``v``:
 
     cost = sum over w on side R of c(w)
-         + sum over w on side S of c(w) / P + t(w)             t(w): chunks sent by a torus attention
+         + sum over w on side S of c(w) / P + t(w)             t(w): chunks sent by a torus attention, or the
+                                                               all-reduce of an op that sums over tokens
          + sum over values v made on side S and *read whole* of g(v)         (paid once, however many readers)
 
 A value is read whole by an op on side R, by the graph's output, and by an S op that needs it whole (``Rule.needs``).
@@ -44,7 +45,9 @@ Needs = list[Layout | None]
 
 @dataclass
 class Placement:
-    """The ops computed as shards, what they need of their operands, and what the cut cost.
+    """The ops computed on shards, what they need of their operands, and what the cut cost.
+
+    An op in ``needs`` whose ``chosen.outs`` are all None sums over tokens: its outputs are all-reduced and whole.
 
     ``reasons`` says, for every op that touches tokens and is nevertheless replicated, why.
     """
@@ -56,8 +59,9 @@ class Placement:
     seconds: float = 0.0
 
     def sharded(self, node: fx.Node) -> bool:
-        """Whether the op that makes this value runs on shards."""
-        return _maker(node) in self.needs
+        """Whether this value is made as shards."""
+        maker = _maker(node)
+        return maker in self.needs and any(self.chosen[maker].outs)
 
 
 def _maker(value: fx.Node) -> fx.Node:
@@ -76,7 +80,7 @@ def place_min_cut(
     placement = Placement({}, {}, {})
     candidates: dict[fx.Node, Needs] = {}
     for node, op in tokens.views.items():
-        if not any(output in layouts.chosen for output in op.outputs if output is not None):
+        if not any(value in layouts.chosen for value in (*op.outputs, *(operand.node for operand in op.operands))):
             continue
         chosen = Chosen(
             [layouts.chosen.get(operand.node) for operand in op.operands],
@@ -85,10 +89,12 @@ def place_min_cut(
         )
         placement.chosen[node] = chosen
         rule = tokens.rules.get(node)
-        needs = rule.needs(op, chosen) if rule is not None else None
+        needs = rule.needs(op, chosen) if rule is not None and any(chosen.outs) else None
+        if needs is None and rule is not None and not any(chosen.outs):
+            needs = rule.partial(op, chosen)
         if needs is not None:
             candidates[node] = needs
-        else:
+        elif any(chosen.outs):
             placement.reasons[node] = _why_whole(rule is not None, chosen)
 
     if shard_everything:
@@ -99,7 +105,7 @@ def place_min_cut(
     for node in candidates:
         net.add_op(node, tokens.views[node], placement.chosen[node])
     for value in graph.nodes:
-        if is_tensor(value) and _maker(value) in candidates:
+        if is_tensor(value) and _maker(value) in candidates and any(placement.chosen[_maker(value)].outs):
             net.add_reads(value, tokens, placement, gather_cost(value))
     sharded, placement.seconds = net.solve()
     placement.needs = {node: needs for node, needs in candidates.items() if node in sharded}
@@ -107,7 +113,7 @@ def place_min_cut(
         if node not in sharded:
             placement.reasons[node] = "replicating costs less than the traffic of sharding"
     for node, op in tokens.views.items():
-        reads_shards = any(_maker(operand.node) in placement.needs for operand in op.operands)
+        reads_shards = any(placement.sharded(operand.node) for operand in op.operands)
         if node not in placement.needs and node not in placement.reasons and reads_shards:
             placement.reasons[node] = (
                 "no rule for this op" if node not in tokens.rules else "it mixes the tokens of a sharded value"
@@ -145,7 +151,11 @@ class _Network:
         """Edges source -> w and w -> sink."""
         ranks = self._topology.num_ranks
         whole = 1e3 * (1.0 + flops(op)) if self._shard_everything else seconds(op, self._topology)
-        share = 0.0 if self._shard_everything else whole / ranks + self._chunk_seconds(op, chosen)
+        share = 0.0
+        if not self._shard_everything:
+            share = whole / ranks + self._chunk_seconds(op, chosen)
+            if not any(chosen.outs):
+                share += ranks * gather_seconds(node, self._topology)
         self._edge(0, self._ids[node], whole + 1e-9)
         self._edge(self._ids[node], 1, share)
 

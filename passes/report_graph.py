@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import source_line
 from sfcompile.passes.analyse_cost import flops, nbytes
 from sfcompile.passes.layout import Layout, Ownership
@@ -36,7 +37,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
         report.total_flops += cost
         if node in placement.needs:
             report.sharded_ops += 1
-            layout = next(out for out in placement.chosen[node].outs if out is not None)
+            layout = next(cut for cut in (*placement.chosen[node].outs, *placement.needs[node]) if cut is not None)
             for rank in ranks:
                 per_rank[rank] += cost * _share(owners, layout, rank)
         else:
@@ -44,7 +45,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
             for rank in ranks:
                 per_rank[rank] += cost
     report.rank_flops = tuple(per_rank)
-    names = {site.name for site in state.local.sites}
+    names = {site.name for site in state.local.sites if isinstance(site, AttentionSite)}
     report.torus_sites = sum(site.node.name in names for site in state.sites)
     report.local_sites = len(state.sites) - report.torus_sites
     report.heap_bytes = 2 * max((schedule.heap_bytes for schedule in state.schedules), default=0)

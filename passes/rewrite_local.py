@@ -76,7 +76,11 @@ class _Rewriter:
         ]
         # Rules read the layouts that operands really have, which are those they asked for.
         asked = type(chosen)(list(self._placement.needs[node]), chosen.outs, chosen.owners)
-        self._made[node] = self._tokens.rules[node].emit(op, asked, operands, self._local)
+        made = self._tokens.rules[node].emit(op, asked, operands, self._local)
+        if not any(chosen.outs):
+            self._whole[node] = self._local.all_reduce(made)
+            return
+        self._made[node] = made
         if is_tensor(node):
             self._check(node)
 

@@ -20,6 +20,7 @@ from sfcompile.errors import StreamFusionError, UnsupportedError
 from sfcompile.options import Options
 from sfcompile.passes.pipeline import Compiled, State, run_pipeline
 from sfcompile.passes.report import GraphReport
+from sfcompile.runtime.process_group import ProcessWorld, check_ranks
 from sfcompile.runtime.session import Session, get_session
 from sfcompile.runtime.topology import Topology
 
@@ -62,7 +63,7 @@ def streamfusion_backend(
     asked.check_world(world_size)
     if world_size == 1:
         return _inner(gm, example_inputs, None, asked)
-    session = get_session(asked.transport, asked.timeout_s)
+    session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
     with session.guard():
         return _compile_rank(gm, example_inputs, asked, session)
 
@@ -72,6 +73,7 @@ def _compile_rank(
 ) -> Callable[..., Any]:
     start = time.perf_counter()
     topology = session.topology if asked.topology == "auto" else _topology(asked.topology)
+    check_ranks(topology, session.topology.num_ranks)
     try:
         captured = capture(gm, example_inputs)
     except UnsupportedError as error:

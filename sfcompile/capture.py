@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sfcompile.capture_attention import recognise_attention
 from sfcompile.errors import TrainingGraphError, UnsupportedError
 
 __all__ = ["Captured", "capture", "compile_with_inductor", "dynamo_counters", "refuse_training"]
@@ -106,6 +107,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
             _allow_non_fake_inputs=True,
         )(*(values[i] for i in tensors))
     _clean(traced, mode)
+    recognise_attention(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
     return Captured(traced, mode, tensors, len(values) - len(tensors))
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_FIELDS = (
-    "what", "why", "fix", "node", "source", "rank", "world_size", "peer", "slot", "epoch", "seen_epoch"
-)
+_FIELDS = ("what", "why", "fix", "node", "source", "rank", "world_size", "peer", "slot", "epoch", "seen_epoch")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)[^\n]*(?:\n\s+(?P<text>[^\n]+))?')
 
 
@@ -116,6 +114,10 @@ class PeerDiedError(StreamFusionError):
     """A peer process has gone while we waited for it."""
 
 
+class PeerFailedError(StreamFusionError):
+    """Another rank failed first and said so."""
+
+
 class HeapError(StreamFusionError):
     """The symmetric heap cannot be made, is too small, or differs between ranks."""
 
@@ -134,10 +136,6 @@ class InternalError(StreamFusionError):
 
 class LaunchError(StreamFusionError):
     """Local ranks could not be started."""
-
-
-class InternalError(StreamFusionError):
-    """One of our own invariants does not hold: a bug in this package, never the user's mistake."""
 
 
 def source_line(stack_trace: str | None) -> str | None:

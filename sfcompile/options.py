@@ -23,6 +23,7 @@ INNERS = ("auto", "inductor", "eager")
 PLACEMENTS = ("auto", "shard")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 
+_MACHINES_X_RANKS = re.compile(r"(\d+)x(\d+)")
 # Named by the contract, brought by a later version: refused, never replaced by something else behind the user's back.
 _LATER = {
     "schedule": ("ulysses", "ring", "usp"),
@@ -77,12 +78,6 @@ class Options:
             raise _bad_value("mode", mode, MODES)
         return cls(**{key: _VALIDATORS[key](key, value) for key, value in given.items()}, mode=mode)
 
-    @property
-    def machine_shape(self) -> tuple[int, int] | None:
-        """(machines, ranks per machine) of a topology "NxM"; None for any other topology."""
-        match = _machine_shape(self.topology)
-        return None if match is None else (int(match[1]), int(match[2]))
-
     def check_world(self, world_size: int) -> None:
         """Check mesh and topology against the number of ranks.
 
@@ -103,12 +98,10 @@ class Options:
                     "The axes of the mesh must multiply to the number of ranks",
                     f"Use one of {legal}, or leave mesh out",
                 )
-        shape = self.machine_shape
-        if shape is not None and shape[0] * shape[1] != world_size:
-            machines, ranks = shape
+        num_ranks = _num_ranks(self.topology)
+        if num_ranks is not None and num_ranks != world_size:
             raise TopologyError(
-                f"topology={self.topology!r} has {machines} x {ranks} = {machines * ranks} ranks, "
-                f"but {world_size} ranks run",
+                f"topology={self.topology!r} has {num_ranks} ranks, but {world_size} ranks run",
                 '"NxM" means N machines of M ranks each, all of them in use',
                 'Use a topology with as many ranks as torchrun starts, or "auto"',
             )
@@ -118,8 +111,13 @@ class Options:
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
 
-def _machine_shape(topology: object) -> re.Match[str] | None:
-    return re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", topology) if isinstance(topology, str) else None
+def _num_ranks(topology: object) -> int | None:
+    """Ranks of a topology; None for "auto". Topology lies above this leaf, so it is known by what we use of it."""
+    if isinstance(topology, str):
+        match = _MACHINES_X_RANKS.fullmatch(topology)
+        return int(match[1]) * int(match[2]) if match else None
+    num_ranks = getattr(topology, "num_ranks", None)
+    return num_ranks if isinstance(num_ranks, int) else None
 
 
 def _unknown_key(key: object) -> StreamFusionError:
@@ -141,7 +139,9 @@ def _unknown_key(key: object) -> StreamFusionError:
 def _bad_value(key: str, value: object, allowed: tuple[str, ...] | str) -> StreamFusionError:
     listed = allowed if isinstance(allowed, str) else ", ".join(repr(entry) for entry in allowed)
     close = (
-        difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) and not isinstance(allowed, str) else []
+        difflib.get_close_matches(value, allowed, n=1)
+        if isinstance(value, str) and not isinstance(allowed, str)
+        else []
     )
     return OptionError(
         f"Bad value for option {key!r}: got {value!r}",
@@ -171,16 +171,12 @@ def _choice(allowed: tuple[str, ...]) -> Callable[[str, object], str]:
 
 
 def _topology(key: str, value: object) -> object:
-    if isinstance(value, str):
-        if value != "auto" and _machine_shape(value) is None:
-            if re.fullmatch(r"\d+x\d+", value):
-                raise _bad_value(key, value, '"NxM" with N machines and M ranks per machine, both at least 1')
-            raise _later(key, value, '"auto", "NxM" (N machines of M ranks) or a Topology object')
+    allowed = '"auto", "NxM" (N machines of M ranks each, both at least 1) or a Topology object'
+    if value == "auto" or _num_ranks(value):
         return value
-    # The class lives above this leaf in the import order, so it is recognised by what we use of it.
-    if isinstance(getattr(value, "world_size", None), int):
-        return value
-    raise _bad_value(key, value, '"auto", "NxM" (N machines of M ranks) or a Topology object')
+    if isinstance(value, str) and not _MACHINES_X_RANKS.fullmatch(value):
+        raise _later(key, value, allowed)
+    raise _bad_value(key, value, allowed)
 
 
 def _mesh(key: str, value: object) -> dict[str, int] | None:

@@ -1,4 +1,4 @@
-"""The rules of the repository's layout, checked on the source text: who imports whom, what is packaged, sizes, names."""
+"""The rules of the repository's layout, checked on the source text: imports, packaging, sizes, names, tests."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_style_that_tools_do_not_check(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= MAX_LINES, f"{name_of(path)} has more than {MAX_LINES} lines"
     tree = parse(path)
-    if tree.body:
+    if len(tree.body) > 1:  # more than a docstring
         assert "from __future__ import annotations" in text, f"{name_of(path)} lacks the annotations import"
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):

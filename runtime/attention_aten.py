@@ -1,0 +1,74 @@
+"""Attention of one (Q chunk, KV chunk) pair with its log-sum-exp, and the merge of partial results.
+
+Two partials (o1, l1), (o2, l2) over disjoint keys, l the natural log-sum-exp of a query row's scores, merge to
+    l = logaddexp(l1, l2),   o = o1 exp(l1 - l) + o2 exp(l2 - l)
+in fp32 (fp64 for fp64 inputs). A row that sees no key has l = -inf, o = 0 and adds nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Partial = tuple[torch.Tensor, torch.Tensor]
+"""``(o [B, H, Lq, E], lse [B, H, Lq])``."""
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> Partial | None:
+    """Attention of q [B, H, Lq, D] with k, v [B, H, Lk, D or E]; None if there is no query or no key.
+
+    ``bias`` is boolean (True: may attend) or additive, broadcastable to [B, H, Lq, Lk].
+    """
+    if q.numel() == 0 or k.shape[2] == 0:
+        return None
+    dead: torch.Tensor | None = None
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(~bias, float("-inf"))
+        bias = bias.to(q.dtype)
+        dead = (bias == float("-inf")).all(dim=-1)  # the flash kernel reports lse = 0 for a row without keys
+    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
+        o, lse = _flash_cpu(q, k, v, bias, scale)
+    else:
+        o, lse = _plain(q, k, v, bias, scale)
+    if dead is not None:
+        dead = dead.expand(lse.shape)
+        lse = lse.masked_fill(dead, float("-inf"))
+        o = o.masked_fill(dead.unsqueeze(-1), 0.0)
+    return o, lse
+
+
+def _flash_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> Partial:
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    if bias is not None and bias.dim() != 4:
+        bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=bias, scale=scale
+    )
+    return o, lse
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float) -> Partial:
+    """Softmax written out, in fp32 or better: for head sizes that no flash kernel takes."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias.to(wide)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+    return (weights @ v.to(wide)), lse
+
+
+def merge(a: Partial | None, b: Partial | None) -> Partial | None:
+    """Merge two partials over disjoint keys; see the head of the file."""
+    if a is None or b is None:
+        return a if b is None else b
+    (o1, l1), (o2, l2) = a, b
+    wide = torch.promote_types(l1.dtype, torch.float32)
+    lse = torch.logaddexp(l1, l2)
+    safe = lse.masked_fill(lse == float("-inf"), 0.0)
+    w1, w2 = torch.exp(l1 - safe).unsqueeze(-1), torch.exp(l2 - safe).unsqueeze(-1)
+    return torch.addcmul(o1.to(wide) * w1, o2.to(wide), w2), lse

@@ -1,0 +1,95 @@
+"""The nodes of a compiled graph that talk to other ranks: ``torch.ops.streamfusion.*``.
+
+Every op takes and returns a *ticket*, a one-element tensor that means nothing but order: the chain of tickets is a data
+dependence through all communication of a graph, so no compiler can reorder it, drop it, merge it, or order it differently
+on two ranks. Ops are functional: outputs never alias inputs. ``program`` and ``site`` name the schedule in the session.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from sfcompile.runtime.instructions import Attend
+from sfcompile.runtime.session import current_session
+
+_library = torch.library.Library("streamfusion", "DEF")
+_OPS = {
+    "put_q": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
+    "put_k": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
+    "put_v": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
+    "attend": "(Tensor ticket, Tensor? mask, str program, int site) -> Tensor",
+    "collect": "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype) -> (Tensor, Tensor)",
+    "gather_start": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
+    "gather_finish": "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype) -> (Tensor, Tensor)",
+}
+for _name, _schema in _OPS.items():
+    _library.define(_name + _schema)
+
+COMMUNICATION = tuple(getattr(torch.ops.streamfusion, name).default for name in _OPS)
+"""Targets of the nodes that talk to other ranks."""
+
+
+def _start(phase: str) -> Any:
+    def run(x: torch.Tensor, ticket: torch.Tensor, program: str, site: int) -> torch.Tensor:
+        session = current_session()
+        with session.guard():
+            session.put(program, site, phase, x)
+        return torch.empty_like(ticket)
+
+    return run
+
+
+def _attend(ticket: torch.Tensor, mask: torch.Tensor | None, program: str, site: int) -> torch.Tensor:
+    session = current_session()
+    with session.guard():
+        session.attend(program, site, mask)
+    return torch.empty_like(ticket)
+
+
+def _end(phase: str) -> Any:
+    def run(
+        ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        session = current_session()
+        out = torch.empty(size, dtype=dtype, device=ticket.device)
+        with session.guard():
+            (session.collect if phase == "collect" else session.gather)(program, site, out)
+        return out, torch.empty_like(ticket)
+
+    return run
+
+
+def _fake_ticket(first: torch.Tensor, second: Any, program: str, site: int) -> torch.Tensor:
+    ticket = second if isinstance(second, torch.Tensor) and second.shape == (1,) else first
+    return torch.empty((1,), dtype=torch.int64, device=ticket.device)
+
+
+def _fake_end(
+    ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(size, dtype=dtype, device=ticket.device), torch.empty_like(ticket)
+
+
+for _name in _OPS:
+    _ends = _name in ("collect", "gather_finish")
+    _run = _end(_name) if _ends else _attend if _name == "attend" else _start(_name)
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"streamfusion::{_name}", _fake_end if _ends else _fake_ticket, lib=_library)
+
+
+@register_flop_formula(torch.ops.streamfusion.attend)
+def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of this rank's pairs: two products of Lq x Lk for every head of its slice."""
+    session = current_session()
+    plan = session.schedule(program, site)
+    facts, mine = plan.site, plan.program(session.rank)
+    start, stop = mine.heads[session.rank]
+    pairs = sum(
+        sum(n for _, n in facts.q_positions[step.q_src]) * sum(n for _, n in facts.kv_positions[step.kv_src])
+        for step in mine.phases["attend"]
+        if isinstance(step, Attend)
+    )
+    return 2 * facts.batch * (stop - start) * pairs * (facts.head_dim + facts.v_head_dim)

@@ -1,0 +1,193 @@
+"""Processes: the default group under torchrun, which ranks share a machine, and agreement before anything collective."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sfcompile.errors import HeapError, RankMismatchError, RuntimeTimeoutError, TopologyError, UnsupportedError
+from sfcompile.runtime.symmetric_heap import HeapSize, Segment, create_shared, local_segment, map_shared, unlink_shared
+from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.transport import RoutedTransport, Transport
+from sfcompile.runtime.transport_c10d import C10dTransport
+from sfcompile.runtime.transport_direct import DirectTransport, require_x86
+
+
+def ensure_process_group(timeout_s: float) -> bool:
+    """Create the default process group from torchrun's environment if there is none.
+
+    Returns:
+        Whether it was created here (then it is ours to destroy).
+    """
+    if dist.is_initialized():
+        return False
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=max(timeout_s, 60.0)))
+    return True
+
+
+def machine_identity() -> str:
+    """What tells this machine from others: torchrun's GROUP_RANK, never the hostname.
+
+    Containers and emulated machines share hostnames and even /dev/shm. Without torchrun: the kernel's boot id and the
+    network namespace.
+    """
+    group_rank = os.environ.get("GROUP_RANK")
+    if group_rank is not None:
+        return f"torchrun node {group_rank}"
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as boot:
+            return f"{boot.read().strip()} {os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+class ProcessWorld:
+    """Ranks are processes of a torch.distributed job.
+
+    Args:
+        transport: "auto" (stores inside a machine, messages between), "shm" (one machine only) or "c10d".
+        timeout_s: longest wait on a peer.
+
+    Raises:
+        UnsupportedError: transport "shm" with several machines.
+    """
+
+    def __init__(self, transport: str, timeout_s: float) -> None:
+        self._own_group = ensure_process_group(timeout_s)
+        self.rank = dist.get_rank()
+        self._timeout_s = timeout_s
+        ranks = list(range(dist.get_world_size()))
+        self._group = dist.new_group(ranks, backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        facts = self._exchange((machine_identity(), os.getpid(), uuid.uuid4().hex))
+        identities = [machine for machine, _, _ in facts]
+        numbers = {machine: i for i, machine in enumerate(dict.fromkeys(identities))}
+        self.topology = Topology(tuple(numbers[machine] for machine in identities))
+        self._pids = [pid for _, pid, _ in facts]
+        self._job = facts[0][2][:12]
+        if transport == "shm" and self.topology.num_machines > 1:
+            raise UnsupportedError(
+                f"transport='shm' with {self.topology.num_machines} machines",
+                "ranks of different machines share no memory",
+                "use transport='auto' (shared memory inside a machine, gloo between) or 'c10d'",
+                rank=self.rank,
+            )
+        self._messages_only = transport == "c10d"
+        self._compiles = 0
+
+    def _exchange(self, value: Any) -> list[Any]:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+    # ------------------------------------------------------------------ agreement
+
+    def agree(self, digest: str, description: dict[str, str]) -> None:
+        """Compare what all ranks are about to compile; see :meth:`Session.agree`."""
+        self._compiles += 1
+        try:
+            everyone = self._exchange((digest, description))
+        except RuntimeError as error:
+            raise RuntimeTimeoutError(
+                f"rank {self.rank} is compiling its graph number {self._compiles}, but not every rank came along "
+                f"within {self._timeout_s:g} s ({str(error).splitlines()[0]})",
+                "every rank must call the model with inputs of the same shapes; a rank that was called with other "
+                "shapes compiles anew while the others run",
+                "give every rank the same inputs; look at the log of the rank that failed first",
+                rank=self.rank,
+            ) from error
+        compare(self.rank, everyone)
+
+    # ------------------------------------------------------------------ heap and wires
+
+    def make_segments(self, size: HeapSize, generation: int) -> Sequence[Segment | None]:
+        """Create, map and unlink shared segments; all ranks fail together if one cannot."""
+        if self._messages_only:
+            return [local_segment(size) if rank == self.rank else None for rank in range(self.topology.num_ranks)]
+        names = [f"sfcompile-{self._job}-{generation}-{rank}" for rank in range(self.topology.num_ranks)]
+        problem: str | None = None
+        segments: list[Segment | None] = [None] * self.topology.num_ranks
+        try:
+            try:
+                require_x86()
+                segments[self.rank] = create_shared(names[self.rank], size)
+            except HeapError as error:
+                problem = error.what
+            failed = {rank: text for rank, text in enumerate(self._exchange(problem)) if text}
+            if failed:
+                raise HeapError(
+                    "; ".join(f"rank {rank}: {text}" for rank, text in failed.items()),
+                    "every rank keeps two banks of chunk buffers in shared memory",
+                    "enlarge /dev/shm (docker: --shm-size), use fewer tokens per call, or transport='c10d'",
+                    rank=self.rank,
+                )
+            for rank in range(self.topology.num_ranks):
+                if rank != self.rank and self.topology.same_machine(rank, self.rank):
+                    segments[rank] = map_shared(names[rank], size)
+            self._exchange(None)  # everyone has mapped everything: names may go
+        finally:
+            unlink_shared(names[self.rank])
+        return segments
+
+    def make_transport(self, segments: Sequence[Segment | None]) -> Transport:
+        """Stores where memory is shared, gloo elsewhere."""
+        direct = [segment is not None and not self._messages_only for segment in segments]
+        stores = None
+        if any(direct):
+            stores = DirectTransport(self.rank, segments, self._timeout_s, self._pids)
+        messages = None if all(direct) else C10dTransport(self.rank, self._group, self._timeout_s)
+        return RoutedTransport(stores, messages, direct)
+
+    def close(self) -> None:
+        """Destroy the default group if it was made here."""
+        if self._own_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def compare(rank: int, everyone: Sequence[tuple[str, dict[str, str]]]) -> None:
+    """Raise on every rank unless all ``(digest, description)`` agree.
+
+    Raises:
+        RankMismatchError: says which ranks differ from rank 0, and in what.
+    """
+    digest, reference = everyone[0]
+    odd = [other for other, (theirs, _) in enumerate(everyone) if theirs != digest]
+    if not odd:
+        return
+    differences = []
+    for other in odd[:4]:
+        theirs = everyone[other][1]
+        keys = [key for key in dict.fromkeys([*reference, *theirs]) if reference.get(key) != theirs.get(key)]
+        for key in keys[:3]:
+            mine, its = reference.get(key, "nothing"), theirs.get(key, "nothing")
+            differences.append(f"{key} is {mine} on rank 0 and {its} on rank {other}")
+        if not keys:
+            differences.append(f"rank {other} traced other code than rank 0 for inputs of the same shapes")
+    raise RankMismatchError(
+        f"ranks {', '.join(map(str, odd))} compile something else than rank 0: {'; '.join(differences)}",
+        "the ranks compute one model together, so all must call it with the same inputs and options",
+        "give every rank the same inputs, weights' shapes and options",
+        rank=rank,
+        world_size=len(everyone),
+    )
+
+
+def check_ranks(topology: Topology, num_ranks: int) -> None:
+    """Refuse a topology of another size than the job.
+
+    Raises:
+        TopologyError: the numbers differ.
+    """
+    if topology.num_ranks != num_ranks:
+        raise TopologyError(
+            f"the topology has {topology.num_ranks} ranks, the job has {num_ranks}",
+            "every rank of the job has a place in the topology",
+            "describe exactly the machines that run",
+        )

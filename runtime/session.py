@@ -1,0 +1,228 @@
+"""One session per rank: topology, heap, transport, loaded programs, and the calls that are under way."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from sfcompile.errors import InternalError
+from sfcompile.runtime.executor import SchedulePlan, SiteRun
+from sfcompile.runtime.symmetric_heap import NUM_BANKS, HeapSize, Segment
+from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.transport import Transport
+
+_ALIGN = 4096
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN
+
+
+class World(Protocol):
+    """How ranks find each other: processes of a job, or threads of a test."""
+
+    rank: int
+    topology: Topology
+
+    def make_segments(self, size: HeapSize, generation: int) -> Sequence[Segment | None]:
+        """Collective: a new segment on every rank; those this rank can reach, by rank."""
+
+    def make_transport(self, segments: Sequence[Segment | None]) -> Transport:
+        """A transport over the segments."""
+
+    def agree(self, digest: str, description: dict[str, str]) -> None:
+        """Collective: raise on every rank unless all digests are equal."""
+
+    def close(self) -> None:
+        """Release what the world holds."""
+
+
+class Session:
+    """What this rank knows and holds. Not thread-safe: one model runs at a time on a rank."""
+
+    def __init__(self, world: World) -> None:
+        self.rank = world.rank
+        self.topology = world.topology
+        self._world = world
+        self._programs: dict[str, list[SchedulePlan]] = {}
+        self._size = HeapSize(0, 0)
+        self._generation = 0
+        self._segments: Sequence[Segment | None] = ()
+        self._transport: Transport | None = None
+        self._runs: dict[tuple[str, int], SiteRun] = {}
+        self._opened = 0
+        self._finished = 0
+        self._done_early: set[int] = set()
+        self.blocked_s: dict[tuple[str, int], float] = {}
+
+    @property
+    def heap_bytes(self) -> int:
+        """Bytes of this rank's symmetric segment: constant in the number of layers and steps."""
+        return self._size.segment_bytes if self._segments else 0
+
+    def agree(self, text: str, description: dict[str, str]) -> None:
+        """Make sure every rank is about to compile the same thing.
+
+        Raises:
+            RankMismatchError: some rank compiles another graph, other shapes or options; raised on every rank.
+            RuntimeTimeoutError: some rank does not compile at all.
+        """
+        import hashlib
+
+        self._world.agree(hashlib.sha256(text.encode()).hexdigest(), description)
+
+    def load(self, program: str, schedules: Sequence[SchedulePlan]) -> None:
+        """Register a program; collective when the heap has to grow.
+
+        Raises:
+            HeapError: no room for the heap.
+        """
+        self._programs[program] = list(schedules)
+        bank_bytes = max((schedule.heap_bytes for schedule in schedules), default=0)
+        need = HeapSize(max((len(schedule.slots) for schedule in schedules), default=0), _aligned(bank_bytes))
+        if schedules and not (self._segments and self._size.holds(need)):
+            if self._runs:
+                raise InternalError("the heap must grow while a call is under way", "a graph left a site unfinished")
+            self._size = self._size.grown(need)
+            self._generation += 1
+            if self._transport is not None:
+                self._transport.finish(self._finished)
+                self._transport.close()
+            self._segments = self._world.make_segments(self._size, self._generation)
+            own = self._segments[self.rank]
+            assert own is not None
+            own.done = self._finished
+            self._transport = self._world.make_transport(self._segments)
+
+    def schedule(self, program: str, site: int) -> SchedulePlan:
+        """The schedule of a loaded site."""
+        return self._programs[program][site]
+
+    # ------------------------------------------------------------------ calls from the graph
+
+    def put(self, program: str, site: int, phase: str, tensor: torch.Tensor) -> None:
+        """A put phase; the first of a site opens its epoch."""
+        self._run(program, site).put(phase, tensor)
+
+    def attend(self, program: str, site: int, mask: torch.Tensor | None) -> None:
+        """The attend phase."""
+        self._run(program, site).attend(mask)
+
+    def collect(self, program: str, site: int, out: torch.Tensor) -> None:
+        """The collect phase; ends the site's epoch."""
+        self._run(program, site).collect(out)
+        self._finish(program, site)
+
+    def gather(self, program: str, site: int, out: torch.Tensor) -> None:
+        """The end of an all-gather; ends the site's epoch."""
+        self._run(program, site).gather(out)
+        self._finish(program, site)
+
+    def _run(self, program: str, site: int) -> SiteRun:
+        run = self._runs.get((program, site))
+        if run is not None:
+            return run
+        plans = self._programs.get(program)
+        if plans is None or self._transport is None:
+            raise InternalError(
+                f"program {program} is not loaded on rank {self.rank}",
+                "a compiled graph outlived the session that compiled it",
+                "compile the model again in this process",
+            )
+        epoch = self._opened + 1
+        if epoch - NUM_BANKS > self._finished:
+            raise InternalError(
+                f"site {site} opens epoch {epoch} while epoch {self._finished + 1} is still being read",
+                f"there are {NUM_BANKS} banks, so at most {NUM_BANKS} sites may be open",
+                "report this graph: the put schedule is wrong",
+                rank=self.rank,
+            )
+        self._opened = epoch
+        own = self._segments[self.rank]
+        assert own is not None
+        run = SiteRun(plans[site], self.rank, epoch, epoch % NUM_BANKS, own, self._transport)
+        self._runs[program, site] = run
+        return run
+
+    def _finish(self, program: str, site: int) -> None:
+        run = self._runs.pop((program, site))
+        self.blocked_s[program, site] = self.blocked_s.get((program, site), 0.0) + run.blocked_s
+        # `done` promises every epoch up to it: a site that ends before an older one waits for that one's end.
+        self._done_early.add(run.epoch)
+        while self._finished + 1 in self._done_early:
+            self._finished += 1
+            self._done_early.remove(self._finished)
+        assert self._transport is not None
+        self._transport.finish(self._finished)
+
+    # ------------------------------------------------------------------ failure and end
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Tell the other ranks if the body fails, so that none of them waits in vain."""
+        try:
+            yield
+        except BaseException as error:
+            if self._transport is not None:
+                self._transport.abort(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise
+
+    def close(self) -> None:
+        """Release heap and wires; never blocks on a peer."""
+        if self._transport is not None:
+            self._transport.close()
+        self._transport = None
+        self._segments = ()
+        self._runs.clear()
+        self._programs.clear()
+        self._world.close()
+
+
+_process_session: Session | None = None
+_thread = threading.local()
+
+
+def current_session() -> Session:
+    """The session of this thread (tests), or of this process.
+
+    Raises:
+        InternalError: there is none.
+    """
+    session = getattr(_thread, "session", None) or _process_session
+    if session is None:
+        raise InternalError(
+            "a compiled graph runs in a process that has no session",
+            "it was compiled elsewhere",
+            "compile it in this process",
+        )
+    return session
+
+
+@contextmanager
+def use_session(session: Session) -> Iterator[Session]:
+    """Make ``session`` this thread's session."""
+    before = getattr(_thread, "session", None)
+    _thread.session = session
+    try:
+        yield session
+    finally:
+        _thread.session = before
+
+
+def get_session(make_world: Callable[[], World]) -> Session:
+    """The session of this process, made on first use (collective)."""
+    global _process_session
+    if getattr(_thread, "session", None) is not None:
+        return current_session()
+    if _process_session is None:
+        _process_session = Session(make_world())
+        atexit.register(_process_session.close)
+    return _process_session
+
+
+

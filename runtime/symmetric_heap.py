@@ -1,0 +1,158 @@
+"""The symmetric heap: one segment per rank, the same offsets in each, two banks, signals, credits and an abort notice.
+
+    [ header: done epoch | abort flag | abort text ][ signals: bank x slot, one cache line each ][ bank 0 ][ bank 1 ]
+
+A chunk of epoch e lives in bank e % 2. Words are written by one side only:
+
+    signal[bank][slot]  by the sender of the slot's chunk: the epoch that has fully arrived
+    done                by the segment's owner: every epoch up to this one has been read, its bank may be overwritten
+    abort               by whoever fails first; everyone who waits looks at it
+
+Shared segments are POSIX shared memory, mapped by all ranks of a machine and unlinked as soon as all have mapped them:
+even SIGKILL leaves nothing in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sfcompile.errors import HeapError
+
+NUM_BANKS = 2
+_HEADER_BYTES = 4096
+_ABORT_TEXT = 64
+_WORDS_PER_LINE = 8
+_DONE, _ABORT = 0, 1
+
+
+@dataclass(frozen=True)
+class HeapSize:
+    """Capacity of every segment: slots per bank and bytes per bank."""
+
+    num_slots: int
+    bank_bytes: int
+
+    @property
+    def signals_at(self) -> int:
+        """Offset of the signal words."""
+        return _HEADER_BYTES
+
+    @property
+    def banks_at(self) -> int:
+        """Offset of bank 0."""
+        return _HEADER_BYTES + NUM_BANKS * self.num_slots * 8 * _WORDS_PER_LINE
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes of one segment."""
+        return self.banks_at + NUM_BANKS * self.bank_bytes
+
+    def holds(self, other: HeapSize) -> bool:
+        """Whether ``other`` fits in."""
+        return self.num_slots >= other.num_slots and self.bank_bytes >= other.bank_bytes
+
+    def grown(self, other: HeapSize) -> HeapSize:
+        """The smallest size that holds both."""
+        return HeapSize(max(self.num_slots, other.num_slots), max(self.bank_bytes, other.bank_bytes))
+
+
+class Segment:
+    """One rank's memory as this process sees it."""
+
+    def __init__(self, buffer: mmap.mmap | bytearray, size: HeapSize) -> None:
+        self._buffer = buffer
+        self.size = size
+        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        words = np.frombuffer(buffer, dtype=np.int64)
+        self._header: NDArray[np.int64] = words[: _HEADER_BYTES // 8]
+        first = size.signals_at // 8
+        lines = words[first : first + NUM_BANKS * size.num_slots * _WORDS_PER_LINE]
+        self.signals: NDArray[np.int64] = lines.reshape(NUM_BANKS, size.num_slots, _WORDS_PER_LINE)[:, :, 0]
+
+    def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A view of the bank at ``offset`` bytes."""
+        count = 1
+        for size in shape:
+            count *= size
+        start = self.size.banks_at + bank * self.size.bank_bytes + offset
+        return self._bytes[start : start + count * dtype.itemsize].view(dtype).view(tuple(shape))
+
+    @property
+    def done(self) -> int:
+        """Every epoch up to this one has been read by the owner."""
+        return int(self._header[_DONE])
+
+    @done.setter
+    def done(self, epoch: int) -> None:
+        self._header[_DONE] = epoch
+
+    def abort(self, text: str) -> None:
+        """Tell the owner that somebody failed; the first notice stays."""
+        if self._header[_ABORT] == 0:
+            raw = text.encode()[: _HEADER_BYTES - _ABORT_TEXT - 1]
+            self._header.view(np.uint8)[_ABORT_TEXT : _ABORT_TEXT + len(raw)] = np.frombuffer(raw, np.uint8)
+            self._header[_ABORT] = len(raw)  # after the text: whoever sees the length sees the text (x86 keeps stores)
+
+    @property
+    def aborted(self) -> str | None:
+        """The abort notice, if any."""
+        length = int(self._header[_ABORT])
+        if length == 0:
+            return None
+        return self._header.view(np.uint8)[_ABORT_TEXT : _ABORT_TEXT + length].tobytes().decode(errors="replace")
+
+
+def local_segment(size: HeapSize) -> Segment:
+    """A segment in this process's own memory, for ranks that are threads."""
+    return Segment(bytearray(size.segment_bytes), size)
+
+
+def create_shared(name: str, size: HeapSize) -> Segment:
+    """Create this rank's shared segment; peers map it by name, then the owner calls :func:`unlink_shared`.
+
+    Raises:
+        HeapError: no room in shared memory. The space is reserved now, so that no later store can fail.
+    """
+    path = _path(name)
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, size.segment_bytes)
+            return Segment(mmap.mmap(fd, size.segment_bytes), size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        unlink_shared(name)
+        raise HeapError(
+            f"a symmetric heap of {size.segment_bytes / 2**20:.1f} MiB per rank does not fit in /dev/shm ({error})",
+            "every rank keeps two banks of chunk buffers in shared memory",
+            "enlarge /dev/shm (docker: --shm-size), use fewer tokens per call, or transport='c10d'",
+        ) from error
+
+
+def map_shared(name: str, size: HeapSize) -> Segment:
+    """Map a peer's segment."""
+    fd = os.open(_path(name), os.O_RDWR)
+    try:
+        return Segment(mmap.mmap(fd, size.segment_bytes), size)
+    finally:
+        os.close(fd)
+
+
+def unlink_shared(name: str) -> None:
+    """Remove the name; the memory lives on until the last process unmaps it."""
+    try:
+        os.unlink(_path(name))
+    except FileNotFoundError:
+        pass
+
+
+def _path(name: str) -> str:
+    return f"/dev/shm/{name}"

@@ -1,0 +1,84 @@
+"""What the executor asks of the wires, and the transport that sends each chunk the right way.
+
+Orders that every transport keeps:
+
+* ``wait(slot, epoch)`` returns only when all bytes of that epoch's chunk are visible to the caller.
+* ``put`` returns when the source may be reused (it was copied or handed over).
+* A bank is not overwritten before its reader has called ``finish(epoch)`` for the epoch that used it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from sfcompile.runtime.instructions import Arrival
+
+
+class Transport(Protocol):
+    """One rank's way to the others."""
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """A site begins: chunks of this epoch may arrive into the given slot views from now on."""
+
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int) -> None:
+        """Send ``chunk`` into ``slot`` (at ``offset`` bytes of the bank) of rank ``dst`` and raise its signal."""
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """Block until the chunk of ``epoch`` from rank ``src`` lies in this rank's ``slot``."""
+
+    def finish(self, epoch: int) -> None:
+        """This rank has read everything of ``epoch`` and of all epochs before."""
+
+    def abort(self, text: str) -> None:
+        """Tell everyone reachable that this rank failed."""
+
+    def close(self) -> None:
+        """Release what is held; never blocks on a peer."""
+
+
+class RoutedTransport:
+    """Direct stores to ranks of this machine, messages to the others."""
+
+    def __init__(self, direct: Transport | None, messages: Transport | None, is_direct: Sequence[bool]) -> None:
+        self._direct = direct
+        self._messages = messages
+        self._is_direct = is_direct
+
+    def _to(self, rank: int) -> Transport:
+        chosen = self._direct if self._is_direct[rank] else self._messages
+        assert chosen is not None
+        return chosen
+
+    def _all(self) -> list[Transport]:
+        return [transport for transport in (self._messages, self._direct) if transport is not None]
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """Messages need their receives posted; direct stores need nothing."""
+        for transport in self._all():
+            transport.open(epoch, [pair for pair in arrivals if self._to(pair[0].src) is transport])
+
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int) -> None:
+        """Route by destination."""
+        self._to(dst).put(dst, slot, offset, chunk, epoch)
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """Route by sender."""
+        self._to(src).wait(src, slot, epoch)
+
+    def finish(self, epoch: int) -> None:
+        """Messages first: a slot that is still being sent on must not be declared free to direct writers."""
+        for transport in self._all():
+            transport.finish(epoch)
+
+    def abort(self, text: str) -> None:
+        """Tell everyone."""
+        for transport in self._all():
+            transport.abort(text)
+
+    def close(self) -> None:
+        """Close both."""
+        for transport in self._all():
+            transport.close()

@@ -1,0 +1,93 @@
+"""Chunks as gloo messages, for ranks that share no memory. Receives are posted when the site opens, ahead of any wait.
+
+Two-sided messages match by (sender, tag) in order. The tag is the bank and the slot, so the message of epoch e + 2 can only
+be taken by the receive posted for e + 2, which the receiver posts after it has finished e: that is the credit.
+A chunk sent on from a slot is read by gloo until its message is gone; ``finish`` waits for that before the bank is free.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sfcompile.errors import PeerDiedError, RuntimeTimeoutError
+from sfcompile.runtime.instructions import Arrival
+from sfcompile.runtime.symmetric_heap import NUM_BANKS
+
+
+class C10dTransport:
+    """Messages over a gloo group whose ranks are the global ranks."""
+
+    def __init__(
+        self, rank: int, group: dist.ProcessGroup, timeout_s: float, delay: Callable[[int], None] | None = None
+    ) -> None:
+        self._rank = rank
+        self._group = group
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._delay = delay
+        self._receives: dict[tuple[int, int], Any] = {}
+        self._sends: dict[int, list[tuple[Any, torch.Tensor, int, int]]] = {}
+
+    @staticmethod
+    def _tag(epoch: int, slot: int) -> int:
+        return slot * NUM_BANKS + epoch % NUM_BANKS
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """Post every receive of the site."""
+        for arrival, view in arrivals:
+            if view.numel():
+                work = dist.irecv(_raw(view), arrival.src, group=self._group, tag=self._tag(epoch, arrival.slot))
+                self._receives[epoch, arrival.slot] = work
+
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int) -> None:
+        """Hand the chunk to gloo's own threads."""
+        if self._delay is not None:
+            self._delay(self._rank)
+        if chunk.numel():
+            whole = chunk.contiguous()
+            work = dist.isend(_raw(whole), dst, group=self._group, tag=self._tag(epoch, slot))
+            self._sends.setdefault(epoch, []).append((work, whole, dst, slot))
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """Wait for the posted receive."""
+        if self._delay is not None:
+            self._delay(self._rank)
+        work = self._receives.pop((epoch, slot), None)
+        if work is not None:
+            self._complete(work, src, slot, epoch)
+
+    def finish(self, epoch: int) -> None:
+        """Let the sends of this and earlier epochs go; the receiver has posted its side, so this ends."""
+        for old in [e for e in self._sends if e <= epoch]:
+            for work, _, dst, slot in self._sends.pop(old):
+                self._complete(work, dst, slot, old)
+
+    def _complete(self, work: Any, peer: int, slot: int, epoch: int) -> None:
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            timed_out = "imed out" in str(error) or "imeout" in str(error)
+            kind = RuntimeTimeoutError if timed_out else PeerDiedError
+            raise kind(
+                f"rank {self._rank} lost its message with rank {peer}: {str(error).splitlines()[0]}",
+                "the peer is slower than timeout_s, died, or failed first",
+                "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
+                rank=self._rank, peer=peer, slot=slot, epoch=epoch,
+            ) from error  # fmt: skip
+
+    def abort(self, text: str) -> None:
+        """Peers on other machines notice when this process ends and its connections close."""
+
+    def close(self) -> None:
+        """Forget what is under way."""
+        self._receives.clear()
+        self._sends.clear()
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor: gloo does not know every dtype."""
+    return tensor.view(-1).view(torch.uint8)

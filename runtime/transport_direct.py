@@ -1,0 +1,159 @@
+"""One-sided stores into a peer's mapped heap: ranks of one machine (shared memory), or threads of one process.
+
+Why a reader never sees half a chunk. The sender runs
+    copy bytes into the peer's bank;  store signal[bank][slot] = epoch
+and the reader
+    load signal until it is >= epoch;  read the bytes.
+x86-64 keeps stores in program order and loads in program order (TSO), and the copy and the signal store are separate
+calls into native code, which no compiler reorders. Signals are aligned 8-byte words, written whole.
+
+Why a bank is never overwritten too early. Epoch e + 2 uses the bank of epoch e. Before its first store of e + 2 into rank
+B's bank, a sender loads B's ``done`` word until it is >= e; B stores ``done = e`` after its last read of epoch e. A rank has
+at most two epochs open, so B reaches the end of e without needing anything of e + 2: the wait ends.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError, UnsupportedError
+from sfcompile.runtime.instructions import Arrival
+from sfcompile.runtime.symmetric_heap import NUM_BANKS, Segment
+
+_YIELDS = 64
+_NAP_S = (2e-5, 1e-3)
+_LOOK_AROUND_S = 0.2
+
+
+def require_x86() -> None:
+    """Refuse processors whose memory model the ordering argument above does not cover."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        raise UnsupportedError(
+            f"direct stores between ranks need an x86-64 processor, this one is {platform.machine()}",
+            "their ordering rests on x86's total store order",
+            "use transport='c10d'",
+        )
+
+
+class DirectTransport:
+    """Stores into mapped segments.
+
+    Args:
+        rank: this rank.
+        segments: per rank the mapped segment, or None where memory is not shared.
+        timeout_s: longest wait.
+        pids: per rank the process to watch while waiting, or None (threads).
+        delay: called before every put and wait; tests inject random sleeps.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        segments: Sequence[Segment | None],
+        timeout_s: float,
+        pids: Sequence[int] | None = None,
+        delay: Callable[[int], None] | None = None,
+    ) -> None:
+        self._rank = rank
+        self._segments = segments
+        self._timeout_s = timeout_s
+        self._pids = pids
+        self._delay = delay
+        mine = segments[rank]
+        assert mine is not None
+        self._mine = mine
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """Nothing to prepare: senders store when they like."""
+
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int) -> None:
+        """Copy, then signal; see the head of the file."""
+        if self._delay is not None:
+            self._delay(self._rank)
+        segment = self._segments[dst]
+        assert segment is not None
+        self._poll(lambda: segment.done, epoch - NUM_BANKS, dst, slot, "its bank to be free")
+        bank = epoch % NUM_BANKS
+        segment.chunk(bank, offset, chunk.shape, chunk.dtype).copy_(chunk)
+        segment.signals[bank, slot] = epoch
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """Poll this rank's own signal word."""
+        if self._delay is not None:
+            self._delay(self._rank)
+        signals, bank = self._mine.signals, epoch % NUM_BANKS
+        self._poll(lambda: int(signals[bank, slot]), epoch, src, slot, "a chunk")
+
+    def finish(self, epoch: int) -> None:
+        """Give the bank back to all senders at once."""
+        self._mine.done = epoch
+
+    def abort(self, text: str) -> None:
+        """Write the notice into every segment in reach."""
+        for segment in self._segments:
+            if segment is not None:
+                segment.abort(f"rank {self._rank}: {text}")
+
+    def close(self) -> None:
+        """Mappings go with their last reference."""
+        self._segments = ()
+
+    def _poll(self, read: Callable[[], int], wanted: int, peer: int, slot: int, what: str) -> None:
+        if read() >= wanted:
+            return
+        for _ in range(_YIELDS):  # there may be more ranks than cores: let the peer run
+            os.sched_yield()
+            if read() >= wanted:
+                return
+        start = time.monotonic()
+        look, nap = start + _LOOK_AROUND_S, _NAP_S[0]
+        while read() < wanted:
+            time.sleep(nap)
+            nap = min(nap * 1.5, _NAP_S[1])
+            now = time.monotonic()
+            if now >= look:
+                look = now + _LOOK_AROUND_S
+                self._look_around(peer, slot, wanted)
+                if now - start > self._timeout_s and read() < wanted:
+                    raise RuntimeTimeoutError(
+                        f"rank {self._rank} waited {self._timeout_s:g} s for {what} from rank {peer}",
+                        "the peer is slower than timeout_s, or it runs another program",
+                        "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
+                        rank=self._rank, peer=peer, slot=slot, epoch=wanted, seen_epoch=read(),
+                    )  # fmt: skip
+
+    def _look_around(self, peer: int, slot: int, epoch: int) -> None:
+        notice = self._mine.aborted
+        if notice is not None:
+            raise PeerFailedError(
+                f"rank {self._rank} stopped because another rank failed: {notice}",
+                "the ranks compute one model together",
+                "mend the first failure",
+                rank=self._rank, peer=peer, slot=slot, epoch=epoch,
+            )  # fmt: skip
+        if self._pids is not None and not _alive(self._pids[peer]):
+            raise PeerDiedError(
+                f"rank {peer} (process {self._pids[peer]}) has gone while rank {self._rank} waited for it",
+                "it was killed or crashed: out of memory is the usual reason",
+                "look at its log and at the kernel's (dmesg)",
+                rank=self._rank, peer=peer, slot=slot, epoch=epoch,
+            )  # fmt: skip
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:  # a killed child that its parent has not reaped yet still answers to kill(0)
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return True

@@ -1,0 +1,106 @@
+"""The command line: `sfcompile demo | run`, and the names of the commands that later versions bring."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfcompile import __version__
+from sfcompile.demo import DemoConfig, run_demo
+from sfcompile.errors import StreamFusionError
+from sfcompile.launch import launch
+from sfcompile.options import INNERS
+
+LATER = {
+    "doctor": "check this machine: transports, compilers, GPUs, topology",
+    "explain": "the plan of a model for a topology, in one process without GPUs",
+    "simulate": "predicted step time of a plan on a topology",
+    "export": "write a compiled plan to a file",
+    "kernels": "the generated attention kernels",
+}
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors of ours are printed without a traceback."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command in LATER:
+        print(f"sfcompile: '{args.command}' is not in version {__version__}; it arrives later.", file=sys.stderr)
+        return EXIT_USAGE
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return _demo(args) if args.command == "demo" else _run(args)
+    except StreamFusionError as error:
+        print(f"sfcompile: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="sfcompile", description='Tools around torch.compile(model, backend="streamfusion").'
+    )
+    parser.add_argument("--version", action="version", version=f"sfcompile {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands.add_parser("demo", help="a diffusion transformer on several ranks, checked against one process"))
+    _add_run(commands.add_parser("run", help="start the ranks of a script on this machine"))
+    for name, text in LATER.items():
+        commands.add_parser(name, help=f"(arrives later) {text}", add_help=False)
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    default = DemoConfig()
+    for name, text in (
+        ("ranks", "processes"),
+        ("machines", "machines that the ranks believe they sit on"),
+        ("tokens", "image tokens"),
+        ("text", "text tokens"),
+        ("layers", "blocks with separate weights for text and image"),
+        ("single-layers", "blocks with joint weights"),
+        ("heads", "attention heads"),
+        ("head-dim", "size of a head, a multiple of 8"),
+        ("steps", "timed steps"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=_positive, default=value, help=f"{text} (default {value})")
+    parser.add_argument(
+        "--inner", choices=INNERS, default=default.inner, help=f"what runs the local graph (default {default.inner})"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "sfcompile run --ranks N [--machines M] [--logs DIR] (script.py | -m module) [args ...]"
+    parser.add_argument("--ranks", type=_positive, required=True, help="processes to start")
+    parser.add_argument(
+        "--machines", type=_positive, default=1, help="machines that the ranks believe they sit on (default 1)"
+    )
+    parser.add_argument("--logs", type=Path, help="directory for the output of ranks 1 and up")
+    parser.add_argument("-m", dest="module", action="store_true", help="what follows is a module, not a script")
+    parser.add_argument("argv", nargs=argparse.REMAINDER, help="the script or module and its arguments")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    values = {key: value for key, value in vars(args).items() if key != "command"}
+    return run_demo(DemoConfig(**values))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not args.argv:
+        print("sfcompile run: name a script to run, e.g. sfcompile run --ranks 4 script.py", file=sys.stderr)
+        return EXIT_USAGE
+    argv = ["-m", *args.argv] if args.module else args.argv
+    return launch(argv, args.ranks, args.machines, log_dir=args.logs)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
