@@ -1,7 +1,9 @@
 """Order the communication: every put leaves as soon as its tensor exists, every collect waits for its first reader.
 
-Between them lie the other projections, norms and RoPE, and those run while the chunks travel. The pass then threads
-the ticket anew, so that the order it chose is a data dependence, the same on every rank, which no compiler can undo.
+Between them lie the other projections, norms and RoPE, and those run while the chunks travel. The heap has two banks, so
+of the sites ``s0, s1, ...`` (in graph order) site ``s[i]`` may open only after ``s[i - 2]`` has ended; sites open in order.
+The pass then threads the ticket anew: the order it chose becomes a data dependence, the same on every rank, which no
+compiler can undo.
 """
 
 from __future__ import annotations
@@ -13,13 +15,10 @@ from torch import fx
 
 from sfcompile.passes.local_graph import COMMUNICATION
 from sfcompile.passes.op_view import is_getitem
+from sfcompile.runtime.symmetric_heap import NUM_BANKS
 
-_EARLY = ("put_q", "put_k", "put_v", "gather_start")
-_LATE = ("collect", "gather_finish")
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target).split(".")[1] if node.target in COMMUNICATION else ""
+_STARTS = ("put_q", "put_k", "put_v", "gather_start")
+_ENDS = ("collect", "gather_finish")
 
 
 def schedule_puts(graph: fx.Graph) -> int:
@@ -27,72 +26,86 @@ def schedule_puts(graph: fx.Graph) -> int:
     nodes = [node for node in graph.nodes if node.target in COMMUNICATION]
     if not nodes:
         return 0
-    tickets = {node: _ticket_of(node) for node in nodes}
-    start = next(node.args[position] for node, position in tickets.items() if _is_start(node.args[position]))
-    assert isinstance(start, fx.Node)
-    _unthread(nodes, tickets, start)
-    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
-    if start is not first:
-        first.prepend(start)
-    for node in nodes:
-        if _name(node) in _EARLY:
-            tensor = node.args[0]
-            assert isinstance(tensor, fx.Node)
-            _after(graph, tensor).append(node)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in nodes:
-        if _name(node) in _LATE:
-            picks = [user for user in node.users if is_getitem(user)]
-            readers = [reader for pick in picks for reader in pick.users]
-            if readers:
-                target = min(readers, key=order.__getitem__)
-                target.prepend(node)
-                for pick in picks:
-                    target.prepend(pick)
-    _thread(graph, tickets, start)
+    start = _untie(graph, nodes)
+    sites = _by_site(nodes)
+    for i, site in enumerate(sites):
+        _sink(site[-1], sites[i + NUM_BANKS][0] if i + NUM_BANKS < len(sites) else None)
+    opened: fx.Node = start
+    for i, site in enumerate(sites):
+        free = _last_pick(sites[i - NUM_BANKS][-1]) if i >= NUM_BANKS else start
+        moved = [_hoist(graph, node, max(free, opened)) for node in site if _kind(node) in _STARTS]
+        opened = min(moved)
+    _tie(graph, nodes, start)
     return len(nodes)
 
 
-def _ticket_of(node: fx.Node) -> int:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return names.index("ticket")
+def _kind(node: fx.Node) -> str:
+    return str(node.target).split(".")[1]
 
 
-def _is_start(ticket: object) -> bool:
-    return isinstance(ticket, fx.Node) and ticket.target is torch.ops.aten.zeros.default
+def _argument(node: fx.Node, name: str) -> int:
+    return [argument.name for argument in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
 
 
-def _after(graph: fx.Graph, tensor: fx.Node) -> fx.Node:
-    """The last node that must stay before a put of ``tensor``."""
-    if tensor.op not in ("placeholder", "get_attr"):
-        return tensor
-    last = tensor
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr") or _is_start(node):
-            last = node
-    return last
-
-
-def _unthread(nodes: list[fx.Node], tickets: dict[fx.Node, int], start: fx.Node) -> None:
+def _by_site(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Nodes of each site, sites and nodes in graph order."""
+    sites: dict[object, list[fx.Node]] = {}
     for node in nodes:
-        node.update_arg(tickets[node], start)
+        sites.setdefault(node.args[_argument(node, "site")], []).append(node)
+    return list(sites.values())
+
+
+def _untie(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+    """Drop the chain of tickets; returns the first ticket, moved to the head of the graph."""
+    start = nodes[0].args[_argument(nodes[0], "ticket")]
+    assert isinstance(start, fx.Node) and start.target is torch.ops.aten.zeros.default
+    for node in nodes:
+        node.update_arg(_argument(node, "ticket"), start)
     for node in nodes:
         for user in list(node.users):
-            if is_getitem(user) and user.args[1] == 1 and not user.users:
-                user.graph.erase_node(user)
+            if is_getitem(user) and user.args[1] == 1:
+                graph.erase_node(user)
+    head = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    if head is not start:
+        head.prepend(start)
+    return start
 
 
-def _thread(graph: fx.Graph, tickets: dict[fx.Node, int], start: fx.Node) -> None:
+def _last_pick(end: fx.Node) -> fx.Node:
+    """The last of the nodes that take an end node's outputs (they move with it)."""
+    return max([end, *(user for user in end.users if is_getitem(user))])
+
+
+def _sink(end: fx.Node, limit: fx.Node | None) -> None:
+    """Move an end node down to its first reader, but not past ``limit``, which needs its bank."""
+    picks = [user for user in end.users if is_getitem(user)]
+    stops = [reader for pick in picks for reader in pick.users]
+    if limit is not None:
+        stops.append(limit)
+    if stops:
+        target = min(stops)
+        for node in (end, *picks):
+            target.prepend(node)
+
+
+def _hoist(graph: fx.Graph, put: fx.Node, after: fx.Node) -> fx.Node:
+    """Move a put up to its tensor, but not above ``after``."""
+    tensor = put.args[0]
+    assert isinstance(tensor, fx.Node)
+    anchor = after if tensor.op in ("placeholder", "get_attr") else max(tensor, after)
+    anchor.append(put)
+    return put
+
+
+def _tie(graph: fx.Graph, nodes: list[fx.Node], start: fx.Node) -> None:
+    """Thread the ticket through the communication in graph order."""
     current = start
-    for node in list(graph.nodes):
-        if node not in tickets:
-            continue
-        node.update_arg(tickets[node], current)
-        if _name(node) in _LATE:
+    for node in sorted(nodes):
+        node.update_arg(_argument(node, "ticket"), current)
+        current = node
+        if _kind(node) in _ENDS:
             with graph.inserting_after(node):
                 current = graph.call_function(operator.getitem, (node, 1))
             current.meta["val"] = node.meta["val"][1]
-        else:
-            current = node
     if is_getitem(current) and not current.users:
         graph.erase_node(current)

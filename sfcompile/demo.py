@@ -21,6 +21,8 @@ from sfcompile.launch import launch, num_cores
 
 # The numerics contract in fp32: largest difference over the largest magnitude of the one-process output.
 TOLERANCE = 1e-5
+# Slowest over fastest step of a run, above which the machine was too busy to compare anything.
+NOISE = 1.5
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,15 @@ def summary(reference: Result, ranks: list[Result], cores: int) -> str:
     else:
         lines.append("               Both runs use the same cores, so the ratio shows no speed-up from more hardware,")
         lines.append("               only what compilation saves and what sharding costs.")
+    if any(max(times) > NOISE * min(times) for times in (reference.step_s, steps)):
+        lines.append(
+            "  warning      steps of one run differ a lot: something else used the cores; do not trust the ratio"
+        )
     return "\n".join(lines)
+
+
+def _spread(times: list[float]) -> str:
+    return f"(median of {len(times)}, {min(times):.3f} to {max(times):.3f})"
 
 
 def write_result(folder: Path, name: str, result: Result) -> None:

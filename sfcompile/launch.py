@@ -64,20 +64,24 @@ def launch(
     logs = Path(tempfile.mkdtemp(prefix="sfcompile-")) if log_dir is None else log_dir
     logs.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    with _ended_by_signals() as processes:
-        for rank in range(ranks):
-            rank_env = _rank_env(rank, ranks, machines, port) | dict(env or {})
-            processes.append(_start(argv, rank, rank_env, _log_of(logs, rank)))
-        code, rank = _wait(processes, timeout_s)
-    if code and rank:
-        _show_tail(rank, code, _log_of(logs, rank))
-    elif code:
-        print(f"sfcompile: rank {rank} ended with exit code {code}", file=sys.stderr)
-    if log_dir is None and code == 0:
-        shutil.rmtree(logs, ignore_errors=True)
-    elif code and ranks > 1:
-        print(f"sfcompile: logs of ranks 1..{ranks - 1} are in {logs}", file=sys.stderr)
-    return code
+    keep = log_dir is not None
+    try:
+        with _ended_by_signals() as processes:
+            for rank in range(ranks):
+                rank_env = _rank_env(rank, ranks, machines, port) | dict(env or {})
+                processes.append(_start(argv, rank, rank_env, _log_of(logs, rank)))
+            code, rank = _wait(processes, timeout_s)
+        if code and rank:
+            _show_tail(rank, code, _log_of(logs, rank))
+        elif code:
+            print(f"sfcompile: rank 0 ended with exit code {code}", file=sys.stderr)
+        if code and ranks > 1:
+            print(f"sfcompile: logs of ranks 1..{ranks - 1} are in {logs}", file=sys.stderr)
+            keep = True
+        return code
+    finally:
+        if not keep:
+            shutil.rmtree(logs, ignore_errors=True)
 
 
 def num_cores() -> int:

@@ -22,8 +22,8 @@ JOINERS = ("pipeline", "report_graph")
 MAX_LINES = 500
 # The file that wraps what we need of torch's private modules.
 PRIVATE_TORCH = "sfcompile/capture.py"
-# The demo runs one particular model of a library, so it has to name it.
-NAMES_A_MODEL = ("sfcompile/demo.py",)
+# The worker of the demo runs one particular model of a library, so it has to name it.
+NAMES_A_MODEL = ("sfcompile/demo_worker.py",)
 MODEL_NAME = re.compile(
     r"(?<![A-Za-z])((?i:flux|pixart|cogvideo|wan2|wan_|hunyuan|qwen|sd3|lumina|mochi|ltx|sana|hidream|latte|cosmos)"
     r"(?![a-z])|Wan[A-Z])"
