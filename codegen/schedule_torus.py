@@ -91,9 +91,7 @@ class _Torus:
         u, r = self.mesh.place(rank)
         others = [u + step for step in range(1, self.mesh.ulysses)]
         phases = {
-            "put_q": tuple(
-                Put("q", self.heads(a), self.mesh.rank_at(a, r), self.q_slot(u)) for a in others
-            ),
+            "put_q": tuple(Put("q", self.heads(a), self.mesh.rank_at(a, r), self.q_slot(u)) for a in others),
             "put_k": self._put_kv(rank, "k", self.k_slot(rank)),
             "put_v": self._put_kv(rank, "v", self.v_slot(rank)),
             "attend": tuple(self._attend(rank)),
@@ -104,7 +102,9 @@ class _Torus:
 
     def _put_kv(self, rank: int, tensor: str, slot: int) -> tuple[Put, ...]:
         u, r = self.mesh.place(rank)
-        puts = [Put(tensor, self.kv_heads(u + s), self.mesh.rank_at(u + s, r), slot) for s in range(1, self.mesh.ulysses)]
+        puts = [
+            Put(tensor, self.kv_heads(u + s), self.mesh.rank_at(u + s, r), slot) for s in range(1, self.mesh.ulysses)
+        ]
         if self.mesh.ring > 1:  # the first hop of this rank's own chunk
             puts.insert(0, Put(tensor, self.kv_heads(u), self.mesh.rank_at(u, r + 1), slot))
         return tuple(puts)

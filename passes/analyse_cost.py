@@ -61,9 +61,14 @@ def _contraction_flops(op: OpView) -> float:
     return 2.0 * out * math.prod(sizes[letter] for letter in contracted) if contracted else 0.0
 
 
+def is_view(op: OpView) -> bool:
+    """Whether the op moves no data."""
+    return op.name in _VIEWS
+
+
 def seconds(op: OpView, topology: Topology) -> float:
     """Time of the whole op on one rank: the larger of arithmetic and memory traffic; views are free."""
-    if op.name in _VIEWS:
+    if is_view(op):
         return 0.0
     moved = nbytes(op.node) + sum(nbytes(operand.node) for operand in op.operands)
     return max(flops(op) / topology.flops_per_s, moved / topology.memory_bytes_per_s)

@@ -15,6 +15,7 @@ class Left:
     reason: str
     flops: float
     nbytes: int
+    is_view: bool = False
 
 
 @dataclass
@@ -58,8 +59,8 @@ class GraphReport:
 
     @property
     def left_behind(self) -> list[Left]:
-        """What ``strict`` objects to: token ops with matmul, convolution or attention work that were not sharded."""
-        return [row for row in self.replicated if row.flops]
+        """What ``strict`` objects to: token ops that do work (more than a view) and were not sharded."""
+        return [row for row in self.replicated if not row.is_view]
 
     def __str__(self) -> str:
         rows = [

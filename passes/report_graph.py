@@ -8,7 +8,7 @@ from torch import fx
 
 from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import source_line
-from sfcompile.passes.analyse_cost import flops, nbytes
+from sfcompile.passes.analyse_cost import flops, is_view, nbytes
 from sfcompile.passes.layout import Layout, Ownership
 from sfcompile.passes.op_view import is_tensor
 from sfcompile.passes.report import GraphReport, Left
@@ -55,7 +55,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
         for value in placement.gathers
     ]
     left = [
-        _left(node, reason, flops(state.tokens.views[node]))
+        _left(node, reason, flops(state.tokens.views[node]), is_view(state.tokens.views[node]))
         for node, reason in placement.reasons.items()
         if node in state.tokens.views
     ]
@@ -78,10 +78,10 @@ def _reader(value: fx.Node, reasons: dict[fx.Node, str]) -> str:
     return "read whole by " + ", ".join(user.name for user in list(value.users)[:3])
 
 
-def _left(node: fx.Node, reason: str, cost: float) -> Left:
+def _left(node: fx.Node, reason: str, cost: float, is_view: bool = False) -> Left:
     size = nbytes(node) if is_tensor(node) else 0
     source = source_line(node.stack_trace) or ""
-    return Left(node.name, str(node.target).removeprefix("aten."), _short(source), reason, cost, size)
+    return Left(node.name, str(node.target).removeprefix("aten."), _short(source), reason, cost, size, is_view)
 
 
 def _short(source: str) -> str:

@@ -21,8 +21,19 @@ from sfcompile.launch import launch, num_cores
 
 # The numerics contract in fp32: largest difference over the largest magnitude of the one-process output.
 TOLERANCE = 1e-5
-# Slowest over fastest step of a run, above which the machine was too busy to compare anything.
+# Signs that something else used the cores: slowest over fastest step, and the part of its threads' time that one
+# process got. The latter says nothing about steps too short to keep the threads busy.
 NOISE = 1.5
+MIN_CPU_SHARE = 0.75
+MIN_STEP_S = 0.5
+SHARED_CORES = (
+    "Ranks share cores here, so no speed-up from parallelism can show; the ratio is",
+    "the sum of what compilation saves and what sharding and sharing cost.",
+)
+SAME_CORES = (
+    "Both runs use the same cores, so the ratio shows no speed-up from more hardware,",
+    "only what compilation saves and what sharding costs.",
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class DemoConfig:
     ranks: int = 4
     machines: int = 1
     tokens: int = 4096
-    text: int = 256
+    text: int = 512
     layers: int = 2
     single_layers: int = 4
     heads: int = 8
@@ -58,6 +69,7 @@ class Result:
         threads: compute threads of the process.
         first_s: seconds of the first call, compilation included.
         step_s: seconds of each timed step.
+        cpu_s: processor seconds of all threads over the timed steps.
         difference: largest absolute difference from the reference over all steps; 0 for the reference.
         scale: largest magnitude of the reference's output.
     """
@@ -65,6 +77,7 @@ class Result:
     threads: int
     first_s: float
     step_s: list[float]
+    cpu_s: float
     difference: float
     scale: float
 
@@ -100,7 +113,7 @@ def _run_in(folder: Path, config: DemoConfig) -> int:
     if code:
         return code
     threads = max(1, cores // config.ranks)
-    print(f'[2/2] {config.ranks} ranks, torch.compile(model, backend="streamfusion"), {threads} threads each')
+    print(f'[2/2] {_ranks(config.ranks)}, torch.compile(model, backend="streamfusion"), {threads} threads each')
     # Set here, not left to launch(): a value in the user's shell would make the two timings use different cores.
     code = launch([*worker, "rank", str(folder)], config.ranks, config.machines, env={"OMP_NUM_THREADS": str(threads)})
     if code:
@@ -129,25 +142,23 @@ def summary(reference: Result, ranks: list[Result], cores: int) -> str:
         "Result",
         f"  difference   {worst.difference:.2e} absolute, {worst.difference / worst.scale:.2e} of the output's scale "
         f"({worst.scale:.3g}); allowed {TOLERANCE:.0e}: {verdict}",
-        f"  one process  {one:8.3f} s per step (median of {len(reference.step_s)}), eager, {reference.threads} threads",
-        f"  {len(ranks):2d} ranks     {many:8.3f} s per step (median of {len(steps)}), compiled, "
+        f"  one process  {one:8.3f} s per step {_spread(reference.step_s)}, eager, {reference.threads} threads",
+        f"  {_ranks(len(ranks)):<11}  {many:8.3f} s per step {_spread(steps)}, sharded, "
         f"{len(ranks)} x {ranks[0].threads} threads; first call {max(r.first_s for r in ranks):.1f} s with compilation",
         f"  ratio        {one / many:8.2f} x",
         f"  cores        {cores} on this machine, {used} threads over all ranks.",
     ]
-    if used > cores or len(ranks) > cores:
-        lines.append(
-            "               Ranks share cores here, so no speed-up from parallelism can show; the ratio is the"
-        )
-        lines.append("               sum of what compilation saves and what sharding and sharing cost.")
-    else:
-        lines.append("               Both runs use the same cores, so the ratio shows no speed-up from more hardware,")
-        lines.append("               only what compilation saves and what sharding costs.")
-    if any(max(times) > NOISE * min(times) for times in (reference.step_s, steps)):
-        lines.append(
-            "  warning      steps of one run differ a lot: something else used the cores; do not trust the ratio"
-        )
+    lines += [f"{'':15}{line}" for line in (SHARED_CORES if used > cores else SAME_CORES)]
+    share = reference.cpu_s / (reference.threads * sum(reference.step_s))
+    starved = one >= MIN_STEP_S and share < MIN_CPU_SHARE
+    if starved or any(max(times) > NOISE * min(times) for times in (reference.step_s, steps)):
+        lines.append(f"  warning      something else used the cores (one process got {share:.0%} of its threads' time,")
+        lines.append(f"{'':15}or its steps differ a lot): do not trust latencies and ratio, run again")
     return "\n".join(lines)
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _spread(times: list[float]) -> str:

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,26 @@ def build_inputs(config: DemoConfig) -> dict[str, torch.Tensor]:
     }
 
 
-def denoise(
-    model: Callable[..., Any], config: DemoConfig, progress: Progress
-) -> tuple[list[torch.Tensor], float, list[float]]:
-    """Euler steps from noise.
+@dataclass(frozen=True)
+class Run:
+    """The model's output at every step, and the times that `Result` describes."""
 
-    Returns:
-        The model's output at every step, the seconds of an untimed first call, and the seconds of each step.
-    """
+    outputs: list[torch.Tensor]
+    first_s: float
+    step_s: list[float]
+    cpu_s: float
+
+    def result(self, expected: list[torch.Tensor]) -> Result:
+        """The times, and the distance from the outputs that were expected."""
+        differences = [(got - want).abs().max() for got, want in zip(self.outputs, expected, strict=True)]
+        # torch's max keeps a NaN, Python's does not.
+        difference = float(torch.stack(differences).max())
+        scale = max(float(want.abs().max()) for want in expected)
+        return Result(torch.get_num_threads(), self.first_s, self.step_s, self.cpu_s, difference, scale)
+
+
+def denoise(model: Callable[..., Any], config: DemoConfig, progress: Progress) -> Run:
+    """Euler steps from noise, after one call that is not a step and takes the compilation."""
     inputs = build_inputs(config)
     latents = inputs.pop("hidden_states")
 
@@ -86,41 +99,35 @@ def denoise(
     start = time.perf_counter()
     predict(latents, 1.0)
     first_s = time.perf_counter() - start
-    outputs, step_s = [], []
     progress.update(0, f"first call {first_s:.1f} s")
+    outputs, step_s = [], []
+    cpu_start = time.process_time()
     for step in range(config.steps):
         start = time.perf_counter()
         outputs.append(predict(latents, 1.0 - step / config.steps))
         step_s.append(time.perf_counter() - start)
         latents = latents - outputs[-1] / config.steps
         progress.update(step + 1, f"{step_s[-1]:.3f} s/step")
-    return outputs, first_s, step_s
+    return Run(outputs, first_s, step_s, time.process_time() - cpu_start)
 
 
 def run_reference(folder: Path, config: DemoConfig) -> None:
     """The model in this one process, eagerly; leaves its outputs and its times."""
     model = build_model(config)
     print(_description(model, config), flush=True)
-    outputs, first_s, step_s = denoise(model, config, Progress("one process", config.steps, shown=True))
-    scale = max(float(output.abs().max()) for output in outputs)
-    torch.save(outputs, folder / REFERENCE)
-    write_result(folder, "reference", Result(torch.get_num_threads(), first_s, step_s, 0.0, scale))
+    run = denoise(model, config, Progress("one process", config.steps, shown=True))
+    torch.save(run.outputs, folder / REFERENCE)
+    write_result(folder, "reference", run.result(run.outputs))
 
 
 def run_rank(folder: Path, config: DemoConfig) -> None:
     """The model on this rank; leaves its times and its distance from the reference, rank 0 prints the plan."""
     rank = int(os.environ["RANK"])
     model = torch.compile(build_model(config), backend="streamfusion", options={"inner": config.inner})
-    progress = Progress(f"{config.ranks:4d} ranks ", config.steps, shown=rank == 0)
     if rank == 0:
         print("  compiling ...", flush=True)
-    outputs, first_s, step_s = denoise(model, config, progress)
-    expected: list[torch.Tensor] = torch.load(folder / REFERENCE)
-    differences = [(got - want).abs().max() for got, want in zip(outputs, expected, strict=True)]
-    # torch's max keeps a NaN, Python's does not.
-    difference = float(torch.stack(differences).max())
-    scale = max(float(want.abs().max()) for want in expected)
-    write_result(folder, f"rank{rank}", Result(torch.get_num_threads(), first_s, step_s, difference, scale))
+    run = denoise(model, config, Progress(f"{config.ranks} ranks    ", config.steps, shown=rank == 0))
+    write_result(folder, f"rank{rank}", run.result(torch.load(folder / REFERENCE)))
     if rank == 0:
         print(_plans())
 
@@ -137,6 +144,8 @@ def _description(model: torch.nn.Module, config: DemoConfig) -> str:
 def _plans() -> str:
     # Loaded by torch through its entry point, not by us: that the demo works without importing it is the point.
     reports = importlib.import_module("sfcompile.backend").reports()
+    if not reports:
+        return "\nNo plan: with one rank there is nothing to shard, the model runs as under Inductor"
     return "\n".join(
         f"\nPlan of graph {number} of {len(reports)}\n{report}" for number, report in enumerate(reports, 1)
     )

@@ -134,6 +134,10 @@ class InternalError(StreamFusionError):
     """A mistake of ours, caught before it could give a wrong answer."""
 
 
+class ScheduleError(InternalError):
+    """A schedule breaks a rule that makes it safe to run; found by the checker."""
+
+
 class LaunchError(StreamFusionError):
     """Local ranks could not be started."""
 

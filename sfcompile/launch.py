@@ -23,6 +23,7 @@ from sfcompile.errors import LaunchError
 
 POLL_S = 0.05
 KILL_AFTER_S = 5.0
+GRACE_S = 5.0
 TAIL_LINES = 30
 EXIT_TIMEOUT = 124
 
@@ -71,6 +72,8 @@ def launch(
                 rank_env = _rank_env(rank, ranks, machines, port) | dict(env or {})
                 processes.append(_start(argv, rank, rank_env, _log_of(logs, rank)))
             code, rank = _wait(processes, timeout_s)
+            if code and code != EXIT_TIMEOUT:
+                _let_fail(processes)
         if code and rank:
             _show_tail(rank, code, _log_of(logs, rank))
         elif code:
@@ -134,6 +137,13 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float | None)
         if deadline is not None and time.monotonic() > deadline:
             print(f"sfcompile: still running after {timeout_s:g} s, ending all ranks", file=sys.stderr)
             return EXIT_TIMEOUT, codes.index(None)
+        time.sleep(POLL_S)
+
+
+def _let_fail(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """One rank has failed; the others are being told and get a moment to say so in their own logs."""
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(POLL_S)
 
 

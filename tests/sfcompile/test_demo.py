@@ -10,7 +10,7 @@ import pytest
 
 from sfcompile.demo import DemoConfig, Progress, Result, agrees, run_demo, summary
 
-GOOD = Result(threads=1, first_s=9.0, step_s=[2.0, 4.0, 3.0], difference=1e-6, scale=2.0)
+GOOD = Result(threads=1, first_s=9.0, step_s=[2.0, 4.0, 3.0], cpu_s=9.0, difference=1e-6, scale=2.0)
 TINY = DemoConfig(ranks=2, tokens=256, text=24, layers=2, single_layers=2, heads=4, head_dim=16, steps=2, inner="eager")
 
 
@@ -34,10 +34,15 @@ def test_a_step_takes_as_long_as_its_slowest_rank() -> None:
 
 
 def test_a_busy_machine_is_not_trusted() -> None:
-    even, uneven = replace(GOOD, step_s=[3.0, 3.1]), replace(GOOD, step_s=[3.0, 9.0])
+    even = replace(GOOD, step_s=[3.0, 3.1], cpu_s=6.0)
+    uneven = replace(GOOD, step_s=[3.0, 9.0], cpu_s=12.0)
+    starved = replace(even, cpu_s=3.0)
+    short = replace(GOOD, step_s=[0.1, 0.1], cpu_s=0.1)
     assert "do not trust" not in summary(even, [even], cores=2)
     assert "do not trust" in summary(uneven, [even], cores=2)
     assert "do not trust" in summary(even, [uneven], cores=2)
+    assert "got 49% of its threads' time" in summary(starved, [even], cores=2)
+    assert "do not trust" not in summary(short, [short], cores=2)
 
 
 @pytest.mark.parametrize(("cores", "words"), [(1, "Ranks share cores"), (8, "no speed-up from more hardware")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from sfcompile.demo import DemoConfig, Progress, read_result
-from sfcompile.demo_worker import REFERENCE, build_inputs, build_model, denoise, run_reference
+from sfcompile.demo_worker import REFERENCE, Run, build_inputs, build_model, denoise, run_reference
 
 TINY = DemoConfig(tokens=12, text=4, layers=1, single_layers=1, heads=2, head_dim=16, steps=3)
 
@@ -44,12 +45,20 @@ def test_the_loop_integrates_from_noise_to_image() -> None:
         seen.append((hidden_states, float(timestep)))
         return (torch.ones_like(hidden_states),)
 
-    outputs, _, step_s = denoise(model, TINY, Progress("", TINY.steps, shown=False))
-    assert len(outputs) == len(step_s) == TINY.steps
+    run = denoise(model, TINY, Progress("", TINY.steps, shown=False))
+    assert len(run.outputs) == len(run.step_s) == TINY.steps
     # The first call is the untimed one; both it and the first step start from the noise.
     assert [round(sigma, 3) for _, sigma in seen] == [1.0, 1.0, 0.667, 0.333]
     assert torch.equal(seen[0][0], seen[1][0])
     torch.testing.assert_close(seen[3][0], seen[1][0] - 2 / 3)
+
+
+def test_a_nan_in_any_step_is_kept() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    for outputs in ([good, bad], [bad, good]):
+        assert math.isnan(Run(outputs, 0.0, [0.0, 0.0], 0.0).result([good, good]).difference)
+    result = Run([good, good * 3], 0.0, [0.0, 0.0], 0.0).result([good, good * 2])
+    assert (result.difference, result.scale) == (1.0, 2.0)
 
 
 def test_the_reference_leaves_outputs_and_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,218 @@
+"""One rank of an end-to-end test: ``worker.py CASE [ARGUMENT...]``. Exits 0 if the case holds on this rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+RANK = int(os.environ["RANK"])
+RANKS = int(os.environ["WORLD_SIZE"])
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    """The model behind the backend, by its registered name."""
+    return torch.compile(model, backend="streamfusion", options={"inner": "eager", "timeout_s": 30.0, **options})
+
+
+class Plain(nn.Module):
+    """Two self-attention blocks over [B, S, C] tokens."""
+
+    def __init__(self, attention: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.ModuleList([nn.Linear(32, 96) for _ in range(2)])
+        self.out = nn.ModuleList([nn.Linear(32, 32) for _ in range(2)])
+        self.attention = attention
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for qkv, out in zip(self.qkv, self.out, strict=True):
+            q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in qkv(x).chunk(3, dim=-1))
+            if self.attention:
+                v = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + out(v.transpose(1, 2).flatten(2))
+        return x
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """The fp32 contract."""
+    error = float((got - want).abs().max() / want.abs().max())
+    assert error <= 1e-5, f"rank {RANK}: error {error:.2e} of the output's scale"
+
+
+def tokens(count: int = 50) -> torch.Tensor:
+    return torch.randn(2, count, 32, generator=torch.Generator().manual_seed(1))
+
+
+def case_models(*names: str) -> None:
+    """Each model in turn, in one set of processes."""
+    for name in names:
+        check_model(name)
+
+
+def check_model(name: str) -> None:
+    """A diffusers model equals one-process eager, twice the same bits; its FLOPs are divided."""
+    from diffusers_models import build
+
+    from sfcompile.backend import last_report
+
+    torch._dynamo.reset()
+    model, inputs = build(name)
+    total, want = profiled_flops(lambda: model(**inputs)[0])
+    run = compiled(model, placement="shard")
+    first = run(**inputs)[0]
+    mine, second = profiled_flops(lambda: run(**inputs)[0])
+    close(first, want)
+    assert torch.equal(first, second), "not repeatable"
+    plan = last_report()
+    assert plan is not None and plan.torus_sites > 0, str(plan)
+    share = mine * RANKS / total
+    print(f"{name}: rank {RANK} of {RANKS}: share {share:.3f} of total/{RANKS}, plan says {plan.share:.3f}")
+    if RANKS == 4:
+        assert share <= 1.10, f"rank {RANK} computes {share:.3f} x total/{RANKS}\n{plan}"
+
+
+def profiled_flops(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """Matmul and attention FLOPs that the profiler saw, by the shapes of the kernels that really ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
+        out = run()
+    flops = 0.0
+    for event in prof.events():
+        shapes = event.input_shapes
+        if event.name == "aten::mm":
+            flops += 2.0 * shapes[0][0] * shapes[0][1] * shapes[1][1]
+        elif event.name == "aten::addmm":
+            flops += 2.0 * shapes[1][0] * shapes[1][1] * shapes[2][1]
+        elif event.name == "aten::bmm":
+            flops += 2.0 * shapes[0][0] * shapes[0][1] * shapes[0][2] * shapes[1][2]
+        elif event.name == "aten::_scaled_dot_product_flash_attention_for_cpu":
+            (batch, heads, rows, dim), columns = shapes[0], shapes[1][2]
+            flops += 4.0 * batch * heads * rows * columns * dim
+    return flops, out
+
+
+def case_inductor() -> None:
+    """The default inner compiler."""
+    model, x = Plain(), tokens()
+    close(torch.compile(model, backend="streamfusion", options={"placement": "shard"})(x), model(x))
+
+
+def case_meshes() -> None:
+    """Every mesh of these ranks (heads that do not divide too), uneven tokens, many steps, two programs in turn."""
+    model = Plain()
+    runs = []
+    for ulysses in range(1, RANKS + 1):
+        if RANKS % ulysses == 0:
+            torch._dynamo.reset()
+            runs.append(compiled(model, placement="shard", mesh={"ulysses": ulysses, "ring": RANKS // ulysses}))
+            close(runs[-1](tokens(37)), model(tokens(37)))
+    for step in range(5):
+        x = tokens(37) + step
+        for run in runs:
+            close(run(x), model(x))
+
+
+def case_transport(name: str) -> None:
+    """A transport asked for by name."""
+    model, x = Plain(), tokens()
+    close(compiled(model, placement="shard", transport=name)(x), model(x))
+
+
+def case_heap() -> None:
+    """The heap does not grow with steps or layers, and nothing is left in shared memory while we run."""
+    from sfcompile.runtime.session import current_session
+
+    model, x = Plain(), tokens()
+    run = compiled(model, placement="shard")
+    run(x)
+    before = current_session().heap_bytes
+    for _ in range(50):
+        run(x)
+    assert current_session().heap_bytes == before > 0
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("sfcompile-")]
+
+
+def case_shapes() -> None:
+    """Another length compiles anew, on every rank; an old length still works."""
+    model = Plain()
+    run = compiled(model, placement="shard")
+    for count in (50, 31, 50, 64):
+        close(run(tokens(count)), model(tokens(count)))
+
+
+def case_dynamic() -> None:
+    """dynamic=True is accepted and exact."""
+    model = Plain()
+    run = torch.compile(
+        model, backend="streamfusion", dynamic=True, options={"inner": "eager", "placement": "shard"}
+    )
+    for count in (50, 31):
+        close(run(tokens(count)), model(tokens(count)))
+
+
+def case_no_attention() -> None:
+    """Compiles anyway, with a warning that nothing was sharded."""
+    from sfcompile.backend import reports
+
+    model, x = Plain(attention=False), tokens()
+    close(compiled(model)(x), model(x))
+    assert any("nothing was sharded" in warning for warning in reports()[0].warnings)
+
+
+def case_unknown_option() -> None:
+    compiled(Plain(), meshh={"ulysses": 2})(tokens())
+
+
+def case_bad_mesh() -> None:
+    compiled(Plain(), mesh={"ulysses": 3, "ring": 5})(tokens())
+
+
+def case_training() -> None:
+    with torch.enable_grad():
+        compiled(Plain())(tokens())
+
+
+def case_other_shapes() -> None:
+    compiled(Plain())(tokens(50 if RANK == 0 else 48))
+
+
+def case_other_shapes_later() -> None:
+    """Rank 1 goes on with another length while the others run the old program."""
+    run = compiled(Plain(), placement="shard", timeout_s=4.0)
+    run(tokens(50))
+    run(tokens(50 if RANK != 1 else 48))
+
+
+def case_strict() -> None:
+    class Mixing(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            return torch.linalg.solve(x[0].T @ x[0] + 40 * torch.eye(32), x.transpose(1, 2)).sort(dim=-1).values @ x
+
+    compiled(Mixing(), placement="shard", strict=True)(tokens())
+
+
+def case_killed() -> None:
+    """Rank 1 dies between two steps."""
+    run = compiled(Plain(), placement="shard")
+    run(tokens())
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    run(tokens())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        globals()[f"case_{sys.argv[1]}"](*sys.argv[2:])
+    print(f"rank {RANK} passed")
