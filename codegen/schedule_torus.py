@@ -1,6 +1,6 @@
-"""Torus Attention: the all-to-all of Ulysses staged and hidden under attention, a ring inside (StreamFusion, section 4).
+"""Torus Attention (StreamFusion, section 4): Ulysses staged and hidden under attention, a ring inside.
 
-Rank ``(u, r)`` computes head slice u for the tokens of its Ulysses group, the ranks ``(*, r)``. Chunks travel as puts:
+Rank ``(u, r)`` computes head slice u for the tokens of its Ulysses group, the ranks ``(*, r)``. Chunks travel by puts:
 
     Q of rank (a, r), slice u    -> rank (u, r)                               Ulysses
     K, V of rank (a, b), slice u -> rank (u, b), then along the ring (u, b+1), (u, b+2), ...
@@ -14,9 +14,9 @@ Order on rank (u, r), groups visited as u, u+1, ... (mod U) so that every pair o
     4. push O:     in the last KV group the remote outputs are finished first and sent home one by one while the next is
                    computed; the stationary output is finished last and never moves
 
-A ring chunk is forwarded before it is attended, so the next rank's wait runs under this rank's compute. Every (Q, KV) pair
-is attended exactly once, in one fixed order: results are the same bits in every run. Each chunk has a slot of its own, so
-no slot is written twice in an epoch.
+A ring chunk is forwarded before it is attended, so the next rank's wait runs under this rank's compute. Every (Q, KV)
+pair is attended exactly once, in one fixed order: results are the same bits in every run. Each chunk has a slot of its
+own, so no slot is written twice in an epoch.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def count(positions: Positions) -> int:
 class AttentionSite:
     """Softmax attention of q [B, H, Lq, D] with k [B, Hkv, Lk, D] and v [B, Hkv, Lk, E], all sharded over tokens.
 
-    ``q_positions[r]`` and ``kv_positions[r]`` are rank r's tokens (uneven, several runs, possibly none). ``mask`` is "full"
-    if a whole mask broadcastable to [B, H, Lq, Lk] is given at attend time.
+    ``q_positions[r]`` and ``kv_positions[r]`` are rank r's tokens (uneven, several runs, possibly none). ``mask`` is
+    "full" if a whole mask broadcastable to [B, H, Lq, Lk] is given at attend time.
     """
 
     name: str
@@ -44,7 +44,7 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class GatherSite:
-    """All-gather of a value of global ``shape`` whose dim ``dim`` is ``outer x n x inner``, ``owners[r]`` of n on rank r."""
+    """All-gather of a value of global ``shape``: dim ``dim`` is ``outer x n x inner``, ``owners[r]`` of n on rank r."""
 
     name: str
     shape: tuple[int, ...]

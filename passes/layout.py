@@ -91,7 +91,9 @@ class Ownership:
     segments do not all burden rank 0.
     """
 
-    def __init__(self, space: LabelSpace, segments: Sequence[tuple[int, int]], axes: Sequence[int], num_ranks: int) -> None:
+    def __init__(
+        self, space: LabelSpace, segments: Sequence[tuple[int, int]], axes: Sequence[int], num_ranks: int
+    ) -> None:
         self._space = space
         self.num_ranks = num_ranks
         self.segments = tuple(sorted(segments))

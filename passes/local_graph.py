@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sfcompile.codegen.sites import AttentionSite, GatherSite
 from sfcompile.passes.layout import Layout, Ownership, Shape
 from sfcompile.passes.op_rules import Chosen
-from sfcompile.passes.op_view import OpView
+from sfcompile.passes.op_view import FakeMode, OpView
 from sfcompile.runtime import ops as runtime_ops  # registers torch.ops.streamfusion
 
 _MAX_SLICES = 8
@@ -35,7 +34,7 @@ class LocalGraph:
         program: key under which the runtime will find this graph's schedules.
     """
 
-    def __init__(self, mode: FakeTensorMode, owners: Ownership, rank: int, program: str) -> None:
+    def __init__(self, mode: FakeMode, owners: Ownership, rank: int, program: str) -> None:
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.owners = owners
@@ -153,7 +152,7 @@ class LocalGraph:
         return self._exchange(node, site, shape, dtype)
 
     def all_reduce(self, node: fx.Node) -> fx.Node:
-        """The sum over ranks of a partial value: gathered, then added in rank order in fp32 (the same bits everywhere)."""
+        """The sum over ranks of a partial value, added in rank order, in fp32 or wider: the same bits everywhere."""
         value = node.meta["val"]
         ranks = self.owners.num_ranks
         site = len(self.sites)
@@ -170,9 +169,7 @@ class LocalGraph:
     def _exchange(self, node: fx.Node, site: int, shape: Shape, dtype: torch.dtype) -> fx.Node:
         ops = torch.ops.streamfusion
         self._communicate(ops.gather_start.default, [node, self.ticket(), self.program, site])
-        finish = self._communicate(
-            ops.gather_finish.default, [self.ticket(), self.program, site, list(shape), dtype]
-        )
+        finish = self._communicate(ops.gather_finish.default, [self.ticket(), self.program, site, list(shape), dtype])
         return self.getitem(finish, 0)
 
     def attention(self, op: OpView, chosen: Chosen, operands: Sequence[fx.Node]) -> fx.Node:

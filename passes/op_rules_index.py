@@ -20,7 +20,7 @@ from sfcompile.passes.labels import LabelSpace, Runs, runs_flip, runs_merge, run
 from sfcompile.passes.layout import Layout
 from sfcompile.passes.op_rules import Chosen, Found, Rule, Side, register_rule
 from sfcompile.passes.op_rules_linked import Linked, Names
-from sfcompile.passes.op_view import OpView, Operand
+from sfcompile.passes.op_view import Operand, OpView
 
 if TYPE_CHECKING:
     from sfcompile.passes.local_graph import LocalGraph
@@ -325,7 +325,7 @@ class _Tiled(Linked):
         if not out and (times == 0 or old % times):
             return None
         new = old * times if out else old // times
-        return replace(layout, dim=dim, **({"inner": new} if self.inside else {"outer": new}))
+        return replace(layout, dim=dim, inner=new) if self.inside else replace(layout, dim=dim, outer=new)
 
     def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
         scaled = self._scaled(layout, side[0] == "in")

@@ -18,7 +18,7 @@ from torch import fx
 from sfcompile.passes.labels import LabelSpace
 from sfcompile.passes.layout import Layout, Shape
 from sfcompile.passes.op_rules import Chosen, Found, Rule, Side, register_rule
-from sfcompile.passes.op_view import OpView, Operand
+from sfcompile.passes.op_view import Operand, OpView
 
 if TYPE_CHECKING:
     from sfcompile.passes.local_graph import LocalGraph
@@ -257,14 +257,15 @@ def _keep_dims(op: OpView, reduced: tuple[int, ...], keepdim: bool) -> Linked:
 
 
 @register_rule("mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "var", "std",
-               "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm", "median", "nansum", "aminmax")  # fmt: skip
+               "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm", "median", "nansum",
+               "aminmax")  # fmt: skip
 def _reduce(op: OpView) -> Rule | None:
     if op.operands[1:] or "dim" not in op.args:
         return None
     reduced = op.dims("dim", op.operands[0].ndim)
     rule = _keep_dims(op, reduced, bool(op.args.get("keepdim")))
     if op.name in ("sum", "mean"):
-        summed = [[d if d in reduced else None for d in range(op.operands[0].ndim)]]
+        summed: list[Names] = [[d if d in reduced else None for d in range(op.operands[0].ndim)]]
         return (_Mean if op.name == "mean" else Linked)(rule.ins, rule.outs, None, summed)
     return rule
 
@@ -443,7 +444,8 @@ def _index(op: OpView) -> Rule | None:
     after = list(range(used[0] + width, out_dims))
     ins: list[Names] = [[*before, *[None] * len(used), *after]]
     for operand in op.operands[1:]:
-        ins.append([None if n is None else int(n) + used[0] for n in aligned(operand.shape, index_out)])  # type: ignore[call-overload]
+        dims = [name if isinstance(name, int) else None for name in aligned(operand.shape, index_out)]
+        ins.append([None if dim is None else dim + used[0] for dim in dims])
     if len(ins[0]) != x.ndim:
         return None
     return Linked(ins, [list(range(out_dims))])

@@ -10,6 +10,9 @@ from torch import fx
 
 from sfcompile.passes.layout import Shape
 
+FakeMode = Any
+"""The fake tensor mode of a capture: a private torch type, named only in sfcompile/capture.py."""
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -103,7 +106,7 @@ class OpView:
     @property
     def namespace(self) -> str:
         """Library of the op, e.g. ``aten``."""
-        return self.node.target._schema.name.split("::")[0]  # type: ignore[union-attr]
+        return str(self.node.target._schema.name).split("::")[0]  # type: ignore[union-attr]
 
     def dim(self, name: str, ndim: int) -> int:
         """An int dim argument, wrapped to ``0 <= dim < ndim``."""

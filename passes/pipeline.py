@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sfcompile.passes.op_rules_attention
 import sfcompile.passes.op_rules_index
 import sfcompile.passes.op_rules_linked
 import sfcompile.passes.op_rules_view  # noqa: F401  the four rule files register themselves
+from sfcompile.codegen.checker import check
 from sfcompile.codegen.schedule import Mesh, Schedule
 from sfcompile.codegen.schedule_gather import build_gather
 from sfcompile.codegen.schedule_torus import build_torus
@@ -28,6 +28,7 @@ from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
 from sfcompile.passes.choose_mesh import choose_mesh
 from sfcompile.passes.local_graph import LocalGraph
+from sfcompile.passes.op_view import FakeMode
 from sfcompile.passes.place_min_cut import Placement, place_min_cut
 from sfcompile.passes.report import GraphReport
 from sfcompile.passes.report_graph import report_graph
@@ -36,12 +37,16 @@ from sfcompile.passes.schedule_puts import schedule_puts
 from sfcompile.runtime.topology import Topology
 
 
+CHECKED_RANKS = 16
+"""Schedules for up to this many ranks are proved before they run; the checker takes seconds beyond."""
+
+
 @dataclass
 class State:
     """What the passes hand on. Inputs first; each pass fills the field named in its line of ``PIPELINE``."""
 
     gm: fx.GraphModule
-    mode: FakeTensorMode
+    mode: FakeMode
     topology: Topology
     rank: int
     mesh_asked: Mapping[str, int] | None = None
@@ -53,6 +58,7 @@ class State:
     placement: Placement | None = None
     local: LocalGraph | None = None
     schedules: list[Schedule] = field(default_factory=list)
+    checked_ranks: int = CHECKED_RANKS
 
     @property
     def program(self) -> str:
@@ -114,6 +120,8 @@ def _schedule_sites(s: State) -> None:
         key = site.geometry()
         if key not in known:
             known[key] = build_torus(site, s.mesh) if isinstance(site, AttentionSite) else build_gather(site, s.mesh)
+            if s.topology.num_ranks <= s.checked_ranks:
+                check(known[key])
         s.schedules.append(known[key])
 
 
@@ -125,7 +133,7 @@ PIPELINE: list[tuple[str, Callable[[State], None], str]] = [
     ("place_min_cut", _place_min_cut, "needs layouts, to know which ops have a local form"),
     ("rewrite_local", _rewrite_local, "every decision is made: write this rank's graph"),
     ("schedule_puts", _schedule_puts, "moves communication inside the finished graph"),
-    ("schedule_sites", _schedule_sites, "one schedule per attention and gather, for all ranks"),
+    ("schedule_sites", _schedule_sites, "one schedule per attention and gather, for all ranks, proved before use"),
 ]
 
 

@@ -1,7 +1,7 @@
 r"""Place every op: computed as shards (S) or replicated on every rank (R), at minimum total cost.
 
-Let each op ``w`` have a side, S or R. With ``P`` ranks, ``c(w)`` its seconds when computed whole and ``g(v)`` the seconds
-to all-gather the value ``v``:
+Let each op ``w`` have a side, S or R. With ``P`` ranks, ``c(w)`` its seconds when computed whole and ``g(v)`` the
+seconds to all-gather the value ``v``:
 
     cost = sum over w on side R of c(w)
          + sum over w on side S of c(w) / P + t(w)             t(w): chunks sent by a torus attention, or the

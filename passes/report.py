@@ -31,6 +31,7 @@ class GraphReport:
         total_flops, rank_flops: matmul, convolution and attention FLOPs of the whole graph and of each rank.
         replicated: token ops left whole, costliest first; gathered: all-gathers in the graph.
         heap_bytes: symmetric heap per rank.
+        schedules, schedules_checked: distinct schedules of the sites, and whether each was proved before use.
         pass_seconds: wall time per pass.
         warnings: what a user should know.
     """
@@ -49,6 +50,8 @@ class GraphReport:
     replicated: list[Left] = field(default_factory=list)
     gathered: list[Left] = field(default_factory=list)
     heap_bytes: int = 0
+    schedules: int = 0
+    schedules_checked: bool = False
     pass_seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -74,6 +77,7 @@ class GraphReport:
             ("attention", f"{self.torus_sites} torus, {self.local_sites} local (keys whole on every rank)"),
             ("ops", f"{self.sharded_ops} sharded, {self.replicated_ops} replicated"),
             ("FLOPs", f"{self.total_flops / 1e9:.2f} G in all; busiest rank {self.share:.3f} x total/{self.num_ranks}"),
+            ("schedules", f"{self.schedules} distinct, {'proved' if self.schedules_checked else 'not proved'} before use"),
             ("heap", f"{self.heap_bytes / 2**20:.1f} MiB symmetric memory per rank, shared by all layers"),
             ("compile", ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in self.pass_seconds.items())),
         ]

@@ -45,6 +45,8 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
             for rank in ranks:
                 per_rank[rank] += cost
     report.rank_flops = tuple(per_rank)
+    report.schedules = len(set(map(id, state.schedules)))
+    report.schedules_checked = state.topology.num_ranks <= state.checked_ranks
     names = {site.name for site in state.local.sites if isinstance(site, AttentionSite)}
     report.torus_sites = sum(site.node.name in names for site in state.sites)
     report.local_sites = len(state.sites) - report.torus_sites
@@ -87,4 +89,3 @@ def _left(node: fx.Node, reason: str, cost: float, is_view: bool = False) -> Lef
 def _short(source: str) -> str:
     path, _, rest = source.partition(":")
     return f"{path.rsplit('/', 1)[-1]}:{rest}" if rest else path
-

@@ -1,9 +1,9 @@
 """Order the communication: every put leaves as soon as its tensor exists, every collect waits for its first reader.
 
-Between them lie the other projections, norms and RoPE, and those run while the chunks travel. The heap has two banks, so
-of the sites ``s0, s1, ...`` (in graph order) site ``s[i]`` may open only after ``s[i - 2]`` has ended; sites open in order.
-The pass then threads the ticket anew: the order it chose becomes a data dependence, the same on every rank, which no
-compiler can undo.
+Between them lie the other projections, norms and RoPE, and those run while the chunks travel. The heap has two banks,
+so of the sites ``s0, s1, ...`` (in graph order) site ``s[i]`` may open only after ``s[i - 2]`` has ended; sites open in
+order. The pass then threads the ticket anew: the order it chose becomes a data dependence, the same on every rank,
+which no compiler can undo.
 """
 
 from __future__ import annotations

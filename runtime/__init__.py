@@ -1,12 +1,12 @@
 """Runtime: processes, memory, wires, and the executor of schedules.
 
-    topology            which rank sits on which machine, and what the links can carry
-    process_group       default group under torchrun, machine discovery, agreement between ranks
-    instructions        what a schedule tells one rank to do
-    symmetric_heap      one segment per rank, the same offsets everywhere, mapped by the ranks of a machine
-    transport*          put, wait, release: true stores inside a machine, gloo between machines
-    attention_aten      flash attention that returns LSE, and the merge of partial results
-    executor            runs one rank's instructions
-    session             one per rank: topology, heap, transport, programs
-    ops                 torch.ops.streamfusion.*, the nodes of the graph that call the executor
+topology            which rank sits on which machine, and what the links can carry
+process_group       default group under torchrun, machine discovery, agreement between ranks
+instructions        what a schedule tells one rank to do
+symmetric_heap      one segment per rank, the same offsets everywhere, mapped by the ranks of a machine
+transport*          put, wait, release: true stores inside a machine, gloo between machines
+attention_aten      flash attention that returns LSE, and the merge of partial results
+executor            runs one rank's instructions
+session             one per rank: topology, heap, transport, programs
+ops                 torch.ops.streamfusion.*, the nodes of the graph that call the executor
 """

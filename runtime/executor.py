@@ -16,14 +16,21 @@ from sfcompile.runtime.transport import Transport
 class SlotPlace(Protocol):
     """Where a slot lies in a bank."""
 
-    offset: int
+    @property
+    def offset(self) -> int:
+        """Bytes from the start of the bank."""
 
 
 class SchedulePlan(Protocol):
     """What the executor reads of a schedule (codegen hands it in)."""
 
-    site: Any
-    slots: Sequence[SlotPlace]
+    @property
+    def site(self) -> Any:
+        """What the site asks for (codegen/sites.py)."""
+
+    @property
+    def slots(self) -> Sequence[SlotPlace]:
+        """Every slot of a bank."""
 
     @property
     def heap_bytes(self) -> int:
@@ -83,7 +90,7 @@ class SiteRun:
                 self._wait(step)
             elif isinstance(step, Forward):
                 offset = self.plan.slots[step.slot].offset
-                self._transport.put(step.dst, step.slot, offset, self._views[step.slot], self.epoch)
+                self._transport.put(step.dst, step.slot, offset, self._views[step.slot], self.epoch, stays=True)
             elif isinstance(step, Attend):
                 self._pair(step, mask)
             elif isinstance(step, Push):

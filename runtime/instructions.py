@@ -15,7 +15,7 @@ Heads = tuple[int, int]
 
 @dataclass(frozen=True)
 class Put:
-    """Copy heads ``heads`` of this rank's own ``tensor`` (None: all of it) into ``slot`` of rank ``dst`` and signal it."""
+    """Copy heads ``heads`` (None: all) of this rank's own ``tensor`` into ``slot`` of rank ``dst`` and signal it."""
 
     tensor: str
     heads: Heads | None

@@ -1,8 +1,9 @@
 """The nodes of a compiled graph that talk to other ranks: ``torch.ops.streamfusion.*``.
 
 Every op takes and returns a *ticket*, a one-element tensor that means nothing but order: the chain of tickets is a data
-dependence through all communication of a graph, so no compiler can reorder it, drop it, merge it, or order it differently
-on two ranks. Ops are functional: outputs never alias inputs. ``program`` and ``site`` name the schedule in the session.
+dependence through all communication of a graph, so no compiler can reorder it, drop it, merge it, or order it in two
+ways on two ranks. Ops are functional: outputs never alias inputs. ``program`` and ``site`` name the schedule in the
+session.
 """
 
 from __future__ import annotations

@@ -1,23 +1,32 @@
-"""Processes: the default group under torchrun, which ranks share a machine, and agreement before anything collective."""
+"""Processes: the default group under torchrun, which ranks share a machine, agreement before anything collective."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime
+import itertools
 import os
+import pickle
 import socket
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from sfcompile.errors import HeapError, RankMismatchError, RuntimeTimeoutError, TopologyError, UnsupportedError
 from sfcompile.runtime.symmetric_heap import HeapSize, Segment, create_shared, local_segment, map_shared, unlink_shared
 from sfcompile.runtime.topology import Topology
-from sfcompile.runtime.transport import RoutedTransport, Transport
+from sfcompile.runtime.transport import RoutedTransport, Transport, peer_failed
 from sfcompile.runtime.transport_c10d import C10dTransport
 from sfcompile.runtime.transport_direct import DirectTransport, require_x86
+
+_worlds = itertools.count()
+_LINGER_S = 1.0
 
 
 def ensure_process_group(timeout_s: float) -> bool:
@@ -52,6 +61,9 @@ def machine_identity() -> str:
 class ProcessWorld:
     """Ranks are processes of a torch.distributed job.
 
+    Python values and failure notices travel through the job's key-value store, not through a collective: a rank that is
+    missing can then be named, and one that fails can tell ranks of any machine.
+
     Args:
         transport: "auto" (stores inside a machine, messages between), "shm" (one machine only) or "c10d".
         timeout_s: longest wait on a peer.
@@ -64,9 +76,15 @@ class ProcessWorld:
         self._own_group = ensure_process_group(timeout_s)
         self.rank = dist.get_rank()
         self._timeout_s = timeout_s
-        ranks = list(range(dist.get_world_size()))
-        self._group = dist.new_group(ranks, backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
-        facts = self._exchange((machine_identity(), os.getpid(), uuid.uuid4().hex))
+        self._num_ranks = dist.get_world_size()
+        # Ranks make their worlds in the same order, so the number tells a process's second world from its first.
+        prefix = f"sfcompile/{next(_worlds)}"
+        self._store = distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
+        self._exchanges = 0
+        self._lives = 0
+        self._announced = False
+        self._group = self._new_group()
+        facts = self.exchange((machine_identity(), os.getpid(), uuid.uuid4().hex), "start a session")
         identities = [machine for machine, _, _ in facts]
         numbers = {machine: i for i, machine in enumerate(dict.fromkeys(identities))}
         self.topology = Topology(tuple(numbers[machine] for machine in identities))
@@ -80,30 +98,70 @@ class ProcessWorld:
                 rank=self.rank,
             )
         self._messages_only = transport == "c10d"
-        self._compiles = 0
 
-    def _exchange(self, value: Any) -> list[Any]:
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, value, group=self._group)
-        return everyone
+    def _new_group(self) -> dist.ProcessGroup:
+        timeout = datetime.timedelta(seconds=self._timeout_s)
+        group = dist.new_group(list(range(self._num_ranks)), backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+        return group
 
-    # ------------------------------------------------------------------ agreement
+    # ------------------------------------------------------------------ control
 
-    def agree(self, digest: str, description: dict[str, str]) -> None:
-        """Compare what all ranks are about to compile; see :meth:`Session.agree`."""
-        self._compiles += 1
+    def exchange(self, value: Any, doing: str) -> list[Any]:
+        """All-gather of picklable values: every rank's, by rank.
+
+        Args:
+            value: this rank's.
+            doing: what the ranks do together, for the error: "compile a graph".
+
+        Raises:
+            RuntimeTimeoutError: names the ranks that did not come.
+            PeerFailedError: another rank failed in the meantime.
+        """
+        self._exchanges += 1
+        key = f"{doing}/{self._exchanges}"
+        known = self.notice()  # an old failure: ranks that all got over it may meet again
+        self._store.set(f"{key}/{self.rank}", base64.b64encode(pickle.dumps(value)).decode())
+        missing = [rank for rank in range(self._num_ranks) if rank != self.rank]
+        start, nap = time.monotonic(), 1e-3
+        while missing := [rank for rank in missing if not self._store.check([f"{key}/{rank}"])]:
+            notice = self.notice()
+            if notice is not None and known is None:
+                raise peer_failed(self.rank, notice)
+            if time.monotonic() - start > self._timeout_s:
+                raise RuntimeTimeoutError(
+                    f"rank {self.rank} is ready to {doing} (step {self._exchanges}), but not every rank came along "
+                    f"within {self._timeout_s:g} s: {_ranks(missing)} did not",
+                    "every rank must call the model with inputs of the same shapes; a rank that was called with other "
+                    "shapes compiles anew while the others run",
+                    f"give every rank the same inputs; look at the log of rank {missing[0]}",
+                    rank=self.rank,
+                    peer=missing[0],
+                )
+            time.sleep(nap)
+            nap = min(1.5 * nap, 0.05)
+        return [pickle.loads(base64.b64decode(self._store.get(f"{key}/{rank}"))) for rank in range(self._num_ranks)]
+
+    def announce(self, text: str) -> None:
+        """Leave a failure notice for all ranks; the first one stays."""
+        with contextlib.suppress(RuntimeError):  # the store goes with rank 0; then there is nobody to tell through it
+            self._store.compare_set(f"failed/{self._lives}", "", text)
+            self._store.add(f"told/{self._lives}", 1)
+            self._announced = True
+
+    def notice(self) -> str | None:
+        """The first failure notice, if any."""
+        key = f"failed/{self._lives}"
         try:
-            everyone = self._exchange((digest, description))
-        except RuntimeError as error:
-            raise RuntimeTimeoutError(
-                f"rank {self.rank} is compiling its graph number {self._compiles}, but not every rank came along "
-                f"within {self._timeout_s:g} s ({str(error).splitlines()[0]})",
-                "every rank must call the model with inputs of the same shapes; a rank that was called with other "
-                "shapes compiles anew while the others run",
-                "give every rank the same inputs; look at the log of the rank that failed first",
-                rank=self.rank,
-            ) from error
-        compare(self.rank, everyone)
+            return self._store.get(key).decode() if self._store.check([key]) else None
+        except RuntimeError:
+            return None
+
+    def reset(self) -> None:
+        """Collective: forget the failure notices, and make new connections in place of those that a failure closed."""
+        self._lives += 1
+        self._announced = False
+        self._group = self._new_group()
 
     # ------------------------------------------------------------------ heap and wires
 
@@ -120,7 +178,8 @@ class ProcessWorld:
                 segments[self.rank] = create_shared(names[self.rank], size)
             except HeapError as error:
                 problem = error.what
-            failed = {rank: text for rank, text in enumerate(self._exchange(problem)) if text}
+            everyone = self.exchange(problem, "make the heap")
+            failed = {rank: text for rank, text in enumerate(everyone) if text}
             if failed:
                 raise HeapError(
                     "; ".join(f"rank {rank}: {text}" for rank, text in failed.items()),
@@ -131,7 +190,7 @@ class ProcessWorld:
             for rank in range(self.topology.num_ranks):
                 if rank != self.rank and self.topology.same_machine(rank, self.rank):
                     segments[rank] = map_shared(names[rank], size)
-            self._exchange(None)  # everyone has mapped everything: names may go
+            self.exchange(None, "map the heap")  # everyone has mapped everything: names may go
         finally:
             unlink_shared(names[self.rank])
         return segments
@@ -142,13 +201,23 @@ class ProcessWorld:
         stores = None
         if any(direct):
             stores = DirectTransport(self.rank, segments, self._timeout_s, self._pids)
-        messages = None if all(direct) else C10dTransport(self.rank, self._group, self._timeout_s)
+        messages = None if all(direct) else C10dTransport(self.rank, self._group, self._timeout_s, self.notice)
         return RoutedTransport(stores, messages, direct)
 
     def close(self) -> None:
         """Destroy the default group if it was made here."""
+        if self._own_group and self._announced and self.rank == 0:
+            # The store ends with this process: the others may still want to read why.
+            deadline = time.monotonic() + _LINGER_S
+            while time.monotonic() < deadline and self._store.add(f"told/{self._lives}", 0) < self._num_ranks:
+                time.sleep(0.02)
         if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _ranks(some: Sequence[int]) -> str:
+    listed = ", ".join(map(str, some[:8]))
+    return f"rank {listed}" if len(some) == 1 else f"ranks {listed}" + (" ..." if len(some) > 8 else "")
 
 
 def compare(rank: int, everyone: Sequence[tuple[str, dict[str, str]]]) -> None:
@@ -170,8 +239,9 @@ def compare(rank: int, everyone: Sequence[tuple[str, dict[str, str]]]) -> None:
             differences.append(f"{key} is {mine} on rank 0 and {its} on rank {other}")
         if not keys:
             differences.append(f"rank {other} traced other code than rank 0 for inputs of the same shapes")
+    verb = "compiles" if len(odd) == 1 else "compile"
     raise RankMismatchError(
-        f"ranks {', '.join(map(str, odd))} compile something else than rank 0: {'; '.join(differences)}",
+        f"{_ranks(odd)} {verb} something else than rank 0: {'; '.join(differences)}",
         "the ranks compute one model together, so all must call it with the same inputs and options",
         "give every rank the same inputs, weights' shapes and options",
         rank=rank,

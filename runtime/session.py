@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from sfcompile.errors import InternalError
 from sfcompile.runtime.executor import SchedulePlan, SiteRun
+from sfcompile.runtime.process_group import compare
 from sfcompile.runtime.symmetric_heap import NUM_BANKS, HeapSize, Segment
 from sfcompile.runtime.topology import Topology
-from sfcompile.runtime.transport import Transport
+from sfcompile.runtime.transport import Transport, notice_of
 
 _ALIGN = 4096
 
@@ -35,8 +37,14 @@ class World(Protocol):
     def make_transport(self, segments: Sequence[Segment | None]) -> Transport:
         """A transport over the segments."""
 
-    def agree(self, digest: str, description: dict[str, str]) -> None:
-        """Collective: raise on every rank unless all digests are equal."""
+    def exchange(self, value: Any, doing: str) -> list[Any]:
+        """Collective: every rank's value, by rank; ``doing`` says in an error what the ranks do together."""
+
+    def announce(self, text: str) -> None:
+        """Leave a failure notice where ranks of every machine find it."""
+
+    def reset(self) -> None:
+        """Collective: forget failure notices and make new connections."""
 
     def close(self) -> None:
         """Release what the world holds."""
@@ -58,6 +66,7 @@ class Session:
         self._opened = 0
         self._finished = 0
         self._done_early: set[int] = set()
+        self._failed = False
         self.blocked_s: dict[tuple[str, int], float] = {}
 
     @property
@@ -66,15 +75,28 @@ class Session:
         return self._size.segment_bytes if self._segments else 0
 
     def agree(self, text: str, description: dict[str, str]) -> None:
-        """Make sure every rank is about to compile the same thing.
+        """Make sure every rank is about to compile the same thing. After a failure, this is where ranks start afresh.
+
+        Args:
+            text: all that must be equal.
+            description: what to compare in words when it is not.
 
         Raises:
             RankMismatchError: some rank compiles another graph, other shapes or options; raised on every rank.
             RuntimeTimeoutError: some rank does not compile at all.
         """
-        import hashlib
-
-        self._world.agree(hashlib.sha256(text.encode()).hexdigest(), description)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        everyone = self._world.exchange((digest, description, self._failed, self._opened), "compile a graph")
+        if any(failed for _, _, failed, _ in everyone):
+            # All ranks are here, so none is inside a call: what the failure left half done can go.
+            self._opened = self._finished = max(opened for _, _, _, opened in everyone)
+            self._runs.clear()
+            self._done_early.clear()
+            self._failed = False
+            self._world.reset()
+            if self._segments:
+                self._make_heap()
+        compare(self.rank, [(digest, words) for digest, words, _, _ in everyone])
 
     def load(self, program: str, schedules: Sequence[SchedulePlan]) -> None:
         """Register a program; collective when the heap has to grow.
@@ -89,15 +111,20 @@ class Session:
             if self._runs:
                 raise InternalError("the heap must grow while a call is under way", "a graph left a site unfinished")
             self._size = self._size.grown(need)
-            self._generation += 1
             if self._transport is not None:
                 self._transport.finish(self._finished)
-                self._transport.close()
-            self._segments = self._world.make_segments(self._size, self._generation)
-            own = self._segments[self.rank]
-            assert own is not None
-            own.done = self._finished
-            self._transport = self._world.make_transport(self._segments)
+            self._make_heap()
+
+    def _make_heap(self) -> None:
+        """Collective: a new generation of segments, and a transport over them."""
+        if self._transport is not None:
+            self._transport.close()
+        self._generation += 1
+        self._segments = self._world.make_segments(self._size, self._generation)
+        own = self._segments[self.rank]
+        assert own is not None
+        own.done = self._finished
+        self._transport = self._world.make_transport(self._segments)
 
     def schedule(self, program: str, site: int) -> SchedulePlan:
         """The schedule of a loaded site."""
@@ -168,8 +195,12 @@ class Session:
         try:
             yield
         except BaseException as error:
+            self._failed = True
+            notice = notice_of(self.rank, error)
+            # The notice first: it must be there when a peer finds its connection closed.
+            self._world.announce(notice)
             if self._transport is not None:
-                self._transport.abort(str(error).splitlines()[0] if str(error) else type(error).__name__)
+                self._transport.abort(notice)
             raise
 
     def close(self) -> None:
@@ -223,6 +254,3 @@ def get_session(make_world: Callable[[], World]) -> Session:
         _process_session = Session(make_world())
         atexit.register(_process_session.close)
     return _process_session
-
-
-

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 
 from sfcompile.errors import RuntimeTimeoutError
-from sfcompile.runtime.process_group import compare
 from sfcompile.runtime.session import Session, use_session
 from sfcompile.runtime.symmetric_heap import HeapSize, Segment, local_segment
 from sfcompile.runtime.topology import Topology
@@ -53,13 +52,19 @@ class ThreadWorld:
         self._meeting = meeting
         self._delay = delay
 
-    def agree(self, digest: str, description: dict[str, str]) -> None:
-        """Compare through the shared table."""
-        compare(self.rank, self._meeting.exchange(self.rank, self.topology.num_ranks, (digest, description)))
+    def exchange(self, value: Any, doing: str) -> list[Any]:
+        """Through the shared table."""
+        return self._meeting.exchange(self.rank, self.topology.num_ranks, value)
+
+    def announce(self, text: str) -> None:
+        """Notices lie in the segments, which every rank reaches."""
+
+    def reset(self) -> None:
+        """New segments carry no notice."""
 
     def make_segments(self, size: HeapSize, generation: int) -> Sequence[Segment | None]:
         """Plain memory."""
-        return self._meeting.exchange(self.rank, self.topology.num_ranks, local_segment(size))
+        return self.exchange(local_segment(size), "make the heap")
 
     def make_transport(self, segments: Sequence[Segment | None]) -> Transport:
         """Direct stores."""
@@ -173,7 +178,7 @@ def run_outcomes(
         port = sock.getsockname()[1]
     homes = tuple(machine_of) if machine_of is not None else (0,) * num_ranks
     start = time.monotonic()
-    running: dict[Any, tuple[int, Any]] = {}
+    running: dict[Any, tuple[int, Any]] = {}  # our end of its pipe -> (rank, process)
     outcomes: dict[int, Outcome] = {}
     try:
         for rank in range(num_ranks):
@@ -183,10 +188,10 @@ def run_outcomes(
             send.close()  # ours; the child's copy closes with it, which ends our receive
             running[receive] = (rank, process)
         while running and time.monotonic() - start < timeout_s:
-            for receive in multiprocessing.connection.wait(list(running), timeout=0.2):
-                rank, process = running.pop(receive)
+            for ready in multiprocessing.connection.wait(list(running), timeout=0.2):
+                rank, process = running.pop(ready)
                 try:
-                    value, error = receive.recv()  # type: ignore[union-attr]
+                    value, error = ready.recv()  # type: ignore[union-attr]
                 except EOFError:
                     value, error = None, None
                 process.join(max(1.0, timeout_s - (time.monotonic() - start)))

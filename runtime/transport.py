@@ -14,7 +14,28 @@ from typing import Protocol
 
 import torch
 
+from sfcompile.errors import PeerFailedError, StreamFusionError
 from sfcompile.runtime.instructions import Arrival
+
+_FIRST = "another rank failed first: "
+
+
+def peer_failed(
+    rank: int, notice: str, peer: int | None = None, slot: int | None = None, epoch: int | None = None
+) -> PeerFailedError:
+    """The error of a rank that reads another rank's failure notice."""
+    return PeerFailedError(
+        f"{_FIRST}{notice}",
+        "the ranks compute one model together",
+        "mend the first failure",
+        rank=rank, peer=peer, slot=slot, epoch=epoch,
+    )  # fmt: skip
+
+
+def notice_of(rank: int, error: BaseException) -> str:
+    """What a failing rank tells the others; it passes on what it was told itself."""
+    what = error.what if isinstance(error, StreamFusionError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    return what.removeprefix(_FIRST) if isinstance(error, PeerFailedError) else f"rank {rank}: {what}"
 
 
 class Transport(Protocol):
@@ -23,8 +44,11 @@ class Transport(Protocol):
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
         """A site begins: chunks of this epoch may arrive into the given slot views from now on."""
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int) -> None:
-        """Send ``chunk`` into ``slot`` (at ``offset`` bytes of the bank) of rank ``dst`` and raise its signal."""
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+        """Send ``chunk`` into ``slot`` (at ``offset`` bytes of the bank) of rank ``dst`` and raise its signal.
+
+        ``stays`` promises that the chunk is not touched before :meth:`finish` of this epoch, so it need not be copied.
+        """
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Block until the chunk of ``epoch`` from rank ``src`` lies in this rank's ``slot``."""
@@ -33,7 +57,7 @@ class Transport(Protocol):
         """This rank has read everything of ``epoch`` and of all epochs before."""
 
     def abort(self, text: str) -> None:
-        """Tell everyone reachable that this rank failed."""
+        """This rank failed: wake whoever waits for it. ``text`` is the notice."""
 
     def close(self) -> None:
         """Release what is held; never blocks on a peer."""
@@ -60,9 +84,9 @@ class RoutedTransport:
         for transport in self._all():
             transport.open(epoch, [pair for pair in arrivals if self._to(pair[0].src) is transport])
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int) -> None:
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
         """Route by destination."""
-        self._to(dst).put(dst, slot, offset, chunk, epoch)
+        self._to(dst).put(dst, slot, offset, chunk, epoch, stays)
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Route by sender."""

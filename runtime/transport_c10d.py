@@ -1,13 +1,16 @@
 """Chunks as gloo messages, for ranks that share no memory. Receives are posted when the site opens, ahead of any wait.
 
-Two-sided messages match by (sender, tag) in order. The tag is the bank and the slot, so the message of epoch e + 2 can only
-be taken by the receive posted for e + 2, which the receiver posts after it has finished e: that is the credit.
-A chunk sent on from a slot is read by gloo until its message is gone; ``finish`` waits for that before the bank is free.
+Two-sided messages match by (sender, tag) in order. The tag is the bank and the slot, so the message of epoch e + 2 can
+only be taken by the receive posted for e + 2, which the receiver posts after it has finished e: that is the credit.
+A chunk sent on from a slot is read by gloo until its message is gone; ``finish`` waits for that before the bank is
+free.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,17 +20,35 @@ import torch.distributed as dist
 from sfcompile.errors import PeerDiedError, RuntimeTimeoutError
 from sfcompile.runtime.instructions import Arrival
 from sfcompile.runtime.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.transport import peer_failed
+
+_ABORT_TAG = 2**30
+_GLOO_PLACE = re.compile(r"^\[[^\]]*\] *")  # "[/path/of/gloo.cc:553] "
 
 
 class C10dTransport:
-    """Messages over a gloo group whose ranks are the global ranks."""
+    """Messages over a gloo group whose ranks are the global ranks.
+
+    Args:
+        rank: this rank.
+        group: the gloo group; nothing else uses it.
+        timeout_s: longest wait.
+        notice: reads the failure notice that some rank may have left, to explain a closed connection.
+        delay: called before every put and wait; tests inject random sleeps.
+    """
 
     def __init__(
-        self, rank: int, group: dist.ProcessGroup, timeout_s: float, delay: Callable[[int], None] | None = None
+        self,
+        rank: int,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+        notice: Callable[[], str | None],
+        delay: Callable[[int], None] | None = None,
     ) -> None:
         self._rank = rank
         self._group = group
         self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._notice = notice
         self._delay = delay
         self._receives: dict[tuple[int, int], Any] = {}
         self._sends: dict[int, list[tuple[Any, torch.Tensor, int, int]]] = {}
@@ -43,12 +64,16 @@ class C10dTransport:
                 work = dist.irecv(_raw(view), arrival.src, group=self._group, tag=self._tag(epoch, arrival.slot))
                 self._receives[epoch, arrival.slot] = work
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int) -> None:
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
         """Hand the chunk to gloo's own threads."""
         if self._delay is not None:
             self._delay(self._rank)
         if chunk.numel():
+            # gloo reads the bytes after this call has returned, when a compiled graph may already reuse the caller's
+            # memory: send a copy, unless the chunk lies in a slot of our own heap.
             whole = chunk.contiguous()
+            if not stays and whole.data_ptr() == chunk.data_ptr():
+                whole = chunk.clone()
             work = dist.isend(_raw(whole), dst, group=self._group, tag=self._tag(epoch, slot))
             self._sends.setdefault(epoch, []).append((work, whole, dst, slot))
 
@@ -70,17 +95,35 @@ class C10dTransport:
         try:
             work.wait(self._timeout)
         except RuntimeError as error:
-            timed_out = "imed out" in str(error) or "imeout" in str(error)
-            kind = RuntimeTimeoutError if timed_out else PeerDiedError
-            raise kind(
-                f"rank {self._rank} lost its message with rank {peer}: {str(error).splitlines()[0]}",
-                "the peer is slower than timeout_s, died, or failed first",
-                "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
+            notice = self._notice()
+            if notice is not None:
+                raise peer_failed(self._rank, notice, peer, slot, epoch) from error
+            reason = _GLOO_PLACE.sub("", str(error)).split(". ")[0]
+            if "imed out" in reason:
+                raise RuntimeTimeoutError(
+                    f"rank {self._rank} waited {self._timeout.total_seconds():g} s for its message with rank {peer}",
+                    "the peer is slower than timeout_s, or it runs another program",
+                    "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
+                    rank=self._rank, peer=peer, slot=slot, epoch=epoch,
+                ) from error  # fmt: skip
+            raise PeerDiedError(
+                f"rank {self._rank} lost its connection while it waited for rank {peer} ({reason})",
+                "that rank, or one it depends on, was killed or crashed: out of memory is the usual reason",
+                "look at the log of the rank that ended first",
                 rank=self._rank, peer=peer, slot=slot, epoch=epoch,
             ) from error  # fmt: skip
 
     def abort(self, text: str) -> None:
-        """Peers on other machines notice when this process ends and its connections close."""
+        """Close every connection of the group, so that peers on other machines stop waiting and read the notice.
+
+        gloo has no call for that, but a receive that times out does it, on purpose and for good.
+        """
+        with contextlib.suppress(RuntimeError):
+            nothing = torch.empty(1, dtype=torch.uint8)
+            peer = (self._rank + 1) % self._group.size()
+            work = dist.irecv(nothing, peer, group=self._group, tag=_ABORT_TAG)
+            assert work is not None  # this rank is in the group
+            work.wait(datetime.timedelta(milliseconds=1))
 
     def close(self) -> None:
         """Forget what is under way."""

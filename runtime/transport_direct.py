@@ -5,11 +5,13 @@ Why a reader never sees half a chunk. The sender runs
 and the reader
     load signal until it is >= epoch;  read the bytes.
 x86-64 keeps stores in program order and loads in program order (TSO), and the copy and the signal store are separate
-calls into native code, which no compiler reorders. Signals are aligned 8-byte words, written whole.
+calls into native code, which no compiler reorders. A copy cut over threads ends in a join, which orders their stores
+before the caller's next one; memcpy's non-temporal stores, which TSO does not order, end in a fence of its own. Signals
+are aligned 8-byte words, written whole.
 
-Why a bank is never overwritten too early. Epoch e + 2 uses the bank of epoch e. Before its first store of e + 2 into rank
-B's bank, a sender loads B's ``done`` word until it is >= e; B stores ``done = e`` after its last read of epoch e. A rank has
-at most two epochs open, so B reaches the end of e without needing anything of e + 2: the wait ends.
+Why a bank is never overwritten too early. Epoch e + 2 uses the bank of epoch e. Before its first store of e + 2 into
+rank B's bank, a sender loads B's ``done`` word until it is >= e; B stores ``done = e`` after its last read of epoch e.
+A rank has at most two epochs open, so B reaches the end of e without needing anything of e + 2: the wait ends.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError, UnsupportedError
+from sfcompile.errors import PeerDiedError, RuntimeTimeoutError, UnsupportedError
 from sfcompile.runtime.instructions import Arrival
 from sfcompile.runtime.symmetric_heap import NUM_BANKS, Segment
+from sfcompile.runtime.transport import peer_failed
 
 _YIELDS = 64
 _NAP_S = (2e-5, 1e-3)
@@ -71,7 +74,7 @@ class DirectTransport:
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
         """Nothing to prepare: senders store when they like."""
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int) -> None:
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
         """Copy, then signal; see the head of the file."""
         if self._delay is not None:
             self._delay(self._rank)
@@ -97,7 +100,7 @@ class DirectTransport:
         """Write the notice into every segment in reach."""
         for segment in self._segments:
             if segment is not None:
-                segment.abort(f"rank {self._rank}: {text}")
+                segment.abort(text)
 
     def close(self) -> None:
         """Mappings go with their last reference."""
@@ -130,12 +133,7 @@ class DirectTransport:
     def _look_around(self, peer: int, slot: int, epoch: int) -> None:
         notice = self._mine.aborted
         if notice is not None:
-            raise PeerFailedError(
-                f"rank {self._rank} stopped because another rank failed: {notice}",
-                "the ranks compute one model together",
-                "mend the first failure",
-                rank=self._rank, peer=peer, slot=slot, epoch=epoch,
-            )  # fmt: skip
+            raise peer_failed(self._rank, notice, peer, slot, epoch)
         if self._pids is not None and not _alive(self._pids[peer]):
             raise PeerDiedError(
                 f"rank {peer} (process {self._pids[peer]}) has gone while rank {self._rank} waited for it",

@@ -102,9 +102,7 @@ def _pick_tensors(local: Callable[..., Any], tensors: tuple[int, ...], count: in
     return without_sizes
 
 
-def _inner(
-    gm: fx.GraphModule, inputs: Sequence[Any], captured: Captured | None, asked: Options
-) -> Callable[..., Any]:
+def _inner(gm: fx.GraphModule, inputs: Sequence[Any], captured: Captured | None, asked: Options) -> Callable[..., Any]:
     """What runs a graph: Inductor, or eager where asked for or no compiler is installed."""
     if asked.inner == "eager" or (asked.inner == "auto" and not _has_compiler(inputs)):
         if asked.inner == "auto":

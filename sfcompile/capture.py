@@ -1,8 +1,8 @@
 """Capture: a Dynamo graph becomes a functional ATen graph that keeps high-level ops whole.
 
-``linear``, ``layer_norm``, ``rms_norm`` and ``scaled_dot_product_attention`` stay single nodes (pre-dispatch tracing), in-place
-writes are functionalised, and every value gets a fake tensor with static sizes. All private torch imports of the
-project live in this file (torch 2.11 to 2.13).
+``linear``, ``layer_norm``, ``rms_norm`` and ``scaled_dot_product_attention`` stay single nodes (pre-dispatch tracing),
+in-place writes are functionalised, and every value gets a fake tensor with static sizes. All private torch imports of
+the project live in this file (torch 2.11 to 2.13).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -125,7 +125,7 @@ def _on_cpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[None]:
             kwargs = fx.node.map_aggregate(node.kwargs, swap)
             if (args, kwargs) != (node.args, node.kwargs):
                 changed.append((node, node.args, node.kwargs))
-                node.args, node.kwargs = args, kwargs  # type: ignore[assignment]
+                node.args, node.kwargs = args, kwargs
     try:
         yield
     finally:
@@ -177,7 +177,7 @@ def compile_with_inductor(
         config: Inductor config patches.
     """
     if mode is None:
-        return compile_fx(gm, list(inputs), config_patches=config)
+        return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=config))
     # The graph's fake tensors belong to our own mode, not to Dynamo's: give Inductor a context of its own.
     with tracing(TracingContext(mode)), torch.no_grad():
-        return compile_fx(gm, list(inputs), config_patches=config)
+        return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=config))

@@ -58,7 +58,8 @@ def _walk_back(node: Any) -> _Scores | None:
                 return None
             return _Scores(q, k_t, scale, masks)
         if target is _aten.baddbmm.default:
-            beta, alpha = float(node.kwargs.get("beta", 1)), float(node.kwargs.get("alpha", 1))
+            given: dict[str, Any] = dict(node.kwargs)
+            beta, alpha = float(given.get("beta", 1)), float(given.get("alpha", 1))
             if beta != 0.0:
                 masks.append((args[0], beta * scale))  # type: ignore[arg-type]
             return _Scores(args[1], args[2], scale * alpha, masks)  # type: ignore[arg-type]

@@ -35,7 +35,9 @@ def schedules_of(case: Case) -> list[Schedule]:
     return [build_torus(site, case.mesh), build_gather(gather, case.mesh)]
 
 
-def attend_and_gather(case: Case, rank: int, ticket: torch.Tensor, program: str = "p") -> tuple[torch.Tensor, torch.Tensor]:
+def attend_and_gather(
+    case: Case, rank: int, ticket: torch.Tensor, program: str = "p"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One call of both sites; the whole output."""
     q, k, v = case.shard(rank)
     ticket = sf.put_k(k, ticket, program, 0)

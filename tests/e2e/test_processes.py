@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 WORKER = str(Path(__file__).with_name("worker.py"))
 
 
@@ -100,5 +99,3 @@ def test_killed_rank_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     code, logs = run(tmp_path, 3, "killed")
     assert code not in (0, 124)
     assert left_in_shared_memory() == []
-
-

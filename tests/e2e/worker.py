@@ -153,9 +153,7 @@ def case_shapes() -> None:
 def case_dynamic() -> None:
     """dynamic=True is accepted and exact."""
     model = Plain()
-    run = torch.compile(
-        model, backend="streamfusion", dynamic=True, options={"inner": "eager", "placement": "shard"}
-    )
+    run = torch.compile(model, backend="streamfusion", dynamic=True, options={"inner": "eager", "placement": "shard"})
     for count in (50, 31):
         close(run(tokens(count)), model(tokens(count)))
 
