@@ -77,7 +77,10 @@ class GraphReport:
             ("attention", f"{self.torus_sites} torus, {self.local_sites} local (keys whole on every rank)"),
             ("ops", f"{self.sharded_ops} sharded, {self.replicated_ops} replicated"),
             ("FLOPs", f"{self.total_flops / 1e9:.2f} G in all; busiest rank {self.share:.3f} x total/{self.num_ranks}"),
-            ("schedules", f"{self.schedules} distinct, {'proved' if self.schedules_checked else 'not proved'} before use"),
+            (
+                "schedules",
+                f"{self.schedules} distinct, {'proved' if self.schedules_checked else 'not proved'} before use",
+            ),
             ("heap", f"{self.heap_bytes / 2**20:.1f} MiB symmetric memory per rank, shared by all layers"),
             ("compile", ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in self.pass_seconds.items())),
         ]

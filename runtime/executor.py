@@ -147,8 +147,9 @@ class SiteRun:
         if site.causal:
             if _first(columns) > _last(rows):
                 return
-            allowed = _positions(columns)[None, :] <= _positions(rows)[:, None]
-            bias = allowed[None, None]
+            if _last(columns) > _first(rows):
+                allowed = _positions(columns)[None, :] <= _positions(rows)[:, None]
+                bias = allowed[None, None]
         done = attend(q, k, v, bias, site.scale)
         before = self._partials.get(step.q_src)
         self._partials[step.q_src] = merge(before, done)

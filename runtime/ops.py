@@ -88,9 +88,10 @@ def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, *
     plan = session.schedule(program, site)
     facts, mine = plan.site, plan.program(session.rank)
     start, stop = mine.heads[session.rank]
-    pairs = sum(
+    pairs: int = sum(
         sum(n for _, n in facts.q_positions[step.q_src]) * sum(n for _, n in facts.kv_positions[step.kv_src])
         for step in mine.phases["attend"]
         if isinstance(step, Attend)
     )
-    return 2 * facts.batch * (stop - start) * pairs * (facts.head_dim + facts.v_head_dim)
+    per_pair: int = 2 * facts.batch * (stop - start) * (facts.head_dim + facts.v_head_dim)
+    return per_pair * pairs

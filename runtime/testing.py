@@ -188,10 +188,11 @@ def run_outcomes(
             send.close()  # ours; the child's copy closes with it, which ends our receive
             running[receive] = (rank, process)
         while running and time.monotonic() - start < timeout_s:
+            ready: Any
             for ready in multiprocessing.connection.wait(list(running), timeout=0.2):
                 rank, process = running.pop(ready)
                 try:
-                    value, error = ready.recv()  # type: ignore[union-attr]
+                    value, error = ready.recv()
                 except EOFError:
                     value, error = None, None
                 process.join(max(1.0, timeout_s - (time.monotonic() - start)))

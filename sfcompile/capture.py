@@ -120,7 +120,7 @@ def _on_cpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[None]:
     changed: list[tuple[fx.Node, tuple[Any, ...], dict[str, Any]]] = []
     if any(isinstance(x, torch.Tensor) and x.device == meta for x in inputs):
         for node in gm.graph.nodes:
-            swap: Callable[[Any], Any] = lambda a: torch.device("cpu") if a == meta else a  # noqa: E731
+            swap: Callable[[Any], Any] = lambda a: torch.device("cpu") if a == meta or a == "meta" else a  # noqa: E731
             args = fx.node.map_aggregate(node.args, swap)
             kwargs = fx.node.map_aggregate(node.kwargs, swap)
             if (args, kwargs) != (node.args, node.kwargs):

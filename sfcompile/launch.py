@@ -79,7 +79,7 @@ def launch(
         elif code:
             print(f"sfcompile: rank 0 ended with exit code {code}", file=sys.stderr)
         if code and ranks > 1:
-            print(f"sfcompile: the logs of the other ranks than 0 are in {logs}", file=sys.stderr)
+            print(f"sfcompile: the logs of all ranks but 0 are in {logs}", file=sys.stderr)
             keep = True
         return code
     finally:

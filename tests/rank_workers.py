@@ -213,3 +213,18 @@ def gathers(rank: int, calls: int) -> float:
         ticket = sf.gather_start(x, ticket, "g", 0)
         _, ticket = sf.gather_finish(ticket, "g", 0, [2, 10, 3], torch.float32)
     return (time.perf_counter() - start) / calls
+
+
+def environment(rank: int) -> tuple[str, ...]:
+    """What torchrun would have set."""
+    return tuple(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"))
+
+
+def divides(rank: int) -> float:
+    """Rank 1 cannot."""
+    return 1 / (1 - rank)
+
+
+def hangs(rank: int) -> None:
+    """Rank 1 never returns."""
+    time.sleep(1000 * rank)

@@ -1,0 +1,95 @@
+"""The ops: fakes, tracing, Inductor, modes."""
+
+from __future__ import annotations
+
+import pytest
+import rank_workers
+import torch
+from random_sites import random_case
+from rank_workers import attend_and_gather, schedules_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sfcompile.errors import InternalError
+from sfcompile.runtime import ops
+from sfcompile.runtime.session import current_session
+from sfcompile.runtime.testing import run_processes, run_threads
+
+sf = torch.ops.streamfusion
+
+
+def test_fakes_have_the_shapes() -> None:
+    with FakeTensorMode():
+        ticket = torch.zeros(1, dtype=torch.int64)
+        x = torch.empty(2, 3, 5, 4, dtype=torch.bfloat16)
+        for op in (sf.put_q, sf.put_k, sf.put_v, sf.gather_start):
+            assert op(x, ticket, "p", 0).shape == (1,)
+        assert sf.attend(ticket, None, "p", 0).dtype == torch.int64
+        assert sf.attend(ticket, torch.ones(1, dtype=torch.bool), "p", 0).dtype == torch.int64
+        for op in (sf.collect, sf.gather_finish):
+            out, after = op(ticket, "p", 0, [2, 3, 7, 4], torch.bfloat16)
+            assert out.shape == (2, 3, 7, 4) and out.dtype == torch.bfloat16 and after.shape == (1,)
+
+
+def test_a_trace_keeps_every_op_in_its_order() -> None:
+    case = random_case(9, ranks=2)
+
+    def local(ticket: torch.Tensor) -> torch.Tensor:
+        return attend_and_gather(case, 0, ticket)[0]
+
+    gm = make_fx(local, tracing_mode="fake")(torch.zeros(1, dtype=torch.int64))
+    gm.graph.eliminate_dead_code()
+    names = [str(node.target).split(".")[1] for node in gm.graph.nodes if str(node.target).startswith("streamfusion.")]
+    assert names == ["put_k", "put_q", "put_v", "attend", "collect", "gather_start", "gather_finish"]
+    assert len(ops.COMMUNICATION) == 7
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes(mode: type) -> None:
+    case = random_case(5, ranks=3)
+
+    def work(rank: int) -> float:
+        with mode():
+            current_session().load("p", schedules_of(case))
+            whole, _ = attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))
+        return float((whole.double() - case.expected).abs().max())
+
+    assert max(run_threads(3, work)) < 1e-5
+
+
+def test_inputs_are_not_aliased_and_may_change_after_a_put() -> None:
+    """A put has copied its chunks, but the stationary ones are read later: the executor must hold what it was given."""
+    case = random_case(5, ranks=2)
+
+    def work(rank: int) -> None:
+        current_session().load("p", schedules_of(case))
+        ticket = torch.zeros(1, dtype=torch.int64)
+        q, k, v = case.shard(rank)
+        after = sf.put_q(q, ticket, "p", 0)
+        assert after.data_ptr() != ticket.data_ptr()
+        for op, tensor in ((sf.put_k, k), (sf.put_v, v)):
+            after = op(tensor, after, "p", 0)
+        after = sf.attend(after, case.mask, "p", 0)
+        out, after = sf.collect(after, "p", 0, [*q.shape[:3], v.shape[3]], torch.float32)
+        before = out.clone()
+        attend_and_gather(case, rank, after)  # another epoch must not write into what collect returned
+        assert torch.equal(out, before)
+
+    run_threads(2, work)
+
+
+def test_a_graph_without_its_session_says_so() -> None:
+    x = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(InternalError, match="has no session"):
+        sf.put_q(x, torch.zeros(1, dtype=torch.int64), "p", 0)
+
+    def work(rank: int) -> None:
+        sf.put_q(x, torch.zeros(1, dtype=torch.int64), "gone", 0)
+
+    with pytest.raises(InternalError, match="program gone is not loaded on rank 0"):
+        run_threads(1, work)
+
+
+def test_inductor_keeps_the_order_and_the_numbers() -> None:
+    for result in run_processes(2, rank_workers.through_inductor, timeout_s=240):
+        assert max(result["errors"]) < 1e-5

@@ -1,0 +1,51 @@
+"""The backend with one rank; with several: tests/e2e."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sfcompile.backend import last_report, streamfusion_backend
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
+
+
+def test_one_rank_runs_the_model_as_it_is(model: nn.Module) -> None:
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        run = torch.compile(model, backend="streamfusion", options={"inner": "eager"})
+        assert torch.equal(run(x), model(x))
+    assert last_report() is None
+
+
+def test_one_rank_goes_through_inductor_with_its_mode(model: nn.Module) -> None:
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="streamfusion", mode="default")(x), model(x))
+
+
+def test_torch_finds_the_backend_by_name() -> None:
+    assert "streamfusion" in torch._dynamo.list_backends()
+    assert torch._dynamo.lookup_backend("streamfusion") is streamfusion_backend
+
+
+def test_options_are_checked_before_anything_runs(model: nn.Module) -> None:
+    with torch.no_grad(), pytest.raises(Exception, match="Did you mean 'mesh'"):
+        torch.compile(model, backend="streamfusion", options={"meshh": 1})(torch.randn(3, 8))
+
+
+def test_no_compiler_means_eager_with_a_warning(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="streamfusion")(x), model(x))
+    assert "no C++ compiler found" in caplog.text

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import captured
+
+Fn = Callable[..., torch.Tensor]
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(-1, (4, -1)).transpose(1, 2)
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(heads(q) @ heads(k).transpose(-1, -2) * 0.5, dim=-1) @ heads(v)
+
+
+def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = (heads(q) * 0.3) @ heads(k).transpose(-2, -1) / 2.0
+    scores = scores + torch.arange(k.shape[1]).float()[None, None, None] * 0.1
+    return scores.float().softmax(dim=-1).to(v.dtype) @ heads(v)
+
+
+def folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (heads(t).flatten(0, 1) for t in (q, k, v))
+    scores = torch.baddbmm(q.new_empty(q.shape[0], q.shape[1], k.shape[1]), q, k.mT, beta=0, alpha=0.25)
+    return torch.bmm(scores.softmax(dim=-1), v)
+
+
+@pytest.mark.parametrize("fn", [plain, masked, folded])
+def test_hand_written_attention_becomes_one_node(fn: Fn) -> None:
+    args = torch.randn(2, 6, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    got = captured(fn, *args)
+    names = [str(node.target) for node in got.gm.graph.nodes]
+    assert names.count("aten.scaled_dot_product_attention.default") == 1
+    assert not any("softmax" in name for name in names)
+    torch.testing.assert_close(got.gm(*args)[0], fn(*args), rtol=1e-5, atol=1e-5)
+
+
+def scores_read_twice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    weights = torch.softmax(heads(q) @ heads(k).transpose(-1, -2), dim=-1)
+    return weights @ heads(v) + weights.sum()
+
+
+def softmax_over_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(heads(q) @ heads(k).transpose(-1, -2), dim=-2) @ heads(v)
+
+
+def squashed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax((heads(q) @ heads(k).transpose(-1, -2)).tanh(), dim=-1) @ heads(v)
+
+
+@pytest.mark.parametrize("fn", [scores_read_twice, softmax_over_queries, squashed])
+def test_what_only_looks_like_attention_is_left_alone(fn: Fn) -> None:
+    args = torch.randn(2, 6, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    got = captured(fn, *args)
+    names = [str(node.target) for node in got.gm.graph.nodes]
+    assert not any("scaled_dot_product_attention" in name for name in names)
+    torch.testing.assert_close(got.gm(*args)[0], fn(*args))
