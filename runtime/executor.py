@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from sfcompile.runtime.attention_aten import Partial, attend, merge
-from sfcompile.runtime.instructions import Attend, Forward, Push, Put, RankProgram, Wait
+from sfcompile.runtime.instructions import Attend, Forward, Heads, Push, Put, RankProgram, Wait
 from sfcompile.runtime.transport import Transport
 
 
@@ -75,13 +75,21 @@ class SiteRun:
     # ------------------------------------------------------------------ phases
 
     def put(self, phase: str, tensor: torch.Tensor) -> None:
-        """A phase that only sends a local tensor: ``put_q``, ``put_k``, ``put_v``, ``gather_start``."""
-        self._tensors[phase.removeprefix("put_") if phase.startswith("put_") else "x"] = tensor
+        """A phase that sends a local tensor: ``put_q``, ``put_k``, ``put_v``, ``gather_start``.
+
+        The part that stays here is copied too: once this call has returned, a compiled graph may reuse the tensor's
+        memory for something else, although it is read again later.
+        """
         for step in self._program.phases[phase]:
             assert isinstance(step, Put)
-            source = self._tensors[step.tensor]
-            chunk = source if step.heads is None else source[:, step.heads[0] : step.heads[1]]
+            chunk = tensor if step.heads is None else tensor[:, step.heads[0] : step.heads[1]]
             self._transport.put(step.dst, step.slot, self.plan.slots[step.slot].offset, chunk, self.epoch)
+        name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
+        stays = tensor
+        if name != "x":
+            first, last = self._own_heads if name == "q" else self._own_kv_heads
+            stays = tensor[:, first:last]
+        self._tensors[name] = stays.clone(memory_format=torch.contiguous_format)
 
     def attend(self, mask: torch.Tensor | None) -> None:
         """Run the attend phase: waits, ring hops, (Q, KV) pairs in their fixed order, outputs pushed home."""
@@ -137,9 +145,9 @@ class SiteRun:
 
     def _pair(self, step: Attend, mask: torch.Tensor | None) -> None:
         site = self.plan.site
-        heads = self._program.heads[self._rank]
-        q = self._tensors["q"][:, heads[0] : heads[1]] if step.q_slot is None else self._views[step.q_slot]
-        k, v = self._keys("k", step.k_slot, heads), self._keys("v", step.v_slot, heads)
+        heads = self._own_heads
+        q = self._tensors["q"] if step.q_slot is None else self._views[step.q_slot]
+        k, v = self._keys("k", step.k_slot), self._keys("v", step.v_slot)
         rows, columns = site.q_positions[step.q_src], site.kv_positions[step.kv_src]
         bias = None
         if mask is not None:
@@ -154,20 +162,26 @@ class SiteRun:
         before = self._partials.get(step.q_src)
         self._partials[step.q_src] = merge(before, done)
 
-    def _keys(self, name: str, slot: int | None, heads: tuple[int, int]) -> torch.Tensor:
+    @property
+    def _own_heads(self) -> Heads:
+        return self._program.heads[self._rank]
+
+    @property
+    def _own_kv_heads(self) -> Heads:
+        group = self.plan.site.heads // self.plan.site.kv_heads
+        first, last = self._own_heads
+        return first // group, (last - 1) // group + 1
+
+    def _keys(self, name: str, slot: int | None) -> torch.Tensor:
         """A K or V chunk with one head per query head (grouped heads are repeated once per call)."""
-        site = self.plan.site
-        group = site.heads // site.kv_heads
-        first = heads[0] // group
-        if slot is not None:
-            chunk = self._views[slot]
-        else:
-            chunk = self._tensors[name][:, first : (heads[1] - 1) // group + 1]
+        chunk = self._tensors[name] if slot is None else self._views[slot]
+        group = self.plan.site.heads // self.plan.site.kv_heads
         if group == 1:
             return chunk
         key = (name, -1 if slot is None else slot)
         if key not in self._expanded:
-            index = torch.tensor([head // group - first for head in range(*heads)], device=chunk.device)
+            first = self._own_kv_heads[0]
+            index = torch.tensor([head // group - first for head in range(*self._own_heads)], device=chunk.device)
             self._expanded[key] = chunk.index_select(1, index)
         return self._expanded[key]
 

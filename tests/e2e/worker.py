@@ -101,6 +101,14 @@ def profiled_flops(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor
     return flops, out
 
 
+def case_two_machines(*names: str) -> None:
+    """Models on ranks that a real torchrun placed on two machines."""
+    from sfcompile.runtime.session import current_session
+
+    case_models(*names)
+    assert current_session().topology.machine_of == (0, 0, 1, 1)
+
+
 def case_inductor() -> None:
     """The default inner compiler."""
     model, x = Plain(), tokens()
