@@ -61,6 +61,16 @@ class GraphReport:
         return max(self.rank_flops) * self.num_ranks / self.total_flops if self.total_flops else 0.0
 
     @property
+    def headline(self) -> str:
+        """The plan in one line."""
+        gathers = f"{len(self.gathered)} gather{'s' * (len(self.gathered) != 1)}"
+        return (
+            f"mesh ulysses {self.ulysses} x ring {self.ring}, {self.torus_sites} torus and {self.local_sites} local "
+            f"attentions, {gathers}, busiest rank {self.share:.2f} x FLOPs/{self.num_ranks}, "
+            f"{len(self.left_behind)} token ops not sharded"
+        )
+
+    @property
     def left_behind(self) -> list[Left]:
         """What ``strict`` objects to: token ops that do work (more than a view) and were not sharded."""
         return [row for row in self.replicated if not row.is_view]

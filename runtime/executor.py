@@ -80,11 +80,11 @@ class SiteRun:
         The part that stays here is copied too: once this call has returned, a compiled graph may reuse the tensor's
         memory for something else, although it is read again later.
         """
+        name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
         for step in self._program.phases[phase]:
-            assert isinstance(step, Put)
+            assert isinstance(step, Put) and step.tensor == name
             chunk = tensor if step.heads is None else tensor[:, step.heads[0] : step.heads[1]]
             self._transport.put(step.dst, step.slot, self.plan.slots[step.slot].offset, chunk, self.epoch)
-        name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
         stays = tensor
         if name != "x":
             first, last = self._own_heads if name == "q" else self._own_kv_heads

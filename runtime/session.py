@@ -252,5 +252,13 @@ def get_session(make_world: Callable[[], World]) -> Session:
         return current_session()
     if _process_session is None:
         _process_session = Session(make_world())
-        atexit.register(_process_session.close)
+        atexit.register(close_session)
     return _process_session
+
+
+def close_session() -> None:
+    """Close the session of this process, if there is one; the next :func:`get_session` makes another (collective)."""
+    global _process_session
+    if _process_session is not None:
+        session, _process_session = _process_session, None
+        session.close()

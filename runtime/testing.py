@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from sfcompile.errors import RuntimeTimeoutError
-from sfcompile.runtime.session import Session, use_session
+from sfcompile.runtime.session import Session, close_session, use_session
 from sfcompile.runtime.symmetric_heap import HeapSize, Segment, local_segment
 from sfcompile.runtime.topology import Topology
 from sfcompile.runtime.transport import Transport
@@ -227,4 +227,5 @@ def _rank_main(
     except BaseException as error:
         failure = error
     send.send((value, failure))
+    close_session()  # a forked process runs no exit handlers
     send.close()

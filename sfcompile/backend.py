@@ -71,6 +71,7 @@ def streamfusion_backend(
 def _compile_rank(
     gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options, session: Session
 ) -> Callable[..., Any]:
+    _refuse_accelerators(example_inputs)
     start = time.perf_counter()
     topology = session.topology if asked.topology == "auto" else _topology(asked.topology)
     check_ranks(topology, session.topology.num_ranks)
@@ -90,6 +91,16 @@ def _compile_rank(
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
     local = _inner(compiled.gm, inputs, captured, asked)
     return _pick_tensors(local, captured.tensor_inputs, len(example_inputs))
+
+
+def _refuse_accelerators(inputs: Sequence[Any]) -> None:
+    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {"cpu", "meta"}
+    if devices:
+        raise UnsupportedError(
+            f"graph inputs are on {', '.join(sorted(devices))}, and several ranks run",
+            "this version moves chunks between CPU ranks only; GPU ranks arrive with the NVSHMEM transport",
+            "run the model on CPU ranks, or on one GPU without torchrun",
+        )
 
 
 def _pick_tensors(local: Callable[..., Any], tensors: tuple[int, ...], count: int) -> Callable[..., Any]:
@@ -152,12 +163,24 @@ def _digest_text(captured: Captured, asked: Options, topology: Topology) -> str:
 
 
 def _announce(compiled: Compiled, session: Session, seconds: float) -> None:
+    """Rank 0 says in a line what was compiled; the whole plan is at level DEBUG and in ``last_report()``."""
     report = compiled.report
     _reports.append(report)
+    _speak(session.rank)
     for warning in report.warnings:
-        (log.warning if session.rank == 0 else log.info)(warning)
-    level = logging.INFO if session.rank == 0 else logging.DEBUG
-    log.log(level, "compiled a graph in %.1f s\n%s", seconds, report)
+        log.warning(warning)
+    log.info("graph %d compiled for %d ranks in %.1f s: %s", len(_reports), report.num_ranks, seconds, report.headline)
+    log.debug("\n%s", report)
+
+
+def _speak(rank: int) -> None:
+    """Give our logger a voice unless the program configured logging: rank 0 from SFCOMPILE_LOG (default info) up."""
+    if log.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"[streamfusion, rank {rank}] %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(os.environ.get("SFCOMPILE_LOG", "info").upper() if rank == 0 else logging.ERROR)
 
 
 __all__ = ["StreamFusionError", "last_report", "reports", "streamfusion_backend"]

@@ -98,7 +98,7 @@ def one_dies(rank: int, transport: str, victim: int, how: str) -> None:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "sleep":
-            time.sleep(6)
+            time.sleep(4)
             return
         with session.guard():
             raise ValueError("the victim's own mistake")
@@ -117,7 +117,7 @@ def fails_and_lingers(rank: int) -> None:
             with session.guard():
                 raise ValueError("caught by the user")
         except ValueError:
-            time.sleep(8)
+            time.sleep(3)
             return
     attend_and_gather(case, rank, ticket)
 
@@ -131,7 +131,7 @@ def one_does_not_compile(rank: int) -> None:
     """Rank 2 never comes to the agreement."""
     session = session_of(timeout_s=2.0)
     if rank == 2:
-        time.sleep(5)
+        time.sleep(4)
         return
     session.agree("graph", {"graph": "12 nodes"})
 

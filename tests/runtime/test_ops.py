@@ -5,15 +5,21 @@ from __future__ import annotations
 import pytest
 import rank_workers
 import torch
-from random_sites import random_case
+from random_sites import attention_site, random_case
 from rank_workers import attend_and_gather, schedules_of
+from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sfcompile.codegen.schedule import Mesh
+from sfcompile.codegen.schedule_gather import build_gather
+from sfcompile.codegen.schedule_torus import build_torus
+from sfcompile.codegen.sites import GatherSite
 from sfcompile.errors import InternalError
 from sfcompile.runtime import ops
 from sfcompile.runtime.session import current_session
 from sfcompile.runtime.testing import run_processes, run_threads
+from sfcompile.runtime.topology import Topology
 
 sf = torch.ops.streamfusion
 
@@ -32,12 +38,15 @@ def test_fakes_have_the_shapes() -> None:
 
 
 def test_a_trace_keeps_every_op_in_its_order() -> None:
-    case = random_case(9, ranks=2)
+    def local(x: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
+        for put in (sf.put_k, sf.put_q, sf.put_v):
+            ticket = put(x, ticket, "p", 0)
+        ticket = sf.attend(ticket, None, "p", 0)
+        out, ticket = sf.collect(ticket, "p", 0, [1, 2, 3, 4], torch.float32)
+        ticket = sf.gather_start(out, ticket, "p", 1)
+        return sf.gather_finish(ticket, "p", 1, [1, 2, 6, 4], torch.float32)[0]  # type: ignore[no-any-return]
 
-    def local(ticket: torch.Tensor) -> torch.Tensor:
-        return attend_and_gather(case, 0, ticket)[0]
-
-    gm = make_fx(local, tracing_mode="fake")(torch.zeros(1, dtype=torch.int64))
+    gm = make_fx(local, tracing_mode="fake")(torch.zeros(1, 2, 3, 4), torch.zeros(1, dtype=torch.int64))
     gm.graph.eliminate_dead_code()
     names = [str(node.target).split(".")[1] for node in gm.graph.nodes if str(node.target).startswith("streamfusion.")]
     assert names == ["put_k", "put_q", "put_v", "attend", "collect", "gather_start", "gather_finish"]
@@ -88,6 +97,37 @@ def test_a_graph_without_its_session_says_so() -> None:
 
     with pytest.raises(InternalError, match="program gone is not loaded on rank 0"):
         run_threads(1, work)
+
+
+def test_memory_may_be_reused_after_a_put() -> None:
+    """Inductor gives the buffer of k to another value as soon as put_k has returned; attend reads k after that."""
+
+    def local(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ticket = torch.zeros(1, dtype=torch.int64)
+        for put, m in ((sf.put_q, w), (sf.put_k, w.t()), (sf.put_v, w + 1)):
+            ticket = put((x @ m).view(1, 24, 4, 8).transpose(1, 2), ticket, "p", 0)
+        other = x @ (w + 2) @ w @ w
+        ticket = sf.attend(ticket, None, "p", 0)
+        out, ticket = sf.collect(ticket, "p", 0, [1, 4, 24, 8], torch.float32)
+        ticket = sf.gather_start(out + 1, ticket, "p", 1)
+        other = other @ (w + 3) @ w @ w
+        return sf.gather_finish(ticket, "p", 1, [1, 4, 24, 8], torch.float32)[0], other
+
+    site = attention_site(1, heads=4, tokens=24)
+    mesh = Mesh.of(Topology.grid(1, 1), 1, 1)
+    gather = GatherSite("out", (1, 4, 24, 8), torch.float32, 2, 1, 1, site.q_positions)
+
+    def work(rank: int) -> float:
+        current_session().load("p", [build_torus(site, mesh), build_gather(gather, mesh)])
+        torch.manual_seed(0)
+        x, w = torch.randn(24, 32), torch.randn(32, 32)
+        with torch.no_grad():
+            compiled = compile_fx(make_fx(local, tracing_mode="fake")(x, w), [x, w])
+            q, k, v = ((x @ m).view(1, 24, 4, 8).transpose(1, 2) for m in (w, w.t(), w + 1))
+            expected = torch.nn.functional.scaled_dot_product_attention(q, k, v) + 1
+            return float((compiled(x, w)[0] - expected).abs().max())
+
+    assert max(run_threads(1, work)) < 1e-4
 
 
 def test_inductor_keeps_the_order_and_the_numbers() -> None:

@@ -43,7 +43,7 @@ def test_the_first_error_of_processes_is_raised_with_its_rank() -> None:
 
 
 def test_a_process_that_hangs_is_ended() -> None:
-    outcomes = run_outcomes(2, rank_workers.hangs, timeout_s=4.0)
+    outcomes = run_outcomes(2, rank_workers.hangs, timeout_s=2.5)
     assert [outcome.exit_code for outcome in outcomes] == [0, None]
     with pytest.raises(RuntimeTimeoutError, match="rank 1 of 2 ended with exit code None"):
-        run_processes(2, rank_workers.hangs, timeout_s=4.0)
+        run_processes(2, rank_workers.hangs, timeout_s=2.5)

@@ -21,7 +21,7 @@ class Recorder:
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
         self.calls.append((self.name, "open", [arrival.src for arrival, _ in arrivals]))
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int) -> None:
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
         self.calls.append((self.name, "put", dst))
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
