@@ -71,8 +71,8 @@ class Indexed:
         assert whole is not None
         for j, out in enumerate(chosen.outs):
             want = self.pieces[("out", j)](whole.runs)
-            if not want:
-                continue
+            if not want or op.outputs[j] is None:
+                continue  # no tokens, or nothing reads it
             if not self._here(out) or not chosen.owners.same(out, whole.with_runs(want)):
                 return None
         needs: list[Layout | None] = []
@@ -186,24 +186,7 @@ def _split(op: OpView) -> Rule | None:
         counts = np.diff(np.searchsorted(owned, edges)).tolist()
         return local.call(torch.ops.aten.split_with_sizes.default, [operands[0], counts, dim], {})
 
-    return _Split(dim, x.shape[dim], ("in", 0), pieces, write, _same_dims_but(op, dim))
-
-
-class _Split(Indexed):
-    """A piece of a split that nothing reads has no layout; it takes whatever the master gives it."""
-
-    def needs(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
-        whole = chosen.ins[0]
-        if self._here(whole):
-            assert whole is not None
-            outs = [
-                whole.with_runs(self.pieces[("out", j)](whole.runs)) if op.outputs[j] is None else out
-                for j, out in enumerate(chosen.outs)
-            ]
-            return super().needs(op, Chosen(chosen.ins, outs, chosen.owners))
-        read = next((out for out in chosen.outs if out is not None), None)
-        outs = [read if op.outputs[j] is None else out for j, out in enumerate(chosen.outs)]
-        return super().needs(op, Chosen(chosen.ins, outs, chosen.owners))
+    return Indexed(dim, x.shape[dim], ("in", 0), pieces, write, _same_dims_but(op, dim))
 
 
 @register_rule("slice_scatter")

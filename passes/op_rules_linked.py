@@ -66,7 +66,9 @@ class Linked:
         """The outputs must agree on one sharded name; operands that have the dim at full size must be cut along it."""
         name: Hashable | None = None
         model: Layout | None = None
-        for names, layout in zip(self.outs, chosen.outs, strict=True):
+        for names, layout, output in zip(self.outs, chosen.outs, op.outputs, strict=True):
+            if output is None:
+                continue  # nothing reads it
             if layout is None or names[layout.dim] is None:
                 return None
             if model is None:

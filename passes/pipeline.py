@@ -103,9 +103,7 @@ def _place_min_cut(s: State) -> None:
 def _rewrite_local(s: State) -> None:
     assert s.layouts is not None and s.placement is not None
     s.local = LocalGraph(s.mode, s.layouts.owners, s.rank, s.program)
-    for name, buffer in _constants(s.gm).items():
-        setattr(s.local.root, name, buffer)
-    rewrite_local(s.gm.graph, s.tokens, s.layouts, s.placement, s.local)
+    rewrite_local(s.gm, s.tokens, s.layouts, s.placement, s.local)
 
 
 def _schedule_puts(s: State) -> None:
@@ -135,14 +133,6 @@ PIPELINE: list[tuple[str, Callable[[State], None], str]] = [
     ("schedule_puts", _schedule_puts, "moves communication inside the finished graph"),
     ("schedule_sites", _schedule_sites, "one schedule per attention and gather, for all ranks, proved before use"),
 ]
-
-
-def _constants(gm: fx.GraphModule) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            found[str(node.target)] = getattr(gm, str(node.target))
-    return found
 
 
 def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -> Compiled:

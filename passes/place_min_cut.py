@@ -113,7 +113,7 @@ def place_min_cut(
         if node not in sharded:
             placement.reasons[node] = "replicating costs less than the traffic of sharding"
     for node, op in tokens.views.items():
-        reads_shards = any(placement.sharded(operand.node) for operand in op.operands)
+        reads_shards = any(placement.sharded(operand.node) and 0 not in operand.shape for operand in op.operands)
         if node not in placement.needs and node not in placement.reasons and reads_shards:
             placement.reasons[node] = (
                 "no rule for this op" if node not in tokens.rules else "it mixes the tokens of a sharded value"

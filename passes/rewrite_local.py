@@ -60,8 +60,12 @@ class _Rewriter:
             elif node in self._placement.needs:
                 self._sharded(node)
             elif is_getitem(node) and node.args[0] in self._made:
-                self._made[node] = self._local.getitem(self._made[node.args[0]], node.args[1])
-                self._check(node)
+                piece = self._local.getitem(self._made[node.args[0]], node.args[1])
+                if 0 in shape_of(node):  # no tokens: the same empty value on every rank
+                    self._whole[node] = piece
+                else:
+                    self._made[node] = piece
+                    self._check(node)
             else:
                 self._copy(node)
 
@@ -113,9 +117,12 @@ class _Rewriter:
         self._whole[node] = self._local.copy(node, values)
 
 
-def rewrite_local(graph: fx.Graph, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph) -> None:
+def rewrite_local(gm: fx.GraphModule, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph) -> None:
     """Fill ``local`` with this rank's graph. Fills ``placement.gathers`` with the values that had to be gathered."""
-    _Rewriter(tokens, layouts, placement, local).run(graph)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            setattr(local.root, str(node.target), getattr(gm, str(node.target)))
+    _Rewriter(tokens, layouts, placement, local).run(gm.graph)
     local.origin = None
     _drop_dead(local.graph)
 

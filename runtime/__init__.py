@@ -4,6 +4,7 @@ topology            which rank sits on which machine, and what the links can car
 process_group       default group under torchrun, machine discovery, agreement between ranks
 instructions        what a schedule tells one rank to do
 symmetric_heap      one segment per rank, the same offsets everywhere, mapped by the ranks of a machine
+futex               sleep until a word of shared memory changes
 transport*          put, wait, release: true stores inside a machine, gloo between machines
 attention_aten      flash attention that returns LSE, and the merge of partial results
 executor            runs one rank's instructions

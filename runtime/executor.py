@@ -103,7 +103,8 @@ class SiteRun:
                 self._pair(step, mask)
             elif isinstance(step, Push):
                 out = self._output(step.q_src)
-                self._transport.put(step.q_src, step.slot, self.plan.slots[step.slot].offset, out, self.epoch)
+                offset = self.plan.slots[step.slot].offset
+                self._transport.put(step.q_src, step.slot, offset, out, self.epoch, stays=True)
 
     def collect(self, out: torch.Tensor) -> None:
         """Fill ``out`` [B, H, Lq, E] with this rank's queries' outputs, from every head slice."""

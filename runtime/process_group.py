@@ -18,7 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from sfcompile.errors import HeapError, RankMismatchError, RuntimeTimeoutError, TopologyError, UnsupportedError
+from sfcompile.errors import (
+    HeapError,
+    PeerDiedError,
+    RankMismatchError,
+    RuntimeTimeoutError,
+    TopologyError,
+    UnsupportedError,
+)
 from sfcompile.runtime.symmetric_heap import HeapSize, Segment, create_shared, local_segment, map_shared, unlink_shared
 from sfcompile.runtime.topology import Topology
 from sfcompile.runtime.transport import RoutedTransport, Transport, peer_failed
@@ -116,16 +123,38 @@ class ProcessWorld:
 
         Raises:
             RuntimeTimeoutError: names the ranks that did not come.
-            PeerFailedError: another rank failed in the meantime.
+            PeerFailedError: another rank failed before it came.
+            PeerDiedError: rank 0 has gone, and the store with it.
         """
         self._exchanges += 1
         key = f"{doing}/{self._exchanges}"
+        try:
+            self._store.set(f"{key}/{self.rank}", base64.b64encode(pickle.dumps(value)).decode())
+            self._await_all(key, doing)
+            raw = [self._store.get(f"{key}/{rank}") for rank in range(self._num_ranks)]
+            self._store.add(f"{key}/read", 1)
+            if self.rank == 0:
+                self._keep_store(f"{key}/read")
+        except dist.DistError as error:
+            raise PeerDiedError(
+                f"rank {self.rank} was about to {doing} and found the job's store gone ({str(error).splitlines()[0]})",
+                "rank 0, or the launcher, keeps the store and has ended",
+                "look at the log of rank 0",
+                rank=self.rank,
+                peer=0,
+            ) from error
+        return [pickle.loads(base64.b64decode(text)) for text in raw]
+
+    def _await_all(self, key: str, doing: str) -> None:
         known = self.notice()  # an old failure: ranks that all got over it may meet again
-        self._store.set(f"{key}/{self.rank}", base64.b64encode(pickle.dumps(value)).decode())
-        missing = [rank for rank in range(self._num_ranks) if rank != self.rank]
+        missing = list(range(self._num_ranks))
         start, nap = time.monotonic(), 1e-3
-        while missing := [rank for rank in missing if not self._store.check([f"{key}/{rank}"])]:
+        while True:
             notice = self.notice()
+            missing = [rank for rank in missing if not self._store.check([f"{key}/{rank}"])]
+            if not missing:
+                return
+            # The notice was read before the look round: who failed after this meeting cannot have ended it.
             if notice is not None and known is None:
                 raise peer_failed(self.rank, notice)
             if time.monotonic() - start > self._timeout_s:
@@ -140,11 +169,16 @@ class ProcessWorld:
                 )
             time.sleep(nap)
             nap = min(1.5 * nap, 0.05)
-        return [pickle.loads(base64.b64decode(self._store.get(f"{key}/{rank}"))) for rank in range(self._num_ranks)]
+
+    def _keep_store(self, counter: str) -> None:
+        """The store may end with this process: stay, for a moment, until every rank has read what it came for."""
+        deadline = time.monotonic() + _LINGER_S
+        while self._store.add(counter, 0) < self._num_ranks and time.monotonic() < deadline:
+            time.sleep(1e-3)
 
     def announce(self, text: str) -> None:
         """Leave a failure notice for all ranks; the first one stays."""
-        with contextlib.suppress(RuntimeError):  # the store goes with rank 0; then there is nobody to tell through it
+        with contextlib.suppress(dist.DistError):  # the store has gone with rank 0: nobody is left to tell through it
             self._store.compare_set(f"failed/{self._lives}", "", text)
             self._store.add(f"told/{self._lives}", 1)
             self._announced = True
@@ -154,7 +188,7 @@ class ProcessWorld:
         key = f"failed/{self._lives}"
         try:
             return self._store.get(key).decode() if self._store.check([key]) else None
-        except RuntimeError:
+        except dist.DistError:
             return None
 
     def reset(self) -> None:
@@ -207,10 +241,8 @@ class ProcessWorld:
     def close(self) -> None:
         """Destroy the default group if it was made here."""
         if self._own_group and self._announced and self.rank == 0:
-            # The store ends with this process: the others may still want to read why.
-            deadline = time.monotonic() + _LINGER_S
-            while time.monotonic() < deadline and self._store.add(f"told/{self._lives}", 0) < self._num_ranks:
-                time.sleep(0.02)
+            with contextlib.suppress(dist.DistError):
+                self._keep_store(f"told/{self._lives}")
         if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -239,9 +271,8 @@ def compare(rank: int, everyone: Sequence[tuple[str, dict[str, str]]]) -> None:
             differences.append(f"{key} is {mine} on rank 0 and {its} on rank {other}")
         if not keys:
             differences.append(f"rank {other} traced other code than rank 0 for inputs of the same shapes")
-    verb = "compiles" if len(odd) == 1 else "compile"
     raise RankMismatchError(
-        f"{_ranks(odd)} {verb} something else than rank 0: {'; '.join(differences)}",
+        f"{_ranks(odd)} would compile something else than rank 0: {'; '.join(differences)}",
         "the ranks compute one model together, so all must call it with the same inputs and options",
         "give every rank the same inputs, weights' shapes and options",
         rank=rank,

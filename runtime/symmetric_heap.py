@@ -76,6 +76,16 @@ class Segment:
         lines = words[first : first + NUM_BANKS * size.num_slots * _WORDS_PER_LINE]
         self.signals: NDArray[np.int64] = lines.reshape(NUM_BANKS, size.num_slots, _WORDS_PER_LINE)[:, :, 0]
 
+    @property
+    def done_address(self) -> int:
+        """Where the done word lies in this process."""
+        return self._bytes.data_ptr() + 8 * _DONE
+
+    def signal_address(self, bank: int, slot: int) -> int:
+        """Where a signal lies in this process."""
+        line = bank * self.size.num_slots + slot
+        return self._bytes.data_ptr() + self.size.signals_at + 8 * _WORDS_PER_LINE * line
+
     def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A view of the bank at ``offset`` bytes."""
         count = 1

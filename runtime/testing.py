@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sfcompile.errors import RuntimeTimeoutError
+from sfcompile.errors import PeerFailedError, RuntimeTimeoutError
 from sfcompile.runtime.session import Session, close_session, use_session
 from sfcompile.runtime.symmetric_heap import HeapSize, Segment, local_segment
 from sfcompile.runtime.topology import Topology
@@ -83,12 +83,12 @@ def run_threads(
 ) -> list[T]:
     """Run ``work(rank)`` on one thread per rank, each with its own session; the results by rank.
 
-    The first error of any rank is raised after all threads have ended.
+    The first error is raised after all threads have ended; one that only reports another rank's failure comes last.
     """
     topology = Topology(tuple(machine_of) if machine_of is not None else (0,) * num_ranks)
     meeting = _Meeting(num_ranks, timeout_s)
     results: list[Any] = [None] * num_ranks
-    errors: list[tuple[float, BaseException]] = []
+    errors: list[BaseException] = []
 
     def body(rank: int) -> None:
         session = Session(ThreadWorld(rank, topology, meeting, delay))
@@ -96,7 +96,7 @@ def run_threads(
             with use_session(session), session.guard():
                 results[rank] = work(rank)
         except BaseException as error:
-            errors.append((isinstance(error, threading.BrokenBarrierError), error))
+            errors.append(error)
             meeting.barrier.abort()
         finally:
             session.close()
@@ -107,8 +107,12 @@ def run_threads(
     for thread in threads:
         thread.join()
     if errors:
-        raise min(errors, key=lambda pair: pair[0])[1]
+        raise min(errors, key=_is_echo)
     return results
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    return isinstance(error, (threading.BrokenBarrierError, PeerFailedError))
 
 
 # ---------------------------------------------------------------------- ranks as processes
@@ -144,11 +148,11 @@ def run_processes(
     ``work`` must be importable by name, its results picklable. ``machine_of`` becomes GROUP_RANK.
 
     Raises:
-        BaseException: the first error of any rank, with its rank in a note.
+        BaseException: the first error of any rank, with its rank in a note (as in :func:`run_threads`).
         RuntimeTimeoutError: a rank neither returned nor raised.
     """
     outcomes = run_outcomes(num_ranks, work, args, machine_of, timeout_s)
-    failed = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.seconds)
+    failed = sorted((o for o in outcomes if o.error is not None), key=lambda o: (_is_echo(o.error), o.seconds))
     for outcome in failed:
         assert outcome.error is not None
         outcome.error.add_note(f"on rank {outcome.rank} of {num_ranks}")

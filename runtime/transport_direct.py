@@ -24,12 +24,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sfcompile.errors import PeerDiedError, RuntimeTimeoutError, UnsupportedError
+from sfcompile.runtime import futex
 from sfcompile.runtime.instructions import Arrival
 from sfcompile.runtime.symmetric_heap import NUM_BANKS, Segment
 from sfcompile.runtime.transport import peer_failed
 
-_YIELDS = 64
-_NAP_S = (2e-5, 1e-3)
+_YIELDS = 16
 _LOOK_AROUND_S = 0.2
 
 
@@ -80,21 +80,24 @@ class DirectTransport:
             self._delay(self._rank)
         segment = self._segments[dst]
         assert segment is not None
-        self._poll(lambda: segment.done, epoch - NUM_BANKS, dst, slot, "its bank to be free")
+        self._await(lambda: segment.done, segment.done_address, epoch - NUM_BANKS, dst, slot, "its bank to be free")
         bank = epoch % NUM_BANKS
         segment.chunk(bank, offset, chunk.shape, chunk.dtype).copy_(chunk)
         segment.signals[bank, slot] = epoch
+        futex.wake(segment.signal_address(bank, slot))
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
-        """Poll this rank's own signal word."""
+        """Watch this rank's own signal word."""
         if self._delay is not None:
             self._delay(self._rank)
         signals, bank = self._mine.signals, epoch % NUM_BANKS
-        self._poll(lambda: int(signals[bank, slot]), epoch, src, slot, "a chunk")
+        address = self._mine.signal_address(bank, slot)
+        self._await(lambda: int(signals[bank, slot]), address, epoch, src, slot, "a chunk")
 
     def finish(self, epoch: int) -> None:
         """Give the bank back to all senders at once."""
         self._mine.done = epoch
+        futex.wake(self._mine.done_address)
 
     def abort(self, text: str) -> None:
         """Write the notice into every segment in reach."""
@@ -106,18 +109,16 @@ class DirectTransport:
         """Mappings go with their last reference."""
         self._segments = ()
 
-    def _poll(self, read: Callable[[], int], wanted: int, peer: int, slot: int, what: str) -> None:
-        if read() >= wanted:
-            return
+    def _await(self, read: Callable[[], int], address: int, wanted: int, peer: int, slot: int, what: str) -> None:
+        """Until the word at ``address``, which ``read`` reads, has reached ``wanted``."""
         for _ in range(_YIELDS):  # there may be more ranks than cores: let the peer run
-            os.sched_yield()
             if read() >= wanted:
                 return
+            os.sched_yield()
         start = time.monotonic()
-        look, nap = start + _LOOK_AROUND_S, _NAP_S[0]
-        while read() < wanted:
-            time.sleep(nap)
-            nap = min(nap * 1.5, _NAP_S[1])
+        look = start + _LOOK_AROUND_S
+        while (seen := read()) < wanted:
+            futex.wait(address, seen, _LOOK_AROUND_S)
             now = time.monotonic()
             if now >= look:
                 look = now + _LOOK_AROUND_S

@@ -12,8 +12,14 @@ from torch import fx
 
 from sfcompile.capture import Captured, capture
 from sfcompile.codegen.sites import AttentionSite, GatherSite
+from sfcompile.passes import pipeline as _pipeline  # noqa: F401  registers the op rules
+from sfcompile.passes.analyse_tokens import analyse_tokens
+from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.layout import Layout
 from sfcompile.passes.local_graph import LocalGraph
+from sfcompile.passes.place_min_cut import place_min_cut
+from sfcompile.passes.rewrite_local import rewrite_local
+from sfcompile.runtime.topology import Topology
 
 
 def captured(fn: Callable[..., Any], *args: torch.Tensor) -> Captured:
@@ -137,3 +143,45 @@ def shard_of(value: torch.Tensor, layout: Layout, local: LocalGraph) -> torch.Te
     split = [*shape[: layout.dim], layout.outer, layout.tokens, layout.inner, *shape[layout.dim + 1 :]]
     taken = value.reshape(split).index_select(layout.dim + 1, positions)
     return taken.reshape(local.owners.local_shape(tuple(shape), layout, local.rank))
+
+
+def rewritten(got: Captured, seeds: Sequence[tuple[int, int]], ranks: int) -> tuple[Any, Any, list[LocalGraph]]:
+    """Shard a captured graph from seeds ``(input, dim)`` as far as rules allow: placement, layouts, every rank's graph."""
+    inputs = [node for node in got.gm.graph.nodes if node.op == "placeholder"]
+    tokens = analyse_tokens(got.gm.graph, [(inputs[i], dim) for i, dim in seeds])
+    layouts = choose_layouts(tokens, [], ranks)
+    topology = Topology.grid(1, ranks)
+    placement = place_min_cut(got.gm.graph, tokens, layouts, topology, shard_everything=True)
+    locals_ = [LocalGraph(got.mode, layouts.owners, rank, "test") for rank in range(ranks)]
+    for local in locals_:
+        rewrite_local(got.gm, tokens, layouts, placement, local)
+    return placement, layouts, locals_
+
+
+def check_sharded(
+    fn: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    *seeds: tuple[int, int],
+    ranks: int = 3,
+    whole: Sequence[str] = (),
+    exact: bool = False,
+) -> None:
+    """Apply a function to shards and compare with the shards of the function, for every rank.
+
+    Every op that touches tokens must really run on shards, except those whose names are in ``whole``, which must not.
+    """
+    got = capture(fx.symbolic_trace(fn), inputs)
+    placement, _, locals_ = rewritten(got, seeds, ranks)
+    names = {str(node.target).split(".")[1] for node in placement.reasons}
+    assert names == set(whole), f"computed whole: {placement.reasons}"
+    assert placement.needs or whole, "nothing was sharded"
+    graphs = [(fx.GraphModule(local.root, local.graph), local.sites) for local in locals_]
+    with torch.no_grad():
+        want = got.gm(*inputs)
+    for rank, result in enumerate(run_lockstep(lambda r: graphs[r], ranks, inputs)):
+        for mine, theirs in zip(result, want, strict=True):
+            assert mine.shape == theirs.shape, f"rank {rank}"
+            if exact:
+                assert torch.equal(mine, theirs), f"rank {rank}"
+            else:
+                torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5, equal_nan=True)

@@ -1,0 +1,134 @@
+"""Whole graphs through every pass, every rank in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import captured, run_lockstep
+from models import build
+from torch import fx
+
+from sfcompile.capture import Captured
+from sfcompile.errors import InternalError, MeshError, NotShardedError
+from sfcompile.passes import pipeline
+from sfcompile.passes.layout import Ownership
+from sfcompile.passes.pipeline import Compiled, State, run_pipeline
+from sfcompile.runtime.topology import Topology
+
+
+def compile_rank(got: Captured, rank: int, ranks: int, **options: object) -> tuple[Compiled, State]:
+    state = State(got.gm, got.mode, Topology.grid(1, ranks), rank, shard_everything=True, **options)  # type: ignore[arg-type]
+    return run_pipeline(state), state
+
+
+def results(got: Captured, ranks: int, inputs: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]]:
+    def make(rank: int) -> tuple[fx.GraphModule, list[object]]:
+        compiled, state = compile_rank(got, rank, ranks)
+        assert state.local is not None
+        return compiled.gm, list(state.local.sites)
+
+    return run_lockstep(make, ranks, inputs)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", ["self", "joint", "cross"])
+def test_every_rank_returns_the_whole_output(name: str, ranks: int) -> None:
+    model, inputs = build(name)
+    got = captured(model, *inputs)
+    inputs = tuple(placeholder_values(got))
+    with torch.no_grad():
+        want = got.gm(*inputs)[0]
+    for (mine,) in results(got, ranks, inputs):
+        torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
+
+
+def placeholder_values(got: Captured) -> list[torch.Tensor]:
+    """Values for the placeholders: any of the right shape will do, the same for all ranks."""
+    torch.manual_seed(1)
+    values = []
+    for node in got.gm.graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            shape = tuple(value.shape)
+            values.append(torch.rand(shape) > 0.3 if value.dtype == torch.bool else torch.randn(shape) * 0.3)
+    return values
+
+
+def test_a_wrong_owner_does_not_go_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build("joint")
+    got = captured(model, *inputs)
+    values = tuple(placeholder_values(got))
+    right = Ownership.positions
+
+    def off_by_one(self: Ownership, runs: tuple[tuple[int, int], ...], rank: int) -> object:
+        found = right(self, runs, rank)
+        return (found + 1) % len(self.vector(runs)) if rank == 1 and len(found) == 6 else found
+
+    monkeypatch.setattr(Ownership, "positions", off_by_one)
+    with torch.no_grad():
+        want = got.gm(*values)[0]
+    assert any((mine - want).abs().max() > 1e-3 for (mine,) in results(got, 4, values))
+
+
+def test_ranks_agree_on_program_sites_and_order_of_communication() -> None:
+    model, inputs = build("joint")
+    got = captured(model, *inputs)
+    seen = []
+    for rank in range(3):
+        compiled, state = compile_rank(got, rank, 3)
+        assert state.local is not None
+        order = [(str(n.target), n.args[-1]) for n in compiled.gm.graph.nodes if "streamfusion" in str(n.target)
+                 and isinstance(n.args[-1], int)]  # fmt: skip
+        seen.append((compiled.program, [site.geometry() for site in state.local.sites], order))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_report_and_dump(tmp_path: Path) -> None:
+    model, inputs = build("self")
+    got = captured(model, *inputs)
+    state = State(got.gm, got.mode, Topology.grid(2, 2), 0, shard_everything=True)
+    report = run_pipeline(state, dump=tmp_path / "dump").report
+    assert (report.num_ranks, report.num_machines, report.ulysses, report.ring) == (4, 2, 4, 1)
+    assert report.torus_sites == 2 and report.share < 1.3 and report.schedules_checked
+    assert "torus" in str(report) and "models.py" in str(report)
+    names = sorted(path.name.split(".", 1)[1] for path in (tmp_path / "dump").iterdir())
+    assert names == ["captured.txt", "plan.txt", "rank0.txt", "schedules.txt"]
+
+
+def test_no_attention_leaves_the_graph_whole_with_a_warning() -> None:
+    got = captured(lambda x: (x * 2).relu(), torch.randn(2, 5, 4))
+    compiled, state = compile_rank(got, 1, 3)
+    assert state.local is not None and not state.local.sites and not compiled.schedules
+    assert "nothing was sharded" in compiled.report.warnings[0]
+    x = torch.randn(2, 5, 4)
+    assert torch.equal(compiled.gm(x)[0], (x * 2).relu())
+
+
+def test_strict_names_the_node_and_the_users_line() -> None:
+    def mixing(x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        return y.sort(dim=2).values
+
+    got = captured(mixing, torch.randn(2, 4, 8, 4))
+    state = State(got.gm, got.mode, Topology.grid(1, 2), 0, shard_everything=True)
+    with pytest.raises(NotShardedError, match=r"sort(?s:.)*test_pipeline\.py"):
+        run_pipeline(state, strict=True)
+
+
+def test_a_pass_that_edits_the_captured_graph_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def edit(state: State) -> None:
+        state.gm.graph.placeholder("extra")
+
+    monkeypatch.setattr(pipeline, "PIPELINE", [("analyse_attention", edit, "")])
+    got = captured(lambda x: x * 2, torch.randn(3))
+    with pytest.raises(InternalError, match="pass analyse_attention edited"):
+        run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0))
+
+
+def test_a_mesh_with_more_ulysses_ranks_than_heads_is_refused() -> None:
+    model, inputs = build("self")
+    got = captured(model, *inputs)
+    with pytest.raises(MeshError, match="has 4 heads"):
+        compile_rank(got, 0, 5, mesh_asked={"ulysses": 5, "ring": 1})
