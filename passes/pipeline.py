@@ -36,7 +36,6 @@ from sfcompile.passes.rewrite_local import rewrite_local
 from sfcompile.passes.schedule_puts import schedule_puts
 from sfcompile.runtime.topology import Topology
 
-
 CHECKED_RANKS = 16
 """Schedules for up to this many ranks are proved before they run; the checker takes seconds beyond."""
 

@@ -117,7 +117,9 @@ class _Rewriter:
         self._whole[node] = self._local.copy(node, values)
 
 
-def rewrite_local(gm: fx.GraphModule, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph) -> None:
+def rewrite_local(
+    gm: fx.GraphModule, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph
+) -> None:
     """Fill ``local`` with this rank's graph. Fills ``placement.gathers`` with the values that had to be gathered."""
     for node in gm.graph.nodes:
         if node.op == "get_attr":

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import torch
+from helpers import captured
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from sfcompile.passes.analyse_attention import analyse_attention
+from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
+from sfcompile.passes.choose_layouts import Layouts, choose_layouts
+
+
+def chosen(fn: object, *args: torch.Tensor) -> tuple[Layouts, list[torch.fx.Node]]:
+    got = captured(fn, *args)  # type: ignore[arg-type]
+    sites = analyse_attention(got.gm.graph)
+    tokens = analyse_tokens(got.gm.graph, seeds_of(sites))
+    return choose_layouts(tokens, sites, 3), [n for n in got.gm.graph.nodes if n.op == "placeholder"]
+
+
+def test_a_mask_over_two_token_dims_is_cut_along_one() -> None:
+    layouts, (x, mask) = chosen(
+        lambda x, m: sdpa(x * 2, x, x, attn_mask=m + 1), torch.zeros(1, 2, 7, 4), torch.zeros(7, 7)
+    )
+    assert layouts.chosen[x].dim == 2
+    assert layouts.chosen[mask].dim == 0
+
+
+def test_the_axis_with_more_attention_work_wins() -> None:
+    def frames_and_space(x: torch.Tensor) -> torch.Tensor:
+        space = x.flatten(0, 1).unsqueeze(1)
+        space = sdpa(space, space, space).squeeze(1).unflatten(0, (2, 3))
+        frames = space.transpose(1, 2).flatten(0, 1).unsqueeze(1)
+        return sdpa(frames, frames, frames)
+
+    layouts, (x,) = chosen(frames_and_space, torch.zeros(2, 3, 20, 4))
+    assert layouts.chosen[x].dim == 2, "20 positions in space beat 3 frames"
+    assert [tokens for tokens, _, _ in layouts.axes] == [20, 3]
+
+
+def test_text_and_image_are_two_segments_of_one_axis() -> None:
+    def joint(t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.cat([t, x], dim=2)
+        y = sdpa(y, y, y)
+        return y[:, :, :4], y[:, :, 4:]
+
+    layouts, (text, image) = chosen(joint, torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 11, 4))
+    assert [(tokens, segments) for tokens, segments, _ in layouts.axes] == [(15, 2)]
+    owners = layouts.owners
+    for node, count in ((text, 4), (image, 11)):
+        pieces = [owners.count(layouts.chosen[node].runs, rank) for rank in range(3)]
+        assert sum(pieces) == count and max(pieces) - min(pieces) <= 1
+    totals = [sum(owners.count(layouts.chosen[n].runs, r) for n in (text, image)) for r in range(3)]
+    assert totals == [5, 5, 5], "the longer pieces are on different ranks"

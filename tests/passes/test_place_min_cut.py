@@ -1,0 +1,111 @@
+"""The cut against brute force over every assignment of the cost formula."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import captured
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from sfcompile.passes.analyse_cost import gather_seconds, seconds
+from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens
+from sfcompile.passes.choose_layouts import Layouts, choose_layouts
+from sfcompile.passes.op_view import is_tensor
+from sfcompile.passes.place_min_cut import Placement, place_min_cut
+from sfcompile.runtime.topology import Topology
+
+
+def placed(fn: object, topology: Topology, *args: torch.Tensor, shard_everything: bool = False) -> tuple[
+    fx.Graph, Tokens, Layouts, Placement
+]:  # fmt: skip
+    got = captured(fn, *args)  # type: ignore[arg-type]
+    graph = got.gm.graph
+    first = next(node for node in graph.nodes if node.op == "placeholder")
+    tokens = analyse_tokens(graph, [(first, 1)])
+    layouts = choose_layouts(tokens, [], topology.num_ranks)
+    return graph, tokens, layouts, place_min_cut(graph, tokens, layouts, topology, shard_everything)
+
+
+def cost(graph: fx.Graph, tokens: Tokens, layouts: Layouts, topology: Topology, sharded: set[fx.Node]) -> float:
+    """The formula at the head of place_min_cut.py, read off the rules again."""
+    total = 0.0
+    for node, op in tokens.views.items():
+        if node in CANDIDATES[0]:
+            total += seconds(op, topology) / (topology.num_ranks if node in sharded else 1)
+    for value in graph.nodes:
+        if not is_tensor(value) or value not in sharded:
+            continue
+        for user in value.users:
+            whole = user not in sharded
+            if user in sharded:
+                needs = CANDIDATES[0][user]
+                op = tokens.views[user]
+                for operand, need in zip(op.operands, needs, strict=True):
+                    agrees = layouts.owners.same(need, layouts.chosen.get(value))
+                    whole = whole or (operand.node is value and (need is None or not agrees))
+            if whole:
+                total += gather_seconds(value, topology)
+                break
+    return total
+
+
+CANDIDATES: list[dict] = [{}]
+
+
+def network(x: torch.Tensor, text: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    a = torch.nn.functional.linear(x, w)
+    b = a.softmax(dim=1)
+    c = torch.nn.functional.gelu(a) + b
+    d = c @ text.transpose(1, 2)
+    return torch.nn.functional.linear(c, w).relu(), d.amax(dim=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.floats(1e3, 1e9), st.floats(1e3, 1e9), st.floats(1e2, 1e9), st.integers(2, 6), st.integers(1, 2)
+)  # fmt: skip
+def test_the_cut_is_the_cheapest_assignment(
+    flops: float, memory: float, link: float, ranks: int, machines: int
+) -> None:
+    topology = Topology(
+        tuple(rank * machines // ranks for rank in range(ranks)), flops, memory, link, 1e-6, link / 3, 1e-5
+    )
+    args = torch.zeros(2, 12, 4), torch.zeros(2, 5, 4), torch.zeros(4, 4)
+    graph, tokens, layouts, placement = placed(network, topology, *args)
+    everything = place_min_cut(graph, tokens, layouts, topology, shard_everything=True)
+    CANDIDATES[0] = dict(everything.needs)
+    best = min(
+        cost(graph, tokens, layouts, topology, set(choice))
+        for count in range(len(CANDIDATES[0]) + 1)
+        for choice in itertools.combinations(CANDIDATES[0], count)
+    )
+    got = cost(graph, tokens, layouts, topology, set(placement.needs))
+    assert got == pytest.approx(best, rel=1e-6, abs=1e-8)
+
+
+def test_slow_links_replicate_and_fast_links_shard() -> None:
+    args = torch.zeros(2, 12, 4), torch.zeros(2, 5, 4), torch.zeros(4, 4)
+    slow = Topology((0, 1), local_bytes_per_s=1.0, network_bytes_per_s=1.0)
+    assert not placed(network, slow, *args)[3].needs
+    fast = Topology((0, 0), 1e3, 1e3, local_bytes_per_s=1e12, local_latency_s=0.0)
+    assert len(placed(network, fast, *args)[3].needs) >= 4
+
+
+def test_shard_everything_shards_what_has_a_rule_and_says_why_the_rest_is_not() -> None:
+    args = torch.zeros(2, 12, 4), torch.zeros(2, 5, 4), torch.zeros(4, 4)
+    slow = Topology((0, 1), local_bytes_per_s=1.0, network_bytes_per_s=1.0)
+    _, tokens, _, placement = placed(network, slow, *args, shard_everything=True)
+    names = {tokens.views[node].name for node in placement.needs}
+    assert names == {"linear", "gelu", "add", "matmul", "relu"}
+    assert {tokens.views[node].name for node in placement.reasons} == {"softmax", "amax"}
+    assert all("mix" in reason or "differ" in reason for reason in placement.reasons.values())
+
+
+def test_ties_are_sharded() -> None:
+    free = Topology((0, 0), 1e30, 1e30, 1e30, 0.0, 1e30, 0.0)
+    _, _, _, placement = placed(lambda x: (x * 2).relu(), free, torch.zeros(2, 12, 4))
+    assert len(placement.needs) == 2

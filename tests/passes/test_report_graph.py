@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import torch
+from helpers import captured
+from models import build
+
+from sfcompile.passes.pipeline import State, run_pipeline
+from sfcompile.passes.report import GraphReport
+from sfcompile.runtime.topology import Topology
+
+
+def report(name: str, ranks: int, shard: bool = True) -> GraphReport:
+    model, inputs = build(name)
+    got = captured(model, *inputs)
+    return run_pipeline(State(got.gm, got.mode, Topology.grid(1, ranks), 0, shard_everything=shard)).report
+
+
+def test_attention_is_counted_by_kind_and_the_output_gather_named() -> None:
+    plan = report("cross", 2)
+    assert (plan.torus_sites, plan.local_sites) == (1, 1)
+    assert any(row.reason == "model output" for row in plan.gathered)
+    assert any("read whole by scaled_dot_product_attention" in row.reason for row in plan.gathered)
+
+
+def test_flops_are_shared_out() -> None:
+    plan = report("joint", 3)
+    assert 1.0 <= plan.share < 1.3 and sum(plan.rank_flops) >= plan.total_flops
+    assert plan.heap_bytes > 0 and plan.schedules >= 2
+
+
+def test_a_small_model_on_slow_links_is_left_alone_with_a_warning() -> None:
+    plan = report("joint", 2, shard=False)
+    assert plan.sharded_ops == 0 and "nothing was sharded" in plan.warnings[0]
+
+
+def test_source_lines_are_short() -> None:
+    got = captured(
+        lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x).sort(2)[0], torch.zeros(1, 1, 8, 4)
+    )
+    plan = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0, shard_everything=True)).report
+    assert plan.replicated[0].source.startswith("test_report_graph.py:")

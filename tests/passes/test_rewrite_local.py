@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import captured, check_sharded, rewritten
+from torch import fx
+from torch.nn.functional import gelu, linear
+
+from sfcompile.errors import InternalError
+from sfcompile.passes.op_rules_linked import Linked
+
+
+def test_each_value_is_gathered_at_most_once() -> None:
+    def read_whole_thrice(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        return y.softmax(1) + y.cumsum(1) + y.flip(1).sort(1).values
+
+    got = captured(read_whole_thrice, torch.zeros(2, 9, 4))
+    placement, _, locals_ = rewritten(got, [(0, 1)], 3)
+    assert len(placement.gathers) == 3 * len(set(placement.gathers)), "three ranks were rewritten, each gathers once"
+    names = [str(n.target) for n in locals_[0].graph.nodes]
+    assert names.count("streamfusion.gather_start.default") == len(set(placement.gathers))
+
+
+def test_literal_sizes_are_this_ranks_own() -> None:
+    got = captured(lambda x: x.reshape(2, 10, 2, 2).transpose(1, 2) * 1, torch.zeros(2, 10, 4))
+    _, _, locals_ = rewritten(got, [(0, 1)], 3)
+    shapes = [next(n.args[1] for n in loc.graph.nodes if "reshape" in str(n.target)) for loc in locals_]
+    assert sorted(shape[1] for shape in shapes) == [3, 3, 4]
+
+
+def test_source_lines_survive() -> None:
+    got = captured(lambda x, w: gelu(linear(x, w)), torch.zeros(2, 9, 4), torch.zeros(4, 4))
+    _, _, locals_ = rewritten(got, [(0, 1)], 2)
+    node = next(n for n in locals_[0].graph.nodes if "gelu" in str(n.target))
+    assert "test_rewrite_local.py" in (node.stack_trace or "")
+
+
+def test_unsharded_graphs_are_copied() -> None:
+    got = captured(lambda x: (x @ x.T).relu(), torch.zeros(3, 3))
+    _, _, locals_ = rewritten(got, [], 2)
+    before, after = (
+        [str(n.target) for n in graph.nodes if n.op == "call_function"] for graph in (got.gm.graph, locals_[1].graph)
+    )
+    assert before == after
+
+
+def test_a_rule_that_writes_a_wrong_shape_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Linked.emit
+
+    def short(self: Linked, op: object, chosen: object, operands: list[fx.Node], local: object) -> fx.Node:
+        node = right(self, op, chosen, operands, local)  # type: ignore[arg-type]
+        return local._slice(node, 1, 0, 1)  # type: ignore[attr-defined,no-any-return]
+
+    monkeypatch.setattr(Linked, "emit", short)
+    with pytest.raises(InternalError, match=r"the local form of relu has shape \[2, 1, 4\], its shard has \[2, 5, 4\]"):
+        rewritten(captured(lambda x: x.relu(), torch.zeros(2, 9, 4)), [(0, 1)], 2)
+
+
+def test_a_wrong_rule_of_the_right_shape_is_caught_by_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Linked.emit
+
+    def shifted(self: Linked, op: object, chosen: object, operands: list[fx.Node], local: object) -> fx.Node:
+        return local.call(torch.ops.aten.roll.default, [right(self, op, chosen, operands, local), [1], [1]], {})  # type: ignore
+
+    monkeypatch.setattr(Linked, "emit", shifted)
+    with pytest.raises(AssertionError):
+        check_sharded(lambda x: x.relu(), [torch.randn(2, 9, 4)], (0, 1))
