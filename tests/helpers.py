@@ -146,7 +146,7 @@ def shard_of(value: torch.Tensor, layout: Layout, local: LocalGraph) -> torch.Te
 
 
 def rewritten(got: Captured, seeds: Sequence[tuple[int, int]], ranks: int) -> tuple[Any, Any, list[LocalGraph]]:
-    """Shard a captured graph from seeds ``(input, dim)`` wherever a rule allows: placement, layouts, each rank's graph."""
+    """Shard a captured graph from seeds ``(input, dim)`` wherever a rule allows: placement, layouts, local graphs."""
     inputs = [node for node in got.gm.graph.nodes if node.op == "placeholder"]
     tokens = analyse_tokens(got.gm.graph, [(inputs[i], dim) for i, dim in seeds])
     layouts = choose_layouts(tokens, [], ranks)
