@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from sfcompile.passes.layout import Shape
+from sfcompile.torch_private import OpOverload
 
 FakeMode = Any
-"""The fake tensor mode of a capture: a private torch type, named only in sfcompile/capture.py."""
+"""The fake tensor mode of a capture: a private torch type, named only in sfcompile/torch_private.py."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class OpView:
     @classmethod
     def of(cls, node: fx.Node) -> OpView | None:
         """View a node, or None if it is not an ATen call with tensor outputs."""
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
             return None
         value = value_of(node)
         if isinstance(value, torch.Tensor):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from sfcompile.errors import InternalError
@@ -19,6 +18,7 @@ from sfcompile.passes.layout import Layout, Owners
 from sfcompile.passes.local_graph import LocalGraph
 from sfcompile.passes.op_view import is_getitem, is_tensor, shape_of
 from sfcompile.passes.place_min_cut import Placement
+from sfcompile.torch_private import OpOverload
 
 ShardKey = tuple[fx.Node, tuple[int, int, int], Owners]
 
@@ -134,7 +134,7 @@ def _drop_dead(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         pure: Any = node.op == "get_attr" or (
             node.op == "call_function"
-            and (is_getitem(node) or isinstance(node.target, torch._ops.OpOverload))
+            and (is_getitem(node) or isinstance(node.target, OpOverload))
             and not node.is_impure()
         )
         if pure and not node.users:

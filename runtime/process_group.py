@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from sfcompile.errors import (
     HeapError,
@@ -31,6 +30,7 @@ from sfcompile.runtime.topology import Topology
 from sfcompile.runtime.transport import RoutedTransport, Transport, peer_failed
 from sfcompile.runtime.transport_c10d import C10dTransport
 from sfcompile.runtime.transport_direct import DirectTransport, require_x86
+from sfcompile.torch_private import job_store
 
 _worlds = itertools.count()
 _LINGER_S = 1.0
@@ -86,7 +86,7 @@ class ProcessWorld:
         self._num_ranks = dist.get_world_size()
         # Ranks make their worlds in the same order, so the number tells a process's second world from its first.
         prefix = f"sfcompile/{next(_worlds)}"
-        self._store = distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
+        self._store = job_store(prefix)
         self._exchanges = 0
         self._lives = 0
         self._announced = False

@@ -23,6 +23,7 @@ from sfcompile.passes.report import GraphReport
 from sfcompile.runtime.process_group import ProcessWorld, check_ranks
 from sfcompile.runtime.session import Session, get_session
 from sfcompile.runtime.topology import Topology
+from sfcompile.torch_private import inductor_mode_options
 
 log = logging.getLogger("sfcompile")
 
@@ -121,7 +122,7 @@ def _inner(gm: fx.GraphModule, inputs: Sequence[Any], captured: Captured | None,
         return gm.forward
     config: dict[str, Any] = {}
     if asked.mode and asked.mode != "default":
-        config.update(torch._inductor.list_mode_options(asked.mode))
+        config.update(inductor_mode_options(asked.mode))
     return compile_with_inductor(gm, inputs, captured.mode if captured else None, config)
 
 

@@ -1,8 +1,7 @@
 """Capture: a Dynamo graph becomes a functional ATen graph that keeps high-level ops whole.
 
 ``linear``, ``layer_norm``, ``rms_norm`` and ``scaled_dot_product_attention`` stay single nodes (pre-dispatch tracing),
-in-place writes are functionalised, and every value gets a fake tensor with static sizes. All private torch imports of
-the project live in this file (torch 2.11 to 2.13).
+in-place writes are functionalised, and every value gets a fake tensor with static sizes.
 """
 
 from __future__ import annotations
@@ -15,17 +14,20 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dynamo.utils import counters as dynamo_counters
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from sfcompile.capture_attention import recognise_attention
 from sfcompile.errors import TrainingGraphError, UnsupportedError
-
-__all__ = ["Captured", "capture", "compile_with_inductor", "dynamo_counters", "refuse_training"]
+from sfcompile.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    FunctionalTensorMode,
+    GuardOnDataDependentSymNode,
+    TracingContext,
+    compile_fx,
+    dispatch_functionalize,
+    make_fx,
+    tracing,
+)
 
 
 @dataclass
@@ -84,7 +86,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         values = [_static_fake(mode, x) if isinstance(x, torch.Tensor) else int(x) for x in inputs]
-    except (torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode, TypeError) as error:
+    except (GuardOnDataDependentSymNode, TypeError) as error:
         raise UnsupportedError(
             f"an input size is not known before the graph runs ({error})",
             "sharding needs the number of tokens",

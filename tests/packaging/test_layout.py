@@ -15,13 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Lowest layer first. A file may import its own layer and those to the left.
 LAYERS = ("runtime", "codegen", "passes", "sfcompile")
-LEAVES = ("errors", "options")
+LEAVES = ("errors", "options", "torch_private")
 # Inside passes/ the prefix is the phase; files without one are tools for every phase, except the two that join them.
 PHASES = ("analyse", "choose", "place", "rewrite", "schedule")
 JOINERS = ("pipeline", "report_graph")
 MAX_LINES = 500
 # The file that wraps what we need of torch's private modules.
-PRIVATE_TORCH = "sfcompile/capture.py"
+PRIVATE_TORCH = "sfcompile/torch_private.py"
 # The worker of the demo runs one particular model of a library, so it has to name it.
 NAMES_A_MODEL = ("sfcompile/demo_worker.py",)
 MODEL_NAME = re.compile(
@@ -80,6 +80,8 @@ def test_imports_go_one_way(path: Path) -> None:
     own = path.relative_to(ROOT).parts[0]
     if own == "sfcompile" and path.stem in LEAVES:
         allowed = {*sys.stdlib_module_names, *(f"sfcompile.{leaf}" for leaf in LEAVES)}
+        if name_of(path) == PRIVATE_TORCH:
+            allowed.add("torch")
         for module in imported_modules(path):
             names = {module, module.split(".")[0], ".".join(module.split(".")[:2])}
             assert names & allowed, f"{name_of(path)} is a leaf and imports {module}"
@@ -116,6 +118,9 @@ def test_private_torch_in_one_file(path: Path) -> None:
         assert parts[0] != "torch" or not any(part.startswith("_") for part in parts[1:]), (
             f"{name_of(path)} imports {module}; private torch modules belong in {PRIVATE_TORCH}"
         )
+    used = re.search(r"\btorch(\.\w+)*\._(?!_)\w+", re.sub(r"\"\"\".*?\"\"\"", "", path.read_text(), flags=re.DOTALL))
+    allowed = used is None or used[0].startswith(("torch.ops.", "torch.library."))
+    assert used is None or allowed, f"{name_of(path)} uses {used[0]}; it belongs in {PRIVATE_TORCH}"
 
 
 @each(SOURCES + TESTS)

@@ -1,0 +1,49 @@
+"""The private parts of torch that we rely on still do what we rely on."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sfcompile.torch_private import (
+    FakeTensorMode,
+    FunctionalTensorMode,
+    OpOverload,
+    dispatch_functionalize,
+    inductor_mode_options,
+    job_store,
+    make_fx,
+)
+
+
+def test_pre_dispatch_tracing_keeps_attention_whole_and_removes_writes() -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.scaled_dot_product_attention(x, x, x).clone()
+        y.add_(1)
+        return y
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
+        fake = torch.empty(1, 2, 5, 4)
+        gm = make_fx(functional, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(fake)
+    targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    assert all(isinstance(target, OpOverload) and not target._schema.is_mutable for target in targets)
+    assert torch.ops.aten.scaled_dot_product_attention.default in targets
+
+
+def test_modes_are_inductors() -> None:
+    assert inductor_mode_options("max-autotune-no-cudagraphs")["max_autotune"] is True
+
+
+def test_the_job_store_is_shared_under_a_prefix() -> None:
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        job_store("a").set("key", "1")
+        assert job_store("a").get("key") == b"1" and not job_store("b").check(["key"])
+    finally:
+        if own:
+            dist.destroy_process_group()
