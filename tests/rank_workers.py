@@ -51,8 +51,15 @@ def attend_and_gather(
 
 
 def shared_memory_names() -> list[str]:
-    """Names of ours in /dev/shm."""
-    return sorted(path.name for path in Path("/dev/shm").glob("sfcompile-*"))
+    """Names of ours that stay in /dev/shm; those of another job that is just starting are gone in a moment."""
+
+    def names() -> set[str]:
+        return {path.name for path in Path("/dev/shm").glob("sfcompile-*")}
+
+    found = names()
+    if found:
+        time.sleep(1.0)
+    return sorted(found & names())
 
 
 def attention(rank: int, seed: int, transport: str, calls: int) -> dict[str, Any]:

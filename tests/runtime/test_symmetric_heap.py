@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -59,7 +60,7 @@ def test_sizes_grow() -> None:
 
 
 def test_shared_segments_are_one_memory_after_unlinking() -> None:
-    name = f"sfcompile-test-{os.getpid()}"
+    name = f"sftest-{os.getpid()}"
     mine = create_shared(name, SIZE)
     theirs: Segment = map_shared(name, SIZE)
     unlink_shared(name)
@@ -71,8 +72,22 @@ def test_shared_segments_are_one_memory_after_unlinking() -> None:
     assert int(mine.signals[1, 2]) == 3
 
 
+def test_room_is_reserved_before_anything_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file would be made happily, and a later store would die of SIGBUS."""
+
+    def full(fd: int, offset: int, length: int) -> None:
+        assert length == SIZE.segment_bytes
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    name = f"sftest-{os.getpid()}"
+    with pytest.raises(HeapError, match="No space left on device"):
+        create_shared(name, SIZE)
+    assert not os.path.exists(f"/dev/shm/{name}")
+
+
 def test_no_room_is_said_at_once() -> None:
-    name = f"sfcompile-test-{os.getpid()}"
+    name = f"sftest-{os.getpid()}"
     with pytest.raises(HeapError, match="does not fit in /dev/shm"):
         create_shared(name, HeapSize(1, 2**50))
     assert not os.path.exists(f"/dev/shm/{name}")

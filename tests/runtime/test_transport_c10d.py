@@ -4,9 +4,44 @@ from __future__ import annotations
 
 import pytest
 import rank_workers
+import torch
 
 from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError
+from sfcompile.runtime import transport_c10d
 from sfcompile.runtime.testing import run_outcomes, run_processes
+
+
+class FakeWork:
+    """A message that gloo still holds."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.gone = False
+
+    def wait(self, timeout: object) -> None:
+        self.gone = True
+
+
+def test_what_gloo_still_reads_is_ours_until_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's tensor is copied, a slot of our heap is not; ``finish`` waits for exactly the epochs that end."""
+    sent: list[FakeWork] = []
+
+    def isend(tensor: torch.Tensor, dst: int, group: object, tag: int) -> FakeWork:
+        sent.append(FakeWork(tensor))
+        return sent[-1]
+
+    monkeypatch.setattr(transport_c10d.dist, "isend", isend)
+    transport = transport_c10d.C10dTransport(0, None, 1.0, lambda: None)  # type: ignore[arg-type]
+    caller, slot = torch.ones(4), torch.ones(4)
+    transport.put(1, 0, 0, caller, epoch=1)
+    transport.put(1, 1, 0, slot, epoch=2, stays=True)
+    transport.put(1, 2, 0, torch.empty(0), epoch=1)
+    assert len(sent) == 2
+    assert sent[0].tensor.data_ptr() != caller.data_ptr() and sent[1].tensor.data_ptr() == slot.data_ptr()
+    transport.finish(1)
+    assert [work.gone for work in sent] == [True, False]
+    transport.finish(2)
+    assert [work.gone for work in sent] == [True, True]
 
 
 @pytest.mark.parametrize(("machine_of", "transport"), [((0, 1), "auto"), ((0, 0, 1, 1), "auto"), ((0, 0, 0), "c10d")])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -34,12 +35,33 @@ def test_put_then_wait() -> None:
     assert segments[1].chunk(1, 256, (3, 2), torch.int64).tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-def test_a_reader_never_sees_half_a_chunk() -> None:
-    """Thousands of words per chunk, all equal to the epoch; the reader checks each of them while the writer runs on."""
+class SlowCopy:
+    """A destination whose bytes arrive in two halves with a pause between."""
+
+    def __init__(self, view: torch.Tensor) -> None:
+        self.view = view
+
+    def copy_(self, chunk: torch.Tensor) -> None:
+        half = len(chunk) // 2
+        self.view[:half].copy_(chunk[:half])
+        time.sleep(0.01)
+        self.view[half:].copy_(chunk[half:])
+
+
+def test_a_reader_never_sees_half_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, segments = pair(timeout_s=20.0)
-    words, epochs = 1 << 15, 120
+    words, epochs = 1024, 12
+    whole = Segment.chunk
+    writer_thread: list[int] = []
+
+    def chunk(self: Segment, *place: Any) -> Any:
+        view = whole(self, *place)
+        return SlowCopy(view) if threading.get_ident() in writer_thread else view
+
+    monkeypatch.setattr(Segment, "chunk", chunk)
 
     def write() -> None:
+        writer_thread.append(threading.get_ident())
         for epoch in range(1, epochs + 1):
             first.put(1, 0, 0, torch.full((words,), epoch, dtype=torch.int64), epoch)
 
