@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from sfcompile.errors import (
     HeapError,
+    OptionError,
     PeerDiedError,
     RankMismatchError,
     RuntimeTimeoutError,
@@ -83,6 +84,7 @@ class ProcessWorld:
         self._own_group = ensure_process_group(timeout_s)
         self.rank = dist.get_rank()
         self._timeout_s = timeout_s
+        self._transport = transport
         self._num_ranks = dist.get_world_size()
         # Ranks make their worlds in the same order, so the number tells a process's second world from its first.
         prefix = f"sfcompile/{next(_worlds)}"
@@ -114,12 +116,29 @@ class ProcessWorld:
 
     # ------------------------------------------------------------------ control
 
-    def exchange(self, value: Any, doing: str) -> list[Any]:
+    def reconfigure(self, transport: str, timeout_s: float) -> bool:
+        """Take the options of a later compile; whether the wires must be made anew for them.
+
+        Raises:
+            OptionError: another transport than the one this process runs on.
+        """
+        if transport != self._transport:
+            raise OptionError(
+                f"transport={transport!r}, but this process already runs on transport={self._transport!r}",
+                "all graphs of a process share one heap and one set of connections",
+                "use the same transport for every model of a process",
+            )
+        changed = timeout_s != self._timeout_s
+        self._timeout_s = timeout_s
+        return changed
+
+    def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
         """All-gather of picklable values: every rank's, by rank.
 
         Args:
             value: this rank's.
             doing: what the ranks do together, for the error: "compile a graph".
+            patience: how many times ``timeout_s`` to wait.
 
         Raises:
             RuntimeTimeoutError: names the ranks that did not come.
@@ -130,7 +149,7 @@ class ProcessWorld:
         key = f"{doing}/{self._exchanges}"
         try:
             self._store.set(f"{key}/{self.rank}", base64.b64encode(pickle.dumps(value)).decode())
-            self._await_all(key, doing)
+            self._await_all(key, doing, patience * self._timeout_s)
             raw = [self._store.get(f"{key}/{rank}") for rank in range(self._num_ranks)]
             self._store.add(f"{key}/read", 1)
             if self.rank == 0:
@@ -145,7 +164,7 @@ class ProcessWorld:
             ) from error
         return [pickle.loads(base64.b64decode(text)) for text in raw]
 
-    def _await_all(self, key: str, doing: str) -> None:
+    def _await_all(self, key: str, doing: str, limit_s: float) -> None:
         known = self.notice()  # an old failure: ranks that all got over it may meet again
         missing = list(range(self._num_ranks))
         start, nap = time.monotonic(), 1e-3
@@ -157,10 +176,10 @@ class ProcessWorld:
             # The notice was read before the look round: who failed after this meeting cannot have ended it.
             if notice is not None and known is None:
                 raise peer_failed(self.rank, notice)
-            if time.monotonic() - start > self._timeout_s:
+            if time.monotonic() - start > limit_s:
                 raise RuntimeTimeoutError(
                     f"rank {self.rank} is ready to {doing} (step {self._exchanges}), but not every rank came along "
-                    f"within {self._timeout_s:g} s: {_ranks(missing)} did not",
+                    f"within {limit_s:g} s: {_ranks(missing)} did not",
                     "every rank must call the model with inputs of the same shapes; a rank that was called with other "
                     "shapes compiles anew while the others run",
                     f"give every rank the same inputs; look at the log of rank {missing[0]}",

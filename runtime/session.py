@@ -19,6 +19,7 @@ from sfcompile.runtime.topology import Topology
 from sfcompile.runtime.transport import Transport, notice_of
 
 _ALIGN = 4096
+_COMPILE_PATIENCE = 20.0
 
 
 def _aligned(nbytes: int) -> int:
@@ -37,8 +38,11 @@ class World(Protocol):
     def make_transport(self, segments: Sequence[Segment | None]) -> Transport:
         """A transport over the segments."""
 
-    def exchange(self, value: Any, doing: str) -> list[Any]:
+    def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
         """Collective: every rank's value, by rank; ``doing`` says in an error what the ranks do together."""
+
+    def reconfigure(self, transport: str, timeout_s: float) -> bool:
+        """Take the options of a later compile; whether the wires must be made anew for them."""
 
     def announce(self, text: str) -> None:
         """Leave a failure notice where ranks of every machine find it."""
@@ -97,6 +101,24 @@ class Session:
             if self._segments:
                 self._make_heap()
         compare(self.rank, [(digest, words) for digest, words, _, _ in everyone])
+
+    def reconfigure(self, transport: str, timeout_s: float) -> None:
+        """Take the options of a later compile in this process.
+
+        Raises:
+            OptionError: another transport.
+        """
+        if self._world.reconfigure(transport, timeout_s) and self._segments:
+            assert self._transport is not None
+            self._transport.close()
+            self._transport = self._world.make_transport(self._segments)
+
+    def meet(self) -> None:
+        """Collective: wait until every rank has compiled, however unevenly long that takes.
+
+        Without it the first wait of the fastest rank would count the slowest rank's compilation against ``timeout_s``.
+        """
+        self._world.exchange(None, "run the compiled graph", _COMPILE_PATIENCE)
 
     def load(self, program: str, schedules: Sequence[SchedulePlan]) -> None:
         """Register a program; collective when the heap has to grow.

@@ -52,7 +52,11 @@ class ThreadWorld:
         self._meeting = meeting
         self._delay = delay
 
-    def exchange(self, value: Any, doing: str) -> list[Any]:
+    def reconfigure(self, transport: str, timeout_s: float) -> bool:
+        """Threads have one kind of wire."""
+        return False
+
+    def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
         """Through the shared table."""
         return self._meeting.exchange(self.rank, self.topology.num_ranks, value)
 

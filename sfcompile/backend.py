@@ -66,6 +66,7 @@ def streamfusion_backend(
         return _inner(gm, example_inputs, None, asked)
     session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
     with session.guard():
+        session.reconfigure(asked.transport, asked.timeout_s)
         return _compile_rank(gm, example_inputs, asked, session)
 
 
@@ -91,6 +92,7 @@ def _compile_rank(
     _announce(compiled, session, time.perf_counter() - start)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
     local = _inner(compiled.gm, inputs, captured, asked)
+    session.meet()
     return _pick_tensors(local, captured.tensor_inputs, len(example_inputs))
 
 

@@ -60,7 +60,7 @@ def test_transport_by_name(tmp_path: Path, name: str) -> None:
     passes(tmp_path, 2, "transport", name)
 
 
-@pytest.mark.parametrize("case", ["heap", "shapes", "dynamic", "no_attention"])
+@pytest.mark.parametrize("case", ["heap", "shapes", "dynamic", "no_attention", "options_of_a_second_model"])
 def test_case_passes(tmp_path: Path, case: str) -> None:
     passes(tmp_path, 2, case)
 

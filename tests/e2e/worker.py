@@ -136,6 +136,23 @@ def case_transport(name: str) -> None:
     close(compiled(model, placement="shard", transport=name)(x), model(x))
 
 
+def case_options_of_a_second_model() -> None:
+    """A later compile may change the timeout, not the transport."""
+    model, x = Plain(), tokens()
+    compiled(model, placement="shard")(x)
+    torch._dynamo.reset()
+    close(compiled(model, placement="shard", timeout_s=7.0)(x), model(x))
+    torch._dynamo.reset()
+    try:
+        compiled(model, transport="c10d")(x)
+    except Exception as error:
+        assert "already runs on transport='auto'" in str(error), error
+    else:
+        raise AssertionError("another transport was taken without a word")
+    torch._dynamo.reset()
+    close(compiled(model, placement="shard")(x), model(x))
+
+
 def case_heap() -> None:
     """The heap does not grow with steps or layers, and nothing is left in shared memory while we run."""
     from sfcompile.runtime.session import current_session
