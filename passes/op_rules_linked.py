@@ -83,7 +83,8 @@ class Linked:
             names = self.ins[operand.index]
             dim = list(names).index(name) if name in names else -1
             needs.append(model.at(dim) if dim >= 0 and operand.shape[dim] == size else None)
-        return needs
+        # The tokens must come from some operand, unless the call spells their number out itself.
+        return needs if any(needs) or self.fix is not None else None
 
     def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
         """Needs of a local call whose results add up over the ranks: every operand cut along one contracted dim."""
@@ -168,7 +169,8 @@ def einsum_like(op: OpView, spec: Sequence[str], out: str, fix: FixArgs | None =
 def _linear(op: OpView) -> Rule:
     out = list(range(len(op.out_shapes[0])))
     ins: list[Names] = [[*out[:-1], None]]
-    ins += [[None] * operand.ndim for operand in op.operands[1:]]
+    # Tokens may be made of output features (a projection to k tokens of d features): then the weight is cut.
+    ins += [[out[-1], *[None] * (operand.ndim - 1)] for operand in op.operands[1:]]
     return Linked(ins, [out])
 
 

@@ -82,6 +82,16 @@ def test_contractions(name: str, n: int, p: int) -> None:
 
 
 @few
+@given(st.integers(2, 6), ranks)
+def test_tokens_made_of_output_features_cut_the_weight(n: int, p: int) -> None:
+    def project(w: torch.Tensor, x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w, b).unflatten(-1, (-1, 3)) * 2
+
+    weight = rand(n * 3, 5).view(n, 3, 5)
+    check_sharded(lambda w, x: project(w.flatten(0, 1), x, w[:, :, 0].flatten()), [weight, rand(2, 5)], (0, 0), ranks=p)
+
+
+@few
 @given(tokens, ranks)
 def test_two_dimensional_products_after_merging_batch_and_tokens(n: int, p: int) -> None:
     def merged(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
