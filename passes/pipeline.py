@@ -16,7 +16,9 @@ from torch import fx
 import sfcompile.passes.op_rules_attention
 import sfcompile.passes.op_rules_index
 import sfcompile.passes.op_rules_linked
-import sfcompile.passes.op_rules_view  # noqa: F401  the four rule files register themselves
+import sfcompile.passes.op_rules_lookup
+import sfcompile.passes.op_rules_reduce
+import sfcompile.passes.op_rules_view  # noqa: F401  the rule files register themselves
 from sfcompile.codegen.checker import check
 from sfcompile.codegen.schedule import Mesh, Schedule
 from sfcompile.codegen.schedule_gather import build_gather

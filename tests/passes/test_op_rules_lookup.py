@@ -1,0 +1,46 @@
+"""Look-ups, convolutions, resampling on shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from helpers import check_sharded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+sizes = st.integers(1, 7)
+tokens = st.integers(2, 11)
+ranks = st.integers(2, 5)
+few = settings(max_examples=12, deadline=None)
+Fn = Callable[..., Any]
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@few
+@given(tokens, ranks)
+def test_look_ups(n: int, p: int) -> None:
+    index = torch.randint(0, 5, (2, n))
+    check_sharded(lambda i, w: F.embedding(i, w), [index, rand(5, 3)], (0, 1), ranks=p, exact=True)
+    check_sharded(lambda i, w: w[i], [index, rand(5, 3)], (0, 1), ranks=p, exact=True)
+    check_sharded(lambda i, w: w.index_select(0, i), [index[0], rand(5, 3)], (0, 0), ranks=p, exact=True)
+    check_sharded(lambda i: F.one_hot(i, 5).float(), [index], (0, 1), ranks=p, exact=True)
+    x, pick = rand(2, n, 6), torch.randint(0, 6, (2, n, 3))
+    check_sharded(lambda x, i: x.gather(2, i), [x, pick], (0, 1), ranks=p, exact=True)
+    check_sharded(lambda x, i: x[:, :, i], [x, pick[0, 0]], (0, 1), ranks=p, exact=True)
+
+
+def test_an_index_narrower_than_its_source_is_not_cut_on_one_side() -> None:
+    x, pick = rand(2, 7, 6), torch.randint(0, 6, (2, 5, 3))
+    check_sharded(lambda x, i: (x * 2).gather(2, i), [x, pick], (0, 1), whole=["gather"])
+
+
+def test_pixelwise_convolution_and_batch_of_tokens() -> None:
+    check_sharded(lambda x, w: F.conv1d(x, w), [rand(2, 6, 9), rand(4, 6, 1)], (0, 2))
+    check_sharded(lambda x, w: F.conv2d(x.flatten(0, 1), w, padding=1), [rand(2, 5, 3, 4, 4), rand(2, 3, 3, 3)], (0, 1))
+    check_sharded(lambda x: F.avg_pool1d(x.flatten(0, 1), 2), [rand(2, 5, 3, 4)], (0, 1))

@@ -1,0 +1,118 @@
+"""Products, norms, reductions, orderings: their other dims shard; what mixes tokens is whole or a partial sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import check_sharded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+sizes = st.integers(1, 7)
+tokens = st.integers(2, 11)
+ranks = st.integers(2, 5)
+few = settings(max_examples=12, deadline=None)
+Fn = Callable[..., Any]
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+CONTRACTIONS: dict[str, tuple[Fn, list[tuple[int, ...]]]] = {
+    "linear": (lambda x, w, b: F.linear(x, w, b), [(2, 0, 5), (4, 5), (4,)]),
+    "matmul": (lambda x, w: x @ w, [(2, 0, 5), (5, 3)]),
+    "matmul_batch": (lambda x, w: x @ w, [(2, 3, 0, 5), (3, 5, 4)]),
+    "bmm": (lambda x, w: torch.bmm(x, w), [(2, 0, 5), (2, 5, 3)]),
+    "baddbmm": (lambda x, b, w: torch.baddbmm(b, x, w), [(2, 0, 5), (1, 1, 3), (2, 5, 3)]),
+    "einsum": (lambda x, w: torch.einsum("bsd,de->bse", x, w), [(2, 0, 5), (5, 3)]),
+    "einsum_dots": (lambda x, w: torch.einsum("...sd,...de->...es", x, w), [(2, 0, 5), (2, 5, 3)]),
+}
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+@few
+@given(tokens, ranks)
+def test_contractions(name: str, n: int, p: int) -> None:
+    fn, shapes = CONTRACTIONS[name]
+    inputs = [rand(*(size or n for size in shape)) for shape in shapes]
+    check_sharded(fn, inputs, (0, len(shapes[0]) - 2), ranks=p)
+
+
+@few
+@given(st.integers(2, 6), ranks)
+def test_tokens_made_of_output_features_cut_the_weight(n: int, p: int) -> None:
+    def project(w: torch.Tensor, x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w, b).unflatten(-1, (-1, 3)) * 2
+
+    weight = rand(n * 3, 5).view(n, 3, 5)
+    check_sharded(lambda w, x: project(w.flatten(0, 1), x, w[:, :, 0].flatten()), [weight, rand(2, 5)], (0, 0), ranks=p)
+
+
+@few
+@given(tokens, ranks)
+def test_two_dimensional_products_after_merging_batch_and_tokens(n: int, p: int) -> None:
+    def merged(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, 5)
+        return (torch.mm(rows, w) + torch.addmm(b, rows, w)).view(2, -1, 3)
+
+    check_sharded(merged, [rand(2, n, 5), rand(5, 3), rand(3)], (0, 1), ranks=p)
+    check_sharded(lambda t, f: torch.outer(t, f).cos(), [rand(n), rand(4)], (0, 0), ranks=p)
+
+
+@few
+@given(tokens, ranks)
+def test_sums_over_tokens_become_partial_sums(n: int, p: int) -> None:
+    def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        context = k.transpose(-1, -2) @ v
+        return q @ context / (q * k.sum(dim=1, keepdim=True)).mean(dim=1, keepdim=True).abs().add(1)
+
+    inputs = [rand(2, n, 4), rand(2, n, 4) + 1, rand(2, n, 4) + 2]
+    check_sharded(linear_attention, inputs, (0, 1), (1, 1), ranks=p)
+
+
+NORMS: dict[str, Fn] = {
+    "layer_norm": lambda x: F.layer_norm(x, (6,), torch.ones(6) * 2, torch.ones(6)),
+    "rms_norm": lambda x: F.rms_norm(x, (6,), torch.ones(6) * 2),
+    "softmax": lambda x: x.softmax(dim=-1) + x.log_softmax(-1),
+    "reductions": lambda x: x.mean(-1) + x.sum(-1) + x.amax(-1) + x.var(-1) + x.std(-1) + x.max(dim=-1).values,
+    "keepdim": lambda x: x / x.norm(dim=-1, keepdim=True) + x.mean(-1, keepdim=True) + x.any(-1, keepdim=True),
+    "sort": lambda x: x.sort(dim=-1).values + x.cumsum(-1) + x.topk(2, dim=-1).values.sum(-1, keepdim=True),
+    "argmax": lambda x: x.argmax(-1) + x.argsort(-1)[..., 0],
+    "glu": lambda x: F.glu(x, -1),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@few
+@given(tokens, ranks)
+def test_norms_and_reductions(name: str, n: int, p: int) -> None:
+    check_sharded(NORMS[name], [rand(2, n, 6)], (0, 1), ranks=p)
+
+
+@few
+@given(tokens, ranks)
+def test_layer_norm_over_two_dims(n: int, p: int) -> None:
+    check_sharded(lambda x: F.layer_norm(x, (3, 4)), [rand(2, n, 3, 4)], (0, 1), ranks=p)
+
+
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [
+        (lambda x: x.softmax(dim=1), "softmax"),
+        (lambda x: x.cumsum(dim=1), "cumsum"),
+        (lambda x: x.sort(dim=1).values, "sort"),
+        (lambda x: x.amax(dim=1), "amax"),
+        (lambda x: x[:, 2], "select"),
+        (lambda x: F.conv1d(x.transpose(1, 2), torch.ones(6, 6, 3), padding=1), "conv1d"),
+        (lambda x: F.layer_norm(x, (7, 6)), "layer_norm"),
+        (lambda x: F.group_norm(x, 1), "group_norm"),
+    ],
+)
+def test_ops_that_mix_tokens_are_computed_whole(fn: Fn, name: str) -> None:
+    # The product in front of them runs on shards, so a gather is needed and must be right.
+    check_sharded(lambda x: fn(x * 2), [rand(2, 7, 6)], (0, 1), whole=[name])
