@@ -1,98 +1,67 @@
-"""Proof that a schedule is right: every rank's instructions, run symbolically over several epochs.
+"""Proof that a schedule is right, for any number of ranks at once: it reads the origin's program only.
 
-What is proved, for the instructions themselves and not for a model of them:
+All ranks run the same program seen from their own place in the mesh (schedule.py), so a fact about the origin's program
+holds for every rank, and a fact about the origin and the rank at offset ``d`` holds for every pair that far apart.
+Let the *line* be the origin's instructions in the order put phases, attend, collect. What is proved, and why it is
+enough:
 
-    pairs      each (Q chunk, KV chunk) pair is attended exactly once per head; outputs are complete before they move
-    signals    a wait names the one rank that puts into its slot; each put is waited for; shapes agree; slots are apart
-    deadlock   the ranks run to the end with waits that block
-    contents   what an instruction reads from a slot is the chunk that it means, and it has waited for it
-    reuse      no slot is overwritten while an earlier epoch may still be read
+    signals    Every arrival is put exactly once: the origin's put to offset ``d`` into slot ``s`` is, seen from there,
+               a put by ``-d`` of chunk ``c - d``; it must be what the receiver's table says of ``s``. Every arrival is
+               waited for exactly once, so no signal is lost and no byte arrives unasked.
+    deadlock   Every put stands before its wait on the line. Then the ranks cannot block each other: take the blocked
+               rank whose wait stands earliest on the line; the put that it waits for stands earlier still, on a rank
+               that is not blocked before it. (The condition is also necessary: a wait at or before its put on the line
+               makes rank p wait for rank p - d, that one for p - 2d, ... and the mesh is finite.)
+    contents   An instruction reads a slot only after its wait, and as what the arrival table says it is. A chunk sent
+               on round the ring has the heads of its receiver, who sits in the same group.
+    pairs      Each query chunk that the origin attends meets every key chunk exactly once. Heads split: there is just
+               one such query chunk per group (and piece), so over all ranks each pair is computed once per head slice;
+               not split: only the rank's own queries. An output is pushed, or stays, after its last pair.
+    reuse      No slot is put twice in an epoch, so within an epoch nothing is overwritten. Across epochs: a writer of
+               epoch e + 2 first sees ``done >= e`` of the receiver (runtime/transport.py), which sets it after collect,
+               that is after all its reads of epoch e. All reads stand in the phases of their epoch.
+    sizes      Slots do not overlap; each holds the largest chunk that any rank receives in it.
 
-One run proves all interleavings. Conditions only turn from false to true (signals and ``done`` grow) and each word has
-one writer, so a rank that can go on now can go on later too: greedy execution gets stuck exactly when some execution
-does. Which put a wait sees does not depend on timing either, so the happens-before relation, kept here as vector
-clocks, is the same in every execution: two accesses that it leaves unordered race in some execution, and none that it
-orders can.
-
-Orders modelled (runtime/transport.py):  put(e) -> wait(e) of its slot;  finish(e) of the reader -> put(e + 2) into its
-heap, for direct stores by the ``done`` word, for messages because the receive of e + 2 is posted after finish(e).
+Programs given by hand for single ranks are not symmetric: those are run explicitly (symbolic_run.py).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from sfcompile.codegen.schedule import Schedule, nbytes
-from sfcompile.codegen.schedule_torus import kv_slice
-from sfcompile.codegen.sites import AttentionSite, count
-from sfcompile.errors import ScheduleError
-from sfcompile.runtime.instructions import Attend, Forward, Heads, Instruction, Push, Put, RankProgram, Wait
-from sfcompile.runtime.symmetric_heap import NUM_BANKS
+from sfcompile.codegen.schedule import Schedule
+from sfcompile.codegen.sites import AttentionSite
+from sfcompile.codegen.symbolic_run import Proof, check_calls, check_layout, check_slots, in_turn, overlapped, wrong
+from sfcompile.runtime.instructions import Attend, Chunk, Forward, Instruction, Push, Put, Wait
 
-Call = tuple[int, str]
-"""``(epoch, phase)``: what the graph calls, in its order."""
-
-Content = tuple[str, int, Heads | None]
-"""What a chunk is: tensor, the rank whose tokens it holds, heads."""
-
-_STARTS = ("put_q", "put_k", "put_v", "gather_start")
-_ENDS = ("collect", "gather_finish")
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What was run: numbers for people, over all ranks and epochs."""
-
-    ranks: int
-    epochs: int
-    puts: int
-    waits: int
-    pairs: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.ranks} ranks, {self.epochs} epochs: {self.puts} puts, {self.waits} waits, {self.pairs} pairs; "
-            "each pair once, no lost signal, no deadlock, no reuse race"
-        )
-
-
-def phases_of(schedule: Schedule) -> tuple[str, ...]:
-    """The phases of a site in the order of the graph."""
-    return (*_STARTS[:3], "attend", "collect") if isinstance(schedule.site, AttentionSite) else (_STARTS[3], _ENDS[1])
-
-
-def in_turn(schedules: Sequence[Schedule]) -> list[Call]:
-    """One site after the other."""
-    return [(epoch, phase) for epoch, schedule in enumerate(schedules, 1) for phase in phases_of(schedule)]
-
-
-def overlapped(schedules: Sequence[Schedule]) -> list[Call]:
-    """As early as two banks allow: a site is put as soon as the site before the last has ended."""
-    starts: list[list[Call]] = [[]]
-    ends: list[list[Call]] = []
-    for epoch, schedule in enumerate(schedules, 1):
-        phases = phases_of(schedule)
-        starts.append([(epoch, phase) for phase in phases if phase in _STARTS])
-        ends.append([(epoch, phase) for phase in phases if phase not in _STARTS])
-    calls = starts[1]
-    for end, start in zip(ends, [*starts[2:], []], strict=True):
-        calls = calls + start + end
-    return calls
+_PUT_PHASES = ("put_q", "put_k", "put_v", "gather_start")
 
 
 def check(schedule: Schedule, epochs: int = 4) -> Proof:
-    """Check one schedule, repeated, in turn and overlapped, over direct stores and over messages.
+    """Check one schedule, for all its ranks and any number of epochs.
 
     Args:
         schedule: built for all ranks.
-        epochs: how often the site runs; 3 or more, so that banks are reused.
+        epochs: for programs given by hand only: how often the site is run, 3 or more so that banks are reused.
 
     Raises:
-        ScheduleError: names the rank, the epoch and the instruction.
+        ScheduleError: names the instruction, and for programs given by hand the rank and the epoch.
     """
+    if schedule.given is not None:
+        return _run(schedule, epochs)
+    check_slots(schedule)
+    line = _Line(schedule)
+    line.check_puts()
+    line.check_reads()
+    line.check_pairs()
+    line.check_sizes()
+    ranks = schedule.mesh.num_ranks
+    return Proof(ranks, 0, ranks * len(line.puts), ranks * len(line.waits), ranks * line.num_pairs)
+
+
+def _run(schedule: Schedule, epochs: int) -> Proof:
     again = [schedule] * epochs
     check_layout(schedule)
     for calls in (in_turn(again), overlapped(again)):
@@ -101,297 +70,186 @@ def check(schedule: Schedule, epochs: int = 4) -> Proof:
     return proof
 
 
-def check_layout(schedule: Schedule) -> None:
-    """Slots do not overlap, chunks fit in them, and what a rank expects is what the others send it.
-
-    Raises:
-        ScheduleError: with the slot and its numbers.
-    """
-    dtype = schedule.site.dtype
-    spans = sorted((slot.offset, slot.offset + slot.nbytes, slot.name) for slot in schedule.slots if slot.nbytes)
-    for (_, end, left), (start, _, right) in zip(spans, spans[1:], strict=False):
-        if start < end:
-            raise _wrong(f"slot {right} begins at byte {start}, inside slot {left}, which ends at byte {end}")
-    sent: dict[tuple[int, int], list[int]] = {}
-    programs = [schedule.program(rank) for rank in range(schedule.mesh.num_ranks)]
-    for rank, program in enumerate(programs):
-        for _, step in _steps(program):
-            if (place := _target(step)) is not None:
-                sent.setdefault(place, []).append(rank)
-    for rank, program in enumerate(programs):
-        for arrival in program.arrivals:
-            slot, size = schedule.slots[arrival.slot], nbytes(arrival.shape, dtype)
-            if size > slot.nbytes or slot.offset % dtype.itemsize:
-                raise _wrong(f"rank {rank}: a chunk of {size} bytes in slot {slot.name} of {slot.nbytes} bytes")
-            senders = sent.pop((rank, arrival.slot), [])
-            if senders != [arrival.src]:
-                raise _wrong(f"rank {rank} slot {slot.name} expects rank {arrival.src}, but is put by ranks {senders}")
-    for (rank, index), senders in sent.items():
-        raise _wrong(f"ranks {senders} put into slot {index} of rank {rank}, which expects nothing there")
-
-
-def check_calls(
-    schedules: Sequence[Schedule], calls: Sequence[Call], direct: bool = True, credits: bool = True
-) -> Proof:
-    """Run a whole program of sites symbolically on all ranks.
-
-    Args:
-        schedules: the site of epoch 1, 2, ...
-        calls: the order of the phases, the same on every rank.
-        direct: stores into the peer's heap; else messages.
-        credits: whether writers wait for the reader before they reuse a bank (False is a mutant, for tests).
-
-    Raises:
-        ScheduleError: names the rank, the epoch and the instruction.
-    """
-    run = _Run(schedules, direct, credits)
-    run.go([run.steps_of(rank, calls) for rank in range(run.num_ranks)])
-    run.check_pairs()
-    return Proof(run.num_ranks, len(schedules), run.counts["put"], run.counts["wait"], run.counts["pair"])
-
-
-@dataclass
-class _Place:
-    """One slot of one bank of one rank."""
-
-    epoch: int = 0
-    content: Content | None = None
-    shape: tuple[int, ...] = ()
-    written_by: tuple[int, int] = (0, 0)  # (rank, its time) of the last write
-    released: list[int] = field(default_factory=list)  # the writer's clock at its signal
-    reads: dict[int, int] = field(default_factory=dict)  # rank -> its time at its last read
-
-
 @dataclass(frozen=True)
 class _Step:
-    """One instruction of one rank, or ``open`` / ``finish`` of an epoch."""
+    """One instruction and where it stands on the line."""
 
-    epoch: int
+    at: int
     phase: str
-    do: Instruction | str
+    do: Instruction
 
     def __str__(self) -> str:
-        return f"epoch {self.epoch} {self.phase}: {self.do}"
+        return f"{self.phase}: {self.do}"
 
 
-class _Run:
-    def __init__(self, schedules: Sequence[Schedule], direct: bool, credits: bool) -> None:
-        self.schedules = schedules
-        self.direct = direct
-        self.credits = credits
-        self.num_ranks = schedules[0].mesh.num_ranks
-        self.programs = [[schedule.program(rank) for rank in range(self.num_ranks)] for schedule in schedules]
-        self.clocks = [[0] * self.num_ranks for _ in range(self.num_ranks)]
-        self.places: dict[tuple[int, int, int], _Place] = {}
-        self.done = [0] * self.num_ranks
-        self.early: list[set[int]] = [set() for _ in range(self.num_ranks)]
-        self.done_clocks: dict[tuple[int, int], list[int]] = {}  # (rank, epoch) -> clock when the epoch was given back
-        self.open_clocks: dict[tuple[int, int], list[int]] = {}  # (rank, epoch) -> clock when it posted its receives
-        self.waited: set[tuple[int, int, int]] = set()  # (rank, epoch, slot)
-        self.attended: dict[tuple[int, int], Counter[tuple[int, int]]] = {}  # (rank, epoch) -> (q_src, kv_src) -> times
-        self.counts: Counter[str] = Counter()
+class _Line:
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.mesh = schedule.mesh
+        self.arrivals = {arrival.slot: arrival for arrival in schedule.origin.arrivals}
+        if len(self.arrivals) != len(schedule.origin.arrivals):
+            raise wrong("two arrivals share a slot")
+        phases = schedule.origin.phases
+        names = [name for name in phases if name in _PUT_PHASES] + [name for name in phases if name not in _PUT_PHASES]
+        steps = [(name, step) for name in names for step in phases[name]]
+        self.steps = [_Step(at, name, step) for at, (name, step) in enumerate(steps)]
+        self.puts: dict[int, _Step] = {}  # slot at the receiver -> the put that fills it
+        self.waits: dict[int, _Step] = {}
+        self.done: Counter[tuple[Chunk, Chunk]] = Counter()
+        self.num_pairs = 0
 
-    def steps_of(self, rank: int, calls: Sequence[Call]) -> list[_Step]:
-        steps: list[_Step] = []
-        begun: set[int] = set()
-        for epoch, phase in calls:
-            if epoch not in begun:
-                begun.add(epoch)
-                steps.append(_Step(epoch, phase, "open"))
-            instructions = self.programs[epoch - 1][rank].phases[phase]
-            steps += [_Step(epoch, phase, instruction) for instruction in instructions]
-            if phase in _ENDS:
-                steps.append(_Step(epoch, phase, "finish"))
-        return steps
+    # ------------------------------------------------------------------ signals and deadlock
 
-    def go(self, steps: Sequence[list[_Step]]) -> None:
-        at = [0] * self.num_ranks
-        moved = True
-        while moved:
-            moved = False
-            for rank, mine in enumerate(steps):
-                while at[rank] < len(mine) and self._ready(rank, mine[at[rank]]):
-                    self._do(rank, mine[at[rank]])
-                    at[rank] += 1
-                    moved = True
-        stuck = [f"rank {rank} at {mine[at[rank]]}" for rank, mine in enumerate(steps) if at[rank] < len(mine)]
-        if stuck:
-            raise _wrong(f"deadlock: {'; '.join(stuck[:4])}{f' and {len(stuck) - 4} more' if len(stuck) > 4 else ''}")
-        for (rank, _, slot), place in self.places.items():
-            if (rank, place.epoch, slot) not in self.waited:
-                raise _wrong(f"nobody waits for slot {slot} of rank {rank} in epoch {place.epoch}")
+    def check_puts(self) -> None:
+        """Every arrival is put once, waited for once, and put before the wait."""
+        for step in self.steps:
+            match step.do:
+                case Put(_, _, dst, slot) | Forward(_, dst, slot):
+                    self._check_put(step, dst, slot)
+                case Push(q, slot):
+                    self._check_put(step, q.src, slot)
+                case Wait(slot, src):
+                    arrival = self.arrivals.get(slot)
+                    if arrival is None or arrival.src != src:
+                        raise wrong(f"{step}: the arrival table says {arrival}")
+                    if slot in self.waits:
+                        raise wrong(f"{step}: the slot is waited for twice")
+                    self.waits[slot] = step
+            if isinstance(step.do, Put) != (step.phase in _PUT_PHASES):
+                raise wrong(f"{step}: put phases hold puts of own tensors and nothing else")
+        for slot, arrival in self.arrivals.items():
+            if slot not in self.puts:
+                raise wrong(f"nobody puts {arrival}: its signal never comes")
+            if slot not in self.waits:
+                raise wrong(f"nobody waits for {arrival}")
+            if self.puts[slot].at >= self.waits[slot].at:
+                raise wrong(
+                    f"deadlock: {self.waits[slot]} stands before {self.puts[slot]} that fills the slot one step on"
+                )
 
-    # ------------------------------------------------------------------ when a step may run
+    def _check_put(self, step: _Step, dst: int, slot: int) -> None:
+        if slot in self.puts:
+            raise wrong(f"{step}: the slot is also filled by {self.puts[slot]}")
+        arrival = self.arrivals.get(slot)
+        tensor, chunk = self._content(step)
+        seen = Chunk(self.mesh.add(chunk.src, self.mesh.back(dst)), chunk.piece)
+        if arrival is None or (arrival.src, arrival.tensor, arrival.chunk) != (self.mesh.back(dst), tensor, seen):
+            raise wrong(f"{step}: sends {tensor}{seen} (seen from the receiver), its arrival table says {arrival}")
+        if dst == 0:
+            raise wrong(f"{step}: a rank puts into its own slot")
+        same_group = self.mesh.step(dst)[0] == 0 or not self.schedule.split_heads
+        if isinstance(step.do, Forward) and not same_group:
+            raise wrong(f"{step}: the receiver computes other heads than this rank")
+        self.puts[slot] = step
 
-    def _ready(self, rank: int, step: _Step) -> bool:
-        if isinstance(step.do, Wait):
-            place = self.places.get((rank, step.epoch % NUM_BANKS, step.do.slot))
-            return place is not None and place.epoch >= step.epoch
-        target = _target(step.do)
-        if target is None:
-            return True
-        if self.direct:
-            return not self.credits or self.done[target[0]] >= step.epoch - NUM_BANKS
-        # Stricter than gloo, where the message waits with its sender: what cannot get stuck here cannot there.
-        return (target[0], step.epoch) in self.open_clocks
-
-    # ------------------------------------------------------------------ what a step does
-
-    def _do(self, rank: int, step: _Step) -> None:
-        self.clocks[rank][rank] += 1
+    def _content(self, step: _Step) -> tuple[str, Chunk]:
+        """What a put sends, seen from the sender."""
         match step.do:
-            case "open":
-                if step.epoch - NUM_BANKS > self.done[rank]:
-                    raise _wrong(
-                        f"rank {rank} opens epoch {step.epoch} while epoch {self.done[rank] + 1} is still open"
-                    )
-                self.open_clocks[rank, step.epoch] = list(self.clocks[rank])
-            case "finish":
-                self._finish(rank, step)
-            case Put():
-                self._put(rank, step, (step.do.tensor, rank, step.do.heads))
-            case Forward():
-                self._put(rank, step, self._read(rank, step, step.do.slot))
-            case Push():
-                self._put(rank, step, self._complete_output(rank, step, step.do.q_src))
-            case Wait():
-                self._wait(rank, step, step.do)
-            case Attend():
-                self._attend(rank, step, step.do)
+            case Put(tensor, piece, _, _):
+                return tensor, Chunk(0, piece)
+            case Forward(slot, _, _):
+                return self._read(step, slot, ("k", "v"))
+            case Push(q, _):
+                return "o", q
+        raise wrong(f"{step}: is no put")
 
-    def _finish(self, rank: int, step: _Step) -> None:
-        for arrival in self.programs[step.epoch - 1][rank].arrivals:
-            self._read(rank, step, arrival.slot)
-        if isinstance(self.schedules[step.epoch - 1].site, AttentionSite):
-            program = self.programs[step.epoch - 1][rank]
-            self._complete_output(rank, step, rank)
-            for src, heads in program.heads.items():
-                if src != rank:
-                    arrived = [a.slot for a in program.arrivals if a.src == src]
-                    held = [self._place(rank, step.epoch, slot).content for slot in arrived]
-                    if ("o", rank, heads) not in held:
-                        raise _wrong(
-                            f"rank {rank}, {step}: the output of heads {heads} has not come back from rank {src}"
-                        )
-        self.early[rank].add(step.epoch)
-        while self.done[rank] + 1 in self.early[rank]:
-            self.done[rank] += 1
-            self.done_clocks[rank, self.done[rank]] = list(self.clocks[rank])
+    def _read(self, step: _Step, slot: int, tensors: Iterable[str]) -> tuple[str, Chunk]:
+        """The arrival that a step reads, which it must have waited for."""
+        arrival, wait = self.arrivals.get(slot), self.waits.get(slot)
+        if arrival is None or wait is None or wait.at > step.at:
+            raise wrong(f"{step}: reads slot {slot} without having waited for it")
+        if arrival.tensor not in tensors:
+            raise wrong(f"{step}: reads {arrival} as {' or '.join(tensors)}")
+        return arrival.tensor, arrival.chunk
 
-    def _put(self, rank: int, step: _Step, content: Content) -> None:
-        target = _target(step.do)
-        assert target is not None
-        dst, slot = target
-        if self.direct and self.credits and step.epoch > NUM_BANKS:
-            self._join(rank, self.done_clocks[dst, step.epoch - NUM_BANKS])
-        knows, writer = list(self.clocks[rank]), (rank, self.clocks[rank][rank])
-        if not self.direct:
-            # The receiver's own process writes the bytes, after it has posted the receive.
-            posted = self.open_clocks[dst, step.epoch]
-            knows, writer = [max(pair) for pair in zip(knows, posted, strict=True)], (dst, posted[dst])
-        place = self._place(dst, step.epoch, slot)
-        users = [who for who, time in (*place.reads.items(), place.written_by) if knows[who] < time]
-        if place.epoch and (dst, place.epoch, slot) not in self.waited:
-            users.append(dst)
-        if users:
-            raise _wrong(f"rank {rank}, {step}: rank {users[0]} may still use what epoch {place.epoch} put there")
-        place.epoch, place.content, place.reads = step.epoch, content, {}
-        place.shape = self._shape(step.epoch, content)
-        place.written_by, place.released = writer, knows
-        self.counts["put"] += 1
+    # ------------------------------------------------------------------ contents and pairs
 
-    def _wait(self, rank: int, step: _Step, wait: Wait) -> None:
-        place = self._place(rank, step.epoch, wait.slot)
-        if place.epoch != step.epoch:
-            raise _wrong(f"rank {rank}, {step}: the slot already holds epoch {place.epoch}")
-        expected = next((a for a in self.programs[step.epoch - 1][rank].arrivals if a.slot == wait.slot), None)
-        if expected is None or expected.src != wait.src or expected.shape != place.shape:
-            raise _wrong(f"rank {rank}, {step}: expects {expected}, finds {place.content} of shape {place.shape}")
-        self._join(rank, place.released)
-        self.waited.add((rank, step.epoch, wait.slot))
-        self.counts["wait"] += 1
+    def check_reads(self) -> None:
+        """Attention reads the chunks that it names; what has arrived is read by somebody."""
+        used: set[int] = set()
+        for step in self.steps:
+            if isinstance(step.do, Forward):
+                used.add(step.do.slot)
+            elif isinstance(step.do, Attend):
+                used |= self._check_attend(step, step.do)
+        for slot, arrival in self.arrivals.items():
+            if arrival.tensor in ("q", "k", "v") and slot not in used:
+                raise wrong(f"nobody reads {arrival}: its bytes are sent for nothing")
 
-    def _attend(self, rank: int, step: _Step, pair: Attend) -> None:
-        site = self.schedules[step.epoch - 1].site
-        assert isinstance(site, AttentionSite)
-        heads = self.programs[step.epoch - 1][rank].heads[rank]
-        kv_heads = kv_slice(site, heads)
-        for name, slot, src, part in (
-            ("q", pair.q_slot, pair.q_src, heads),
-            ("k", pair.k_slot, pair.kv_src, kv_heads),
-            ("v", pair.v_slot, pair.kv_src, kv_heads),
-        ):
-            found = (name, rank, part) if slot is None else self._read(rank, step, slot)
-            if found != (name, src, part):
-                raise _wrong(f"rank {rank}, {step}: slot {slot} holds {found}, not {(name, src, part)}")
-        self.attended.setdefault((rank, step.epoch), Counter())[pair.q_src, pair.kv_src] += 1
-        self.counts["pair"] += 1
-
-    def _complete_output(self, rank: int, step: _Step, q_src: int) -> Content:
-        done = self.attended.get((rank, step.epoch), Counter())
-        missing = [kv for kv in range(self.num_ranks) if done[q_src, kv] != 1]
-        if missing:
-            raise _wrong(
-                f"rank {rank}, {step}: output of rank {q_src} without, or not once with, the keys of {missing}"
-            )
-        return "o", q_src, self.programs[step.epoch - 1][rank].heads[rank]
-
-    def _read(self, rank: int, step: _Step, slot: int) -> Content:
-        place = self._place(rank, step.epoch, slot)
-        if (rank, step.epoch, slot) not in self.waited or place.epoch != step.epoch or place.content is None:
-            raise _wrong(f"rank {rank}, {step}: reads slot {slot} without having waited for it")
-        place.reads[rank] = self.clocks[rank][rank]
-        return place.content
-
-    # ------------------------------------------------------------------ helpers
-
-    def _place(self, rank: int, epoch: int, slot: int) -> _Place:
-        return self.places.setdefault((rank, epoch % NUM_BANKS, slot), _Place())
-
-    def _join(self, rank: int, other: Iterable[int]) -> None:
-        self.clocks[rank] = [max(pair) for pair in zip(self.clocks[rank], other, strict=True)]
-
-    def _shape(self, epoch: int, content: Content) -> tuple[int, ...]:
-        site, (tensor, src, heads) = self.schedules[epoch - 1].site, content
-        if not isinstance(site, AttentionSite):
-            return site.local_shape(src)
-        assert heads is not None
-        tokens = count((site.q_positions if tensor in ("q", "o") else site.kv_positions)[src])
-        width = site.head_dim if tensor in ("q", "k") else site.v_head_dim
-        return site.batch, heads[1] - heads[0], tokens, width
+    def _check_attend(self, step: _Step, do: Attend) -> set[int]:
+        used: set[int] = set()
+        for tensor, slots, chunks in (("q", do.q_slots, do.q), ("k", do.k_slots, do.kv), ("v", do.v_slots, do.kv)):
+            if len(slots) != len(chunks):
+                raise wrong(f"{step}: {len(slots)} slots for {len(chunks)} chunks of {tensor}")
+            for slot, chunk in zip(slots, chunks, strict=True):
+                found = chunk if slot is None and chunk.src == 0 else None
+                if slot is not None:
+                    found = self._read(step, slot, (tensor,))[1]
+                    used.add(slot)
+                if found != chunk:
+                    raise wrong(f"{step}: slot {slot} holds {tensor}{found}, not {tensor}{chunk}")
+        return used
 
     def check_pairs(self) -> None:
-        """Over all ranks: every pair once for every head."""
-        for epoch, schedule in enumerate(self.schedules, 1):
-            if not isinstance(schedule.site, AttentionSite):
-                continue
-            times: Counter[tuple[int, int]] = Counter()
-            for rank in range(self.num_ranks):
-                start, stop = self.programs[epoch - 1][rank].heads[rank]
-                for pair, n in self.attended.get((rank, epoch), Counter()).items():
-                    times[pair] += n * (stop - start)
-            for q_src, kv_src in itertools.product(range(self.num_ranks), repeat=2):
-                done, heads = times[q_src, kv_src], schedule.site.heads
-                if done != heads:
-                    raise _wrong(f"epoch {epoch}: Q{q_src} x KV{kv_src} is attended for {done} heads of {heads}")
+        """Every pair once; outputs complete before they move."""
+        if not isinstance(self.schedule.site, AttentionSite):
+            return
+        keys = [Chunk(src, p) for src in range(self.mesh.num_ranks) for p in range(self.schedule.kv_pieces)]
+        known = set(keys)
+        seen: dict[Chunk, set[Chunk]] = {}
+        pushed: dict[Chunk, _Step] = {}
+        for step in self.steps:
+            if isinstance(step.do, Attend):
+                self._count(step, step.do, seen, pushed, known)
+            elif isinstance(step.do, Push):
+                self._complete(f"{step}", step.do.q, seen, keys)
+                pushed[step.do.q] = step
+        for q in self._queries(seen):
+            self._complete("collect", q, seen, keys)
+            if q.src != 0 and q not in pushed:
+                raise wrong(f"the output of Q{q} is never pushed home")
 
+    def _count(
+        self, step: _Step, do: Attend, seen: dict[Chunk, set[Chunk]], pushed: dict[Chunk, _Step], known: set[Chunk]
+    ) -> None:
+        keys = set(do.kv)
+        if len(keys) != len(do.kv) or len(set(do.q)) != len(do.q) or not keys <= known:
+            raise wrong(f"{step}: names a chunk twice, or one that does not exist")
+        for q in do.q:
+            met = seen.setdefault(q, set())
+            twice = met & keys
+            if twice:
+                raise wrong(f"{step}: Q{q} x KV{min(twice)} is attended twice")
+            if q in pushed:
+                raise wrong(f"{step}: Q{q} is attended after its output has left by {pushed[q]}")
+            met |= keys
+            self.num_pairs += len(keys)
 
-def _steps(program: RankProgram) -> Iterator[tuple[str, Instruction]]:
-    for phase, instructions in program.phases.items():
-        for instruction in instructions:
-            yield phase, instruction
+    def _complete(self, when: str, q: Chunk, seen: dict[Chunk, set[Chunk]], keys: Sequence[Chunk]) -> None:
+        met = seen.get(q, set())
+        if len(met) != len(keys):
+            missing = next(kv for kv in keys if kv not in met)
+            raise wrong(f"{when}: the output of Q{q} is without KV{missing}: that pair is never attended before it")
 
+    def _queries(self, seen: dict[Chunk, set[Chunk]]) -> list[Chunk]:
+        """The query chunks that the origin has to attend: one of every group and piece, its own among them."""
+        groups = range(self.mesh.ulysses) if self.schedule.split_heads else range(1)
+        found = [Chunk(self.mesh.offset(a, 0), p) for a in groups for p in range(self.schedule.q_pieces)]
+        odd = sorted(set(seen) - set(found))
+        if odd:
+            raise wrong(f"Q{odd[0]} is attended here, but another rank of its group already attends it")
+        home = {(a.src, a.chunk) for a in self.arrivals.values() if a.tensor == "o"}
+        for a in groups:
+            for p in range(self.schedule.q_pieces):
+                if a and (self.mesh.offset(a, 0), Chunk(0, p)) not in home:
+                    raise wrong(f"the output of piece {p} for the heads of group {a} never comes home")
+        return found
 
-def _target(step: Instruction | str) -> tuple[int, int] | None:
-    """``(rank, slot)`` that an instruction writes."""
-    if isinstance(step, Push):
-        return step.q_src, step.slot
-    if isinstance(step, (Put, Forward)):
-        return step.dst, step.slot
-    return None
+    # ------------------------------------------------------------------ sizes
 
-
-def _wrong(what: str) -> ScheduleError:
-    return ScheduleError(
-        what, "running it could hang or give wrong numbers", "this is a mistake in the builder: report it"
-    )
+    def check_sizes(self) -> None:
+        """Each slot holds the largest chunk that any rank receives in it."""
+        for arrival in self.arrivals.values():
+            slot, size = self.schedule.slots[arrival.slot], int(self.schedule.arrival_bytes(arrival).max(initial=0))
+            if size > slot.nbytes or slot.offset % self.schedule.site.dtype.itemsize:
+                raise wrong(f"a chunk of {size} bytes in slot {slot.name} of {slot.nbytes} bytes")

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from sfcompile.codegen.schedule import Mesh, Schedule, lay_out, nbytes
+from sfcompile.codegen.mesh import Mesh
+from sfcompile.codegen.schedule import Schedule, lay_out, nbytes
 from sfcompile.codegen.sites import GatherSite
-from sfcompile.runtime.instructions import Arrival, Put, RankProgram, Wait
+from sfcompile.runtime.instructions import Arrival, Chunk, Put, RankProgram, Wait
 
 
 def build_gather(site: GatherSite, mesh: Mesh) -> Schedule:
-    """Schedule of a gather. Phases ``gather_start`` and ``gather_finish``; slot s is for rank s's shard.
+    """Schedule of a gather. Phases ``gather_start`` and ``gather_finish``; slot d - 1 is for the rank d steps on.
 
-    Rank p starts with its successor, so that at every moment each rank receives from one other.
+    Every rank starts with the rank right before it, so that at every moment each receives from one other.
     """
-    ranks = mesh.num_ranks
-    slots = lay_out([(f"x{s}", nbytes(site.local_shape(s), site.dtype)) for s in range(ranks)])
-
-    def build(rank: int) -> RankProgram:
-        others = [(rank + step) % ranks for step in range(1, ranks)]
-        senders = [(rank - step) % ranks for step in range(1, ranks)]
-        return RankProgram(
-            rank,
-            {
-                "gather_start": tuple(Put("x", None, dst, rank) for dst in others),
-                "gather_finish": tuple(Wait(src, src) for src in senders),
-            },
-            tuple(Arrival(src, src, site.local_shape(src)) for src in senders),
-        )
-
-    return Schedule("gather", site, mesh, slots, build)
+    others = range(1, mesh.num_ranks)
+    size = max(nbytes(site.local_shape(rank), site.dtype) for rank in range(mesh.num_ranks))
+    origin = RankProgram(
+        0,
+        {
+            "gather_start": tuple(Put("x", 0, mesh.back(d), d - 1) for d in others),
+            "gather_finish": tuple(Wait(d - 1, d) for d in others),
+        },
+        tuple(Arrival(d - 1, d, "x", Chunk(d)) for d in others),
+    )
+    return Schedule("gather", site, mesh, lay_out([(f"x({d})", size) for d in others]), origin)

@@ -16,6 +16,25 @@ def count(positions: Positions) -> int:
     return sum(length for _, length in positions)
 
 
+def cut(positions: Positions, start: int, stop: int) -> Positions:
+    """The ``start``-th to ``stop``-th of some positions."""
+    found = []
+    at = 0
+    for first, length in positions:
+        low, high = max(start - at, 0), min(stop - at, length)
+        if low < high:
+            found.append((first + low, high - low))
+        at += length
+    return tuple(found)
+
+
+def slice_of(total: int, parts: int, index: int) -> tuple[int, int]:
+    """The ``index``-th of ``parts`` contiguous slices of ``total`` things, sizes within one of each other."""
+    base, extra = divmod(total, parts)
+    start = index * base + min(index, extra)
+    return start, start + base + (index < extra)
+
+
 @dataclass(frozen=True)
 class AttentionSite:
     """Softmax attention of q [B, H, Lq, D] with k [B, Hkv, Lk, D] and v [B, Hkv, Lk, E], all sharded over tokens.
@@ -40,6 +59,12 @@ class AttentionSite:
     def geometry(self) -> tuple[Any, ...]:
         """Everything but the name: sites of equal geometry share a schedule."""
         return _geometry(self)
+
+
+def kv_slice(site: AttentionSite, heads: tuple[int, int]) -> tuple[int, int]:
+    """The K/V heads that a slice of query heads reads (grouped-query attention shares K/V heads)."""
+    group = site.heads // site.kv_heads
+    return heads[0] // group, (heads[1] - 1) // group + 1
 
 
 @dataclass(frozen=True)

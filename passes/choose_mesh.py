@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from sfcompile.codegen.schedule import Mesh
+from sfcompile.codegen.mesh import Mesh
 from sfcompile.errors import MeshError
 from sfcompile.passes.analyse_attention import Site
 from sfcompile.passes.op_view import shape_of

@@ -20,7 +20,8 @@ import sfcompile.passes.op_rules_lookup
 import sfcompile.passes.op_rules_reduce
 import sfcompile.passes.op_rules_view  # noqa: F401  the rule files register themselves
 from sfcompile.codegen.checker import check
-from sfcompile.codegen.schedule import Mesh, Schedule
+from sfcompile.codegen.mesh import Mesh
+from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.schedule_gather import build_gather
 from sfcompile.codegen.schedule_torus import build_torus
 from sfcompile.codegen.sites import AttentionSite
@@ -37,9 +38,6 @@ from sfcompile.passes.report_graph import report_graph
 from sfcompile.passes.rewrite_local import rewrite_local
 from sfcompile.passes.schedule_puts import schedule_puts
 from sfcompile.runtime.topology import Topology
-
-CHECKED_RANKS = 16
-"""Schedules for up to this many ranks are proved before they run; the checker takes seconds beyond."""
 
 
 @dataclass
@@ -59,7 +57,6 @@ class State:
     placement: Placement | None = None
     local: LocalGraph | None = None
     schedules: list[Schedule] = field(default_factory=list)
-    checked_ranks: int = CHECKED_RANKS
 
     @property
     def program(self) -> str:
@@ -119,8 +116,7 @@ def _schedule_sites(s: State) -> None:
         key = site.geometry()
         if key not in known:
             known[key] = build_torus(site, s.mesh) if isinstance(site, AttentionSite) else build_gather(site, s.mesh)
-            if s.topology.num_ranks <= s.checked_ranks:
-                check(known[key])
+            check(known[key])
         s.schedules.append(known[key])
 
 

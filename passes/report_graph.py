@@ -46,7 +46,6 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
                 per_rank[rank] += cost
     report.rank_flops = tuple(per_rank)
     report.schedules = len(set(map(id, state.schedules)))
-    report.schedules_checked = state.topology.num_ranks <= state.checked_ranks
     names = {site.name for site in state.local.sites if isinstance(site, AttentionSite)}
     report.torus_sites = sum(site.node.name in names for site in state.sites)
     report.local_sites = len(state.sites) - report.torus_sites

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from sfcompile.runtime.attention_aten import Partial, attend, merge
-from sfcompile.runtime.instructions import Attend, Forward, Heads, Push, Put, RankProgram, Wait
+from sfcompile.runtime.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
 from sfcompile.runtime.transport import Transport
 
 
@@ -39,6 +39,21 @@ class SchedulePlan(Protocol):
     def program(self, rank: int) -> RankProgram:
         """One rank's instructions."""
 
+    def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
+        """Shape of what arrives at a rank."""
+
+    def heads(self, rank: int) -> Heads:
+        """The query heads that a rank computes."""
+
+    def kv_heads(self, rank: int) -> Heads:
+        """The key and value heads that a rank computes with."""
+
+    def rows(self, tensor: str, chunk: Chunk) -> tuple[int, int]:
+        """Which of its rank's local tokens a chunk is."""
+
+    def positions(self, tensor: str, chunk: Chunk) -> tuple[tuple[int, int], ...]:
+        """The global token positions of a chunk."""
+
 
 class BankView(Protocol):
     """This rank's own heap segment."""
@@ -64,13 +79,14 @@ class SiteRun:
         self._transport = transport
         self._program = plan.program(rank)
         self._tensors: dict[str, torch.Tensor] = {}
-        self._partials: dict[int, Partial | None] = {}
+        self._partials: dict[Chunk, Partial | None] = {}
+        self._arrivals = {arrival.slot: arrival for arrival in self._program.arrivals}
         self._views = {
-            arrival.slot: heap.chunk(bank, plan.slots[arrival.slot].offset, arrival.shape, plan.site.dtype)
-            for arrival in self._program.arrivals
+            slot: heap.chunk(bank, plan.slots[slot].offset, plan.shape(rank, arrival), plan.site.dtype)
+            for slot, arrival in self._arrivals.items()
         }
-        self._expanded: dict[tuple[str, int], torch.Tensor] = {}
-        transport.open(epoch, [(arrival, self._views[arrival.slot]) for arrival in self._program.arrivals])
+        self._joined: dict[tuple[str, tuple[int | None, ...], tuple[Chunk, ...]], torch.Tensor] = {}
+        transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()])
 
     # ------------------------------------------------------------------ phases
 
@@ -83,11 +99,12 @@ class SiteRun:
         name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
         for step in self._program.phases[phase]:
             assert isinstance(step, Put) and step.tensor == name
-            chunk = tensor if step.heads is None else tensor[:, step.heads[0] : step.heads[1]]
-            self._transport.put(step.dst, step.slot, self.plan.slots[step.slot].offset, chunk, self.epoch)
+            self._transport.put(
+                step.dst, step.slot, self.plan.slots[step.slot].offset, self._outgoing(tensor, step), self.epoch
+            )
         stays = tensor
         if name != "x":
-            first, last = self._own_heads if name == "q" else self._own_kv_heads
+            first, last = (self.plan.heads if name == "q" else self.plan.kv_heads)(self._rank)
             stays = tensor[:, first:last]
         self._tensors[name] = stays.clone(memory_format=torch.contiguous_format)
 
@@ -97,24 +114,27 @@ class SiteRun:
             if isinstance(step, Wait):
                 self._wait(step)
             elif isinstance(step, Forward):
-                offset = self.plan.slots[step.slot].offset
-                self._transport.put(step.dst, step.slot, offset, self._views[step.slot], self.epoch, stays=True)
+                offset = self.plan.slots[step.to_slot].offset
+                self._transport.put(step.dst, step.to_slot, offset, self._views[step.slot], self.epoch, stays=True)
             elif isinstance(step, Attend):
-                self._pair(step, mask)
+                self._attend(step, mask)
             elif isinstance(step, Push):
-                out = self._output(step.q_src)
+                out = self._output(step.q)
                 offset = self.plan.slots[step.slot].offset
-                self._transport.put(step.q_src, step.slot, offset, out, self.epoch, stays=True)
+                self._transport.put(step.q.src, step.slot, offset, out, self.epoch, stays=True)
 
     def collect(self, out: torch.Tensor) -> None:
         """Fill ``out`` [B, H, Lq, E] with this rank's queries' outputs, from every head slice."""
-        start, stop = self._program.heads[self._rank]
-        out[:, start:stop].copy_(self._output(self._rank))
+        first, last = self.plan.heads(self._rank)
+        for chunk in [chunk for chunk in self._partials if chunk.src == self._rank]:
+            start, stop = self.plan.rows("o", chunk)
+            out[:, first:last, start:stop].copy_(self._output(chunk))
         for step in self._program.phases["collect"]:
             assert isinstance(step, Wait)
             self._wait(step)
-            first, last = self._program.heads[step.src]
-            out[:, first:last].copy_(self._views[step.slot])
+            first, last = self.plan.heads(step.src)
+            start, stop = self.plan.rows("o", self._arrivals[step.slot].chunk)
+            out[:, first:last, start:stop].copy_(self._views[step.slot])
 
     def gather(self, out: torch.Tensor) -> None:
         """Fill ``out`` (the global shape) with every rank's shard at its positions."""
@@ -144,56 +164,69 @@ class SiteRun:
             target.narrow(site.dim + 1, first, length).copy_(source.narrow(site.dim + 1, at, length))
             at += length
 
-    def _pair(self, step: Attend, mask: torch.Tensor | None) -> None:
+    def _outgoing(self, tensor: torch.Tensor, step: Put) -> torch.Tensor:
+        """The heads that the receiver computes, of one piece of the tokens."""
+        if step.tensor == "x":
+            return tensor
+        first, last = (self.plan.heads if step.tensor == "q" else self.plan.kv_heads)(step.dst)
+        start, stop = self.plan.rows(step.tensor, Chunk(self._rank, step.piece))
+        return tensor[:, first:last, start:stop]
+
+    def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
         site = self.plan.site
-        heads = self._own_heads
-        q = self._tensors["q"] if step.q_slot is None else self._views[step.q_slot]
-        k, v = self._keys("k", step.k_slot), self._keys("v", step.v_slot)
-        rows, columns = site.q_positions[step.q_src], site.kv_positions[step.kv_src]
-        bias = None
-        if mask is not None:
-            bias = _cut_mask(mask, heads, rows, columns)
-        if site.causal:
-            if _first(columns) > _last(rows):
-                return
-            if _last(columns) > _first(rows):
-                allowed = _positions(columns)[None, :] <= _positions(rows)[:, None]
-                bias = allowed[None, None]
-        done = attend(q, k, v, bias, site.scale)
-        before = self._partials.get(step.q_src)
-        self._partials[step.q_src] = merge(before, done)
+        kv = list(zip(step.kv, step.k_slots, step.v_slots, strict=True))
+        rows = [run for chunk in step.q for run in self.plan.positions("q", chunk)]
+        for chunk in step.q:
+            self._partials.setdefault(chunk, None)
+        if site.causal:  # leave out keys that lie after every query
+            kv = [entry for entry in kv if _first(self.plan.positions("k", entry[0])) <= _last(rows)]
+        if not rows or not kv:
+            return
+        columns = [run for chunk, _, _ in kv for run in self.plan.positions("k", chunk)]
+        bias = None if mask is None else _cut_mask(mask, self.plan.heads(self._rank), rows, columns)
+        if site.causal and _last(columns) > _first(rows):
+            bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None]
+        chunks = tuple(chunk for chunk, _, _ in kv)
+        done = attend(
+            self._join("q", step.q_slots, step.q),
+            self._join("k", tuple(slot for _, slot, _ in kv), chunks),
+            self._join("v", tuple(slot for _, _, slot in kv), chunks),
+            bias,
+            site.scale,
+        )
+        if done is None:
+            return
+        lengths = [stop - start for start, stop in (self.plan.rows("q", chunk) for chunk in step.q)]
+        for chunk, o, lse in zip(step.q, done[0].split(lengths, 2), done[1].split(lengths, 2), strict=True):
+            self._partials[chunk] = merge(self._partials[chunk], (o, lse))
 
-    @property
-    def _own_heads(self) -> Heads:
-        return self._program.heads[self._rank]
+    def _join(self, name: str, slots: tuple[int | None, ...], chunks: tuple[Chunk, ...]) -> torch.Tensor:
+        """Some chunks of Q, K or V one after the other, with one key head per query head; kept for later calls."""
+        key = (name, slots, chunks)
+        if key not in self._joined:
+            parts = [self._chunk(name, slot, chunk) for slot, chunk in zip(slots, chunks, strict=True)]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+            group = self.plan.site.heads // self.plan.site.kv_heads
+            if name != "q" and group > 1:
+                first = self.plan.kv_heads(self._rank)[0]
+                heads = [head // group - first for head in range(*self.plan.heads(self._rank))]
+                whole = whole.index_select(1, torch.tensor(heads, device=whole.device))
+            self._joined[key] = whole
+        return self._joined[key]
 
-    @property
-    def _own_kv_heads(self) -> Heads:
-        group = self.plan.site.heads // self.plan.site.kv_heads
-        first, last = self._own_heads
-        return first // group, (last - 1) // group + 1
+    def _chunk(self, name: str, slot: int | None, chunk: Chunk) -> torch.Tensor:
+        if slot is not None:
+            return self._views[slot]
+        start, stop = self.plan.rows(name, chunk)
+        return self._tensors[name][:, :, start:stop]
 
-    def _keys(self, name: str, slot: int | None) -> torch.Tensor:
-        """A K or V chunk with one head per query head (grouped heads are repeated once per call)."""
-        chunk = self._tensors[name] if slot is None else self._views[slot]
-        group = self.plan.site.heads // self.plan.site.kv_heads
-        if group == 1:
-            return chunk
-        key = (name, -1 if slot is None else slot)
-        if key not in self._expanded:
-            first = self._own_kv_heads[0]
-            index = torch.tensor([head // group - first for head in range(*self._own_heads)], device=chunk.device)
-            self._expanded[key] = chunk.index_select(1, index)
-        return self._expanded[key]
-
-    def _output(self, q_src: int) -> torch.Tensor:
-        """The finished output of some rank's queries, in the site's dtype; zeros where no key was allowed."""
-        partial = self._partials.get(q_src)
+    def _output(self, chunk: Chunk) -> torch.Tensor:
+        """The finished output of some queries, in the site's dtype; zeros where no key was allowed."""
+        partial = self._partials.get(chunk)
         site = self.plan.site
         if partial is None:
-            start, stop = self._program.heads[self._rank]
-            rows = sum(length for _, length in site.q_positions[q_src])
-            return torch.zeros(site.batch, stop - start, rows, site.v_head_dim, dtype=site.dtype)
+            (first, last), (start, stop) = self.plan.heads(self._rank), self.plan.rows("q", chunk)
+            return torch.zeros(site.batch, last - first, stop - start, site.v_head_dim, dtype=site.dtype)
         return partial[0].to(site.dtype)
 
 

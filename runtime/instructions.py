@@ -1,8 +1,8 @@
 """What a schedule tells one rank to do: the instruction set of the executor.
 
-The same frozen objects are checked for all ranks (codegen/checker.py) and run (executor.py); there is no second
-description of the algorithm. A chunk is named by the rank whose tokens it holds; *slots* are numbered places in every
-rank's symmetric heap, each with a signal word that holds the epoch of its last arrival.
+The same frozen objects are checked for all ranks (codegen/checker.py), timed (codegen/simulator.py) and run
+(executor.py); there is no second description of the algorithm. *Slots* are numbered places in every rank's symmetric
+heap, each with a signal word that holds the epoch of its last arrival.
 """
 
 from __future__ import annotations
@@ -13,29 +13,41 @@ Heads = tuple[int, int]
 """A head slice ``[start, stop)``."""
 
 
+@dataclass(frozen=True, order=True)
+class Chunk:
+    """Piece ``piece`` of the tokens that rank ``src`` owns (a rank's tokens are cut into equal pieces, or one)."""
+
+    src: int
+    piece: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.src}" if self.piece == 0 else f"{self.src}.{self.piece}"
+
+
 @dataclass(frozen=True)
 class Put:
-    """Copy heads ``heads`` (None: all) of this rank's own ``tensor`` into ``slot`` of rank ``dst`` and signal it."""
+    """Copy a piece of this rank's own ``tensor`` (the heads that ``dst`` computes) into ``slot`` of ``dst``; signal."""
 
     tensor: str
-    heads: Heads | None
+    piece: int
     dst: int
     slot: int
 
     def __str__(self) -> str:
-        part = "" if self.heads is None else f"[h{self.heads[0]}:{self.heads[1]}]"
+        part = f".{self.piece}" if self.piece else ""
         return f"put {self.tensor}{part} -> rank {self.dst} slot {self.slot}"
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Copy what arrived in ``slot`` on to the same slot of rank ``dst`` and signal it (one hop of the ring)."""
+    """Copy what arrived in ``slot`` on to ``to_slot`` of rank ``dst`` and signal it (one hop of the ring)."""
 
-    dst: int
     slot: int
+    dst: int
+    to_slot: int
 
     def __str__(self) -> str:
-        return f"forward slot {self.slot} -> rank {self.dst}"
+        return f"forward slot {self.slot} -> rank {self.dst} slot {self.to_slot}"
 
 
 @dataclass(frozen=True)
@@ -51,30 +63,30 @@ class Wait:
 
 @dataclass(frozen=True)
 class Attend:
-    """Attend the queries of rank ``q_src`` against the keys of rank ``kv_src``; accumulate under ``q_src``.
+    """Attend every query chunk of ``q`` against every key chunk of ``kv`` in one call; accumulate per query chunk.
 
-    Slots are None for chunks that are this rank's own tensors.
+    ``q_slots``, ``k_slots``, ``v_slots`` say where each chunk lies; None is this rank's own tensor.
     """
 
-    q_src: int
-    kv_src: int
-    q_slot: int | None
-    k_slot: int | None
-    v_slot: int | None
+    q: tuple[Chunk, ...]
+    kv: tuple[Chunk, ...]
+    q_slots: tuple[int | None, ...]
+    k_slots: tuple[int | None, ...]
+    v_slots: tuple[int | None, ...]
 
     def __str__(self) -> str:
-        return f"attend Q{self.q_src} x KV{self.kv_src}"
+        return f"attend Q{{{','.join(map(str, self.q))}}} x KV{{{','.join(map(str, self.kv))}}}"
 
 
 @dataclass(frozen=True)
 class Push:
-    """Send the finished output of ``q_src``'s queries home into ``slot``."""
+    """Send the finished output of query chunk ``q`` home into ``slot`` of rank ``q.src``."""
 
-    q_src: int
+    q: Chunk
     slot: int
 
     def __str__(self) -> str:
-        return f"push O -> rank {self.q_src} slot {self.slot}"
+        return f"push O{self.q} -> rank {self.q.src} slot {self.slot}"
 
 
 Instruction = Put | Forward | Wait | Attend | Push
@@ -82,24 +94,27 @@ Instruction = Put | Forward | Wait | Attend | Push
 
 @dataclass(frozen=True)
 class Arrival:
-    """A chunk that this rank receives once per epoch: from whom, how large, in which slot."""
+    """A chunk that this rank receives once per epoch: in which slot, from whom, and what it is.
+
+    ``tensor`` is "q", "k", "v", "o" (an output coming home) or "x" (a gather's shard).
+    """
 
     slot: int
     src: int
-    shape: tuple[int, ...]
+    tensor: str
+    chunk: Chunk
+
+    def __str__(self) -> str:
+        return f"{self.tensor}{self.chunk} in slot {self.slot} from rank {self.src}"
 
 
 @dataclass(frozen=True)
 class RankProgram:
-    """One rank's part of a schedule: instructions by phase, and everything that will arrive.
-
-    ``heads[r]`` is the head slice that rank r computes for this rank's queries (attention only; includes this rank).
-    """
+    """One rank's part of a schedule: instructions by phase, and everything that will arrive."""
 
     rank: int
     phases: dict[str, tuple[Instruction, ...]] = field(hash=False)
     arrivals: tuple[Arrival, ...] = ()
-    heads: dict[int, Heads] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         lines = [f"rank {self.rank}"]

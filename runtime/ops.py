@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from sfcompile.runtime.instructions import Attend
+from sfcompile.runtime.executor import SchedulePlan
+from sfcompile.runtime.instructions import Attend, Chunk
 from sfcompile.runtime.session import current_session
 
 _library = torch.library.Library("streamfusion", "DEF")
@@ -87,11 +88,16 @@ def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, *
     session = current_session()
     plan = session.schedule(program, site)
     facts, mine = plan.site, plan.program(session.rank)
-    start, stop = mine.heads[session.rank]
+    start, stop = plan.heads(session.rank)
     pairs: int = sum(
-        sum(n for _, n in facts.q_positions[step.q_src]) * sum(n for _, n in facts.kv_positions[step.kv_src])
+        _tokens(plan, "q", step.q) * _tokens(plan, "k", step.kv)
         for step in mine.phases["attend"]
         if isinstance(step, Attend)
     )
     per_pair: int = 2 * facts.batch * (stop - start) * (facts.head_dim + facts.v_head_dim)
     return per_pair * pairs
+
+
+def _tokens(plan: SchedulePlan, tensor: str, chunks: tuple[Chunk, ...]) -> int:
+    spans = [plan.rows(tensor, chunk) for chunk in chunks]
+    return sum(stop - start for start, stop in spans)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sfcompile.codegen.schedule import Mesh
+from sfcompile.codegen.builders import build
+from sfcompile.codegen.mesh import ACROSS, Mesh
+from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.sites import AttentionSite, GatherSite, Positions
 from sfcompile.runtime.topology import Topology
 
@@ -53,7 +55,7 @@ def gather_site(ranks: int, tokens: int = 10) -> GatherSite:
 
 @dataclass
 class Case:
-    """One attention, whole: inputs, mask, the fp64 result, and how it is split."""
+    """One attention, whole: inputs, mask, the fp64 result, how it is split and scheduled."""
 
     site: AttentionSite
     mesh: Mesh
@@ -62,6 +64,12 @@ class Case:
     v: torch.Tensor
     mask: torch.Tensor | None
     expected: torch.Tensor
+    kind: str = "torus"
+    pieces: tuple[int, int] = (1, 1)
+
+    def schedule(self) -> Schedule:
+        """The attention's schedule."""
+        return build(self.kind, self.site, self.mesh, *self.pieces)
 
     def shard(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This rank's q, k, v; as transposed views, the way projections leave them."""
@@ -84,7 +92,7 @@ def reference(
 
 
 def random_case(seed: int, dtype: torch.dtype = torch.float32, ranks: int | None = None) -> Case:
-    """Ranks, mesh, machines, heads, grouped heads, lengths, cuts, mask or causal, all drawn from ``seed``."""
+    """Ranks, mesh, machines, heads, lengths, cuts, mask or causal, kind and pieces, all drawn from ``seed``."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     drawn = rng.choice([1, 2, 3, 4, 6])
@@ -115,5 +123,8 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32, ranks: int | None
         cut(kv_len, ranks, rng), head_dim**-0.5, causal, None if mask is None else "full",
     )  # fmt: skip
     machines = tuple(sorted(rng.randint(0, 2) for _ in range(ranks)))
-    mesh = Mesh.of(Topology(machines), ulysses, ranks // ulysses)
-    return Case(site, mesh, q, k, v, mask, reference(q, k, v, mask, causal, site.scale))
+    lanes = rng.choice([n for n in range(1, ulysses + 1) if ulysses % n == 0])
+    mesh = Mesh.of(Topology(machines), ulysses, ranks // ulysses, rng.choice(ACROSS), lanes)
+    expected = reference(q, k, v, mask, causal, site.scale)
+    kind, pieces = rng.choice(["torus", "torus", "usp", "allgather"]), (rng.randint(1, 3), rng.randint(1, 3))
+    return Case(site, mesh, q, k, v, mask, expected, kind, pieces)

@@ -1,38 +1,18 @@
-"""The mesh and the schedule object."""
+"""The schedule object: one origin, every rank's program, chunks, bytes."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 from random_sites import attention_site, random_case
 
-from sfcompile.codegen.schedule import Mesh, lay_out, slice_of
+from sfcompile.codegen.mesh import Mesh
+from sfcompile.codegen.schedule import lay_out
 from sfcompile.codegen.schedule_torus import build_torus
-from sfcompile.errors import MeshError
+from sfcompile.runtime.instructions import Chunk
 from sfcompile.runtime.topology import Topology
-
-
-def test_ulysses_crosses_machines_and_the_ring_stays_inside() -> None:
-    topology = Topology((0, 1, 0, 1, 2, 2))
-    mesh = Mesh.of(topology, 3, 2)
-    assert mesh.order == (0, 2, 1, 3, 4, 5)
-    for u in range(3):
-        assert len({topology.machine_of[mesh.rank_at(u, r)] for r in range(2)}) == 1
-    assert [mesh.place(rank) for rank in mesh.order] == [(u, r) for u in range(3) for r in range(2)]
-    assert mesh.rank_at(4, -1) == mesh.rank_at(1, 1)
-
-
-def test_a_mesh_has_every_rank_once() -> None:
-    with pytest.raises(MeshError, match="2 x ring 2 = 4 ranks, but there are 6"):
-        Mesh.of(Topology.grid(2, 3), 2, 2)
-
-
-@pytest.mark.parametrize(("total", "parts"), [(8, 4), (7, 3), (2, 5), (0, 2)])
-def test_slices_are_even_and_cover(total: int, parts: int) -> None:
-    slices = [slice_of(total, parts, index) for index in range(parts)]
-    assert slices[0][0] == 0 and slices[-1][1] == total
-    assert all(left[1] == right[0] for left, right in zip(slices, slices[1:], strict=False))
-    sizes = [stop - start for start, stop in slices]
-    assert max(sizes) - min(sizes) <= 1
 
 
 def test_slots_are_aligned_and_apart() -> None:
@@ -52,21 +32,29 @@ def test_bytes_by_link_of_ulysses_across_machines() -> None:
     assert inside == 2 * (ring - 1) * tokens * heads * dim * 4
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_heap_holds_every_chunk(seed: int) -> None:
-    case = random_case(seed)
-    schedule = build_torus(case.site, case.mesh)
-    for rank in range(case.mesh.num_ranks):
-        for arrival in schedule.program(rank).arrivals:
-            elements = 1
-            for size in arrival.shape:
-                elements *= size
-            assert schedule.slots[arrival.slot].offset + elements * 4 <= schedule.heap_bytes
+@pytest.mark.parametrize("seed", range(12))
+def test_chunks_of_all_ranks_at_once_are_those_of_each_rank(seed: int) -> None:
+    schedule = random_case(seed).schedule()
+    width = schedule.site.dtype.itemsize
+    for rank in range(schedule.mesh.num_ranks):
+        program = schedule.program(rank)
+        for arrival, general in zip(program.arrivals, schedule.origin.arrivals, strict=True):
+            size = math.prod(schedule.shape(rank, arrival)) * width
+            assert size == schedule.arrival_bytes(general)[rank]
+            assert size <= schedule.slots[arrival.slot].nbytes
+            assert schedule.slots[arrival.slot].offset + size <= schedule.heap_bytes
     assert schedule.program(0) is schedule.program(0)
+
+
+def test_pieces_cover_the_tokens_of_a_rank() -> None:
+    schedule = build_torus(attention_site(2, tokens=21), Mesh.of(Topology.grid(2, 1), 2, 1), 3, 2)
+    assert [schedule.rows("q", Chunk(1, p)) for p in range(3)] == [(0, 4), (4, 8), (8, 11)]
+    assert [schedule.positions("k", Chunk(1, p)) for p in range(2)] == [((10, 6),), ((16, 5),)]
+    assert np.array_equal(schedule.row_counts("o", 2), [3, 3])
 
 
 def test_it_prints_for_people() -> None:
     text = str(build_torus(attention_site(4), Mesh.of(Topology.grid(2, 2), 2, 2)))
-    assert text.startswith("torus site: ulysses 2 x ring 2, ")
-    for line in ("rank 3", "put q[h2:4] -> rank 2", "attend Q0 x KV0", "push O -> rank 2", "forward slot"):
-        assert line in text
+    assert text.startswith("torus ulysses 2 x ring 2 of site: 8 slots, ")
+    assert "  attend        attend Q (+1,+0) x KV here (+0,+1)" in text.splitlines()
+    assert "  collect       wait o(1) from (+1,+0)" in text.splitlines()

@@ -1,74 +1,83 @@
-"""Torus Attention: the order of stages, heads, grouped heads, refusals. What it computes is tests/runtime's matter."""
+"""Torus Attention: the order of stages. What it computes is tests/runtime's matter."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import pytest
 from random_sites import attention_site
 
-from sfcompile.codegen.schedule import Mesh
-from sfcompile.codegen.schedule_torus import build_torus, kv_slice
-from sfcompile.errors import MeshError
+from sfcompile.codegen.mesh import Mesh
+from sfcompile.codegen.schedule import Schedule
+from sfcompile.codegen.schedule_torus import build_torus
 from sfcompile.runtime.instructions import Attend, Forward, Push, Wait
 from sfcompile.runtime.topology import Topology
 
 
+def torus(machines: int, ring: int, heads: int = 8, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:
+    """Ulysses across machines, ring inside."""
+    mesh = Mesh.of(Topology.grid(machines, ring), machines, ring)
+    return build_torus(attention_site(machines * ring, heads), mesh, q_pieces, kv_pieces)
+
+
 def test_stages_of_three_groups() -> None:
     """Method section 2 on rank 0 of U = 3: stationary, pull Q, pull KV, push O."""
-    schedule = build_torus(attention_site(3, heads=3), Mesh.of(Topology.grid(3, 1), 3, 1))
-    steps = schedule.program(0).phases["attend"]
-    pairs = [(step.q_src, step.kv_src) for step in steps if isinstance(step, Attend)]
-    assert pairs == [
-        (0, 0),  # stationary
-        (1, 0), (2, 0),  # each Q as it lands, against the stationary KV
-        (0, 1), (1, 1), (2, 1),  # all Q against the next KV
-        (1, 2), (2, 2), (0, 2),  # last KV: remote outputs first, the stationary one last
+    steps = torus(3, 1, heads=3).program(0).phases["attend"]
+    calls = [([c.src for c in s.q], [c.src for c in s.kv]) for s in steps if isinstance(s, Attend)]
+    assert calls == [
+        ([0], [0]),  # stationary
+        ([1], [0]), ([2], [0]),  # each Q as it lands, against the stationary KV
+        ([0, 1, 2], [1]),  # all Q against the next KV
+        ([1], [2]), ([2], [2]), ([0], [2]),  # last KV: remote outputs first, the stationary one last
     ]  # fmt: skip
     pushes = [i for i, step in enumerate(steps) if isinstance(step, Push)]
-    assert [steps[i].q_src for i in pushes] == [1, 2]  # type: ignore[union-attr]
-    assert all(isinstance(steps[i - 1], Attend) and steps[i - 1].kv_src == 2 for i in pushes)  # type: ignore[union-attr]
+    assert [steps[i].q.src for i in pushes] == [1, 2]  # type: ignore[union-attr]
+    assert all(isinstance(steps[i - 1], Attend) and steps[i - 1].kv[0].src == 2 for i in pushes)  # type: ignore[union-attr]
     assert isinstance(steps[0], Attend) and isinstance(steps[-1], Attend)
 
 
 def test_the_stationary_chunk_waits_for_nobody() -> None:
-    schedule = build_torus(attention_site(8), Mesh.of(Topology.grid(4, 2), 4, 2))
     for rank in range(8):
-        assert isinstance(schedule.program(rank).phases["attend"][0], Attend)
+        assert isinstance(torus(4, 2).program(rank).phases["attend"][0], Attend)
 
 
 def test_a_ring_chunk_is_sent_on_before_it_is_attended() -> None:
-    schedule = build_torus(attention_site(3), Mesh.of(Topology.grid(1, 3), 1, 3))
+    schedule = torus(1, 3)
     steps = schedule.program(1).phases["attend"]
     for i, step in enumerate(steps):
         if isinstance(step, Forward):
             assert step.dst == 2 and isinstance(steps[i - 1], Wait) and steps[i - 1].slot == step.slot  # type: ignore[union-attr]
-            assert not any(isinstance(s, Attend) and step.slot in (s.k_slot, s.v_slot) for s in steps[:i])
+            assert not any(isinstance(s, Attend) and step.slot in (*s.k_slots, *s.v_slots) for s in steps[:i])
     # Chunk 1 of the ring passes rank 2 and ends at rank 0: ring - 1 hops, never back to its owner.
     hops = [s for rank in range(3) for s in schedule.program(rank).phases["attend"] if isinstance(s, Forward)]
     assert len(hops) == 2 * 3 * (3 - 2)
 
 
-def test_heads_that_do_not_divide_are_split_unevenly() -> None:
-    schedule = build_torus(attention_site(3, heads=7), Mesh.of(Topology.grid(3, 1), 3, 1))
-    assert schedule.program(0).heads == {0: (0, 3), 1: (3, 5), 2: (5, 7)}
-
-
-def test_grouped_heads_send_only_the_key_heads_they_need() -> None:
-    site = replace(attention_site(4, heads=8), kv_heads=2)
-    assert [kv_slice(site, heads) for heads in ((0, 2), (2, 6), (4, 8), (0, 8))] == [(0, 1), (0, 2), (1, 2), (0, 2)]
-    schedule = build_torus(site, Mesh.of(Topology.grid(4, 1), 4, 1))
-    keys = [arrival for arrival in schedule.program(3).arrivals if schedule.slots[arrival.slot].name.startswith("k.")]
-    assert {arrival.shape[1] for arrival in keys} == {1}
-
-
-def test_every_machine_pair_is_used_evenly_at_every_stage() -> None:
-    schedule = build_torus(attention_site(4), Mesh.of(Topology.grid(4, 1), 4, 1))
+def test_who_is_visited_first_is_sent_to_first() -> None:
+    """The first put of every rank goes to the rank that waits for it first, and every pair is used evenly."""
+    schedule = torus(4, 1)
     for stage in range(3):
         targets = [schedule.program(rank).phases["put_q"][stage].dst for rank in range(4)]  # type: ignore[union-attr]
         assert sorted(targets) == [0, 1, 2, 3]
+    put = schedule.program(2).phases["put_k"][0]
+    first = next(s for s in schedule.program(put.dst).phases["attend"] if isinstance(s, Wait) and s.slot == put.slot)  # type: ignore[union-attr]
+    waits = [s for s in schedule.program(put.dst).phases["attend"] if isinstance(s, Wait)]  # type: ignore[union-attr]
+    names = [schedule.slots[s.slot].name for s in waits]
+    assert first.src == 2 and names.index(schedule.slots[first.slot].name) == names.index("k(1,0)")
 
 
-def test_more_ulysses_ranks_than_heads_is_refused() -> None:
-    with pytest.raises(MeshError, match="site has 3 heads for 4 Ulysses ranks.*use ulysses <= 3"):
-        build_torus(attention_site(4, heads=3), Mesh.of(Topology.grid(4, 1), 4, 1))
+def test_pieces_of_queries_leave_one_by_one() -> None:
+    steps = torus(2, 1, q_pieces=2, kv_pieces=3).program(0).phases["attend"]
+    last = [str(s) for s in steps if isinstance(s, Push | Attend)][-5:]
+    assert [text.split()[0] for text in last] == ["attend", "push", "attend", "push", "attend"]
+
+
+def test_groups_of_one_machine_are_visited_together() -> None:
+    """Lanes: one call per machine and not per group; the way home inside the machine goes last."""
+    mesh = Mesh.of(Topology.grid(3, 2), 6, 1, lanes=2)
+    steps = build_torus(attention_site(6, heads=6), mesh).program(0).phases["attend"]
+    calls = [({c.src for c in s.q}, {c.src for c in s.kv}) for s in steps if isinstance(s, Attend)]
+    assert calls == [
+        ({0, 1}, {0, 1}),
+        ({2, 3}, {0, 1}), ({4, 5}, {0, 1}),
+        ({0, 1, 2, 3, 4, 5}, {2, 3}),
+        ({2, 3}, {4, 5}), ({4, 5}, {4, 5}), ({0, 1}, {4, 5}),
+    ]  # fmt: skip
+    assert [step.q.src for step in steps if isinstance(step, Push)] == [2, 3, 4, 5, 1]

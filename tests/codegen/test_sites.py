@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from random_sites import attention_site
 
-from sfcompile.codegen.sites import GatherSite, count
+from sfcompile.codegen.sites import GatherSite, count, cut, kv_slice, slice_of
 
 
 def test_equal_geometry_ignores_the_name_only() -> None:
@@ -26,3 +27,24 @@ def test_local_shape_of_a_folded_dim() -> None:
     """A dim that is outer x tokens x inner, the way windows and patches fold them."""
     site = GatherSite("g", (2, 4 * 6 * 3, 5), torch.float32, 1, 4, 3, (((0, 4),), ((4, 2),), ()))
     assert [site.local_shape(rank) for rank in range(3)] == [(2, 48, 5), (2, 24, 5), (2, 0, 5)]
+
+
+@pytest.mark.parametrize(("total", "parts"), [(8, 4), (7, 3), (2, 5), (0, 2)])
+def test_slices_are_even_and_cover(total: int, parts: int) -> None:
+    slices = [slice_of(total, parts, index) for index in range(parts)]
+    assert slices[0][0] == 0 and slices[-1][1] == total
+    assert all(left[1] == right[0] for left, right in zip(slices, slices[1:], strict=False))
+    sizes = [stop - start for start, stop in slices]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_cut_of_positions_keeps_their_order() -> None:
+    runs = ((10, 3), (20, 4), (40, 1))
+    assert cut(runs, 0, 8) == runs
+    assert cut(runs, 2, 5) == ((12, 1), (20, 2))
+    assert cut(runs, 7, 7) == ()
+
+
+def test_grouped_heads_share_key_heads() -> None:
+    site = replace(attention_site(4, heads=8), kv_heads=2)
+    assert [kv_slice(site, heads) for heads in ((0, 2), (2, 6), (4, 8), (0, 8))] == [(0, 1), (0, 2), (1, 2), (0, 2)]

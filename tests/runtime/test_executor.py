@@ -12,7 +12,8 @@ import torch
 from random_sites import Case, gather_site, random_case, reference, rows
 from rank_workers import attend_and_gather, schedules_of
 
-from sfcompile.codegen.schedule import Mesh, Schedule
+from sfcompile.codegen.mesh import Mesh
+from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.schedule_gather import build_gather
 from sfcompile.codegen.sites import GatherSite
 from sfcompile.errors import RuntimeTimeoutError
@@ -132,7 +133,7 @@ def test_a_lost_signal_is_a_timeout_not_a_hang(kind: type) -> None:
     case.mask, case.q, case.k, case.v = None, *(torch.randn(site.batch, 4, n, d) for n, d in (
         (case.q.shape[2], site.head_dim), (case.k.shape[2], site.head_dim), (case.k.shape[2], site.v_head_dim)
     ))  # fmt: skip
-    case.site, case.mesh = site, Mesh.of(Topology.grid(2, 2), 2, 2)
+    case.site, case.mesh, case.kind, case.pieces = site, Mesh.of(Topology.grid(2, 2), 2, 2), "torus", (1, 1)
     case.expected = reference(case.q, case.k, case.v, None, False, site.scale)
     attention, gather = schedules_of(case)
 
@@ -148,7 +149,7 @@ def test_a_lost_signal_is_a_timeout_not_a_hang(kind: type) -> None:
                 break
         return replace(program, phases={name: tuple(steps) for name, steps in phases.items()})
 
-    broken = Schedule("mutant", site, case.mesh, attention.slots, build)
+    broken = replace(attention, given=build, _programs={})
     with pytest.raises(RuntimeTimeoutError, match="waited 0.5 s for (a chunk|its bank to be free)"):
         run(case, [broken, gather], timeout_s=0.5)
 

@@ -11,7 +11,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sfcompile.codegen.schedule import Mesh
+from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule_gather import build_gather
 from sfcompile.codegen.schedule_torus import build_torus
 from sfcompile.codegen.sites import GatherSite

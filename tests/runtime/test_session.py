@@ -8,7 +8,7 @@ import torch
 from random_sites import gather_site
 from rank_workers import sf
 
-from sfcompile.codegen.schedule import Mesh
+from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule_gather import build_gather
 from sfcompile.errors import InternalError, PeerDiedError, PeerFailedError, RankMismatchError, RuntimeTimeoutError
 from sfcompile.runtime.session import current_session

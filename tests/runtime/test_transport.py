@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sfcompile.errors import PeerFailedError, RuntimeTimeoutError
-from sfcompile.runtime.instructions import Arrival
+from sfcompile.runtime.instructions import Arrival, Chunk
 from sfcompile.runtime.transport import RoutedTransport, notice_of, peer_failed
 
 
@@ -41,7 +41,7 @@ def test_each_rank_has_its_way() -> None:
     calls: list[tuple[object, ...]] = []
     routed = RoutedTransport(Recorder("direct", calls), Recorder("messages", calls), [True, True, False])
     chunk = torch.zeros(1)
-    routed.open(1, [(Arrival(0, 1, (1,)), chunk), (Arrival(1, 2, (1,)), chunk)])
+    routed.open(1, [(Arrival(0, 1, "x", Chunk(1)), chunk), (Arrival(1, 2, "x", Chunk(2)), chunk)])
     routed.put(1, 0, 0, chunk, 1)
     routed.put(2, 0, 0, chunk, 1)
     routed.wait(2, 1, 1)

@@ -1,0 +1,42 @@
+"""Every way to schedule one attention site, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from sfcompile.codegen.mesh import Mesh
+from sfcompile.codegen.schedule import Schedule
+from sfcompile.codegen.schedule_allgather import build_allgather
+from sfcompile.codegen.schedule_gather import build_gather
+from sfcompile.codegen.schedule_torus import build_torus
+from sfcompile.codegen.schedule_usp import build_usp
+from sfcompile.codegen.sites import AttentionSite, GatherSite
+from sfcompile.errors import OptionError
+
+Builder = Callable[[AttentionSite, Mesh, int, int], Schedule]
+"""``(site, mesh, q_pieces, kv_pieces) -> schedule``."""
+
+BUILDERS: dict[str, Builder] = {
+    "torus": build_torus,
+    "tas": partial(build_usp, kind="tas"),
+    "usp": partial(build_usp, kind="usp"),
+    "ulysses": partial(build_usp, kind="ulysses"),
+    "ring": partial(build_usp, kind="ring"),
+    "allgather": build_allgather,
+}
+"""Names of the unstaged ones differ by the mesh they are laid on; see schedule_usp.py."""
+
+
+def build(kind: str, site: AttentionSite | GatherSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:
+    """The schedule of a site; a gather has one way only.
+
+    Raises:
+        OptionError: unknown kind, less than one piece.
+        MeshError: fewer heads than Ulysses ranks.
+    """
+    if isinstance(site, GatherSite):
+        return build_gather(site, mesh)
+    if kind not in BUILDERS:
+        raise OptionError(f"schedule {kind!r} is unknown", "", f"schedules are {', '.join(BUILDERS)}")
+    return BUILDERS[kind](site, mesh, q_pieces, kv_pieces)
