@@ -6,9 +6,9 @@ keys and values kv = B K L (D + E) w with K key heads. On a mesh of U Ulysses gr
     exchange   every rank keeps 1/U of its Q, O, K, V and sends the rest:   (U - 1) / U x (q + kv)
     ring       R - 1 hops of the K, V that a rank then has, on every rank:  (R - 1) x kv
 
-and if U > K, groups share key heads: kv / U is then kv / K. What of it crosses machines depends on the axis that is laid
-over them first (mesh.py); if that is shorter than N, the other one crosses too. The forms hold where heads, tokens and
-axes divide evenly and ranks fill machines in order; tests compare them with what the schedules really send.
+and if U > K, groups share key heads: kv / U is then kv / K. What of it crosses machines depends on the axis that is
+laid over them first (mesh.py); if that is shorter than N, the other one crosses too. The forms hold where heads, tokens
+and axes divide evenly and ranks fill machines in order; tests compare them with what the schedules really send.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def volume(schedule: Schedule, topology: Topology) -> Volume:
     ring = (R - 1) * U * part
     far = sp.Integer(0)
     if machines > 1 and across_of(schedule.mesh) == "ulysses":
-        # N <= U: whole blocks of U / N groups share a machine. Else a group's ring spans machines: each M-th hop leaves.
+        # N <= U: blocks of U / N groups share a machine. Else a group's ring spans machines: each M-th hop leaves.
         far = exchange * (U - U / N) / (U - 1) if groups >= machines else exchange + ring / M
     elif machines > 1:
         far = ring * N / R if hops >= machines else ring + exchange * (U - M) / (U - 1)

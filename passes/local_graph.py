@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from sfcompile.codegen.sites import AttentionSite, GatherSite
+from sfcompile.passes.attention_site import attention_site
 from sfcompile.passes.layout import Layout, Ownership, Shape
 from sfcompile.passes.op_rules import Chosen
 from sfcompile.passes.op_view import FakeMode, OpView
@@ -174,30 +175,12 @@ class LocalGraph:
 
     def attention(self, op: OpView, chosen: Chosen, operands: Sequence[fx.Node]) -> fx.Node:
         """Torus attention of sharded q, k, v [B, H, L, D] as visible put / attend / collect nodes."""
-        q, k, v = op.operands[:3]
-        layout_q, layout_k, out = chosen.ins[0], chosen.ins[1], chosen.outs[0]
-        assert layout_q is not None and layout_k is not None and out is not None
-        everyone = range(self.owners.num_ranks)
+        out = chosen.outs[0]
+        assert out is not None
         dtype = operands[0].meta["val"].dtype
         mask = operands[3] if len(operands) > 3 else None
-        scale = op.args.get("scale")
         site = len(self.sites)
-        self.sites.append(
-            AttentionSite(
-                name=op.node.name,
-                batch=q.shape[0],
-                heads=q.shape[1],
-                kv_heads=k.shape[1],
-                head_dim=q.shape[-1],
-                v_head_dim=v.shape[-1],
-                dtype=dtype,
-                q_positions=tuple(self.owners.position_runs(layout_q.runs, r) for r in everyone),
-                kv_positions=tuple(self.owners.position_runs(layout_k.runs, r) for r in everyone),
-                scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
-                causal=bool(op.args.get("is_causal")),
-                mask="full" if mask is not None else None,
-            )
-        )
+        self.sites.append(attention_site(op, chosen, dtype))
         ops = torch.ops.streamfusion
         for put, operand in zip((ops.put_q, ops.put_k, ops.put_v), operands[:3], strict=True):
             self._communicate(put.default, [operand, self.ticket(), self.program, site])

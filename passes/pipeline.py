@@ -20,16 +20,12 @@ import sfcompile.passes.op_rules_lookup
 import sfcompile.passes.op_rules_reduce
 import sfcompile.passes.op_rules_view  # noqa: F401  the rule files register themselves
 from sfcompile.codegen.checker import check
-from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.schedule_gather import build_gather
-from sfcompile.codegen.schedule_torus import build_torus
-from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import InternalError, NotShardedError
 from sfcompile.passes.analyse_attention import Site, analyse_attention
 from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
-from sfcompile.passes.choose_mesh import choose_mesh
+from sfcompile.passes.choose_schedules import Agree, Choices, choose_schedules
 from sfcompile.passes.local_graph import LocalGraph
 from sfcompile.passes.op_view import FakeMode
 from sfcompile.passes.place_min_cut import Placement, place_min_cut
@@ -42,18 +38,23 @@ from sfcompile.runtime.topology import Topology
 
 @dataclass
 class State:
-    """What the passes hand on. Inputs first; each pass fills the field named in its line of ``PIPELINE``."""
+    """What the passes hand on. Inputs first; each pass fills the field named in its line of ``PIPELINE``.
+
+    ``mesh_asked``, ``schedule_asked`` and ``agree`` are those of choose_schedules.py.
+    """
 
     gm: fx.GraphModule
     mode: FakeMode
     topology: Topology
     rank: int
     mesh_asked: Mapping[str, int] | None = None
+    schedule_asked: str = "auto"
+    agree: Agree = lambda plan: plan()  # noqa: E731
     shard_everything: bool = False
     sites: list[Site] = field(default_factory=list)
     tokens: Tokens = field(default_factory=Tokens)
     layouts: Layouts | None = None
-    mesh: Mesh | None = None
+    choices: Choices | None = None
     placement: Placement | None = None
     local: LocalGraph | None = None
     schedules: list[Schedule] = field(default_factory=list)
@@ -61,8 +62,8 @@ class State:
     @property
     def program(self) -> str:
         """Key of this program: the same on every rank, different for another graph, topology or option."""
-        assert self.mesh is not None
-        text = f"{self.gm.code}|{self.topology}|{self.mesh}|{self.shard_everything}"
+        assert self.choices is not None
+        text = f"{self.gm.code}|{self.topology}|{self.choices}|{self.shard_everything}"
         shapes = [tuple(n.meta["val"].shape) for n in self.gm.graph.nodes if n.op == "placeholder"]
         return hashlib.sha256(f"{text}|{shapes}".encode()).hexdigest()[:16]
 
@@ -89,13 +90,14 @@ def _choose_layouts(s: State) -> None:
     s.layouts = choose_layouts(s.tokens, s.sites, s.topology.num_ranks)
 
 
-def _choose_mesh(s: State) -> None:
-    s.mesh = choose_mesh(s.sites, s.topology, s.mesh_asked)
+def _choose_schedules(s: State) -> None:
+    assert s.layouts is not None
+    s.choices = choose_schedules(s.tokens, s.layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree)
 
 
 def _place_min_cut(s: State) -> None:
-    assert s.layouts is not None
-    s.placement = place_min_cut(s.gm.graph, s.tokens, s.layouts, s.topology, s.shard_everything)
+    assert s.layouts is not None and s.choices is not None
+    s.placement = place_min_cut(s.gm.graph, s.tokens, s.layouts, s.topology, s.shard_everything, s.choices.exchange_s)
 
 
 def _rewrite_local(s: State) -> None:
@@ -110,12 +112,12 @@ def _schedule_puts(s: State) -> None:
 
 
 def _schedule_sites(s: State) -> None:
-    assert s.local is not None and s.mesh is not None
+    assert s.local is not None and s.choices is not None
     known: dict[object, Schedule] = {}  # layers repeat: build each distinct site once
     for site in s.local.sites:
         key = site.geometry()
         if key not in known:
-            known[key] = build_torus(site, s.mesh) if isinstance(site, AttentionSite) else build_gather(site, s.mesh)
+            known[key] = s.choices.schedule(site)
             check(known[key])
         s.schedules.append(known[key])
 
@@ -124,8 +126,8 @@ PIPELINE: list[tuple[str, Callable[[State], None], str]] = [
     ("analyse_attention", _analyse_attention, "the only places where tokens meet; seeds of everything below"),
     ("analyse_tokens", _analyse_tokens, "labels flow both ways from the seeds through every op rule"),
     ("choose_layouts", _choose_layouts, "label classes are final: owners of tokens, one layout per value"),
-    ("choose_mesh", _choose_mesh, "needs the head counts of the sites"),
-    ("place_min_cut", _place_min_cut, "needs layouts, to know which ops have a local form"),
+    ("choose_schedules", _choose_schedules, "needs the owners of tokens, to price every way to run each attention"),
+    ("place_min_cut", _place_min_cut, "needs layouts, to know which ops have a local form, and prices of traffic"),
     ("rewrite_local", _rewrite_local, "every decision is made: write this rank's graph"),
     ("schedule_puts", _schedule_puts, "moves communication inside the finished graph"),
     ("schedule_sites", _schedule_sites, "one schedule per attention and gather, for all ranks, proved before use"),

@@ -25,7 +25,7 @@ early and gather as late as costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -36,7 +36,6 @@ from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.choose_layouts import Layouts
 from sfcompile.passes.layout import Layout
 from sfcompile.passes.op_rules import Chosen
-from sfcompile.passes.op_rules_attention import Attention
 from sfcompile.passes.op_view import OpView, is_tensor
 from sfcompile.runtime.topology import Topology
 
@@ -74,9 +73,19 @@ def _maker(value: fx.Node) -> fx.Node:
 
 
 def place_min_cut(
-    graph: fx.Graph, tokens: Tokens, layouts: Layouts, topology: Topology, shard_everything: bool
+    graph: fx.Graph,
+    tokens: Tokens,
+    layouts: Layouts,
+    topology: Topology,
+    shard_everything: bool,
+    exchange_s: Mapping[fx.Node, float] | None = None,
 ) -> Placement:
-    """Choose the side of every op. ``shard_everything`` prices replication so high that whatever can shard does."""
+    """Choose the side of every op.
+
+    Args:
+        shard_everything: price replication so high that whatever can shard does.
+        exchange_s: what sharding an attention costs beyond its share of the compute, by node (choose_schedules.py).
+    """
     placement = Placement({}, {}, {})
     candidates: dict[fx.Node, Needs] = {}
     for node, op in tokens.views.items():
@@ -101,7 +110,7 @@ def place_min_cut(
         gather_cost: Callable[[fx.Node], float] = lambda v: 1e-12 * (1 + nbytes(v))  # noqa: E731
     else:
         gather_cost = lambda v: gather_seconds(v, topology)  # noqa: E731
-    net = _Network(candidates, topology, shard_everything)
+    net = _Network(candidates, topology, shard_everything, exchange_s or {})
     for node in candidates:
         net.add_op(node, tokens.views[node], placement.chosen[node])
     for value in graph.nodes:
@@ -132,11 +141,18 @@ def _why_whole(has_rule: bool, chosen: Chosen) -> str:
 class _Network:
     """The flow network of the head of the file, capacities in integer picoseconds."""
 
-    def __init__(self, candidates: dict[fx.Node, Needs], topology: Topology, shard_everything: bool) -> None:
+    def __init__(
+        self,
+        candidates: dict[fx.Node, Needs],
+        topology: Topology,
+        shard_everything: bool,
+        exchange_s: Mapping[fx.Node, float],
+    ) -> None:
         self._ids = {node: i + 2 for i, node in enumerate(candidates)}
         self._candidates = candidates
         self._topology = topology
         self._shard_everything = shard_everything
+        self._exchange_s = exchange_s
         self._graph = nx.DiGraph()
         self._graph.add_nodes_from((0, 1))
         self._next = len(candidates) + 2
@@ -153,21 +169,11 @@ class _Network:
         whole = 1e3 * (1.0 + flops(op)) if self._shard_everything else seconds(op, self._topology)
         share = 0.0
         if not self._shard_everything:
-            share = whole / ranks + self._chunk_seconds(op, chosen)
+            share = whole / ranks + self._exchange_s.get(node, 0.0)
             if not any(chosen.outs):
                 share += ranks * gather_seconds(node, self._topology)
         self._edge(0, self._ids[node], whole + 1e-9)
         self._edge(self._ids[node], 1, share)
-
-    def _chunk_seconds(self, op: OpView, chosen: Chosen) -> float:
-        if not (op.name == "scaled_dot_product_attention" and Attention(op).torus(op, chosen)):
-            return 0.0
-        moved = sum(nbytes(operand.node) for operand in op.operands[:3]) + nbytes(op.node)
-        ranks, machines = self._topology.num_ranks, self._topology.num_machines
-        if machines == 1:
-            return moved / ranks / self._topology.local_bytes_per_s + 4 * self._topology.local_latency_s
-        crossing = moved / machines * (machines - 1) / machines
-        return crossing / self._topology.network_bytes_per_s + 4 * self._topology.network_latency_s
 
     def add_reads(self, value: fx.Node, tokens: Tokens, placement: Placement, cost: float) -> None:
         """Edges of the value's all-gather: who reads it whole."""

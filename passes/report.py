@@ -26,12 +26,15 @@ class GraphReport:
         num_ranks, num_machines: the topology.
         ulysses, ring: the mesh.
         axes: per token axis ``(tokens, segments, attention FLOPs)``, heaviest first.
-        torus_sites, local_sites: attentions rewritten to put / attend / collect, and those that run on local queries.
+        sharded_sites, local_sites: attentions rewritten to put / attend / collect, and those that run on local queries.
         sharded_ops, replicated_ops: op counts.
         total_flops, rank_flops: matmul, convolution and attention FLOPs of the whole graph and of each rank.
         replicated: token ops left whole, costliest first; gathered: all-gathers in the graph.
         heap_bytes: symmetric heap per rank.
         schedules: distinct schedules of the sites.
+        schedule: how the heaviest attention runs, and the seconds predicted for it and the compute before it: in all,
+            exposed communication, and the limit (predicted_s, exposed_s, limit_s).
+        plans: the planner's table for each distinct attention, every rejected candidate with its reason.
         pass_seconds: wall time per pass.
         warnings: what a user should know.
     """
@@ -41,7 +44,7 @@ class GraphReport:
     ulysses: int
     ring: int
     axes: tuple[tuple[int, int, float], ...] = ()
-    torus_sites: int = 0
+    sharded_sites: int = 0
     local_sites: int = 0
     sharded_ops: int = 0
     replicated_ops: int = 0
@@ -51,6 +54,11 @@ class GraphReport:
     gathered: list[Left] = field(default_factory=list)
     heap_bytes: int = 0
     schedules: int = 0
+    schedule: str = ""
+    predicted_s: float = 0.0
+    exposed_s: float = 0.0
+    limit_s: float = 0.0
+    plans: list[str] = field(default_factory=list)
     pass_seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -64,7 +72,7 @@ class GraphReport:
         """The plan in one line."""
         gathers = f"{len(self.gathered)} gather{'s' * (len(self.gathered) != 1)}"
         return (
-            f"mesh ulysses {self.ulysses} x ring {self.ring}, {self.torus_sites} torus and {self.local_sites} local "
+            f"{self.schedule or 'no attention sharded'}, {self.sharded_sites} sharded and {self.local_sites} local "
             f"attentions, {gathers}, busiest rank {self.share:.2f} x FLOPs/{self.num_ranks}, "
             f"{len(self.left_behind)} token ops not sharded"
         )
@@ -77,13 +85,18 @@ class GraphReport:
     def __str__(self) -> str:
         rows = [
             ("ranks", f"{self.num_ranks} on {self.num_machines} machine{'s' * (self.num_machines > 1)}"),
-            ("mesh", f"ulysses {self.ulysses} (across machines first) x ring {self.ring} (inside)"),
+            ("mesh", f"ulysses {self.ulysses} x ring {self.ring}"),
+            (
+                "plan",
+                f"{self.schedule or 'none'}: {self.predicted_s * 1e3:.3f} ms a layer predicted, "
+                f"{self.exposed_s * 1e3:.3f} ms exposed, limit {self.limit_s * 1e3:.3f} ms",
+            ),
         ]
         for tokens, segments, flops in self.axes:
             split = f"{segments} segment{'s' * (segments > 1)}"
             rows.append(("token axis", f"{tokens} tokens in {split}, {flops / 1e9:.2f} GFLOP of attention"))
         rows += [
-            ("attention", f"{self.torus_sites} torus, {self.local_sites} local (keys whole on every rank)"),
+            ("attention", f"{self.sharded_sites} sharded, {self.local_sites} local (keys whole on every rank)"),
             ("ops", f"{self.sharded_ops} sharded, {self.replicated_ops} replicated"),
             ("FLOPs", f"{self.total_flops / 1e9:.2f} G in all; busiest rank {self.share:.3f} x total/{self.num_ranks}"),
             (
@@ -97,6 +110,8 @@ class GraphReport:
         lines += _table("gathered (sharded values that some reader needs whole)", self.gathered)
         lines += _table("not sharded (token ops computed whole on every rank)", self.replicated)
         lines += [f"  warning: {text}" for text in self.warnings]
+        for table in self.plans:
+            lines += ["  " + line for line in table.splitlines()]
         return "\n".join(lines)
 
 

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
     """The report of a finished pipeline run."""
     assert state.layouts is not None and state.placement is not None
-    assert state.mesh is not None and state.local is not None
+    assert state.choices is not None and state.local is not None
     owners, placement = state.layouts.owners, state.placement
     ranks = range(state.topology.num_ranks)
+    main = state.choices.main
     report = GraphReport(
         state.topology.num_ranks,
         state.topology.num_machines,
-        state.mesh.ulysses,
-        state.mesh.ring,
+        *(main.best.degrees if main is not None else (1, state.topology.num_ranks)),
         state.layouts.axes,
         pass_seconds=dict(timings),
     )
@@ -47,8 +47,16 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
     report.rank_flops = tuple(per_rank)
     report.schedules = len(set(map(id, state.schedules)))
     names = {site.name for site in state.local.sites if isinstance(site, AttentionSite)}
-    report.torus_sites = sum(site.node.name in names for site in state.sites)
-    report.local_sites = len(state.sites) - report.torus_sites
+    report.plans = [
+        f"{count} attention{'s' * (count > 1)} like this\n{state.choices.plans[key]}"
+        for key, count in state.choices.counts.items()
+    ]
+    if main is not None and main.price.seconds is not None:
+        report.schedule = str(main.best)
+        report.predicted_s = main.price.seconds
+        report.exposed_s, report.limit_s = main.price.exposed_s, main.price.limit_s
+    report.sharded_sites = sum(site.node.name in names for site in state.sites)
+    report.local_sites = len(state.sites) - report.sharded_sites
     report.heap_bytes = 2 * max((schedule.heap_bytes for schedule in state.schedules), default=0)
     outputs = set(state.gm.graph.output_node().all_input_nodes)
     report.gathered = [

@@ -6,17 +6,19 @@ import atexit
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sfcompile.errors import InternalError
+from sfcompile.errors import InternalError, StreamFusionError
 from sfcompile.runtime.executor import SchedulePlan, SiteRun
 from sfcompile.runtime.process_group import compare
 from sfcompile.runtime.symmetric_heap import NUM_BANKS, HeapSize, Segment
 from sfcompile.runtime.topology import Topology
 from sfcompile.runtime.transport import Transport, notice_of
+
+T = TypeVar("T")
 
 _ALIGN = 4096
 _COMPILE_PATIENCE = 20.0
@@ -112,6 +114,18 @@ class Session:
             assert self._transport is not None
             self._transport.close()
             self._transport = self._world.make_transport(self._segments)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Collective: what ``make`` returns on rank 0, on every rank. If it fails there, every rank runs it and fails.
+
+        Searches end alike on all ranks that way, and one core works where all would do the same.
+        """
+        made: list[T] = []
+        if self.rank == 0:
+            with suppress(StreamFusionError):
+                made.append(make())
+        shared = self._world.exchange(made, "choose a plan", _COMPILE_PATIENCE)[0]
+        return shared[0] if shared else make()
 
     def meet(self) -> None:
         """Collective: wait until every rank has compiled, however unevenly long that takes.

@@ -14,6 +14,8 @@ from sfcompile.runtime.topology_presets import PRESETS
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)(?::(.+))?")
 _MAY_BE_ZERO = {"local_latency_s", "network_latency_s", "launch_s", "message_s", "wait_s", "pairing_s", "slowdown"}
 
+_MAY_BE_INFINITE = {"copy_bytes_per_s", "touch_bytes_per_s", "attention_flops_per_s", "pair_bytes_per_s"}
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -29,13 +31,15 @@ class Topology:
         attention_flops_per_s: rate of one rank inside attention; None: ``flops_per_s``.
         attention_rows: query rows (batch x heads x queries) of one call at which attention reaches half its rate.
         launch_s: start of one attention call.
-        message_s: what the sender computes with is busy for so long per message.
+        message_s: what the sender computes with is busy for so long per message (several to one peer in a row: once).
         copy_bytes_per_s: rate at which it copies the message's bytes itself; None: another engine copies.
         touch_bytes_per_s: rate at which it moves bytes that come from or go to another machine; None: others do.
         wait_s: cost of one wait that finds its chunk there.
-        pairing_s: two-sided messages only: sender and receiver meet for so long before bytes flow.
+        pairing_s: two-sided messages only: sender and receiver meet for so long before bytes flow (in a row: once).
         slowdown: two-sided messages only: part of the compute rate lost while one of them is under way.
         two_sided_rate: two-sided messages only: part of a link's bandwidth that they reach.
+        pair_bytes_per_s: two-sided messages only: most that one rank sends to one other machine's rank at a time (an
+            exchange with many at once fills the card); None: no such limit.
     """
 
     machine_of: tuple[int, ...]
@@ -56,6 +60,7 @@ class Topology:
     pairing_s: float = 1e-4
     slowdown: float = 0.0
     two_sided_rate: float = 1.0
+    pair_bytes_per_s: float | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -86,7 +91,11 @@ class Topology:
 
     def subset(self, ranks: tuple[int, ...]) -> Topology:
         """The same hardware seen by some ranks only, renumbered in the given order."""
-        return replace(self, machine_of=tuple(self.machine_of[rank] for rank in ranks))
+        return self.on(tuple(self.machine_of[rank] for rank in ranks))
+
+    def on(self, machine_of: tuple[int, ...]) -> Topology:
+        """The same constants for other ranks."""
+        return replace(self, machine_of=machine_of)
 
     @classmethod
     def grid(cls, machines: int, ranks_per_machine: int, **constants: Any) -> Topology:
@@ -199,6 +208,6 @@ def _constants(table: dict[str, Any], source: str) -> dict[str, Any]:
                 "correct it",
             )
         constants[key] = int(value) if key == "nics_per_machine" else float(value)
-        if key in ("copy_bytes_per_s", "touch_bytes_per_s", "attention_flops_per_s") and value == float("inf"):
+        if key in _MAY_BE_INFINITE and value == float("inf"):
             constants[key] = None
     return constants

@@ -18,6 +18,7 @@ _GPU: dict[str, Any] = {
     "pairing_s": 3e-5,
     "slowdown": 0.15,
     "two_sided_rate": 0.8,
+    "pair_bytes_per_s": 5e9,
     "attention_rows": 4e3,
 }
 

@@ -85,7 +85,14 @@ def _compile_rank(
         return _inner(gm, example_inputs, None, asked)
     session.agree(_digest_text(captured, asked, topology), _describe(gm, example_inputs, asked))
     state = State(
-        captured.gm, captured.mode, topology, session.rank, asked.mesh, shard_everything=asked.placement == "shard"
+        captured.gm,
+        captured.mode,
+        topology,
+        session.rank,
+        asked.mesh,
+        asked.schedule,
+        session.from_first,
+        shard_everything=asked.placement == "shard",
     )
     compiled = run_pipeline(state, strict=asked.strict, dump=asked.dump)
     session.load(compiled.program, compiled.schedules)

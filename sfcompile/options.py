@@ -23,10 +23,9 @@ INNERS = ("auto", "inductor", "eager")
 PLACEMENTS = ("auto", "shard")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 
-_MACHINES_X_RANKS = re.compile(r"(\d+)x(\d+)")
+_MACHINES_X_RANKS = re.compile(r"([1-9]\d*)x([1-9]\d*)(?::.+)?")
 # Named by the contract, brought by a later version: refused, never replaced by something else behind the user's back.
 _LATER = {
-    "schedule": ("ulysses", "ring", "usp"),
     "transport": ("nvshmem",),
     "attention": ("triton",),
 }
@@ -37,9 +36,10 @@ class Options:
     """What the user asked for; every field has a default. Build it with `from_dict`, which validates.
 
     Attributes:
-        topology: "auto" (found from torchrun), "NxM" (N machines of M ranks each), or a Topology object.
+        topology: "auto" (found from torchrun), "NxM" (N machines of M ranks each), "NxM:preset", a .toml file, or a
+            Topology object.
         mesh: {"ulysses": P_u, "ring": P_r} with P_u * P_r = world size, or None: the planner chooses.
-        schedule: how one attention runs: "auto" | "torus".
+        schedule: how attention runs: "auto" (the planner's choice) | "torus" | "ulysses" | "ring" | "usp".
         transport: "auto" | "shm" (ranks of one machine) | "c10d" (gloo or NCCL).
         attention: "auto" | "aten".
         inner: what runs the local graph: "auto" | "inductor" | "eager".
@@ -112,7 +112,10 @@ class Options:
 
 
 def _num_ranks(topology: object) -> int | None:
-    """Ranks of a topology; None for "auto". Topology lies above this leaf, so it is known by what we use of it."""
+    """Ranks of a topology; None for "auto" and for files, which are read later.
+
+    Topology lies above this leaf, so it is known by what we use of it.
+    """
     if isinstance(topology, str):
         match = _MACHINES_X_RANKS.fullmatch(topology)
         return int(match[1]) * int(match[2]) if match else None
@@ -171,11 +174,9 @@ def _choice(allowed: tuple[str, ...]) -> Callable[[str, object], str]:
 
 
 def _topology(key: str, value: object) -> object:
-    allowed = '"auto", "NxM" (N machines of M ranks each, both at least 1) or a Topology object'
-    if value == "auto" or _num_ranks(value):
+    allowed = '"auto", "NxM" (N machines of M ranks each), "NxM:preset", a .toml file or a Topology object'
+    if value == "auto" or _num_ranks(value) or (isinstance(value, str) and value.endswith(".toml")):
         return value
-    if isinstance(value, str) and not _MACHINES_X_RANKS.fullmatch(value):
-        raise _later(key, value, allowed)
     raise _bad_value(key, value, allowed)
 
 

@@ -6,7 +6,7 @@ B batch, H heads, K key heads, D head dim, E value head dim, L tokens (Lq querie
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,6 +89,28 @@ def reference(
         q.double(), k.double(), v.double(), wide, is_causal=causal, scale=scale, enable_gqa=True
     )
     return out.nan_to_num(0.0)
+
+
+def every_case(ranks: int) -> list[Case]:
+    """Every builder on every mesh of so many ranks: 6 heads over 3 key heads, 23 tokens: little divides."""
+    cases = []
+    base = random_case(2, ranks=ranks)
+    generator = torch.Generator().manual_seed(ranks)
+    q, k, v = (torch.randn(2, heads, 23, 8, generator=generator) for heads in (6, 3, 3))
+    places = even(23, ranks)
+    site = AttentionSite("every", 2, 6, 3, 8, 8, torch.float32, places, places, 8**-0.5)
+    topology = Topology(tuple(rank * 2 // ranks for rank in range(ranks)))
+    for ulysses in (u for u in range(1, min(ranks, 6) + 1) if ranks % u == 0):
+        for kind in ("torus", "usp", "allgather"):
+            for lanes in {1, max(n for n in (1, 2, 3) if ulysses % n == 0)}:
+                pieces = (1, 1) if lanes == 1 else (2, 3)
+                mesh = Mesh.of(topology, ulysses, ranks // ulysses, ACROSS[len(cases) % 2], lanes)
+                mask = torch.rand(2, 1, 1, 23, generator=generator) < 0.7 if kind == "usp" else None
+                expected = reference(q, k, v, mask, False, site.scale)
+                this = replace(site, mask=None if mask is None else "full")
+                cases.append(replace(base, site=this, mesh=mesh, q=q, k=k, v=v, mask=mask, expected=expected,
+                                     kind=kind, pieces=pieces))  # fmt: skip
+    return cases
 
 
 def random_case(seed: int, dtype: torch.dtype = torch.float32, ranks: int | None = None) -> Case:

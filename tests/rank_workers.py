@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_sites import Case, attention_site, gather_site, random_case
+from random_sites import Case, attention_site, every_case, gather_site, random_case
 
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
@@ -80,6 +81,22 @@ def attention(rank: int, seed: int, transport: str, calls: int) -> dict[str, Any
         "machines": session.topology.machine_of,
         "heap_bytes": session.heap_bytes,
     }
+
+
+def every_schedule(rank: int, transport: str, delayed: bool) -> dict[str, float]:
+    """Every builder, every mesh of these ranks, cut and whole, heads and tokens that rarely divide: errors by name."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    session, ticket, rng = session_of(transport), torch.zeros(1, dtype=torch.int64), random.Random(rank)
+    errors: dict[str, float] = {}
+    for case in every_case(ranks):
+        name = f"{case.kind} {case.mesh.ulysses}x{case.mesh.ring} by {case.mesh.lanes}, {case.pieces} pieces"
+        session.load(name, schedules_of(case))
+        for _ in range(3):
+            if delayed:
+                time.sleep(rng.random() * 5e-3)
+            whole, ticket = attend_and_gather(case, rank, ticket, name)
+            errors[name] = max(errors.get(name, 0.0), float((whole.double() - case.expected).abs().max()))
+    return errors
 
 
 def growing(rank: int) -> list[float]:

@@ -73,7 +73,7 @@ def check_model(name: str) -> None:
     close(first, want)
     assert torch.equal(first, second), "not repeatable"
     plan = last_report()
-    assert plan is not None and plan.torus_sites > 0, str(plan)
+    assert plan is not None and plan.sharded_sites > 0, str(plan)
     share = mine * RANKS / total
     print(f"{name}: rank {RANK} of {RANKS}: share {share:.3f} of total/{RANKS}, plan says {plan.share:.3f}")
     if RANKS == 4:

@@ -90,8 +90,10 @@ def test_report_and_dump(tmp_path: Path) -> None:
     got = captured(model, *inputs)
     state = State(got.gm, got.mode, Topology.grid(2, 2), 0, shard_everything=True)
     report = run_pipeline(state, dump=tmp_path / "dump").report
-    assert (report.num_ranks, report.num_machines, report.ulysses, report.ring) == (4, 2, 4, 1)
-    assert report.torus_sites == 2 and report.share < 1.3
+    assert (report.num_ranks, report.num_machines, report.ulysses * report.ring) == (4, 2, 4)
+    assert report.schedule and 0 < report.limit_s <= report.predicted_s
+    assert "<- taken" in str(report) and "x the best" in str(report)
+    assert report.sharded_sites == 2 and report.share < 1.3
     assert "torus" in str(report) and "models.py" in str(report)
     names = sorted(path.name.split(".", 1)[1] for path in (tmp_path / "dump").iterdir())
     assert names == ["captured.txt", "plan.txt", "rank0.txt", "schedules.txt"]
@@ -130,5 +132,5 @@ def test_a_pass_that_edits_the_captured_graph_is_caught(monkeypatch: pytest.Monk
 def test_a_mesh_with_more_ulysses_ranks_than_heads_is_refused() -> None:
     model, inputs = build("self")
     got = captured(model, *inputs)
-    with pytest.raises(MeshError, match="has 4 heads"):
+    with pytest.raises(MeshError, match="attention with 4 heads on 5 ranks.*4 heads for 5 Ulysses ranks"):
         compile_rank(got, 0, 5, mesh_asked={"ulysses": 5, "ring": 1})

@@ -17,7 +17,7 @@ def report(name: str, ranks: int, shard: bool = True) -> GraphReport:
 
 def test_attention_is_counted_by_kind_and_the_output_gather_named() -> None:
     plan = report("cross", 2)
-    assert (plan.torus_sites, plan.local_sites) == (1, 1)
+    assert (plan.sharded_sites, plan.local_sites) == (1, 1)
     assert any(row.reason == "model output" for row in plan.gathered)
     assert any("read whole by scaled_dot_product_attention" in row.reason for row in plan.gathered)
 

@@ -65,6 +65,16 @@ def test_attention_and_gather(seed: int) -> None:
     assert float((outs[0].double() - case.expected).abs().max()) <= 1e-5 * scale
 
 
+@pytest.mark.parametrize("ranks", [8, 9, 12, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_up_to_sixteen_ranks(ranks: int, seed: int) -> None:
+    case = random_case(100 * ranks + seed, ranks=ranks)
+    outs = run(case, schedules_of(case), seed, timeout_s=60.0)
+    scale = max(1.0, float(case.expected.abs().max()))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert float((outs[0].double() - case.expected).abs().max()) <= 1e-5 * scale
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("seed", [1, 4, 8])
 def test_other_dtypes(dtype: torch.dtype, seed: int) -> None:

@@ -111,3 +111,13 @@ def test_the_heap_does_not_grow_with_sites() -> None:
 
     for few, many in run_threads(2, work):
         assert few == many > 0
+
+
+@pytest.mark.parametrize(("ranks", "transport"), [(4, "auto"), (4, "c10d"), (3, "auto"), (6, "auto")])
+def test_every_schedule_is_exact_on_real_processes(ranks: int, transport: str) -> None:
+    """Ranks on two machines, late by turns: shared memory inside, messages between (or messages only)."""
+    machines = tuple(rank * 2 // ranks for rank in range(ranks))
+    results = run_processes(ranks, rank_workers.every_schedule, (transport, True), machines, timeout_s=200)
+    assert len(results[0]) >= 6
+    for result in results:
+        assert max(result.values()) <= 1e-5, result

@@ -1,0 +1,28 @@
+"""From a node to a site: shapes, positions, mask and scale."""
+
+from __future__ import annotations
+
+import torch
+from helpers import captured
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from sfcompile.passes.analyse_attention import analyse_attention
+from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
+from sfcompile.passes.choose_layouts import choose_layouts
+from sfcompile.passes.choose_schedules import sharded_attentions
+
+
+def test_a_site_says_all_that_a_schedule_needs() -> None:
+    q, kv, mask = torch.zeros(2, 6, 10, 8), torch.zeros(2, 3, 10, 8), torch.zeros(1, 1, 10, 10)
+
+    def attend(q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = q + kv.repeat_interleave(2, 1)  # one axis for queries and keys
+        return sdpa(x, kv, kv, attn_mask=mask, scale=0.5, enable_gqa=True)
+
+    graph = captured(attend, q, kv, mask).gm.graph
+    sites = analyse_attention(graph)
+    tokens = analyse_tokens(graph, seeds_of(sites))
+    (site,) = sharded_attentions(tokens, choose_layouts(tokens, sites, 3), sites).values()
+    assert (site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim) == (2, 6, 3, 8, 8)
+    assert site.q_positions == site.kv_positions == (((0, 4),), ((4, 3),), ((7, 3),))
+    assert (site.scale, site.causal, site.mask) == (0.5, False, "full")
