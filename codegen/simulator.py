@@ -15,7 +15,7 @@ it with an event queue).
 
 Two-sided messages (what NCCL send/recv do): sender and receiver must both have reached the instruction, both pay
 ``pairing_s``, links reach ``two_sided_rate`` of their bandwidth and compute loses ``slowdown`` while bytes flow.
-Outside an exchange of all with all, a rank sends to one peer at a time, between machines at ``pair_bytes_per_s`` at most.
+Outside an exchange of all with all, a rank sends to one peer at a time, at most ``pair_bytes_per_s`` between machines.
 """
 
 from __future__ import annotations

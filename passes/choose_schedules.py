@@ -34,12 +34,16 @@ class Choices:
         plans: per geometry of a site.
         counts: how many attentions share it.
         exchange_s: per attention node, predicted seconds beyond its share of the compute.
+        sites: one site per geometry, with the name of the first attention of that kind.
+        other_s: what a rank computes between two attentions.
     """
 
     topology: Topology
     plans: Mapping[tuple[Any, ...], SitePlan] = field(default_factory=dict)
     counts: Mapping[tuple[Any, ...], int] = field(default_factory=dict)
     exchange_s: Mapping[fx.Node, float] = field(default_factory=dict)
+    sites: Mapping[tuple[Any, ...], AttentionSite] = field(default_factory=dict)
+    other_s: float = 0.0
 
     def schedule(self, site: AttentionSite | GatherSite) -> Schedule:
         """The schedule of a site of this graph."""
@@ -92,10 +96,11 @@ def choose_schedules(
         MeshError: what the user asked for is not possible for some attention; names it.
     """
     attentions = sharded_attentions(tokens, layouts, sites)
-    inside = {site.node for site in sites}
-    other = sum(seconds(op, topology) for node, op in tokens.views.items() if node not in inside)
-    other_s = other / topology.num_ranks / max(1, len(sites))
-    distinct = {site.geometry(): site for site in attentions.values()}
+    other = sum(seconds(op, topology) for node, op in tokens.views.items() if node not in attentions)
+    other_s = other / topology.num_ranks / max(1, len(attentions))
+    distinct: dict[tuple[Any, ...], AttentionSite] = {}
+    for site in attentions.values():
+        distinct.setdefault(site.geometry(), site)
     counts = Counter(site.geometry() for site in attentions.values())
     made = agree(lambda: [plan_site(site, topology, other_s, mesh, schedule) for site in distinct.values()])
     plans = dict(zip(distinct, made, strict=True))
@@ -104,4 +109,4 @@ def choose_schedules(
         key = site.geometry()
         share = seconds(tokens.views[node], topology) / topology.num_ranks
         exchange[node] = max(0.0, (plans[key].price.seconds or 0.0) - other_s - share)
-    return Choices(topology, plans, counts, exchange)
+    return Choices(topology, plans, counts, exchange, distinct, other_s)

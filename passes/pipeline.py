@@ -134,6 +134,14 @@ PIPELINE: list[tuple[str, Callable[[State], None], str]] = [
 ]
 
 
+def run_until(state: State, last: str) -> None:
+    """Run the passes up to and including ``last``: enough for a prediction, nothing is rewritten."""
+    for name, run, _ in PIPELINE:
+        run(state)
+        if name == last:
+            return
+
+
 def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -> Compiled:
     """Run every pass and return this rank's program.
 

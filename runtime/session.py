@@ -127,6 +127,10 @@ class Session:
         shared = self._world.exchange(made, "choose a plan", _COMPILE_PATIENCE)[0]
         return shared[0] if shared else make()
 
+    def exchange(self, value: Any, doing: str) -> list[Any]:
+        """Collective: every rank's value, by rank; ``doing`` says in an error what the ranks do together."""
+        return self._world.exchange(value, doing, _COMPILE_PATIENCE)
+
     def meet(self) -> None:
         """Collective: wait until every rank has compiled, however unevenly long that takes.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ class Topology:
     def subset(self, ranks: tuple[int, ...]) -> Topology:
         """The same hardware seen by some ranks only, renumbered in the given order."""
         return self.on(tuple(self.machine_of[rank] for rank in ranks))
+
+    def with_constants(self, constants: Mapping[str, Any]) -> Topology:
+        """The same ranks with other constants, by name."""
+        return replace(self, **constants)
 
     def on(self, machine_of: tuple[int, ...]) -> Topology:
         """The same constants for other ranks."""

@@ -53,7 +53,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert all(name in out for name in ("demo", "run", *LATER))
+    assert all(name in out for name in ("demo", "run", "simulate", "doctor", *LATER))
 
 
 def test_run_passes_arguments_on(tmp_path: Path) -> None:
@@ -82,3 +82,40 @@ def test_errors_of_ours_come_without_traceback(capsys: pytest.CaptureFixture[str
 def test_run_needs_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--ranks", "2"]) == EXIT_USAGE
     assert "name a script" in capsys.readouterr().err
+
+
+def test_simulate_prints_the_papers_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--paper"]) == 0
+    out = capsys.readouterr().out
+    assert "predicted" in out and "published" in out and "image 3072, 4 machines" in out
+
+
+def test_simulate_plans_a_full_size_model_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The class is found among those of diffusers; weights stay on the meta device."""
+    flags = "--model flux --tokens 4096 --topology 2x4:h100-ib --out"
+    assert main(["simulate", *flags.split(), str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "57 attentions: 4608 tokens, 24 heads x 128" in out and "<- taken" in out and "of the limit" in out
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["simulate"], "say --paper, or name a model"),
+        (["simulate", "--model", "no-such-model"], "no-such-model"),
+        (["simulate", "--model", "flux", "--topology", "4x8:b300"], "preset 'b300' is unknown"),
+        (["doctor"], "say --measure"),
+    ],
+)
+def test_what_is_missing_is_said(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == EXIT_USAGE
+    assert text in capsys.readouterr().err
+
+
+def test_doctor_starts_ranks_that_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], int, int]] = []
+    monkeypatch.setattr(cli, "launch", lambda argv, ranks, machines: asked.append((argv, ranks, machines)) or 0)
+    assert main(["doctor", "--measure", "--ranks", "4", "--machines", "2"]) == 0
+    ((argv, ranks, machines),) = asked
+    assert argv[:2] == ["-m", "sfcompile.measure"] and (ranks, machines) == (4, 2)

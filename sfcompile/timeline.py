@@ -1,0 +1,148 @@
+"""Timelines for people: a picture (PNG), and a trace that https://ui.perfetto.dev opens (Chrome's JSON format)."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sfcompile.errors import OptionError
+from sfcompile.runtime.spans import Span
+
+LANES = ("compute", "wait", "send", "network")
+"""From top to bottom: computing, blocked, messages inside the machine, messages between machines."""
+
+# Okabe and Ito's palette: told apart by every kind of colour vision.
+_COLOURS = {"compute": "#0072B2", "wait": "#D55E00", "send": "#009E73", "network": "#E69F00"}
+_WORDS = {
+    "compute": "compute", "wait": "blocked in a wait", "send": "sends inside the machine",
+    "network": "sends between machines",
+}  # fmt: skip
+_ROW, _GAP = 1.0, 0.35
+
+
+def write_perfetto(path: Path, spans: Sequence[Span], machine_of: Sequence[int], title: str) -> None:
+    """Write a trace: one process per rank, one thread per lane, an arrow from each message to its receiver.
+
+    Raises:
+        OptionError: the folder does not exist, or the file cannot be written.
+    """
+    events: list[dict[str, Any]] = []
+    for rank, machine in enumerate(machine_of):
+        events.append(_name("process_name", rank, 0, f"rank {rank} (machine {machine})"))
+        events.append({"ph": "M", "name": "process_sort_index", "pid": rank, "tid": 0, "args": {"sort_index": rank}})
+        for lane, name in enumerate(LANES):
+            events.append(_name("thread_name", rank, lane, _WORDS[name]))
+    for number, span in enumerate(spans):
+        lane = LANES.index(span.lane)
+        start, stop = span.start_s * 1e6, span.stop_s * 1e6
+        event = {"ph": "X", "name": span.name, "cat": span.lane, "pid": span.rank, "tid": lane, "ts": start}
+        events.append({**event, "dur": stop - start, "args": {"bytes": span.nbytes} if span.nbytes else {}})
+        if span.peer is not None:
+            arrow = {"name": span.name, "cat": "message", "id": number}
+            events.append({**arrow, "ph": "s", "pid": span.rank, "tid": lane, "ts": start})
+            events.append({**arrow, "ph": "f", "bp": "e", "pid": span.peer, "tid": LANES.index("wait"), "ts": stop})
+    text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"title": title}})
+    _write(path, text.encode())
+
+
+def _name(kind: str, rank: int, lane: int, text: str) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": rank, "tid": lane, "args": {"name": text}}
+
+
+def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], title: str, max_ranks: int = 16) -> None:
+    """Draw the ranks side by side, by machine; beyond ``max_ranks`` the first ranks of every machine.
+
+    Raises:
+        OptionError: nothing to draw, no matplotlib, or the file cannot be written.
+    """
+    if not spans:
+        raise OptionError("there is nothing to draw", "the timeline is empty", "simulate at least one step")
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise OptionError(
+            "a picture needs matplotlib, which is not installed", "", 'run pip install "sfcompile[plot]"'
+        ) from error
+    shown = _shown(machine_of, max_ranks)
+    scale, unit = _unit(max(span.stop_s for span in spans))
+    figure = Figure(figsize=(12.0, 1.6 + 0.42 * len(shown)), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    lanes: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for span in spans:
+        lanes.setdefault((span.rank, span.lane), []).append(
+            (span.start_s * scale, (span.stop_s - span.start_s) * scale)
+        )
+    height = _ROW / len(LANES)
+    for row, rank in enumerate(shown):
+        top = -row * (_ROW + _GAP)
+        for lane, name in enumerate(LANES):
+            bars = lanes.get((rank, name), [])
+            axes.broken_barh(bars, (top - (lane + 1) * height, 0.9 * height), facecolors=_COLOURS[name], linewidth=0)
+        if row and machine_of[rank] != machine_of[shown[row - 1]]:
+            axes.axhline(top + _GAP / 2, color="0.6", linewidth=0.8)
+    axes.set_yticks(
+        [-row * (_ROW + _GAP) - _ROW / 2 for row in range(len(shown))],
+        [f"rank {rank}, machine {machine_of[rank]}" for rank in shown],
+        fontsize=8,
+    )
+    end = max(span.stop_s for span in spans) * scale
+    axes.axvline(end, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xlim(0.0, end * 1.01)
+    axes.set_ylim(-len(shown) * (_ROW + _GAP) + _GAP / 2, _GAP / 2)
+    axes.set_xlabel(f"{unit}; ends at {end:.2f} {unit}")
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    some = "" if len(shown) == len(machine_of) else f"; {len(shown)} of {len(machine_of)} ranks shown"
+    axes.set_title(title + some, fontsize=10, loc="left", pad=26)
+    axes.legend(
+        handles=[Patch(color=_COLOURS[name], label=_WORDS[name]) for name in LANES],
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(LANES), frameon=False, fontsize=8, borderaxespad=0.2,
+    )  # fmt: skip
+    folder = _folder(path)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        half = Path(scratch) / "picture.png"
+        figure.savefig(half)
+        os.replace(half, path)
+
+
+def _shown(machine_of: Sequence[int], limit: int) -> list[int]:
+    """The first ranks of every machine, as many of each, until the limit."""
+    ranks: dict[int, list[int]] = {}
+    for rank, machine in enumerate(machine_of):
+        ranks.setdefault(machine, []).append(rank)
+    if len(machine_of) <= limit:
+        return [rank for group in ranks.values() for rank in group]
+    each = max(1, limit // len(ranks))
+    return [rank for group in list(ranks.values())[:limit] for rank in group[:each]]
+
+
+def _unit(seconds: float) -> tuple[float, str]:
+    for scale, unit in ((1e6, "us"), (1e3, "ms")):
+        if seconds * scale < 1000.0:
+            return scale, unit
+    return 1.0, "s"
+
+
+def _folder(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise OptionError(f"{path} cannot be written", f"there is no folder {path.parent}", "create it first")
+    return path.parent
+
+
+def _write(path: Path, data: bytes) -> None:
+    folder = _folder(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            half = Path(scratch) / "half"
+            half.write_bytes(data)
+            os.replace(half, path)
+    except OSError as error:
+        raise OptionError(
+            f"{path} cannot be written", str(error), "choose a folder with room that you may write"
+        ) from error
