@@ -54,6 +54,8 @@ class Schedule:
         split_heads: whether Ulysses group u computes head slice u only (else every rank computes all heads).
         q_pieces, kv_pieces: into how many chunks a rank's queries, and its keys and values, are cut.
         staged: whether it computes on what is here while the rest arrives, chunk by chunk.
+        groups: the same schedule runs in several disjoint groups of ranks at a time: the mesh's rank i is rank
+            ``groups[g][i]`` of the job. Empty: the mesh's ranks are the job's.
         given: programs written by hand for every rank, instead of the origin's (tests, mutants).
     """
 
@@ -66,6 +68,7 @@ class Schedule:
     q_pieces: int = 1
     kv_pieces: int = 1
     staged: bool = False
+    groups: tuple[tuple[int, ...], ...] = ()
     given: Callable[[int], RankProgram] | None = field(default=None, compare=False, hash=False, repr=False)
     _programs: dict[int, RankProgram] = field(default_factory=dict, compare=False, hash=False, repr=False)
     _counts: dict[tuple[str, int], NDArray[np.int64]] = field(
@@ -106,6 +109,13 @@ class Schedule:
             Arrival(a.slot, at[a.src], a.tensor, Chunk(at[a.chunk.src], a.chunk.piece)) for a in self.origin.arrivals
         )
         return RankProgram(rank, phases, arrivals)
+
+    def members(self, rank: int) -> tuple[int, tuple[int, ...]]:
+        """Which rank of the mesh a rank of the job is, and the job's ranks of its group, in the mesh's order."""
+        if not self.groups:
+            return rank, tuple(range(self.mesh.num_ranks))
+        group = next(group for group in self.groups if rank in group)
+        return group.index(rank), group
 
     # ------------------------------------------------------------------ what chunks are
 

@@ -16,12 +16,13 @@ it with an event queue).
 Two-sided messages (what NCCL send/recv do): sender and receiver must both have reached the instruction, both pay
 ``pairing_s``, links reach ``two_sided_rate`` of their bandwidth and compute loses ``slowdown`` while bytes flow.
 Outside an exchange of all with all, a rank sends to one peer at a time, at most ``pair_bytes_per_s`` between machines.
+Staged schedules double-buffer their receives: those of a stage are posted when the stage before the last begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,6 +212,17 @@ class _Facts:
         return sizes
 
 
+@dataclass(frozen=True)
+class _Message:
+    """One message per rank, of one instruction."""
+
+    ready: Vector
+    dst: NDArray[np.int64]
+    nbytes: Vector
+    name: str
+    alone: bool
+
+
 class _Sweep:
     def __init__(self, topology: Topology, two_sided: bool, record: bool) -> None:
         self.topology = topology
@@ -222,6 +234,8 @@ class _Sweep:
         self.flying_until = np.zeros(ranks)
         self.streams = np.zeros(ranks)  # when each rank's lone two-sided message between machines ends
         self.links = _Links(topology, two_sided)
+        self.unposted: dict[tuple[int, int], _Message] = {}
+        self.posts: list[Vector] = []  # clocks at the start of the last two attention calls
         self.arrived: dict[tuple[int, int], Vector] = {}
         self.crossed: dict[tuple[int, int], NDArray[np.bool_]] = {}
         self.touched: set[tuple[int, Chunk]] = set()
@@ -287,20 +301,32 @@ class _Sweep:
             ready = ready + np.where(crosses, nbytes / top.copy_bytes_per_s, 0.0)
         if top.touch_bytes_per_s is not None:
             ready = ready + np.where(crosses, nbytes / top.touch_bytes_per_s, 0.0)
-        start, end, crosses = self.links.send(ready, dst, nbytes)
-        if self.two_sided and alone and top.pair_bytes_per_s is not None:
-            slow = np.maximum(start, self.streams) + nbytes / top.pair_bytes_per_s
-            end = np.where(crosses, np.maximum(end, slow), end)
-            self.streams = np.where(crosses, end, self.streams)
+        message = _Message(ready, dst, nbytes, name, alone)
+        if self.two_sided and facts.schedule.staged:
+            # Its receive is posted a stage ahead: the transfer is timed at its wait.
+            self.unposted[epoch, slot] = message
+            self._busy(message_s)
+            return
+        start, end = self._transfer(epoch, slot, message)
         after = ready
         if top.copy_bytes_per_s is not None:
-            end = np.where(crosses, end, np.maximum(end, start + nbytes / top.copy_bytes_per_s))
             after = np.where(crosses, ready, end)
         elif self.two_sided:
             after = self.clock + message_s
             self.flying_until = np.maximum(self.flying_until, end)
             self.flying_until[dst] = np.maximum(self.flying_until[dst], end)
         self._busy(after - self.clock)
+
+    def _transfer(self, epoch: int, slot: int, message: _Message) -> tuple[Vector, Vector]:
+        """Send over the links: ``(start, end)`` by sender; notes the arrivals."""
+        top, dst, nbytes = self.topology, message.dst, message.nbytes
+        start, end, crosses = self.links.send(message.ready, dst, nbytes)
+        if top.copy_bytes_per_s is not None:
+            end = np.where(crosses, end, np.maximum(end, start + nbytes / top.copy_bytes_per_s))
+        if self.two_sided and message.alone and top.pair_bytes_per_s is not None:
+            slow = np.maximum(start, self.streams) + nbytes / top.pair_bytes_per_s
+            end = np.where(crosses, np.maximum(end, slow), end)
+            self.streams = np.where(crosses, end, self.streams)
         arrival = np.empty(top.num_ranks)
         arrival[dst] = end + np.where(crosses, top.network_latency_s, top.local_latency_s)
         came = np.empty(top.num_ranks, dtype=bool)
@@ -311,11 +337,17 @@ class _Sweep:
         if self.spans is not None:
             for rank in range(top.num_ranks):
                 lane = "network" if crosses[rank] else "send"
-                what = Span(rank, lane, name, start[rank], end[rank], int(nbytes[rank]), int(dst[rank]))
+                what = Span(rank, lane, message.name, start[rank], end[rank], int(nbytes[rank]), int(dst[rank]))
                 self.spans.append(what)
+        return start, end
 
     def _wait(self, facts: _Facts, epoch: int, slot: int) -> None:
         top = self.topology
+        late = self.unposted.pop((epoch, slot), None)
+        if late is not None:
+            posted = self.posts[0] if len(self.posts) == 2 else np.zeros(top.num_ranks)
+            ready = np.maximum(late.ready, posted[late.dst])
+            self._transfer(epoch, slot, replace(late, ready=ready))
         arrival = self.arrived.pop((epoch, slot))
         blocked = np.maximum(0.0, arrival - self.clock)
         if self.spans is not None:
@@ -332,6 +364,7 @@ class _Sweep:
     def _attend(self, facts: _Facts, epoch: int, step: Attend) -> None:
         top, site = self.topology, facts.schedule.site
         assert isinstance(site, AttentionSite)
+        self.posts = [*self.posts[-1:], self.clock]
         heads = site.batch * facts.schedule.head_counts("q")
         queries = facts.rows("q", step.q)
         flops = 2.0 * heads * queries * facts.rows("k", step.kv) * (site.head_dim + site.v_head_dim)

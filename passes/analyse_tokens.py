@@ -17,6 +17,7 @@ from sfcompile.passes.labels import LabelSpace
 from sfcompile.passes.layout import Layout
 from sfcompile.passes.op_rules import Rule, Side, find_rule
 from sfcompile.passes.op_view import OpView
+from sfcompile.runtime.ops import COMMUNICATION
 
 Key = tuple[int, int, int]
 
@@ -36,8 +37,13 @@ class Tokens:
     clashes: list[fx.Node] = field(default_factory=list)
 
 
-def seeds_of(sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
-    """The query dim and the key dim of every attention."""
+def seeds_of(sites: Sequence[Site], axis: str = "tokens") -> list[tuple[fx.Node, int]]:
+    """Where to start: the query dim and the key dim of every attention, or with ``axis="batch"`` its batch dim.
+
+    The batch axis is followed by the same rules: what they call tokens are then samples.
+    """
+    if axis == "batch":
+        return [(site.q, 0) for site in sites if site.q.meta["val"].dim() == 4]
     return [(value, value.meta["val"].dim() - 2) for site in sites for value in (site.q, site.k)]
 
 
@@ -47,7 +53,7 @@ def analyse_tokens(graph: fx.Graph, seeds: Sequence[tuple[fx.Node, int]]) -> Tok
     readers: dict[fx.Node, list[tuple[fx.Node, Side]]] = {}
     for node in graph.nodes:
         op = OpView.of(node)
-        if op is None:
+        if op is None or node.target in COMMUNICATION:
             continue
         tokens.views[node] = op
         rule = find_rule(op)

@@ -27,8 +27,12 @@ class Layouts:
     axes: tuple[tuple[int, int, float], ...]
 
 
-def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int) -> Layouts:
-    """Cut the label line into segments, give them owners, and pick one layout per value."""
+def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int, axis: str = "tokens") -> Layouts:
+    """Cut the label line into segments, give them owners, and pick one layout per value.
+
+    Args:
+        axis: what the labels of ``tokens`` stand for: "tokens" or "batch" (analyse_tokens.py).
+    """
     vectors = {
         layout.runs: tokens.space.roots(layout.runs)
         for places in tokens.layouts.values()
@@ -58,10 +62,11 @@ def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int) -> Lay
                 parent[max(root, home)] = home = min(root, home)
     weight: dict[int, float] = {}
     for site in sites:
-        layout = tokens.layouts[site.q][(site.q.meta["val"].dim() - 2, 1, 1)]
-        if layout.runs:
-            axis = find(first_segment(vectors[layout.runs]))
-            weight[axis] = weight.get(axis, 0.0) + site.flops
+        dim = site.q.meta["val"].dim() - 2 if axis == "tokens" else 0
+        layout = tokens.layouts[site.q].get((dim, 1, 1))
+        if layout is not None and layout.runs:
+            root = find(first_segment(vectors[layout.runs]))
+            weight[root] = weight.get(root, 0.0) + site.flops
 
     chosen: dict[fx.Node, Layout] = {}
     for value, places in tokens.layouts.items():
@@ -73,8 +78,8 @@ def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int) -> Lay
     axes = [find(i) for i in range(len(segments))]
     owners = Ownership(tokens.space, segments, axes, num_ranks)
     summary = tuple(
-        (sum(n for (_, n), a in zip(segments, axes, strict=True) if a == axis), axes.count(axis), flops)
-        for axis, flops in sorted(weight.items(), key=lambda item: -item[1])
+        (sum(n for (_, n), a in zip(segments, axes, strict=True) if a == root), axes.count(root), flops)
+        for root, flops in sorted(weight.items(), key=lambda item: -item[1])
     )
     return Layouts(chosen, owners, summary)
 

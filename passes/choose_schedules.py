@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -13,17 +14,18 @@ from sfcompile.codegen.builders import build
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.sites import AttentionSite, GatherSite
+from sfcompile.errors import MeshError
 from sfcompile.passes.analyse_attention import Site
 from sfcompile.passes.analyse_cost import seconds
 from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.attention_site import attention_site
-from sfcompile.passes.choose_layouts import Layouts
+from sfcompile.passes.choose_layouts import Layouts, choose_layouts
 from sfcompile.passes.choose_plan import SitePlan, plan_site
 from sfcompile.passes.op_rules import Chosen
 from sfcompile.passes.op_rules_attention import Attention
 from sfcompile.runtime.topology import Topology
 
-Agree = Callable[[Callable[[], list[SitePlan]]], list[SitePlan]]
+Agree = Callable[[Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Choices:
         exchange_s: per attention node, predicted seconds beyond its share of the compute.
         sites: one site per geometry, with the name of the first attention of that kind.
         other_s: what a rank computes between two attentions.
+        batch: into how many parts the batch is split, each for a group of ranks; ``topology`` is that of one group.
+        notes: prices of other splits of the batch, and why some are not possible.
     """
 
     topology: Topology
@@ -44,6 +48,8 @@ class Choices:
     exchange_s: Mapping[fx.Node, float] = field(default_factory=dict)
     sites: Mapping[tuple[Any, ...], AttentionSite] = field(default_factory=dict)
     other_s: float = 0.0
+    batch: int = 1
+    notes: tuple[str, ...] = ()
 
     def schedule(self, site: AttentionSite | GatherSite) -> Schedule:
         """The schedule of a site of this graph."""
@@ -85,11 +91,15 @@ def choose_schedules(
     mesh: Mapping[str, int] | None = None,
     schedule: str = "auto",
     agree: Agree = lambda plan: plan(),
+    split_batch: bool = True,
 ) -> Choices:
     """Plan every distinct attention, between two of which a rank computes its share of everything else.
 
+    A batch axis needs no traffic in attention: groups of ranks may take whole samples each, and shard tokens inside.
+
     Args:
-        mesh, schedule: what the user asked for (choose_plan.py).
+        mesh, schedule: what the user asked for (choose_plan.py); ``mesh`` may hold a "batch" degree.
+        split_batch: whether the batch may be split; not if it was split before.
         agree: calls its argument on one rank and gives every rank the result, so that all run one plan.
 
     Raises:
@@ -98,15 +108,85 @@ def choose_schedules(
     attentions = sharded_attentions(tokens, layouts, sites)
     other = sum(seconds(op, topology) for node, op in tokens.views.items() if node not in attentions)
     other_s = other / topology.num_ranks / max(1, len(attentions))
-    distinct: dict[tuple[Any, ...], AttentionSite] = {}
-    for site in attentions.values():
-        distinct.setdefault(site.geometry(), site)
-    counts = Counter(site.geometry() for site in attentions.values())
-    made = agree(lambda: [plan_site(site, topology, other_s, mesh, schedule) for site in distinct.values()])
+    splits: dict[int, dict[fx.Node, AttentionSite]] = {1: attentions}
+    refused: list[str] = []
+    for batch in _batches(attentions, topology, mesh, schedule, refused) if split_batch else ():
+        inner = choose_layouts(tokens, sites, topology.num_ranks // batch)
+        found = sharded_attentions(tokens, inner, sites)
+        splits[batch] = {node: replace(site, batch=site.batch // batch) for node, site in found.items()}
+    asked = int(mesh.get("batch", 1)) if mesh is not None and split_batch else 0
+    if asked > 1 and asked not in splits:
+        raise MeshError(
+            f"mesh={dict(mesh or {})} splits the batch {asked} ways", "; ".join(refused), "leave batch out of the mesh"
+        )
+
+    def plan() -> tuple[int, list[SitePlan], list[str]]:
+        priced = {
+            batch: [
+                plan_site(site, topology.subset(groups_of(topology, batch)[0]), other_s, mesh, schedule)
+                for site in _distinct(split).values()
+            ]
+            for batch, split in splits.items()
+            if not asked or batch == asked
+        }
+        prices = {batch: _step(splits[batch], plans) for batch, plans in priced.items()}
+        best = min(prices, key=lambda batch: (prices[batch], batch))
+        rows = [f"batch split {batch} ways: {seconds * 1e3:.3f} ms a step" for batch, seconds in prices.items()]
+        return best, priced[best], [*(rows if len(rows) > 1 else []), *refused]
+
+    batch, made, notes = agree(plan)
+    group = topology.subset(groups_of(topology, batch)[0])
+    distinct = _distinct(splits[batch])
+    counts = Counter(site.geometry() for site in splits[batch].values())
     plans = dict(zip(distinct, made, strict=True))
     exchange: dict[fx.Node, float] = {}
-    for node, site in attentions.items():
-        key = site.geometry()
+    for node, site in splits[batch].items():
         share = seconds(tokens.views[node], topology) / topology.num_ranks
-        exchange[node] = max(0.0, (plans[key].price.seconds or 0.0) - other_s - share)
-    return Choices(topology, plans, counts, exchange, distinct, other_s)
+        exchange[node] = max(0.0, (plans[site.geometry()].price.seconds or 0.0) - other_s - share)
+    return Choices(group, plans, counts, exchange, distinct, other_s, batch, tuple(notes))
+
+
+def groups_of(topology: Topology, batch: int) -> list[tuple[int, ...]]:
+    """The ranks of each of ``batch`` groups: whole machines, or equal parts of one."""
+    ranks = sorted(range(topology.num_ranks), key=lambda rank: (topology.machine_of[rank], rank))
+    size = topology.num_ranks // batch
+    return [tuple(ranks[at : at + size]) for at in range(0, topology.num_ranks, size)]
+
+
+def _batches(
+    attentions: Mapping[fx.Node, AttentionSite],
+    topology: Topology,
+    mesh: Mapping[str, int] | None,
+    schedule: str,
+    refused: list[str],
+) -> list[int]:
+    """Ways to split the batch, beyond not at all; fills ``refused`` with why not for the others."""
+    ranks, machines = topology.num_ranks, topology.num_machines
+    samples = math.gcd(*(site.batch for site in attentions.values()))
+    asked = mesh.get("batch", 1) if mesh is not None else None
+    if samples < 2 or (asked is None and schedule != "auto") or asked == 1:
+        if asked is not None and asked > 1:
+            refused.append(f"a batch of {max(samples, 1)} cannot be split")
+        return []
+    found = []
+    for batch in range(2, min(samples, ranks) + 1):
+        even = ranks % batch == 0 and samples % batch == 0
+        if even and machines % batch and (batch % machines or ranks // machines % (batch // machines)):
+            refused.append(f"batch split {batch} ways: groups would share machines unevenly")
+        elif even:
+            found.append(batch)
+        elif asked == batch:
+            refused.append(f"a batch of {samples} on {ranks} ranks cannot be split {batch} ways")
+    return found if asked is None else [batch for batch in found if batch == asked]
+
+
+def _distinct(split: Mapping[fx.Node, AttentionSite]) -> dict[tuple[Any, ...], AttentionSite]:
+    found: dict[tuple[Any, ...], AttentionSite] = {}
+    for site in split.values():
+        found.setdefault(site.geometry(), site)
+    return found
+
+
+def _step(split: Mapping[fx.Node, AttentionSite], plans: Sequence[SitePlan]) -> float:
+    counts = Counter(site.geometry() for site in split.values())
+    return sum(counts[key] * (plan.price.seconds or 0.0) for key, plan in zip(_distinct(split), plans, strict=True))

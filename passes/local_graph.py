@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -65,14 +66,25 @@ class LocalGraph:
                     node.meta[key] = self.origin.meta[key]
 
     def copy(self, node: fx.Node, args: dict[fx.Node, fx.Node]) -> fx.Node:
-        """Append a captured node unchanged (computed whole on every rank)."""
-        return self.graph.node_copy(node, lambda n: args[n])
+        """Append a captured node unchanged (computed whole on every rank).
+
+        A captured graph may communicate already (rewrite_batch.py): its nodes join this graph's one order.
+        """
+        if node.target not in COMMUNICATION:
+            return self.graph.node_copy(node, lambda n: args[n])
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        place = [argument.name for argument in schema].index("ticket")
+        old = node.args[place]
+        assert isinstance(old, fx.Node)
+        copied = self.graph.node_copy(node, lambda n: self.ticket() if n is old else args[n])
+        self._ticket = copied if isinstance(node.meta["val"], torch.Tensor) else self.getitem(copied, 1)
+        return copied
 
     def constant(self, value: torch.Tensor) -> fx.Node:
         """A tensor baked into the graph; equal ones are shared."""
         key = (value.dtype, tuple(value.shape), value.numpy().tobytes())
         if key not in self._constants:
-            name = f"_sf_constant{len(self._constants)}"
+            name = next(n for n in (f"_sf_constant{i}" for i in itertools.count()) if not hasattr(self.root, n))
             self.root.register_buffer(name, value, persistent=False)
             node = self.graph.get_attr(name)
             node.meta["val"] = self._mode.from_tensor(value)

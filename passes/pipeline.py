@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import fx
@@ -25,12 +25,13 @@ from sfcompile.errors import InternalError, NotShardedError
 from sfcompile.passes.analyse_attention import Site, analyse_attention
 from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
-from sfcompile.passes.choose_schedules import Agree, Choices, choose_schedules
+from sfcompile.passes.choose_schedules import Agree, Choices, choose_schedules, groups_of
 from sfcompile.passes.local_graph import LocalGraph
 from sfcompile.passes.op_view import FakeMode
 from sfcompile.passes.place_min_cut import Placement, place_min_cut
 from sfcompile.passes.report import GraphReport
 from sfcompile.passes.report_graph import report_graph
+from sfcompile.passes.rewrite_batch import BatchPart, rewrite_batch
 from sfcompile.passes.rewrite_local import rewrite_local
 from sfcompile.passes.schedule_puts import schedule_puts
 from sfcompile.runtime.topology import Topology
@@ -55,6 +56,8 @@ class State:
     tokens: Tokens = field(default_factory=Tokens)
     layouts: Layouts | None = None
     choices: Choices | None = None
+    part: BatchPart | None = None
+    groups: tuple[tuple[int, ...], ...] = ()
     placement: Placement | None = None
     local: LocalGraph | None = None
     schedules: list[Schedule] = field(default_factory=list)
@@ -70,11 +73,10 @@ class State:
 
 @dataclass
 class Compiled:
-    """One rank's graph, the schedules of its communication sites (all ranks), and the plan for people."""
+    """One rank's graph, the schedules of its communication sites by program, and the plan for people."""
 
     gm: fx.GraphModule
-    program: str
-    schedules: list[Schedule]
+    programs: dict[str, list[Schedule]]
     report: GraphReport
 
 
@@ -92,11 +94,34 @@ def _choose_layouts(s: State) -> None:
 
 def _choose_schedules(s: State) -> None:
     assert s.layouts is not None
-    s.choices = choose_schedules(s.tokens, s.layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree)
+    s.choices = choose_schedules(
+        s.tokens, s.layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree, split_batch=s.part is None
+    )
+
+
+def _rewrite_batch(s: State) -> None:
+    assert s.choices is not None
+    if s.choices.batch == 1:
+        return
+    groups = groups_of(s.topology, s.choices.batch)
+    notes = s.choices.notes
+    s.part = rewrite_batch(s.gm, s.mode, s.topology, groups, s.rank, f"{s.program}-batch")
+    for schedule in s.part.schedules:
+        check(schedule)
+    s.groups = tuple(groups)
+    mine = next(group for group in groups if s.rank in group)
+    # From here on the job is this group and the model is its part of the batch.
+    s.gm, s.topology, s.rank = s.part.gm, s.topology.subset(mine), mine.index(s.rank)
+    for run in (_analyse_attention, _analyse_tokens, _choose_layouts, _choose_schedules):
+        run(s)
+    s.choices = replace(s.choices, notes=notes)
 
 
 def _place_min_cut(s: State) -> None:
     assert s.layouts is not None and s.choices is not None
+    if s.topology.num_ranks == 1:  # a group of one rank: its part of the batch is whole
+        s.placement = Placement({}, {}, {})
+        return
     s.placement = place_min_cut(s.gm.graph, s.tokens, s.layouts, s.topology, s.shard_everything, s.choices.exchange_s)
 
 
@@ -117,7 +142,7 @@ def _schedule_sites(s: State) -> None:
     for site in s.local.sites:
         key = site.geometry()
         if key not in known:
-            known[key] = s.choices.schedule(site)
+            known[key] = replace(s.choices.schedule(site), groups=s.groups)
             check(known[key])
         s.schedules.append(known[key])
 
@@ -127,6 +152,7 @@ PIPELINE: list[tuple[str, Callable[[State], None], str]] = [
     ("analyse_tokens", _analyse_tokens, "labels flow both ways from the seeds through every op rule"),
     ("choose_layouts", _choose_layouts, "label classes are final: owners of tokens, one layout per value"),
     ("choose_schedules", _choose_schedules, "needs the owners of tokens, to price every way to run each attention"),
+    ("rewrite_batch", _rewrite_batch, "if the plan splits the batch: the passes above again, for one group's part"),
     ("place_min_cut", _place_min_cut, "needs layouts, to know which ops have a local form, and prices of traffic"),
     ("rewrite_local", _rewrite_local, "every decision is made: write this rank's graph"),
     ("schedule_puts", _schedule_puts, "moves communication inside the finished graph"),
@@ -150,18 +176,19 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
         InternalError: an analysis pass changed the graph, or a rule wrote a wrong shape.
     """
     timings: dict[str, float] = {}
-    before = _fingerprint(state.gm.graph)
+    captured, job_rank = state.gm.graph, state.rank
+    before = _fingerprint(captured)
     for name, run, _ in PIPELINE:
         start = time.perf_counter()
         run(state)
         timings[name] = time.perf_counter() - start
-        if _fingerprint(state.gm.graph) != before:
+        if _fingerprint(captured) != before:
             raise InternalError(f"pass {name} edited the captured graph", "passes write into a graph of their own")
     assert state.local is not None
     state.local.graph.lint()
     gm = fx.GraphModule(state.local.root, state.local.graph, "StreamFusionRank")
     report = report_graph(state, timings)
-    if dump is not None:
+    if dump is not None and job_rank == 0:
         _dump(dump, state, gm, report)
     if strict and report.left_behind:
         worst = report.left_behind[0]
@@ -172,7 +199,10 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
             node=worst.node,
             source=worst.source or None,
         )
-    return Compiled(gm, state.program, state.schedules, report)
+    programs = {state.program: state.schedules}
+    if state.part is not None:
+        programs[state.part.program] = state.part.schedules
+    return Compiled(gm, programs, report)
 
 
 def _fingerprint(graph: fx.Graph) -> tuple[int, int]:
@@ -180,8 +210,6 @@ def _fingerprint(graph: fx.Graph) -> tuple[int, int]:
 
 
 def _dump(directory: Path, state: State, gm: fx.GraphModule, report: GraphReport) -> None:
-    if state.rank != 0:
-        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     stem = directory / state.program

@@ -24,7 +24,7 @@ class GraphReport:
 
     Attributes:
         num_ranks, num_machines: the topology.
-        ulysses, ring: the mesh.
+        batch, ulysses, ring: the mesh.
         axes: per token axis ``(tokens, segments, attention FLOPs)``, heaviest first.
         sharded_sites, local_sites: attentions rewritten to put / attend / collect, and those that run on local queries.
         sharded_ops, replicated_ops: op counts.
@@ -54,6 +54,7 @@ class GraphReport:
     gathered: list[Left] = field(default_factory=list)
     heap_bytes: int = 0
     schedules: int = 0
+    batch: int = 1
     schedule: str = ""
     predicted_s: float = 0.0
     exposed_s: float = 0.0
@@ -85,7 +86,7 @@ class GraphReport:
     def __str__(self) -> str:
         rows = [
             ("ranks", f"{self.num_ranks} on {self.num_machines} machine{'s' * (self.num_machines > 1)}"),
-            ("mesh", f"ulysses {self.ulysses} x ring {self.ring}"),
+            ("mesh", f"batch {self.batch} x ulysses {self.ulysses} x ring {self.ring}"),
             (
                 "plan",
                 f"{self.schedule or 'none'}: {self.predicted_s * 1e3:.3f} ms a layer predicted, "

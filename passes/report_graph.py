@@ -44,34 +44,49 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
             report.replicated_ops += 1
             for rank in ranks:
                 per_rank[rank] += cost
+    if state.part is not None:  # what was counted is one group's part
+        parts = len(state.groups)
+        report.batch = parts
+        report.num_ranks *= parts
+        report.num_machines = state.part.num_machines
+        report.total_flops *= parts / state.part.share
+        per_rank = per_rank * parts
+    report.plans = list(state.choices.notes)
     report.rank_flops = tuple(per_rank)
-    report.schedules = len(set(map(id, state.schedules)))
+    schedules = [*state.schedules, *(state.part.schedules if state.part is not None else [])]
+    report.schedules = len(set(map(id, schedules)))
     names = {site.name for site in state.local.sites if isinstance(site, AttentionSite)}
-    report.plans = [
+    report.plans += [
         f"{count} attention{'s' * (count > 1)} like this\n{state.choices.plans[key]}"
         for key, count in state.choices.counts.items()
     ]
     if main is not None and main.price.seconds is not None:
-        report.schedule = str(main.best)
+        report.schedule = str(main.best) if state.part is None else f"batch {len(state.groups)} x {main.best}"
         report.predicted_s = main.price.seconds
         report.exposed_s, report.limit_s = main.price.exposed_s, main.price.limit_s
     report.sharded_sites = sum(site.node.name in names for site in state.sites)
     report.local_sites = len(state.sites) - report.sharded_sites
-    report.heap_bytes = 2 * max((schedule.heap_bytes for schedule in state.schedules), default=0)
+    report.heap_bytes = 2 * max((schedule.heap_bytes for schedule in schedules), default=0)
     outputs = set(state.gm.graph.output_node().all_input_nodes)
     report.gathered = [
         _left(value, "model output" if value in outputs else _reader(value, placement.reasons), 0.0)
         for value in placement.gathers
+    ]
+    report.gathered += [
+        Left(schedule.site.name, "batch gather", "", "every rank returns all samples", 0.0, schedule.heap_bytes)
+        for schedule in (state.part.schedules if state.part is not None else [])
     ]
     left = [
         _left(node, reason, flops(state.tokens.views[node]), is_view(state.tokens.views[node]))
         for node, reason in placement.reasons.items()
         if node in state.tokens.views
     ]
+    if state.part is not None:
+        left += [_left(node, f"batch: {why}", flops(op), is_view(op)) for node, (op, why) in state.part.left.items()]
     report.replicated = sorted(left, key=lambda row: (-row.flops, -row.nbytes))
     if not state.sites:
         report.warnings.append("no attention found: nothing was sharded, every rank computes the whole graph")
-    elif not placement.needs:
+    elif not placement.needs and state.part is None:
         report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
     return report
 

@@ -51,7 +51,8 @@ def _by_site(nodes: list[fx.Node]) -> list[list[fx.Node]]:
     """Nodes of each site, sites and nodes in graph order."""
     sites: dict[object, list[fx.Node]] = {}
     for node in nodes:
-        sites.setdefault(node.args[_argument(node, "site")], []).append(node)
+        key = node.args[_argument(node, "program")], node.args[_argument(node, "site")]
+        sites.setdefault(key, []).append(node)
     return list(sites.values())
 
 

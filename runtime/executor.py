@@ -36,6 +36,9 @@ class SchedulePlan(Protocol):
     def heap_bytes(self) -> int:
         """Bytes of one bank."""
 
+    def members(self, rank: int) -> tuple[int, tuple[int, ...]]:
+        """Which rank of the schedule a rank of the job is, and the job's ranks of its group."""
+
     def program(self, rank: int) -> RankProgram:
         """One rank's instructions."""
 

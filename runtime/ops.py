@@ -87,8 +87,9 @@ def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, *
     """FLOPs of this rank's pairs: two products of Lq x Lk for every head of its slice."""
     session = current_session()
     plan = session.schedule(program, site)
-    facts, mine = plan.site, plan.program(session.rank)
-    start, stop = plan.heads(session.rank)
+    rank = plan.members(session.rank)[0]
+    facts, mine = plan.site, plan.program(rank)
+    start, stop = plan.heads(rank)
     pairs: int = sum(
         _tokens(plan, "q", step.q) * _tokens(plan, "k", step.kv)
         for step in mine.phases["attend"]

@@ -16,7 +16,7 @@ from sfcompile.runtime.executor import SchedulePlan, SiteRun
 from sfcompile.runtime.process_group import compare
 from sfcompile.runtime.symmetric_heap import NUM_BANKS, HeapSize, Segment
 from sfcompile.runtime.topology import Topology
-from sfcompile.runtime.transport import Transport, notice_of
+from sfcompile.runtime.transport import GroupTransport, Transport, notice_of
 
 T = TypeVar("T")
 
@@ -212,7 +212,11 @@ class Session:
         self._opened = epoch
         own = self._segments[self.rank]
         assert own is not None
-        run = SiteRun(plans[site], self.rank, epoch, epoch % NUM_BANKS, own, self._transport)
+        plan = plans[site]
+        rank, members = plan.members(self.rank)
+        everyone = members == tuple(range(len(members))) and len(members) == self.topology.num_ranks
+        wires: Transport = self._transport if everyone else GroupTransport(self._transport, members)
+        run = SiteRun(plan, rank, epoch, epoch % NUM_BANKS, own, wires)
         self._runs[program, site] = run
         return run
 

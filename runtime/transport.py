@@ -10,6 +10,7 @@ Orders that every transport keeps:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -61,6 +62,38 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Release what is held; never blocks on a peer."""
+
+
+class GroupTransport:
+    """A transport seen by one group: ranks are numbered inside the group."""
+
+    def __init__(self, transport: Transport, members: Sequence[int]) -> None:
+        self._transport = transport
+        self._members = members
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """As the whole job's."""
+        self._transport.open(epoch, [(replace(a, src=self._members[a.src]), view) for a, view in arrivals])
+
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+        """As the whole job's."""
+        self._transport.put(self._members[dst], slot, offset, chunk, epoch, stays)
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """As the whole job's."""
+        self._transport.wait(self._members[src], slot, epoch)
+
+    def finish(self, epoch: int) -> None:
+        """As the whole job's."""
+        self._transport.finish(epoch)
+
+    def abort(self, text: str) -> None:
+        """As the whole job's."""
+        self._transport.abort(text)
+
+    def close(self) -> None:
+        """As the whole job's."""
+        self._transport.close()
 
 
 class RoutedTransport:

@@ -14,3 +14,12 @@ __version__ = "0.1.0"
 _root = Path(__file__).resolve().parents[1]
 if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
     __path__.append(str(_root))
+
+
+def __getattr__(name: str) -> object:
+    """`sfcompile.simulate`, loaded on first use: it needs torch."""
+    if name == "simulate":
+        from sfcompile.predict import simulate
+
+        return simulate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -95,7 +95,8 @@ def _compile_rank(
         shard_everything=asked.placement == "shard",
     )
     compiled = run_pipeline(state, strict=asked.strict, dump=asked.dump)
-    session.load(compiled.program, compiled.schedules)
+    for program, schedules in compiled.programs.items():
+        session.load(program, schedules)
     _announce(compiled, session, time.perf_counter() - start)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
     local = _inner(compiled.gm, inputs, captured, asked)

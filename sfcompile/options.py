@@ -16,6 +16,7 @@ from typing import Any
 from sfcompile.errors import MeshError, OptionError, StreamFusionError, TopologyError, UnsupportedError
 
 MESH_AXES = ("ulysses", "ring")
+BATCH_AXIS = "batch"
 SCHEDULES = ("auto", "torus", "ulysses", "ring", "usp")
 TRANSPORTS = ("auto", "shm", "c10d", "nvshmem")
 ATTENTIONS = ("auto", "aten", "triton")
@@ -38,7 +39,8 @@ class Options:
     Attributes:
         topology: "auto" (found from torchrun), "NxM" (N machines of M ranks each), "NxM:preset", a .toml file, or a
             Topology object.
-        mesh: {"ulysses": P_u, "ring": P_r} with P_u * P_r = world size, or None: the planner chooses.
+        mesh: {"ulysses": P_u, "ring": P_r} with P_u * P_r = world size, or with a "batch" degree as a third factor;
+            None: the planner chooses.
         schedule: how attention runs: "auto" (the planner's choice) | "torus" | "ulysses" | "ring" | "usp".
         transport: "auto" | "shm" (ranks of one machine) | "c10d" (gloo or NCCL).
         attention: "auto" | "aten".
@@ -86,7 +88,7 @@ class Options:
             TopologyError: the topology "NxM" does not have `world_size` ranks.
         """
         if self.mesh is not None:
-            ulysses, ring = self.mesh["ulysses"], self.mesh["ring"]
+            ulysses, ring = self.mesh["ulysses"] * self.mesh.get(BATCH_AXIS, 1), self.mesh["ring"]
             if ulysses * ring != world_size:
                 legal = ", ".join(
                     f"{{'ulysses': {u}, 'ring': {world_size // u}}}"
@@ -183,12 +185,13 @@ def _topology(key: str, value: object) -> object:
 def _mesh(key: str, value: object) -> dict[str, int] | None:
     if value is None or value == "auto":
         return None
-    allowed = "a dict such as {'ulysses': 4, 'ring': 2}, axes at least 1 (an axis left out is 1), or None"
-    if not isinstance(value, Mapping) or not value or not set(value) <= set(MESH_AXES):
+    allowed = "a dict such as {'ulysses': 4, 'ring': 2} or {'batch': 2, 'ulysses': 4}, axes at least 1, or None"
+    if not isinstance(value, Mapping) or not value or not set(value) <= {*MESH_AXES, BATCH_AXIS}:
         raise _bad_value(key, value, allowed)
     if any(isinstance(degree, bool) or not isinstance(degree, int) or degree < 1 for degree in value.values()):
         raise _bad_value(key, value, allowed)
-    return {axis: value.get(axis, 1) for axis in MESH_AXES}
+    batch = {BATCH_AXIS: value[BATCH_AXIS]} if BATCH_AXIS in value else {}
+    return {axis: value.get(axis, 1) for axis in MESH_AXES} | batch
 
 
 def _strict(key: str, value: object) -> bool:

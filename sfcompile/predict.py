@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,11 @@ class Prediction:
                 f"{self.name} has no attention that can be sharded over tokens", "there is nothing to simulate"
             )
         site = next(site for _, site, plan in self._parts() if plan is main)
-        schedule = main.best.schedule(site, self.topology)
+        schedule = main.best.schedule(site, self.choices.topology)
         steps: list[Step] = []
         for epoch in range(1, layers + 1):
             steps += layer(schedule, epoch, self.choices.other_s)
-        return run_simulator(steps, self.topology, record=True)
+        return run_simulator(steps, self.choices.topology, record=True)
 
     def write(self, stem: Path) -> list[Path]:
         """Write ``STEM.png`` (a picture) and ``STEM.json`` (a Perfetto trace) of two layers; the paths.
@@ -85,15 +85,22 @@ class Prediction:
         main = self.choices.main
         assert main is not None
         title = f"{self.name}, {DRAWN_LAYERS} layers, predicted: {main.best} on {_words(self.topology)}"
+        if self.choices.batch > 1:
+            title += f"; one of {self.choices.batch} groups that share the batch"
         paths = [stem.with_suffix(".png"), stem.with_suffix(".json")]
-        write_png(paths[0], line.spans, self.topology.machine_of, title)
-        write_perfetto(paths[1], line.spans, self.topology.machine_of, title)
+        write_png(paths[0], line.spans, self.choices.topology.machine_of, title)
+        write_perfetto(paths[1], line.spans, self.choices.topology.machine_of, title)
         return paths
 
     def __str__(self) -> str:
         lines = [f"{self.name} on {_words(self.topology)}, traced and planned in {self.seconds:.1f} s"]
+        lines += self.choices.notes
+        if self.choices.batch > 1:
+            lines.append(
+                f"{self.choices.batch} groups of {_words(self.choices.topology)} take a part of the batch each:"
+            )
         for n, site, plan in self._parts():
-            schedule = plan.best.schedule(site, self.topology)
+            schedule = plan.best.schedule(site, self.choices.topology)
             check(schedule)
             tokens = sum(count(p) for p in site.q_positions)
             grouped = f" over {site.kv_heads} K/V heads" if site.kv_heads != site.heads else ""
@@ -103,7 +110,7 @@ class Prediction:
                 f"batch {site.batch}; {self.choices.other_s * 1e3:.3f} ms of other compute before each",
                 str(plan),
                 "bytes of one attention over all ranks, in closed form:",
-                *(f"  {text}" for text in str(volume(schedule, self.topology)).splitlines()),
+                *(f"  {text}" for text in str(volume(schedule, self.choices.topology)).splitlines()),
             ]
         if self.choices.counts:
             lines += [
@@ -189,4 +196,4 @@ def _joined(found: Sequence[Choices]) -> Choices:
             counts[key] = counts.get(key, 0) + n
             plans.setdefault(key, choices.plans[key])
             sites.setdefault(key, choices.sites[key])
-    return Choices(first.topology, plans, counts, {}, sites, first.other_s)
+    return replace(first, plans=plans, counts=counts, sites=sites)

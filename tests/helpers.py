@@ -17,8 +17,11 @@ from sfcompile.passes.analyse_tokens import analyse_tokens
 from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.layout import Layout
 from sfcompile.passes.local_graph import LocalGraph
+from sfcompile.passes.pipeline import Compiled
 from sfcompile.passes.place_min_cut import place_min_cut
 from sfcompile.passes.rewrite_local import rewrite_local
+from sfcompile.runtime.session import current_session
+from sfcompile.runtime.testing import run_threads
 from sfcompile.runtime.topology import Topology
 
 
@@ -134,6 +137,32 @@ def run_lockstep(
     if real:
         raise real[0]
     return results
+
+
+def placeholder_values(got: Captured) -> list[torch.Tensor]:
+    """Values for the placeholders: any of the right shape will do, the same for all ranks."""
+    torch.manual_seed(1)
+    values = []
+    for node in got.gm.graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            shape = tuple(value.shape)
+            values.append(torch.rand(shape) > 0.3 if value.dtype == torch.bool else torch.randn(shape) * 0.3)
+    return values
+
+
+def run_compiled(compiled: Sequence[Compiled], topology: Topology, inputs: Sequence[torch.Tensor]) -> list[Any]:
+    """Every rank's outputs, on threads, through the real runtime; each program runs twice."""
+
+    def work(rank: int) -> Any:
+        for program, schedules in compiled[rank].programs.items():
+            current_session().load(program, schedules)
+        with torch.no_grad():
+            for _ in range(2):
+                out = compiled[rank].gm(*inputs)
+        return out
+
+    return run_threads(topology.num_ranks, work, topology.machine_of)
 
 
 def shard_of(value: torch.Tensor, layout: Layout, local: LocalGraph) -> torch.Tensor:

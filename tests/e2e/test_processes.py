@@ -51,6 +51,11 @@ def test_every_mesh(tmp_path: Path, ranks: int, machines: int) -> None:
     passes(tmp_path, ranks, "meshes", machines=machines)
 
 
+@pytest.mark.parametrize("machines", [1, 2])
+def test_every_schedule_and_the_batch_split(tmp_path: Path, machines: int) -> None:
+    passes(tmp_path, 4, "schedules", machines=machines)
+
+
 def test_inductor_runs_the_local_graph(tmp_path: Path) -> None:
     passes(tmp_path, 2, "inductor")
 

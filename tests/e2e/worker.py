@@ -73,7 +73,7 @@ def check_model(name: str) -> None:
     close(first, want)
     assert torch.equal(first, second), "not repeatable"
     plan = last_report()
-    assert plan is not None and plan.sharded_sites > 0, str(plan)
+    assert plan is not None and (plan.sharded_sites > 0 or plan.batch == RANKS), str(plan)
     share = mine * RANKS / total
     print(f"{name}: rank {RANK} of {RANKS}: share {share:.3f} of total/{RANKS}, plan says {plan.share:.3f}")
     if RANKS == 4:
@@ -128,6 +128,26 @@ def case_meshes() -> None:
         x = tokens(37) + step
         for run in runs:
             close(run(x), model(x))
+
+
+def case_schedules() -> None:
+    """Every schedule by name, and the batch split, alone and with each."""
+    from sfcompile.backend import last_report
+
+    model, x = Plain(), tokens(37)
+    want = model(x)
+    for schedule in ("torus", "ulysses", "ring", "usp"):
+        torch._dynamo.reset()
+        close(compiled(model, placement="shard", schedule=schedule)(x), want)
+        plan = last_report()
+        assert plan is not None and plan.schedule.split()[0] in (schedule, "ring"), str(plan)
+    for mesh in ({"batch": 2, "ulysses": RANKS // 2}, {"batch": 2, "ring": RANKS // 2}):
+        torch._dynamo.reset()
+        run = compiled(model, placement="shard", mesh=mesh)
+        for step in range(3):
+            close(run(x + step), model(x + step))
+        plan = last_report()
+        assert plan is not None and plan.batch == 2 and plan.share < 1.2, str(plan)
 
 
 def case_transport(name: str) -> None:
@@ -222,7 +242,7 @@ def case_strict() -> None:
             x = super().forward(x)
             return torch.linalg.solve(x[0].T @ x[0] + 40 * torch.eye(32), x.transpose(1, 2)).sort(dim=-1).values @ x
 
-    compiled(Mixing(), placement="shard", strict=True)(tokens())
+    compiled(Mixing(), placement="shard", strict=True, mesh={"ulysses": RANKS})(tokens())
 
 
 def case_killed() -> None:

@@ -8,7 +8,7 @@ def test_the_plan_as_a_table() -> None:
     report.gathered = [Left("linear_3", "linear.default", "dit.py:88", "model output", 0.0, 2048)]
     report.replicated = [Left(f"sort_{i}", "sort", "dit.py:9", "it mixes tokens", 2e6, 0) for i in range(14)]
     text = str(report)
-    assert "4 on 2 machines" in text and "ulysses 2 x ring 2" in text
+    assert "4 on 2 machines" in text and "batch 1 x ulysses 2 x ring 2" in text
     assert "4608 tokens in 2 segments" in text and "busiest rank 1.100 x total/4" in text
     assert "2.0 KiB" in text and "2.0 MFLOP" in text and "... and 2 more" in text
     assert "14 token ops not sharded" in report.headline

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from sfcompile.errors import MeshError, UnsupportedError
 from sfcompile.predict import Prediction, simulate
+from sfcompile.runtime.topology import Topology
 
 
 def predicted(name: str = "joint", topology: str = "2x2", schedule: str = "auto") -> Prediction:
@@ -53,10 +54,26 @@ def test_what_was_asked_for() -> None:
 
 
 def test_picture_and_trace(tmp_path: Path) -> None:
-    png, trace = predicted().write(tmp_path / "step")
+    png, trace = predicted(schedule="torus").write(tmp_path / "step")
     assert png.read_bytes()[:4] == b"\x89PNG"
     lanes = {event.get("cat") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"compute", "network"} <= lanes
+
+
+def test_it_is_found_on_the_package() -> None:
+    import sfcompile
+
+    assert sfcompile.simulate is simulate
+    with pytest.raises(AttributeError, match="no attribute 'stimulate'"):
+        _ = sfcompile.stimulate
+
+
+def test_a_guidance_pair_on_two_machines_is_split() -> None:
+    model, inputs = build("self")
+    inputs = tuple(torch.cat([x, x]) for x in inputs)
+    found = simulate(model, *inputs, topology=Topology.grid(2, 2, network_bytes_per_s=1e5))
+    assert found.choices.batch > 1 and "groups of" in str(found)
+    assert len(found.timeline().compute_s) == 4 // found.choices.batch
 
 
 def test_no_attention_is_said() -> None:

@@ -1,0 +1,117 @@
+"""Batch axes: whole samples for groups of ranks, tokens inside, exact on ranks that are threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from helpers import captured, placeholder_values, run_compiled
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from sfcompile.capture import Captured
+from sfcompile.codegen.checker import check
+from sfcompile.codegen.sites import AttentionSite
+from sfcompile.errors import MeshError, NotShardedError
+from sfcompile.passes.choose_schedules import groups_of
+from sfcompile.passes.pipeline import Compiled, State, run_pipeline
+from sfcompile.runtime.topology import Topology
+
+RANKS = {"ulysses": 1, "ring": 1}
+
+
+class Guided(nn.Module):
+    """A conditional and an unconditional sample in one batch, modulated each by its own time and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.modulation, self.qkv, self.out = nn.Linear(16, 64), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.text = nn.Linear(16, 32)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            scale, shift = self.modulation(time).unsqueeze(1).chunk(2, -1)
+            joint = torch.cat([self.text(text), x * (1 + scale) + shift], 1)
+            q, k, v = (part.unflatten(2, (4, 8)).transpose(1, 2) for part in self.qkv(joint).chunk(3, -1))
+            x = x + self.out(sdpa(q, k, v).transpose(1, 2).flatten(2))[:, text.shape[1] :]
+        return x
+
+
+def guided(batch: int = 2) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(1)
+    return Guided(), (torch.randn(batch, 21, 32), torch.randn(batch, 16), torch.randn(batch, 6, 16))
+
+
+def compile_rank(got: Captured, rank: int, topology: Topology, mesh: Mapping[str, int] | None) -> Compiled:
+    return run_pipeline(State(got.gm, got.mode, topology, rank, mesh, shard_everything=True))
+
+
+@pytest.mark.parametrize(
+    ("machines", "inside", "batch", "mesh"),
+    [
+        (2, 1, 2, {"batch": 2}),
+        (2, 2, 2, {"batch": 2, "ulysses": 2}),
+        (2, 2, 2, {"batch": 2, "ring": 2}),
+        (1, 4, 4, {"batch": 2, "ulysses": 2}),
+        (2, 3, 2, {"batch": 2, "ring": 3}),
+        (2, 2, 4, {"batch": 4}),
+    ],
+)
+def test_samples_are_shared_out_and_tokens_inside(machines: int, inside: int, batch: int, mesh: dict[str, int]) -> None:
+    model, inputs = guided(batch)
+    got = captured(model, *inputs)
+    topology = Topology.grid(machines, inside)
+    values = placeholder_values(got)
+    compiled = [compile_rank(got, rank, topology, RANKS | mesh) for rank in range(topology.num_ranks)]
+    with torch.no_grad():
+        want = got.gm(*values)[0]
+    for (out,) in run_compiled(compiled, topology, values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    for rank, one in enumerate(compiled):
+        report = one.report
+        assert (report.batch, report.num_ranks) == (mesh["batch"], topology.num_ranks)
+        assert report.share < 1.35, report
+        for schedules in one.programs.values():
+            for schedule in schedules:
+                check(schedule)
+                assert rank in schedule.members(rank)[1]
+                if isinstance(schedule.site, AttentionSite) and mesh["batch"] == machines:
+                    group = schedule.members(rank)[1]
+                    assert len({topology.machine_of[member] for member in group}) == 1, "attention crosses machines"
+
+
+def test_two_machines_take_a_guidance_pair_apart_by_themselves() -> None:
+    """Slow links between two machines: the planner gives each machine a sample, and attention crosses nothing."""
+    model, inputs = guided()
+    got = captured(model, *inputs)
+    slow = Topology.grid(2, 2, network_bytes_per_s=1e6)
+    report = compile_rank(got, 0, slow, None).report
+    assert report.batch > 1 and "batch split" in str(report)
+    assert compile_rank(got, 0, slow, {"ulysses": 4, "ring": 1}).report.batch == 1
+
+
+def test_a_batch_that_cannot_be_split_is_refused() -> None:
+    model, inputs = guided(3)
+    got = captured(model, *inputs)
+    with pytest.raises(MeshError, match="splits the batch 2 ways.*a batch of 3 on 4 ranks cannot be split 2 ways"):
+        compile_rank(got, 0, Topology.grid(2, 2), {"batch": 2, "ulysses": 2, "ring": 1})
+
+
+def test_what_mixes_samples_is_listed_and_strict_objects() -> None:
+    class Mean(Guided):
+        def forward(self, x: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, time, text).sort(0).values
+
+    model, inputs = Mean(), guided()[1]
+    got = captured(model, *inputs)
+    state = State(got.gm, got.mode, Topology.grid(2, 1), 0, {"batch": 2, "ulysses": 1, "ring": 1})
+    with pytest.raises(NotShardedError, match="sort"):
+        run_pipeline(state, strict=True)
+
+
+def test_groups_are_whole_machines() -> None:
+    topology = Topology((0, 1, 0, 1))
+    assert groups_of(topology, 2) == [(0, 2), (1, 3)]
+    assert groups_of(topology, 1) == [(0, 2, 1, 3)]
