@@ -58,6 +58,7 @@ class State:
     choices: Choices | None = None
     part: BatchPart | None = None
     groups: tuple[tuple[int, ...], ...] = ()
+    split_batch: bool = True
     placement: Placement | None = None
     local: LocalGraph | None = None
     schedules: list[Schedule] = field(default_factory=list)
@@ -95,7 +96,7 @@ def _choose_layouts(s: State) -> None:
 def _choose_schedules(s: State) -> None:
     assert s.layouts is not None
     s.choices = choose_schedules(
-        s.tokens, s.layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree, split_batch=s.part is None
+        s.tokens, s.layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree, s.split_batch
     )
 
 
@@ -105,10 +106,15 @@ def _rewrite_batch(s: State) -> None:
         return
     groups = groups_of(s.topology, s.choices.batch)
     notes = s.choices.notes
-    s.part = rewrite_batch(s.gm, s.mode, s.topology, groups, s.rank, f"{s.program}-batch")
+    always = s.shard_everything or (s.mesh_asked or {}).get("batch", 1) > 1
+    s.part = rewrite_batch(s.gm, s.mode, s.topology, groups, s.rank, f"{s.program}-batch", always)
+    if s.part is None:
+        s.split_batch = False
+        _choose_schedules(s)
+        return
     for schedule in s.part.schedules:
         check(schedule)
-    s.groups = tuple(groups)
+    s.groups, s.split_batch = tuple(groups), False
     mine = next(group for group in groups if s.rank in group)
     # From here on the job is this group and the model is its part of the batch.
     s.gm, s.topology, s.rank = s.part.gm, s.topology.subset(mine), mine.index(s.rank)

@@ -42,12 +42,19 @@ class BatchPart:
 
 
 def rewrite_batch(
-    gm: fx.GraphModule, mode: FakeMode, topology: Topology, groups: list[tuple[int, ...]], rank: int, program: str
-) -> BatchPart:
-    """The part of the batch that ``rank``'s group computes.
+    gm: fx.GraphModule,
+    mode: FakeMode,
+    topology: Topology,
+    groups: list[tuple[int, ...]],
+    rank: int,
+    program: str,
+    shard_everything: bool,
+) -> BatchPart | None:
+    """The part of the batch that ``rank``'s group computes; None if it costs less that all compute everything.
 
     Args:
         groups: the ranks of each group, all of one size.
+        shard_everything: see place_min_cut.py.
     """
     parts = len(groups)
     part = next(g for g, group in enumerate(groups) if rank in group)
@@ -55,7 +62,9 @@ def rewrite_batch(
     tokens = analyse_tokens(gm.graph, seeds_of(sites, "batch"))
     layouts = choose_layouts(tokens, sites, parts, "batch")
     heads = topology.subset(tuple(group[0] for group in groups))
-    placement = place_min_cut(gm.graph, tokens, layouts, heads, shard_everything=True)
+    placement = place_min_cut(gm.graph, tokens, layouts, heads, shard_everything)
+    if not placement.needs:
+        return None
     local = LocalGraph(mode, layouts.owners, part, program)
     rewrite_local(gm, tokens, layouts, placement, local)
     total = sum(flops(op) for op in tokens.views.values())

@@ -12,7 +12,8 @@ from sfcompile.runtime.topology import Topology
 def report(name: str, ranks: int, shard: bool = True) -> GraphReport:
     model, inputs = build(name)
     got = captured(model, *inputs)
-    return run_pipeline(State(got.gm, got.mode, Topology.grid(1, ranks), 0, shard_everything=shard)).report
+    mesh = {"ulysses": ranks, "ring": 1} if shard else None
+    return run_pipeline(State(got.gm, got.mode, Topology.grid(1, ranks), 0, mesh, shard_everything=shard)).report
 
 
 def test_attention_is_counted_by_kind_and_the_output_gather_named() -> None:
