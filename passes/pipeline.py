@@ -222,4 +222,5 @@ def _dump(directory: Path, state: State, gm: fx.GraphModule, report: GraphReport
     stem.with_suffix(".captured.txt").write_text(str(state.gm.graph) + "\n")
     stem.with_suffix(".rank0.txt").write_text(str(gm.graph) + "\n")
     stem.with_suffix(".schedules.txt").write_text("\n\n".join(str(s) for s in dict.fromkeys(state.schedules)) + "\n")
-    stem.with_suffix(".plan.txt").write_text(str(report) + "\n")
+    tables = "\n\n".join(["every candidate of the planner:", *report.plans])
+    stem.with_suffix(".plan.txt").write_text(f"{report}\n\n{tables}\n")

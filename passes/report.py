@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+PLAN_ROWS = 10
+"""Lines of each planner's table that a printed report shows."""
+
 
 @dataclass(frozen=True)
 class Left:
@@ -112,7 +115,10 @@ class GraphReport:
         lines += _table("not sharded (token ops computed whole on every rank)", self.replicated)
         lines += [f"  warning: {text}" for text in self.warnings]
         for table in self.plans:
-            lines += ["  " + line for line in table.splitlines()]
+            rows = table.splitlines()
+            lines += ["  " + row for row in rows[:PLAN_ROWS]]
+            if len(rows) > PLAN_ROWS:
+                lines.append(f"    ... and {len(rows) - PLAN_ROWS} more candidates (report.plans has them all)")
         return "\n".join(lines)
 
 

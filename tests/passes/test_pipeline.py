@@ -80,7 +80,7 @@ def test_report_and_dump(tmp_path: Path) -> None:
     assert report.schedule and 0 < report.limit_s <= report.predicted_s
     assert "<- taken" in str(report) and "x the best" in str(report)
     assert report.sharded_sites == 2 and report.share < 1.3
-    assert "torus" in str(report) and "models.py" in str(report)
+    assert "more candidates" in str(report) and "models.py" in str(report)
     names = sorted(path.name.split(".", 1)[1] for path in (tmp_path / "dump").iterdir())
     assert names == ["captured.txt", "plan.txt", "rank0.txt", "schedules.txt"]
 

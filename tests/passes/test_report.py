@@ -14,6 +14,11 @@ def test_the_plan_as_a_table() -> None:
     assert "14 token ops not sharded" in report.headline
 
 
+def test_a_long_plan_is_cut_in_print_only() -> None:
+    report = GraphReport(2, 1, 1, 2, plans=["\n".join(f"row {i}" for i in range(30))])
+    assert "row 9" in str(report) and "row 10" not in str(report) and "and 20 more candidates" in str(report)
+
+
 def test_views_are_not_what_strict_objects_to() -> None:
     report = GraphReport(2, 1, 1, 2)
     report.replicated = [Left("view_1", "view", "", "", 0.0, 8, is_view=True), Left("sort", "sort", "", "", 0.0, 8)]
