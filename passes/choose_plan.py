@@ -60,6 +60,8 @@ class Candidate:
         text = f"{self.kind} {ulysses}x{ring}"
         if self.kind != "allgather" and ulysses > 1 and ring > 1:
             text += f" {self.across} across"
+        if self.kind == "allgather" and self.ring > 1:
+            text += " by machine"
         if self.lanes > 1:
             text += f" by {self.lanes}"
         if (self.q_pieces, self.kv_pieces) != (1, 1):

@@ -1,6 +1,7 @@
 """Runtime: processes, memory, wires, and the executor of schedules.
 
-topology            which rank sits on which machine, and what the links can carry
+topology            which rank sits on which machine, what it computes and what the links carry; presets, files
+spans               a timed stretch of a rank's work, for pictures and traces
 process_group       default group under torchrun, machine discovery, agreement between ranks
 instructions        what a schedule tells one rank to do
 symmetric_heap      one segment per rank, the same offsets everywhere, mapped by the ranks of a machine
