@@ -28,8 +28,8 @@ those of the preset `{preset}` (runtime/topology_presets.py), 8 GPUs a machine, 
 
 * *step*: predicted time of one transformer step; *exposed*: the part of it in which the most blocked rank waits.
 * *limit*: the larger of compute alone and bytes over bandwidth; *efficiency*: limit over step.
-* *speed-up*: over the same model on one machine. Beyond the point where heads and tokens run out it falls; the plan says
-  how far it pays to go.
+* *speed-up*: over the same model on one machine. Beyond the point where heads and tokens run out it falls: the table
+  says how far it pays to go.
 """
 
 
@@ -37,7 +37,7 @@ def predicted(name: str, tokens: int, batch: int, topology: str) -> Prediction:
     """One cell."""
     built = build_meta_model(name, tokens, batch)
     kwargs = {k: _half(v) for k, v in built.kwargs.items()}
-    return simulate(built.model.to(torch.bfloat16), topology=topology, name=built.class_name, **kwargs)
+    return simulate(torch.nn.Module.to(built.model, torch.bfloat16), topology=topology, name=built.class_name, **kwargs)
 
 
 def _half(value: object) -> object:

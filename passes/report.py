@@ -115,10 +115,10 @@ class GraphReport:
         lines += _table("not sharded (token ops computed whole on every rank)", self.replicated)
         lines += [f"  warning: {text}" for text in self.warnings]
         for table in self.plans:
-            rows = table.splitlines()
-            lines += ["  " + row for row in rows[:PLAN_ROWS]]
-            if len(rows) > PLAN_ROWS:
-                lines.append(f"    ... and {len(rows) - PLAN_ROWS} more candidates (report.plans has them all)")
+            shown = table.splitlines()
+            lines += ["  " + line for line in shown[:PLAN_ROWS]]
+            if len(shown) > PLAN_ROWS:
+                lines.append(f"    ... and {len(shown) - PLAN_ROWS} more candidates (report.plans has them all)")
         return "\n".join(lines)
 
 

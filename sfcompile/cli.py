@@ -152,7 +152,12 @@ def _simulate(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     kwargs = {key: _cast(value, dtype) for key, value in built.kwargs.items()}
     prediction = simulate(
-        built.model.to(dtype), topology=topology, schedule=args.schedule, name=built.class_name, **kwargs
+        # nn.Module's own: diffusers' warns of modules that it would keep in fp32, and nothing is computed here.
+        torch.nn.Module.to(built.model, dtype),
+        topology=topology,
+        schedule=args.schedule,
+        name=built.class_name,
+        **kwargs,
     )
     print(prediction)
     shape = re.sub(r"[^\w]+", "-", args.topology)
