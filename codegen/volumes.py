@@ -56,23 +56,33 @@ def volume(schedule: Schedule, topology: Topology) -> Volume:
     numbers = _numbers(schedule, topology)
     machines, groups, hops = numbers[N], numbers[U], numbers[R]
     q, kv = B * H * L * (D + E) * w, B * K * L * (D + E) * w
+    none = sp.Integer(0)
     if not schedule.split_heads:  # mesh N x M: a chunk crosses to each other machine once, then goes round inside
         straight, ring = (U - 1) * kv, U * (R - 1) * kv
-        return _volume(straight + ring, straight if machines > 1 else sp.Integer(0), numbers)
+        return _volume(straight, ring, straight if machines > 1 else none, none, numbers)
     part = kv / U if groups <= numbers[K] else kv / K
     exchange = (U - 1) * (q / U + part)
     ring = (R - 1) * U * part
-    far = sp.Integer(0)
+    far_exchange, far_ring = none, none
     if machines > 1 and across_of(schedule.mesh) == "ulysses":
         # N <= U: blocks of U / N groups share a machine. Else a group's ring spans machines: each M-th hop leaves.
-        far = exchange * (U - U / N) / (U - 1) if groups >= machines else exchange + ring / M
+        far_exchange = exchange * (U - U / N) / (U - 1) if groups >= machines else exchange
+        far_ring = none if groups >= machines else ring / M
     elif machines > 1:
-        far = ring * N / R if hops >= machines else ring + exchange * (U - M) / (U - 1)
-    return _volume(exchange + ring, far, numbers)
+        far_ring = ring * N / R if hops >= machines else ring
+        far_exchange = none if hops >= machines else exchange * (U - M) / (U - 1)
+    return _volume(exchange, ring, far_exchange, far_ring, numbers)
 
 
-def _volume(total: sp.Expr, far: sp.Expr, numbers: dict[sp.Symbol, int]) -> Volume:
-    return Volume(sp.factor(total - far), sp.factor(far), numbers)
+def _volume(
+    exchange: sp.Expr, ring: sp.Expr, far_exchange: sp.Expr, far_ring: sp.Expr, numbers: dict[sp.Symbol, int]
+) -> Volume:
+    """Each part in lowest terms: the all-to-all, and the ring."""
+    return Volume(
+        sp.factor(exchange - far_exchange) + sp.factor(ring - far_ring),
+        sp.factor(far_exchange) + sp.factor(far_ring),
+        numbers,
+    )
 
 
 def _numbers(schedule: Schedule, topology: Topology) -> dict[sp.Symbol, int]:
