@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from helpers import check_sharded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_ops import Fn, few, rand, ranks, tokens
 from torch.nn import functional as F
-
-sizes = st.integers(1, 7)
-tokens = st.integers(2, 11)
-ranks = st.integers(2, 5)
-few = settings(max_examples=12, deadline=None)
-Fn = Callable[..., Any]
-
-
-def rand(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
 
 CONTRACTIONS: dict[str, tuple[Fn, list[tuple[int, ...]]]] = {
     "linear": (lambda x, w, b: F.linear(x, w, b), [(2, 0, 5), (4, 5), (4,)]),
