@@ -1,0 +1,148 @@
+"""Every model of a zoo on several ranks against one process: exactness, FLOPs, gathers, graphs, compile time.
+
+    python benchmarks/zoo.py --ranks 4 --zoo ../shared/zoo [names ...]
+
+A zoo is a folder with a ``zoo.py`` whose ``ZOO`` maps a name to a function that returns ``(model, kwargs)``. Models are
+compiled with ``placement="shard"`` (whatever has a rule is sharded, whatever it costs) and run eagerly inside, so
+that many models fit in a minute. Ranks exchange errors: the table shows the worst of all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sfcompile.backend import reports
+from sfcompile.launch import launch
+
+TOLERANCE = 1e-5
+SHARE = 1.10
+
+
+@dataclass
+class Row:
+    """What one model gave; ``failure`` is the first line of an error."""
+
+    name: str
+    error: float = float("nan")
+    same: bool = False
+    share: float = float("nan")
+    gathers: int = 0
+    gathered_bytes: int = 0
+    graphs: int = 0
+    pass_s: float = 0.0
+    first_s: float = 0.0
+    plan: str = ""
+    failure: str = ""
+
+    def __str__(self) -> str:
+        if self.failure:
+            return f"{self.name:<22} FAILED  {self.failure[:150]}"
+        exact = "exact" if self.error <= TOLERANCE and self.same else "WRONG"
+        return (
+            f"{self.name:<22} {exact:<6}{self.error:>9.1e}{self.share:>8.3f}{self.gathers:>8}"
+            f"{self.gathered_bytes / 2**10:>10.1f}{self.graphs:>7}{self.pass_s:>8.2f}{self.first_s:>8.1f}  {self.plan}"
+        )
+
+
+_COLUMNS = (("error", 9), ("share", 8), ("gathers", 8), ("KiB", 10), ("graphs", 7), ("pass s", 8), ("first s", 8))
+HEAD = f"{'model':<28} " + "".join(f"{name:>{width}}" for name, width in _COLUMNS) + "  plan"
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of an output, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def run(name: str, build: Callable[[], tuple[torch.nn.Module, dict[str, Any]]], options: dict[str, Any]) -> Row:
+    """One model on this rank, beside the same model in one process."""
+    torch._dynamo.reset()
+    row, before = Row(name), len(reports())
+    model, kwargs = build()
+    want = tensors(model(**kwargs))
+    compiled = torch.compile(model, backend="streamfusion", options=options)
+    start = time.perf_counter()
+    first = tensors(compiled(**kwargs))
+    row.first_s = time.perf_counter() - start
+    second = tensors(compiled(**kwargs))
+    row.error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(first, want, strict=True) if b.numel())
+    row.same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    plans = reports()[before:]
+    total = sum(plan.total_flops for plan in plans)
+    ranks = dist.get_world_size()
+    busiest = [sum(plan.rank_flops[rank] for plan in plans) for rank in range(ranks)]
+    row.share = max(busiest) * ranks / total if total else float("nan")
+    row.gathers = sum(len(plan.gathered) for plan in plans)
+    row.gathered_bytes = sum(left.nbytes for plan in plans for left in plan.gathered)
+    row.graphs = len(plans)
+    row.pass_s = sum(sum(plan.pass_seconds.values()) for plan in plans)
+    row.plan = next((plan.schedule for plan in plans if plan.schedule), "nothing sharded")
+    return row
+
+
+def worker(folder: str, names: list[str], mesh: dict[str, int] | None) -> int:
+    """One rank: every model in turn."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    sys.path.insert(0, folder)
+    zoo = importlib.import_module("zoo").ZOO
+    dist.init_process_group("gloo")
+    rank, rows = dist.get_rank(), []
+    options = {"placement": "shard", "inner": "eager", "mesh": mesh}
+    if rank == 0:
+        print(HEAD)
+    for name in names or list(zoo):
+        try:
+            with torch.no_grad():
+                mine = run(name, zoo[name], options)
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            mine = Row(name, failure=f"{type(error).__name__}: {next((t for t in text if t.strip()), '')}")
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        failed = [row for row in everyone if row.failure]
+        mine = failed[0] if failed else max(everyone, key=lambda row: (row.error, not row.same))
+        rows.append(mine)
+        if rank == 0:
+            print(mine, flush=True)
+    if rank == 0:
+        exact = [row for row in rows if not row.failure and row.error <= TOLERANCE and row.same]
+        single = [row for row in exact if row.graphs == 1]
+        divided = [row for row in single if row.share <= SHARE]
+        print(
+            f"{len(exact)} of {len(rows)} exact; {len(divided)} of {len(single)} of one graph at most {SHARE} x total/P"
+        )
+    dist.destroy_process_group()
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--zoo", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "zoo")
+    parser.add_argument("--mesh", type=int, nargs=2, metavar=("ULYSSES", "RING"), help="instead of the plan")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("names", nargs="*")
+    args = parser.parse_args()
+    if args.worker:
+        mesh = {"ulysses": args.mesh[0], "ring": args.mesh[1]} if args.mesh else None
+        return worker(str(args.zoo), args.names, mesh)
+    if not (args.zoo / "zoo.py").is_file():
+        parser.error(f"there is no zoo.py in {args.zoo}; name a folder with --zoo")
+    mesh = ["--mesh", *map(str, args.mesh)] if args.mesh else []
+    argv = [__file__, *args.names, "--worker", "--zoo", str(args.zoo), *mesh]
+    return launch(argv, args.ranks, env={"SFCOMPILE_LOG": "error"})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
