@@ -8,6 +8,7 @@ schedule_torus      builder: Ulysses across machines, staged and hidden under at
 schedule_usp        builder: the same dataflow unstaged, as Ulysses, ring, USP, TAS
 schedule_allgather  builder: keys and values to everyone, queries stay
 schedule_gather     builder: all-gather of uneven shards
+schedule_reshard    builder: every rank gets the part that it wants: halos, other cuts, another dim
 builders            all of them by name
 checker             proof for any number of ranks: pairs once, no lost signal, no deadlock, no reuse race
 symbolic_run        the same by running every rank explicitly, with vector clocks

@@ -9,9 +9,10 @@ from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.schedule_allgather import build_allgather
 from sfcompile.codegen.schedule_gather import build_gather
+from sfcompile.codegen.schedule_reshard import build_reshard
 from sfcompile.codegen.schedule_torus import build_torus
 from sfcompile.codegen.schedule_usp import build_usp
-from sfcompile.codegen.sites import AttentionSite, GatherSite
+from sfcompile.codegen.sites import AttentionSite, GatherSite, ReshardSite
 from sfcompile.errors import OptionError
 
 Builder = Callable[[AttentionSite, Mesh, int, int], Schedule]
@@ -28,8 +29,10 @@ BUILDERS: dict[str, Builder] = {
 """Names of the unstaged ones differ by the mesh they are laid on; see schedule_usp.py."""
 
 
-def build(kind: str, site: AttentionSite | GatherSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:
-    """The schedule of a site; a gather has one way only.
+def build(
+    kind: str, site: AttentionSite | GatherSite | ReshardSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1
+) -> Schedule:
+    """The schedule of a site; a gather and a reshard have one way only.
 
     Raises:
         OptionError: unknown kind, less than one piece.
@@ -37,6 +40,8 @@ def build(kind: str, site: AttentionSite | GatherSite, mesh: Mesh, q_pieces: int
     """
     if isinstance(site, GatherSite):
         return build_gather(site, mesh)
+    if isinstance(site, ReshardSite):
+        return build_reshard(site, mesh)
     if kind not in BUILDERS:
         raise OptionError(f"schedule {kind!r} is unknown", "", f"schedules are {', '.join(BUILDERS)}")
     return BUILDERS[kind](site, mesh, q_pieces, kv_pieces)

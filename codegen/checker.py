@@ -20,6 +20,7 @@ enough:
     reuse      No slot is put twice in an epoch, so within an epoch nothing is overwritten. Across epochs: a writer of
                epoch e + 2 first sees ``done >= e`` of the receiver (runtime/transport.py), which sets it after collect,
                that is after all its reads of epoch e. All reads stand in the phases of their epoch.
+    parts      What a rank wants of a reshard is covered once, by its own shard and by arrivals.
     sizes      Slots do not overlap; each holds the largest chunk that any rank receives in it.
 
 Programs given by hand for single ranks are not symmetric: those are run explicitly (symbolic_run.py).
@@ -32,7 +33,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.sites import AttentionSite
+from sfcompile.codegen.sites import AttentionSite, ReshardSite, count
 from sfcompile.codegen.symbolic_run import Proof, check_calls, check_layout, check_slots, in_turn, overlapped, wrong
 from sfcompile.runtime.instructions import Attend, Chunk, Forward, Instruction, Push, Put, Wait
 
@@ -57,6 +58,7 @@ def check(schedule: Schedule, epochs: int = 4) -> Proof:
     line.check_reads()
     line.check_pairs()
     line.check_sizes()
+    line.check_parts()
     ranks = schedule.mesh.num_ranks
     return Proof(ranks, 0, ranks * len(line.puts), ranks * len(line.waits), ranks * line.num_pairs)
 
@@ -253,3 +255,21 @@ class _Line:
             slot, size = self.schedule.slots[arrival.slot], int(self.schedule.arrival_bytes(arrival).max(initial=0))
             if size > slot.nbytes or slot.offset % self.schedule.site.dtype.itemsize:
                 raise wrong(f"a chunk of {size} bytes in slot {slot.name} of {slot.nbytes} bytes")
+
+    # ------------------------------------------------------------------ reshards
+
+    def check_parts(self) -> None:
+        """What every rank wants comes from somewhere, once."""
+        site = self.schedule.site
+        if not isinstance(site, ReshardSite):
+            return
+        sources = [0, *(arrival.src for arrival in self.arrivals.values())]
+        for rank in range(self.mesh.num_ranks):
+            if 0 in site.wanted_shape(rank):
+                continue
+            parts = [site.part(self.mesh.rank_after(rank, offset), rank)[1] for offset in sources]
+            found = sorted(run for part in parts for run in part)
+            whole = site.wanted_shape(rank)[site.dim]
+            apart = all(a + n <= b for (a, n), (b, _) in zip(found, found[1:], strict=False))
+            if not apart or sum(count(part) for part in parts) != whole:
+                raise wrong(f"rank {rank} wants {whole} positions of {site.name}, {sum(map(count, parts))} come")

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sfcompile.codegen.mesh import Mesh
-from sfcompile.codegen.sites import AttentionSite, GatherSite, Positions, count, cut, kv_slice, slice_of
+from sfcompile.codegen.sites import AttentionSite, GatherSite, Positions, ReshardSite, count, cut, kv_slice, slice_of
 from sfcompile.runtime.instructions import (
     Arrival,
     Attend,
@@ -60,7 +60,7 @@ class Schedule:
     """
 
     kind: str
-    site: AttentionSite | GatherSite
+    site: AttentionSite | GatherSite | ReshardSite
     mesh: Mesh
     slots: tuple[SlotSpec, ...]
     origin: RankProgram
@@ -148,6 +148,8 @@ class Schedule:
         """Shape of what arrives at ``rank``."""
         if isinstance(self.site, GatherSite):
             return self.site.local_shape(arrival.chunk.src)
+        if isinstance(self.site, ReshardSite):
+            return self.site.part_shape(arrival.src, rank)
         start, stop = self.rows(arrival.tensor, arrival.chunk)
         # An output comes home with the heads that its sender computed; all else is for this rank's heads.
         first, last = {
@@ -186,6 +188,9 @@ class Schedule:
                 sizes = [math.prod(self.site.local_shape(rank)) for rank in range(ranks)]
                 self._counts[key] = np.array(sizes, dtype=np.int64)
             return self._counts[key][origin] * self.site.dtype.itemsize
+        if isinstance(self.site, ReshardSite):
+            parts = [self.site.part_shape(int(src), rank) for rank, src in enumerate(origin)]
+            return np.array([math.prod(shape) for shape in parts], dtype=np.int64) * self.site.dtype.itemsize
         heads = self.head_counts(arrival.tensor)
         if arrival.tensor == "o":
             heads = heads[self.mesh.ranks_after(arrival.src)]

@@ -89,5 +89,74 @@ class GatherSite:
         return (*self.shape[: self.dim], tokens, *self.shape[self.dim + 1 :])
 
 
+@dataclass(frozen=True)
+class ReshardSite:
+    """A sharded value of global ``shape`` changes hands: every rank gathers the part of it that it wants.
+
+    Rank r holds ``owned[r]`` of dim ``dim`` and wants ``wanted[r]`` of dim ``into``, all of the other dims. With
+    ``into == dim`` that is a halo exchange or another cut of the same dim; else the sharded dim is switched.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dim: int
+    owned: tuple[Positions, ...]
+    into: int
+    wanted: tuple[Positions, ...]
+
+    def geometry(self) -> tuple[Any, ...]:
+        """Everything but the name: sites of equal geometry share a schedule."""
+        return _geometry(self)
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of what ``rank`` holds."""
+        return _resized(self.shape, {self.dim: count(self.owned[rank])})
+
+    def wanted_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of what ``rank`` wants."""
+        return _resized(self.shape, {self.into: count(self.wanted[rank])})
+
+    def part(self, src: int, dst: int) -> tuple[Positions, Positions]:
+        """What ``src`` gives ``dst``: places in its shard along ``into``, and in what ``dst`` makes along ``dim``."""
+        if self.into != self.dim:
+            return self.wanted[dst], self.owned[src]
+        common = overlap(self.owned[src], self.wanted[dst])
+        return places(common, self.owned[src]), places(common, self.wanted[dst])
+
+    def part_shape(self, src: int, dst: int) -> tuple[int, ...]:
+        """Shape of what ``src`` gives ``dst``."""
+        given, placed = self.part(src, dst)
+        return _resized(self.shape, {self.dim: count(placed), self.into: count(given)})
+
+
+def overlap(a: Positions, b: Positions) -> Positions:
+    """Positions of both; each ascending."""
+    found = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        low, high = max(a[i][0], b[j][0]), min(sum(a[i]), sum(b[j]))
+        if low < high:
+            found.append((low, high - low))
+        i, j = (i + 1, j) if sum(a[i]) < sum(b[j]) else (i, j + 1)
+    return tuple(found)
+
+
+def places(some: Positions, within: Positions) -> Positions:
+    """Where ``some`` of the positions ``within`` lie among them; both ascending."""
+    found = []
+    before = i = 0
+    for first, length in some:
+        while sum(within[i]) <= first:
+            before += within[i][1]
+            i += 1
+        found.append((before + first - within[i][0], length))
+    return tuple(found)
+
+
+def _resized(shape: tuple[int, ...], sizes: dict[int, int]) -> tuple[int, ...]:
+    return tuple(sizes.get(dim, size) for dim, size in enumerate(shape))
+
+
 def _geometry(site: Any) -> tuple[Any, ...]:
     return (type(site).__name__, *(getattr(site, entry.name) for entry in fields(site) if entry.name != "name"))

@@ -8,6 +8,8 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from sfcompile.codegen.sites import count, overlap
+from sfcompile.passes.layout import Layout, Ownership, Window
 from sfcompile.passes.op_view import OpView
 from sfcompile.runtime.topology import Topology
 
@@ -74,15 +76,32 @@ def seconds(op: OpView, topology: Topology) -> float:
     return max(flops(op) / topology.flops_per_s, moved / topology.memory_bytes_per_s)
 
 
-def gather_seconds(node: fx.Node, topology: Topology) -> float:
-    """Time to all-gather a sharded value to every rank: what must cross the slower link, plus one latency."""
+def gather_seconds(node: fx.Node, topology: Topology, fraction: float = 1.0) -> float:
+    """Time to all-gather a sharded value to every rank: what must cross the slower link, plus one latency.
+
+    Args:
+        fraction: how much of an all-gather's bytes a reshard moves (:func:`reshard_fraction`).
+    """
     ranks = topology.num_ranks
     if ranks == 1:
         return 0.0
-    total = nbytes(node)
+    total = nbytes(node) * fraction
     local = total * (ranks - 1) / ranks / topology.local_bytes_per_s + topology.local_latency_s
     if topology.num_machines == 1:
         return local
     per_machine = ranks / topology.num_machines
     crossing = total * (ranks - per_machine) / ranks * per_machine
     return max(local, crossing / topology.network_bytes_per_s + topology.network_latency_s)
+
+
+def reshard_fraction(owners: Ownership, made: Layout, need: Layout | Window) -> float:
+    """Bytes that a reshard moves, over those of an all-gather of the same value."""
+    ranks = range(owners.num_ranks)
+    if need.dim != made.dim:
+        return 1.0 / len(ranks)
+    size = max(1, made.size)
+    moved = 0
+    for rank in ranks:
+        wanted = need.wanted[rank] if isinstance(need, Window) else owners.dim_runs(need, rank)
+        moved += count(wanted) - count(overlap(owners.dim_runs(made, rank), wanted))
+    return moved / size / max(1, len(ranks) - 1)

@@ -14,12 +14,10 @@ from torch import fx
 
 from sfcompile.passes.analyse_attention import Site
 from sfcompile.passes.labels import LabelSpace
-from sfcompile.passes.layout import Layout
+from sfcompile.passes.layout import Key, Layout
 from sfcompile.passes.op_rules import Rule, Side, find_rule
 from sfcompile.passes.op_view import OpView
 from sfcompile.runtime.ops import COMMUNICATION
-
-Key = tuple[int, int, int]
 
 
 @dataclass

@@ -7,12 +7,13 @@ them: the place whose axis carries the most attention work, so that values agree
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from sfcompile.passes.analyse_attention import Site
+from sfcompile.passes.analyse_cost import flops
 from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.labels import Runs
 from sfcompile.passes.layout import Layout, Ownership
@@ -63,7 +64,7 @@ def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int, axis: 
     weight: dict[int, float] = {}
     for site in sites:
         dim = site.q.meta["val"].dim() - 2 if axis == "tokens" else 0
-        layout = tokens.layouts[site.q].get((dim, 1, 1))
+        layout = tokens.layouts[site.q].get((dim, 1, 1, 1))
         if layout is not None and layout.runs:
             root = find(first_segment(vectors[layout.runs]))
             weight[root] = weight.get(root, 0.0) + site.flops
@@ -73,15 +74,59 @@ def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int, axis: 
         usable = [layout for layout in places.values() if layout.runs]
         if usable:
             chosen[value] = max(
-                usable, key=lambda layout: (weight.get(find(first_segment(vectors[layout.runs])), 0.0), -layout.dim)
+                usable,
+                key=lambda layout: (
+                    weight.get(find(first_segment(vectors[layout.runs])), 0.0),
+                    -layout.grain,
+                    -layout.dim,
+                ),
             )
     axes = [find(i) for i in range(len(segments))]
-    owners = Ownership(tokens.space, segments, axes, num_ranks)
+    grains = _grains(tokens, chosen, vectors, segments, num_ranks)
+    owners = Ownership(tokens.space, segments, axes, num_ranks, grains)
+    for value, layout in list(chosen.items()):
+        if layout.grain > 1 and not owners.fits(layout):
+            del chosen[value]
     summary = tuple(
         (sum(n for (_, n), a in zip(segments, axes, strict=True) if a == root), axes.count(root), flops)
         for root, flops in sorted(weight.items(), key=lambda item: -item[1])
     )
     return Layouts(chosen, owners, summary)
+
+
+def _grains(
+    tokens: Tokens,
+    chosen: Mapping[fx.Node, Layout],
+    vectors: Mapping[Runs, Runs],
+    segments: Sequence[tuple[int, int]],
+    num_ranks: int,
+) -> dict[int, int]:
+    """Segments to be cut between rows of a grid only, by first label.
+
+    That costs evenness and pays where work (convolutions over the grid) can be sharded in no other way: the FLOPs of
+    ops whose value holds the tokens as rows, against the FLOPs that the busiest rank computes more.
+    """
+    starts = [first for first, _ in segments]
+    gain: dict[tuple[int, int], float] = {}
+    total = 0.0
+    for op in tokens.views.values():
+        cost = flops(op)
+        total += cost
+        layout = next((chosen[out] for out in op.outputs if out is not None and out in chosen), None)
+        if not cost or layout is None or layout.grain == 1:
+            continue
+        for first, n in vectors[layout.runs]:
+            for i in range(bisect_left(starts, first), bisect_left(starts, first + n)):
+                key = (i, layout.grain)
+                gain[key] = gain.get(key, 0.0) + cost * segments[i][1] / layout.tokens
+    found: dict[int, int] = {}
+    for (i, grain), saved in sorted(gain.items(), key=lambda item: -item[1]):
+        first, length = segments[i]
+        rows = -(-(length // grain) // num_ranks) * grain
+        waste = (rows - -(-length // num_ranks)) * num_ranks / length
+        if first not in found and length % grain == 0 and saved * (1 - 1 / num_ranks) > total * waste:
+            found[first] = grain
+    return found
 
 
 def _segments(edges: Sequence[int], covered: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch import fx
 from sfcompile.codegen.builders import build
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.sites import AttentionSite, GatherSite
+from sfcompile.codegen.sites import AttentionSite, GatherSite, ReshardSite
 from sfcompile.errors import MeshError
 from sfcompile.passes.analyse_attention import Site
 from sfcompile.passes.analyse_cost import seconds
@@ -51,9 +51,9 @@ class Choices:
     batch: int = 1
     notes: tuple[str, ...] = ()
 
-    def schedule(self, site: AttentionSite | GatherSite) -> Schedule:
+    def schedule(self, site: AttentionSite | GatherSite | ReshardSite) -> Schedule:
         """The schedule of a site of this graph."""
-        if isinstance(site, GatherSite):
+        if not isinstance(site, AttentionSite):
             return build("gather", site, Mesh.of(self.topology, 1, self.topology.num_ranks))
         return self.plans[site.geometry()].best.schedule(site, self.topology)
 

@@ -1,16 +1,19 @@
 """Where the tokens of a value sit, and who owns them.
 
 A layout says that one dim of a value is ``outer x n x inner`` with ``n`` token positions: ``outer = B`` where a view
-merged batch and tokens, ``inner = r`` after ``repeat_interleave``. The ``n`` positions carry labels (labels.py);
-``Ownership`` maps every label to the rank that keeps it, so a rank's shard of the value is "the positions whose label
-I own", in order. Nothing asks that shards be equal, contiguous or non-empty.
+merged batch and tokens, ``inner = r`` after ``repeat_interleave``. The ``n`` positions carry labels (labels.py). After
+a view that splits tokens over two dims (rows and columns of a grid) the layout says where the rows are: a ``grain`` of
+``g`` means that each position of the dim stands for ``g`` tokens that follow one another, and that the rest of them
+fill later dims; a rank then owns whole rows. ``Ownership`` maps every label to the rank that keeps it, so a rank's
+shard of the value is "the positions whose label I own", in order. Nothing asks that shards be equal, contiguous or
+non-empty.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,31 +24,44 @@ from sfcompile.passes.labels import LabelSpace, Runs, runs_length, runs_merge
 Shape = tuple[int, ...]
 Owners = tuple[tuple[int, int], ...]
 """Run-length code of a vector of ranks: ``(rank, count)``."""
+Key = tuple[int, int, int, int]
+"""``(dim, outer, inner, grain)`` of a layout."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Dim ``dim`` of a value is ``outer x n x inner``, its ``n`` token positions labelled by ``runs``."""
+    """Dim ``dim`` of a value is ``outer x n x inner``; ``runs`` label ``grain`` tokens for each of the ``n``."""
 
     dim: int
     runs: Runs
     outer: int = 1
     inner: int = 1
+    grain: int = 1
 
     @property
     def tokens(self) -> int:
-        """Number of token positions."""
+        """Number of tokens."""
         return runs_length(self.runs)
 
     @property
-    def key(self) -> tuple[int, int, int]:
+    def positions(self) -> int:
+        """``n``: tokens, or whole rows of them."""
+        return self.tokens // self.grain
+
+    @property
+    def size(self) -> int:
+        """Size of the dim."""
+        return self.outer * self.positions * self.inner
+
+    @property
+    def key(self) -> Key:
         """Where the tokens sit, without saying which they are."""
-        return self.dim, self.outer, self.inner
+        return self.dim, self.outer, self.inner, self.grain
 
     @property
     def plain(self) -> bool:
         """Whether the dim holds the tokens and nothing else."""
-        return self.outer == 1 and self.inner == 1
+        return self.outer == self.inner == self.grain == 1
 
     def at(self, dim: int) -> Layout:
         """The same tokens at another dim."""
@@ -56,30 +72,51 @@ class Layout:
         return replace(self, runs=runs)
 
 
+@dataclass(frozen=True)
+class Window:
+    """Positions of dim ``dim`` that each rank needs, whoever owns them: its own rows and a halo of its neighbours'."""
+
+    dim: int
+    wanted: tuple[Runs, ...]
+
+
+Need = Layout | Window | None
+"""What an op needs of an operand: a shard, a window, or (None) the whole value."""
+
+
 def map_through_view(layout: Layout, source: Shape, target: Shape) -> Layout | None:
     """Follow tokens through a reshape by arithmetic on row-major factors.
 
     The source reads as ``left x n x right`` elements in row-major order, where ``right = inner x later dims``. The
-    target dim that holds the tokens is the one in which a factor ``right`` ends and ``n`` fits whole.
-    None if the tokens end up spread over several dims (or, for a single token, if the dim is not kept as it is).
+    target dim that holds the tokens is the one in which a factor ``right`` ends and ``n`` fits whole; where it does not
+    fit, that dim and perhaps those before it hold the columns of a grid, and the next one its rows (``grain``).
+    None if the tokens end up spread over dims in another way (or, for a single token, if the dim is not kept).
     """
-    tokens = layout.tokens
+    count, grain = layout.positions, layout.grain
     right = layout.inner * math.prod(source[layout.dim + 1 :])
     after = 1
     for dim in reversed(range(len(target))):
-        if target[dim] == 0:
+        size = target[dim]
+        if size == 0:
             return None
-        if after * target[dim] > right or (tokens == 1 and after == right and target[dim] == 1):
+        if after * size > right or (count == 1 and after == right and size == 1):
             if right % after:
                 return None
             inner = right // after
-            if target[dim] % (tokens * inner):
+            if size % (count * inner) == 0:
+                outer = size // (count * inner)
+                if count == 1 and (outer != 1 or inner != 1 or grain != 1):
+                    return None
+                if grain > 1 and inner % grain == 0:  # rows and columns are one dim again
+                    inner, grain = inner // grain, 1
+                return Layout(dim, layout.runs, outer, inner, grain)
+            if size % inner or count % (size // inner):
                 return None
-            outer = target[dim] // (tokens * inner)
-            if tokens == 1 and (outer != 1 or inner != 1):
+            grain, count = grain * (size // inner), count // (size // inner)
+            right = after * size
+            if count == 1:
                 return None
-            return Layout(dim, layout.runs, outer, inner)
-        after *= target[dim]
+        after *= size
     return None
 
 
@@ -88,11 +125,16 @@ class Ownership:
 
     Every segment (a maximal stretch of root labels that no vector tears apart) is cut into ``num_ranks`` contiguous
     pieces that differ by at most one token; the longer pieces are rotated from segment to segment so that uneven
-    segments do not all burden rank 0.
+    segments do not all burden rank 0. ``grains``, by first label of a segment: cut it at multiples of that only.
     """
 
     def __init__(
-        self, space: LabelSpace, segments: Sequence[tuple[int, int]], axes: Sequence[int], num_ranks: int
+        self,
+        space: LabelSpace,
+        segments: Sequence[tuple[int, int]],
+        axes: Sequence[int],
+        num_ranks: int,
+        grains: Mapping[int, int] | None = None,
     ) -> None:
         self._space = space
         self.num_ranks = num_ranks
@@ -102,10 +144,11 @@ class Ownership:
         self._pieces: list[tuple[int, int]] = []  # (end label, rank)
         turn = 0
         for first, length in self.segments:
-            base, extra = divmod(length, num_ranks)
+            grain = (grains or {}).get(first, 1)
+            base, extra = divmod(length // grain, num_ranks)
             at = first
             for rank in range(num_ranks):
-                count = base + ((rank - turn) % num_ranks < extra)
+                count = (base + ((rank - turn) % num_ranks < extra)) * grain
                 if count:
                     self._starts.append(at)
                     self._pieces.append((at + count, rank))
@@ -153,6 +196,31 @@ class Ownership:
         """Positions of the vector that ``rank`` owns, ascending."""
         return np.flatnonzero(self.vector(runs) == rank)
 
+    def fits(self, layout: Layout) -> bool:
+        """Whether every row of a layout with a grain has one owner."""
+        at = 0
+        for _, count in self.owners(layout.runs):
+            at += count
+            if at % layout.grain:
+                return False
+        return True
+
+    def rows(self, layout: Layout, rank: int) -> NDArray[np.int64]:
+        """Which of the ``n`` positions of a layout ``rank`` owns, ascending."""
+        owned = self.positions(layout.runs, rank)
+        return owned if layout.grain == 1 else owned[:: layout.grain] // layout.grain
+
+    def row_runs(self, layout: Layout, rank: int) -> Runs:
+        """The same as runs ``(first, length)``."""
+        runs = self.position_runs(layout.runs, rank)
+        return tuple((first // layout.grain, length // layout.grain) for first, length in runs)
+
+    def dim_runs(self, layout: Layout, rank: int) -> Runs:
+        """Which positions of the whole dim ``rank`` owns."""
+        rows = [(first * layout.inner, length * layout.inner) for first, length in self.row_runs(layout, rank)]
+        period = layout.positions * layout.inner
+        return runs_merge((block * period + first, length) for block in range(layout.outer) for first, length in rows)
+
     def position_runs(self, runs: Runs, rank: int) -> Runs:
         """The same positions as runs ``(first position, length)``."""
         out: list[tuple[int, int]] = []
@@ -176,5 +244,5 @@ class Ownership:
     def local_shape(self, shape: Shape, layout: Layout, rank: int) -> Shape:
         """Shape of ``rank``'s shard."""
         out = list(shape)
-        out[layout.dim] = layout.outer * self.count(layout.runs, rank) * layout.inner
+        out[layout.dim] = layout.outer * (self.count(layout.runs, rank) // layout.grain) * layout.inner
         return tuple(out)

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from sfcompile.codegen.sites import AttentionSite, GatherSite
+from sfcompile.codegen.sites import AttentionSite, GatherSite, ReshardSite
 from sfcompile.passes.attention_site import attention_site
-from sfcompile.passes.layout import Layout, Ownership, Shape
+from sfcompile.passes.layout import Layout, Ownership, Shape, Window
 from sfcompile.passes.op_rules import Chosen
 from sfcompile.passes.op_view import FakeMode, OpView
 from sfcompile.runtime import ops as runtime_ops  # registers torch.ops.streamfusion
@@ -42,7 +42,7 @@ class LocalGraph:
         self.owners = owners
         self.rank = rank
         self.program = program
-        self.sites: list[AttentionSite | GatherSite] = []
+        self.sites: list[AttentionSite | GatherSite | ReshardSite] = []
         self.origin: fx.Node | None = None  # the captured node being rewritten, for names and stack traces
         self._mode = mode
         self._ticket: fx.Node | None = None
@@ -132,11 +132,11 @@ class LocalGraph:
 
     def shard(self, node: fx.Node, layout: Layout) -> fx.Node:
         """This rank's shard of a whole value: the positions it owns, cut out locally."""
-        positions = self.owners.positions(layout.runs, self.rank)
-        if layout.plain:
+        positions = self.owners.rows(layout, self.rank)
+        if layout.outer == layout.inner == 1:
             return self.take(node, layout.dim, positions)
         shape = [int(size) for size in node.meta["val"].shape]
-        split = [*shape[: layout.dim], layout.outer, layout.tokens, layout.inner, *shape[layout.dim + 1 :]]
+        split = [*shape[: layout.dim], layout.outer, layout.positions, layout.inner, *shape[layout.dim + 1 :]]
         parts = self.call(torch.ops.aten.reshape.default, [node, split], {})
         taken = self.take(parts, layout.dim + 1, positions)
         local = list(self.owners.local_shape(tuple(shape), layout, self.rank))
@@ -159,10 +159,30 @@ class LocalGraph:
         """The whole value from every rank's shard."""
         dtype = node.meta["val"].dtype
         site = len(self.sites)
-        runs = tuple(self.owners.position_runs(layout.runs, r) for r in range(self.owners.num_ranks))
+        runs = tuple(self.owners.row_runs(layout, r) for r in range(self.owners.num_ranks))
         name = f"{self.origin.name if self.origin else 'value'}"
         self.sites.append(GatherSite(name, shape, dtype, layout.dim, layout.outer, layout.inner, runs))
         return self._exchange(node, site, shape, dtype)
+
+    def window(self, node: fx.Node, window: Window) -> fx.Node:
+        """This rank's window of a whole value, cut out locally."""
+        wanted = window.wanted[self.rank]
+        positions = np.concatenate([np.arange(first, first + n) for first, n in wanted] or [np.zeros(0, np.int64)])
+        return self.take(node, window.dim, positions)
+
+    def reshard(self, node: fx.Node, layout: Layout, need: Layout | Window, shape: Shape) -> fx.Node:
+        """Another shard of the value than the one that was made, from those who own it."""
+        ranks = range(self.owners.num_ranks)
+        owned = tuple(self.owners.dim_runs(layout, rank) for rank in ranks)
+        if isinstance(need, Window):
+            wanted = need.wanted
+        else:
+            wanted = tuple(self.owners.dim_runs(need, rank) for rank in ranks)
+        dtype = node.meta["val"].dtype
+        name = f"{self.origin.name if self.origin else 'value'}"
+        site = ReshardSite(name, shape, dtype, layout.dim, owned, need.dim, wanted)
+        self.sites.append(site)
+        return self._exchange(node, len(self.sites) - 1, site.wanted_shape(self.rank), dtype)
 
     def all_reduce(self, node: fx.Node) -> fx.Node:
         """The sum over ranks of a partial value, added in rank order, in fp32 or wider: the same bits everywhere."""

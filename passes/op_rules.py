@@ -4,14 +4,16 @@ A rule answers three questions about one op, and the same answers serve the anal
 the rewrite:
 
 * ``spread``: tokens are known on one operand or output; where else does the op put them?
-* ``needs``:  the outputs shall be computed as shards; what must each operand be? A layout, or None for "whole".
-              No answer (None for the list) means: this op has no local form here and must be computed replicated.
+* ``needs``:  the outputs shall be computed as shards; what must each operand be? A layout, a window (its own rows and
+              a halo of others'), or None for "whole". No answer (None for the list) means: this op has no local form
+              here and must be computed replicated.
 * ``emit``:   write the local op.
 
 A rule may also offer ``partial``: the output holds no tokens, but it is a sum over tokens, so every rank can add up its
 own and the partial sums are all-reduced (linear attention, means over tokens).
 
-A rule never communicates. An op without a rule is never guessed.
+A rule never communicates: an operand that is needed in another way than it was made is moved by the rewrite. An op
+without a rule is never guessed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import fx
 
 from sfcompile.passes.labels import LabelSpace
-from sfcompile.passes.layout import Layout, Ownership
+from sfcompile.passes.layout import Layout, Need, Ownership
 from sfcompile.passes.op_view import OpView
 
 if TYPE_CHECKING:
@@ -49,10 +51,10 @@ class Rule(Protocol):
     def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
         """Where else the op puts the tokens seen at ``side``; may repeat ``side`` itself with labels to unite."""
 
-    def needs(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
-        """Per operand the layout it must have for a local op (None: the whole value), or None for no local form."""
+    def needs(self, op: OpView, chosen: Chosen) -> list[Need] | None:
+        """Per operand the layout or window it must have (None: the whole value), or None for no local form."""
 
-    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def partial(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         """Per operand the layout for a local op whose outputs sum over the ranks to the true one, or None."""
 
     def emit(self, op: OpView, chosen: Chosen, operands: list[fx.Node], local: LocalGraph) -> fx.Node:

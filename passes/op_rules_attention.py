@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from sfcompile.passes.labels import LabelSpace
-from sfcompile.passes.layout import Layout
+from sfcompile.passes.layout import Layout, Need
 from sfcompile.passes.op_rules import Chosen, Found, Rule, Side, register_rule
 from sfcompile.passes.op_rules_linked import Names, aligned
 from sfcompile.passes.op_view import Operand, OpView
@@ -56,7 +56,7 @@ class Attention:
         name = names[layout.dim]
         if name is None:
             return []
-        size = layout.outer * layout.tokens * layout.inner
+        size = layout.size
         sides: list[tuple[Side, Names, tuple[int, ...]]] = [
             (("in", operand.index), self.ins[operand.index], operand.shape) for operand in op.operands
         ]
@@ -85,7 +85,7 @@ class Attention:
         same_axis = chosen.owners.axis_of(q.runs) == chosen.owners.axis_of(k.runs)
         return same_axis and chosen.owners.same(k, v)
 
-    def needs(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def needs(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         """Torus: shards of q, k, v and the whole mask. Otherwise whole keys, or matching shards of a batch dim."""
         out = chosen.outs[0]
         if out is None or float(op.args.get("dropout_p") or 0.0) > 0.0:
@@ -97,8 +97,8 @@ class Attention:
             return [out, chosen.ins[K], chosen.ins[V], *([None] * (len(op.operands) - 3))]
         if name == "q" and not out.plain and op.args.get("is_causal"):
             return None
-        size = out.outer * out.tokens * out.inner
-        needs: list[Layout | None] = []
+        size = out.size
+        needs: list[Need] = []
         for operand in op.operands:
             names = self.ins[operand.index]
             dim = list(names).index(name) if name in names else -1
@@ -110,7 +110,7 @@ class Attention:
                 needs.append(None)
         return needs
 
-    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def partial(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         """Never a sum over tokens."""
         return None
 

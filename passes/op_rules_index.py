@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from sfcompile.passes.labels import LabelSpace, Runs, runs_flip, runs_merge, runs_slice
-from sfcompile.passes.layout import Layout
+from sfcompile.passes.layout import Layout, Need
 from sfcompile.passes.op_rules import Chosen, Found, Rule, Side, register_rule
 from sfcompile.passes.op_rules_linked import Linked, Names
 from sfcompile.passes.op_view import Operand, OpView
@@ -59,7 +59,7 @@ class Indexed:
         found = [(to, Layout(self.dim, cut(self._fresh))) for to, cut in self.pieces.items()]
         return [(to, piece) for to, piece in found if piece.tokens]
 
-    def needs(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def needs(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         """Owners of the pieces must be pieces of the owners of the master."""
         if not any(self._here(out) for out in chosen.outs):
             if self.others is None or any(out is not None and out.dim == self.dim for out in chosen.outs):
@@ -75,13 +75,13 @@ class Indexed:
                 continue  # no tokens, or nothing reads it
             if not self._here(out) or not chosen.owners.same(out, whole.with_runs(want)):
                 return None
-        needs: list[Layout | None] = []
+        needs: list[Need] = []
         for operand in op.operands:
             cut = self.pieces.get(("in", operand.index))
             needs.append(whole.with_runs(cut(whole.runs)) if cut else None)
         return needs
 
-    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def partial(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         """Never a sum over tokens."""
         return None
 
@@ -314,7 +314,7 @@ class _Tiled(Linked):
         scaled = self._scaled(layout, side[0] == "in")
         return [(("out", 0) if side[0] == "in" else ("in", 0), scaled)] if scaled else []
 
-    def needs(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def needs(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         out = chosen.outs[0]
         scaled = self._scaled(out, False) if out else None
         return [scaled] if scaled else None

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sfcompile.passes.labels import LabelSpace
-from sfcompile.passes.layout import Layout, Shape
+from sfcompile.passes.layout import Layout, Need, Shape
 from sfcompile.passes.op_rules import Chosen, Found, Rule, Side, register_rule
 from sfcompile.passes.op_view import OpView
 
@@ -52,7 +52,7 @@ class Linked:
             sides = [(("in", operand.index), self.summed[operand.index], operand.shape) for operand in op.operands]
         if name is None:
             return []
-        size = layout.outer * layout.tokens * layout.inner
+        size = layout.size
         found: Found = []
         for other, other_names, shape in sides:
             if other != side and name in other_names:
@@ -61,7 +61,7 @@ class Linked:
                     found.append((other, layout.at(dim)))
         return found
 
-    def needs(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def needs(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         """The outputs must agree on one sharded name; operands that have the dim at full size must be cut along it."""
         name: Hashable | None = None
         model: Layout | None = None
@@ -76,8 +76,8 @@ class Linked:
                 return None
         if model is None:
             return None
-        size = model.outer * model.tokens * model.inner
-        needs: list[Layout | None] = []
+        size = model.size
+        needs: list[Need] = []
         for operand in op.operands:
             names = self.ins[operand.index]
             dim = list(names).index(name) if name in names else -1
@@ -85,7 +85,7 @@ class Linked:
         # The tokens must come from some operand, unless the call spells their number out itself.
         return needs if any(needs) or self.fix is not None else None
 
-    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def partial(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         """Needs of a local call whose results add up over the ranks: every operand cut along one contracted dim."""
         if self.summed is None:
             return None
@@ -94,7 +94,7 @@ class Linked:
             name = self.summed[operand.index][layout.dim] if layout is not None else None
             if layout is None or name is None:
                 continue
-            needs: list[Layout | None] = []
+            needs: list[Need] = []
             for other in op.operands:
                 names = list(self.summed[other.index])
                 if name in names and other.shape[names.index(name)] == operand.shape[layout.dim]:

@@ -1,9 +1,8 @@
-"""Rules for look-ups by index, convolution and resampling: the dims they do not touch are kept (``Linked``)."""
+"""Rules for look-ups by index and resampling: the dims they do not touch are kept (``Linked``)."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -76,29 +75,7 @@ def _one_hot(op: OpView) -> Rule | None:
     return Linked([kept], [[*kept, None]])
 
 
-# --------------------------------------------------------------------------- convolution and resampling
-
-
-@register_rule("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d")
-def _convolution(op: OpView) -> Rule:
-    x, weight = op.operands[:2]
-    spatial = x.ndim - 2
-    names: list[Hashable | None] = [0, None]
-    pointwise = (
-        all(size == 1 for size in weight.shape[2:])
-        and all(int(s) == 1 for s in _listed(op.args.get("stride")))
-        and op.args.get("padding") not in ("same", "valid")
-        and all(int(p) == 0 for p in _listed(op.args.get("padding")))
-        and not op.args.get("transposed")
-        and "transpose" not in op.name
-    )
-    names += [2 + d if pointwise else None for d in range(spatial)]
-    ins: list[Names] = [names, *([None] * operand.ndim for operand in op.operands[1:])]
-    return Linked(ins, [names])
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value or 0]
+# --------------------------------------------------------------------------- resampling
 
 
 @register_rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from sfcompile.passes.labels import LabelSpace
-from sfcompile.passes.layout import Layout, map_through_view
+from sfcompile.passes.layout import Layout, Need, map_through_view
 from sfcompile.passes.op_rules import Chosen, Found, Rule, Side, register_rule
 from sfcompile.passes.op_view import OpView
 
@@ -28,13 +28,13 @@ class Reshape:
         mapped = map_through_view(layout, source, target)
         return [(("out", 0), mapped)] if mapped else []
 
-    def needs(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def needs(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         """The layout of the output, mapped back."""
         layout = chosen.outs[0]
         mapped = map_through_view(layout, op.out_shapes[0], op.operands[0].shape) if layout else None
-        return [mapped] if mapped else None
+        return [mapped] if mapped is not None and chosen.owners.fits(mapped) else None
 
-    def partial(self, op: OpView, chosen: Chosen) -> list[Layout | None] | None:
+    def partial(self, op: OpView, chosen: Chosen) -> list[Need] | None:
         """Never a sum over tokens."""
         return None
 

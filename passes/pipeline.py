@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import fx
 
 import sfcompile.passes.op_rules_attention
+import sfcompile.passes.op_rules_conv
 import sfcompile.passes.op_rules_index
 import sfcompile.passes.op_rules_linked
 import sfcompile.passes.op_rules_lookup

@@ -19,6 +19,10 @@ optimum and not a heuristic:
     g(v) -> u    infinite                 a reader u on R forces "read whole"
     g(v) -> sink infinite                 some reader needs v whole whatever its side
 
+A reader on S that needs v under another layout, or a window of it (the halo of a convolution), gets it by a reshard of
+its maker's shards; its seconds are added to t(maker). If the reader ends on R they were counted in vain: an upper
+bound, so that a halo is taken only where it is cheaper than the gather.
+
 Ops without a local rule have ``w -> sink`` infinite. ``c`` gets a vanishing bonus so that ties go to side S: shard as
 early and gather as late as costs nothing.
 """
@@ -31,15 +35,17 @@ from dataclasses import dataclass, field
 import networkx as nx
 from torch import fx
 
-from sfcompile.passes.analyse_cost import flops, gather_seconds, nbytes, seconds
+from sfcompile.passes.analyse_cost import flops, gather_seconds, nbytes, reshard_fraction, seconds
 from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.choose_layouts import Layouts
-from sfcompile.passes.layout import Layout
+from sfcompile.passes.layout import Layout, Need, Ownership, Window
 from sfcompile.passes.op_rules import Chosen
 from sfcompile.passes.op_view import OpView, is_tensor
 from sfcompile.runtime.topology import Topology
 
-Needs = list[Layout | None]
+Needs = list[Need]
+Price = Callable[..., float]
+"""``(value, fraction=1.0) -> seconds`` of an all-gather of the value, or of a fraction of its bytes."""
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Placement:
     chosen: dict[fx.Node, Chosen]
     reasons: dict[fx.Node, str]
     gathers: list[fx.Node] = field(default_factory=list)
+    moves: list[tuple[fx.Node, Layout | Window]] = field(default_factory=list)
     seconds: float = 0.0
 
     def sharded(self, node: fx.Node) -> bool:
@@ -107,15 +114,15 @@ def place_min_cut(
             placement.reasons[node] = _why_whole(rule is not None, chosen)
 
     if shard_everything:
-        gather_cost: Callable[[fx.Node], float] = lambda v: 1e-12 * (1 + nbytes(v))  # noqa: E731
+        gather_cost: Price = lambda v, f=1.0: 1e-12 * (1 + nbytes(v)) * f  # noqa: E731
     else:
-        gather_cost = lambda v: gather_seconds(v, topology)  # noqa: E731
+        gather_cost = lambda v, f=1.0: gather_seconds(v, topology, f)  # noqa: E731
     net = _Network(candidates, topology, shard_everything, exchange_s or {})
     for node in candidates:
         net.add_op(node, tokens.views[node], placement.chosen[node])
     for value in graph.nodes:
         if is_tensor(value) and _maker(value) in candidates and any(placement.chosen[_maker(value)].outs):
-            net.add_reads(value, tokens, placement, gather_cost(value))
+            net.add_reads(value, tokens, placement, gather_cost)
     sharded, placement.seconds = net.solve()
     placement.needs = {node: needs for node, needs in candidates.items() if node in sharded}
     for node in candidates:
@@ -138,6 +145,10 @@ def _why_whole(has_rule: bool, chosen: Chosen) -> str:
     return "its operands hold the tokens in layouts that differ"
 
 
+def _agree(owners: Ownership, need: Layout | Window, made: Layout) -> bool:
+    return isinstance(need, Layout) and owners.same(need, made)
+
+
 class _Network:
     """The flow network of the head of the file, capacities in integer picoseconds."""
 
@@ -156,6 +167,7 @@ class _Network:
         self._graph = nx.DiGraph()
         self._graph.add_nodes_from((0, 1))
         self._next = len(candidates) + 2
+        self._share: dict[int, float] = {}
 
     def _edge(self, a: int, b: int, cost: float | None) -> None:
         if cost is None:
@@ -173,10 +185,10 @@ class _Network:
             if not any(chosen.outs):
                 share += ranks * gather_seconds(node, self._topology)
         self._edge(0, self._ids[node], whole + 1e-9)
-        self._edge(self._ids[node], 1, share)
+        self._share[self._ids[node]] = share
 
-    def add_reads(self, value: fx.Node, tokens: Tokens, placement: Placement, cost: float) -> None:
-        """Edges of the value's all-gather: who reads it whole."""
+    def add_reads(self, value: fx.Node, tokens: Tokens, placement: Placement, price: Price) -> None:
+        """Edges of the value's all-gather: who reads it whole; and what moving it to another layout costs."""
         maker = self._ids[_maker(value)]
         gather = self._next
         read = False
@@ -185,20 +197,25 @@ class _Network:
                 op, chosen = tokens.views[user], placement.chosen[user]
                 for operand, need in zip(op.operands, self._candidates[user], strict=True):
                     if operand.node is value:
-                        agrees = need is not None and chosen.owners.same(need, chosen.ins[operand.index])
-                        self._edge(gather, self._ids[user] if agrees else 1, None)
+                        made = chosen.ins[operand.index]
+                        movable = need is not None and made is not None
+                        self._edge(gather, self._ids[user] if movable else 1, None)
+                        if need is not None and made is not None and not _agree(chosen.owners, need, made):
+                            self._share[maker] += price(value, reshard_fraction(chosen.owners, made, need))
                         read = True
             elif not (user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem"):
                 self._edge(gather, 1, None)
                 read = True
         if read:
             self._next += 1
-            self._edge(maker, gather, cost)
+            self._edge(maker, gather, price(value))
 
     def solve(self) -> tuple[set[fx.Node], float]:
         """The ops on side S (the largest such side among the minimum cuts), and the cost in seconds."""
         if not self._ids:
             return set(), 0.0
+        for op, share in self._share.items():
+            self._edge(op, 1, share)
         residual = nx.algorithms.flow.boykov_kolmogorov(self._graph, 0, 1)
         reach = {1}
         stack = [1]

@@ -37,7 +37,9 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
         report.total_flops += cost
         if node in placement.needs:
             report.sharded_ops += 1
-            layout = next(cut for cut in (*placement.chosen[node].outs, *placement.needs[node]) if cut is not None)
+            layout = next(
+                cut for cut in (*placement.chosen[node].outs, *placement.needs[node]) if isinstance(cut, Layout)
+            )
             for rank in ranks:
                 per_rank[rank] += cost * _share(owners, layout, rank)
         else:

@@ -2,7 +2,8 @@
 
 Constants are not patched in place: every sharded op is written anew by its rule, from this rank's operands, so view
 sizes, expands and slice bounds are this rank's own and uneven shards are exact. Values are kept whole, as shards, or
-both; a whole value is made from shards by an all-gather, a shard from a whole value by slicing, each at most once.
+both; a whole value is made from shards by an all-gather, a shard from a whole value by slicing or from other shards by
+a reshard (halos, other cuts, another dim), each at most once.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from torch import fx
 from sfcompile.errors import InternalError
 from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.choose_layouts import Layouts
-from sfcompile.passes.layout import Layout, Owners
+from sfcompile.passes.layout import Key, Layout, Owners, Window
 from sfcompile.passes.local_graph import LocalGraph
 from sfcompile.passes.op_view import is_getitem, is_tensor, shape_of
 from sfcompile.passes.place_min_cut import Placement
 from sfcompile.torch_private import OpOverload
 
-ShardKey = tuple[fx.Node, tuple[int, int, int], Owners]
+ShardKey = tuple[fx.Node, tuple[Key, Owners] | Window]
 
 
 class _Rewriter:
@@ -41,14 +42,21 @@ class _Rewriter:
             self._whole[value] = self._local.gather(self._made[value], layout, shape_of(value))
         return self._whole[value]
 
-    def shard(self, value: fx.Node, layout: Layout) -> fx.Node:
-        """The value under a layout: as it was made, or cut from the whole."""
-        owners = self._layouts.owners
-        if value in self._made and owners.same(self._layouts.chosen.get(value), layout):
+    def shard(self, value: fx.Node, need: Layout | Window) -> fx.Node:
+        """The value as an op needs it: as it was made, cut from the whole, or moved between ranks."""
+        owners, made = self._layouts.owners, self._layouts.chosen.get(value)
+        if value in self._made and isinstance(need, Layout) and owners.same(made, need):
             return self._made[value]
-        key = (value, layout.key, owners.owners(layout.runs))
+        key = (value, need if isinstance(need, Window) else (need.key, owners.owners(need.runs)))
         if key not in self._cuts:
-            self._cuts[key] = self._local.shard(self.whole(value), layout)
+            if value in self._made and value not in self._whole:
+                assert made is not None
+                self._placement.moves.append((value, need))
+                self._cuts[key] = self._local.reshard(self._made[value], made, need, shape_of(value))
+            elif isinstance(need, Window):
+                self._cuts[key] = self._local.window(self.whole(value), need)
+            else:
+                self._cuts[key] = self._local.shard(self.whole(value), need)
         return self._cuts[key]
 
     def run(self, graph: fx.Graph) -> None:
@@ -79,7 +87,8 @@ class _Rewriter:
             for operand, need in zip(op.operands, self._placement.needs[node], strict=True)
         ]
         # Rules read the layouts that operands really have, which are those they asked for.
-        asked = type(chosen)(list(self._placement.needs[node]), chosen.outs, chosen.owners)
+        given = [need if isinstance(need, Layout) else None for need in self._placement.needs[node]]
+        asked = type(chosen)(given, chosen.outs, chosen.owners)
         made = self._tokens.rules[node].emit(op, asked, operands, self._local)
         if not any(chosen.outs):
             self._whole[node] = self._local.all_reduce(made)

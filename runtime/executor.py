@@ -109,6 +109,8 @@ class SiteRun:
         if name != "x":
             first, last = (self.plan.heads if name == "q" else self.plan.kv_heads)(self._rank)
             stays = tensor[:, first:last]
+        else:
+            stays = self._part(tensor, self._rank)
         self._tensors[name] = stays.clone(memory_format=torch.contiguous_format)
 
     def attend(self, mask: torch.Tensor | None) -> None:
@@ -140,13 +142,12 @@ class SiteRun:
             out[:, first:last, start:stop].copy_(self._views[step.slot])
 
     def gather(self, out: torch.Tensor) -> None:
-        """Fill ``out`` (the global shape) with every rank's shard at its positions."""
-        site = self.plan.site
-        self._place(out, self._tensors["x"], site.owners[self._rank])
+        """Fill ``out`` with every rank's shard, or the part of it that this rank wants, at its positions."""
+        self._place(out, self._tensors["x"], self._rank)
         for step in self._program.phases["gather_finish"]:
             assert isinstance(step, Wait)
             self._wait(step)
-            self._place(out, self._views[step.slot], site.owners[step.src])
+            self._place(out, self._views[step.slot], step.src)
 
     # ------------------------------------------------------------------ steps
 
@@ -155,8 +156,15 @@ class SiteRun:
         self._transport.wait(step.src, step.slot, self.epoch)
         self.blocked_s += time.perf_counter() - start
 
-    def _place(self, out: torch.Tensor, shard: torch.Tensor, runs: Sequence[tuple[int, int]]) -> None:
+    def _place(self, out: torch.Tensor, shard: torch.Tensor, src: int) -> None:
         site = self.plan.site
+        if hasattr(site, "wanted"):
+            at = 0
+            for first, length in site.part(src, self._rank)[1]:
+                out.narrow(site.dim, first, length).copy_(shard.narrow(site.dim, at, length))
+                at += length
+            return
+        runs = site.owners[src]
         before, after = site.shape[: site.dim], site.shape[site.dim + 1 :]
         tokens = site.shape[site.dim] // (site.outer * site.inner)
         mine = sum(length for _, length in runs)
@@ -170,10 +178,20 @@ class SiteRun:
     def _outgoing(self, tensor: torch.Tensor, step: Put) -> torch.Tensor:
         """The heads that the receiver computes, of one piece of the tokens."""
         if step.tensor == "x":
-            return tensor
+            return self._part(tensor, step.dst)
         first, last = (self.plan.heads if step.tensor == "q" else self.plan.kv_heads)(step.dst)
         start, stop = self.plan.rows(step.tensor, Chunk(self._rank, step.piece))
         return tensor[:, first:last, start:stop]
+
+    def _part(self, shard: torch.Tensor, dst: int) -> torch.Tensor:
+        """What a rank wants of this rank's shard: all of it for a gather."""
+        site = self.plan.site
+        if not hasattr(site, "wanted"):
+            return shard
+        pieces = [shard.narrow(site.into, first, length) for first, length in site.part(self._rank, dst)[0]]
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat(pieces, site.into) if pieces else shard.narrow(site.into, 0, 0)
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
         site = self.plan.site

@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_sites import attention_site
 
-from sfcompile.codegen.sites import GatherSite, count, cut, kv_slice, slice_of
+from sfcompile.codegen.sites import GatherSite, ReshardSite, count, cut, kv_slice, overlap, places, slice_of
 
 
 def test_equal_geometry_ignores_the_name_only() -> None:
@@ -48,3 +48,20 @@ def test_a_cut_of_positions_keeps_their_order() -> None:
 def test_grouped_heads_share_key_heads() -> None:
     site = replace(attention_site(4, heads=8), kv_heads=2)
     assert [kv_slice(site, heads) for heads in ((0, 2), (2, 6), (4, 8), (0, 8))] == [(0, 1), (0, 2), (1, 2), (0, 2)]
+
+
+def test_overlap_and_places() -> None:
+    a, b = ((0, 4), (8, 4)), ((2, 8), (11, 3))
+    assert overlap(a, b) == ((2, 2), (8, 2), (11, 1))
+    assert places(overlap(a, b), a) == ((2, 2), (4, 2), (7, 1))
+    assert places(overlap(a, b), b) == ((0, 2), (6, 2), (8, 1))
+
+
+def test_parts_of_a_reshard() -> None:
+    """The same dim: what both have; another dim: the receiver's columns of the sender's rows."""
+    owned, wanted = (((0, 3),), ((3, 2),)), (((0, 4),), ((2, 3),))
+    halo = ReshardSite("h", (5, 6), torch.float32, 0, owned, 0, wanted)
+    assert halo.part(1, 0) == (((0, 1),), ((3, 1),)) and halo.part_shape(1, 0) == (1, 6)
+    switch = ReshardSite("s", (5, 6), torch.float32, 0, owned, 1, (((0, 2),), ((2, 4),)))
+    assert switch.part(0, 1) == (((2, 4),), ((0, 3),)) and switch.part_shape(0, 1) == (3, 4)
+    assert switch.local_shape(1) == (2, 6) and switch.wanted_shape(1) == (5, 4)

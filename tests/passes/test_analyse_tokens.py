@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from sfcompile.capture import Captured
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, seeds_of
+from sfcompile.passes.layout import Key
 
 
 def analysed(fn: Callable[..., Any], *args: torch.Tensor) -> tuple[Captured, Tokens]:
@@ -17,7 +18,7 @@ def analysed(fn: Callable[..., Any], *args: torch.Tensor) -> tuple[Captured, Tok
     return got, analyse_tokens(got.gm.graph, seeds_of(analyse_attention(got.gm.graph)))
 
 
-def input_layouts(got: Captured, tokens: Tokens) -> list[list[tuple[int, int, int]]]:
+def input_layouts(got: Captured, tokens: Tokens) -> list[list[Key]]:
     return [sorted(tokens.layouts.get(node, {})) for node in got.gm.graph.nodes if node.op == "placeholder"]
 
 
@@ -27,8 +28,8 @@ def test_labels_flow_back_to_the_inputs_and_join_text_with_image() -> None:
         return sdpa(x, x, x).transpose(1, 2).flatten(2)[:, text.shape[1] :]
 
     got, tokens = analysed(joint, torch.zeros(2, 3, 8), torch.zeros(2, 5, 8))
-    assert input_layouts(got, tokens) == [[(1, 1, 1)], [(1, 1, 1)]]
-    roots = [tokens.space.roots(tokens.layouts[node][1, 1, 1].runs) for node in list(got.gm.graph.nodes)[:2]]
+    assert input_layouts(got, tokens) == [[(1, 1, 1, 1)], [(1, 1, 1, 1)]]
+    roots = [tokens.space.roots(tokens.layouts[node][1, 1, 1, 1].runs) for node in list(got.gm.graph.nodes)[:2]]
     assert roots[0][0][0] + 3 == roots[1][0][0], "text and image are neighbouring stretches of one axis"
 
 
@@ -38,7 +39,7 @@ def test_weights_and_modulations_carry_no_tokens() -> None:
         return sdpa(h, h, h)
 
     got, tokens = analysed(block, torch.zeros(2, 6, 4), torch.zeros(4, 4), torch.zeros(2, 4))
-    assert input_layouts(got, tokens) == [[(1, 1, 1)], [], []]
+    assert input_layouts(got, tokens) == [[(1, 1, 1, 1)], [], []]
 
 
 def test_equal_sizes_are_not_the_same_axis() -> None:
@@ -46,7 +47,7 @@ def test_equal_sizes_are_not_the_same_axis() -> None:
         return sdpa(x, text, text)
 
     got, tokens = analysed(cross, torch.zeros(2, 1, 6, 4), torch.zeros(2, 1, 6, 4))
-    a, b = (tokens.layouts[node][2, 1, 1].runs for node in list(got.gm.graph.nodes)[:2])
+    a, b = (tokens.layouts[node][2, 1, 1, 1].runs for node in list(got.gm.graph.nodes)[:2])
     assert tokens.space.roots(a) != tokens.space.roots(b)
 
 

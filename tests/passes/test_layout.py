@@ -46,8 +46,31 @@ def test_tokens_stay_with_their_elements_through_a_view(
     np.testing.assert_array_equal(tokens_of_elements(shape, back), tokens_of_elements(shape, layout))
 
 
-def test_tokens_spread_over_a_grid_map_to_nothing() -> None:
-    assert map_through_view(Layout(1, ((0, 12),)), (2, 12, 5), (2, 3, 4, 5)) is None
+def test_tokens_of_a_grid_are_followed_by_their_rows() -> None:
+    tokens = Layout(1, ((0, 12),))
+    rows = Layout(1, ((0, 12),), grain=4)
+    assert map_through_view(tokens, (2, 12, 5), (2, 3, 4, 5)) == rows
+    assert map_through_view(rows, (2, 3, 4, 5), (2, 12, 5)) == tokens
+    assert map_through_view(rows, (2, 3, 4, 5), (2, 3, 20)) == rows
+    assert map_through_view(rows, (2, 3, 4, 5), (6, 4, 5)) == Layout(0, ((0, 12),), 2, 1, 4)
+    assert map_through_view(Layout(0, ((0, 24),)), (24, 5), (2, 3, 4, 5)) == Layout(0, ((0, 24),), grain=12)
+    assert map_through_view(rows, (2, 3, 4, 5), (2, 2, 6, 5)) is None
+    assert map_through_view(tokens, (2, 12, 5), (2, 5, 12)) is None
+
+
+def test_rows_have_one_owner_where_the_segment_is_cut_between_rows() -> None:
+    space = LabelSpace()
+    runs = space.fresh(20)
+    rows = Layout(1, runs, grain=5)
+    assert not Ownership(space, [runs[0]], [0], 3).fits(rows)
+    owners = Ownership(space, [runs[0]], [0], 3, {runs[0][0]: 5})
+    assert owners.fits(rows)
+    assert [owners.rows(rows, rank).tolist() for rank in range(3)] == [[0, 1], [2], [3]]
+    assert owners.dim_runs(Layout(0, runs, 2, 3, 5), 1) == ((6, 3), (18, 3))
+    assert owners.local_shape((2, 4, 5), rows, 0) == (2, 2, 5)
+
+
+def test_single_tokens_map_where_their_dim_is_kept() -> None:
     assert map_through_view(Layout(1, ((0, 1),)), (2, 1, 5), (2, 5)) is None
     assert map_through_view(Layout(1, ((0, 1),)), (2, 1, 6), (2, 1, 2, 3)) == Layout(1, ((0, 1),))
 

@@ -1,4 +1,4 @@
-"""Look-ups, convolutions, resampling on shards."""
+"""Look-ups, resampling on shards."""
 
 from __future__ import annotations
 
@@ -25,9 +25,3 @@ def test_look_ups(n: int, p: int) -> None:
 def test_an_index_narrower_than_its_source_is_not_cut_on_one_side() -> None:
     x, pick = rand(2, 7, 6), torch.randint(0, 6, (2, 5, 3))
     check_sharded(lambda x, i: (x * 2).gather(2, i), [x, pick], (0, 1), whole=["gather"])
-
-
-def test_pixelwise_convolution_and_batch_of_tokens() -> None:
-    check_sharded(lambda x, w: F.conv1d(x, w), [rand(2, 6, 9), rand(4, 6, 1)], (0, 2))
-    check_sharded(lambda x, w: F.conv2d(x.flatten(0, 1), w, padding=1), [rand(2, 5, 3, 4, 4), rand(2, 3, 3, 3)], (0, 1))
-    check_sharded(lambda x: F.avg_pool1d(x.flatten(0, 1), 2), [rand(2, 5, 3, 4)], (0, 1))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import check_sharded
+from helpers import ANY, check_sharded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,11 +34,30 @@ def test_views(name: str, n: int, p: int) -> None:
     check_sharded(VIEWS[name], [rand(2, n, 6)], (0, 1), ranks=p, exact=True)
 
 
-def test_tokens_spread_over_a_grid_are_gathered_before_the_view() -> None:
-    def unpatchify(x: torch.Tensor) -> torch.Tensor:
-        return (x * 2).reshape(2, 3, 4, 6).permute(0, 3, 1, 2)
+def unpatchify(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2).reshape(2, 3, 4, 6).permute(0, 3, 1, 2)
 
-    check_sharded(unpatchify, [rand(2, 12, 6)], (0, 1), whole=["view"], exact=True)
+
+def test_a_grid_is_sharded_by_rows_where_tokens_are_cut_between_rows() -> None:
+    check_sharded(unpatchify, [rand(2, 12, 6)], (0, 1), ranks=3, exact=True)
+
+
+def test_rows_that_ranks_share_are_gathered_before_the_view() -> None:
+    check_sharded(unpatchify, [rand(2, 12, 6)], (0, 1), ranks=5, whole=["view"], exact=True)
+
+
+@few
+@given(st.integers(1, 5), st.integers(2, 4), st.integers(2, 4), st.integers(2, 4))
+def test_patches_there_and_back(h: int, w: int, p: int, ranks: int) -> None:
+    def there_and_back(x: torch.Tensor) -> torch.Tensor:
+        grid = (x * 2).reshape(2, h, w, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, h * p, w * p)
+        back = grid.cos().reshape(2, 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1)
+        return back.reshape(2, h * w, p * p * 3) + x
+
+    fits = (h * w) % (ranks * w) == 0
+    check_sharded(
+        there_and_back, [rand(2, h * w, 3 * p * p)], (0, 1), ranks=ranks, whole=ANY if not fits else (), exact=True
+    )
 
 
 def test_reading_bytes_as_another_type_has_no_rule() -> None:

@@ -96,7 +96,9 @@ def test_timeout_ends_all_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
-    code = f"from sfcompile.launch import launch; launch(['-c', {SLEEP_FOREVER!r}, {str(tmp_path)!r}], 2)"
+    # A shell that runs us in the background has us ignore Ctrl-C, and children inherit that.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"from sfcompile.launch import launch; launch(['-c', {SLEEP_FOREVER!r}, {str(tmp_path)!r}], 2)"
     launcher = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while len(list(tmp_path.iterdir())) < 2:

@@ -1,0 +1,7 @@
+"""Tiny random-weight models of diffusers' transformer classes, one or more for every class that can be built."""
+
+from __future__ import annotations
+
+from .registry import ZOO
+
+__all__ = ["ZOO"]
