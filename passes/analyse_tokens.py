@@ -6,6 +6,7 @@ text and image axes, segments, registers and references come out by themselves; 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from sfcompile.passes.analyse_attention import Site
+from sfcompile.passes.analyse_cost import flops
 from sfcompile.passes.labels import LabelSpace
 from sfcompile.passes.layout import Key, Layout
 from sfcompile.passes.op_rules import Rule, Side, find_rule
@@ -25,7 +27,8 @@ class Tokens:
     """What the analysis found.
 
     ``layouts[value][key]`` are the places where tokens sit in a value; ``ops`` the calls that have a rule;
-    ``clashes`` the ops at which two vectors could not be united (a shifted copy of the same tokens).
+    ``clashes`` the ops at which two vectors could not be united (a shifted copy of the same tokens); ``rows`` the seeds
+    beyond the given ones, with the FLOPs of the op.
     """
 
     space: LabelSpace = field(default_factory=LabelSpace)
@@ -33,6 +36,7 @@ class Tokens:
     views: dict[fx.Node, OpView] = field(default_factory=dict)
     rules: dict[fx.Node, Rule] = field(default_factory=dict)
     clashes: list[fx.Node] = field(default_factory=list)
+    rows: list[tuple[fx.Node, int, float]] = field(default_factory=list)
 
 
 def seeds_of(sites: Sequence[Site], axis: str = "tokens") -> list[tuple[fx.Node, int]]:
@@ -45,43 +49,77 @@ def seeds_of(sites: Sequence[Site], axis: str = "tokens") -> list[tuple[fx.Node,
     return [(value, value.meta["val"].dim() - 2) for site in sites for value in (site.q, site.k)]
 
 
-def analyse_tokens(graph: fx.Graph, seeds: Sequence[tuple[fx.Node, int]]) -> Tokens:
-    """Label the token positions of every value reachable from the seeds ``(value, dim)``."""
-    tokens = Tokens()
-    readers: dict[fx.Node, list[tuple[fx.Node, Side]]] = {}
-    for node in graph.nodes:
-        op = OpView.of(node)
-        if op is None or node.target in COMMUNICATION:
-            continue
-        tokens.views[node] = op
-        rule = find_rule(op)
-        if rule is None:
-            continue
-        tokens.rules[node] = rule
-        for operand in op.operands:
-            readers.setdefault(operand.node, []).append((node, ("in", operand.index)))
-        for j, output in enumerate(op.outputs):
-            if output is not None:
-                readers.setdefault(output, []).append((node, ("out", j)))
+def analyse_tokens(graph: fx.Graph, seeds: Sequence[tuple[fx.Node, int]], rows_from: int = 0) -> Tokens:
+    """Label the token positions of every value reachable from the seeds ``(value, dim)``.
 
-    queue: deque[tuple[fx.Node, Layout]] = deque()
+    Args:
+        rows_from: where work is left that no seed reaches (a graph without attention, a graph break before it, an
+            encoder of something else), label the rows of its results too if there are at least so many; 0: never.
+    """
+    analysis = _Analysis(graph)
+    for value, dim in seeds:
+        analysis.seed(value, dim)
+    if rows_from:
+        analysis.seed_rows(rows_from)
+    return analysis.tokens
 
-    def add(value: fx.Node, layout: Layout, origin: fx.Node) -> None:
-        known = tokens.layouts.setdefault(value, {})
+
+class _Analysis:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.tokens = Tokens()
+        self._readers: dict[fx.Node, list[tuple[fx.Node, Side]]] = {}
+        self._queue: deque[tuple[fx.Node, Layout]] = deque()
+        for node in graph.nodes:
+            op = OpView.of(node)
+            if op is None or node.target in COMMUNICATION:
+                continue
+            self.tokens.views[node] = op
+            rule = find_rule(op)
+            if rule is None:
+                continue
+            self.tokens.rules[node] = rule
+            for operand in op.operands:
+                self._readers.setdefault(operand.node, []).append((node, ("in", operand.index)))
+            for j, output in enumerate(op.outputs):
+                if output is not None:
+                    self._readers.setdefault(output, []).append((node, ("out", j)))
+
+    def seed(self, value: fx.Node, dim: int) -> None:
+        """Fresh labels for a dim, followed wherever they go."""
+        self._add(value, Layout(dim, self.tokens.space.fresh(int(value.meta["val"].shape[dim]))), value)
+        while self._queue:
+            value, layout = self._queue.popleft()
+            for node, side in self._readers.get(value, ()):
+                op, rule = self.tokens.views[node], self.tokens.rules[node]
+                for (kind, index), found in rule.spread(op, self.tokens.space, side, layout):
+                    target = op.operands[index].node if kind == "in" else op.outputs[index]
+                    if target is not None:
+                        self._add(target, found, node)
+
+    def _add(self, value: fx.Node, layout: Layout, origin: fx.Node) -> None:
+        if layout.grain > 1 and math.prod(value.meta["val"].shape[layout.dim + 1 :]) % layout.grain:
+            return  # a table of rows without their columns is not the grid, and would carry labels out of it
+        known = self.tokens.layouts.setdefault(value, {})
         if layout.key not in known:
             known[layout.key] = layout
-            queue.append((value, layout))
-        elif not tokens.space.unite(known[layout.key].runs, layout.runs):
-            tokens.clashes.append(origin)
+            self._queue.append((value, layout))
+        elif not self.tokens.space.unite(known[layout.key].runs, layout.runs):
+            self.tokens.clashes.append(origin)
 
-    for value, dim in seeds:
-        add(value, Layout(dim, tokens.space.fresh(int(value.meta["val"].shape[dim]))), value)
-    while queue:
-        value, layout = queue.popleft()
-        for node, side in readers.get(value, ()):
-            op, rule = tokens.views[node], tokens.rules[node]
-            for (kind, index), found in rule.spread(op, tokens.space, side, layout):
-                target = op.operands[index].node if kind == "in" else op.outputs[index]
-                if target is not None:
-                    add(target, found, node)
-    return tokens
+    def seed_rows(self, least: int) -> None:
+        """Seed the results of products and convolutions that hold no tokens, the costliest first."""
+        tokens = self.tokens
+        costs = {node: flops(op) for node, op in tokens.views.items() if node in tokens.rules}
+        for node in sorted((node for node in costs if costs[node]), key=lambda node: -costs[node]):
+            op = tokens.views[node]
+            if len(op.out_shapes) != 1 or tokens.layouts.get(node):
+                continue
+            shape = op.out_shapes[0]
+            convolution = op.name.startswith("conv")
+            # Channels are never rows; frames or samples in the batch of a convolution are, if there are enough.
+            rows = [d for d in range(len(shape)) if d != (1 if convolution else len(shape) - 1) and shape[d] >= least]
+            if not rows:
+                continue
+            dim = 0 if convolution and rows[0] == 0 else max(rows, key=lambda d: shape[d])
+            self.seed(node, dim)
+            tokens.rows.append((node, dim, costs[node]))

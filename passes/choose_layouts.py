@@ -68,6 +68,13 @@ def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int, axis: 
         if layout is not None and layout.runs:
             root = find(first_segment(vectors[layout.runs]))
             weight[root] = weight.get(root, 0.0) + site.flops
+    attention = dict(weight)
+    for value, dim, cost in tokens.rows:
+        layout = tokens.layouts[value].get((dim, 1, 1, 1))
+        if layout is not None and layout.runs:
+            root = find(first_segment(vectors[layout.runs]))
+            # Rows of products count only where no attention says which axis to follow.
+            weight[root] = weight.get(root, 0.0) + 1e-9 * cost
 
     chosen: dict[fx.Node, Layout] = {}
     for value, places in tokens.layouts.items():
@@ -88,8 +95,8 @@ def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int, axis: 
         if layout.grain > 1 and not owners.fits(layout):
             del chosen[value]
     summary = tuple(
-        (sum(n for (_, n), a in zip(segments, axes, strict=True) if a == root), axes.count(root), flops)
-        for root, flops in sorted(weight.items(), key=lambda item: -item[1])
+        (sum(n for (_, n), a in zip(segments, axes, strict=True) if a == root), axes.count(root), work)
+        for root, work in sorted(attention.items(), key=lambda item: -item[1])
     )
     return Layouts(chosen, owners, summary)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from sfcompile.passes.labels import LabelSpace, Runs, runs_flip, runs_merge, runs_slice
+from sfcompile.passes.labels import LabelSpace, Runs, runs_flip, runs_length, runs_merge, runs_slice
 from sfcompile.passes.layout import Layout, Need
 from sfcompile.passes.op_rules import Chosen, Found, Rule, Side, register_rule
 from sfcompile.passes.op_rules_linked import Linked, Names
@@ -43,20 +43,22 @@ class Indexed:
     pieces: dict[Side, Cut]
     write: Callable[[OpView, Chosen, list[fx.Node], LocalGraph], fx.Node]
     others: Linked | None
-    _fresh: Runs | None = field(default=None)
+    _fresh: dict[int, Runs] = field(default_factory=dict)
 
     def _here(self, layout: Layout | None) -> bool:
-        return layout is not None and layout.dim == self.dim and layout.plain
+        return layout is not None and layout.dim == self.dim and layout.outer == layout.inner == 1
 
     def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
         """Give every side its piece of the master vector (and the side we came from, to be united with it)."""
         if layout.dim != self.dim:
             return self.others.spread(op, space, side, layout) if self.others else []
-        if not layout.plain:
+        if not self._here(layout):
             return []
-        if self._fresh is None:
-            self._fresh = space.fresh(self.length)
-        found = [(to, Layout(self.dim, cut(self._fresh))) for to, cut in self.pieces.items()]
+        grain = layout.grain
+        if grain not in self._fresh:
+            self._fresh[grain] = space.fresh(self.length * grain)
+        whole = self._fresh[grain]
+        found = [(to, Layout(self.dim, _by_rows(cut, whole, grain), grain=grain)) for to, cut in self.pieces.items()]
         return [(to, piece) for to, piece in found if piece.tokens]
 
     def needs(self, op: OpView, chosen: Chosen) -> list[Need] | None:
@@ -70,7 +72,7 @@ class Indexed:
             return None
         assert whole is not None
         for j, out in enumerate(chosen.outs):
-            want = self.pieces[("out", j)](whole.runs)
+            want = _by_rows(self.pieces[("out", j)], whole.runs, whole.grain)
             if not want or op.outputs[j] is None:
                 continue  # no tokens, or nothing reads it
             if not self._here(out) or not chosen.owners.same(out, whole.with_runs(want)):
@@ -78,7 +80,7 @@ class Indexed:
         needs: list[Need] = []
         for operand in op.operands:
             cut = self.pieces.get(("in", operand.index))
-            needs.append(whole.with_runs(cut(whole.runs)) if cut else None)
+            needs.append(whole.with_runs(_by_rows(cut, whole.runs, whole.grain)) if cut else None)
         return needs
 
     def partial(self, op: OpView, chosen: Chosen) -> list[Need] | None:
@@ -100,6 +102,15 @@ def _same_dims_but(op: OpView, dim: int, fix: Any = None) -> Linked:
     return Linked(ins, [names for _ in op.out_shapes], fix)
 
 
+def _by_rows(cut: Cut, runs: Runs, grain: int) -> Runs:
+    """Cut a vector whose positions stand for ``grain`` labels each."""
+    if grain == 1:
+        return cut(runs)
+    rows = cut(((0, runs_length(runs) // grain),))
+    pieces = [runs_slice(runs, first * grain, (first + n) * grain) for first, n in rows]
+    return runs_merge(run for piece in pieces for run in piece)
+
+
 def _identity(runs: Runs) -> Runs:
     return runs
 
@@ -110,7 +121,7 @@ def _stretch(start: int, stop: int, step: int = 1) -> Cut:
 
 def _owned(local: LocalGraph, chosen: Chosen, layout: Layout | None) -> Any:
     assert layout is not None
-    return chosen.owners.positions(layout.runs, local.rank)
+    return chosen.owners.rows(layout, local.rank)
 
 
 # --------------------------------------------------------------------------- cat, stack of tokens

@@ -87,7 +87,7 @@ def _analyse_attention(s: State) -> None:
 
 
 def _analyse_tokens(s: State) -> None:
-    s.tokens = analyse_tokens(s.gm.graph, seeds_of(s.sites))
+    s.tokens = analyse_tokens(s.gm.graph, seeds_of(s.sites), s.topology.num_ranks)
 
 
 def _choose_layouts(s: State) -> None:
