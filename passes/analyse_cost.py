@@ -11,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 from sfcompile.codegen.sites import count, overlap
 from sfcompile.passes.layout import Layout, Ownership, Window
 from sfcompile.passes.op_view import OpView
+from sfcompile.runtime.ops import OPAQUE
 from sfcompile.runtime.topology import Topology
 
 _VIEWS = {
@@ -40,6 +41,8 @@ def flops(op: OpView) -> float:
     if op.name == "scaled_dot_product_attention":
         q, k, v = op.operands[:3]
         return 2.0 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+    if op.name == "opaque":
+        return OPAQUE[str(op.args["key"])].flops
     formula = flop_registry.get(getattr(op.node.target, "_overloadpacket", None))
     if formula is None:
         return 0.0

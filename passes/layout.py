@@ -97,7 +97,7 @@ def map_through_view(layout: Layout, source: Shape, target: Shape) -> Layout | N
     after = 1
     for dim in reversed(range(len(target))):
         size = target[dim]
-        if size == 0:
+        if 0 in (size, count, right):
             return None
         if after * size > right or (count == 1 and after == right and size == 1):
             if right % after:

@@ -196,7 +196,8 @@ def _unsqueeze(op: OpView) -> Rule:
 @register_rule("squeeze")
 def _squeeze(op: OpView) -> Rule:
     x = op.operands[0]
-    asked = op.dims("dim", x.ndim) if "dim" in op.args else tuple(range(x.ndim))
+    named = op.args.get("dim", range(x.ndim))  # an empty list drops nothing
+    asked = [int(d) % max(x.ndim, 1) for d in ([named] if isinstance(named, int) else named)]
     dropped = [d for d in asked if x.shape[d] == 1]
     out = [d for d in range(x.ndim) if d not in dropped]
     names: Names = [None if d in dropped else d for d in range(x.ndim)]

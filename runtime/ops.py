@@ -8,6 +8,8 @@ session.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,6 +82,33 @@ for _name in _OPS:
     _run = _end(_name) if _ends else _attend if _name == "attend" else _start(_name)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"streamfusion::{_name}", _fake_end if _ends else _fake_ticket, lib=_library)
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A function that a graph calls as it is, the shapes and dtypes that it returns, and its FLOPs."""
+
+    run: Callable[..., list[torch.Tensor]]
+    made: list[tuple[list[int], torch.dtype]]
+    flops: float
+
+
+OPAQUE: dict[str, Opaque] = {}
+"""By the key that ``streamfusion.opaque`` is called with (sfcompile/capture_opaque.py fills it)."""
+
+
+def _opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:
+    return [out.clone(memory_format=torch.contiguous_format) for out in OPAQUE[key].run(*tensors)]
+
+
+def _fake_opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return [torch.empty(size, dtype=dtype, device=device) for size, dtype in OPAQUE[key].made]
+
+
+_library.define("opaque(Tensor[] tensors, str key) -> Tensor[]")
+_library.impl("opaque", _opaque, "CompositeExplicitAutograd")
+torch.library.register_fake("streamfusion::opaque", _fake_opaque, lib=_library)
 
 
 @register_flop_formula(torch.ops.streamfusion.attend)

@@ -83,6 +83,7 @@ def _compile_rank(
         session.agree("unsharded", _describe(gm, example_inputs, asked))
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
         return _inner(gm, example_inputs, None, asked)
+    capture_s = time.perf_counter() - start
     session.agree(_digest_text(captured, asked, topology), _describe(gm, example_inputs, asked))
     state = State(
         captured.gm,
@@ -95,13 +96,14 @@ def _compile_rank(
         shard_everything=asked.placement == "shard",
     )
     compiled = run_pipeline(state, strict=asked.strict, dump=asked.dump)
+    compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     for program, schedules in compiled.programs.items():
         session.load(program, schedules)
     _announce(compiled, session, time.perf_counter() - start)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
     local = _inner(compiled.gm, inputs, captured, asked)
     session.meet()
-    return _pick_tensors(local, captured.tensor_inputs, len(example_inputs))
+    return _as_called(local, captured, len(example_inputs))
 
 
 def _refuse_accelerators(inputs: Sequence[Any]) -> None:
@@ -114,14 +116,19 @@ def _refuse_accelerators(inputs: Sequence[Any]) -> None:
         )
 
 
-def _pick_tensors(local: Callable[..., Any], tensors: tuple[int, ...], count: int) -> Callable[..., Any]:
-    if tensors == tuple(range(count)):
+def _as_called(local: Callable[..., Any], captured: Captured, count: int) -> Callable[..., Any]:
+    """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
+    tensors, written = captured.tensor_inputs, captured.written
+    if tensors == tuple(range(count)) and not written:
         return local
 
-    def without_sizes(*args: Any) -> Any:
-        return local(*(args[i] for i in tensors))
+    def run(*args: Any) -> Any:
+        out = local(*(args[i] for i in tensors))
+        for i, value in zip(written, out[len(out) - len(written) :], strict=True):
+            args[i].copy_(value)
+        return out[: len(out) - len(written)]
 
-    return without_sizes
+    return run
 
 
 def _inner(gm: fx.GraphModule, inputs: Sequence[Any], captured: Captured | None, asked: Options) -> Callable[..., Any]:

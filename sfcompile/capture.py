@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture_attention import recognise_attention
+from sfcompile.capture_opaque import hide_opaque
 from sfcompile.errors import TrainingGraphError, UnsupportedError
 from sfcompile.torch_private import (
     FakeTensor,
@@ -25,6 +26,7 @@ from sfcompile.torch_private import (
     TracingContext,
     compile_fx,
     dispatch_functionalize,
+    has_data_mutation,
     make_fx,
     tracing,
 )
@@ -39,12 +41,14 @@ class Captured:
         mode: the fake mode of every ``node.meta["val"]``.
         tensor_inputs: positions of the placeholders among the original inputs (the others are sizes, now constants).
         specialised: how many symbolic sizes were fixed to their present value.
+        written: positions of the inputs that the graph writes to. Their new values follow its own outputs.
     """
 
     gm: fx.GraphModule
     mode: FakeTensorMode
     tensor_inputs: tuple[int, ...]
     specialised: int
+    written: tuple[int, ...] = ()
 
 
 def refuse_training(inputs: Sequence[Any]) -> None:
@@ -94,12 +98,17 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         ) from error
     tensors = tuple(i for i, x in enumerate(values) if isinstance(x, torch.Tensor))
     functional = FunctionalTensorMode(pre_dispatch=True, export=True)
+    gm = hide_opaque(gm)
+    written: list[int] = []
 
     def run(*args: torch.Tensor) -> Any:
         full = list(values)
         for i, arg in zip(tensors, args, strict=True):
             full[i] = arg
-        return fx.Interpreter(gm).run(*full)
+        out = fx.Interpreter(gm).run(*full)
+        written[:] = [i for i, arg in zip(tensors, args, strict=True) if has_data_mutation(arg)]
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        return (*made, *(full[i] for i in written))
 
     with torch.no_grad(), mode, fx.traceback.preserve_node_meta(), _on_cpu(gm, inputs):
         traced = make_fx(
@@ -112,7 +121,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     recognise_attention(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    return Captured(traced, mode, tensors, len(values) - len(tensors))
+    return Captured(traced, mode, tensors, len(values) - len(tensors), tuple(written))
 
 
 @contextmanager

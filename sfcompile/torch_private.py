@@ -9,27 +9,32 @@ from typing import Any
 
 import torch
 import torch._inductor
+from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.distributed import distributed_c10d
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FunctionalTensorMode",
     "GuardOnDataDependentSymNode",
+    "HigherOrderOperator",
     "OpOverload",
     "TracingContext",
     "compile_fx",
     "dispatch_functionalize",
+    "has_data_mutation",
     "inductor_mode_options",
     "job_store",
     "make_fx",
+    "no_modes",
     "tracing",
 ]
 

@@ -63,3 +63,25 @@ def test_neighbour_differences_clash_and_are_reported() -> None:
 def test_without_attention_nothing_is_labelled() -> None:
     _, tokens = analysed(lambda x: x * 2, torch.zeros(2, 3))
     assert not tokens.layouts
+
+
+def test_rows_of_products_are_followed_where_no_attention_is() -> None:
+    def mlp(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, w) * torch.nn.functional.linear(t, w)[:, None]
+
+    got = captured(mlp, torch.zeros(2, 9, 4), torch.zeros(4, 4), torch.zeros(2, 4))
+    assert not analyse_tokens(got.gm.graph, []).layouts
+    tokens = analyse_tokens(got.gm.graph, [], rows_from=4)
+    assert input_layouts(got, tokens) == [[(1, 1, 1, 1)], [], []], "two samples are fewer than four ranks"
+    assert [dim for _, dim, _ in tokens.rows] == [1]
+
+
+def test_a_table_of_rows_without_columns_carries_no_grid() -> None:
+    def rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        h, w = table[:4].view(4, 1, -1).expand(4, 5, -1), table[:5].view(1, 5, -1).expand(4, 5, -1)
+        y = x * torch.cat([h, w], dim=-1).reshape(1, 20, -1)
+        return sdpa(y, y, y)
+
+    got, tokens = analysed(rope, torch.zeros(1, 20, 6), torch.zeros(30, 3))
+    keys = {key for places in tokens.layouts.values() for key in places}
+    assert max(grain for *_, grain in keys) <= 5

@@ -68,3 +68,9 @@ def test_moving_dims(name: str, n: int, p: int) -> None:
 
 def test_squeeze_keeps_a_token_dim_whose_shard_is_one_long() -> None:
     check_sharded(lambda x: x.unsqueeze(0).squeeze() * 1, [rand(3, 4)], (0, 0), ranks=3)
+
+
+def test_a_squeeze_of_no_dims_keeps_all() -> None:
+    squeeze = torch.ops.aten.squeeze.dims
+    check_sharded(lambda x: squeeze(x * 2, []) + 1, [rand(1, 5, 1, 3)], (0, 1), exact=True)
+    check_sharded(lambda x: squeeze(x * 2, [0, -2]) + 1, [rand(1, 5, 1, 3)], (0, 1), exact=True)

@@ -86,3 +86,17 @@ def test_training_is_refused() -> None:
         refuse_training([torch.zeros(1), torch.zeros(1, requires_grad=True)])
     with torch.no_grad():
         refuse_training([torch.zeros(1, requires_grad=True)])
+
+
+def test_inputs_that_are_written_to_come_back_as_outputs() -> None:
+    def write(x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        cache[:, 1:3] = x[:, 1:3] * 2
+        return x + cache
+
+    x, cache = torch.randn(2, 5), torch.zeros(2, 5)
+    got = captured(write, x, cache)
+    assert got.written == (1,)
+    out, new = got.gm(x, torch.zeros(2, 5))
+    want = write(x, cache)
+    assert torch.equal(out, want) and torch.equal(new, cache)
+    assert captured(lambda x: (x * 2).add_(1), x).written == ()
