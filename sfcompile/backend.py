@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from sfcompile.capture import Captured, capture, compile_with_inductor, refuse_training
+from sfcompile.by_sizes import BySizes, moving_inputs
+from sfcompile.capture import Captured, capture, compile_with_inductor, present, refuse_training
 from sfcompile.errors import StreamFusionError, UnsupportedError
 from sfcompile.options import Options
 from sfcompile.passes.pipeline import Compiled, State, run_pipeline
@@ -67,13 +68,22 @@ def streamfusion_backend(
     session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
     with session.guard():
         session.reconfigure(asked.transport, asked.timeout_s)
-        return _compile_rank(gm, example_inputs, asked, session)
+        _refuse_accelerators(example_inputs)
+        first, any_size = _compile_rank(gm, example_inputs, asked, session)
+    moving = moving_inputs(gm, example_inputs)
+    if any_size or not moving:
+        return first
+
+    def compile(inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _compile_rank(gm, inputs, asked, session)[0]
+
+    return BySizes(gm, first, example_inputs, moving, compile, session)
 
 
 def _compile_rank(
     gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options, session: Session
-) -> Callable[..., Any]:
-    _refuse_accelerators(example_inputs)
+) -> tuple[Callable[..., Any], bool]:
+    """A graph's program for the sizes of some inputs, and whether it serves other sizes too (an unsharded one does)."""
     start = time.perf_counter()
     topology = session.topology if asked.topology == "auto" else _topology(asked.topology)
     check_ranks(topology, session.topology.num_ranks)
@@ -82,7 +92,7 @@ def _compile_rank(
     except UnsupportedError as error:
         session.agree("unsharded", _describe(gm, example_inputs, asked))
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
-        return _inner(gm, example_inputs, None, asked)
+        return _inner(gm, example_inputs, None, asked), True
     capture_s = time.perf_counter() - start
     session.agree(_digest_text(captured, asked, topology), _describe(gm, example_inputs, asked))
     state = State(
@@ -103,7 +113,7 @@ def _compile_rank(
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
     local = _inner(compiled.gm, inputs, captured, asked)
     session.meet()
-    return _as_called(local, captured, len(example_inputs))
+    return _as_called(local, captured, len(example_inputs)), False
 
 
 def _refuse_accelerators(inputs: Sequence[Any]) -> None:
@@ -167,7 +177,7 @@ def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options) -> dict
     described = {"options": str(asked.as_dict()), "graph": f"{len(gm.graph.nodes)} nodes"}
     for name, value in zip(names, inputs, strict=False):
         if isinstance(value, torch.Tensor):
-            described[f"input {name}"] = f"{str(value.dtype).removeprefix('torch.')}{list(map(int, value.shape))}"
+            described[f"input {name}"] = f"{str(value.dtype).removeprefix('torch.')}{list(map(present, value.shape))}"
     return described
 
 

@@ -22,12 +22,12 @@ from sfcompile.torch_private import (
     FakeTensor,
     FakeTensorMode,
     FunctionalTensorMode,
-    GuardOnDataDependentSymNode,
     TracingContext,
     compile_fx,
     dispatch_functionalize,
     has_data_mutation,
     make_fx,
+    symbol_hint,
     tracing,
 )
 
@@ -64,14 +64,54 @@ def refuse_training(inputs: Sequence[Any]) -> None:
         )
 
 
-def _static_fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
-    """A fake tensor of the same geometry with constant sizes; meta tensors become CPU ones.
+def present(size: Any) -> Any:
+    """The present value of a size that may be symbolic, without a guard: Dynamo's graph stays good for other sizes.
 
-    Turning a symbolic size into an int adds a guard to Dynamo's graph, so another size recompiles.
+    Raises:
+        UnsupportedError: it depends on data.
     """
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size
+    hint = symbol_hint(size)
+    if hint is None:
+        raise UnsupportedError(
+            f"an input size ({size}) is not known before the graph runs",
+            "sharding needs the number of tokens",
+            "mark the length as an ordinary input size, or let this graph run unsharded",
+        )
+    return hint
+
+
+def numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, float]:
+    """Inputs that are Python floats dressed as 0-dim tensors (Dynamo with dynamic=True), with their present values."""
+    found = {}
+    for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        items = [user for user in node.users if user.op == "call_method" and user.target == "item"]
+        if items and len(items) == len(node.users) and isinstance(inputs[i], torch.Tensor):
+            fake = isinstance(inputs[i], FakeTensor)
+            found[i] = float(present(items[0].meta["example_value"]) if fake else inputs[i].item())
+    return found
+
+
+class _Replay(fx.Interpreter):
+    """Runs a Dynamo graph; what it reads from tensors that are numbers is known."""
+
+    def __init__(self, gm: fx.GraphModule, known: dict[int, float]) -> None:
+        super().__init__(gm)
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self._known = {placeholders[i]: value for i, value in known.items()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_method" and n.target == "item" and n.args[0] in self._known:
+            return self._known[n.args[0]]
+        return super().run_node(n)
+
+
+def _static_fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the same geometry with constant sizes; meta tensors become CPU ones."""
     device = torch.device("cpu") if value.device.type == "meta" else value.device
-    sizes = [int(size) for size in value.shape]
-    strides = [int(stride) for stride in value.stride()]
+    sizes = [present(size) for size in value.shape]
+    strides = [present(stride) for stride in value.stride()]
     with mode:
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
 
@@ -81,23 +121,18 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
 
     Args:
         gm: the graph as Dynamo hands it to a backend.
-        inputs: its example inputs: tensors (real or fake) and, for dynamic shapes, integers.
+        inputs: its example inputs: tensors (real or fake) and, for dynamic shapes, numbers. Symbolic sizes count as
+            what they are now: the graph that comes out is good for these sizes only.
 
     Raises:
         UnsupportedError: the graph cannot be traced with static sizes (sizes that depend on data, ops that do not
             survive functionalisation).
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        values = [_static_fake(mode, x) if isinstance(x, torch.Tensor) else int(x) for x in inputs]
-    except (GuardOnDataDependentSymNode, TypeError) as error:
-        raise UnsupportedError(
-            f"an input size is not known before the graph runs ({error})",
-            "sharding needs the number of tokens",
-            "mark the length as an ordinary input size, or let this graph run unsharded",
-        ) from error
+    values = [_static_fake(mode, x) if isinstance(x, torch.Tensor) else present(x) for x in inputs]
     tensors = tuple(i for i, x in enumerate(values) if isinstance(x, torch.Tensor))
     functional = FunctionalTensorMode(pre_dispatch=True, export=True)
+    known = numbers(gm, inputs)
     gm = hide_opaque(gm)
     written: list[int] = []
 
@@ -105,7 +140,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         full = list(values)
         for i, arg in zip(tensors, args, strict=True):
             full[i] = arg
-        out = fx.Interpreter(gm).run(*full)
+        out = _Replay(gm, known).run(*full)
         written[:] = [i for i, arg in zip(tensors, args, strict=True) if has_data_mutation(arg)]
         made = out if isinstance(out, (tuple, list)) else (out,)
         return (*made, *(full[i] for i in written))

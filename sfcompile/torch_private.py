@@ -17,14 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.distributed import distributed_c10d
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FunctionalTensorMode",
-    "GuardOnDataDependentSymNode",
     "HigherOrderOperator",
     "OpOverload",
     "TracingContext",
@@ -35,8 +33,15 @@ __all__ = [
     "job_store",
     "make_fx",
     "no_modes",
+    "symbol_hint",
     "tracing",
 ]
+
+
+def symbol_hint(size: Any) -> Any:
+    """The present value of a symbolic number, without adding a guard; None if it has none (it depends on data)."""
+    node = size.node
+    return node.hint if node.has_hint() else None
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:

@@ -196,11 +196,31 @@ def case_shapes() -> None:
 
 
 def case_dynamic() -> None:
-    """dynamic=True is accepted and exact."""
-    model = Plain()
-    run = torch.compile(model, backend="streamfusion", dynamic=True, options={"inner": "eager", "placement": "shard"})
-    for count in (50, 31):
-        close(run(tokens(count)), model(tokens(count)))
+    """dynamic=True: several resolutions, exact, each compiled once, with as few traces as Inductor alone."""
+    from diffusers_models import build
+
+    from sfcompile.backend import reports
+
+    sd3, given = build("sd3")
+    latents = [
+        given | {"hidden_states": tokens(h * w // 8).reshape(2, 4, h, w)} for h, w in ((16, 20), (24, 16), (12, 28))
+    ]
+    plain: list[dict[str, Any]] = [{"x": tokens(count)} for count in (50, 31, 44)]
+    for model, calls in ((Plain(), plain), (sd3, latents)):
+        traces = {}
+        for backend in ("aot_eager", "streamfusion"):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            options = {"inner": "eager", "placement": "shard"} if backend == "streamfusion" else None
+            before = len(reports())
+            run = torch.compile(model, backend=backend, dynamic=True, options=options)
+            for kwargs in (*calls, *calls):
+                out, want = run(**kwargs), model(**kwargs)
+                close(*((out[0], want[0]) if isinstance(out, tuple) else (out, want)))
+            traces[backend] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        print(f"rank {RANK}: traces {traces}, sharded programs {len(reports()) - before}")
+        assert traces["streamfusion"] <= traces["aot_eager"]
+        assert len(reports()) - before == 3 * traces["streamfusion"]
 
 
 def case_no_attention() -> None:
