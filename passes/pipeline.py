@@ -27,7 +27,7 @@ from sfcompile.passes.analyse_attention import Site, analyse_attention
 from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
 from sfcompile.passes.choose_schedules import Agree, Choices, choose_schedules, groups_of
-from sfcompile.passes.local_graph import LocalGraph
+from sfcompile.passes.local_graph import COMMUNICATION, LocalGraph
 from sfcompile.passes.op_view import FakeMode
 from sfcompile.passes.place_min_cut import Placement, place_min_cut
 from sfcompile.passes.report import GraphReport
@@ -80,6 +80,15 @@ class Compiled:
     gm: fx.GraphModule
     programs: dict[str, list[Schedule]]
     report: GraphReport
+
+    @property
+    def order(self) -> list[str]:
+        """The communication of the graph in its order: the same on every rank, or they would wait for ever."""
+        return [
+            f"{node.target} {[arg for arg in node.args if isinstance(arg, (str, int))]}"
+            for node in self.gm.graph.nodes
+            if node.target in COMMUNICATION
+        ]
 
 
 def _analyse_attention(s: State) -> None:

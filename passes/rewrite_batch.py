@@ -61,6 +61,10 @@ def rewrite_batch(
     sites = analyse_attention(gm.graph)
     tokens = analyse_tokens(gm.graph, seeds_of(sites, "batch"))
     layouts = choose_layouts(tokens, sites, parts, "batch")
+    for value, layout in list(layouts.chosen.items()):
+        # Every group must get a graph of the same shapes: one sample for two groups stays with both.
+        if len({layouts.owners.count(layout.runs, p) for p in range(parts)}) > 1:
+            del layouts.chosen[value]
     heads = topology.subset(tuple(group[0] for group in groups))
     placement = place_min_cut(gm.graph, tokens, layouts, heads, shard_everything)
     if not placement.needs:

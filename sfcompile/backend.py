@@ -95,17 +95,25 @@ def _compile_rank(
         return _inner(gm, example_inputs, None, asked), True
     capture_s = time.perf_counter() - start
     session.agree(_digest_text(captured, asked, topology), _describe(gm, example_inputs, asked))
-    state = State(
-        captured.gm,
-        captured.mode,
-        topology,
-        session.rank,
-        asked.mesh,
-        asked.schedule,
-        session.from_first,
-        shard_everything=asked.placement == "shard",
-    )
-    compiled = run_pipeline(state, strict=asked.strict, dump=asked.dump)
+
+    def passes(split_batch: bool) -> Compiled:
+        state = State(
+            captured.gm,
+            captured.mode,
+            topology,
+            session.rank,
+            asked.mesh,
+            asked.schedule,
+            session.from_first,
+            shard_everything=asked.placement == "shard",
+            split_batch=split_batch,
+        )
+        return run_pipeline(state, strict=asked.strict, dump=asked.dump)
+
+    compiled = passes(split_batch=True)
+    if len(set(map(tuple, session.exchange(compiled.order, "compare their graphs")))) > 1:
+        # Groups that hold different samples came to different graphs: shard the tokens only.
+        compiled = passes(split_batch=False)
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     for program, schedules in compiled.programs.items():
         session.load(program, schedules)
