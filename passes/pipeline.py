@@ -83,9 +83,13 @@ class Compiled:
 
     @property
     def order(self) -> list[str]:
-        """The communication of the graph in its order: the same on every rank, or they would wait for ever."""
+        """The communication of the graph in its order: the same on every rank, or they would wait for ever.
+
+        Programs are numbered: groups with different samples give them different keys.
+        """
+        number = {program: i for i, program in enumerate(self.programs)}
         return [
-            f"{node.target} {[arg for arg in node.args if isinstance(arg, (str, int))]}"
+            f"{node.target} {[number.get(arg, arg) for arg in node.args if isinstance(arg, (str, int))]}"
             for node in self.gm.graph.nodes
             if node.target in COMMUNICATION
         ]

@@ -117,15 +117,15 @@ def test_groups_are_whole_machines() -> None:
     assert groups_of(topology, 1) == [(0, 2, 1, 3)]
 
 
-def test_a_single_sample_beside_a_batch_leaves_all_groups_with_one_order_of_communication() -> None:
-    """Attention over one shared sample: cut in two, one group would have it and the other nothing."""
+def test_the_first_sample_alone_leaves_all_groups_with_one_order_of_communication() -> None:
+    """A slice of the batch: cut in two, one group would have it and the other nothing."""
 
-    def both(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-        heads = [t.unflatten(2, (4, 8)).transpose(1, 2) for t in (x, shared)]
-        a, b = (sdpa(h, h, h).transpose(1, 2).flatten(2) for h in heads)
-        return a + b.mean(1, keepdim=True)
+    def first(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        h = x.unflatten(2, (4, 8)).transpose(1, 2)
+        a = sdpa(h, h, h).transpose(1, 2).flatten(2)
+        return a + torch.tanh(a[:1] @ w) * 2
 
-    got = captured(both, torch.randn(2, 24, 32), torch.randn(1, 16, 32))
+    got = captured(first, torch.randn(2, 24, 32), torch.randn(32, 32))
     topology = Topology.grid(1, 4)
     compiled = [compile_rank(got, rank, topology, {"batch": 2, "ulysses": 2, "ring": 1}) for rank in range(4)]
     assert len({tuple(rank.order) for rank in compiled}) == 1 and compiled[0].order
