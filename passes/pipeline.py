@@ -87,7 +87,7 @@ class Compiled:
 
         Programs are numbered: groups with different samples give them different keys.
         """
-        number = {program: i for i, program in enumerate(self.programs)}
+        number: dict[object, object] = {program: i for i, program in enumerate(self.programs)}
         return [
             f"{node.target} {[number.get(arg, arg) for arg in node.args if isinstance(arg, (str, int))]}"
             for node in self.gm.graph.nodes

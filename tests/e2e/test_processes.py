@@ -70,6 +70,16 @@ def test_case_passes(tmp_path: Path, case: str) -> None:
     passes(tmp_path, 2, case)
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_diffusers_pipeline_draws_the_same(tmp_path: Path, kind: str) -> None:
+    passes(tmp_path, 4, "pipeline", kind)
+
+
+@pytest.mark.parametrize("ranks", [4, 3])
+def test_a_dit_in_plain_pytorch_at_three_resolutions(tmp_path: Path, ranks: int) -> None:
+    passes(tmp_path, ranks, "own_dit")
+
+
 @pytest.mark.parametrize(
     ("case", "text"),
     [
