@@ -32,7 +32,8 @@ class GraphReport:
         sharded_sites, local_sites: attentions rewritten to put / attend / collect, and those that run on local queries.
         sharded_ops, replicated_ops: op counts.
         total_flops, rank_flops: matmul, convolution and attention FLOPs of the whole graph and of each rank.
-        replicated: token ops left whole, costliest first; gathered: all-gathers in the graph.
+        replicated: token ops left whole, costliest first; gathered: all-gathers in the graph; moved: values that ranks
+            exchange in part (halos, other cuts, another dim), with the bytes that arrive at all ranks.
         heap_bytes: symmetric heap per rank.
         schedules: distinct schedules of the sites.
         schedule: how the heaviest attention runs, and the seconds predicted for it and the compute before it: in all,
@@ -40,6 +41,8 @@ class GraphReport:
         plans: the planner's table for each distinct attention, every rejected candidate with its reason.
         pass_seconds: wall time per pass.
         warnings: what a user should know.
+        graph: number of the graph in this process, from 1; break_reason: what made Dynamo end it before the model did
+            (a graph break, with the user's line), or "".
     """
 
     num_ranks: int
@@ -55,6 +58,7 @@ class GraphReport:
     rank_flops: tuple[float, ...] = ()
     replicated: list[Left] = field(default_factory=list)
     gathered: list[Left] = field(default_factory=list)
+    moved: list[Left] = field(default_factory=list)
     heap_bytes: int = 0
     schedules: int = 0
     batch: int = 1
@@ -65,6 +69,8 @@ class GraphReport:
     plans: list[str] = field(default_factory=list)
     pass_seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    graph: int = 0
+    break_reason: str = ""
 
     @property
     def share(self) -> float:
@@ -75,10 +81,11 @@ class GraphReport:
     def headline(self) -> str:
         """The plan in one line."""
         gathers = f"{len(self.gathered)} gather{'s' * (len(self.gathered) != 1)}"
+        broken = f"; ended by a graph break: {self.break_reason}" if self.break_reason else ""
         return (
             f"{self.schedule or 'no attention sharded'}, {self.sharded_sites} sharded and {self.local_sites} local "
             f"attentions, {gathers}, busiest rank {self.share:.2f} x FLOPs/{self.num_ranks}, "
-            f"{len(self.left_behind)} token ops not sharded"
+            f"{len(self.left_behind)} token ops not sharded{broken}"
         )
 
     @property
@@ -110,8 +117,12 @@ class GraphReport:
             ("heap", f"{self.heap_bytes / 2**20:.1f} MiB symmetric memory per rank, shared by all layers"),
             ("compile", ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in self.pass_seconds.items())),
         ]
+        if self.break_reason:
+            rows.insert(0, ("graph break", f"graph {self.graph} ends at: {self.break_reason}"))
         lines = [f"  {name:<12} {text}" for name, text in rows]
         lines += _table("gathered (sharded values that some reader needs whole)", self.gathered)
+        if self.moved:
+            lines += _table("exchanged in part (halos, other cuts, another dim)", self.moved)
         lines += _table("not sharded (token ops computed whole on every rank)", self.replicated)
         lines += [f"  warning: {text}" for text in self.warnings]
         for table in self.plans:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import fx
 
 from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import source_line
-from sfcompile.passes.analyse_cost import flops, is_view, nbytes
-from sfcompile.passes.layout import Layout, Ownership
+from sfcompile.passes.analyse_cost import flops, is_view, nbytes, reshard_fraction
+from sfcompile.passes.layout import Layout, Ownership, Window
 from sfcompile.passes.op_view import is_tensor
 from sfcompile.passes.report import GraphReport, Left
 
@@ -21,7 +22,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
     """The report of a finished pipeline run."""
     assert state.layouts is not None and state.placement is not None
     assert state.choices is not None and state.local is not None
-    owners, placement = state.layouts.owners, state.placement
+    owners, placement, layouts = state.layouts.owners, state.placement, state.layouts.chosen
     ranks = range(state.topology.num_ranks)
     main = state.choices.main
     report = GraphReport(
@@ -74,6 +75,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
         _left(value, "model output" if value in outputs else _reader(value, placement.reasons), 0.0)
         for value in placement.gathers
     ]
+    report.moved = [_moved(value, need, owners, layouts[value]) for value, need in placement.moves]
     report.gathered += [
         Left(schedule.site.name, "batch gather", "", "every rank returns all samples", 0.0, schedule.heap_bytes)
         for schedule in (state.part.schedules if state.part is not None else [])
@@ -91,6 +93,12 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
     elif not placement.needs and state.part is None:
         report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
     return report
+
+
+def _moved(value: fx.Node, need: Layout | Window, owners: Ownership, made: Layout) -> Left:
+    kind = "halo" if isinstance(need, Window) else "another cut" if need.dim == made.dim else "another dim"
+    row = _left(value, f"{kind}, read by {', '.join(user.name for user in list(value.users)[:3])}", 0.0)
+    return replace(row, nbytes=int(nbytes(value) * reshard_fraction(owners, made, need) * (owners.num_ranks - 1)))
 
 
 def _share(owners: Ownership, layout: Layout, rank: int) -> float:

@@ -114,6 +114,7 @@ def _compile_rank(
     if len(set(map(tuple, session.exchange(compiled.order, "compare their graphs")))) > 1:
         # Groups that hold different samples came to different graphs: shard the tokens only.
         compiled = passes(split_batch=False)
+    compiled.report.break_reason = break_reason(gm)
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     for program, schedules in compiled.programs.items():
         session.load(program, schedules)
@@ -122,6 +123,15 @@ def _compile_rank(
     local = _inner(compiled.gm, inputs, captured, asked)
     session.meet()
     return _as_called(local, captured, len(example_inputs)), False
+
+
+def break_reason(gm: fx.GraphModule) -> str:
+    """What made Dynamo end this graph before the model ended, in a line with the user's place; "" if nothing did."""
+    cause = getattr(gm, "compile_subgraph_reason", None)
+    if cause is None or not cause.graph_break:
+        return ""
+    place = f" at {cause.user_stack[-1].filename}:{cause.user_stack[-1].lineno}" if cause.user_stack else ""
+    return f"{str(cause.reason).strip().splitlines()[0]}{place}"
 
 
 def _refuse_accelerators(inputs: Sequence[Any]) -> None:
@@ -202,10 +212,11 @@ def _announce(compiled: Compiled, session: Session, seconds: float) -> None:
     """Rank 0 says in a line what was compiled; the whole plan is at level DEBUG and in ``last_report()``."""
     report = compiled.report
     _reports.append(report)
+    report.graph = len(_reports)
     _speak(session.rank)
     for warning in report.warnings:
         log.warning(warning)
-    log.info("graph %d compiled for %d ranks in %.1f s: %s", len(_reports), report.num_ranks, seconds, report.headline)
+    log.info("graph %d compiled for %d ranks in %.1f s: %s", report.graph, report.num_ranks, seconds, report.headline)
     log.debug("\n%s", report)
 
 

@@ -40,3 +40,15 @@ def test_source_lines_are_short() -> None:
     )
     plan = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0, shard_everything=True)).report
     assert plan.replicated[0].source.startswith("test_report_graph.py:")
+
+
+def test_halos_are_listed_with_their_bytes() -> None:
+    def mix(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.scaled_dot_product_attention(x, x, x)[:, 0]
+        return torch.nn.functional.conv2d(x.transpose(1, 2).unflatten(2, (8, 6)), w, padding=1)
+
+    got = captured(mix, torch.zeros(1, 1, 48, 4), torch.zeros(4, 4, 3, 3))
+    plan = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 4), 0, shard_everything=True)).report
+    (halo,) = plan.moved
+    assert "halo" in halo.reason and halo.nbytes == 6 * 6 * 4 * 4, "six rows of six positions of four floats"
+    assert "exchanged in part" in str(plan)
