@@ -4,7 +4,7 @@ The prefix of a file is its phase and the alphabet is the order of the pipeline;
 that several phases read.
 
     analyse_*    read the graph: attention sites, token axes, costs
-    choose_*     pick one layout for every value, who owns which token, and how every attention runs
+    choose_*     pick one layout for every value, who owns which token, along which axis, and how every attention runs
     place_*      replicated or sharded, by minimum cut
     rewrite_*    emit this rank's graph, attention as put / attend / collect; a part of the batch first
     schedule_*   order the communication against the compute

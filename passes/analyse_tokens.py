@@ -49,6 +49,20 @@ def seeds_of(sites: Sequence[Site], axis: str = "tokens") -> list[tuple[fx.Node,
     return [(value, value.meta["val"].dim() - 2) for site in sites for value in (site.q, site.k)]
 
 
+def folded_seeds(graph: fx.Graph, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:
+    """Batch dims of attentions that hold more than samples (frames or pixels folded in): no graph input has that size.
+
+    Attention along them needs no traffic, so they are axes like those of tokens (choose_axes.py).
+    """
+    given = {int(n.meta["val"].shape[0]) for n in graph.nodes if n.op == "placeholder" and n.meta["val"].dim()}
+    found: dict[int, tuple[fx.Node, int]] = {}
+    for site in sites:
+        batch = int(site.q.meta["val"].shape[0])
+        if site.q.meta["val"].dim() == 4 and batch not in given:
+            found.setdefault(batch, (site.q, 0))
+    return list(found.values())
+
+
 def analyse_tokens(graph: fx.Graph, seeds: Sequence[tuple[fx.Node, int]], rows_from: int = 0) -> Tokens:
     """Label the token positions of every value reachable from the seeds ``(value, dim)``.
 

@@ -28,11 +28,18 @@ class Layouts:
     axes: tuple[tuple[int, int, float], ...]
 
 
-def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int, axis: str = "tokens") -> Layouts:
+def choose_layouts(
+    tokens: Tokens,
+    sites: Sequence[Site],
+    num_ranks: int,
+    axis: str = "tokens",
+    prefer: Mapping[fx.Node, Layout] | None = None,
+) -> Layouts:
     """Cut the label line into segments, give them owners, and pick one layout per value.
 
     Args:
         axis: what the labels of ``tokens`` stand for: "tokens" or "batch" (analyse_tokens.py).
+        prefer: layouts to take for some values (choose_axes.py).
     """
     vectors = {
         layout.runs: tokens.space.roots(layout.runs)
@@ -79,7 +86,9 @@ def choose_layouts(tokens: Tokens, sites: Sequence[Site], num_ranks: int, axis: 
     chosen: dict[fx.Node, Layout] = {}
     for value, places in tokens.layouts.items():
         usable = [layout for layout in places.values() if layout.runs]
-        if usable:
+        if prefer is not None and value in prefer:
+            chosen[value] = prefer[value]
+        elif usable:
             chosen[value] = max(
                 usable,
                 key=lambda layout: (
@@ -131,7 +140,8 @@ def _grains(
         first, length = segments[i]
         rows = -(-(length // grain) // num_ranks) * grain
         waste = (rows - -(-length // num_ranks)) * num_ranks / length
-        if first not in found and length % grain == 0 and saved * (1 - 1 / num_ranks) > total * waste:
+        # In units of an even share: replicated, this work is num_ranks instead of 1; the rest becomes 1 + waste.
+        if first not in found and length % grain == 0 and saved * (num_ranks - 1) > total * waste:
             found[first] = grain
     return found
 

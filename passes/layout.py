@@ -235,6 +235,13 @@ class Ownership:
         """How many positions ``rank`` owns."""
         return sum(count for owner, count in self.owners(runs) if owner == rank)
 
+    def busiest(self, layout: Layout) -> float:
+        """The part of the tokens that the rank with most of them owns."""
+        counts = [0] * self.num_ranks
+        for rank, count in self.owners(layout.runs):
+            counts[rank] += count
+        return max(counts) / max(1, layout.tokens)
+
     def same(self, a: Layout | None, b: Layout | None) -> bool:
         """Whether two layouts of one value put every element on the same rank."""
         if a is None or b is None:

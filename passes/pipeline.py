@@ -24,7 +24,8 @@ from sfcompile.codegen.checker import check
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.errors import InternalError, NotShardedError
 from sfcompile.passes.analyse_attention import Site, analyse_attention
-from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, seeds_of
+from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, folded_seeds, seeds_of
+from sfcompile.passes.choose_axes import Preference, choose_axes
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
 from sfcompile.passes.choose_schedules import Agree, Choices, choose_schedules, groups_of
 from sfcompile.passes.local_graph import COMMUNICATION, LocalGraph
@@ -100,11 +101,31 @@ def _analyse_attention(s: State) -> None:
 
 
 def _analyse_tokens(s: State) -> None:
-    s.tokens = analyse_tokens(s.gm.graph, seeds_of(s.sites), s.topology.num_ranks)
+    s.tokens = analyse_tokens(
+        s.gm.graph, [*seeds_of(s.sites), *folded_seeds(s.gm.graph, s.sites)], s.topology.num_ranks
+    )
 
 
 def _choose_layouts(s: State) -> None:
     s.layouts = choose_layouts(s.tokens, s.sites, s.topology.num_ranks)
+
+
+def _choose_axes(s: State) -> None:
+    assert s.layouts is not None
+    ranks = s.topology.num_ranks
+
+    def make(prefer: Preference) -> Layouts:
+        return choose_layouts(s.tokens, s.sites, ranks, prefer=prefer)
+
+    def price(layouts: Layouts) -> float:
+        choices = choose_schedules(
+            s.tokens, layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree, split_batch=False
+        )
+        # Products must be sharded if the user says so; the small ops around them go where traffic is least.
+        forced, traffic_s = s.shard_everything, choices.exchange_s
+        return place_min_cut(s.gm.graph, s.tokens, layouts, s.topology, forced, traffic_s, force_s=0.0).seconds
+
+    s.layouts = choose_axes(s.gm.graph, s.tokens, s.sites, s.layouts, make, price)
 
 
 def _choose_schedules(s: State) -> None:
@@ -132,7 +153,7 @@ def _rewrite_batch(s: State) -> None:
     mine = next(group for group in groups if s.rank in group)
     # From here on the job is this group and the model is its part of the batch.
     s.gm, s.topology, s.rank = s.part.gm, s.topology.subset(mine), mine.index(s.rank)
-    for run in (_analyse_attention, _analyse_tokens, _choose_layouts, _choose_schedules):
+    for run in (_analyse_attention, _analyse_tokens, _choose_layouts, _choose_axes, _choose_schedules):
         run(s)
     s.choices = replace(s.choices, notes=notes)
 
@@ -171,6 +192,11 @@ PIPELINE: list[tuple[str, Callable[[State], None], str]] = [
     ("analyse_attention", _analyse_attention, "the only places where tokens meet; seeds of everything below"),
     ("analyse_tokens", _analyse_tokens, "labels flow both ways from the seeds through every op rule"),
     ("choose_layouts", _choose_layouts, "label classes are final: owners of tokens, one layout per value"),
+    (
+        "choose_axes",
+        _choose_axes,
+        "where an attention could be sharded along its batch instead: prices both, and switches",
+    ),
     ("choose_schedules", _choose_schedules, "needs the owners of tokens, to price every way to run each attention"),
     ("rewrite_batch", _rewrite_batch, "if the plan splits the batch: the passes above again, for one group's part"),
     ("place_min_cut", _place_min_cut, "needs layouts, to know which ops have a local form, and prices of traffic"),

@@ -4,7 +4,8 @@ Let each op ``w`` have a side, S or R. With ``P`` ranks, ``c(w)`` its seconds wh
 seconds to all-gather the value ``v``:
 
     cost = sum over w on side R of c(w)
-         + sum over w on side S of c(w) / P + t(w)             t(w): chunks sent by a torus attention, or the
+         + sum over w on side S of c(w) b(w) + t(w)            b(w): what the busiest rank owns, 1 / P if even
+                                                               t(w): chunks sent by a torus attention, or the
                                                                all-reduce of an op that sums over tokens
          + sum over values v made on side S and *read whole* of g(v)         (paid once, however many readers)
 
@@ -14,7 +15,7 @@ optimum and not a heuristic:
 
     source = S, sink = R
     source -> w  capacity c(w)            cut when w ends on side R         -> _add_op
-    w -> sink    capacity c(w)/P + t(w)   cut when w ends on side S         -> _add_op
+    w -> sink    capacity c(w) b(w) + t(w)  cut when w ends on side S         -> _add_op
     w -> g(v)    capacity g(v)            v made on S, but read whole       -> _add_reads
     g(v) -> u    infinite                 a reader u on R forces "read whole"
     g(v) -> sink infinite                 some reader needs v whole whatever its side
@@ -29,13 +30,13 @@ early and gather as late as costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import networkx as nx
 from torch import fx
 
-from sfcompile.passes.analyse_cost import flops, gather_seconds, nbytes, reshard_fraction, seconds
+from sfcompile.passes.analyse_cost import flops, gather_seconds, reshard_fraction, seconds
 from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.choose_layouts import Layouts
 from sfcompile.passes.layout import Layout, Need, Ownership, Window
@@ -44,8 +45,6 @@ from sfcompile.passes.op_view import OpView, is_tensor
 from sfcompile.runtime.topology import Topology
 
 Needs = list[Need]
-Price = Callable[..., float]
-"""``(value, fraction=1.0) -> seconds`` of an all-gather of the value, or of a fraction of its bytes."""
 
 
 @dataclass
@@ -86,11 +85,13 @@ def place_min_cut(
     topology: Topology,
     shard_everything: bool,
     exchange_s: Mapping[fx.Node, float] | None = None,
+    force_s: float = 1e3,
 ) -> Placement:
     """Choose the side of every op.
 
     Args:
-        shard_everything: price replication so high that whatever can shard does.
+        shard_everything: price replication so high that whatever can shard does, whatever traffic that takes.
+        force_s: how high, in seconds for every op; products are always too dear to replicate then.
         exchange_s: what sharding an attention costs beyond its share of the compute, by node (choose_schedules.py).
     """
     placement = Placement({}, {}, {})
@@ -113,17 +114,14 @@ def place_min_cut(
         elif any(chosen.outs):
             placement.reasons[node] = _why_whole(rule is not None, chosen)
 
-    if shard_everything:
-        gather_cost: Price = lambda v, f=1.0: 1e-12 * (1 + nbytes(v)) * f  # noqa: E731
-    else:
-        gather_cost = lambda v, f=1.0: gather_seconds(v, topology, f)  # noqa: E731
-    net = _Network(candidates, topology, shard_everything, exchange_s or {})
+    net = _Network(candidates, topology, force_s if shard_everything else None, exchange_s or {})
     for node in candidates:
         net.add_op(node, tokens.views[node], placement.chosen[node])
     for value in graph.nodes:
         if is_tensor(value) and _maker(value) in candidates and any(placement.chosen[_maker(value)].outs):
-            net.add_reads(value, tokens, placement, gather_cost)
-    sharded, placement.seconds = net.solve()
+            net.add_reads(value, tokens, placement)
+    sharded, cut_s = net.solve()
+    placement.seconds = cut_s + sum(net.whole_s(op) for node, op in tokens.views.items() if node not in candidates)
     placement.needs = {node: needs for node, needs in candidates.items() if node in sharded}
     for node in candidates:
         if node not in sharded:
@@ -156,13 +154,13 @@ class _Network:
         self,
         candidates: dict[fx.Node, Needs],
         topology: Topology,
-        shard_everything: bool,
+        force_s: float | None,
         exchange_s: Mapping[fx.Node, float],
     ) -> None:
         self._ids = {node: i + 2 for i, node in enumerate(candidates)}
         self._candidates = candidates
         self._topology = topology
-        self._shard_everything = shard_everything
+        self._force_s = force_s
         self._exchange_s = exchange_s
         self._graph = nx.DiGraph()
         self._graph.add_nodes_from((0, 1))
@@ -175,19 +173,24 @@ class _Network:
         else:
             self._graph.add_edge(a, b, capacity=max(0, round(cost * 1e12)))
 
+    def whole_s(self, op: OpView) -> float:
+        """Seconds of an op computed whole."""
+        forced = 0.0 if self._force_s is None else self._force_s + 1e3 * flops(op)
+        return forced + seconds(op, self._topology)
+
     def add_op(self, node: fx.Node, op: OpView, chosen: Chosen) -> None:
         """Edges source -> w and w -> sink."""
         ranks = self._topology.num_ranks
-        whole = 1e3 * (1.0 + flops(op)) if self._shard_everything else seconds(op, self._topology)
-        share = 0.0
-        if not self._shard_everything:
-            share = whole / ranks + self._exchange_s.get(node, 0.0)
-            if not any(chosen.outs):
-                share += ranks * gather_seconds(node, self._topology)
+        whole = self.whole_s(op)
+        layout = next((cut for cut in (*chosen.outs, *chosen.ins) if cut is not None), None)
+        busiest = 1 / ranks if layout is None else chosen.owners.busiest(layout)
+        share = seconds(op, self._topology) * busiest + self._exchange_s.get(node, 0.0)
+        if not any(chosen.outs):
+            share += ranks * gather_seconds(node, self._topology)
         self._edge(0, self._ids[node], whole + 1e-9)
         self._share[self._ids[node]] = share
 
-    def add_reads(self, value: fx.Node, tokens: Tokens, placement: Placement, price: Price) -> None:
+    def add_reads(self, value: fx.Node, tokens: Tokens, placement: Placement) -> None:
         """Edges of the value's all-gather: who reads it whole; and what moving it to another layout costs."""
         maker = self._ids[_maker(value)]
         gather = self._next
@@ -201,14 +204,16 @@ class _Network:
                         movable = need is not None and made is not None
                         self._edge(gather, self._ids[user] if movable else 1, None)
                         if need is not None and made is not None and not _agree(chosen.owners, need, made):
-                            self._share[maker] += price(value, reshard_fraction(chosen.owners, made, need))
+                            self._share[maker] += gather_seconds(
+                                value, self._topology, reshard_fraction(chosen.owners, made, need)
+                            )
                         read = True
             elif not (user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem"):
                 self._edge(gather, 1, None)
                 read = True
         if read:
             self._next += 1
-            self._edge(maker, gather, price(value))
+            self._edge(maker, gather, gather_seconds(value, self._topology))
 
     def solve(self) -> tuple[set[fx.Node], float]:
         """The ops on side S (the largest such side among the minimum cuts), and the cost in seconds."""

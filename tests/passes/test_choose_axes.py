@@ -1,0 +1,91 @@
+"""Attention over space and time by turns: switched by an all-to-all where that costs less than moving q, k, v and o."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import captured, placeholder_values, run_compiled
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from sfcompile.capture import Captured
+from sfcompile.passes.analyse_attention import analyse_attention
+from sfcompile.passes.choose_axes import regions
+from sfcompile.passes.pipeline import State, run_pipeline
+from sfcompile.runtime.topology import Topology
+
+BATCH, FRAMES, SPACE, WIDTH = 2, 8, 24, 32
+
+
+class Mixer(nn.Module):
+    """A block over the middle dim of [N, L, C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.norm = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(2, (4, 8)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        return x + self.out(sdpa(q, k, v).transpose(1, 2).flatten(2))
+
+
+class ByTurns(nn.Module):
+    """Space, time, space, time over [B, F, S, C]."""
+
+    def __init__(self, kinds: str = "stst") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kinds, self.blocks = kinds, nn.ModuleList([Mixer() for _ in kinds])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for kind, block in zip(self.kinds, self.blocks, strict=True):
+            if kind == "s":
+                x = block(x.flatten(0, 1)).unflatten(0, (BATCH, FRAMES))
+            else:
+                y = x.permute(0, 2, 1, 3).reshape(BATCH * SPACE, FRAMES, WIDTH)
+                x = block(y).reshape(BATCH, SPACE, FRAMES, WIDTH).permute(0, 2, 1, 3)
+        return x
+
+
+def states(got: Captured, ranks: int, shard: bool = True) -> list[State]:
+    topology = Topology.grid(1, ranks)
+    return [State(got.gm, got.mode, topology, rank, shard_everything=shard, split_batch=False) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_space_and_time_by_turns_switch_once_between_blocks(ranks: int) -> None:
+    got = captured(ByTurns(), torch.zeros(BATCH, FRAMES, SPACE, WIDTH))
+    every = states(got, ranks)
+    compiled = [run_pipeline(state) for state in every]
+    report = compiled[0].report
+    assert (report.sharded_sites, report.local_sites) == (0, 4), "no attention needs another rank"
+    assert len(report.moved) == 3 and all("another dim" in row.reason for row in report.moved), str(report)
+    assert len(report.gathered) == 1, "the output"
+    values = placeholder_values(got)
+    with torch.no_grad():
+        want = got.gm(*values)[0]
+    for (out,) in run_compiled(compiled, Topology.grid(1, ranks), values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_over_few_frames_is_sharded_over_space() -> None:
+    """Four frames on three ranks are uneven; the pixels in the batch are not, and need no traffic."""
+    got = captured(ByTurns("tt"), torch.zeros(BATCH, FRAMES, SPACE, WIDTH))
+    report = run_pipeline(states(got, 3)[0]).report
+    assert (report.sharded_sites, report.local_sites) == (0, 2)
+    assert report.share < 1.05
+
+
+def test_an_ordinary_model_has_no_choice() -> None:
+    got = captured(Mixer(), torch.zeros(2, 24, WIDTH))
+    assert run_pipeline(states(got, 4)[0]).report.sharded_sites == 1
+
+
+def test_a_value_goes_with_the_attention_that_alone_it_feeds() -> None:
+    got = captured(ByTurns("st"), torch.zeros(BATCH, FRAMES, SPACE, WIDTH))
+    found = regions(got.gm.graph, analyse_attention(got.gm.graph))
+    first, second = (site.node for site in analyse_attention(got.gm.graph))
+    norms = [node for node in got.gm.graph.nodes if "layer_norm" in str(node.target)]
+    adds = [node for node in got.gm.graph.nodes if str(node.target) == "aten.add.Tensor"]
+    assert [found[node] for node in norms] == [first, second]
+    assert [found[node] for node in adds] == [first, second], "the residual is read by both blocks"
