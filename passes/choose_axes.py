@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import fx
 
 from sfcompile.passes.analyse_attention import Site
-from sfcompile.passes.analyse_tokens import Tokens
+from sfcompile.passes.analyse_tokens import Tokens, folded_seeds
 from sfcompile.passes.choose_layouts import Layouts
 from sfcompile.passes.layout import Layout
 
@@ -52,9 +52,12 @@ def preferences(graph: fx.Graph, tokens: Tokens, sites: Sequence[Site], layouts:
     """Every preference worth a price."""
     having = _by_axis(tokens, layouts)
     attended = {axis for site in sites if (axis := _token_axis(site, tokens, layouts)) is not None}
+    allowed = attended | {
+        layouts.owners.axis_of(tokens.layouts[q][dim, 1, 1, 1].runs) for q, dim in folded_seeds(graph, sites)
+    }
     axes: dict[fx.Node, int] = {}
     for site in sites:
-        found = _batch_axes(site, tokens, layouts)
+        found = [axis for axis in _batch_axes(site, tokens, layouts) if axis in allowed]
         if found:
             axes[site.node] = max(found, key=lambda axis: (axis in attended, len(having[axis]), axis))
     if not axes:
@@ -74,6 +77,7 @@ def preferences(graph: fx.Graph, tokens: Tokens, sites: Sequence[Site], layouts:
 def _batch_axes(site: Site, tokens: Tokens, layouts: Layouts) -> list[int]:
     """The axes along an attention's batch that hold enough for all ranks.
 
+    Whole samples are for rewrite_batch.py: here frames or pixels must be folded in.
     Followed is one along which another attention looks (frames for space, space for frames), else what most values
     have.
     """

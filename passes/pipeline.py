@@ -112,6 +112,8 @@ def _choose_layouts(s: State) -> None:
 
 def _choose_axes(s: State) -> None:
     assert s.layouts is not None
+    if s.split_batch and (s.mesh_asked or {}).get("batch", 1) > 1:
+        return  # chosen for the part of the batch that a group gets
     ranks = s.topology.num_ranks
 
     def make(prefer: Preference) -> Layouts:
