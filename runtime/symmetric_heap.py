@@ -49,6 +49,14 @@ class HeapSize:
         """Offset of bank 0."""
         return _HEADER_BYTES + NUM_BANKS * self.num_slots * 8 * _WORDS_PER_LINE
 
+    def signals_of(self, bank: int) -> int:
+        """Offset of a bank's signal words."""
+        return self.signals_at + bank * self.num_slots * 8 * _WORDS_PER_LINE
+
+    def bank_at(self, bank: int) -> int:
+        """Offset of a bank."""
+        return self.banks_at + bank * self.bank_bytes
+
     @property
     def segment_bytes(self) -> int:
         """Bytes of one segment."""
@@ -75,6 +83,11 @@ class Segment:
         first = size.signals_at // 8
         lines = words[first : first + NUM_BANKS * size.num_slots * _WORDS_PER_LINE]
         self.signals: NDArray[np.int64] = lines.reshape(NUM_BANKS, size.num_slots, _WORDS_PER_LINE)[:, :, 0]
+
+    @property
+    def address(self) -> int:
+        """Where the segment lies in this process."""
+        return self._bytes.data_ptr()
 
     @property
     def done_address(self) -> int:

@@ -138,6 +138,10 @@ class ScheduleError(InternalError):
     """A schedule breaks a rule that makes it safe to run; found by the checker."""
 
 
+class CodegenError(StreamFusionError):
+    """A kernel could not be generated, written, compiled or loaded."""
+
+
 class LaunchError(StreamFusionError):
     """Local ranks could not be started."""
 

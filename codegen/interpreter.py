@@ -1,0 +1,89 @@
+"""Runs generated kernels on CPUs in Triton's interpreter, with what it lacks: bf16 products, polls that give up.
+
+The interpreter holds bf16 as bit patterns and multiplies those (Triton 3.6 to 3.9: wrong, and no error); it knows
+nothing of other processes, so a poll would spin for ever on a core that the awaited rank may need.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from triton.runtime.jit import JITFunction
+
+with suppress(ImportError):
+    import triton.experimental.gluon  # noqa: F401  # else it is imported at the first launch, while tl is swapped
+
+Poll = Callable[[], None]
+"""Called while a kernel waits; gives the core away, raises to give up."""
+
+
+class Deadline:
+    """A poll that raises once nothing has arrived for ``timeout_s``."""
+
+    def __init__(self, timeout_s: float, what: str = "a signal") -> None:
+        self._timeout_s, self._what = timeout_s, what
+        self._since: float | None = None
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        self._since = self._since or now
+        if now - self._since > self._timeout_s:
+            raise TimeoutError(f"{self._what} did not arrive within {self._timeout_s:g} s")
+        time.sleep(0)
+
+    def arrived(self) -> None:
+        """Start counting anew."""
+        self._since = None
+
+
+@contextmanager
+def interpreting(poll: Poll) -> Iterator[None]:
+    """Inside, kernels loaded for the interpreter may be launched. Not for several threads at a time."""
+    dot, rmw = InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw
+    arrived = getattr(poll, "arrived", lambda: None)
+    last: list[int] = []
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, _widened(a), _widened(b), *rest)
+
+    def create_atomic_rmw(self: Any, op: Any, pointer: Any, value: Any, *rest: Any) -> Any:
+        found = rmw(self, op, pointer, value, *rest)
+        if value.data.any():
+            arrived()
+        else:  # an add of 0 is a poll
+            seen = [int(pointer.data.flat[0]), int(found.data.flat[0])]
+            if seen == last:
+                poll()
+            else:
+                arrived()
+            last[:] = seen
+        return found
+
+    # What triton.language defines with @jit (max, sum, zeros, ...) was compiled for a GPU when it was imported.
+    swapped = [
+        (module, name, value)
+        for module in (tl, tl.standard, tl.math, tl.core)
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    ]
+    for module, name, value in swapped:
+        setattr(module, name, InterpretedFunction(value.fn))
+    InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw = create_dot, create_atomic_rmw
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw = dot, rmw
+        for module, name, value in swapped:
+            setattr(module, name, value)
+
+
+def _widened(handle: Any) -> Any:
+    if handle.dtype != tl.bfloat16:
+        return handle
+    return type(handle)((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

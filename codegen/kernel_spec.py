@@ -1,0 +1,174 @@
+"""What a generated attention kernel is specialised to, and the tile sizes for it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from sfcompile.codegen.schedule import Schedule
+from sfcompile.codegen.sites import AttentionSite
+from sfcompile.errors import UnsupportedError
+from sfcompile.runtime.instructions import Forward, Push
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything that the text of a kernel depends on: two sites with equal specs share their kernels.
+
+    Attributes:
+        dtype: "fp32", "fp16" or "bf16".
+        head_dim, v_head_dim: D and E, 1 to 256; blocks in the kernel are the next powers of two.
+        scale: factor of the scores.
+        causal: keys after a query are left out, by global position.
+        mask: "none", "key" (one row for all heads and queries: [B or 1, 1, 1, Lk]) or "full".
+        mask_is_bool: True may attend; else the mask is added to the scores.
+        group: query heads per K/V head.
+        reach: "peer" (every destination by load and store), "nvshmem" (every one by NVSHMEM) or "mixed" (said by the
+            tables, per destination).
+        forwards, pushes: whether chunks are passed on round a ring, whether outputs are sent home.
+        carry: whether some query is attended in several units, so that its softmax state is kept in memory between.
+        tails: whether some chunk's keys do not fill the last block.
+        lse: whether the natural log-sum-exp of the own queries is stored.
+        bounded: debug build: waits give up and report.
+        virtual: ranks that share one launch (one GPU, tests); 1 in production.
+        block_m, block_n: queries and keys of a tile.
+        copy_programs: programs that pass chunks on.
+        warps, stages: Triton's num_warps and num_stages.
+    """
+
+    dtype: str
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    causal: bool = False
+    mask: str = "none"
+    mask_is_bool: bool = True
+    group: int = 1
+    reach: str = "peer"
+    forwards: bool = False
+    pushes: bool = False
+    carry: bool = True
+    tails: bool = True
+    lse: bool = False
+    bounded: bool = False
+    virtual: int = 1
+    block_m: int = 64
+    block_n: int = 64
+    copy_programs: int = 1
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element."""
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def key(self) -> str:
+        """Short digest: names the generated files."""
+        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:12]
+
+    def with_(self, **changes: Any) -> KernelSpec:
+        """The same with some entries changed."""
+        return replace(self, **changes)
+
+
+def tiles_for(arch: int, dtype: str, head_dim: int, v_head_dim: int) -> dict[str, int]:
+    """Tile sizes, warps and stages for an architecture (80, 90, 100); 0 is the interpreter, which wants few, big tiles.
+
+    Chosen so that no kernel spills (tests/codegen/test_kernel_compile.py compiles them all).
+    """
+    width = max(_power_of_two(head_dim), _power_of_two(v_head_dim))
+    if arch == 0:
+        return {"block_m": 64, "block_n": 64, "warps": 4, "stages": 2}
+    if dtype == "fp32":  # no tensor cores at full precision: registers bound the tile
+        block = {256: 16, 128: 32}.get(width, 32)
+        return {"block_m": block * 2 if width < 128 else block, "block_n": block, "warps": 4, "stages": 2}
+    if width > 128:
+        return {"block_m": 64 if arch < 90 else 128, "block_n": 32 if arch < 90 else 64, "warps": 8, "stages": 2}
+    if width == 128:
+        return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2 if arch < 90 else 3}
+    return {"block_m": 128 if arch >= 90 else 64, "block_n": 64, "warps": 8 if arch >= 90 else 4, "stages": 3}
+
+
+def spec_of(
+    schedule: Schedule,
+    arch: int,
+    machine_of: tuple[int, ...] | None = None,
+    mask: tuple[str, bool] = ("none", True),
+    **changes: Any,
+) -> KernelSpec:
+    """The kernel that runs a schedule's attend phase.
+
+    Args:
+        arch: 80, 90, 100, ...; 0 for the interpreter.
+        machine_of: machine of each rank of the mesh: NVSHMEM is used between machines. None: all reach each other.
+        mask: kind and whether it is boolean, for a site with a mask.
+        changes: entries to set by hand.
+
+    Raises:
+        UnsupportedError: a dtype or head size that no kernel is generated for.
+    """
+    site = schedule.site
+    assert isinstance(site, AttentionSite)
+    if site.dtype not in DTYPES or not (0 < site.head_dim <= MAX_HEAD_DIM and 0 < site.v_head_dim <= MAX_HEAD_DIM):
+        raise UnsupportedError(
+            f"attention {site.name}: {site.dtype}, head sizes {site.head_dim} and {site.v_head_dim}",
+            f"kernels are generated for {', '.join(DTYPES.values())} and head sizes up to {MAX_HEAD_DIM}",
+            "use attention='aten' for this model",
+        )
+    if not site.scale > 0:
+        raise UnsupportedError(
+            f"attention {site.name} scales its scores by {site.scale}",
+            "the kernel takes the maximum before it scales, which needs a positive factor",
+            "use attention='aten' for this model",
+        )
+    steps = schedule.origin.phases["attend"]
+    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim)
+    rows = {
+        int(n)
+        for piece in range(schedule.kv_pieces)
+        for n in schedule.row_counts("k", piece)
+    }  # fmt: skip
+    spec = KernelSpec(
+        DTYPES[site.dtype],
+        site.head_dim,
+        site.v_head_dim,
+        site.scale,
+        causal=site.causal,
+        mask=mask[0],
+        mask_is_bool=mask[1],
+        group=site.heads // site.kv_heads,
+        reach=_reach(schedule, machine_of),
+        forwards=any(isinstance(step, Forward) for step in steps),
+        pushes=any(isinstance(step, Push) for step in steps),
+        **tiles,
+    ).with_(**changes)
+    return spec.with_(tails=any(n % spec.block_n for n in rows))
+
+
+def block_of(size: int) -> int:
+    """The block that holds a head: a power of two of at least 16, which tensor cores need."""
+    return max(16, _power_of_two(size))
+
+
+def _reach(schedule: Schedule, machine_of: tuple[int, ...] | None) -> str:
+    if machine_of is None:
+        return "peer"
+    members = len(machine_of)
+    across = {
+        machine_of[int(src)] != machine_of[rank]
+        for arrival in schedule.origin.arrivals
+        for rank, src in zip(range(members), schedule.mesh.ranks_after(arrival.src), strict=True)
+    }
+    return "mixed" if len(across) == 2 else "nvshmem" if True in across else "peer"
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

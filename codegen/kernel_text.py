@@ -1,0 +1,98 @@
+"""Pieces of generated Triton source: indented lines, table reads, and the device functions that a kernel uses."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+IMPORTS = """import triton
+import triton.language as tl
+"""
+CALLS = "from sfcompile.codegen.nvshmem_calls import putmem_signal_nbi_block, signal_wait_until\n"
+
+
+class Lines:
+    """Source lines with a current indent."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._depth = 0
+
+    def __call__(self, *lines: str) -> None:
+        """Add lines."""
+        self._lines += [f"{'    ' * self._depth}{line}" if line else "" for line in lines]
+
+    @contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        """``head`` and what is added inside, one step deeper."""
+        self(head)
+        self._depth += 1
+        yield
+        self._depth -= 1
+
+    @property
+    def text(self) -> str:
+        """All lines."""
+        return "\n".join(self._lines) + "\n"
+
+
+def columns(row: str, names: tuple[str, ...], wanted: dict[str, str]) -> list[str]:
+    """Lines that read some columns of a table's row: variable -> column."""
+    return [f"{variable} = tl.load({row} + {names.index(column)})" for variable, column in wanted.items()]
+
+
+@cache
+def _device() -> tuple[dict[str, str], dict[str, set[str]]]:
+    """Text of every device function and constant, and the names that each uses."""
+    # Read, not imported: the functions become Triton's only where the generated source is run.
+    from importlib.util import find_spec
+
+    spec = find_spec("sfcompile.codegen.kernel_device")
+    assert spec is not None and spec.origin is not None
+    with open(spec.origin, encoding="utf-8") as file:
+        source = file.read()
+    texts: dict[str, str] = {}
+    uses: dict[str, set[str]] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            start = min(entry.lineno for entry in node.decorator_list)
+            texts[node.name] = "\n".join(source.splitlines()[start - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            texts[node.targets[0].id] = ast.get_source_segment(source, node) or ""
+        else:
+            continue
+        name = node.name if isinstance(node, ast.FunctionDef) else node.targets[0].id  # type: ignore[attr-defined]
+        uses[name] = {entry.id for entry in ast.walk(node) if isinstance(entry, ast.Name)} - {name}
+    return texts, uses
+
+
+def device_functions(body: str) -> str:
+    """The device functions and constants that a kernel's body needs, with what they need, in the file's order."""
+    texts, uses = _device()
+    needed: set[str] = set()
+    todo = {entry.id for entry in ast.walk(ast.parse(body)) if isinstance(entry, ast.Name)}
+    while todo:
+        name = todo.pop()
+        if name in texts and name not in needed:
+            needed.add(name)
+            todo |= uses[name]
+    constants = [text for name, text in texts.items() if name in needed and not text.startswith("@")]
+    functions = [text for name, text in texts.items() if name in needed and text.startswith("@")]
+    return "\n".join(constants) + ("\n" if constants else "") + "".join(f"\n\n{text}\n" for text in functions)
+
+
+def module(title: str, body: str, more: Iterable[str] = ()) -> str:
+    """A whole generated module.
+
+    Args:
+        title: what it is, for its docstring.
+        body: the kernels.
+        more: other lines of the docstring.
+    """
+    head = inspect.cleandoc(title) + "".join(f"\n{line}" for line in more)
+    calls = CALLS if "putmem_signal_nbi_block" in body or "signal_wait_until" in body else ""
+    device = device_functions(body)
+    return f'"""{head}\n"""\n\n{IMPORTS}{chr(10) if calls else ""}{calls}\n{device}\n\n{body}'
