@@ -177,10 +177,9 @@ def _attend(out: Lines, spec: KernelSpec) -> None:
         wanted = ["first_key", "last_key", "done"] + (["fresh"] if spec.carry else [])
         out(f"query = queries_ptr + tl.load(unit) * {len(QUERY)}")
         out(*columns("unit", UNIT, {name: name for name in wanted}))
-        out(*columns("query", QUERY, {"q_slot": "slot", "q_at": "at", "rows": "rows", "pitch": "pitch"}))
-        out(*columns("query", QUERY, {"first_tile": "first_tile"}))
-        if _positions(spec):
-            out(*columns("query", QUERY, {"q_position": "position"}))
+        out(*columns("query", QUERY, {"q_slot": "slot", "q_at": "at"}))
+        small = {"rows": "rows", "pitch": "pitch", "first_tile": "first_tile"}
+        out(*columns("query", QUERY, small | ({"q_position": "position"} if _positions(spec) else {}), small=True))
         out("blocks = (rows + BM - 1) // BM", "tiles = blocks * batch * heads")
         out("tile = (me + workers - first_tile % workers) % workers  # the same program in every unit")
         with out.block("while tile < tiles:"):
@@ -197,7 +196,9 @@ def _tile(out: Lines, spec: KernelSpec) -> None:
     out(f"kv_bh = b * kv_heads + h // {spec.group} - first_kv" if spec.group > 1 else "kv_bh = bh")
     _wait(out, spec, "q_slot")
     out(f"q_ptr = {_pointer(spec, 'bank + q_at', spec.head_dim)}")
-    out(f"q = {_rows(spec, 'q_ptr', 'bh * pitch + row', 'inside', 'd', 'D')}")
+    out("q_ptr += (bh * pitch).to(tl.int64) * D")
+    limits = ["inside[:, None]"] + (["(d < D)[None, :]"] if _padded(spec.head_dim) else [])
+    out(f"q = tl.load(q_ptr + row[:, None] * D + d[None, :]{_masked(limits)})")
     if _positions(spec):
         out("q_place = tl.load(q_positions_ptr + q_position + row, mask=inside, other=0)")
     out(
@@ -207,7 +208,7 @@ def _tile(out: Lines, spec: KernelSpec) -> None:
     )
     if spec.carry:
         out("lane = tl.arange(0, BM)")
-        out("state = state_ptr + (first_tile + tile) * (BM * (E_BLOCK + 2))")
+        out("state = state_ptr + (first_tile + tile).to(tl.int64) * (BM * (E_BLOCK + 2))")
         with out.block("if fresh == 0:"):
             out("tl.debug_barrier()  # another thread of this program may have stored what this one loads")
             out(
@@ -224,24 +225,27 @@ def _tile(out: Lines, spec: KernelSpec) -> None:
     if spec.carry:
         with out.block("else:"):
             out(
-                "tl.store(state + lane, m)",
-                "tl.store(state + BM + lane, l)",
-                "tl.store(state + 2 * BM + lane[:, None] * E_BLOCK + e[None, :], acc)",
+                "# The same place, worked out anew (j is last_key): addresses kept through the loop would cost registers.",
+                "again = lane + (j - last_key).to(tl.int32)",
+                "tl.store(state + again, m)",
+                "tl.store(state + BM + again, l)",
+                "tl.store(state + 2 * BM + again[:, None] * E_BLOCK + e[None, :], acc)",
             )
 
 
 def _key_chunk(out: Lines, spec: KernelSpec) -> None:
     out(f"key = keys_ptr + j * {len(KEY)}")
-    wanted = {name: name for name in KEY if name not in ("rows", "position", "pitch")}
-    out(*columns("key", KEY, wanted | {"k_pitch": "pitch"}))
-    out(f"columns = tl.load(key + {KEY.index('rows')}).to(tl.int32)")
-    if _positions(spec):
-        out(*columns("key", KEY, {"k_position": "position"}))
+    out(*columns("key", KEY, {name: name for name in ("k_slot", "v_slot", "k_at", "v_at")}))
+    small = {"columns": "rows", "k_pitch": "pitch"} | ({"k_position": "position"} if _positions(spec) else {})
+    out(*columns("key", KEY, small, small=True))
     _wait(out, spec, "k_slot")
     _wait(out, spec, "v_slot")
-    out(f"k_ptr = {_pointer(spec, 'bank + k_at', spec.head_dim)} + kv_bh * k_pitch * D")
-    out(f"v_ptr = {_pointer(spec, 'bank + v_at', spec.v_head_dim)} + kv_bh * k_pitch * E")
-    if spec.tails:
+    out(f"k_ptr = {_pointer(spec, 'bank + k_at', spec.head_dim)} + (kv_bh * k_pitch).to(tl.int64) * D")
+    out(f"v_ptr = {_pointer(spec, 'bank + v_at', spec.v_head_dim)} + (kv_bh * k_pitch).to(tl.int64) * E")
+    if spec.tails == "inside":
+        with out.block("for n in range(0, columns, BN):"):
+            _block(out, spec, tail=True)
+    elif spec.tails == "apart":
         out("full = columns // BN * BN")
         with out.block("for n in range(0, full, BN):"):
             _block(out, spec, tail=False)
@@ -256,7 +260,8 @@ def _key_chunk(out: Lines, spec: KernelSpec) -> None:
 def _block(out: Lines, spec: KernelSpec, tail: bool) -> None:
     """One block of keys: scores, softmax state, weighted values."""
     element = _element(spec)
-    precision = ', input_precision="ieee"' if spec.dtype == "fp32" else ""
+    # Three products of TF32 give nearly fp32's precision on tensor cores; the interpreter computes in fp32 anyway.
+    precision = ', input_precision="tf32x3"' if spec.dtype == "fp32" else ""
     out("col = n + tl.arange(0, BN)")
     limits = ["col < columns"] if tail else []
     k_mask = [f"({limit})[None, :]" for limit in limits] + (["(d < D)[:, None]"] if _padded(spec.head_dim) else [])
@@ -300,10 +305,10 @@ def _hidden(out: Lines, spec: KernelSpec, tail: bool) -> list[str]:
     if spec.mask == "none":
         return found
     if spec.mask == "key":
-        where, stays = "mask_ptr + b * mask_sb + k_place.to(tl.int64) * mask_sc", "[None, :]"
+        where, stays = "mask_ptr + b.to(tl.int64) * mask_sb + k_place.to(tl.int64) * mask_sc", "[None, :]"
         limits = ["col < columns"] if tail else []
     else:
-        where = "mask_ptr + b * mask_sb + h * mask_sh + (q_place.to(tl.int64) * mask_sr)[:, None]"
+        where = "mask_ptr + b.to(tl.int64) * mask_sb + h * mask_sh + (q_place.to(tl.int64) * mask_sr)[:, None]"
         where, stays = where + " + (k_place.to(tl.int64) * mask_sc)[None, :]", ""
         limits = ["inside[:, None]"] + (["(col < columns)[None, :]"] if tail else [])
     out(f"bias = tl.load({where}{_masked(limits, '0')})")
@@ -324,13 +329,14 @@ def _finish(out: Lines, spec: KernelSpec) -> None:
             out("b = bh // heads", "h = first_head + bh % heads")
         out(
             f"first_row = tl.load(query + {QUERY.index('out_at')})",
-            "to_ptr = out_ptr + b * out_sb + h * out_sh + (first_row + row[:, None]) * out_sr + e[None, :]",
-            f"tl.store(to_ptr, o, {stores})",
+            "own_ptr = out_ptr + b.to(tl.int64) * out_sb + h.to(tl.int64) * out_sh + first_row * out_sr",
+            "own_ptr += row.to(tl.int64)[:, None] * out_sr + e[None, :]",
+            f"tl.store(own_ptr, o, {stores})",
         )
         if spec.lse:
             out(
                 "lse = m * 0.6931471805599453 + tl.log(l)",
-                "tl.store(lse_ptr + bh * own_rows + first_row + row, lse, mask=inside)",
+                "tl.store(lse_ptr + bh.to(tl.int64) * own_rows + first_row + row, lse, mask=inside)",
             )
 
     needs_split = spec.group > 1 or spec.mask != "none"
@@ -352,17 +358,17 @@ def _push(out: Lines, spec: KernelSpec, stores: str) -> None:
     if spec.reach == "mixed":
         wanted |= {"net": "net"}
     out(*columns("query", QUERY, wanted))
-    store = f"tl.store(to_ptr + (bh * rows + row[:, None]) * E + e[None, :], o, {stores})"
-    counted = "if last_of(counters_ptr + out_slot, tiles.to(tl.int32)):"
+    store = f"+ (bh * rows).to(tl.int64) * E + row[:, None] * E + e[None, :], o, {stores})"
+    counted = "if last_of(counters_ptr + out_slot, tiles):"
 
     def by_store() -> None:
-        out("to = tl.load(heaps_ptr + dst)", f"to_ptr = {_pointer(spec, 'to + bank_at + out_at', spec.v_head_dim)}")
-        out(store)
+        out("to = tl.load(heaps_ptr + dst)", f"peer_ptr = {_pointer(spec, 'to + bank_at + out_at', spec.v_head_dim)}")
+        out(f"tl.store(peer_ptr {store}")
         with out.block(counted):
             out("raise_signal(to + signals_at + out_slot * 64, epoch)")
 
     def by_nvshmem() -> None:
-        out(f"to_ptr = {_pointer(spec, 'bank + staging', spec.v_head_dim)}", store)
+        out(f"staged_ptr = {_pointer(spec, 'bank + staging', spec.v_head_dim)}", f"tl.store(staged_ptr {store}")
         with out.block(counted):
             out(
                 "putmem_signal_nbi_block(",
@@ -377,11 +383,6 @@ def _pointer(spec: KernelSpec, address: str, width: int) -> str:
     """A pointer to elements; an integer carries no alignment, and without it every load is of one element."""
     pointer = f"({address}).to(tl.pointer_type({_element(spec)}))"
     return f"tl.multiple_of({pointer}, 16)" if width * spec.element_bytes % 16 == 0 else pointer
-
-
-def _rows(spec: KernelSpec, pointer: str, row: str, inside: str, lane: str, width: str) -> str:
-    limits = [f"{inside}[:, None]"] + ([f"({lane} < {width})[None, :]"] if _padded(spec.head_dim) else [])
-    return f"tl.load({pointer} + ({row})[:, None] * {width} + {lane}[None, :]{_masked(limits)})"
 
 
 def _masked(limits: list[str], other: str = "0.0") -> str:

@@ -33,7 +33,8 @@ class KernelSpec:
             tables, per destination).
         forwards, pushes: whether chunks are passed on round a ring, whether outputs are sent home.
         carry: whether some query is attended in several units, so that its softmax state is kept in memory between.
-        tails: whether some chunk's keys do not fill the last block.
+        tails: how a last block that keys do not fill is done: "none" (there is none), "apart" (after the loop, so that
+            full blocks need no masks), "inside" (every block is masked: half the code, fewer registers).
         lse: whether the natural log-sum-exp of the own queries is stored.
         bounded: debug build: waits give up and report.
         virtual: ranks that share one launch (one GPU, tests); 1 in production.
@@ -54,7 +55,7 @@ class KernelSpec:
     forwards: bool = False
     pushes: bool = False
     carry: bool = True
-    tails: bool = True
+    tails: str = "apart"
     lse: bool = False
     bounded: bool = False
     virtual: int = 1
@@ -79,22 +80,34 @@ class KernelSpec:
         return replace(self, **changes)
 
 
-def tiles_for(arch: int, dtype: str, head_dim: int, v_head_dim: int) -> dict[str, int]:
+def tiles_for(arch: int, dtype: str, head_dim: int, v_head_dim: int, masked: bool = False) -> dict[str, Any]:
     """Tile sizes, warps and stages for an architecture (80, 90, 100); 0 is the interpreter, which wants few, big tiles.
 
     Chosen so that no kernel spills (tests/codegen/test_kernel_compile.py compiles them all).
     """
-    width = max(_power_of_two(head_dim), _power_of_two(v_head_dim))
+    width = max(64, _power_of_two(head_dim), _power_of_two(v_head_dim))
     if arch == 0:
         return {"block_m": 64, "block_n": 64, "warps": 4, "stages": 2}
-    if dtype == "fp32":  # no tensor cores at full precision: registers bound the tile
-        block = {256: 16, 128: 32}.get(width, 32)
-        return {"block_m": block * 2 if width < 128 else block, "block_n": block, "warps": 4, "stages": 2}
-    if width > 128:
-        return {"block_m": 64 if arch < 90 else 128, "block_n": 32 if arch < 90 else 64, "warps": 8, "stages": 2}
-    if width == 128:
-        return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2 if arch < 90 else 3}
-    return {"block_m": 128 if arch >= 90 else 64, "block_n": 64, "warps": 8 if arch >= 90 else 4, "stages": 3}
+    names = ("block_m", "block_n", "warps", "stages", "tails")
+    if dtype == "fp32":
+        return dict(zip(names, (32, 32 if width < 256 else 16, 4 if width == 64 else 8, 2, "inside"), strict=True))
+    if masked:  # a whole mask is another tile of operands
+        return dict(zip(names, (64, 32, 4 if width == 64 else 8, 2, "inside"), strict=True))
+    return dict(zip(names, _TILES[80 if arch < 90 else 90 if arch < 100 else 100, width], strict=True))
+
+
+_TILES = {
+    (80, 64): (128, 64, 4, 3, "inside"),
+    (80, 128): (128, 64, 8, 2, "inside"),
+    (80, 256): (64, 32, 8, 2, "inside"),
+    (90, 64): (128, 64, 8, 3, "apart"),
+    (90, 128): (128, 64, 8, 3, "apart"),
+    (90, 256): (64, 64, 8, 2, "inside"),
+    (100, 64): (128, 64, 4, 3, "inside"),
+    (100, 128): (64, 64, 8, 2, "apart"),
+    (100, 256): (64, 32, 8, 1, "inside"),
+}
+"""(architecture, head size) -> tile. The largest that spill nothing; which is fastest is for a GPU to say."""
 
 
 def spec_of(
@@ -130,7 +143,7 @@ def spec_of(
             "use attention='aten' for this model",
         )
     steps = schedule.origin.phases["attend"]
-    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim)
+    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full")
     rows = {
         int(n)
         for piece in range(schedule.kv_pieces)
@@ -150,7 +163,7 @@ def spec_of(
         pushes=any(isinstance(step, Push) for step in steps),
         **tiles,
     ).with_(**changes)
-    return spec.with_(tails=any(n % spec.block_n for n in rows))
+    return spec if any(n % spec.block_n for n in rows) else spec.with_(tails="none")
 
 
 def block_of(size: int) -> int:

@@ -39,9 +39,10 @@ class Lines:
         return "\n".join(self._lines) + "\n"
 
 
-def columns(row: str, names: tuple[str, ...], wanted: dict[str, str]) -> list[str]:
-    """Lines that read some columns of a table's row: variable -> column."""
-    return [f"{variable} = tl.load({row} + {names.index(column)})" for variable, column in wanted.items()]
+def columns(row: str, names: tuple[str, ...], wanted: dict[str, str], small: bool = False) -> list[str]:
+    """Lines that read some columns of a table's row: variable -> column. ``small``: as int32, half the registers."""
+    cast = ".to(tl.int32)" if small else ""
+    return [f"{variable} = tl.load({row} + {names.index(column)}){cast}" for variable, column in wanted.items()]
 
 
 @cache

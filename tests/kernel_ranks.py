@@ -33,7 +33,7 @@ class Job:
     """One attention site on several ranks.
 
     ``net``: machines reach each other by emulated NVSHMEM only; else everybody by load and store. ``machines`` x ranks
-    inside; ``late`` is a rank that sleeps before every phase; ``drop`` names a mutant (see :func:`mutated`).
+    inside; ``late`` is a rank that sleeps about ``late_s`` before every put; ``drop`` names a mutant (see :func:`mutated`).
     """
 
     kind: str
@@ -48,6 +48,7 @@ class Job:
     mask: str = "none"
     mask_is_bool: bool = True
     late: int | None = None
+    late_s: float = 0.1
     epochs: int = 3
     drop: str = ""
     merge: bool = True
@@ -92,8 +93,9 @@ def mutated(schedule: Schedule, name: str) -> Schedule:
     phases = dict(schedule.origin.phases)
     attend = list(phases["attend"])
     if name == "wait":
-        last = max(i for i, step in enumerate(attend) if isinstance(step, Wait))
-        del attend[last]
+        # V of the ring's neighbour, put by itself: nothing else that this rank waits for comes after it.
+        names = [slot.name for slot in schedule.slots]
+        attend = [step for step in attend if not (isinstance(step, Wait) and names[step.slot] == "v(0,1)")]
     elif name == "early push":
         push = next(i for i, step in enumerate(attend) if isinstance(step, Push))
         work = max(i for i in range(push) if isinstance(attend[i], Attend))
@@ -187,14 +189,14 @@ def run_rank(job: Job, rank: int, names: Sequence[str], size: HeapSize) -> torch
     sleep = random.Random(rank)
     with interpreting(poll):
         for epoch in range(1, job.epochs + 1):
-            sign = 1 if (job.epochs - epoch) % 2 == 0 else -1
+            sign = 1 if epoch == job.epochs else -1
             while min(segment.done for segment in segments) < epoch - 2:  # credits: what the runtime's transports do
                 time.sleep(0.001)
             bank = epoch % 2
             where = (heaps, size.bank_at(bank), size.signals_of(bank), epoch)
             for name in ("q", "k", "v"):
                 if job.late == rank:
-                    time.sleep(0.15 * sleep.random())
+                    time.sleep(job.late_s * (0.5 + sleep.random()))
                 kernel.put(name, local[name] * sign if name == "v" else local[name], *where)
             out.zero_()
             kernel.run(out, *where, mask=mask)
