@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from sfcompile.runtime.attention_aten import Partial, attend, merge
+from sfcompile.runtime.engine import Engine, KernelAccess
 from sfcompile.runtime.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
 from sfcompile.runtime.transport import Transport
 
@@ -68,12 +69,22 @@ class BankView(Protocol):
 class SiteRun:
     """One call of one site: its epoch, the local tensors, what was accumulated so far.
 
+    Args:
+        kernel: runs the attend phase, and what it sees of the heaps; None: instruction by instruction, here.
+
     Attributes:
-        blocked_s: seconds spent waiting for peers.
+        blocked_s: seconds spent waiting for peers (waits inside a kernel are not told apart).
     """
 
     def __init__(
-        self, plan: SchedulePlan, rank: int, epoch: int, bank: int, heap: BankView, transport: Transport
+        self,
+        plan: SchedulePlan,
+        rank: int,
+        epoch: int,
+        bank: int,
+        heap: BankView,
+        transport: Transport,
+        kernel: tuple[Engine, KernelAccess] | None = None,
     ) -> None:
         self.plan = plan
         self.epoch = epoch
@@ -88,6 +99,9 @@ class SiteRun:
             slot: heap.chunk(bank, plan.slots[slot].offset, plan.shape(rank, arrival), plan.site.dtype)
             for slot, arrival in self._arrivals.items()
         }
+        self._kernel = kernel
+        self._bank, self._heap = bank, heap
+        self._own: torch.Tensor | None = None
         self._joined: dict[tuple[str, tuple[int | None, ...], tuple[Chunk, ...]], torch.Tensor] = {}
         transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()])
 
@@ -111,10 +125,17 @@ class SiteRun:
             stays = tensor[:, first:last]
         else:
             stays = self._part(tensor, self._rank)
-        self._tensors[name] = stays.clone(memory_format=torch.contiguous_format)
+        if self._kernel is None:
+            self._tensors[name] = stays.clone(memory_format=torch.contiguous_format)
+        else:
+            self._heap.chunk(self._bank, self._kernel[0].own_at[name], stays.shape, stays.dtype).copy_(stays)
+            self._tensors[name] = stays[:0]
 
     def attend(self, mask: torch.Tensor | None) -> None:
         """Run the attend phase: waits, ring hops, (Q, KV) pairs in their fixed order, outputs pushed home."""
+        if self._kernel is not None:
+            self._run_kernel(*self._kernel, mask)
+            return
         for step in self._program.phases["attend"]:
             if isinstance(step, Wait):
                 self._wait(step)
@@ -128,9 +149,19 @@ class SiteRun:
                 offset = self.plan.slots[step.slot].offset
                 self._transport.put(step.q.src, step.slot, offset, out, self.epoch, stays=True)
 
+    def _run_kernel(self, engine: Engine, access: KernelAccess, mask: torch.Tensor | None) -> None:
+        site = self.plan.site
+        rows = sum(length for _, length in site.q_positions[self._rank])
+        self._own = torch.zeros(site.batch, site.heads, rows, site.v_head_dim, dtype=site.dtype)
+        access.await_banks(engine.sends, self.epoch)
+        engine.run(self._own, access, self.epoch, mask)
+        access.wake(engine.sends, self.epoch)
+
     def collect(self, out: torch.Tensor) -> None:
         """Fill ``out`` [B, H, Lq, E] with this rank's queries' outputs, from every head slice."""
         first, last = self.plan.heads(self._rank)
+        if self._own is not None:
+            out[:, first:last].copy_(self._own[:, first:last])
         for chunk in [chunk for chunk in self._partials if chunk.src == self._rank]:
             start, stop = self.plan.rows("o", chunk)
             out[:, first:last, start:stop].copy_(self._output(chunk))

@@ -11,12 +11,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sfcompile.errors import InternalError, StreamFusionError
+from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
+from sfcompile.runtime.engine import Engine, KernelAccess
 from sfcompile.runtime.executor import SchedulePlan, SiteRun
 from sfcompile.runtime.process_group import compare
 from sfcompile.runtime.symmetric_heap import NUM_BANKS, HeapSize, Segment
 from sfcompile.runtime.topology import Topology
 from sfcompile.runtime.transport import GroupTransport, Transport, notice_of
+from sfcompile.runtime.transport_direct import DirectTransport
 
 T = TypeVar("T")
 
@@ -64,6 +66,8 @@ class Session:
         self.topology = world.topology
         self._world = world
         self._programs: dict[str, list[SchedulePlan]] = {}
+        self._engines: dict[str, Sequence[Engine | None]] = {}
+        self._access: dict[tuple[int, ...], KernelAccess] = {}
         self._size = HeapSize(0, 0)
         self._generation = 0
         self._segments: Sequence[Segment | None] = ()
@@ -138,14 +142,22 @@ class Session:
         """
         self._world.exchange(None, "run the compiled graph", _COMPILE_PATIENCE)
 
-    def load(self, program: str, schedules: Sequence[SchedulePlan]) -> None:
+    def load(
+        self, program: str, schedules: Sequence[SchedulePlan], engines: Sequence[Engine | None] | None = None
+    ) -> None:
         """Register a program; collective when the heap has to grow.
+
+        Args:
+            engines: by site, what runs its attend phase; None: the executor.
 
         Raises:
             HeapError: no room for the heap.
         """
         self._programs[program] = list(schedules)
-        bank_bytes = max((schedule.heap_bytes for schedule in schedules), default=0)
+        self._engines[program] = engines or [None] * len(schedules)
+        sizes = [schedule.heap_bytes for schedule in schedules]
+        sizes += [engine.bank_bytes for engine in self._engines[program] if engine is not None]
+        bank_bytes = max(sizes, default=0)
         need = HeapSize(max((len(schedule.slots) for schedule in schedules), default=0), _aligned(bank_bytes))
         if schedules and not (self._segments and self._size.holds(need)):
             if self._runs:
@@ -164,6 +176,7 @@ class Session:
         own = self._segments[self.rank]
         assert own is not None
         own.done = self._finished
+        self._access.clear()
         self._transport = self._world.make_transport(self._segments)
 
     def schedule(self, program: str, site: int) -> SchedulePlan:
@@ -216,9 +229,24 @@ class Session:
         rank, members = plan.members(self.rank)
         everyone = members == tuple(range(len(members))) and len(members) == self.topology.num_ranks
         wires: Transport = self._transport if everyone else GroupTransport(self._transport, members)
-        run = SiteRun(plan, rank, epoch, epoch % NUM_BANKS, own, wires)
+        engine = self._engines[program][site]
+        kernel = None if engine is None else (engine, self._kernel_access(members))
+        run = SiteRun(plan, rank, epoch, epoch % NUM_BANKS, own, wires, kernel)
         self._runs[program, site] = run
         return run
+
+    def _kernel_access(self, members: tuple[int, ...]) -> KernelAccess:
+        if members not in self._access:
+            direct = getattr(self._transport, "direct", self._transport)
+            if not isinstance(direct, DirectTransport):
+                raise UnsupportedError(
+                    "attention='triton' runs on CPU ranks with transport='c10d'",
+                    "generated kernels store straight into the heaps of other ranks",
+                    "use transport='auto' or 'shm', or attention='aten'",
+                    rank=self.rank,
+                )
+            self._access[members] = KernelAccess(members, self._segments, direct)
+        return self._access[members]
 
     def _finish(self, program: str, site: int) -> None:
         run = self._runs.pop((program, site))

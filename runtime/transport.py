@@ -100,7 +100,7 @@ class RoutedTransport:
     """Direct stores to ranks of this machine, messages to the others."""
 
     def __init__(self, direct: Transport | None, messages: Transport | None, is_direct: Sequence[bool]) -> None:
-        self._direct = direct
+        self.direct = self._direct = direct
         self._messages = messages
         self._is_direct = is_direct
 

@@ -43,6 +43,40 @@ def require_x86() -> None:
         )
 
 
+class Watch:
+    """Called by a kernel that polls a signal of this rank: gives the core away, looks around now and then.
+
+    Raises (from the call):
+        PeerFailedError, PeerDiedError: a rank failed or has gone.
+        RuntimeTimeoutError: nothing arrived for ``timeout_s``.
+    """
+
+    def __init__(self, timeout_s: float, look_around: Callable[[], None], rank: int) -> None:
+        self._timeout_s, self._look_around, self._rank = timeout_s, look_around, rank
+        self._since = self._looked = 0.0
+
+    def __call__(self) -> None:
+        """One poll was in vain."""
+        now = time.monotonic()
+        if not self._since:
+            self._since = self._looked = now
+        if now - self._looked > _LOOK_AROUND_S:
+            self._looked = now
+            self._look_around()
+        if now - self._since > self._timeout_s:
+            raise RuntimeTimeoutError(
+                f"rank {self._rank} waited {self._timeout_s:g} s inside an attention kernel",
+                "a peer is slower than timeout_s, or it runs another program",
+                "look at the peers' logs; raise options={'timeout_s': ...} if they are only slow",
+                rank=self._rank,
+            )
+        os.sched_yield()
+
+    def arrived(self) -> None:
+        """Something came: the clock starts anew."""
+        self._since = 0.0
+
+
 class DirectTransport:
     """Stores into mapped segments.
 
@@ -78,13 +112,29 @@ class DirectTransport:
         """Copy, then signal; see the head of the file."""
         if self._delay is not None:
             self._delay(self._rank)
+        self.await_bank(dst, slot, epoch)
         segment = self._segments[dst]
         assert segment is not None
-        self._await(lambda: segment.done, segment.done_address, epoch - NUM_BANKS, dst, slot, "its bank to be free")
         bank = epoch % NUM_BANKS
         segment.chunk(bank, offset, chunk.shape, chunk.dtype).copy_(chunk)
         segment.signals[bank, slot] = epoch
-        futex.wake(segment.signal_address(bank, slot))
+        self.wake(dst, slot, epoch)
+
+    def await_bank(self, dst: int, slot: int, epoch: int) -> None:
+        """Wait until the receiver has read the epoch that used this bank before."""
+        segment = self._segments[dst]
+        assert segment is not None
+        self._await(lambda: segment.done, segment.done_address, epoch - NUM_BANKS, dst, slot, "its bank to be free")
+
+    def wake(self, dst: int, slot: int, epoch: int) -> None:
+        """Wake a receiver that sleeps until the slot's signal moves."""
+        segment = self._segments[dst]
+        assert segment is not None
+        futex.wake(segment.signal_address(epoch % NUM_BANKS, slot))
+
+    def watch(self) -> Watch:
+        """For waits inside kernels."""
+        return Watch(self._timeout_s, self._look_around_all, self._rank)
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Watch this rank's own signal word."""
@@ -131,7 +181,11 @@ class DirectTransport:
                         rank=self._rank, peer=peer, slot=slot, epoch=wanted, seen_epoch=read(),
                     )  # fmt: skip
 
-    def _look_around(self, peer: int, slot: int, epoch: int) -> None:
+    def _look_around_all(self) -> None:
+        for peer in range(len(self._segments)):
+            self._look_around(peer, None, None)
+
+    def _look_around(self, peer: int, slot: int | None, epoch: int | None) -> None:
         notice = self._mine.aborted
         if notice is not None:
             raise peer_failed(self._rank, notice, peer, slot, epoch)

@@ -17,10 +17,13 @@ from torch import fx
 
 from sfcompile.by_sizes import BySizes, moving_inputs
 from sfcompile.capture import Captured, capture, compile_with_inductor, present, refuse_training
+from sfcompile.codegen.schedule import Schedule
+from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import StreamFusionError, UnsupportedError
 from sfcompile.options import Options
 from sfcompile.passes.pipeline import Compiled, State, run_pipeline
 from sfcompile.passes.report import GraphReport
+from sfcompile.runtime.engine import Engine
 from sfcompile.runtime.process_group import ProcessWorld, check_ranks
 from sfcompile.runtime.session import Session, get_session
 from sfcompile.runtime.topology import Topology
@@ -117,12 +120,25 @@ def _compile_rank(
     compiled.report.break_reason = break_reason(gm)
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     for program, schedules in compiled.programs.items():
-        session.load(program, schedules)
+        session.load(program, schedules, _engines(schedules, session, asked))
     _announce(compiled, session, time.perf_counter() - start)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
     local = _inner(compiled.gm, inputs, captured, asked)
     session.meet()
     return _as_called(local, captured, len(example_inputs)), False
+
+
+def _engines(schedules: Sequence[Schedule], session: Session, asked: Options) -> list[Engine | None]:
+    """Per site the generated kernel that runs its attention, if asked for."""
+    if asked.attention != "triton":
+        return [None] * len(schedules)
+    from sfcompile.codegen.kernel_engine import InterpreterEngine
+
+    attends = [isinstance(schedule.site, AttentionSite) for schedule in schedules]
+    return [
+        InterpreterEngine(schedule, schedule.members(session.rank)[0]) if has else None
+        for schedule, has in zip(schedules, attends, strict=True)
+    ]
 
 
 def break_reason(gm: fx.GraphModule) -> str:

@@ -28,7 +28,6 @@ _MACHINES_X_RANKS = re.compile(r"([1-9]\d*)x([1-9]\d*)(?::.+)?")
 # Named by the contract, brought by a later version: refused, never replaced by something else behind the user's back.
 _LATER = {
     "transport": ("nvshmem",),
-    "attention": ("triton",),
 }
 
 
@@ -43,7 +42,8 @@ class Options:
             None: the planner chooses.
         schedule: how attention runs: "auto" (the planner's choice) | "torus" | "ulysses" | "ring" | "usp".
         transport: "auto" | "shm" (ranks of one machine) | "c10d" (gloo or NCCL).
-        attention: "auto" | "aten".
+        attention: "auto" (generated kernels on GPUs, ATen's flash attention on CPUs) | "aten" | "triton" (on CPUs:
+            Triton's interpreter, for checking kernels, slow).
         inner: what runs the local graph: "auto" | "inductor" | "eager".
         placement: "auto" (by cost) | "shard" (all that has a rule, whatever it costs).
         strict: raise when anything is left replicated.
