@@ -133,6 +133,12 @@ class GraphReport:
         return "\n".join(lines)
 
 
+def short_source(source: str) -> str:
+    """A source line ``/a/b.py:3: text`` without its folders."""
+    path, _, rest = source.partition(":")
+    return f"{path.rsplit('/', 1)[-1]}:{rest}" if rest else path
+
+
 def _table(title: str, rows: list[Left], limit: int = 12) -> list[str]:
     if not rows:
         return [f"  {title}: none"]

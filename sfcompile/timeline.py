@@ -17,10 +17,11 @@ LANES = ("compute", "wait", "send", "network")
 
 # Okabe and Ito's palette: told apart by every kind of colour vision.
 _COLOURS = {"compute": "#0072B2", "wait": "#D55E00", "send": "#009E73", "network": "#E69F00"}
-_WORDS = {
+LANE_WORDS = {
     "compute": "compute", "wait": "blocked in a wait", "send": "sends inside the machine",
     "network": "sends between machines",
 }  # fmt: skip
+"""What the lanes are, in words."""
 _ROW, _GAP = 1.0, 0.35
 
 
@@ -35,7 +36,7 @@ def write_perfetto(path: Path, spans: Sequence[Span], machine_of: Sequence[int],
         events.append(_name("process_name", rank, 0, f"rank {rank} (machine {machine})"))
         events.append({"ph": "M", "name": "process_sort_index", "pid": rank, "tid": 0, "args": {"sort_index": rank}})
         for lane, name in enumerate(LANES):
-            events.append(_name("thread_name", rank, lane, _WORDS[name]))
+            events.append(_name("thread_name", rank, lane, LANE_WORDS[name]))
     for number, span in enumerate(spans):
         lane = LANES.index(span.lane)
         start, stop = span.start_s * 1e6, span.stop_s * 1e6
@@ -46,7 +47,7 @@ def write_perfetto(path: Path, spans: Sequence[Span], machine_of: Sequence[int],
             events.append({**arrow, "ph": "s", "pid": span.rank, "tid": lane, "ts": start})
             events.append({**arrow, "ph": "f", "bp": "e", "pid": span.peer, "tid": LANES.index("wait"), "ts": stop})
     text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"title": title}})
-    _write(path, text.encode())
+    write_text(path, text)
 
 
 def _name(kind: str, rank: int, lane: int, text: str) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], titl
         raise OptionError(
             "a picture needs matplotlib, which is not installed", "", 'run pip install "sfcompile[plot]"'
         ) from error
-    shown = _shown(machine_of, max_ranks)
+    shown = shown_ranks(machine_of, max_ranks)
     scale, unit = _unit(max(span.stop_s for span in spans))
     figure = Figure(figsize=(12.0, 1.6 + 0.42 * len(shown)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
@@ -101,7 +102,7 @@ def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], titl
     some = "" if len(shown) == len(machine_of) else f"; {len(shown)} of {len(machine_of)} ranks shown"
     axes.set_title(title + some, fontsize=10, loc="left", pad=26)
     axes.legend(
-        handles=[Patch(color=_COLOURS[name], label=_WORDS[name]) for name in LANES],
+        handles=[Patch(color=_COLOURS[name], label=LANE_WORDS[name]) for name in LANES],
         loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(LANES), frameon=False, fontsize=8, borderaxespad=0.2,
     )  # fmt: skip
     folder = _folder(path)
@@ -111,7 +112,7 @@ def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], titl
         os.replace(half, path)
 
 
-def _shown(machine_of: Sequence[int], limit: int) -> list[int]:
+def shown_ranks(machine_of: Sequence[int], limit: int) -> list[int]:
     """The first ranks of every machine, as many of each, until the limit."""
     ranks: dict[int, list[int]] = {}
     for rank, machine in enumerate(machine_of):
@@ -135,12 +136,17 @@ def _folder(path: Path) -> Path:
     return path.parent
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OptionError: the folder does not exist, or the file cannot be written.
+    """
     folder = _folder(path)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             half = Path(scratch) / "half"
-            half.write_bytes(data)
+            half.write_text(text, encoding="utf-8")
             os.replace(half, path)
     except OSError as error:
         raise OptionError(
