@@ -31,6 +31,9 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
         *(main.best.degrees if main is not None else (1, state.topology.num_ranks)),
         state.layouts.axes,
         pass_seconds=dict(timings),
+        programs={state.local.program: [site.name for site in state.local.sites]},
+        topology=state.topology,
+        other_s=state.choices.other_s,
     )
     per_rank = [0.0 for _ in ranks]
     for node, op in state.tokens.views.items():
@@ -48,6 +51,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
             for rank in ranks:
                 per_rank[rank] += cost
     if state.part is not None:  # what was counted is one group's part
+        report.programs[state.part.program] = [schedule.site.name for schedule in state.part.schedules]
         parts = len(state.groups)
         report.batch = parts
         report.num_ranks *= parts

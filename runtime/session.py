@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
+from sfcompile.runtime import recorder
 from sfcompile.runtime.engine import Engine, KernelAccess
 from sfcompile.runtime.executor import SchedulePlan, SiteRun
 from sfcompile.runtime.process_group import compare
@@ -179,6 +180,11 @@ class Session:
         self._access.clear()
         self._transport = self._world.make_transport(self._segments)
 
+    @property
+    def programs(self) -> dict[str, list[SchedulePlan]]:
+        """Every loaded program and its schedules, in the order of loading, which is the same on every rank."""
+        return dict(self._programs)
+
     def schedule(self, program: str, site: int) -> SchedulePlan:
         """The schedule of a loaded site."""
         return self._programs[program][site]
@@ -231,7 +237,10 @@ class Session:
         wires: Transport = self._transport if everyone else GroupTransport(self._transport, members)
         engine = self._engines[program][site]
         kernel = None if engine is None else (engine, self._kernel_access(members))
-        run = SiteRun(plan, rank, epoch, epoch % NUM_BANKS, own, wires, kernel)
+        make: Callable[..., SiteRun] = SiteRun
+        if recorder.active is not None:
+            make = recorder.active.run_of(self.rank, self.topology, list(self._programs).index(program), site)
+        run = make(plan, rank, epoch, epoch % NUM_BANKS, own, wires, kernel)
         self._runs[program, site] = run
         return run
 

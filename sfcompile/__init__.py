@@ -18,11 +18,16 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
 
 
 # Loaded on first use, as they need torch: name -> module.
-_LAZY = {"explain": "sfcompile.explain_model", "simulate": "sfcompile.predict"}
+_LAZY = {
+    "explain": "sfcompile.explain_model",
+    "progress": "sfcompile.progress_bar",
+    "simulate": "sfcompile.predict",
+    "trace": "sfcompile.tracing",
+}
 
 
 def __getattr__(name: str) -> object:
-    """`sfcompile.explain` and `sfcompile.simulate`."""
+    """`sfcompile.explain`, `simulate`, `trace` and `progress`."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

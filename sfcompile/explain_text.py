@@ -61,8 +61,9 @@ def axis_words(axis: Axis) -> str:
     """A sequence axis in a line."""
     parts = "" if len(axis.segments) == 1 else " = " + " + ".join(map(str, axis.segments[:6]))
     more = f" + {len(axis.segments) - 6} more" if len(axis.segments) > 6 else ""
-    carried = ", ".join(f"{name} (dim {dim})" for name, dim, _ in axis.inputs) or "made inside the model"
-    return f"{axis.tokens} tokens{parts}{more}, {axis.flops / 1e9:.1f} GFLOP of attention; carried by {carried}"
+    carried = ", ".join(f"{name} (dim {dim})" for name, dim, _ in axis.inputs)
+    where = f"carried by {carried}" if carried else "made inside the model"
+    return f"{axis.tokens} tokens{parts}{more}, {axis.flops / 1e9:.1f} GFLOP of attention; {where}"
 
 
 def memory_rows(found: Explanation) -> list[tuple[str, str, str]]:
