@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from sfcompile.codegen.kernel_spec import KernelSpec, block_of
 from sfcompile.codegen.kernel_tables import FORWARD, KEY, QUERY, UNIT
-from sfcompile.codegen.kernel_text import Lines, columns, module
+from sfcompile.codegen.kernel_text import Lines, columns, entry_name, heap_of, module, prologue, put_signal, wait_lines
 
 LOG2E = 1.4426950408889634
 VIRTUAL_ROW = (
@@ -26,7 +26,7 @@ VIRTUAL_ROW = (
 )  # fmt: skip
 """Arguments that differ between virtual ranks, as int64."""
 _INTEGERS = (
-    "rank", "bank_at", "signals_at", "epoch", "num_units", "num_forwards", "batch", "heads", "first_head", "kv_heads",
+    "rank", "num_units", "num_forwards", "batch", "heads", "first_head", "kv_heads",
     "first_kv", "own_rows",
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ def arguments(spec: KernelSpec) -> list[str]:
         found += ["q_positions_ptr", "k_positions_ptr"]
     found += ["lse_ptr"] if spec.lse else []
     found += ["state_ptr"] if spec.carry else []
-    found += ["heaps_ptr", "units_ptr", "queries_ptr", "keys_ptr"]
+    found += ["heaps_ptr", "place_ptr", "units_ptr", "queries_ptr", "keys_ptr"]
     found += ["forwards_ptr"] if spec.forwards else []
     found += ["counters_ptr"] if spec.forwards or spec.pushes else []
     found += ["report_ptr"] if spec.bounded else []
@@ -56,15 +56,11 @@ def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
     """
     out = Lines()
     out(f"@triton.jit(do_not_specialize={list(_INTEGERS)!r})".replace("'", '"'))
-    with out.block(f"def attend({', '.join(arguments(spec))}):"):
+    with out.block(f"def {entry_name('attend', spec.reach)}({', '.join(arguments(spec))}):"):
         out("program = tl.program_id(0)", "programs = tl.num_programs(0)")
         if spec.virtual > 1:
             _virtual(out, spec)
-        out(
-            "heap = tl.load(heaps_ptr + rank)",
-            "bank = heap + bank_at",
-            "signals = heap + signals_at  # a word per slot, each on a cache line of its own",
-        )
+        out(*prologue())
         if spec.forwards:
             with out.block("if program < COPY_PROGRAMS:"):
                 _forward(out, spec)
@@ -82,7 +78,8 @@ def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
         f"COPY_PROGRAMS = tl.constexpr({spec.copy_programs if spec.forwards else 0})",
         f"QK_SCALE = tl.constexpr({spec.scale * LOG2E!r})  # scale * log2(e): scores in powers of two",
     ]
-    title = f"Attention of {spec.dtype} queries against chunks as they arrive, head sizes {spec.head_dim} and {spec.v_head_dim}."
+    sizes = f"head sizes {spec.head_dim} and {spec.v_head_dim}"
+    title = f"Attention of {spec.dtype} queries against chunks as they arrive, {sizes}."
     return module(title, "\n".join(constants) + "\n\n\n" + out.text, notes)
 
 
@@ -116,16 +113,7 @@ def _element(spec: KernelSpec) -> str:
 def _wait(out: Lines, spec: KernelSpec, slot: str) -> None:
     """Wait for a slot, if the schedule says so."""
     with out.block(f"if {slot} >= 0:"):
-        if spec.bounded:
-            out(f"wait_word_bounded(signals + {slot} * 64, epoch, report_ptr, {slot})")
-        elif spec.reach == "peer":
-            out(f"wait_word(signals + {slot} * 64, epoch)")
-        if spec.reach != "peer":  # what a network card writes is ordered by NVSHMEM's own wait
-            if spec.bounded:
-                with out.block("if tl.atomic_add(report_ptr, 0, sem=\"relaxed\", scope=\"gpu\") == 0:"):
-                    out(f"signal_wait_until(signals + {slot} * 64, CMP_GE, epoch)")
-            else:
-                out(f"signal_wait_until(signals + {slot} * 64, CMP_GE, epoch)")
+        out(*wait_lines(spec.reach, spec.bounded, f"signals + {slot} * 64", "epoch", slot))
 
 
 def _forward(out: Lines, spec: KernelSpec) -> None:
@@ -139,16 +127,14 @@ def _forward(out: Lines, spec: KernelSpec) -> None:
 
         def by_store() -> None:
             out(
-                "to = tl.load(heaps_ptr + dst)",
+                f"to = {heap_of('dst')}",
                 "copy_words(to + bank_at + to_at, bank + at, (nbytes + 3) // 4, 0, 1, 2048)",
                 "tl.debug_barrier()  # every thread's stores happen before thread 0's release",
                 "raise_signal(to + signals_at + to_slot * 64, epoch)",
             )
 
         def by_nvshmem() -> None:
-            out("putmem_signal_nbi_block(")
-            out("    bank + to_at, bank + at, nbytes, signals + to_slot * 64, epoch, SIGNAL_SET, dst.to(tl.int32)")
-            out(")")
+            out(*put_signal("dst", "bank + at", "bank_at + to_at", "nbytes", "signals_at + to_slot * 64"))
 
         _either(out, spec, by_store, by_nvshmem)
         out("hop += COPY_PROGRAMS")
@@ -225,7 +211,7 @@ def _tile(out: Lines, spec: KernelSpec) -> None:
     if spec.carry:
         with out.block("else:"):
             out(
-                "# The same place, worked out anew (j is last_key): addresses kept through the loop would cost registers.",
+                "# The same place, worked out anew (j is last_key): addresses kept through the loop cost registers.",
                 "again = lane + (j - last_key).to(tl.int32)",
                 "tl.store(state + again, m)",
                 "tl.store(state + BM + again, l)",
@@ -358,25 +344,25 @@ def _push(out: Lines, spec: KernelSpec, stores: str) -> None:
     if spec.reach == "mixed":
         wanted |= {"net": "net"}
     out(*columns("query", QUERY, wanted))
-    store = f"+ (bh * rows).to(tl.int64) * E + row[:, None] * E + e[None, :], o, {stores})"
-    counted = "if last_of(counters_ptr + out_slot, tiles):"
+    if spec.reach != "nvshmem":
+        out(f"to = {heap_of('dst')}")
+    out("target = bank + staging" if spec.reach == "nvshmem" else "target = to + bank_at + out_at")
+    if spec.reach == "mixed":
+        with out.block("if net != 0:"):
+            out("target = bank + staging")
+    out(
+        f"target_ptr = {_pointer(spec, 'target', spec.v_head_dim)} + (bh * rows).to(tl.int64) * E",
+        f"tl.store(target_ptr + row[:, None] * E + e[None, :], o, {stores})",
+    )
 
     def by_store() -> None:
-        out("to = tl.load(heaps_ptr + dst)", f"peer_ptr = {_pointer(spec, 'to + bank_at + out_at', spec.v_head_dim)}")
-        out(f"tl.store(peer_ptr {store}")
-        with out.block(counted):
-            out("raise_signal(to + signals_at + out_slot * 64, epoch)")
+        out("raise_signal(to + signals_at + out_slot * 64, epoch)")
 
     def by_nvshmem() -> None:
-        out(f"staged_ptr = {_pointer(spec, 'bank + staging', spec.v_head_dim)}", f"tl.store(staged_ptr {store}")
-        with out.block(counted):
-            out(
-                "putmem_signal_nbi_block(",
-                "    bank + out_at, bank + staging, nbytes, signals + out_slot * 64, epoch, SIGNAL_SET, dst.to(tl.int32)",
-                ")",
-            )
+        out(*put_signal("dst", "bank + staging", "bank_at + out_at", "nbytes", "signals_at + out_slot * 64"))
 
-    _either(out, spec, by_store, by_nvshmem)
+    with out.block("if last_of(counters_ptr + out_slot, tiles):"):
+        _either(out, spec, by_store, by_nvshmem)
 
 
 def _pointer(spec: KernelSpec, address: str, width: int) -> str:

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from sfcompile.codegen.kernel_attend import arguments, attend_source
+from sfcompile.codegen.kernel_chunks import ChunkSpec, chunk_arguments, receive_source, release_source, send_source
 from sfcompile.codegen.kernel_loader import load_source
-from sfcompile.codegen.kernel_moves import COLLECT_ARGUMENTS, PUT_ARGUMENTS, MoveSpec, collect_source, put_source
+from sfcompile.codegen.kernel_moves import MoveSpec, collect_source, move_arguments, put_source
 from sfcompile.codegen.kernel_spec import KernelSpec
+from sfcompile.codegen.kernel_text import entry_name
 from sfcompile.errors import CodegenError
 
 ARCHITECTURES = (80, 90, 100)
 _KINDS = {
     "mask_ptr": "*u8", "q_positions_ptr": "*i32", "k_positions_ptr": "*i32", "lse_ptr": "*fp32", "state_ptr": "*fp32",
-    "counters_ptr": "*i32", "bank_at": "i64", "signals_at": "i64", "epoch": "i64",
+    "counters_ptr": "*i32", "x_ptr": "*u8",
 }  # fmt: skip
 
 
@@ -29,7 +31,7 @@ class Compiled:
     """One kernel for one architecture.
 
     Attributes:
-        name: "attend", "put" or "collect".
+        name: "attend", "put", "collect", "send", "receive" or "release".
         arch: 80, 90, 100.
         source, ttgir, ptx: text of the stages. ``cubin``: what a GPU loads; relocatable if ``linked`` is False.
         shared_bytes: shared memory of a program.
@@ -76,9 +78,15 @@ def compile_attend(spec: KernelSpec, arch: int, library: Path | None = None) -> 
 
 def compile_move(name: str, spec: MoveSpec, arch: int, library: Path | None = None) -> Compiled:
     """The kernel "put" or "collect" of a spec; see :func:`compile_attend`."""
-    source, given = {"put": (put_source(spec), PUT_ARGUMENTS), "collect": (collect_source(spec), COLLECT_ARGUMENTS)}[name]
+    source = {"put": put_source, "collect": collect_source}[name](spec)
     element = {"x_ptr": f"*{spec.dtype}", "out_ptr": f"*{spec.dtype}"}
-    return _compile(name, source, given, element, arch, 4, 1, library, spec.reach != "peer")
+    return _compile(name, source, move_arguments(name, spec), element, arch, 4, 1, library, spec.reach != "peer")
+
+
+def compile_chunks(name: str, spec: ChunkSpec, arch: int, library: Path | None = None) -> Compiled:
+    """The kernel "send", "receive" or "release"; see :func:`compile_attend`."""
+    source = {"send": send_source, "receive": receive_source, "release": release_source}[name](spec)
+    return _compile(name, source, chunk_arguments(name, spec), {}, arch, 4, 1, library, spec.reach != "peer")
 
 
 def _compile(
@@ -93,7 +101,8 @@ def _compile(
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     module = load_source(source)
     signature = {entry: _kind(entry, kinds) for entry in given}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, entry in enumerate(given) if entry.endswith(("_ptr", "_sb", "_sh", "_sr"))}
+    aligned = ("_ptr", "_sb", "_sh", "_sr")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, entry in enumerate(given) if entry.endswith(aligned)}
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
     if name == "attend":
         options["launch_cooperative_grid"] = True
@@ -101,9 +110,10 @@ def _compile(
         options["extern_libs"] = {"libnvshmem_device": str(library)}
     elif calls:
         options["ptx_options"] = "-c"
+    kernel = getattr(module, entry_name(name, "nvshmem" if calls else "peer"))
     try:
         made = triton.compile(
-            ASTSource(getattr(module, name), signature=signature, constexprs={}, attrs=attrs),
+            ASTSource(kernel, signature=signature, constexprs={}, attrs=attrs),
             target=GPUTarget("cuda", arch, 32),
             options=options,
         )
@@ -121,7 +131,8 @@ def _compile(
 
 def _kind(entry: str, kinds: Mapping[str, str]) -> str:
     found = kinds.get(entry) or _KINDS.get(entry)
-    return found or ("*i64" if entry.endswith("_ptr") else "i64" if entry[-3:] in ("_sb", "_sh", "_sr", "_sc") else "i32")
+    stride = entry[-3:] in ("_sb", "_sh", "_sr", "_sc")
+    return found or ("*i64" if entry.endswith("_ptr") else "i64" if stride else "i32")
 
 
 # ---------------------------------------------------------------------- inspection
@@ -199,7 +210,8 @@ def _is_poll(line: str) -> bool:
 
 
 def _is_tile_load(line: str) -> bool:
-    return ("ttg.async_copy_global_to_local" in line or "tt.load" in line) and re.search(r"tensor<\d+x\d+x", line) is not None
+    loads = "ttg.async_copy_global_to_local" in line or "tt.load" in line
+    return loads and re.search(r"tensor<\d+x\d+x", line) is not None
 
 
 def _end(lines: Sequence[str], head: int) -> int:

@@ -4,19 +4,19 @@
 Words of the symmetric heap that two ranks touch are only ever written with a release and read with an acquire at system
 scope. The chain that makes a put visible (``sender`` may be many programs of one GPU):
 
-    stores of every thread -> CTA barrier -> atomic add of the arrival counter (acq_rel)     each program of the sender
+    stores of every thread -> CTA barrier -> atomic add of the arrival counter (acq_rel)    each program of the sender
                                              -> last one: exchange of the signal (release)
-    acquire of the signal (wait) -> CTA barrier -> loads                                     each program of the receiver
+    acquire of the signal (wait) -> CTA barrier -> loads                                    each program of the receiver
 
 The last program's add reads what the others' adds wrote, so their stores happen before its release; an acquire that
 reads the released epoch therefore sees them all (PTX memory model: causality order is transitive over scopes that
 include both sides).
 """
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
-
-from sfcompile.codegen.nvshmem_calls import putmem_signal_nbi_block, signal_wait_until
 
 SIGNAL_SET = tl.constexpr(9)
 CMP_GE = tl.constexpr(5)
@@ -24,13 +24,13 @@ SPINS = tl.constexpr(1 << 26)
 
 
 @triton.jit
-def word(address):
+def word(address: tl.tensor) -> tl.tensor:
     """An int64 word of the heap."""
     return address.to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
-def wait_word(address, epoch):
+def wait_word(address: tl.tensor, epoch: tl.tensor) -> None:
     """Spin until the word holds the epoch or a later one; add-0 with acquire is Triton's portable load-acquire."""
     seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
     while seen < epoch:
@@ -38,7 +38,7 @@ def wait_word(address, epoch):
 
 
 @triton.jit
-def wait_word_bounded(address, epoch, report_ptr, slot):
+def wait_word_bounded(address: tl.tensor, epoch: tl.tensor, report_ptr: tl.tensor, slot: tl.tensor) -> None:
     """:func:`wait_word` of debug builds: after SPINS polls the first program to give up writes what it waited for.
 
     ``report_ptr`` holds [given up, slot, epoch, epoch seen]. Whoever sees that one gave up gives up too, so the kernel
@@ -53,14 +53,14 @@ def wait_word_bounded(address, epoch, report_ptr, slot):
             if tl.atomic_add(report_ptr, 0, sem="relaxed", scope="gpu") != 0:
                 spins = SPINS
     if seen < epoch:
-        if tl.atomic_cas(report_ptr, 0, 1, sem="relaxed", scope="gpu") == 0:
+        if tl.atomic_add(report_ptr, 1, sem="relaxed", scope="gpu") == 0:
             tl.store(report_ptr + 1, slot.to(tl.int64))
             tl.store(report_ptr + 2, epoch)
             tl.store(report_ptr + 3, seen)
 
 
 @triton.jit
-def last_of(counter_ptr, count):
+def last_of(counter_ptr: tl.tensor, count: tl.tensor) -> tl.tensor:
     """Whether this program is the last of ``count`` to come here; what all of them stored happens before its return.
 
     The last one sets the counter back: no other program of this launch comes here again.
@@ -74,13 +74,15 @@ def last_of(counter_ptr, count):
 
 
 @triton.jit
-def raise_signal(address, epoch):
+def raise_signal(address: tl.tensor, epoch: tl.tensor) -> None:
     """Publish an epoch to a peer that loads and stores can reach."""
     tl.atomic_xchg(word(address), epoch, sem="release", scope="sys")
 
 
 @triton.jit
-def copy_words(dst, src, count, part, parts, BLOCK: tl.constexpr):
+def copy_words(
+    dst: tl.tensor, src: tl.tensor, count: tl.tensor, part: tl.tensor, parts: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     """This program's part of ``count`` int32 words from ``src`` to ``dst`` (byte addresses, multiples of 16)."""
     from_ptr = tl.multiple_of(src.to(tl.pointer_type(tl.int32)), 16)
     to_ptr = tl.multiple_of(dst.to(tl.pointer_type(tl.int32)), 16)

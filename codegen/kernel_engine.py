@@ -65,15 +65,15 @@ class InterpreterEngine:
         from triton.runtime.errors import InterpreterError
 
         from sfcompile.codegen.interpreter import interpreting
-        from sfcompile.codegen.kernel_launch import AttendKernel, mask_kind
+        from sfcompile.codegen.kernel_launch import AttendKernel, HeapView, mask_kind
 
         kind = mask_kind(mask)
         if kind not in self._kernels:
             self._kernels[kind] = AttendKernel(self._schedule, self._rank, torch.device("cpu"), mask=kind, programs=1)
-        where = (access.heaps, access.bank_at(epoch), access.signals_at(epoch), epoch)
+        heap = HeapView(access.heaps, access.place(epoch), torch.zeros(0, dtype=torch.int64))
         try:
             with interpreting(access.watch()):
-                self._kernels[kind].run(out, *where, mask=mask)
+                self._kernels[kind].run(out, heap, mask=mask)
         except InterpreterError as error:
             cause = error.__cause__
             while cause is not None and not isinstance(cause, StreamFusionError):

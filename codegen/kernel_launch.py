@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from sfcompile.codegen.kernel_attend import VIRTUAL_ROW, arguments, attend_source
-from sfcompile.codegen.kernel_moves import COLLECT_ARGUMENTS, PUT_ARGUMENTS, MoveSpec, collect_source, put_source
-from sfcompile.codegen.kernel_loader import load_source
+from sfcompile.codegen.kernel_attend import arguments, attend_source
+from sfcompile.codegen.kernel_loader import link_options, load_source, resident_programs
+from sfcompile.codegen.kernel_moves import MoveSpec, collect_source, move_arguments, put_source
 from sfcompile.codegen.kernel_spec import KernelSpec, block_of, spec_of
 from sfcompile.codegen.kernel_tables import KernelTables, make_tables
+from sfcompile.codegen.kernel_text import entry_name
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import RuntimeTimeoutError
 
 MASK_KINDS = {False: "key", True: "full"}
+MOVE_PROGRAMS = 32
+"""Most programs of a put or collect kernel."""
+
+
+@dataclass(frozen=True)
+class HeapView:
+    """The heaps of a mesh's ranks as the kernels of one of them see them, for one call of a site.
+
+    Attributes:
+        heaps: int64 [ranks of the mesh, 2]: address of each segment in this process (0: out of reach), and NVSHMEM's
+            number of the rank.
+        place: int64 [7], see PLACE in kernel_text.py.
+        receivers: int64, ranks of the job that must have given credit before a put.
+    """
+
+    heaps: torch.Tensor
+    place: torch.Tensor
+    receivers: torch.Tensor
 
 
 def mask_kind(mask: torch.Tensor | None) -> tuple[str, bool]:
@@ -35,6 +56,7 @@ class AttendKernel:
         device: "cpu" runs in Triton's interpreter.
         programs: size of the grid for the attention itself; None: what fits on the device at a time.
         calls: stand-ins for NVSHMEM in the interpreter.
+        library: NVSHMEM's device code (nvshmem_bitcode.py), for ``machine_of`` with several machines on a GPU.
     """
 
     def __init__(
@@ -47,32 +69,33 @@ class AttendKernel:
         programs: int | None = None,
         calls: Mapping[str, Callable[..., object]] | None = None,
         merge: bool = True,
+        library: Path | None = None,
         **changes: Any,
     ) -> None:
         assert isinstance(schedule.site, AttentionSite)
         self.schedule, self.rank, self.site = schedule, rank, schedule.site
-        arch = 0
-        if device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            arch = 10 * major + minor
+        arch = architecture(device)
         spec = spec_of(schedule, arch, machine_of, mask, **changes)
         self.tables: KernelTables = make_tables(schedule, rank, spec.block_m, machine_of, merge)
         self.spec: KernelSpec = spec.with_(carry=self.tables.carry)
         self.source = attend_source(self.spec)
-        self._kernel = load_source(self.source, arch == 0, calls).attend
+        name = entry_name("attend", self.spec.reach)
+        self.kernel = getattr(load_source(self.source, arch == 0, calls), name)
         self._moves: dict[str, Any] = {}
         for name, width in (("q", self.site.head_dim), ("k", self.site.head_dim), ("v", self.site.v_head_dim)):
-            move = MoveSpec(self.spec.dtype, width, self.spec.reach)
-            self._moves[name] = load_source(put_source(move), arch == 0, calls).put
-        home = MoveSpec(self.spec.dtype, self.site.v_head_dim, self.spec.reach)
-        self._moves["o"] = load_source(collect_source(home), arch == 0, calls).collect
-        self._device = device
-        self._programs = programs or (_fitting(device) if arch else 2)
-        self._fixed = self._tensors()
+            move = MoveSpec(self.spec.dtype, width, self.spec.reach, self.spec.bounded)
+            self._moves[name] = getattr(load_source(put_source(move), arch == 0, calls), entry_name("put", move.reach))
+        home = MoveSpec(self.spec.dtype, self.site.v_head_dim, self.spec.reach, self.spec.bounded)
+        brings = load_source(collect_source(home), arch == 0, calls)
+        self._moves["o"] = getattr(brings, entry_name("collect", home.reach))
+        self.device, self.calls = device, calls
+        self._library = library
+        self._programs = programs or (0 if arch else 2)
+        self.fixed = self._tensors()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Tables and workspace on the device."""
-        tables, device = self.tables, self._device
+        tables, device = self.tables, self.device
         found = {
             name: torch.from_numpy(getattr(tables, name)).to(device)
             for name in ("units", "queries", "keys", "forwards", "q_positions", "k_positions")
@@ -101,73 +124,82 @@ class AttendKernel:
             "own_rows": int(own[:, 2].sum()),
         }
 
-    @property
-    def grid(self) -> int:
-        """Programs of a launch."""
-        return self._programs + (self.spec.copy_programs if self.spec.forwards else 0)
+    def programs(self, given: Mapping[str, Any]) -> int:
+        """Attending programs of a launch with some arguments: as many as are on the device together, less copiers."""
+        if self._programs == 0:
+            values = [given[name] for name in arguments(self.spec)]
+            fitting = resident_programs(self.kernel, values, self.options, self.device)
+            self._programs = fitting - self.copiers
+        return self._programs
 
-    def put(
-        self, tensor: str, x: torch.Tensor, heaps: torch.Tensor, bank_at: int, signals_at: int, epoch: int
-    ) -> None:
+    @property
+    def copiers(self) -> int:
+        """Programs that pass chunks on."""
+        return self.spec.copy_programs if self.spec.forwards else 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's options of the launch; none in the interpreter."""
+        if self.device.type == "cpu":
+            return {}
+        # Copy programs and attention must be on the device together: one waits for peers that wait for the other.
+        found = {"num_warps": self.spec.warps, "num_stages": self.spec.stages, "launch_cooperative_grid": True}
+        return found | link_options(self._library, self.spec.reach)
+
+    def put(self, tensor: str, x: torch.Tensor, heap: HeapView) -> None:
         """Send what others need of "q", "k" or "v" [B, H, L, W], and keep what this rank needs.
 
-        Heads of ``x`` are all heads, rows the rank's own. The caller has made sure that every destination's bank is
-        free (runtime/transport.py).
+        Heads of ``x`` are all heads, rows the rank's own. Waits for credits of ``heap.receivers`` first.
         """
         x = x if x.stride(-1) == 1 else x.contiguous()
-        given = self._places(heaps, bank_at, signals_at, epoch) | {"x_ptr": x, "puts_ptr": self._fixed[f"put_{tensor}"]}
+        given = self._common(heap) | {"x_ptr": x, "puts_ptr": self.fixed[f"put_{tensor}"]}
         given |= dict(zip(("x_sb", "x_sh", "x_sr"), x.stride()[:3], strict=True))
-        given |= {"counters_ptr": self._fixed["counters"], "num_puts": len(self.tables.puts[tensor])}
-        self._moves[tensor][(self._programs,)](*(given[name] for name in PUT_ARGUMENTS))
+        given |= {"num_puts": len(self.tables.puts[tensor])}
+        self._move(tensor, "put", given)
 
-    def collect(
-        self, out: torch.Tensor, heaps: torch.Tensor, bank_at: int, signals_at: int, epoch: int
-    ) -> None:
+    def collect(self, out: torch.Tensor, heap: HeapView) -> None:
         """Wait for the outputs that come home and copy them into ``out`` [B, H, Lq, E]."""
-        given = self._places(heaps, bank_at, signals_at, epoch) | {"out_ptr": out}
+        given = self._common(heap) | {"out_ptr": out}
         given |= dict(zip(("out_sb", "out_sh", "out_sr"), out.stride()[:3], strict=True))
-        given |= {"collects_ptr": self._fixed["collects"], "num_collects": len(self.tables.collects)}
-        self._moves["o"][(self._programs,)](*(given[name] for name in COLLECT_ARGUMENTS))
+        given |= {"collects_ptr": self.fixed["collects"], "num_collects": len(self.tables.collects)}
+        self._move("o", "collect", given)
 
-    def _places(self, heaps: torch.Tensor, bank_at: int, signals_at: int, epoch: int) -> dict[str, Any]:
-        return {
-            "heaps_ptr": heaps, "rank": self.rank, "bank_at": bank_at, "signals_at": signals_at, "epoch": epoch,
-            "batch": self.site.batch,
-        }  # fmt: skip
+    def _move(self, tensor: str, name: str, given: Mapping[str, Any]) -> None:
+        # Few programs: they run beside the products that make the next tensor.
+        programs = MOVE_PROGRAMS if self.device.type == "cuda" else 2
+        wanted = move_arguments(name, MoveSpec(self.spec.dtype, 1, self.spec.reach, self.spec.bounded))
+        options = {} if self.device.type == "cpu" else link_options(self._library, self.spec.reach)
+        self._moves[tensor][(programs,)](*(given[entry] for entry in wanted), **options)
+
+    def _common(self, heap: HeapView) -> dict[str, Any]:
+        given: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in self.fixed.items()}
+        given |= {"heaps_ptr": heap.heaps, "place_ptr": heap.place, "receivers_ptr": heap.receivers}
+        return given | {"num_receivers": len(heap.receivers), "rank": self.rank, "batch": self.site.batch}
 
     def run(
         self,
         out: torch.Tensor,
-        heaps: torch.Tensor,
-        bank_at: int,
-        signals_at: int,
-        epoch: int,
+        heap: HeapView,
         mask: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
     ) -> None:
         """Attend and push; own queries' outputs for this rank's heads go to ``out`` [B, H, Lq, E].
 
         Args:
-            heaps: int64, the address of each rank's segment in this process by rank of the mesh (0: not reachable).
-            bank_at, signals_at: bytes from a segment's start to the bank, and to the bank's signals.
             mask: as given to the site, broadcastable to [B, H, Lq, Lk].
             lse: fp32 [B, heads of this rank, Lq], natural log-sum-exp of the own queries (spec.lse).
         """
-        given: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in self._fixed.items()}
-        given |= self.scalars | {"rank": self.rank, "bank_at": bank_at, "signals_at": signals_at, "epoch": epoch}
-        given |= {"out_ptr": out, "heaps_ptr": heaps, "lse_ptr": lse}
-        given |= dict(zip(("out_sb", "out_sh", "out_sr"), out.stride()[:3], strict=True))
-        given |= mask_arguments(mask)
-        self._launch(given, self.grid)
+        given = self.given(out, heap, mask, lse)
+        grid = self.programs(given) + self.copiers
+        self.kernel[(grid,)](*(given[name] for name in arguments(self.spec)), **self.options)
 
-    def _launch(self, given: Mapping[str, Any], grid: int) -> None:
-        options: dict[str, Any] = {}
-        if self._device.type == "cuda":
-            # Copy programs and attention must be on the device together: one waits for peers that wait for the other.
-            options = {
-                "num_warps": self.spec.warps, "num_stages": self.spec.stages, "launch_cooperative_grid": True,
-            }  # fmt: skip
-        self._kernel[(grid,)](*(given[name] for name in arguments(self.spec)), **options)
+    def given(
+        self, out: torch.Tensor, heap: HeapView, mask: torch.Tensor | None, lse: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """Arguments of the attention kernel by name."""
+        found = self._common(heap) | self.scalars | {"out_ptr": out, "lse_ptr": lse}
+        found |= dict(zip(("out_sb", "out_sh", "out_sr"), out.stride()[:3], strict=True))
+        return found | mask_arguments(mask)
 
     def check(self) -> None:
         """Raise what a debug build reported; synchronises with the device.
@@ -175,17 +207,29 @@ class AttendKernel:
         Raises:
             RuntimeTimeoutError: a wait gave up.
         """
-        failed, slot, epoch, seen = self._fixed["report"].tolist()
+        failed, slot, epoch, seen = self.fixed["report"].tolist()
         if failed:
-            self._fixed["report"].zero_()
-            self._fixed["counters"].zero_()
-            arrival = next(entry for entry in self.schedule.program(self.rank).arrivals if entry.slot == slot)
-            raise RuntimeTimeoutError(
-                f"{arrival} of attention {self.site.name} did not come: a kernel gave up waiting",
-                "the sender is late, dead, or never sends it",
-                "look at the sender's log",
-                rank=self.rank, peer=arrival.src, slot=slot, epoch=epoch, seen_epoch=seen,
-            )  # fmt: skip
+            self.fixed["report"].zero_()
+            self.fixed["counters"].zero_()
+            raise gave_up(self.schedule, self.rank, slot, epoch, seen)
+
+
+def gave_up(schedule: Schedule, rank: int, slot: int, epoch: int, seen: int) -> RuntimeTimeoutError:
+    """The error for a wait that a debug build gave up; slots below 0 are credits, of rank -1 - slot of the job."""
+    if slot < 0:
+        return RuntimeTimeoutError(
+            f"rank {-1 - slot} has not read epoch {epoch}: a kernel of {schedule.site.name} gave up on its bank",
+            "the receiver is late or dead",
+            "look at the receiver's log",
+            rank=rank, peer=-1 - slot, epoch=epoch, seen_epoch=seen,
+        )  # fmt: skip
+    arrival = next(entry for entry in schedule.program(rank).arrivals if entry.slot == slot)
+    return RuntimeTimeoutError(
+        f"{arrival} of {schedule.site.name} did not come: a kernel gave up waiting",
+        "the sender is late, dead, or never sends it",
+        "look at the sender's log",
+        rank=rank, peer=arrival.src, slot=slot, epoch=epoch, seen_epoch=seen,
+    )  # fmt: skip
 
 
 def mask_arguments(mask: torch.Tensor | None) -> dict[str, Any]:
@@ -199,30 +243,9 @@ def mask_arguments(mask: torch.Tensor | None) -> dict[str, Any]:
     return {"mask_ptr": values} | dict(zip(("mask_sb", "mask_sh", "mask_sr", "mask_sc"), strides, strict=True))
 
 
-class VirtualAttend:
-    """All ranks of a schedule in one launch on one device: the same text, tables and waits, without several GPUs.
-
-    The first programs of the grid are all ranks' copy programs hop by hop, so nothing waits for a later program.
-    """
-
-    def __init__(self, kernels: Sequence[AttendKernel]) -> None:
-        first = kernels[0]
-        spec = first.spec.with_(
-            virtual=len(kernels),
-            carry=any(kernel.spec.carry for kernel in kernels),
-            copy_programs=max(len(kernel.tables.forwards) for kernel in kernels) or 1,
-        )
-        self.kernels, self.spec = kernels, spec
-        interpret = first._device.type == "cpu"
-        calls = {
-            name: value for name, value in first._kernel.__globals__.items() if name in CALLS
-        } if interpret and spec.reach != "peer" else None  # fmt: skip
-        self._kernel = load_source(attend_source(spec), interpret, calls).attend
-
-
-CALLS = ("putmem_signal_nbi_block", "signal_wait_until")
-__all__ = ["CALLS", "VIRTUAL_ROW", "AttendKernel", "VirtualAttend", "mask_arguments", "mask_kind"]
-
-
-def _fitting(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def architecture(device: torch.device) -> int:
+    """80, 90, 100, ... of a GPU; 0 for CPUs, where kernels run in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

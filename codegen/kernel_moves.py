@@ -8,18 +8,27 @@ from dataclasses import dataclass
 
 from sfcompile.codegen.kernel_spec import block_of
 from sfcompile.codegen.kernel_tables import COLLECT, PUT
-from sfcompile.codegen.kernel_text import Lines, columns, module
+from sfcompile.codegen.kernel_text import (
+    PLACE,
+    Lines,
+    columns,
+    entry_name,
+    heap_of,
+    module,
+    prologue,
+    put_signal,
+    wait_lines,
+)
 
 ELEMENTS = {"fp32": "tl.float32", "fp16": "tl.float16", "bf16": "tl.bfloat16"}
 PUT_ARGUMENTS = (
-    "x_ptr", "x_sb", "x_sh", "x_sr", "heaps_ptr", "puts_ptr", "counters_ptr", "rank", "bank_at", "signals_at", "epoch",
-    "num_puts", "batch",
+    "x_ptr", "x_sb", "x_sh", "x_sr", "heaps_ptr", "place_ptr", "puts_ptr", "receivers_ptr", "counters_ptr", "rank",
+    "num_puts", "num_receivers", "batch",
 )  # fmt: skip
 COLLECT_ARGUMENTS = (
-    "out_ptr", "out_sb", "out_sh", "out_sr", "heaps_ptr", "collects_ptr", "rank", "bank_at", "signals_at", "epoch",
-    "num_collects", "batch",
+    "out_ptr", "out_sb", "out_sh", "out_sr", "heaps_ptr", "place_ptr", "collects_ptr", "rank", "num_collects", "batch",
 )  # fmt: skip
-_INTEGERS = ("rank", "bank_at", "signals_at", "epoch", "num_puts", "num_collects", "batch")
+_INTEGERS = ("rank", "num_puts", "num_collects", "num_receivers", "num_ranks", "batch", "nbytes")
 
 
 @dataclass(frozen=True)
@@ -29,24 +38,28 @@ class MoveSpec:
     Attributes:
         dtype: "fp32", "fp16" or "bf16".
         width: elements of a row, 1 to 256.
-        reach: as in KernelSpec.
+        reach, bounded: as in KernelSpec.
         lines: rows that a program copies at a time.
     """
 
     dtype: str
     width: int
     reach: str = "peer"
+    bounded: bool = False
     lines: int = 32
 
 
 def put_source(spec: MoveSpec) -> str:
     """The module of ``put``: cut a tensor [B, H, L, W] into what each rank needs, copy, raise the signals.
 
-    By load and store, rows go straight into the peers' slots. For NVSHMEM they are gathered in the staging area first,
-    and the last program to finish sends the chunk as a whole. What stays here is copied into the bank as well.
+    First it waits until every rank that this one writes to in the epoch has read the epoch that used the bank before.
+    Then, by load and store, rows go straight into the peers' slots. For NVSHMEM they are gathered in the staging area
+    first, and the last program to finish sends the chunk as a whole. (The staging area of a bank is free by then too:
+    a receiver that has read a chunk has received it.) What stays here is copied into the bank as well.
     """
     out = Lines()
-    with _kernel(out, "put", PUT_ARGUMENTS):
+    with kernel(out, entry_name("put", spec.reach), move_arguments("put", spec)):
+        out(*await_credits(spec.reach, spec.bounded))
         out("p = 0")
         with out.block("while p < num_puts:"):
             out(f"put = puts_ptr + p * {len(PUT)}")
@@ -63,15 +76,12 @@ def put_source(spec: MoveSpec) -> str:
 def collect_source(spec: MoveSpec) -> str:
     """The module of ``collect``: wait for each output that comes home and copy it to its heads and rows."""
     out = Lines()
-    with _kernel(out, "collect", COLLECT_ARGUMENTS):
+    with kernel(out, entry_name("collect", spec.reach), move_arguments("collect", spec)):
         out("c = 0")
         with out.block("while c < num_collects:"):
             out(f"row_of_table = collects_ptr + c * {len(COLLECT)}")
             out(*columns("row_of_table", COLLECT, {name: name for name in COLLECT}))
-            if spec.reach == "peer":
-                out("wait_word(signals + slot * 64, epoch)")
-            else:  # what a network card writes is ordered by NVSHMEM's own wait
-                out("signal_wait_until(signals + slot * 64, CMP_GE, epoch)")
+            out(*wait_lines(spec.reach, spec.bounded, "signals + slot * 64", "epoch", "slot"))
             out("source = bank + at")
             _copy_lines(out, spec, home=True)
             out("c += 1")
@@ -86,7 +96,8 @@ def merge_source() -> str:
     """
     out = Lines()
     out("@triton.jit")
-    with out.block("def merge(o1_ptr, l1_ptr, o2_ptr, l2_ptr, rows, E: tl.constexpr, E_BLOCK: tl.constexpr, R: tl.constexpr):"):
+    sizes = "E: tl.constexpr, E_BLOCK: tl.constexpr, R: tl.constexpr"
+    with out.block(f"def merge(o1_ptr, l1_ptr, o2_ptr, l2_ptr, rows, {sizes}):"):
         out(
             "row = tl.program_id(0) * R + tl.arange(0, R)",
             "e = tl.arange(0, E_BLOCK)",
@@ -109,17 +120,37 @@ def merge_source() -> str:
     return module("Merges partial attention results over disjoint keys.", out.text)
 
 
+def move_arguments(name: str, spec: MoveSpec) -> tuple[str, ...]:
+    """Arguments of "put" or "collect", in order."""
+    given = {"put": PUT_ARGUMENTS, "collect": COLLECT_ARGUMENTS}[name]
+    return (*given, "report_ptr") if spec.bounded else given
+
+
+def await_credits(reach: str, bounded: bool) -> list[str]:
+    """Lines that wait until the bank is free on every rank of ``receivers_ptr`` (numbers of the job)."""
+    waits = wait_lines(reach, bounded, "credit", "before", "-1 - receiver")
+    return [
+        "before = tl.maximum(epoch - 2, 0)  # NVSHMEM compares without a sign",
+        f"credits = heap + tl.load(place_ptr + {PLACE.index('credits_at')})",
+        "r = 0",
+        "while r < num_receivers:",
+        "    receiver = tl.load(receivers_ptr + r)",
+        "    credit = credits + receiver * 64",
+        *(f"    {line}" for line in waits),
+        "    r += 1",
+    ]
+
+
 @contextmanager
-def _kernel(out: Lines, name: str, arguments: tuple[str, ...]) -> Iterator[None]:
+def kernel(out: Lines, name: str, arguments: tuple[str, ...]) -> Iterator[None]:
+    """A kernel's head and its first lines; what is added inside is its body."""
     integers = ", ".join(f'"{entry}"' for entry in arguments if entry in _INTEGERS)
     out(f"@triton.jit(do_not_specialize=[{integers}])")
     with out.block(f"def {name}({', '.join(arguments)}):"):
         out(
             "program = tl.program_id(0)",
             "programs = tl.num_programs(0)",
-            "heap = tl.load(heaps_ptr + rank)",
-            "bank = heap + bank_at",
-            "signals = heap + signals_at",
+            *prologue(),
         )
         yield
 
@@ -142,9 +173,9 @@ def _destination(out: Lines, spec: MoveSpec) -> None:
             with out.block("if net != 0:"):
                 out("target = bank + staging")
             with out.block("else:"):
-                out("target = tl.load(heaps_ptr + dst) + bank_at + at")
+                out(f"target = {heap_of('dst')} + bank_at + at")
         else:
-            out("target = tl.load(heaps_ptr + dst) + bank_at + at")
+            out(f"target = {heap_of('dst')} + bank_at + at")
 
 
 def _copy_lines(out: Lines, spec: MoveSpec, home: bool) -> None:
@@ -175,14 +206,10 @@ def _copy_lines(out: Lines, spec: MoveSpec, home: bool) -> None:
 
 def _announce(out: Lines, spec: MoveSpec) -> None:
     def by_store() -> None:
-        out("raise_signal(tl.load(heaps_ptr + dst) + signals_at + slot * 64, epoch)")
+        out(f"raise_signal({heap_of('dst')} + signals_at + slot * 64, epoch)")
 
     def by_nvshmem() -> None:
-        out(
-            "putmem_signal_nbi_block(",
-            "    bank + at, bank + staging, nbytes, signals + slot * 64, epoch, SIGNAL_SET, dst.to(tl.int32)",
-            ")",
-        )
+        out(*put_signal("dst", "bank + staging", "bank_at + at", "nbytes", "signals_at + slot * 64"))
 
     if spec.reach == "peer":
         by_store()

@@ -97,17 +97,28 @@ def tiles_for(arch: int, dtype: str, head_dim: int, v_head_dim: int, masked: boo
 
 
 _TILES = {
-    (80, 64): (128, 64, 4, 3, "inside"),
+    (80, 64): (128, 64, 8, 3, "inside"),
     (80, 128): (128, 64, 8, 2, "inside"),
     (80, 256): (64, 32, 8, 2, "inside"),
     (90, 64): (128, 64, 8, 3, "apart"),
     (90, 128): (128, 64, 8, 3, "apart"),
     (90, 256): (64, 64, 8, 2, "inside"),
-    (100, 64): (128, 64, 4, 3, "inside"),
+    (100, 64): (128, 64, 8, 3, "apart"),
     (100, 128): (64, 64, 8, 2, "apart"),
     (100, 256): (64, 32, 8, 1, "inside"),
 }
 """(architecture, head size) -> tile. The largest that spill nothing; which is fastest is for a GPU to say."""
+
+
+def cannot_generate(site: AttentionSite) -> str:
+    """Why no kernel is generated for a site; "" if one is."""
+    if site.dtype not in DTYPES:
+        return f"dtype {site.dtype}"
+    if not (0 < site.head_dim <= MAX_HEAD_DIM and 0 < site.v_head_dim <= MAX_HEAD_DIM):
+        return f"head sizes {site.head_dim} and {site.v_head_dim}"
+    if not site.scale > 0:  # the kernel takes the maximum before it scales
+        return f"scores are scaled by {site.scale}, which is not positive"
+    return ""
 
 
 def spec_of(
@@ -130,16 +141,11 @@ def spec_of(
     """
     site = schedule.site
     assert isinstance(site, AttentionSite)
-    if site.dtype not in DTYPES or not (0 < site.head_dim <= MAX_HEAD_DIM and 0 < site.v_head_dim <= MAX_HEAD_DIM):
+    hindrance = cannot_generate(site)
+    if hindrance:
         raise UnsupportedError(
-            f"attention {site.name}: {site.dtype}, head sizes {site.head_dim} and {site.v_head_dim}",
+            f"attention {site.name}: {hindrance}",
             f"kernels are generated for {', '.join(DTYPES.values())} and head sizes up to {MAX_HEAD_DIM}",
-            "use attention='aten' for this model",
-        )
-    if not site.scale > 0:
-        raise UnsupportedError(
-            f"attention {site.name} scales its scores by {site.scale}",
-            "the kernel takes the maximum before it scales, which needs a positive factor",
             "use attention='aten' for this model",
         )
     steps = schedule.origin.phases["attend"]

@@ -2,7 +2,7 @@
 
 A kernel's text is the same for all ranks and for all schedules of one kind of work; the tables say which chunk lies
 where, who waits for what and where outputs go. They come from the rank's instructions alone: a wait that the schedule
-lacks is a wait that the kernel does not do.
+lacks is a wait that the kernel does not do. Chunks without bytes (a rank without tokens) are neither sent nor awaited.
 
 A bank holds more than the schedule's slots, at the same offsets on every rank:
 
@@ -24,13 +24,15 @@ from sfcompile.runtime.instructions import Attend, Chunk, Forward, Push, Put, Wa
 Table = NDArray[np.int64]
 
 UNIT = ("query", "first_key", "last_key", "fresh", "done")
-QUERY = ("slot", "at", "rows", "pitch", "position", "first_tile", "dst", "out_at", "out_slot", "net", "staging", "nbytes")
+QUERY = (
+    "slot", "at", "rows", "pitch", "position", "first_tile", "dst", "out_at", "out_slot", "net", "staging", "nbytes",
+)  # fmt: skip
 KEY = ("k_slot", "v_slot", "k_at", "v_at", "rows", "pitch", "position")
 FORWARD = ("slot", "at", "dst", "to_slot", "to_at", "nbytes", "net")
 PUT = ("dst", "slot", "at", "first_head", "heads", "first_row", "rows", "net", "staging", "nbytes")
 COLLECT = ("slot", "at", "first_head", "heads", "first_row", "rows")
-"""Columns of the tables. A slot of -1: nothing to wait for; a ``dst`` of -1: this rank. ``*_at`` and ``staging`` are byte
-offsets in a bank, ``pitch`` rows from one head to the next, ``position`` places in the list of positions."""
+"""Columns of the tables. A slot of -1: nothing to wait for; a ``dst`` of -1: this rank. ``*_at`` and ``staging`` are
+byte offsets in a bank, ``pitch`` rows from one head to the next, ``position`` places in the list of positions."""
 
 _ALIGN = 128
 
@@ -113,7 +115,8 @@ class _Maker:
                     self.waited.add(slot)
                     apart |= self._net(src)
                 case Forward():
-                    forwards.append(self._forward(step))
+                    if self._arrival_bytes(step.slot):
+                        forwards.append(self._forward(step))
                 case Push(chunk, slot):
                     pushes[chunk] = (slot, len(passes))
                     apart = True
@@ -216,7 +219,7 @@ class _Maker:
 
     def _forward(self, step: Forward) -> list[int]:
         slots = self.schedule.slots
-        nbytes = _nbytes(self.schedule.shape(self.rank, self.arrivals[step.slot]), self.site)
+        nbytes = self._arrival_bytes(step.slot)
         place = [slots[step.slot].offset, step.dst, step.to_slot, slots[step.to_slot].offset]
         return [self._wait(step.slot), *place, nbytes, int(self._net(step.dst))]
 
@@ -236,7 +239,8 @@ class _Maker:
         for step in self.program.phases[f"put_{tensor}"]:
             assert isinstance(step, Put)
             span = self.schedule.rows(tensor, Chunk(self.rank, step.piece))
-            rows.append(entry(step.dst, step.slot, self.schedule.slots[step.slot].offset, heads_of(step.dst), span))
+            row = entry(step.dst, step.slot, self.schedule.slots[step.slot].offset, heads_of(step.dst), span)
+            rows += [row] if row[-1] else []
         rows.append(entry(-1, -1, self.own_at[tensor], heads_of(self.rank), (0, count(places[self.rank]))))
         return rows
 
@@ -263,7 +267,10 @@ class _Maker:
         return self.own_at[tensor] + start * width * self.site.dtype.itemsize, count(places[self.rank])
 
     def _wait(self, slot: int | None) -> int:
-        return slot if slot is not None and slot in self.waited else -1
+        return slot if slot is not None and slot in self.waited and self._arrival_bytes(slot) else -1
+
+    def _arrival_bytes(self, slot: int) -> int:
+        return _nbytes(self.schedule.shape(self.rank, self.arrivals[slot]), self.site)
 
     def _attends(self, queries: Chunk, keys: Chunk) -> bool:
         """Whether some key may be seen: it exists, and no causal mask hides all of them."""

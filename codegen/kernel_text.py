@@ -45,6 +45,66 @@ def columns(row: str, names: tuple[str, ...], wanted: dict[str, str], small: boo
     return [f"{variable} = tl.load({row} + {names.index(column)}){cast}" for variable, column in wanted.items()]
 
 
+PLACE = ("epoch", "banks_at", "bank_bytes", "signals_at", "signals_bytes", "credits_at", "scratch_at")
+"""What ``place_ptr`` points to, int64: the epoch of a site's call, and where things lie in every rank's segment
+(runtime/symmetric_heap.py). The epoch is read from memory and not an argument, so that a captured CUDA graph can be
+replayed: what raises it is part of the graph."""
+HEAP = ("address", "pe", "name")
+"""A row of the table at ``heaps_ptr``, by rank of the mesh: where its segment lies in this process (0: out of reach);
+its number for NVSHMEM and the address that names its segment there (the caller's own: memory is symmetric)."""
+
+
+def prologue() -> list[str]:
+    """Lines at the head of every kernel: this rank's segment, and the bank and the signals of the epoch."""
+    at = {name: f"tl.load(place_ptr + {i})" for i, name in enumerate(PLACE)}
+    return [
+        f"epoch = {at['epoch']}",
+        f"heap = {heap_of('rank')}",
+        f"bank_at = {at['banks_at']} + epoch % 2 * {at['bank_bytes']}",
+        f"signals_at = {at['signals_at']} + epoch % 2 * {at['signals_bytes']}",
+        "bank = heap + bank_at",
+        "signals = heap + signals_at  # a word per slot, each on a cache line of its own",
+    ]
+
+
+def entry_name(name: str, reach: str) -> str:
+    """Name of a kernel: those that need NVSHMEM's state in their module can be told by it when they are loaded."""
+    return name if reach == "peer" else f"{name}_nvshmem"
+
+
+def heap_of(rank: str) -> str:
+    """Address of a rank's segment."""
+    return f"tl.load(heaps_ptr + {len(HEAP)} * {rank})"
+
+
+def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str) -> list[str]:
+    """Lines that put bytes from an address to ``to_at`` in a rank's segment by NVSHMEM, then raise a signal there."""
+    return [
+        f"pe = tl.load(heaps_ptr + {len(HEAP)} * {dst} + 1).to(tl.int32)",
+        f"named = tl.load(heaps_ptr + {len(HEAP)} * {dst} + 2)",
+        f"putmem_signal_nbi_block(named + {to_at}, {source}, {nbytes}, named + {signal_at}, epoch, SIGNAL_SET, pe)",
+    ]
+
+
+def wait_lines(reach: str, bounded: bool, address: str, epoch: str, slot: str) -> list[str]:
+    """Lines that wait until a word of this rank's segment holds an epoch.
+
+    What a peer stored is ordered by the acquire of our own loop, what a network card wrote by NVSHMEM's wait; where
+    both may come, both are done: the second finds the word already there.
+
+    Args:
+        bounded: give up after a while and report ``slot`` (kernel_device.py); what gave up must not wait in NVSHMEM.
+    """
+    loop = f"wait_word_bounded({address}, {epoch}, report_ptr, {slot})" if bounded else f"wait_word({address}, {epoch})"
+    theirs = f"signal_wait_until({address}, CMP_GE, {epoch})"
+    lines = [loop] if bounded or reach != "nvshmem" else []
+    if reach == "peer":
+        return lines
+    if bounded:
+        return [*lines, 'if tl.atomic_add(report_ptr, 0, sem="relaxed", scope="gpu") == 0:', f"    {theirs}"]
+    return [*lines, theirs]
+
+
 @cache
 def _device() -> tuple[dict[str, str], dict[str, set[str]]]:
     """Text of every device function and constant, and the names that each uses."""

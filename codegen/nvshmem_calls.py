@@ -68,7 +68,7 @@ class Emulated:
         signal, comparison, value = map(_int, (signal, comparison, value))
         if comparison != 5:
             raise ValueError(f"comparison {comparison} is not NVSHMEM_CMP_GE")
-        while ctypes.c_int64.from_address(signal).value < value:
+        while ctypes.c_uint64.from_address(signal).value < value % 2**64:
             self._poll()
 
     def names(self) -> dict[str, Callable[..., None]]:

@@ -48,6 +48,14 @@ class LocalGraph:
         self._ticket: fx.Node | None = None
         self._constants: dict[tuple[Any, ...], fx.Node] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the graph's inputs live: all of one rank's tensors are on one device."""
+        values = [node.meta["val"] for node in self.graph.nodes if node.op == "placeholder"]
+        # A size dressed as a 0-dim tensor may stay on the CPU.
+        found = {value.device for value in values if isinstance(value, torch.Tensor) and value.dim()}
+        return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
+
     # ------------------------------------------------------------------ calls
 
     def call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Node:
@@ -82,13 +90,13 @@ class LocalGraph:
         return copied
 
     def constant(self, value: torch.Tensor) -> fx.Node:
-        """A tensor baked into the graph; equal ones are shared."""
+        """A CPU tensor baked into the graph, on the graph's device; equal ones are shared."""
         key = (value.dtype, tuple(value.shape), value.numpy().tobytes())
         if key not in self._constants:
             name = next(n for n in (f"_sf_constant{i}" for i in itertools.count()) if not hasattr(self.root, n))
-            self.root.register_buffer(name, value, persistent=False)
+            self.root.register_buffer(name, value.to(self.device), persistent=False)
             node = self.graph.get_attr(name)
-            node.meta["val"] = self._mode.from_tensor(value)
+            node.meta["val"] = self._mode.from_tensor(getattr(self.root, name))
             self._constants[key] = node
         return self._constants[key]
 
@@ -148,7 +156,7 @@ class LocalGraph:
     def ticket(self) -> fx.Node:
         """The value that threads one total order through all communication (see runtime/ops.py)."""
         if self._ticket is None:
-            self._ticket = self.call(torch.ops.aten.zeros.default, [[1]], {"dtype": torch.int64})
+            self._ticket = self.call(torch.ops.aten.zeros.default, [[1]], {"dtype": torch.int64, "device": self.device})
         return self._ticket
 
     def _communicate(self, target: Any, args: Sequence[Any]) -> fx.Node:

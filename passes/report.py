@@ -68,6 +68,7 @@ class GraphReport:
     schedules: int = 0
     batch: int = 1
     schedule: str = ""
+    attention: str = ""
     predicted_s: float = 0.0
     exposed_s: float = 0.0
     limit_s: float = 0.0
@@ -116,6 +117,7 @@ class GraphReport:
             rows.append(("token axis", f"{tokens} tokens in {split}, {flops / 1e9:.2f} GFLOP of attention"))
         rows += [
             ("attention", f"{self.sharded_sites} sharded, {self.local_sites} local (keys whole on every rank)"),
+            ("runs as", self.attention or "ATen"),
             ("ops", f"{self.sharded_ops} sharded, {self.replicated_ops} replicated"),
             ("FLOPs", f"{self.total_flops / 1e9:.2f} G in all; busiest rank {self.share:.3f} x total/{self.num_ranks}"),
             (

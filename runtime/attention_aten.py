@@ -24,6 +24,8 @@ def attend(
     """
     if q.numel() == 0 or k.shape[2] == 0:
         return None
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1]:
+        return _efficient_cuda(q, k, v, bias, scale)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     dead: torch.Tensor | None = None
@@ -52,6 +54,27 @@ def _flash_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Te
         q, k, v, 0.0, False, attn_mask=bias, scale=scale
     )
     return o, lse
+
+
+def _efficient_cuda(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> Partial:
+    """Flash attention on a GPU, or the memory-efficient kernel where there is a bias.
+
+    Partial outputs are rounded to the inputs' type before the merge: attention="triton" keeps them in fp32.
+    """
+    if bias is None:
+        o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+        return o.float(), lse
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(~bias, float("-inf"))
+    whole = bias.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    dead = (whole == float("-inf")).all(dim=-1)
+    # The kernel wants rows of a multiple of 8 elements: a view of something longer.
+    padded = torch.nn.functional.pad(whole, (0, -k.shape[2] % 8))[..., : k.shape[2]]
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, padded, True, 0.0, False, scale=scale)
+    lse = lse[:, :, : q.shape[2]].masked_fill(dead, float("-inf"))
+    return o.float().masked_fill(dead.unsqueeze(-1), 0.0), lse
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float) -> Partial:

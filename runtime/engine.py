@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from sfcompile.errors import UnsupportedError
-from sfcompile.runtime.symmetric_heap import NUM_BANKS, Segment
+from sfcompile.runtime.symmetric_heap import Segment
 from sfcompile.runtime.transport_direct import DirectTransport
 
 
@@ -54,15 +54,12 @@ class KernelAccess:
         self._members, self._transport = members, transport
         segment = next(entry for entry in reached if entry is not None)
         self.size = segment.size
-        self.heaps = torch.tensor([entry.address for entry in reached if entry is not None], dtype=torch.int64)
+        addresses = [entry.address for entry in reached if entry is not None]
+        self.heaps = torch.tensor([(address, pe, address) for pe, address in enumerate(addresses)], dtype=torch.int64)
 
-    def bank_at(self, epoch: int) -> int:
-        """Bytes from a segment's start to the epoch's bank."""
-        return self.size.bank_at(epoch % NUM_BANKS)
-
-    def signals_at(self, epoch: int) -> int:
-        """Bytes from a segment's start to the signals of the epoch's bank."""
-        return self.size.signals_of(epoch % NUM_BANKS)
+    def place(self, epoch: int) -> torch.Tensor:
+        """The epoch, and where things lie in a segment (PLACE in codegen/kernel_text.py)."""
+        return torch.tensor([epoch, *self.size.places])
 
     def await_banks(self, sends: Sequence[tuple[int, int]], epoch: int) -> None:
         """Wait until every bank that a kernel will write to has been read."""

@@ -11,6 +11,7 @@ import torch
 from sfcompile.runtime.attention_aten import Partial, attend, merge
 from sfcompile.runtime.engine import Engine, KernelAccess
 from sfcompile.runtime.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
+from sfcompile.runtime.parts import part, place
 from sfcompile.runtime.transport import Transport
 
 
@@ -124,7 +125,7 @@ class SiteRun:
             first, last = (self.plan.heads if name == "q" else self.plan.kv_heads)(self._rank)
             stays = tensor[:, first:last]
         else:
-            stays = self._part(tensor, self._rank)
+            stays = part(self.plan.site, tensor, self._rank, self._rank)
         if self._kernel is None:
             self._tensors[name] = stays.clone(memory_format=torch.contiguous_format)
         else:
@@ -174,11 +175,11 @@ class SiteRun:
 
     def gather(self, out: torch.Tensor) -> None:
         """Fill ``out`` with every rank's shard, or the part of it that this rank wants, at its positions."""
-        self._place(out, self._tensors["x"], self._rank)
+        place(self.plan.site, out, self._tensors["x"], self._rank, self._rank)
         for step in self._program.phases["gather_finish"]:
             assert isinstance(step, Wait)
             self._wait(step)
-            self._place(out, self._views[step.slot], step.src)
+            place(self.plan.site, out, self._views[step.slot], step.src, self._rank)
 
     # ------------------------------------------------------------------ steps
 
@@ -187,42 +188,13 @@ class SiteRun:
         self._transport.wait(step.src, step.slot, self.epoch)
         self.blocked_s += time.perf_counter() - start
 
-    def _place(self, out: torch.Tensor, shard: torch.Tensor, src: int) -> None:
-        site = self.plan.site
-        if hasattr(site, "wanted"):
-            at = 0
-            for first, length in site.part(src, self._rank)[1]:
-                out.narrow(site.dim, first, length).copy_(shard.narrow(site.dim, at, length))
-                at += length
-            return
-        runs = site.owners[src]
-        before, after = site.shape[: site.dim], site.shape[site.dim + 1 :]
-        tokens = site.shape[site.dim] // (site.outer * site.inner)
-        mine = sum(length for _, length in runs)
-        target = out.view(*before, site.outer, tokens, site.inner, *after)
-        source = shard.reshape(*before, site.outer, mine, site.inner, *after)
-        at = 0
-        for first, length in runs:
-            target.narrow(site.dim + 1, first, length).copy_(source.narrow(site.dim + 1, at, length))
-            at += length
-
     def _outgoing(self, tensor: torch.Tensor, step: Put) -> torch.Tensor:
         """The heads that the receiver computes, of one piece of the tokens."""
         if step.tensor == "x":
-            return self._part(tensor, step.dst)
+            return part(self.plan.site, tensor, self._rank, step.dst)
         first, last = (self.plan.heads if step.tensor == "q" else self.plan.kv_heads)(step.dst)
         start, stop = self.plan.rows(step.tensor, Chunk(self._rank, step.piece))
         return tensor[:, first:last, start:stop]
-
-    def _part(self, shard: torch.Tensor, dst: int) -> torch.Tensor:
-        """What a rank wants of this rank's shard: all of it for a gather."""
-        site = self.plan.site
-        if not hasattr(site, "wanted"):
-            return shard
-        pieces = [shard.narrow(site.into, first, length) for first, length in site.part(self._rank, dst)[0]]
-        if len(pieces) == 1:
-            return pieces[0]
-        return torch.cat(pieces, site.into) if pieces else shard.narrow(site.into, 0, 0)
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
         site = self.plan.site
@@ -237,7 +209,7 @@ class SiteRun:
         columns = [run for chunk, _, _ in kv for run in self.plan.positions("k", chunk)]
         bias = None if mask is None else _cut_mask(mask, self.plan.heads(self._rank), rows, columns)
         if site.causal and _last(columns) > _first(rows):
-            bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None]
+            bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None].to(self._tensors["q"].device)
         chunks = tuple(chunk for chunk, _, _ in kv)
         done = attend(
             self._join("q", step.q_slots, step.q),

@@ -58,7 +58,8 @@ def _end(phase: str) -> Any:
         ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         session = current_session()
-        out = torch.empty(size, dtype=dtype, device=ticket.device)
+        made = session.output(program, site) if phase == "collect" else None
+        out = torch.empty(size, dtype=dtype, device=ticket.device) if made is None else made
         with session.guard():
             (session.collect if phase == "collect" else session.gather)(program, site, out)
         return out, torch.empty_like(ticket)

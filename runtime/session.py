@@ -7,12 +7,13 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
 from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
 from sfcompile.runtime import recorder
+from sfcompile.runtime.device_run import DeviceEngine, DeviceRun, DeviceRuns, DeviceSide
 from sfcompile.runtime.engine import Engine, KernelAccess
 from sfcompile.runtime.executor import SchedulePlan, SiteRun
 from sfcompile.runtime.process_group import compare
@@ -67,13 +68,15 @@ class Session:
         self.topology = world.topology
         self._world = world
         self._programs: dict[str, list[SchedulePlan]] = {}
-        self._engines: dict[str, Sequence[Engine | None]] = {}
+        self._engines: dict[str, Sequence[Engine | DeviceEngine | None]] = {}
         self._access: dict[tuple[int, ...], KernelAccess] = {}
+        self._device: DeviceSide | None = None
+        self._device_runs: DeviceRuns | None = None
         self._size = HeapSize(0, 0)
         self._generation = 0
         self._segments: Sequence[Segment | None] = ()
         self._transport: Transport | None = None
-        self._runs: dict[tuple[str, int], SiteRun] = {}
+        self._runs: dict[tuple[str, int], SiteRun | DeviceRun] = {}
         self._opened = 0
         self._finished = 0
         self._done_early: set[int] = set()
@@ -83,7 +86,7 @@ class Session:
     @property
     def heap_bytes(self) -> int:
         """Bytes of this rank's symmetric segment: constant in the number of layers and steps."""
-        return self._size.segment_bytes if self._segments else 0
+        return self._size.segment_bytes if self._has_heap else 0
 
     def agree(self, text: str, description: dict[str, str]) -> None:
         """Make sure every rank is about to compile the same thing. After a failure, this is where ranks start afresh.
@@ -99,6 +102,13 @@ class Session:
         digest = hashlib.sha256(text.encode()).hexdigest()
         everyone = self._world.exchange((digest, description, self._failed, self._opened), "compile a graph")
         if any(failed for _, _, failed, _ in everyone):
+            if self._device is not None:
+                raise UnsupportedError(
+                    "a call failed before on some rank, and GPU ranks cannot start afresh",
+                    "kernels that still wait for each other cannot be called back",
+                    "end the job and start it again",
+                    rank=self.rank,
+                )
             # All ranks are here, so none is inside a call: what the failure left half done can go.
             self._opened = self._finished = max(opened for _, _, _, opened in everyone)
             self._runs.clear()
@@ -144,7 +154,10 @@ class Session:
         self._world.exchange(None, "run the compiled graph", _COMPILE_PATIENCE)
 
     def load(
-        self, program: str, schedules: Sequence[SchedulePlan], engines: Sequence[Engine | None] | None = None
+        self,
+        program: str,
+        schedules: Sequence[SchedulePlan],
+        engines: Sequence[Engine | DeviceEngine | None] | None = None,
     ) -> None:
         """Register a program; collective when the heap has to grow.
 
@@ -158,18 +171,50 @@ class Session:
         self._engines[program] = engines or [None] * len(schedules)
         sizes = [schedule.heap_bytes for schedule in schedules]
         sizes += [engine.bank_bytes for engine in self._engines[program] if engine is not None]
+        if self._device is not None:  # puts by NVSHMEM's host calls are packed in the other half of a bank
+            pairs = zip(schedules, self._engines[program], strict=True)
+            sizes += [2 * _aligned(schedule.heap_bytes) for schedule, engine in pairs if engine is None]
         bank_bytes = max(sizes, default=0)
-        need = HeapSize(max((len(schedule.slots) for schedule in schedules), default=0), _aligned(bank_bytes))
-        if schedules and not (self._segments and self._size.holds(need)):
+        credits = self.topology.num_ranks if self._device is not None else 0
+        slots = max((len(schedule.slots) for schedule in schedules), default=0)
+        need = HeapSize(slots, _aligned(bank_bytes), credits)
+        if schedules and not (self._has_heap and self._size.holds(need)):
             if self._runs:
                 raise InternalError("the heap must grow while a call is under way", "a graph left a site unfinished")
             self._size = self._size.grown(need)
-            if self._transport is not None:
+            if self._transport is not None and self._device is None:
                 self._transport.finish(self._finished)
             self._make_heap()
 
+    @property
+    def _has_heap(self) -> bool:
+        return bool(self._segments) or self._device_runs is not None
+
+    def use_device(self, side: DeviceSide) -> None:
+        """Collective: from now on sites run on a GPU.
+
+        Raises:
+            UnsupportedError: this process has compiled for CPU ranks before.
+        """
+        if self._segments:
+            raise UnsupportedError(
+                "a model on a GPU, in a process whose ranks already run a model on CPUs",
+                "a process has one heap and one set of connections",
+                "run them in processes of their own",
+                rank=self.rank,
+            )
+        self._device = side
+
+    @property
+    def device_side(self) -> DeviceSide | None:
+        """The GPU that sites run on, or None: on CPUs."""
+        return self._device
+
     def _make_heap(self) -> None:
         """Collective: a new generation of segments, and a transport over them."""
+        if self._device is not None:
+            self._device_runs, self._transport = self._device.make_runs(self._size, self._opened)
+            return
         if self._transport is not None:
             self._transport.close()
         self._generation += 1
@@ -199,6 +244,10 @@ class Session:
         """The attend phase."""
         self._run(program, site).attend(mask)
 
+    def output(self, program: str, site: int) -> torch.Tensor | None:
+        """The tensor that a call's collect phase completes, if there is one already: kernels wrote a part of it."""
+        return getattr(self._run(program, site), "output", None)
+
     def collect(self, program: str, site: int, out: torch.Tensor) -> None:
         """The collect phase; ends the site's epoch."""
         self._run(program, site).collect(out)
@@ -209,12 +258,12 @@ class Session:
         self._run(program, site).gather(out)
         self._finish(program, site)
 
-    def _run(self, program: str, site: int) -> SiteRun:
+    def _run(self, program: str, site: int) -> SiteRun | DeviceRun:
         run = self._runs.get((program, site))
         if run is not None:
             return run
         plans = self._programs.get(program)
-        if plans is None or self._transport is None:
+        if plans is None or not (self._transport is not None or self._device_runs is not None):
             raise InternalError(
                 f"program {program} is not loaded on rank {self.rank}",
                 "a compiled graph outlived the session that compiled it",
@@ -229,14 +278,18 @@ class Session:
                 rank=self.rank,
             )
         self._opened = epoch
-        own = self._segments[self.rank]
-        assert own is not None
+        engine = self._engines[program][site]
+        if self._device_runs is not None and engine is not None:
+            device_run = self._device_runs.open(cast(DeviceEngine, engine), epoch)
+            self._runs[program, site] = device_run
+            return device_run
+        own = self._segments[self.rank] if self._device_runs is None else self._device_runs.host_bank(epoch)
+        assert own is not None and self._transport is not None
         plan = plans[site]
         rank, members = plan.members(self.rank)
         everyone = members == tuple(range(len(members))) and len(members) == self.topology.num_ranks
         wires: Transport = self._transport if everyone else GroupTransport(self._transport, members)
-        engine = self._engines[program][site]
-        kernel = None if engine is None else (engine, self._kernel_access(members))
+        kernel = None if engine is None else (cast(Engine, engine), self._kernel_access(members))
         make: Callable[..., SiteRun] = SiteRun
         if recorder.active is not None:
             make = recorder.active.run_of(self.rank, self.topology, list(self._programs).index(program), site)
@@ -265,6 +318,9 @@ class Session:
         while self._finished + 1 in self._done_early:
             self._finished += 1
             self._done_early.remove(self._finished)
+        if self._device_runs is not None and isinstance(run, DeviceRun):
+            self._device_runs.finish(self._finished)
+            return
         assert self._transport is not None
         self._transport.finish(self._finished)
 
@@ -292,6 +348,9 @@ class Session:
         self._segments = ()
         self._runs.clear()
         self._programs.clear()
+        self._device_runs = None
+        if self._device is not None:
+            self._device.close(failed=self._failed)
         self._world.close()
 
 

@@ -1,11 +1,13 @@
 """The symmetric heap: one segment per rank, the same offsets in each, two banks, signals, credits and an abort notice.
 
-    [ header: done epoch | abort flag | abort text ][ signals: bank x slot, one cache line each ][ bank 0 ][ bank 1 ]
+    [ header: done epoch | abort flag | abort text | scratch ]
+    [ signals: bank x slot, one cache line each ][ credits: rank, one cache line each ][ bank 0 ][ bank 1 ]
 
 A chunk of epoch e lives in bank e % 2. Words are written by one side only:
 
     signal[bank][slot]  by the sender of the slot's chunk: the epoch that has fully arrived
     done                by the segment's owner: every epoch up to this one has been read, its bank may be overwritten
+    credit[rank]        the same told by that rank to the segment's owner, for GPUs: they look at their own memory only
     abort               by whoever fails first; everyone who waits looks at it
 
 Shared segments are POSIX shared memory, mapped by all ranks of a machine and unlinked as soon as all have mapped them:
@@ -28,16 +30,18 @@ from sfcompile.errors import HeapError
 NUM_BANKS = 2
 _HEADER_BYTES = 4096
 _ABORT_TEXT = 64
+_SCRATCH_BYTES = 64
 _WORDS_PER_LINE = 8
 _DONE, _ABORT = 0, 1
 
 
 @dataclass(frozen=True)
 class HeapSize:
-    """Capacity of every segment: slots per bank and bytes per bank."""
+    """Capacity of every segment: slots per bank, bytes per bank, ranks that give credits (GPUs only)."""
 
     num_slots: int
     bank_bytes: int
+    num_credits: int = 0
 
     @property
     def signals_at(self) -> int:
@@ -45,9 +49,19 @@ class HeapSize:
         return _HEADER_BYTES
 
     @property
+    def scratch_at(self) -> int:
+        """Offset of 64 bytes that anybody may overwrite at any time and nobody reads."""
+        return _HEADER_BYTES - _SCRATCH_BYTES
+
+    @property
+    def credits_at(self) -> int:
+        """Offset of the credit words."""
+        return self.signals_of(NUM_BANKS)
+
+    @property
     def banks_at(self) -> int:
         """Offset of bank 0."""
-        return _HEADER_BYTES + NUM_BANKS * self.num_slots * 8 * _WORDS_PER_LINE
+        return self.credits_at + self.num_credits * 8 * _WORDS_PER_LINE
 
     def signals_of(self, bank: int) -> int:
         """Offset of a bank's signal words."""
@@ -62,13 +76,24 @@ class HeapSize:
         """Bytes of one segment."""
         return self.banks_at + NUM_BANKS * self.bank_bytes
 
+    @property
+    def places(self) -> tuple[int, int, int, int, int, int]:
+        """What kernels read (PLACE in codegen/kernel_text.py, after the epoch)."""
+        signals = self.signals_of(1) - self.signals_of(0)
+        return self.banks_at, self.bank_bytes, self.signals_at, signals, self.credits_at, self.scratch_at
+
     def holds(self, other: HeapSize) -> bool:
         """Whether ``other`` fits in."""
-        return self.num_slots >= other.num_slots and self.bank_bytes >= other.bank_bytes
+        pairs = ((self.num_slots, other.num_slots), (self.bank_bytes, other.bank_bytes))
+        return all(own >= its for own, its in (*pairs, (self.num_credits, other.num_credits)))
 
     def grown(self, other: HeapSize) -> HeapSize:
         """The smallest size that holds both."""
-        return HeapSize(max(self.num_slots, other.num_slots), max(self.bank_bytes, other.bank_bytes))
+        return HeapSize(
+            max(self.num_slots, other.num_slots),
+            max(self.bank_bytes, other.bank_bytes),
+            max(self.num_credits, other.num_credits),
+        )
 
 
 class Segment:
@@ -119,7 +144,7 @@ class Segment:
     def abort(self, text: str) -> None:
         """Tell the owner that somebody failed; the first notice stays."""
         if self._header[_ABORT] == 0:
-            raw = text.encode()[: _HEADER_BYTES - _ABORT_TEXT - 1]
+            raw = text.encode()[: _HEADER_BYTES - _SCRATCH_BYTES - _ABORT_TEXT]
             self._header.view(np.uint8)[_ABORT_TEXT : _ABORT_TEXT + len(raw)] = np.frombuffer(raw, np.uint8)
             self._header[_ABORT] = len(raw)  # after the text: whoever sees the length sees the text (x86 keeps stores)
 
@@ -162,9 +187,14 @@ def create_shared(name: str, size: HeapSize) -> Segment:
 
 def map_shared(name: str, size: HeapSize) -> Segment:
     """Map a peer's segment."""
-    fd = os.open(_path(name), os.O_RDWR)
+    return Segment(map_file(_path(name), size.segment_bytes), size)
+
+
+def map_file(path: str, nbytes: int) -> mmap.mmap:
+    """Memory that is shared with every other process that maps the file."""
+    fd = os.open(path, os.O_RDWR)
     try:
-        return Segment(mmap.mmap(fd, size.segment_bytes), size)
+        return mmap.mmap(fd, nbytes)
     finally:
         os.close(fd)
 

@@ -18,13 +18,11 @@ from torch import fx
 
 from sfcompile.by_sizes import BySizes, moving_inputs
 from sfcompile.capture import Captured, capture, compile_with_inductor, present, refuse_training
-from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.sites import AttentionSite
+from sfcompile.device import device_of, engines_for, start, topology_for
 from sfcompile.errors import StreamFusionError, UnsupportedError
 from sfcompile.options import Options
 from sfcompile.passes.pipeline import Compiled, State, run_pipeline
 from sfcompile.passes.report import GraphReport
-from sfcompile.runtime.engine import Engine
 from sfcompile.runtime.process_group import ProcessWorld, check_ranks
 from sfcompile.runtime.session import Session, get_session
 from sfcompile.runtime.topology import Topology
@@ -74,7 +72,7 @@ def streamfusion_backend(
         import_module("sfcompile.tracing").follow_environment()  # it reads this module's reports
     with session.guard():
         session.reconfigure(asked.transport, asked.timeout_s)
-        _refuse_accelerators(example_inputs)
+        start(device_of(example_inputs), session, asked)
         first, any_size = _compile_rank(gm, example_inputs, asked, session)
     moving = moving_inputs(gm, example_inputs)
     if any_size or not moving:
@@ -90,8 +88,9 @@ def _compile_rank(
     gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options, session: Session
 ) -> tuple[Callable[..., Any], bool]:
     """A graph's program for the sizes of some inputs, and whether it serves other sizes too (an unsharded one does)."""
-    start = time.perf_counter()
-    topology = session.topology if asked.topology == "auto" else _topology(asked.topology)
+    began = time.perf_counter()
+    device = device_of(example_inputs)
+    topology = topology_for(device, session.topology) if asked.topology == "auto" else _topology(asked.topology)
     check_ranks(topology, session.topology.num_ranks)
     try:
         captured = capture(gm, example_inputs)
@@ -99,7 +98,7 @@ def _compile_rank(
         session.agree("unsharded", _describe(gm, example_inputs, asked))
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
         return _inner(gm, example_inputs, None, asked), True
-    capture_s = time.perf_counter() - start
+    capture_s = time.perf_counter() - began
     session.agree(_digest_text(captured, asked, topology), _describe(gm, example_inputs, asked))
 
     def passes(split_batch: bool) -> Compiled:
@@ -122,26 +121,14 @@ def _compile_rank(
         compiled = passes(split_batch=False)
     compiled.report.break_reason = break_reason(gm)
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
+    engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked)
     for program, schedules in compiled.programs.items():
-        session.load(program, schedules, _engines(schedules, session, asked))
-    _announce(compiled, session, time.perf_counter() - start)
+        session.load(program, schedules, engines[program])
+    _announce(compiled, session, time.perf_counter() - began)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
     local = _inner(compiled.gm, inputs, captured, asked)
     session.meet()
     return _as_called(local, captured, len(example_inputs)), False
-
-
-def _engines(schedules: Sequence[Schedule], session: Session, asked: Options) -> list[Engine | None]:
-    """Per site the generated kernel that runs its attention, if asked for."""
-    if asked.attention != "triton":
-        return [None] * len(schedules)
-    from sfcompile.codegen.kernel_engine import InterpreterEngine
-
-    attends = [isinstance(schedule.site, AttentionSite) for schedule in schedules]
-    return [
-        InterpreterEngine(schedule, schedule.members(session.rank)[0]) if has else None
-        for schedule, has in zip(schedules, attends, strict=True)
-    ]
 
 
 def break_reason(gm: fx.GraphModule) -> str:
@@ -151,16 +138,6 @@ def break_reason(gm: fx.GraphModule) -> str:
         return ""
     place = f" at {cause.user_stack[-1].filename}:{cause.user_stack[-1].lineno}" if cause.user_stack else ""
     return f"{str(cause.reason).strip().splitlines()[0]}{place}"
-
-
-def _refuse_accelerators(inputs: Sequence[Any]) -> None:
-    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)} - {"cpu", "meta"}
-    if devices:
-        raise UnsupportedError(
-            f"graph inputs are on {', '.join(sorted(devices))}, and several ranks run",
-            "this version moves chunks between CPU ranks only; GPU ranks arrive with the NVSHMEM transport",
-            "run the model on CPU ranks, or on one GPU without torchrun",
-        )
 
 
 def _as_called(local: Callable[..., Any], captured: Captured, count: int) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sfcompile.errors import MeshError, OptionError, StreamFusionError, TopologyError, UnsupportedError
+from sfcompile.errors import MeshError, OptionError, StreamFusionError, TopologyError
 
 MESH_AXES = ("ulysses", "ring")
 BATCH_AXIS = "batch"
@@ -25,10 +25,6 @@ PLACEMENTS = ("auto", "shard")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 
 _MACHINES_X_RANKS = re.compile(r"([1-9]\d*)x([1-9]\d*)(?::.+)?")
-# Named by the contract, brought by a later version: refused, never replaced by something else behind the user's back.
-_LATER = {
-    "transport": ("nvshmem",),
-}
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,8 @@ class Options:
         mesh: {"ulysses": P_u, "ring": P_r} with P_u * P_r = world size, or with a "batch" degree as a third factor;
             None: the planner chooses.
         schedule: how attention runs: "auto" (the planner's choice) | "torus" | "ulysses" | "ring" | "usp".
-        transport: "auto" | "shm" (ranks of one machine) | "c10d" (gloo or NCCL).
+        transport: "auto" (NVSHMEM between GPU ranks; shared memory and gloo between CPU ranks) | "shm" (CPU ranks of
+            one machine) | "c10d" (gloo, CPU ranks) | "nvshmem" (GPU ranks).
         attention: "auto" (generated kernels on GPUs, ATen's flash attention on CPUs) | "aten" | "triton" (on CPUs:
             Triton's interpreter, for checking kernels, slow).
         inner: what runs the local graph: "auto" | "inductor" | "eager".
@@ -70,7 +67,6 @@ class Options:
 
         Raises:
             OptionError: an unknown key or a bad value; the message lists what is allowed.
-            UnsupportedError: a value of the contract that this version does not bring yet.
         """
         given = dict(options or {})
         for key in given:
@@ -155,21 +151,10 @@ def _bad_value(key: str, value: object, allowed: tuple[str, ...] | str) -> Strea
     )
 
 
-def _later(key: str, value: object, now: str) -> StreamFusionError:
-    return UnsupportedError(
-        f"Option {key}={value!r} is not in this version yet",
-        "It is part of the contract but a later version brings it",
-        f"Use {now}",
-    )
-
-
 def _choice(allowed: tuple[str, ...]) -> Callable[[str, object], str]:
     def check(key: str, value: object) -> str:
         if not isinstance(value, str) or value not in allowed:
             raise _bad_value(key, value, allowed)
-        later = _LATER.get(key, ())
-        if value in later:
-            raise _later(key, value, " or ".join(repr(entry) for entry in allowed if entry not in later))
         return value
 
     return check

@@ -165,15 +165,17 @@ def error_of(job: Job, outs: Sequence[torch.Tensor]) -> float:
 def run_rank(job: Job, rank: int, names: Sequence[str], size: HeapSize) -> torch.Tensor:
     """One rank's part of a job."""
     from sfcompile.codegen.interpreter import Deadline, interpreting
-    from sfcompile.codegen.kernel_launch import AttendKernel
+    from sfcompile.codegen.kernel_launch import AttendKernel, HeapView
+    from sfcompile.codegen.kernel_transfers import ReleaseKernel
     from sfcompile.codegen.nvshmem_calls import Emulated
 
     segments = [map_shared(name, size) for name in names]
-    heaps = torch.tensor([segment.address for segment in segments])
+    own = segments[rank].address
+    heaps = torch.tensor([(segment.address, pe, own) for pe, segment in enumerate(segments)])
     poll = Deadline(10.0)
     calls = None
     if job.net:
-        emulated = Emulated(lambda address, pe: address - int(heaps[rank]) + int(heaps[pe]), poll)
+        emulated = Emulated(lambda address, pe: address - own + segments[pe].address, poll)
         calls = emulated.names()
     schedule = job.schedule()
     kernel = AttendKernel(
@@ -187,24 +189,21 @@ def run_rank(job: Job, rank: int, names: Sequence[str], size: HeapSize) -> torch
     # Nothing of the last epoch can pass for this one's: every epoch has another sign.
     out = torch.zeros(site.batch, site.heads, len(mine[0]), site.v_head_dim, dtype=site.dtype)
     sleep = random.Random(rank)
+    release = ReleaseKernel(rank, job.ranks, torch.device("cpu"), job.machine_of, calls)
+    others = torch.tensor([other for other in range(job.ranks) if other != rank], dtype=torch.int64)
     with interpreting(poll):
         for epoch in range(1, job.epochs + 1):
             sign = 1 if epoch == job.epochs else -1
-            while min(segment.done for segment in segments) < epoch - 2:  # credits: what the runtime's transports do
-                time.sleep(0.001)
-            bank = epoch % 2
-            where = (heaps, size.bank_at(bank), size.signals_of(bank), epoch)
+            heap = HeapView(heaps, torch.tensor([epoch, *size.places]), others)
             for name in ("q", "k", "v"):
                 if job.late == rank:
                     time.sleep(job.late_s * (0.5 + sleep.random()))
-                kernel.put(name, local[name] * sign if name == "v" else local[name], *where)
+                kernel.put(name, local[name] * sign if name == "v" else local[name], heap)
             out.zero_()
-            kernel.run(out, *where, mask=mask)
-            kernel.collect(out, *where)
-            segments[rank].done = epoch
+            kernel.run(out, heap, mask=mask)
+            kernel.collect(out, heap)
+            release.run(heaps, heap.place)
     return out
-
-
 
 
 def _serve(pipe: Connection) -> None:
@@ -242,7 +241,7 @@ class Pool:
             process.start()
             self._ranks.append((process, here))
         schedule = job.schedule()
-        size = HeapSize(len(schedule.slots), make_tables(schedule, 0, 64, job.machine_of).bank_bytes)
+        size = HeapSize(len(schedule.slots), make_tables(schedule, 0, 64, job.machine_of).bank_bytes, job.ranks)
         self._jobs += 1
         names = [f"sfcompile-test-{mp.current_process().pid}-{self._jobs}-{rank}" for rank in range(job.ranks)]
         segments = [create_shared(name, size) for name in names]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfcompile.errors import MeshError, OptionError, TopologyError, UnsupportedError
+from sfcompile.errors import MeshError, OptionError, TopologyError
 from sfcompile.options import _VALIDATORS, MODES, Options
 
 
@@ -95,19 +95,6 @@ def test_bad_values_name_the_key_and_what_is_allowed(key: str, value: object) ->
     with pytest.raises(OptionError, match="Allowed: ") as caught:
         Options.from_dict({key: value})
     assert repr(key) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "instead"),
-    [
-        ("transport", "nvshmem", "'shm' or 'c10d'"),
-        ("attention", "triton", "'aten'"),
-    ],
-)
-def test_what_a_later_version_brings_is_refused_not_replaced(key: str, value: str, instead: str) -> None:
-    with pytest.raises(UnsupportedError, match="not in this version yet") as caught:
-        Options.from_dict({key: value})
-    assert instead in str(caught.value)
 
 
 def test_unknown_key_lists_all_and_guesses_the_nearest() -> None:

@@ -1,0 +1,136 @@
+"""GPU ranks: which GPU a graph is on, NVSHMEM started for the session, engines for its sites."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfcompile.codegen.kernel_choice import choose_attention
+from sfcompile.codegen.kernel_device_engine import KernelEngine
+from sfcompile.codegen.kernel_engine import InterpreterEngine
+from sfcompile.codegen.kernel_loader import fill_device_state
+from sfcompile.codegen.kernel_transfers import ReleaseKernel
+from sfcompile.codegen.nvshmem_bitcode import slim_library
+from sfcompile.codegen.schedule import Schedule
+from sfcompile.codegen.sites import AttentionSite
+from sfcompile.errors import OptionError, UnsupportedError
+from sfcompile.options import Options
+from sfcompile.runtime.device_run import DeviceEngine
+from sfcompile.runtime.device_side import NvshmemSide
+from sfcompile.runtime.engine import Engine
+from sfcompile.runtime.nvshmem import Nvshmem
+from sfcompile.runtime.session import Session
+from sfcompile.runtime.topology import Topology
+
+log = logging.getLogger("sfcompile")
+PRESET_OF = {"A100": "a100-efa", "H100": "h100-ib", "H200": "h100-ib", "A10": "a10-ethernet"}
+"""GPUs by a part of their names -> preset whose constants describe them best."""
+DEBUG_KERNELS = "SFCOMPILE_DEBUG_KERNELS"
+"""Environment variable: "1" makes waits inside kernels give up after a while and report."""
+
+
+def device_of(inputs: Sequence[Any]) -> torch.device:
+    """Where a graph runs: the one GPU that inputs lie on, else the CPU.
+
+    Raises:
+        UnsupportedError: several GPUs, or another kind of device.
+    """
+    found = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+    others = {device for device in found if device.type not in ("cpu", "meta", "cuda")}
+    gpus = found - others - {device for device in found if device.type != "cuda"}
+    if others or len(gpus) > 1:
+        listed = ", ".join(sorted(map(str, others or gpus)))
+        raise UnsupportedError(
+            f"graph inputs are on {listed}, and several ranks run",
+            "a rank computes on one GPU or on the CPU",
+            "move the model and its inputs to one device per rank (torch.cuda.set_device(LOCAL_RANK))",
+        )
+    return next(iter(gpus), torch.device("cpu"))
+
+
+def start(device: torch.device, session: Session, asked: Options) -> None:
+    """Collective: make the session ready for graphs on a device.
+
+    Raises:
+        OptionError: a transport that does not reach between such ranks.
+        UnsupportedError, HeapError: NVSHMEM is missing or does not start.
+    """
+    if device.type != "cuda":
+        if asked.transport == "nvshmem":
+            raise OptionError(
+                "transport='nvshmem' with CPU ranks",
+                "NVSHMEM moves data between GPUs, and the model's inputs are on the CPU",
+                "use transport='auto', or move the model to GPUs",
+            )
+        return
+    if asked.transport not in ("auto", "nvshmem"):
+        raise OptionError(
+            f"transport={asked.transport!r} with GPU ranks",
+            "GPU ranks store into each other's memory through NVSHMEM; shared memory and gloo serve CPU ranks",
+            "use transport='auto' or 'nvshmem'",
+        )
+    if session.device_side is None:
+        nvshmem = Nvshmem(session.rank, session.topology.num_ranks, device, session.exchange)
+        fill_device_state(nvshmem.bindings.cumodule_init)
+
+        def make_release(domains: Sequence[int]) -> ReleaseKernel:
+            library = _library(device, domains)
+            return ReleaseKernel(session.rank, session.topology.num_ranks, device, domains, library=library)
+
+        session.use_device(NvshmemSide(nvshmem, session.topology, session.exchange, make_release))
+
+
+def engines_for(
+    programs: dict[str, list[Schedule]], device: torch.device, session: Session, asked: Options
+) -> tuple[dict[str, list[Engine | DeviceEngine | None]], str]:
+    """By program and site what runs it (None: the executor), and a line for the report that says what and why.
+
+    Raises:
+        CodegenError, UnsupportedError: generated kernels were asked for and cannot be had.
+    """
+    every = [schedule for schedules in programs.values() for schedule in schedules]
+    sites = [schedule.site for schedule in every if isinstance(schedule.site, AttentionSite)]
+    chosen, why = choose_attention(asked.attention, sites, device.type)
+    line = f"{chosen} ({why})"
+    side = session.device_side
+    made: dict[Schedule, KernelEngine] = {}
+
+    def engine(schedule: Schedule) -> Engine | DeviceEngine | None:
+        if chosen == "aten":
+            return None
+        if side is None or device.type == "cpu":
+            rank = schedule.members(session.rank)[0]
+            return InterpreterEngine(schedule, rank) if isinstance(schedule.site, AttentionSite) else None
+        domains = side.domains
+        bounded = os.environ.get(DEBUG_KERNELS) == "1"
+        # Sites of one geometry share their kernels and workspace: calls of a stream follow each other.
+        if schedule not in made:
+            library = _library(device, domains)
+            made[schedule] = KernelEngine(schedule, session.rank, device, domains, library, bounded=bounded)
+        return made[schedule]
+
+    return {program: [engine(schedule) for schedule in schedules] for program, schedules in programs.items()}, line
+
+
+def topology_for(device: torch.device, found: Topology) -> Topology:
+    """The job's machines with constants for the GPU at hand, as far as they are known."""
+    if device.type != "cuda":
+        return found
+    name = torch.cuda.get_device_name(device)
+    preset = next((preset for part, preset in PRESET_OF.items() if part in name), None)
+    if preset is None:
+        preset = "h100-ib"
+        log.warning("no constants are known for %s: planned as %s; give options={'topology': ...}", name, preset)
+    return Topology.parse(f"1x1:{preset}").on(found.machine_of)
+
+
+def _library(device: torch.device, domains: Sequence[int]) -> Path | None:
+    if len(set(domains)) == 1:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return slim_library(10 * major + minor)
