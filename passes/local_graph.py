@@ -69,6 +69,7 @@ class LocalGraph:
 
     def _inherit(self, node: fx.Node) -> None:
         if self.origin is not None:
+            node.meta["origin"] = self.origin.name  # sfcompile/explain_code.py says for each line what was decided
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
                 if key in self.origin.meta:
                     node.meta[key] = self.origin.meta[key]

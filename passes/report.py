@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sfcompile.runtime.topology import Topology
+
 PLAN_ROWS = 10
 """Lines of each planner's table that a printed report shows."""
 
@@ -41,6 +43,9 @@ class GraphReport:
         plans: the planner's table for each distinct attention, every rejected candidate with its reason.
         pass_seconds: wall time per pass.
         warnings: what a user should know.
+        programs: keys of the graph's programs in the session, and the names of their sites.
+        topology: that the plan was made for, of this rank's group.
+        other_s: seconds of compute that the plan assumes between two attentions.
         graph: number of the graph in this process, from 1; break_reason: what made Dynamo end it before the model did
             (a graph break, with the user's line), or "".
     """
@@ -70,6 +75,9 @@ class GraphReport:
     plans: list[str] = field(default_factory=list)
     pass_seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    programs: dict[str, list[str]] = field(default_factory=dict)
+    topology: Topology | None = None
+    other_s: float = 0.0
     graph: int = 0
     break_reason: str = ""
 
@@ -133,6 +141,12 @@ class GraphReport:
             if len(shown) > PLAN_ROWS:
                 lines.append(f"    ... and {len(shown) - PLAN_ROWS} more candidates (report.plans has them all)")
         return "\n".join(lines)
+
+
+def short_source(source: str) -> str:
+    """A source line ``/a/b.py:3: text`` without its folders."""
+    path, _, rest = source.partition(":")
+    return f"{path.rsplit('/', 1)[-1]}:{rest}" if rest else path
 
 
 def _table(title: str, rows: list[Left], limit: int = 12) -> list[str]:

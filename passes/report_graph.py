@@ -11,8 +11,8 @@ from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import source_line
 from sfcompile.passes.analyse_cost import flops, is_view, nbytes, reshard_fraction
 from sfcompile.passes.layout import Layout, Ownership, Window
-from sfcompile.passes.op_view import is_tensor
-from sfcompile.passes.report import GraphReport, Left
+from sfcompile.passes.op_view import is_getitem, is_tensor
+from sfcompile.passes.report import GraphReport, Left, short_source
 
 if TYPE_CHECKING:
     from sfcompile.passes.pipeline import State
@@ -31,6 +31,9 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
         *(main.best.degrees if main is not None else (1, state.topology.num_ranks)),
         state.layouts.axes,
         pass_seconds=dict(timings),
+        programs={state.local.program: [site.name for site in state.local.sites]},
+        topology=state.topology,
+        other_s=state.choices.other_s,
     )
     per_rank = [0.0 for _ in ranks]
     for node, op in state.tokens.views.items():
@@ -48,6 +51,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
             for rank in ranks:
                 per_rank[rank] += cost
     if state.part is not None:  # what was counted is one group's part
+        report.programs[state.part.program] = [schedule.site.name for schedule in state.part.schedules]
         parts = len(state.groups)
         report.batch = parts
         report.num_ranks *= parts
@@ -115,9 +119,5 @@ def _reader(value: fx.Node, reasons: dict[fx.Node, str]) -> str:
 def _left(node: fx.Node, reason: str, cost: float, is_view: bool = False) -> Left:
     size = nbytes(node) if is_tensor(node) else 0
     source = source_line(node.stack_trace) or ""
-    return Left(node.name, str(node.target).removeprefix("aten."), _short(source), reason, cost, size, is_view)
-
-
-def _short(source: str) -> str:
-    path, _, rest = source.partition(":")
-    return f"{path.rsplit('/', 1)[-1]}:{rest}" if rest else path
+    target = getattr(node.target, "__name__", "") if is_getitem(node) else str(node.target)
+    return Left(node.name, target.removeprefix("aten."), short_source(source), reason, cost, size, is_view)

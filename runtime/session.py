@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
+from sfcompile.runtime import recorder
 from sfcompile.runtime.device_run import DeviceEngine, DeviceRun, DeviceRuns, DeviceSide
 from sfcompile.runtime.engine import Engine, KernelAccess
 from sfcompile.runtime.executor import SchedulePlan, SiteRun
@@ -224,6 +225,11 @@ class Session:
         self._access.clear()
         self._transport = self._world.make_transport(self._segments)
 
+    @property
+    def programs(self) -> dict[str, list[SchedulePlan]]:
+        """Every loaded program and its schedules, in the order of loading, which is the same on every rank."""
+        return dict(self._programs)
+
     def schedule(self, program: str, site: int) -> SchedulePlan:
         """The schedule of a loaded site."""
         return self._programs[program][site]
@@ -284,7 +290,10 @@ class Session:
         everyone = members == tuple(range(len(members))) and len(members) == self.topology.num_ranks
         wires: Transport = self._transport if everyone else GroupTransport(self._transport, members)
         kernel = None if engine is None else (cast(Engine, engine), self._kernel_access(members))
-        run = SiteRun(plan, rank, epoch, epoch % NUM_BANKS, own, wires, kernel)
+        make: Callable[..., SiteRun] = SiteRun
+        if recorder.active is not None:
+            make = recorder.active.run_of(self.rank, self.topology, list(self._programs).index(program), site)
+        run = make(plan, rank, epoch, epoch % NUM_BANKS, own, wires, kernel)
         self._runs[program, site] = run
         return run
 

@@ -6,6 +6,7 @@ It stays light on purpose: importing it loads neither torch nor any of our phase
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -16,10 +17,17 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
     __path__.append(str(_root))
 
 
-def __getattr__(name: str) -> object:
-    """`sfcompile.simulate`, loaded on first use: it needs torch."""
-    if name == "simulate":
-        from sfcompile.predict import simulate
+# Loaded on first use, as they need torch: name -> module.
+_LAZY = {
+    "explain": "sfcompile.explain_model",
+    "progress": "sfcompile.progress_bar",
+    "simulate": "sfcompile.predict",
+    "trace": "sfcompile.tracing",
+}
 
-        return simulate
+
+def __getattr__(name: str) -> object:
+    """`sfcompile.explain`, `simulate`, `trace` and `progress`."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ def streamfusion_backend(
     if world_size == 1:
         return _inner(gm, example_inputs, None, asked)
     session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
+    if "SFCOMPILE_TRACE" in os.environ:
+        import_module("sfcompile.tracing").follow_environment()  # it reads this module's reports
     with session.guard():
         session.reconfigure(asked.transport, asked.timeout_s)
         start(device_of(example_inputs), session, asked)

@@ -147,8 +147,9 @@ class LaunchError(StreamFusionError):
 
 
 def source_line(stack_trace: str | None) -> str | None:
-    """The innermost frame of a Python stack trace as "file:line: text"; None where there is no frame."""
+    """The innermost frame of a stack trace outside of torch as "file:line: text"; None where there is no frame."""
     frames = list(_FRAME.finditer(stack_trace or ""))
+    frames = [frame for frame in frames if "/torch/" not in frame["file"]] or frames  # torch's own layers say nothing
     if not frames:
         return None
     frame = frames[-1]

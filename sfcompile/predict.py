@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from sfcompile.capture import capture
+from sfcompile.capture import Captured, capture
 from sfcompile.codegen.checker import check
 from sfcompile.codegen.simulator import Step, Timeline, layer
 from sfcompile.codegen.simulator import simulate as run_simulator
 from sfcompile.codegen.sites import AttentionSite, count
 from sfcompile.codegen.volumes import volume
-from sfcompile.errors import StreamFusionError, UnsupportedError
+from sfcompile.errors import UnsupportedError
 from sfcompile.passes.choose_plan import SitePlan
 from sfcompile.passes.choose_schedules import Choices
 from sfcompile.passes.pipeline import State, run_until
@@ -155,35 +155,78 @@ def simulate(
     begun = time.perf_counter()
     found: list[Choices] = []
 
-    failed: list[StreamFusionError] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            captured = capture(gm, inputs)
-            state = State(captured.gm, captured.mode, where, 0, mesh, schedule)
-            run_until(state, "choose_schedules")
-        except StreamFusionError as error:  # torch.compile would wrap it
-            failed.append(error)
-            return gm.forward
+    def plan(gm: fx.GraphModule, captured: Captured) -> None:
+        state = State(captured.gm, captured.mode, where, 0, mesh, schedule)
+        run_until(state, "choose_schedules")
         assert state.choices is not None
         found.append(state.choices)
-        outputs = captured.gm.graph.output_node().args[0]
-        return lambda *args: fx.map_arg(outputs, lambda node: _zeros(node.meta["val"]))
 
-    torch.compiler.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=backend)(*args, **kwargs)
-    torch.compiler.reset()
-    if failed:
-        raise failed[0]
-    if not found:
-        raise UnsupportedError("the model has no graph to plan", "torch.compile traced nothing of it")
+    each_graph(model, args, kwargs, plan)
     # Several graphs: the one with most attention stands for the model; the others add their own.
     return Prediction(name or type(model).__name__, where, _joined(found), time.perf_counter() - begun)
 
 
-def _zeros(value: Any) -> Any:
-    return torch.zeros(tuple(map(int, value.shape)), dtype=value.dtype, device=value.device)
+def each_graph(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    visit: Callable[[fx.GraphModule, Captured], None],
+    refused: Callable[[fx.GraphModule, UnsupportedError], None] | None = None,
+) -> None:
+    """Trace a call of a model and visit each of its graphs. Nothing is computed: graphs return zeros, or meta tensors.
+
+    Args:
+        visit: gets a graph of Dynamo and what was captured of it.
+        refused: gets a graph that cannot be captured; it then runs as it is, so that those behind it are found too.
+            None: that is an error.
+
+    Raises:
+        UnsupportedError: torch.compile traced no graph.
+        StreamFusionError: what ``visit`` raised first.
+    """
+    failed: list[Exception] = []
+    graphs = 0
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        try:
+            captured = capture(gm, inputs)
+        except UnsupportedError as error:
+            if refused is None:
+                failed.append(error)
+            else:
+                refused(gm, error)
+            return gm.forward
+        try:
+            visit(gm, captured)
+        except Exception as error:  # torch.compile would wrap it
+            failed.append(error)
+            return gm.forward
+        meta = any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in inputs)
+        outputs = captured.gm.graph.output_node().args[0]
+        assert isinstance(outputs, (tuple, list))
+        own = outputs[: len(outputs) - len(captured.written)]
+        return lambda *args: fx.map_arg(own, lambda node: _zeros(node.meta["val"], meta))
+
+    torch.compiler.reset()
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=backend)(*args, **kwargs)
+    except Exception:
+        if not failed:
+            raise
+    finally:
+        torch.compiler.reset()
+    if failed:
+        raise failed[0]
+    if not graphs:
+        raise UnsupportedError("the model has no graph to plan", "torch.compile traced nothing of it")
+
+
+def _zeros(value: Any, meta: bool) -> Any:
+    device = torch.device("meta") if meta else value.device
+    return torch.zeros(tuple(map(int, value.shape)), dtype=value.dtype, device=device)
 
 
 def _joined(found: Sequence[Choices]) -> Choices:

@@ -15,38 +15,80 @@ from sfcompile.runtime.spans import Span
 LANES = ("compute", "wait", "send", "network")
 """From top to bottom: computing, blocked, messages inside the machine, messages between machines."""
 
+STAGE = "stage"
+"""A lane of recorded runs only: the nodes of the graph that talk to other ranks; pictures leave it out."""
+
 # Okabe and Ito's palette: told apart by every kind of colour vision.
 _COLOURS = {"compute": "#0072B2", "wait": "#D55E00", "send": "#009E73", "network": "#E69F00"}
-_WORDS = {
+LANE_WORDS = {
     "compute": "compute", "wait": "blocked in a wait", "send": "sends inside the machine",
     "network": "sends between machines",
 }  # fmt: skip
+"""What the lanes are, in words."""
 _ROW, _GAP = 1.0, 0.35
 
 
-def write_perfetto(path: Path, spans: Sequence[Span], machine_of: Sequence[int], title: str) -> None:
+def write_perfetto(
+    path: Path,
+    spans: Sequence[Span],
+    machine_of: Sequence[int],
+    title: str,
+    predicted: Sequence[Span] = (),
+    ranks: Sequence[int] | None = None,
+) -> None:
     """Write a trace: one process per rank, one thread per lane, an arrow from each message to its receiver.
+
+    Args:
+        predicted: a simulated run; its ranks are further processes, below the others.
+        ranks: only these have processes (default: all).
 
     Raises:
         OptionError: the folder does not exist, or the file cannot be written.
     """
     events: list[dict[str, Any]] = []
-    for rank, machine in enumerate(machine_of):
-        events.append(_name("process_name", rank, 0, f"rank {rank} (machine {machine})"))
-        events.append({"ph": "M", "name": "process_sort_index", "pid": rank, "tid": 0, "args": {"sort_index": rank}})
-        for lane, name in enumerate(LANES):
-            events.append(_name("thread_name", rank, lane, _WORDS[name]))
-    for number, span in enumerate(spans):
-        lane = LANES.index(span.lane)
-        start, stop = span.start_s * 1e6, span.stop_s * 1e6
-        event = {"ph": "X", "name": span.name, "cat": span.lane, "pid": span.rank, "tid": lane, "ts": start}
-        events.append({**event, "dur": stop - start, "args": {"bytes": span.nbytes} if span.nbytes else {}})
-        if span.peer is not None:
-            arrow = {"name": span.name, "cat": "message", "id": number}
-            events.append({**arrow, "ph": "s", "pid": span.rank, "tid": lane, "ts": start})
-            events.append({**arrow, "ph": "f", "bp": "e", "pid": span.peer, "tid": LANES.index("wait"), "ts": stop})
+    shown = range(len(machine_of)) if ranks is None else ranks
+    events += _processes(shown, machine_of, 0, "", spans)
+    events += _events(spans, 0, 0, set(shown))
+    if predicted:
+        events += _processes(shown, machine_of, len(machine_of), "predicted ", predicted)
+        events += _events(predicted, len(machine_of), len(spans), set(shown))
     text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"title": title}})
-    _write(path, text.encode())
+    write_text(path, text)
+
+
+def _processes(
+    ranks: Sequence[int], machine_of: Sequence[int], first: int, what: str, spans: Sequence[Span]
+) -> list[dict[str, Any]]:
+    """The names of processes and threads; ``first`` is the process of rank 0."""
+    events = []
+    stages = any(span.lane == STAGE for span in spans)
+    for rank in ranks:
+        pid = first + rank
+        events.append(_name("process_name", pid, 0, f"{what}rank {rank} (machine {machine_of[rank]})"))
+        events.append({"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}})
+        for lane, name in enumerate(LANES):
+            events.append(_name("thread_name", pid, lane, LANE_WORDS[name]))
+        if stages:
+            events.append(_name("thread_name", pid, len(LANES), "stages of the graph"))
+            top = {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": len(LANES), "args": {"sort_index": -1}}
+            events.append(top)
+    return events
+
+
+def _events(spans: Sequence[Span], first: int, number: int, shown: set[int]) -> list[dict[str, Any]]:
+    """The spans, and arrows between ranks that are shown, numbered from ``number`` on."""
+    events = []
+    for arrow_id, span in enumerate(spans, start=number):
+        lane = len(LANES) if span.lane == STAGE else LANES.index(span.lane)
+        start, stop = span.start_s * 1e6, span.stop_s * 1e6
+        event = {"ph": "X", "name": span.name, "cat": span.lane, "pid": first + span.rank, "tid": lane, "ts": start}
+        events.append({**event, "dur": stop - start, "args": {"bytes": span.nbytes} if span.nbytes else {}})
+        if span.peer in shown:
+            arrow = {"name": span.name, "cat": "message", "id": arrow_id}
+            events.append({**arrow, "ph": "s", "pid": first + span.rank, "tid": lane, "ts": start})
+            end = {"pid": first + span.peer, "tid": LANES.index("wait"), "ts": stop}
+            events.append({**arrow, "ph": "f", "bp": "e", **end})
+    return events
 
 
 def _name(kind: str, rank: int, lane: int, text: str) -> dict[str, Any]:
@@ -68,7 +110,7 @@ def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], titl
         raise OptionError(
             "a picture needs matplotlib, which is not installed", "", 'run pip install "sfcompile[plot]"'
         ) from error
-    shown = _shown(machine_of, max_ranks)
+    shown = shown_ranks(machine_of, max_ranks)
     scale, unit = _unit(max(span.stop_s for span in spans))
     figure = Figure(figsize=(12.0, 1.6 + 0.42 * len(shown)), dpi=130, layout="constrained")
     axes = figure.add_subplot()
@@ -101,7 +143,7 @@ def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], titl
     some = "" if len(shown) == len(machine_of) else f"; {len(shown)} of {len(machine_of)} ranks shown"
     axes.set_title(title + some, fontsize=10, loc="left", pad=26)
     axes.legend(
-        handles=[Patch(color=_COLOURS[name], label=_WORDS[name]) for name in LANES],
+        handles=[Patch(color=_COLOURS[name], label=LANE_WORDS[name]) for name in LANES],
         loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(LANES), frameon=False, fontsize=8, borderaxespad=0.2,
     )  # fmt: skip
     folder = _folder(path)
@@ -111,7 +153,7 @@ def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], titl
         os.replace(half, path)
 
 
-def _shown(machine_of: Sequence[int], limit: int) -> list[int]:
+def shown_ranks(machine_of: Sequence[int], limit: int) -> list[int]:
     """The first ranks of every machine, as many of each, until the limit."""
     ranks: dict[int, list[int]] = {}
     for rank, machine in enumerate(machine_of):
@@ -135,12 +177,17 @@ def _folder(path: Path) -> Path:
     return path.parent
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OptionError: the folder does not exist, or the file cannot be written.
+    """
     folder = _folder(path)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             half = Path(scratch) / "half"
-            half.write_bytes(data)
+            half.write_text(text, encoding="utf-8")
             os.replace(half, path)
     except OSError as error:
         raise OptionError(

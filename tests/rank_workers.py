@@ -83,6 +83,31 @@ def attention(rank: int, seed: int, transport: str, calls: int) -> dict[str, Any
     }
 
 
+def traced(rank: int, folder: str, environment: bool) -> str:
+    """Two steps under a trace; what rank 0's table says (through the environment: once both ranks are at their end)."""
+    import sfcompile
+    from sfcompile import tracing
+
+    session, case = session_of(), random_case(21, ranks=2)
+    session.load("p", schedules_of(case))
+
+    def steps() -> None:
+        ticket = torch.zeros(1, dtype=torch.int64)
+        for _ in range(2):
+            ticket = attend_and_gather(case, rank, ticket)[1]
+
+    if not environment:
+        steps()  # before the trace: not in it
+        with sfcompile.trace(folder) as found:
+            steps()
+        return "" if found.report is None else str(found.report)
+    os.environ[tracing.VARIABLE] = folder
+    tracing.follow_environment()
+    steps()
+    tracing.at_exit(Path(folder))
+    return ""
+
+
 def every_schedule(rank: int, transport: str, delayed: bool) -> dict[str, float]:
     """Every builder, every mesh of these ranks, cut and whole, heads and tokens that rarely divide: errors by name."""
     ranks = int(os.environ["WORLD_SIZE"])
