@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Compiled:
         source, ttgir, ptx: text of the stages. ``cubin``: what a GPU loads; relocatable if ``linked`` is False.
         shared_bytes: shared memory of a program.
         linked: whether NVSHMEM's device code is in it.
+        again: compiles it anew with NVSHMEM's calls left open.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Compiled:
     cubin: bytes
     shared_bytes: int
     linked: bool
+    again: Callable[[], Compiled]
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,14 @@ def _compile(
             f"report it with the source in {module.__file__}",
         ) from error
     asm = made.asm
+
+    def again() -> Compiled:
+        return _compile(name, source, given, kinds, arch, warps, stages, None, calls)
+
     return Compiled(
-        name, arch, source, asm["ttgir"], asm["ptx"], asm["cubin"], made.metadata.shared, calls and library is not None
-    )
+        name, arch, source, asm["ttgir"], asm["ptx"], asm["cubin"], made.metadata.shared, calls and library is not None,
+        again,
+    )  # fmt: skip
 
 
 def _kind(entry: str, kinds: Mapping[str, str]) -> str:
@@ -157,8 +164,8 @@ def resources(compiled: Compiled) -> Resources:
 
 
 def disassembly(compiled: Compiled) -> str:
-    """SASS of the kernel."""
-    return _run(_tool("cuobjdump"), "-sass", compiled.cubin)
+    """SASS of the kernel; calls of an unlinked one by name."""
+    return _run(_tool("nvdisasm"), "-c", compiled.cubin)
 
 
 _EVENTS = (
@@ -172,7 +179,10 @@ _EVENTS = (
 
 
 def order(compiled: Compiled) -> list[tuple[str, int]]:
-    """Waits, puts, releases, asynchronous copies and matrix products as they stand in the code, runs counted."""
+    """Waits, puts, releases, asynchronous copies and matrix products as they stand in the code, runs counted.
+
+    NVSHMEM's waits and puts are calls in an unlinked kernel; linking dissolves them.
+    """
     found: list[tuple[str, int]] = []
     for line in disassembly(compiled).splitlines():
         for name, pattern in _EVENTS:

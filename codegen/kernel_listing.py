@@ -118,7 +118,8 @@ def write_kernels(
                         "it would read what has not arrived",
                         "report it with the Triton version",
                     )
-                rows.append(_write(folder, name, kernel))
+                # Linking dissolves NVSHMEM's calls into the code around them: look at them before.
+                rows.append(_write(folder, name, kernel, order(kernel.again() if kernel.linked else kernel)))
         (folder / "table.txt").write_text("\n".join([HEAD, *map(line, rows)]) + "\n")
         (folder / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     except OSError as error:
@@ -133,7 +134,7 @@ def reach_waits(schedule: Schedule) -> bool:
     return any(arrival.tensor in ("q", "k", "v") for arrival in schedule.origin.arrivals)
 
 
-def _write(folder: Path, name: str, kernel: Compiled) -> Row:
+def _write(folder: Path, name: str, kernel: Compiled, found: list[tuple[str, int]]) -> Row:
     files = {
         f"{name}.py": kernel.source.encode(),
         f"{name}.sm_{kernel.arch}.ttgir": kernel.ttgir.encode(),
@@ -146,7 +147,7 @@ def _write(folder: Path, name: str, kernel: Compiled) -> Row:
         name,
         kernel.arch,
         resources(kernel),
-        tuple(order(kernel)),
+        tuple(found),
         kernel.linked or "nvshmem" not in kernel.source,
         len(kernel.cubin),
         tuple(files),

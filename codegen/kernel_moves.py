@@ -39,14 +39,19 @@ class MoveSpec:
         dtype: "fp32", "fp16" or "bf16".
         width: elements of a row, 1 to 256.
         reach, bounded: as in KernelSpec.
-        lines: rows that a program copies at a time.
+        lines: rows that a program copies at a time; 0: as many as registers allow without spilling.
     """
 
     dtype: str
     width: int
     reach: str = "peer"
     bounded: bool = False
-    lines: int = 32
+    lines: int = 0
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """``lines``, or the number for the width."""
+        return self.lines or (32 if block_of(self.width) == 128 else 16)
 
 
 def put_source(spec: MoveSpec) -> str:
@@ -158,7 +163,7 @@ def kernel(out: Lines, name: str, arguments: tuple[str, ...]) -> Iterator[None]:
 def _constants(spec: MoveSpec) -> str:
     return (
         f"W = tl.constexpr({spec.width})\nW_BLOCK = tl.constexpr({block_of(spec.width)})\n"
-        f"LINES = tl.constexpr({spec.lines})\n\n\n"
+        f"LINES = tl.constexpr({spec.rows_at_a_time})\n\n\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `sfcompile demo | run | explain | simulate | doctor`, and what later versions bring."""
+"""The command line: `sfcompile demo | run | explain | simulate | kernels | doctor`, and what later versions bring."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfcompile import __version__
+from sfcompile import __version__, kernels_command
 from sfcompile.demo import DemoConfig, run_demo
 from sfcompile.errors import StreamFusionError
 from sfcompile.launch import launch
-from sfcompile.model_commands import EXIT_USAGE, add_explain, add_simulate, positive, run_explain, run_simulate
+from sfcompile.model_commands import (
+    EXIT_USAGE,
+    add_explain,
+    add_model,
+    add_simulate,
+    positive,
+    run_explain,
+    run_simulate,
+)
 from sfcompile.options import INNERS
 
 LATER = {
     "export": "write a compiled plan to a file",
-    "kernels": "the generated attention kernels",
 }
 EXIT_INTERRUPTED = 130
 
@@ -54,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_explain(
         commands.add_parser("explain", help="what the compiler does with a model on a topology, and why, no GPU needed")
     )
+    kernels = commands.add_parser("kernels", help="the generated kernels of a model or a shape, compiled without a GPU")
+    kernels_command.add_arguments(kernels)
+    add_model(kernels, named=False)
     _add_doctor(commands.add_parser("doctor", help="measure what ranks of this machine can compute and move"))
     for name, text in LATER.items():
         commands.add_parser(name, help=f"(arrives later) {text}", add_help=False)
@@ -126,4 +136,11 @@ def _run(args: argparse.Namespace) -> int:
     return launch(argv, args.ranks, args.machines, log_dir=args.logs)
 
 
-_COMMANDS = {"demo": _demo, "run": _run, "simulate": run_simulate, "explain": run_explain, "doctor": _doctor}
+_COMMANDS = {
+    "demo": _demo,
+    "run": _run,
+    "simulate": run_simulate,
+    "explain": run_explain,
+    "doctor": _doctor,
+    "kernels": kernels_command.run,
+}

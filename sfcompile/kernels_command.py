@@ -109,6 +109,7 @@ def _sites(args: argparse.Namespace, topology: Topology) -> list[tuple[str, Atte
         return [("attention", site, plan_site(site, topology, schedule=args.schedule).best, topology)]
     from sfcompile.model_commands import predicted
 
+    args.model = args.what
     choices = predicted(args).choices
     found = [(choices.sites[key], choices.plans[key]) for key in choices.counts]
     if not found:

@@ -18,6 +18,8 @@ from sfcompile.options import PLACEMENTS, SCHEDULES
 if TYPE_CHECKING:
     import torch
 
+    from sfcompile.predict import Prediction
+
 EXIT_USAGE = 2
 
 
@@ -28,11 +30,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Arguments that choose a model, its inputs, a topology and a schedule."""
-    parser.add_argument(
-        "--model", help="a transformer class of diffusers, by the start of its name; full size, no weights"
-    )
+def add_model(parser: argparse.ArgumentParser, named: bool = True) -> None:
+    """Arguments that choose a model, its inputs, a topology and a schedule; ``named``: with ``--model`` itself."""
+    if named:
+        parser.add_argument(
+            "--model", help="a transformer class of diffusers, by the start of its name; full size, no weights"
+        )
     parser.add_argument(
         "--config",
         action="append",
@@ -83,17 +86,26 @@ def run_simulate(args: argparse.Namespace) -> int:
     if not args.model:
         print("sfcompile simulate: say --paper, or name a model with --model", file=sys.stderr)
         return EXIT_USAGE
-    from sfcompile.predict import simulate
-    from sfcompile.runtime.topology import Topology
-
-    topology = Topology.parse(args.topology)
-    name, model, kwargs = _built(args)
-    prediction = simulate(model, topology=topology, schedule=args.schedule, name=name, **kwargs)
+    prediction = predicted(args)
     print(prediction)
     shape = re.sub(r"[^\w]+", "-", args.topology)
     for path in prediction.write(args.out / f"{args.model}-{args.tokens}-{shape}"):
         print(f"wrote {path}")
     return 0
+
+
+def predicted(args: argparse.Namespace) -> Prediction:
+    """The plan of the model that the arguments choose.
+
+    Raises:
+        StreamFusionError: no such model, topology or plan.
+    """
+    from sfcompile.predict import simulate
+    from sfcompile.runtime.topology import Topology
+
+    topology = Topology.parse(args.topology)
+    name, model, kwargs = _built(args)
+    return simulate(model, topology=topology, schedule=args.schedule, name=name, **kwargs)
 
 
 def run_explain(args: argparse.Namespace) -> int:

@@ -54,7 +54,8 @@ def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
     assert len(re.findall(r"\bLDGSTS\S*128", code)) >= 4  # tiles arrive asynchronously, 16 bytes a thread
     assert not re.search(r"ld\.global(\.\w+)*\.b16\b", kernel.ptx)  # and never element by element
     assert "cp.async" in kernel.ptx
-    assert "CCTL.IVALL" in code and re.search(r"EXCH\S*\.STRONG\.SYS", code)  # acquire and release, system scope
+    if reach != "nvshmem":  # acquire and release at system scope; NVSHMEM brings its own
+        assert "CCTL.IVALL" in code and re.search(r"EXCH\S*\.STRONG\.SYS", code)
 
 
 def test_debug_builds_masks_and_grouped_heads_fit_too() -> None:
@@ -69,12 +70,10 @@ def test_order_of_waits_puts_and_matrix_products_is_the_schedules() -> None:
     assert not kernel.linked
     names = [name for name, _ in order(kernel)]
     multiplied = names.index("mma")
-    assert "wait" in names[:multiplied]
-    waits = [i for i, name in enumerate(names[:multiplied]) if name == "wait"]
-    assert names[waits[-1] :].index("copy") < names[waits[-1] :].index("mma")
-    assert "put" in names[multiplied:]
-    # The copy programs come first: they pass on what arrived.
-    assert names.index("put") < multiplied and names[0] == "wait"
+    before, after = names[:multiplied], names[multiplied:]
+    assert before[-1] == "copy" and "wait" in before and "put" not in before
+    assert "copy" not in before[: before.index("wait")]
+    assert "put" in after
 
 
 def test_a_wait_inside_the_loop_over_blocks_is_found() -> None:

@@ -36,7 +36,7 @@ class SimpleTensor(torch.Tensor):
     """A tensor that says it lies somewhere else."""
 
     @staticmethod
-    def __new__(cls, data: torch.Tensor, name: str) -> SimpleTensor:
+    def __new__(cls: type[SimpleTensor], data: torch.Tensor, name: str) -> SimpleTensor:
         made = torch.Tensor._make_subclass(cls, data)
         made.place = torch.device(name)  # type: ignore[attr-defined]
         return made
