@@ -1,7 +1,9 @@
-# The commands of this repository. Each one sets up .venv by itself; a fresh machine needs python3 >= 3.11 with venv.
+# The commands of this repository. Each one (but gpu-check) sets up .venv by itself; a fresh machine needs
+# python3 >= 3.11 with venv.
 #   make demo       a diffusion transformer on 4 CPU ranks, compared with one process
 #   make test       all tests (make test PYTEST_ARGS="tests/passes -k view")
 #   make check      formatting, lint, types, layout rules
+#   make gpu-check  on a machine with a GPU: are the kernels right, how fast are they (make gpu-check WHEELS=folder)
 #   make clean      remove everything that was built, the venv included
 
 PYTHON ?= python3
@@ -9,6 +11,9 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# For example "--only speed puts" or "--dry-run".
+GPU_ARGS ?=
+WHEELS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +22,7 @@ PACKAGES := sfcompile passes codegen runtime
 SOURCES := $(PACKAGES) tests $(wildcard examples benchmarks)
 LINKS := build/typecheck/sfcompile
 
-.PHONY: demo test check format lint typecheck layout clean
+.PHONY: demo test check format lint typecheck layout gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/sfcompile demo $(DEMO_ARGS)
@@ -45,6 +50,10 @@ typecheck: $(STAMP)
 
 layout: $(STAMP)
 	$(BIN)/python -m pytest -q tests/packaging
+
+# With the Python at hand, which has torch and Triton: such machines may reach no package index.
+gpu-check:
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -22,7 +22,7 @@ from sfcompile.codegen.kernel_text import Lines, columns, entry_name, heap_of, m
 LOG2E = 1.4426950408889634
 VIRTUAL_ROW = (
     "out", "state", "counters", "units", "queries", "keys", "forwards", "q_positions", "k_positions", "lse",
-    "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
+    "report", "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
 )  # fmt: skip
 """Arguments that differ between virtual ranks, as int64."""
 _INTEGERS = (

@@ -1,0 +1,158 @@
+"""Sections of benchmarks/gpu_check.py: numerics of every variant, virtual ranks in one launch, bounded waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from gpu_check_report import Bench, compare, exact, inputs_of, name_of, sdpa, site_of
+
+from sfcompile.codegen.builders import BUILDERS, build
+from sfcompile.codegen.kernel_virtual import VirtualRanks
+from sfcompile.codegen.mesh import Mesh
+from sfcompile.codegen.schedule import Schedule
+from sfcompile.codegen.sites import AttentionSite
+from sfcompile.errors import RuntimeTimeoutError
+from sfcompile.runtime.instructions import RankProgram
+from sfcompile.runtime.topology import Topology
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (32, 64, 72, 96, 128, 256)
+VARIANTS = (
+    "plain", "lse", "key mask", "added key mask", "full mask", "bias", "causal", "grouped heads",
+)  # fmt: skip
+MESHES = {"ulysses": {2: (2, 1), 4: (4, 1)}, "ring": {2: (1, 2), 4: (1, 4)}, "usp": {2: (1, 2), 4: (2, 2)}}
+TORUS_MESHES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}
+SPINS = 1 << 26
+"""Polls of a debug build (kernel_device.py)."""
+
+
+def schedule_of(site: AttentionSite, kind: str = "torus") -> Schedule:
+    """A schedule on one machine per rank; two of two for four ranks."""
+    ranks = len(site.q_positions)
+    machines = min(ranks, 2)
+    across = "ring" if kind == "usp" else "ulysses"
+    mesh = Mesh.of(Topology.grid(machines, ranks // machines), *MESHES.get(kind, TORUS_MESHES)[ranks], across)
+    return build(kind, site, mesh)
+
+
+def numerics(bench: Bench) -> None:
+    """Every variant of the attention kernel on one rank, against fp64."""
+    every = [(dtype, size, variant) for size in HEAD_DIMS for dtype in DTYPES for variant in VARIANTS]
+    if bench.dry:
+        every = [case for case in every if case[:2] == (torch.float16, 32)]
+        every += [(torch.bfloat16, 72, "plain"), (torch.float32, 32, "lse")]
+    for dtype, size, variant in bench.mine(every):
+        name = f"{name_of(dtype)} D={size} {variant}"
+        with bench.case(name):
+            _variant(bench, name, dtype, size, variant)
+
+
+def _variant(bench: Bench, name: str, dtype: torch.dtype, size: int, variant: str) -> None:
+    # Whole blocks of keys in one of them, a block that keys do not fill in all others.
+    tokens = (64 if bench.dry else 1024) if variant == "lse" else (50 if bench.dry else 1000)
+    heads = 2 if bench.dry else 4
+    masked = "mask" in variant or variant == "bias"
+    site = site_of(
+        [tokens], heads, size, dtype, heads // 2 if variant == "grouped heads" else None, variant == "causal", masked,
+        batch=2 if variant == "full mask" else 1,
+    )  # fmt: skip
+    q, k, v = inputs_of(site, bench.device)
+    mask, kind = None, ("none", True)
+    if masked:
+        whole = variant in ("full mask", "bias")
+        shape = (site.batch, heads if whole else 1, tokens if whole else 1, tokens)
+        kind = ("full" if whole else "key", variant in ("key mask", "full mask"))
+        mask = torch.randn(shape, device=bench.device)
+        mask = mask < 0.5 if kind[1] else mask.to(dtype)
+    if variant == "full mask" and mask is not None:
+        mask[0, 0, 3] = False  # a query that sees nothing
+    ranks = VirtualRanks(schedule_of(site), bench.device, mask=kind, lse=variant == "lse")
+    ranks.put(q, k, v)
+    outs = ranks.outputs()
+    lse = torch.empty(site.batch, heads, tokens, device=bench.device) if variant == "lse" else None
+    ranks.kernels[0].run(outs[0], ranks.everyone, mask, lse)
+    out = ranks.finish(outs)
+    want, sums = exact(site, q, k, v, mask)
+    compare(bench, name, site, out, want, sdpa(site, q, k, v, mask))
+    if lse is not None:
+        worst = float((lse.double() - sums).abs().max())
+        bench.check(worst < (1e-4 if dtype == torch.float32 else 2e-3), f"{name}: log-sum-exp off by {worst:.1e}")
+
+
+def virtual(bench: Bench) -> None:
+    """Every schedule on 2 and 4 ranks in one launch, three epochs."""
+    types = ((torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 64))
+    every = [(kind, ranks, *entry) for kind in BUILDERS for ranks in (2, 4) for entry in types]
+    if bench.dry:
+        every = [("torus", 4, torch.float16, 32), ("ring", 4, torch.float32, 32)]
+    for kind, ranks, dtype, size in bench.mine(every):
+        name = f"{kind} on {ranks} ranks, {name_of(dtype)} D={size}"
+        with bench.case(name):
+            run_virtual(bench, name, kind, ranks, dtype, size)
+
+
+def run_virtual(
+    bench: Bench, name: str, kind: str, ranks: int, dtype: torch.dtype, size: int, **where: Any
+) -> VirtualRanks:
+    """Three epochs of a schedule on virtual ranks (one in a dry run), each with values of its own.
+
+    Args:
+        where: of VirtualRanks.
+    """
+    tokens: Sequence[int] = {2: (700, 900), 4: (512, 333, 0, 700)}[ranks]
+    if bench.dry:
+        tokens = [n // 20 for n in tokens]
+    site = site_of(tokens, 4 if bench.dry else 8, size, dtype)
+    made = VirtualRanks(schedule_of(site, kind), bench.device, **where)
+    q, k, v = inputs_of(site, bench.device)
+    for epoch in range(1, 2 if bench.dry else 4):
+        again = v * (-1) ** epoch
+        out = made.run(q, k, again)
+        bench.sync()
+        compare(
+            bench, f"{name}, epoch {epoch}", site, out, exact(site, q, k, again, None)[0], sdpa(site, q, k, again, None)
+        )
+    return made
+
+
+def bounded(bench: Bench) -> None:
+    """A debug build whose last V never comes: it ends, and says who waited for what."""
+    site = site_of([40, 24] if bench.dry else [512, 512], 4, 32 if bench.dry else 64, torch.float16)
+    q, k, v = inputs_of(site, bench.device)
+    for spins in (20,) if bench.dry else (1 << 14, 1 << 20):
+        with bench.case(f"waits give up after {spins} polls"):
+            ranks = VirtualRanks(without_last_put(schedule_of(site)), bench.device, spins=spins, bounded=True)
+            assert ranks.attend_kernel is not None
+            ranks.put(q, k, v)
+            outs = ranks.outputs()
+            bench.sync()
+            start = time.perf_counter()
+            ranks.attend(outs)
+            bench.sync()
+            took = time.perf_counter() - start
+            try:
+                ranks.attend_kernel.check()
+            except RuntimeTimeoutError as error:
+                named = error.rank is not None and error.slot is not None and (error.epoch, error.seen_epoch) == (1, 0)
+                bench.check(named, f"after {spins} polls, {took:.2f} s with compiling: {' '.join(str(error).split())}")
+            else:
+                bench.check(False, f"nothing was reported after {spins} polls ({took:.2f} s)")
+            if not bench.dry:
+                start = time.perf_counter()
+                ranks.attend(outs)
+                bench.sync()
+                took = time.perf_counter() - start
+                bench.note(
+                    f"{spins} polls take {took:.4f} s: the {SPINS} of a debug build {took * SPINS / spins:.0f} s"
+                )
+
+
+def without_last_put(schedule: Schedule) -> Schedule:
+    """The same, but nobody sends its last part of V."""
+    phases = dict(schedule.origin.phases)
+    phases["put_v"] = phases["put_v"][:-1]
+    return replace(schedule, origin=RankProgram(0, phases, schedule.origin.arrivals), _programs={}, _counts={})
