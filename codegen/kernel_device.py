@@ -16,8 +16,6 @@ include both sides).
 import triton
 import triton.language as tl
 
-from sfcompile.codegen.nvshmem_calls import putmem_signal_nbi_block, signal_wait_until
-
 SIGNAL_SET = tl.constexpr(9)
 CMP_GE = tl.constexpr(5)
 SPINS = tl.constexpr(1 << 26)

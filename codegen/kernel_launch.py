@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from sfcompile.codegen.kernel_attend import VIRTUAL_ROW, arguments, attend_source
-from sfcompile.codegen.kernel_moves import COLLECT_ARGUMENTS, PUT_ARGUMENTS, MoveSpec, collect_source, put_source
 from sfcompile.codegen.kernel_loader import load_source
+from sfcompile.codegen.kernel_moves import COLLECT_ARGUMENTS, PUT_ARGUMENTS, MoveSpec, collect_source, put_source
 from sfcompile.codegen.kernel_spec import KernelSpec, block_of, spec_of
 from sfcompile.codegen.kernel_tables import KernelTables, make_tables
 from sfcompile.codegen.schedule import Schedule

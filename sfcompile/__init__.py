@@ -16,10 +16,19 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
     __path__.append(str(_root))
 
 
-def __getattr__(name: str) -> object:
-    """`sfcompile.simulate`, loaded on first use: it needs torch."""
-    if name == "simulate":
-        from sfcompile.predict import simulate
+# Loaded on first use: they need torch. A file may not be named like a function, which it would hide once imported.
+_DOORS = {
+    "export": ("sfcompile.export_package", "export"),
+    "load": ("sfcompile.load_package", "load"),
+    "simulate": ("sfcompile.predict", "simulate"),
+}
 
-        return simulate
+
+def __getattr__(name: str) -> object:
+    """`sfcompile.simulate`, `sfcompile.export` and `sfcompile.load`."""
+    if name in _DOORS:
+        import importlib
+
+        module, attribute = _DOORS[name]
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

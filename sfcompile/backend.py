@@ -21,13 +21,14 @@ from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import StreamFusionError, UnsupportedError
 from sfcompile.options import Options
+from sfcompile.passes.choose_schedules import Agree
 from sfcompile.passes.pipeline import Compiled, State, run_pipeline
 from sfcompile.passes.report import GraphReport
 from sfcompile.runtime.engine import Engine
 from sfcompile.runtime.process_group import ProcessWorld, check_ranks
 from sfcompile.runtime.session import Session, get_session
 from sfcompile.runtime.topology import Topology
-from sfcompile.torch_private import inductor_mode_options
+from sfcompile.torch_private import FakeTensorMode, inductor_mode_options
 
 log = logging.getLogger("sfcompile")
 
@@ -67,7 +68,7 @@ def streamfusion_backend(
     world_size = _world_size()
     asked.check_world(world_size)
     if world_size == 1:
-        return _inner(gm, example_inputs, None, asked)
+        return run_inner(gm, example_inputs, None, asked)
     session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
     with session.guard():
         session.reconfigure(asked.transport, asked.timeout_s)
@@ -95,23 +96,12 @@ def _compile_rank(
     except UnsupportedError as error:
         session.agree("unsharded", _describe(gm, example_inputs, asked))
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
-        return _inner(gm, example_inputs, None, asked), True
+        return run_inner(gm, example_inputs, None, asked), True
     capture_s = time.perf_counter() - start
     session.agree(_digest_text(captured, asked, topology), _describe(gm, example_inputs, asked))
 
     def passes(split_batch: bool) -> Compiled:
-        state = State(
-            captured.gm,
-            captured.mode,
-            topology,
-            session.rank,
-            asked.mesh,
-            asked.schedule,
-            session.from_first,
-            shard_everything=asked.placement == "shard",
-            split_batch=split_batch,
-        )
-        return run_pipeline(state, strict=asked.strict, dump=asked.dump)
+        return run_passes(captured, topology, session.rank, asked, session.from_first, split_batch, dump=True)
 
     compiled = passes(split_batch=True)
     if len(set(map(tuple, session.exchange(compiled.order, "compare their graphs")))) > 1:
@@ -120,15 +110,46 @@ def _compile_rank(
     compiled.report.break_reason = break_reason(gm)
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     for program, schedules in compiled.programs.items():
-        session.load(program, schedules, _engines(schedules, session, asked))
+        session.load(program, schedules, engines(schedules, session, asked))
     _announce(compiled, session, time.perf_counter() - start)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
-    local = _inner(compiled.gm, inputs, captured, asked)
+    local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
     return _as_called(local, captured, len(example_inputs)), False
 
 
-def _engines(schedules: Sequence[Schedule], session: Session, asked: Options) -> list[Engine | None]:
+def run_passes(
+    captured: Captured,
+    topology: Topology,
+    rank: int,
+    asked: Options,
+    agree: Agree,
+    split_batch: bool,
+    dump: bool = False,
+) -> Compiled:
+    """All passes over a captured graph for one rank.
+
+    Args:
+        agree: see choose_schedules.py.
+        dump: write what ``asked.dump`` asks for.
+    """
+    state = State(
+        captured.gm,
+        captured.mode,
+        topology,
+        rank,
+        asked.mesh,
+        asked.schedule,
+        agree,
+        shard_everything=asked.placement == "shard",
+        split_batch=split_batch,
+        order=asked.passes,
+        kernels=asked.attention == "triton",
+    )
+    return run_pipeline(state, strict=asked.strict, dump=asked.dump if dump else None)
+
+
+def engines(schedules: Sequence[Schedule], session: Session, asked: Options) -> list[Engine | None]:
     """Per site the generated kernel that runs its attention, if asked for."""
     if asked.attention != "triton":
         return [None] * len(schedules)
@@ -175,7 +196,9 @@ def _as_called(local: Callable[..., Any], captured: Captured, count: int) -> Cal
     return run
 
 
-def _inner(gm: fx.GraphModule, inputs: Sequence[Any], captured: Captured | None, asked: Options) -> Callable[..., Any]:
+def run_inner(
+    gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode | None, asked: Options
+) -> Callable[..., Any]:
     """What runs a graph: Inductor, or eager where asked for or no compiler is installed."""
     if asked.inner == "eager" or (asked.inner == "auto" and not _has_compiler(inputs)):
         if asked.inner == "auto":
@@ -184,7 +207,7 @@ def _inner(gm: fx.GraphModule, inputs: Sequence[Any], captured: Captured | None,
     config: dict[str, Any] = {}
     if asked.mode and asked.mode != "default":
         config.update(inductor_mode_options(asked.mode))
-    return compile_with_inductor(gm, inputs, captured.mode if captured else None, config)
+    return compile_with_inductor(gm, inputs, mode, config)
 
 
 def _has_compiler(inputs: Sequence[Any]) -> bool:
