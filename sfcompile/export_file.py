@@ -1,7 +1,7 @@
 """The package: one zip file whose manifest holds a hash of every member, and a hash of its own.
 
 Members are stored as they are (large ones on a boundary that tensors may be mapped from) or deflated (JSON). The hashes
-find damage and hand-made changes; they are no signature: who can write the file can also write its hashes. Packages
+find damage and changes by hand; they are no signature: who can write the file can write its hashes too. Packages
 with compiled objects (``inner="aoti"``) run native code, so load those from people you trust; all others hold data only.
 """
 
@@ -11,11 +11,14 @@ import hashlib
 import io
 import json
 import mmap
+import platform
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+import torch
 
 from sfcompile.errors import PackageError
 from sfcompile.export_tensors import ALIGN, map_file
@@ -204,3 +207,8 @@ def file_hash(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error}", "", "check the path") from error
+
+
+def processor() -> str:
+    """What native code is compiled for here: the machine and its vector instructions."""
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -25,7 +25,7 @@ from sfcompile.backend import run_passes
 from sfcompile.capture import Captured, capture, refuse_training
 from sfcompile.errors import InternalError, OptionError, PackageError, StreamFusionError, UnsupportedError
 from sfcompile.export_call import bind, describe
-from sfcompile.export_file import PackageWriter, file_hash, to_json
+from sfcompile.export_file import PackageWriter, file_hash, processor, to_json
 from sfcompile.export_graph import empty_of, graph_to_json, tensor_facts
 from sfcompile.export_schedules import schedule_to_json
 from sfcompile.export_tensors import map_file, read_tensors, write_tensors
@@ -91,6 +91,7 @@ def export(
             "topology": where.to_toml(),
             "inner": inner,
             "attention": asked.attention,
+            "native": processor() if inner == "aoti" else None,
             "weights": _write_weights(out, target, traced, weights),
         }
         manifest |= _write_ranks(out, ranks, traced, inner == "aoti")
@@ -144,7 +145,7 @@ class _Seen:
     failed: list[StreamFusionError] = field(default_factory=list)
 
 
-def trace(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+def trace(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced:
     """Trace a model for one set of inputs. Nothing is computed.
 
     Raises:
@@ -232,8 +233,7 @@ def _tracer(seen: _Seen) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[.
             seen.failed.append(error)
             return gm.forward
         seen.captured.append(captured)
-        values = captured.gm.graph.output_node().args[0]
-        assert isinstance(values, (list, tuple))
+        values: Any = captured.gm.graph.output_node().args[0]
         made = [node.meta["val"] for node in values[: len(values) - len(captured.written)]]
         seen.outputs.extend(torch.empty(tuple(value.shape), dtype=value.dtype, device="meta") for value in made)
 
@@ -322,6 +322,8 @@ def _write_ranks(out: PackageWriter, ranks: Sequence[Compiled | None], traced: T
         out.add_file("constants.safetensors", file)
     out.add_json("schedules.json", {"schedules": [json.loads(text) for text in known], "programs": programs})
     report = ranks[0].report if ranks[0] is not None else None
+    if report is not None:
+        report.pass_seconds = {}  # the same export gives the same bytes
     out.add("plan.txt", (f"{report}\n" if report else "one rank: the whole graph\n").encode(), deflate=True)
     mesh = {"batch": report.batch, "ulysses": report.ulysses, "ring": report.ring} if report else {}
     return {

@@ -54,7 +54,7 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> None:
     for name in order:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -21,7 +21,7 @@ from sfcompile import __version__
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.errors import OptionError, PackageError, StreamFusionError
 from sfcompile.export_call import Signature, restore
-from sfcompile.export_file import Package, file_hash
+from sfcompile.export_file import Package, file_hash, processor
 from sfcompile.export_graph import empty_of, graph_from_json
 from sfcompile.export_schedules import schedule_from_json
 from sfcompile.export_tensors import map_file, read_tensors
@@ -38,15 +38,16 @@ class LoadedModel:
     Attributes:
         manifest: what the package says of itself (JSON): versions, ranks, mesh, signature, members with their hashes.
         plan: the plan as text.
+        run: the local graph: its placeholders' values to its outputs.
     """
 
-    def __init__(
-        self, manifest: Mapping[str, Any], plan: str, run: Callable[..., Any], weights: Mapping[str, torch.Tensor]
-    ) -> None:
+    run: Callable[..., Any]
+
+    def __init__(self, manifest: Mapping[str, Any], plan: str, weights: Mapping[str, torch.Tensor]) -> None:
         self.manifest = manifest
         self.plan = plan
-        self._run = run
         self._signature = Signature(manifest["signature"])
+        self._result = manifest["result"]
         self._strides = [tuple(facts["stride"]) for facts in manifest["signature"]["tensors"]]
         self._slots = [
             (place, source) for place, (kind, source) in enumerate(manifest["placeholders"]) if kind == "input"
@@ -58,7 +59,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on inputs of the exported shapes. Collective: every rank calls with the same inputs, and gets all outputs.
+        """Run on inputs of the exported shapes. Collective: all ranks call with equal inputs and get all outputs.
 
         Dataclasses and named tuples of the result come as :class:`sfcompile.export_call.Record`.
 
@@ -69,12 +70,12 @@ class LoadedModel:
         values = list(self._values)
         for place, source in self._slots:
             values[place] = _with_strides(tensors[source], self._strides[source])
-        outputs = list(self._run(*values))
+        outputs = list(self.run(*values))
         kept = len(outputs) - len(self._written)
         for place, value in zip(self._written, outputs[kept:], strict=True):
             target = dict(self._slots).get(place)
             (values[place] if target is None else tensors[target]).copy_(value)
-        return restore(self.manifest["result"], [*outputs[:kept], *tensors])
+        return restore(self._result, [*outputs[:kept], *tensors])
 
     def __repr__(self) -> str:
         return f"LoadedModel({self.manifest['model']}, {self.manifest['ranks']} ranks: {self.manifest['plan']})"
@@ -93,7 +94,7 @@ def load(
 
     Args:
         weights: the safetensors file beside the package, if it was moved since.
-        inner: what runs the local graph: "aoti" (only if exported so), "inductor", "eager" or "auto"; None: as exported.
+        inner: what runs the local graph: "aoti" (if exported so), "inductor", "eager" or "auto"; None: as exported.
         transport, timeout_s: as in the backend's options.
         verify: check the hashes of everything that is read. Without it a damaged weight goes unnoticed.
 
@@ -186,6 +187,12 @@ class _Part:
             raise PackageError(
                 f"{path} holds no compiled objects", "it was exported without inner='aoti'", "load it with inner='auto'"
             )
+        if self.inner == "aoti" and manifest["native"] != processor():
+            raise PackageError(
+                f"{path} holds objects compiled for {manifest['native']}, and this is {processor()}",
+                "native code runs on the kind of processor that it was compiled for",
+                "load it with inner='auto' or 'eager', or export it on such a machine",
+            )
         data = package.json(f"graphs/{number}.json")
         constants = read_tensors(package.memory, *package.place("constants.safetensors"), f"constants of {path}")
         prefix = f"{number}/"
@@ -195,6 +202,19 @@ class _Part:
         self.programs = self._schedules(ranks)
         self._weights = self._read_weights(None if weights is None else Path(weights), verify)
         self.plan = package.read("plan.txt").decode()
+        self.model = LoadedModel(manifest, self.plan, self._weights)
+        self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        """What the graph takes is what the manifest will give it."""
+        given = {"input": self.manifest["signature"]["tensors"], "weight": self.manifest["weights"]["tensors"]}
+        said = [given[kind][source] for kind, source in self.manifest["placeholders"]]
+        keys = ("shape", "stride", "dtype")
+        if [[facts[key] for key in keys] for facts in said] != [[facts[key] for key in keys] for facts in self._facts]:
+            raise PackageError(
+                f"{self.package.path}: the graph takes other tensors than the manifest names", "it was changed by hand",
+                "export the model again",
+            )  # fmt: skip
 
     def _schedules(self, ranks: int) -> dict[str, list[Schedule]]:
         data = self.package.json("schedules.json")
@@ -224,7 +244,7 @@ class _Part:
             said = None if have is None else (str(have.dtype).removeprefix("torch."), list(have.shape))
             if have is None or said != (facts["dtype"], facts["shape"]):
                 raise PackageError(
-                    f"weight {name} must be {facts['dtype']}{facts['shape']}, the file has {said or 'none of that name'}",
+                    f"weight {name} must be {facts['dtype']}{facts['shape']}, the file has {said or 'no such name'}",
                     "it does not belong to this package",
                     "name the right file: sfcompile.load(path, weights=...)",
                 )
@@ -236,10 +256,10 @@ class _Part:
         if session is not None:
             for program, schedules in self.programs.items():
                 session.load(program, schedules, self._engines(schedules, session))
-        run = self._inner()
+        self.model.run = self._inner()
         if session is not None:
             session.meet()
-        return LoadedModel(self.manifest, self.plan, run, self._weights)
+        return self.model
 
     def _engines(self, schedules: Sequence[Schedule], session: Any) -> Sequence[Any] | None:
         attention = self.manifest["attention"]

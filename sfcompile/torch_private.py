@@ -75,9 +75,9 @@ def symbol_hint(size: Any) -> Any:
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:
     """Inductor's config for a ``mode`` of torch.compile."""
-    import torch._inductor
+    from torch import _inductor
 
-    options: dict[str, Any] = torch._inductor.list_mode_options(mode)
+    options: dict[str, Any] = _inductor.list_mode_options(mode)
     return options
 
 
@@ -88,16 +88,16 @@ def job_store(prefix: str) -> Any:
 
 def aoti_compile(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], path: Path) -> None:
     """Compile a graph to native code for inputs of these shapes and strides, and write it to ``path`` (.pt2)."""
+    from torch import _inductor
+
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own
         program = torch.export.export(gm, tuple(inputs))
-        import torch._inductor
-
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        _inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
 def aoti_load(path: Path) -> Any:
     """The callable of a file that :func:`aoti_compile` wrote. Its code is native: it runs what the file holds."""
-    import torch._inductor
+    from torch import _inductor
 
-    return torch._inductor.aoti_load_package(str(path))
+    return _inductor.aoti_load_package(str(path))
