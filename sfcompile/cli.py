@@ -1,4 +1,4 @@
-"""The command line: `sfcompile demo | run | simulate | doctor`, and the commands that later versions bring."""
+"""The command line: `sfcompile demo | run | simulate | doctor | export`, and the commands that later versions bring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sfcompile import __version__
+from sfcompile import __version__, export_command
 from sfcompile.demo import DemoConfig, run_demo
 from sfcompile.errors import StreamFusionError
 from sfcompile.launch import launch
@@ -17,7 +17,6 @@ from sfcompile.options import INNERS, SCHEDULES
 
 LATER = {
     "explain": "the plan of a model for a topology, in one process without GPUs",
-    "export": "write a compiled plan to a file",
     "kernels": "the generated attention kernels",
 }
 EXIT_USAGE = 2
@@ -34,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return {"demo": _demo, "run": _run, "simulate": _simulate, "doctor": _doctor}[args.command](args)
+        return {"demo": _demo, "run": _run, "simulate": _simulate, "doctor": _doctor, "export": export_command.run}[
+            args.command
+        ](args)
     except StreamFusionError as error:
         print(f"sfcompile: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -55,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser("simulate", help="plan a model for a topology and predict its step, no GPU needed")
     )
     _add_doctor(commands.add_parser("doctor", help="measure what ranks of this machine can compute and move"))
+    export_command.add_arguments(
+        commands.add_parser("export", help="write a model's program for all ranks to one file")
+    )
     for name, text in LATER.items():
         commands.add_parser(name, help=f"(arrives later) {text}", add_help=False)
     return parser

@@ -165,7 +165,10 @@ def test_a_model_on_meta_is_exported_with_a_checkpoint(tmp_path: Path) -> None:
         model, x = Plain(), torch.empty(1, 8, 16)
     path = export(model, (x,), {}, tmp_path / "p.sf", topology="1x2", weights=checkpoint)
     assert Package(path).manifest["weights"]["file"] == "model.safetensors"
-    for weights, text in (("inside", "on the meta device"), (tmp_path / "no", "does not exist and 2 weights are on the")):
+    for weights, text in (
+        ("inside", "on the meta device"),
+        (tmp_path / "no", "does not exist and 2 weights are on the"),
+    ):
         with pytest.raises(PackageError, match=text):
             export(model, (x,), {}, tmp_path / "q.sf", topology="1x2", weights=weights)
     save_file({"qkv.weight": torch.zeros(48, 16)}, checkpoint)

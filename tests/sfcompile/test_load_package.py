@@ -145,7 +145,7 @@ def test_ranks_that_load_different_packages_are_told(package: Path, tmp_path: Pa
         manifest["model"] = "Other"
 
     other = resealed(package, tmp_path / "other.sf", other_model)
-    with pytest.raises((RankMismatchError, Exception), match="something else|package"):
+    with pytest.raises(RankMismatchError, match="something else"):
         run_threads(RANKS, lambda rank: load(other if rank == 2 else package))
 
 
@@ -231,8 +231,12 @@ DAMAGE: dict[str, Callable[[Path, Path], None]] = {
     "manifest flipped": flipped(MANIFEST, 0.5),
     "seal flipped": flipped(SEAL, 0.5),
     "member added": sealed(lambda manifest, members: manifest["members"].update(evil={"sha256": "", "bytes": 0})),
-    "graph missing": sealed(lambda manifest, members: [part.pop("graphs/0.json") for part in (members, manifest["members"])]),
-    "no weights": sealed(lambda manifest, members: [part.pop("weights.safetensors") for part in (members, manifest["members"])]),
+    "graph missing": sealed(
+        lambda manifest, members: [part.pop("graphs/0.json") for part in (members, manifest["members"])]
+    ),
+    "no weights": sealed(
+        lambda manifest, members: [part.pop("weights.safetensors") for part in (members, manifest["members"])]
+    ),
     "other format": sealed(lambda manifest, members: manifest.update(format=2)),
     "other version": sealed(lambda manifest, members: manifest["versions"].update(sfcompile="0.0.1")),
     "other torch": sealed(lambda manifest, members: manifest["versions"].update(torch="2.3.0")),
