@@ -279,8 +279,7 @@ class _Part:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "graph.pt2"
                 path.write_bytes(self.package.read(self._aoti))
-                runner = aoti_load(path)
-            return lambda *values: runner(*values)
+                return aoti_load(path)
         from sfcompile.backend import run_inner
         from sfcompile.torch_private import FakeTensorMode
 
