@@ -32,8 +32,8 @@ class Block(nn.Module):
         joint = torch.cat([self.text_qkv(self.norm(text)), self.image_qkv(self.norm(image))], dim=1)
         q, k, v = joint.unflatten(-1, (3, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
         scores = (rotate(q, angles) @ rotate(k, angles).transpose(-1, -2)) * HEAD_DIM**-0.5
-        scores = scores.masked_fill(~keep[:, None, None], float("-inf"))
-        out = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+        hidden = torch.zeros_like(keep, dtype=scores.dtype).masked_fill(~keep, float("-inf"))
+        out = ((scores + hidden[:, None, None]).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
         text = text + self.text_out(out[:, : text.shape[1]])
         image = image + self.image_out(out[:, text.shape[1] :])
         return text, image + self.mlp(self.mlp_norm(image))
