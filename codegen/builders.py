@@ -29,6 +29,10 @@ BUILDERS: dict[str, Builder] = {
 """Names of the unstaged ones differ by the mesh they are laid on; see schedule_usp.py."""
 
 
+REGISTERED: dict[str, Builder] = {}
+"""Builders from outside, by name (sfcompile/extend.py). They may refuse a site or mesh with a MeshError."""
+
+
 def build(
     kind: str, site: AttentionSite | GatherSite | ReshardSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1
 ) -> Schedule:
@@ -42,6 +46,7 @@ def build(
         return build_gather(site, mesh)
     if isinstance(site, ReshardSite):
         return build_reshard(site, mesh)
-    if kind not in BUILDERS:
-        raise OptionError(f"schedule {kind!r} is unknown", "", f"schedules are {', '.join(BUILDERS)}")
-    return BUILDERS[kind](site, mesh, q_pieces, kv_pieces)
+    known = BUILDERS | REGISTERED
+    if kind not in known:
+        raise OptionError(f"schedule {kind!r} is unknown", "", f"schedules are {', '.join(known)}")
+    return known[kind](site, mesh, q_pieces, kv_pieces)

@@ -16,12 +16,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from sfcompile.codegen.builders import build
+from sfcompile.codegen.builders import REGISTERED, build
+from sfcompile.codegen.checker import check
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.simulator import Timeline, layer, simulate
 from sfcompile.codegen.sites import AttentionSite
-from sfcompile.errors import MeshError
+from sfcompile.errors import MeshError, ScheduleError
 from sfcompile.runtime.topology import Topology
 
 PIECES = ((1, 2), (2, 1), (2, 2), (1, 4), (4, 4))
@@ -129,7 +130,7 @@ def plan_site(
         site: for all ranks of the topology.
         other_s: seconds that a rank computes between two sites.
         mesh: degrees that the user asked for, or None.
-        schedule: "auto", or what the user asked for: "torus", "ulysses", "ring" or "usp".
+        schedule: "auto", or what the user asked for: "torus", "ulysses", "ring", "usp" or a registered one.
 
     Raises:
         MeshError: nothing legal is left; says why for each.
@@ -149,7 +150,11 @@ def _plan(
         if reason:
             refused.append(Priced(candidate, reason))
             continue
-        built = candidate.schedule(site, topology)
+        try:
+            built = _built(candidate, site, topology)
+        except (MeshError, ScheduleError) as error:
+            refused.append(Priced(candidate, error.what))
+            continue
         legal.append((other_s + least_seconds(built, topology), candidate, built))
     if not legal:
         raise _nothing_left(site, topology, asked, schedule, refused)
@@ -168,13 +173,30 @@ def _plan(
             cut = replace(candidate, q_pieces=q_pieces, kv_pieces=kv_pieces)
             if cut.kind == "allgather" and q_pieces > 1:
                 continue
-            built = cut.schedule(site, topology)
+            try:
+                built = _built(cut, site, topology)
+            except (MeshError, ScheduleError) as error:
+                refused.append(Priced(cut, error.what))
+                continue
             priced.append((simulate(layer(built, 1, other_s), topology), cut, built))
     priced.sort(key=lambda entry: entry[0].seconds)
     least = priced[0][0].seconds
     rows = [_priced(line, candidate, built, least) for line, candidate, built in priced]
     rows[0] = replace(rows[0], reason="")
     return SitePlan(priced[0][1], (*rows, *refused))
+
+
+def _built(candidate: Candidate, site: AttentionSite, topology: Topology) -> Schedule:
+    """The candidate's schedule; one of a builder from outside is proved before it is priced."""
+    built = candidate.schedule(site, topology)
+    if candidate.kind in REGISTERED:
+        check(built)
+    return built
+
+
+def forget_plans() -> None:
+    """Plan anew from now on: the set of candidates has changed."""
+    _plan.cache_clear()
 
 
 def candidates(topology: Topology) -> Iterator[Candidate]:
@@ -191,6 +213,8 @@ def candidates(topology: Topology) -> Iterator[Candidate]:
             else:
                 kind = "tas" if both and across == "ulysses" else "usp"
             yield Candidate(kind, ulysses, ring, across)
+            for name in REGISTERED:
+                yield Candidate(name, ulysses, ring, across)
             if ulysses == 1:
                 continue
             yield Candidate("torus", ulysses, ring, across)
@@ -206,7 +230,8 @@ def _refuse(
     candidate: Candidate, site: AttentionSite, topology: Topology, asked: tuple[int, int] | None, schedule: str
 ) -> str:
     """Why a candidate is not legal, or not what the user asked for; empty if it is."""
-    if candidate.kind != "allgather" and candidate.ulysses > site.heads:
+    splits_heads = candidate.kind != "allgather" and candidate.kind not in REGISTERED
+    if splits_heads and candidate.ulysses > site.heads:
         return f"{site.heads} heads for {candidate.ulysses} Ulysses ranks"
     if asked is not None and candidate.degrees != asked:
         return f"mesh asked for: ulysses {asked[0]} x ring {asked[1]}"
@@ -223,7 +248,7 @@ def _refuse(
         "ring": candidate.kind == "ring",
         "usp": usp or topology.num_ranks == 1,
     }
-    return "" if wanted[schedule] else f"schedule asked for: {schedule}"
+    return "" if wanted.get(schedule, candidate.kind == schedule) else f"schedule asked for: {schedule}"
 
 
 def _nothing_left(

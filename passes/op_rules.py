@@ -61,18 +61,19 @@ class Rule(Protocol):
         """Write the local op into ``local`` and return its node."""
 
 
-_RULES: dict[str, Callable[[OpView], Rule | None]] = {}
+RULES: dict[str, Callable[[OpView], Rule | None]] = {}
+"""Rule factories by the name of the op; see :func:`register_rule`."""
 
 
 def register_rule(*names: str) -> Callable[[Callable[[OpView], Rule | None]], Callable[[OpView], Rule | None]]:
-    """Register a rule factory for ops by their ``aten`` names (without overload).
+    """Register a rule factory for ops by their names without overload: "permute" of ATen, "mylib::my_op" of others.
 
     The factory sees the call and may decline with None. Open to users: registering a name again replaces its rule.
     """
 
     def register(factory: Callable[[OpView], Rule | None]) -> Callable[[OpView], Rule | None]:
         for name in names:
-            _RULES[name] = factory
+            RULES[name] = factory
         return factory
 
     return register
@@ -80,11 +81,11 @@ def register_rule(*names: str) -> Callable[[Callable[[OpView], Rule | None]], Ca
 
 def find_rule(op: OpView) -> Rule | None:
     """The rule for a call, or None."""
-    factory = _RULES.get(op.name)
+    factory = RULES.get(op.name if op.namespace == "aten" else f"{op.namespace}::{op.name}")
     if factory is None:
         import torch
 
         if torch.Tag.pointwise not in op.node.target.tags:  # type: ignore[union-attr]
             return None
-        factory = _RULES["__pointwise__"]
+        factory = RULES["__pointwise__"]
     return factory(op)

@@ -1,6 +1,7 @@
 """The ordered list of passes, and the runner that times, checks and dumps.
 
-Read ``PIPELINE`` from top to bottom: that is the compiler.
+Read ``PIPELINE`` from top to bottom: that is the compiler. Passes are plain functions of a :class:`State`; others may
+be registered, and an order of names (``State.order``) adds, drops or moves them (sfcompile/extend.py is the door to it).
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ import sfcompile.passes.op_rules_lookup
 import sfcompile.passes.op_rules_reduce
 import sfcompile.passes.op_rules_view  # noqa: F401  the rule files register themselves
 from sfcompile.codegen.checker import check
+from sfcompile.codegen.kernel_files import kernel_files
+from sfcompile.codegen.kernel_launch import mask_kind
 from sfcompile.codegen.schedule import Schedule
-from sfcompile.errors import InternalError, NotShardedError
+from sfcompile.errors import InternalError, NotShardedError, OptionError
 from sfcompile.passes.analyse_attention import Site, analyse_attention
 from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, folded_seeds, seeds_of
 from sfcompile.passes.choose_axes import Preference, choose_axes
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
 from sfcompile.passes.choose_schedules import Agree, Choices, choose_schedules, groups_of
+from sfcompile.passes.dump import Dump
 from sfcompile.passes.local_graph import COMMUNICATION, LocalGraph
 from sfcompile.passes.op_view import FakeMode
 from sfcompile.passes.place_min_cut import Placement, place_min_cut
@@ -36,6 +40,7 @@ from sfcompile.passes.report_graph import report_graph
 from sfcompile.passes.rewrite_batch import BatchPart, rewrite_batch
 from sfcompile.passes.rewrite_local import rewrite_local
 from sfcompile.passes.schedule_puts import schedule_puts
+from sfcompile.runtime.ops import ATTEND
 from sfcompile.runtime.topology import Topology
 
 
@@ -54,6 +59,8 @@ class State:
     schedule_asked: str = "auto"
     agree: Agree = lambda plan: plan()  # noqa: E731
     shard_everything: bool = False
+    order: tuple[str, ...] = ()  # names of passes; none: PIPELINE
+    kernels: bool = False  # attention runs as generated kernels
     sites: list[Site] = field(default_factory=list)
     tokens: Tokens = field(default_factory=Tokens)
     layouts: Layouts | None = None
@@ -81,6 +88,23 @@ class Compiled:
     gm: fx.GraphModule
     programs: dict[str, list[Schedule]]
     report: GraphReport
+    kernel_attention: bool = False
+
+    def kernels(self, machine_of: tuple[int, ...], cubins: bool = True) -> dict[str, bytes]:
+        """The generated kernels of its attentions as files, if it runs attention that way (codegen/kernel_files.py).
+
+        Args:
+            machine_of: machine of each rank of the job.
+            cubins: compile them too, where Triton is installed.
+        """
+        found: dict[str, bytes] = {}
+        if self.kernel_attention:
+            for node in self.gm.graph.nodes:
+                if node.target is ATTEND:
+                    _, mask, program, site = node.args
+                    kind = mask_kind(None if mask is None else mask.meta["val"])
+                    found |= kernel_files(self.programs[program][site], machine_of, kind, compile=cubins)
+        return found
 
     @property
     def order(self) -> list[str]:
@@ -155,7 +179,9 @@ def _rewrite_batch(s: State) -> None:
     mine = next(group for group in groups if s.rank in group)
     # From here on the job is this group and the model is its part of the batch.
     s.gm, s.topology, s.rank = s.part.gm, s.topology.subset(mine), mine.index(s.rank)
-    for run in (_analyse_attention, _analyse_tokens, _choose_layouts, _choose_axes, _choose_schedules):
+    for name, run, _ in passes_of(s):
+        if name == "rewrite_batch":
+            break
         run(s)
     s.choices = replace(s.choices, notes=notes)
 
@@ -190,7 +216,10 @@ def _schedule_sites(s: State) -> None:
         s.schedules.append(known[key])
 
 
-PIPELINE: list[tuple[str, Callable[[State], None], str]] = [
+Pass = tuple[str, Callable[[State], None], str]
+"""Name, function, and why it stands where it does."""
+
+PIPELINE: list[Pass] = [
     ("analyse_attention", _analyse_attention, "the only places where tokens meet; seeds of everything below"),
     ("analyse_tokens", _analyse_tokens, "labels flow both ways from the seeds through every op rule"),
     ("choose_layouts", _choose_layouts, "label classes are final: owners of tokens, one layout per value"),
@@ -208,9 +237,32 @@ PIPELINE: list[tuple[str, Callable[[State], None], str]] = [
 ]
 
 
+REGISTERED: dict[str, Pass] = {}
+"""Passes from outside, by name; they run where an order names them."""
+
+
+def passes_of(state: State) -> list[Pass]:
+    """The passes of a state in their order.
+
+    Raises:
+        OptionError: a name that is neither in PIPELINE nor registered.
+    """
+    if not state.order:
+        return list(PIPELINE)
+    known = {entry[0]: entry for entry in PIPELINE} | REGISTERED
+    unknown = [name for name in state.order if name not in known]
+    if unknown:
+        raise OptionError(
+            f"pass {unknown[0]!r} is unknown",
+            f"there are {', '.join(known)}",
+            "register a pass of your own with sfcompile.extend.register_pass before the model is compiled",
+        )
+    return [known[name] for name in state.order]
+
+
 def run_until(state: State, last: str) -> None:
     """Run the passes up to and including ``last``: enough for a prediction, nothing is rewritten."""
-    for name, run, _ in PIPELINE:
+    for name, run, _ in passes_of(state):
         run(state)
         if name == last:
             return
@@ -219,25 +271,55 @@ def run_until(state: State, last: str) -> None:
 def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -> Compiled:
     """Run every pass and return this rank's program.
 
+    Args:
+        dump: a directory that rank 0 fills: the graph after each pass, schedules, kernels and plan (passes/dump.py).
+            What was known is written even when a pass fails.
+
     Raises:
         NotShardedError: ``strict`` and token work is left replicated; names the nodes.
         InternalError: an analysis pass changed the graph, or a rule wrote a wrong shape.
+        OptionError: an order that names an unknown pass, or that leaves out one which others need.
     """
     timings: dict[str, float] = {}
-    captured, job_rank = state.gm.graph, state.rank
+    captured, job_rank, machines = state.gm.graph, state.rank, state.topology.machine_of
     before = _fingerprint(captured)
-    for name, run, _ in PIPELINE:
+    writer = Dump(dump, captured) if dump is not None and job_rank == 0 else None
+    for name, run, why in passes_of(state):
         start = time.perf_counter()
-        run(state)
+        try:
+            run(state)
+        except AssertionError as error:
+            raise OptionError(
+                f"pass {name} lacks what an earlier pass finds",
+                f"the order is {', '.join(entry[0] for entry in passes_of(state))}",
+                "put back the pass that finds it; each pass says in its docstring or its line what it needs",
+            ) from error
         timings[name] = time.perf_counter() - start
         if _fingerprint(captured) != before:
             raise InternalError(f"pass {name} edited the captured graph", "passes write into a graph of their own")
-    assert state.local is not None
+        if writer is not None:
+            graph = state.local.graph if state.local is not None else state.gm.graph
+            writer.after(name, why, timings[name], graph, _found(state))
+    if state.local is None:
+        raise OptionError(
+            "no pass wrote this rank's graph",
+            f"the order is {', '.join(state.order)}",
+            "keep rewrite_local, or write state.local in a pass of your own",
+        )
     state.local.graph.lint()
     gm = fx.GraphModule(state.local.root, state.local.graph, "StreamFusionRank")
     report = report_graph(state, timings)
-    if dump is not None and job_rank == 0:
-        _dump(dump, state, gm, report)
+    programs = {state.program: state.schedules}
+    if state.part is not None:
+        programs[state.part.program] = state.part.schedules
+    compiled = Compiled(gm, programs, report, state.kernels)
+    if writer is not None:
+        tables = "\n\n".join(["every candidate of the planner:", *report.plans])
+        writer.write("plan.txt", f"{report}\n\n{tables}\n")
+        distinct = dict.fromkeys(schedule for schedules in programs.values() for schedule in schedules)
+        writer.write("schedules.txt", "\n\n".join(str(schedule) for schedule in distinct) + "\n")
+        for file, data in compiled.kernels(machines, cubins=False).items():
+            writer.write(f"kernels/{file}", data.decode())
     if strict and report.left_behind:
         worst = report.left_behind[0]
         raise NotShardedError(
@@ -247,22 +329,25 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
             node=worst.node,
             source=worst.source or None,
         )
-    programs = {state.program: state.schedules}
-    if state.part is not None:
-        programs[state.part.program] = state.part.schedules
-    return Compiled(gm, programs, report)
+    return compiled
 
 
 def _fingerprint(graph: fx.Graph) -> tuple[int, int]:
     return len(graph.nodes), hash(tuple((node.name, node.op) for node in graph.nodes))
 
 
-def _dump(directory: Path, state: State, gm: fx.GraphModule, report: GraphReport) -> None:
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    stem = directory / state.program
-    stem.with_suffix(".captured.txt").write_text(str(state.gm.graph) + "\n")
-    stem.with_suffix(".rank0.txt").write_text(str(gm.graph) + "\n")
-    stem.with_suffix(".schedules.txt").write_text("\n\n".join(str(s) for s in dict.fromkeys(state.schedules)) + "\n")
-    tables = "\n\n".join(["every candidate of the planner:", *report.plans])
-    stem.with_suffix(".plan.txt").write_text(f"{report}\n\n{tables}\n")
+def _found(state: State) -> dict[str, str]:
+    """What the passes have found so far, as text."""
+    found = {"sites": "\n".join(str(site.node) for site in state.sites)}
+    if state.layouts is not None:
+        found["layouts"] = "\n".join(f"{node}: {layout}" for node, layout in state.layouts.chosen.items())
+    if state.choices is not None:
+        found["choices"] = "\n".join([*state.choices.notes, str(state.choices)])
+    if state.part is not None:
+        found["groups"] = str(state.groups)
+    if state.placement is not None:
+        found["sharded"] = " ".join(str(node) for node in state.placement.needs)
+        found["whole"] = "\n".join(f"{node}: {why}" for node, why in state.placement.reasons.items())
+    if state.schedules:
+        found["schedules"] = "\n".join(f"site {i}: {schedule.title}" for i, schedule in enumerate(state.schedules))
+    return found

@@ -34,6 +34,7 @@ for _name, _schema in _OPS.items():
 
 COMMUNICATION = tuple(getattr(torch.ops.streamfusion, name).default for name in _OPS)
 """Targets of the nodes that talk to other ranks."""
+ATTEND = torch.ops.streamfusion.attend.default
 
 
 def _start(phase: str) -> Any:

@@ -364,7 +364,7 @@ def current_session() -> Session:
     Raises:
         InternalError: there is none.
     """
-    session = getattr(_thread, "session", None) or _process_session
+    session = existing_session()
     if session is None:
         raise InternalError(
             "a compiled graph runs in a process that has no session",
@@ -383,6 +383,11 @@ def use_session(session: Session) -> Iterator[Session]:
         yield session
     finally:
         _thread.session = before
+
+
+def existing_session() -> Session | None:
+    """The session of this thread or process, if one was made."""
+    return getattr(_thread, "session", None) or _process_session
 
 
 def get_session(make_world: Callable[[], World]) -> Session:

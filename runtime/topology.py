@@ -135,6 +135,15 @@ class Topology:
             return cls(shape, **_constants(table, source))
         return cls(shape, **_preset(source))
 
+    @classmethod
+    def constants(cls, table: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """Constants by name, checked; ``source`` says in an error where they come from.
+
+        Raises:
+            TopologyError: an unknown name, or a value that is no positive number.
+        """
+        return _constants(dict(table), source)
+
     def to_toml(self) -> str:
         """What :meth:`parse` reads back."""
         lines = [f"machine_of = {list(self.machine_of)}"]

@@ -17,9 +17,12 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
     __path__.append(str(_root))
 
 
-# Loaded on first use, as they need torch: name -> module.
+# Loaded on first use, as they need torch: name -> module. A file may not be named like a function, which it would hide
+# once imported.
 _LAZY = {
     "explain": "sfcompile.explain_model",
+    "export": "sfcompile.export_package",
+    "load": "sfcompile.load_package",
     "progress": "sfcompile.progress_bar",
     "simulate": "sfcompile.predict",
     "trace": "sfcompile.tracing",
@@ -27,7 +30,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    """`sfcompile.explain`, `simulate`, `trace` and `progress`."""
+    """`sfcompile.explain`, `simulate`, `export`, `load`, `trace` and `progress`."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,12 +21,13 @@ from sfcompile.capture import Captured, capture, compile_with_inductor, present,
 from sfcompile.device import device_of, engines_for, start, topology_for
 from sfcompile.errors import StreamFusionError, UnsupportedError
 from sfcompile.options import Options
+from sfcompile.passes.choose_schedules import Agree
 from sfcompile.passes.pipeline import Compiled, State, run_pipeline
 from sfcompile.passes.report import GraphReport
 from sfcompile.runtime.process_group import ProcessWorld, check_ranks
 from sfcompile.runtime.session import Session, get_session
 from sfcompile.runtime.topology import Topology
-from sfcompile.torch_private import inductor_mode_options
+from sfcompile.torch_private import FakeTensorMode, inductor_mode_options
 
 log = logging.getLogger("sfcompile")
 
@@ -66,7 +67,7 @@ def streamfusion_backend(
     world_size = _world_size()
     asked.check_world(world_size)
     if world_size == 1:
-        return _inner(gm, example_inputs, None, asked)
+        return run_inner(gm, example_inputs, None, asked)
     session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
     if "SFCOMPILE_TRACE" in os.environ:
         import_module("sfcompile.tracing").follow_environment()  # it reads this module's reports
@@ -97,23 +98,12 @@ def _compile_rank(
     except UnsupportedError as error:
         session.agree("unsharded", _describe(gm, example_inputs, asked))
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
-        return _inner(gm, example_inputs, None, asked), True
+        return run_inner(gm, example_inputs, None, asked), True
     capture_s = time.perf_counter() - began
     session.agree(_digest_text(captured, asked, topology), _describe(gm, example_inputs, asked))
 
     def passes(split_batch: bool) -> Compiled:
-        state = State(
-            captured.gm,
-            captured.mode,
-            topology,
-            session.rank,
-            asked.mesh,
-            asked.schedule,
-            session.from_first,
-            shard_everything=asked.placement == "shard",
-            split_batch=split_batch,
-        )
-        return run_pipeline(state, strict=asked.strict, dump=asked.dump)
+        return run_passes(captured, topology, session.rank, asked, session.from_first, split_batch, dump=True)
 
     compiled = passes(split_batch=True)
     if len(set(map(tuple, session.exchange(compiled.order, "compare their graphs")))) > 1:
@@ -126,9 +116,40 @@ def _compile_rank(
         session.load(program, schedules, engines[program])
     _announce(compiled, session, time.perf_counter() - began)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
-    local = _inner(compiled.gm, inputs, captured, asked)
+    local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
     return _as_called(local, captured, len(example_inputs)), False
+
+
+def run_passes(
+    captured: Captured,
+    topology: Topology,
+    rank: int,
+    asked: Options,
+    agree: Agree,
+    split_batch: bool,
+    dump: bool = False,
+) -> Compiled:
+    """All passes over a captured graph for one rank.
+
+    Args:
+        agree: see choose_schedules.py.
+        dump: write what ``asked.dump`` asks for.
+    """
+    state = State(
+        captured.gm,
+        captured.mode,
+        topology,
+        rank,
+        asked.mesh,
+        asked.schedule,
+        agree,
+        shard_everything=asked.placement == "shard",
+        split_batch=split_batch,
+        order=asked.passes,
+        kernels=asked.attention == "triton",
+    )
+    return run_pipeline(state, strict=asked.strict, dump=asked.dump if dump else None)
 
 
 def break_reason(gm: fx.GraphModule) -> str:
@@ -155,7 +176,9 @@ def _as_called(local: Callable[..., Any], captured: Captured, count: int) -> Cal
     return run
 
 
-def _inner(gm: fx.GraphModule, inputs: Sequence[Any], captured: Captured | None, asked: Options) -> Callable[..., Any]:
+def run_inner(
+    gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode | None, asked: Options
+) -> Callable[..., Any]:
     """What runs a graph: Inductor, or eager where asked for or no compiler is installed."""
     if asked.inner == "eager" or (asked.inner == "auto" and not _has_compiler(inputs)):
         if asked.inner == "auto":
@@ -164,7 +187,7 @@ def _inner(gm: fx.GraphModule, inputs: Sequence[Any], captured: Captured | None,
     config: dict[str, Any] = {}
     if asked.mode and asked.mode != "default":
         config.update(inductor_mode_options(asked.mode))
-    return compile_with_inductor(gm, inputs, captured.mode if captured else None, config)
+    return compile_with_inductor(gm, inputs, mode, config)
 
 
 def _has_compiler(inputs: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: `sfcompile demo | run | explain | simulate | kernels | doctor`, and what later versions bring."""
+"""The command line: `sfcompile demo | run | explain | simulate | kernels | export | doctor`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfcompile import __version__, kernels_command
+from sfcompile import __version__, export_command, kernels_command
 from sfcompile.demo import DemoConfig, run_demo
 from sfcompile.errors import StreamFusionError
 from sfcompile.launch import launch
@@ -22,9 +22,6 @@ from sfcompile.model_commands import (
 )
 from sfcompile.options import INNERS
 
-LATER = {
-    "export": "write a compiled plan to a file",
-}
 EXIT_INTERRUPTED = 130
 
 
@@ -32,9 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of ours are printed without a traceback."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command in LATER:
-        print(f"sfcompile: '{args.command}' is not in version {__version__}; it arrives later.", file=sys.stderr)
-        return EXIT_USAGE
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -65,8 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     kernels_command.add_arguments(kernels)
     add_model(kernels, named=False)
     _add_doctor(commands.add_parser("doctor", help="measure what ranks of this machine can compute and move"))
-    for name, text in LATER.items():
-        commands.add_parser(name, help=f"(arrives later) {text}", add_help=False)
+    export_command.add_arguments(
+        commands.add_parser("export", help="write a model's program for all ranks to one file")
+    )
     return parser
 
 

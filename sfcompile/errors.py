@@ -146,6 +146,14 @@ class LaunchError(StreamFusionError):
     """Local ranks could not be started."""
 
 
+class PackageError(StreamFusionError):
+    """A package of `sfcompile.export` cannot be written, or is not one that can run here."""
+
+
+class InputError(StreamFusionError):
+    """A loaded package is called with other inputs than the model was exported with."""
+
+
 def source_line(stack_trace: str | None) -> str | None:
     """The innermost frame of a stack trace outside of torch as "file:line: text"; None where there is no frame."""
     frames = list(_FRAME.finditer(stack_trace or ""))

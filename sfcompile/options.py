@@ -22,6 +22,8 @@ TRANSPORTS = ("auto", "shm", "c10d", "nvshmem")
 ATTENTIONS = ("auto", "aten", "triton")
 INNERS = ("auto", "inductor", "eager")
 PLACEMENTS = ("auto", "shard")
+REGISTERED_SCHEDULES: set[str] = set()
+"""Names that sfcompile.extend.register_schedule added to SCHEDULES."""
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 
 _MACHINES_X_RANKS = re.compile(r"([1-9]\d*)x([1-9]\d*)(?::.+)?")
@@ -45,7 +47,8 @@ class Options:
         placement: "auto" (by cost) | "shard" (all that has a rule, whatever it costs).
         strict: raise when anything is left replicated.
         timeout_s: longest wait on a peer, in seconds.
-        dump: directory that receives graphs and plans, or None.
+        dump: directory that receives graphs, schedules, kernels and plans, or None.
+        passes: names of the passes to run, in order (sfcompile/extend.py); empty: the compiler's own list.
         mode: the `mode=` of torch.compile, handed to Inductor; not an option of ours.
     """
 
@@ -59,6 +62,7 @@ class Options:
     strict: bool = False
     timeout_s: float = 60.0
     dump: Path | None = None
+    passes: tuple[str, ...] = ()
     mode: str | None = None
 
     @classmethod
@@ -160,6 +164,18 @@ def _choice(allowed: tuple[str, ...]) -> Callable[[str, object], str]:
     return check
 
 
+def _schedule(key: str, value: object) -> str:
+    if isinstance(value, str) and value in REGISTERED_SCHEDULES:
+        return value
+    return _choice((*SCHEDULES, *sorted(REGISTERED_SCHEDULES)))(key, value)
+
+
+def _passes(key: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise _bad_value(key, value, "a list of names of passes, see sfcompile.extend.passes()")
+    return tuple(value)
+
+
 def _topology(key: str, value: object) -> object:
     allowed = '"auto", "NxM" (N machines of M ranks each), "NxM:preset", a .toml file or a Topology object'
     if value == "auto" or _num_ranks(value) or (isinstance(value, str) and value.endswith(".toml")):
@@ -205,7 +221,7 @@ def _dump(key: str, value: object) -> Path | None:
 _VALIDATORS: dict[str, Callable[[str, object], Any]] = {
     "topology": _topology,
     "mesh": _mesh,
-    "schedule": _choice(SCHEDULES),
+    "schedule": _schedule,
     "transport": _choice(TRANSPORTS),
     "attention": _choice(ATTENTIONS),
     "inner": _choice(INNERS),
@@ -213,4 +229,5 @@ _VALIDATORS: dict[str, Callable[[str, object], Any]] = {
     "strict": _strict,
     "timeout_s": _timeout_s,
     "dump": _dump,
+    "passes": _passes,
 }

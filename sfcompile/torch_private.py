@@ -5,27 +5,36 @@ When a new torch moves one of these, this is the only file to mend.
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._inductor
-from torch._functorch._aot_autograd.functional_utils import has_data_mutation
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.distributed import distributed_c10d
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
+
+if TYPE_CHECKING:
+    from torch._dynamo.exc import Unsupported as GraphBreak
+    from torch._functorch._aot_autograd.functional_utils import has_data_mutation
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FunctionalTensorMode",
+    "GraphBreak",
     "HigherOrderOperator",
     "OpOverload",
     "TracingContext",
+    "aoti_compile",
+    "aoti_load",
     "compile_fx",
     "dispatch_functionalize",
     "has_data_mutation",
@@ -38,6 +47,26 @@ __all__ = [
 ]
 
 
+# Imported on first use: Dynamo and Inductor take seconds, and a loaded package needs neither.
+_LATER = {
+    "GraphBreak": ("torch._dynamo.exc", "Unsupported"),
+    "has_data_mutation": ("torch._functorch._aot_autograd.functional_utils", "has_data_mutation"),
+    "TracingContext": ("torch._guards", "TracingContext"),
+    "tracing": ("torch._guards", "tracing"),
+    "compile_fx": ("torch._inductor.compile_fx", "compile_fx"),
+    "FunctionalTensorMode": ("torch._subclasses.functional_tensor", "FunctionalTensorMode"),
+    "dispatch_functionalize": ("torch._subclasses.functional_tensor", "dispatch_functionalize"),
+    "make_fx": ("torch.fx.experimental.proxy_tensor", "make_fx"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
 def symbol_hint(size: Any) -> Any:
     """The present value of a symbolic number, without adding a guard; None if it has none (it depends on data)."""
     node = size.node
@@ -46,10 +75,36 @@ def symbol_hint(size: Any) -> Any:
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:
     """Inductor's config for a ``mode`` of torch.compile."""
-    options: dict[str, Any] = torch._inductor.list_mode_options(mode)
+    from torch import _inductor
+
+    options: dict[str, Any] = _inductor.list_mode_options(mode)
     return options
 
 
 def job_store(prefix: str) -> Any:
     """The key-value store of the default process group, under a prefix of our own."""
     return distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
+
+
+def aoti_compile(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], path: Path) -> None:
+    """Compile a graph to native code for inputs of these shapes and strides, and write it to ``path`` (.pt2)."""
+    from torch import _inductor
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own
+        program = torch.export.export(gm, tuple(inputs))
+        _inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def aoti_load(path: Path) -> Callable[..., list[torch.Tensor]]:
+    """The callable of a file that :func:`aoti_compile` wrote. Its code is native: it runs what the file holds.
+
+    torch's own loader for Python would import Inductor first, for seconds; the one beneath takes flat tensors.
+    """
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+
+    def run(*values: torch.Tensor) -> list[torch.Tensor]:
+        outputs: list[torch.Tensor] = loader.boxed_run(list(values))
+        return outputs
+
+    return run

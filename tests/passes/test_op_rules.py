@@ -18,16 +18,16 @@ def test_an_unknown_op_is_never_guessed() -> None:
 
 
 def test_any_pointwise_op_has_a_rule_by_its_tag() -> None:
-    assert "erfc" not in op_rules._RULES
+    assert "erfc" not in op_rules.RULES
     assert find_rule(only_op(lambda x: torch.erfc(x), torch.zeros(3))) is not None
 
 
 def test_registering_again_replaces_a_rule(monkeypatch: object) -> None:
     op = only_op(lambda x: x.permute(1, 0), torch.zeros(2, 3))
-    before = op_rules._RULES["permute"]
+    before = op_rules.RULES["permute"]
     try:
         register_rule("permute")(lambda op: None)
         assert find_rule(op) is None
     finally:
-        op_rules._RULES["permute"] = before
+        op_rules.RULES["permute"] = before
     assert find_rule(op) is not None

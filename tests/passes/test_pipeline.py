@@ -10,7 +10,7 @@ from helpers import captured, placeholder_values, run_compiled
 from models import build
 
 from sfcompile.capture import Captured
-from sfcompile.errors import InternalError, MeshError, NotShardedError
+from sfcompile.errors import InternalError, MeshError, NotShardedError, OptionError
 from sfcompile.passes import pipeline
 from sfcompile.passes.layout import Ownership
 from sfcompile.passes.pipeline import Compiled, State, run_pipeline
@@ -81,8 +81,52 @@ def test_report_and_dump(tmp_path: Path) -> None:
     assert "<- taken" in str(report) and "x the best" in str(report)
     assert report.sharded_sites == 2 and report.share < 1.3
     assert "more candidates" in str(report) and "models.py" in str(report)
-    names = sorted(path.name.split(".", 1)[1] for path in (tmp_path / "dump").iterdir())
-    assert names == ["captured.txt", "plan.txt", "rank0.txt", "schedules.txt"]
+    (folder,) = (tmp_path / "dump").iterdir()
+    names = sorted(path.name for path in folder.iterdir())
+    numbered = [f"{i:02d}_{name}.txt" for i, (name, _, _) in enumerate(pipeline.PIPELINE, 1)]
+    assert names == ["00_captured.txt", *numbered, "plan.txt", "schedules.txt"]
+    assert "graph as in 00_captured.txt" in (folder / "02_analyse_tokens.txt").read_text()
+    assert "aten.scaled_dot_product_attention.default: 2 -> 0 (-2)" in (folder / "08_rewrite_local.txt").read_text()
+
+
+def test_a_failing_pass_leaves_the_dump_up_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(state: State) -> None:
+        raise ValueError
+
+    monkeypatch.setitem(pipeline.REGISTERED, "fail", ("fail", fail, ""))
+    got = captured(lambda x: x * 2, torch.randn(3))
+    state = State(got.gm, got.mode, Topology.grid(1, 2), 0, order=("analyse_attention", "fail"))
+    with pytest.raises(ValueError):
+        run_pipeline(state, dump=tmp_path)
+    assert sorted(path.name for path in next(tmp_path.iterdir()).iterdir()) == [
+        "00_captured.txt",
+        "01_analyse_attention.txt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [
+        (("analyse_attention", "analyse_toks"), "pass 'analyse_toks' is unknown"),
+        (("analyse_attention", "choose_axes"), "pass choose_axes lacks what an earlier pass finds"),
+        (("analyse_attention",), "no pass wrote this rank's graph"),
+    ],
+)
+def test_an_order_that_cannot_work_is_said(order: tuple[str, ...], text: str) -> None:
+    got = captured(lambda x: x * 2, torch.randn(3))
+    with pytest.raises(OptionError, match=text):
+        run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0, order=order))
+
+
+def test_kernels_of_the_attentions_are_dumped(tmp_path: Path) -> None:
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    got = captured(attend, torch.randn(1, 2, 8, 16))
+    state = State(got.gm, got.mode, Topology.grid(1, 2), 0, shard_everything=True, kernels=True)
+    run_pipeline(state, dump=tmp_path)
+    kernels = list(tmp_path.glob("*/kernels/attend-*.py"))
+    assert len(kernels) == 3 and all("def attend(" in path.read_text() for path in kernels)
 
 
 def test_no_attention_leaves_the_graph_whole_with_a_warning() -> None:

@@ -1,0 +1,87 @@
+"""What ``dump=DIR`` writes: the numbered graph after each pass, how it changed, and what the pass found.
+
+    DIR/graph-1f0c9a2b/00_captured.txt
+                       01_analyse_attention.txt    what it found; "graph as in 00_captured.txt"
+                       ...
+                       08_rewrite_local.txt        op counts before -> after, and the new graph
+                       plan.txt  schedules.txt  kernels/
+
+The folder is named after the captured graph, so that every compile of one model lands in one place and two compiles can
+be compared with ``diff -r``. Texts hold no addresses and no times but the pass's own, in the first line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import fx
+
+
+class Dump:
+    """Writes one graph's folder as the passes go."""
+
+    def __init__(self, directory: Path, captured: fx.Graph) -> None:
+        text = graph_text(captured)
+        self._folder = Path(directory) / f"graph-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        self._passes = 0
+        self._last, self._last_name = text, "00_captured.txt"
+        self._counts = count_ops(captured)
+        self._found: Mapping[str, str] = {}
+        self.write(self._last_name, text)
+
+    def after(self, name: str, why: str, seconds: float, graph: fx.Graph, found: Mapping[str, str]) -> None:
+        """Write one pass's file.
+
+        Args:
+            found: all that is known after it, as text; what was known before in the same words is left out.
+        """
+        self._passes += 1
+        file = f"{self._passes:02d}_{name}.txt"
+        lines = [f"# pass {self._passes} {name}, {seconds * 1e3:.1f} ms: {why}"]
+        for key, text in found.items():
+            if text and self._found.get(key) != text:
+                lines += ["", f"# {key}", *text.splitlines()]
+        self._found = dict(found)
+        text, counts = graph_text(graph), count_ops(graph)
+        if text == self._last:
+            lines += ["", f"# graph as in {self._last_name}"]
+        else:
+            lines += ["", *difference(self._counts, counts), "", text.rstrip()]
+            self._last, self._last_name, self._counts = text, file, counts
+        self.write(file, "\n".join(lines) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the folder."""
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def graph_text(graph: fx.Graph) -> str:
+    """One line for each node: its shape, then the call."""
+    lines = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        shape = (
+            f"{str(value.dtype).removeprefix('torch.')}{list(map(int, value.shape))}" if hasattr(value, "dtype") else ""
+        )
+        lines.append(f"{shape:<28} {node.format_node()}")
+    return "\n".join(lines) + "\n"
+
+
+def count_ops(graph: fx.Graph) -> Counter[str]:
+    """How often each op is called."""
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+def difference(before: Counter[str], after: Counter[str]) -> list[str]:
+    """Node counts before and after, in all and for every op whose count moved, largest change first."""
+    moved = {op: after[op] - before[op] for op in {*before, *after} if after[op] != before[op]}
+    total, new = before.total(), after.total()
+    lines = [f"# calls: {total} -> {new} ({new - total:+d})"]
+    for op in sorted(moved, key=lambda op: (-abs(moved[op]), op)):
+        lines.append(f"#   {op}: {before[op]} -> {after[op]} ({moved[op]:+d})")
+    return lines

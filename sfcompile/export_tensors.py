@@ -1,0 +1,109 @@
+"""The safetensors format, read and written without a library: a header in JSON, then the bytes of every tensor.
+
+Reading maps the file: nothing is copied until a kernel touches a page, and ranks of one machine share the pages. No
+code runs and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from sfcompile.errors import PackageError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+ALIGN = 64
+"""Kernels give the same bits wherever a tensor lies only if it lies on a boundary of so many bytes."""
+
+
+def write_tensors(file: IO[bytes], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors in safetensors' format; those of a multiple of ``ALIGN`` bytes come first, so that they lie on one.
+
+    Raises:
+        PackageError: a dtype that the format does not have.
+    """
+    order = sorted(tensors, key=lambda name: (_nbytes(tensors[name]) % ALIGN != 0, name))
+    header: dict[str, Any] = {}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in NAMES:
+            raise PackageError(
+                f"tensor {name!r} has dtype {tensor.dtype}",
+                f"safetensors holds {', '.join(str(dtype).removeprefix('torch.') for dtype in NAMES)}",
+                "cast it before the model is exported",
+            )
+        stop = at + _nbytes(tensor)
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGN)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file as private memory: writes stay in this process.
+
+    Raises:
+        PackageError: the file cannot be read, or is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{path} cannot be read: {error}", "", "check the path") from error
+
+
+def read_tensors(memory: mmap.mmap, start: int, size: int, source: str) -> dict[str, torch.Tensor]:
+    """The tensors of ``size`` bytes of safetensors that begin at ``start``; views of ``memory`` where aligned.
+
+    Raises:
+        PackageError: it is not safetensors; ``source`` says in the message what was read.
+    """
+    try:
+        length = int.from_bytes(memory[start : start + 8], "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"a header of {length} bytes in {size}")
+        header = json.loads(memory[start + 8 : start + 8 + length])
+        header.pop("__metadata__", None)
+        data, room = start + 8 + length, size - 8 - length
+        return {name: _tensor(memory, data, room, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PackageError(
+            f"{source} is not in safetensors' format: {error}", "it is damaged or another kind of file", "write it anew"
+        ) from error
+
+
+def _tensor(memory: mmap.mmap, data: int, room: int, entry: Mapping[str, Any]) -> torch.Tensor:
+    dtype, shape = DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]]
+    first, last = entry["data_offsets"]
+    count = math.prod(shape)
+    if not 0 <= first <= last <= room or min(shape, default=0) < 0 or last - first != count * dtype.itemsize:
+        raise ValueError(f"{last - first} bytes at {first} for {list(shape)} of {dtype}")
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    if (data + first) % dtype.itemsize:
+        raw = torch.frombuffer(memory, dtype=torch.uint8, count=last - first, offset=data + first)
+        return raw.clone().view(dtype).reshape(shape)
+    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=data + first)
+    return (flat if flat.data_ptr() % ALIGN == 0 else flat.clone()).reshape(shape)

@@ -1,0 +1,124 @@
+"""The compiler opened up: passes, op rules, schedules and topologies of your own, with no edit of this repository.
+
+* A **pass** is a function of one argument, the :class:`State` that all passes share. Name it with
+  :func:`register_pass`, and run it with ``options={"passes": [...]}``: a list of names, from which built-in passes may
+  be left out or moved too. :func:`passes` is the compiler's own list to start from.
+* An **op rule** says how an op behaves on shards (passes/op_rules.py). ``@register_op_rule("my_op")`` adds or replaces
+  one. An op without a rule is computed whole on every rank, never guessed.
+* A **schedule** is a function that builds what one attention does on all ranks. Registered, it is a candidate of the
+  planner on every mesh, and can be asked for with ``options={"schedule": name}``. The checker proves it before it is
+  priced, and again before it runs: a wrong one is refused with its reason, it cannot give a wrong answer or hang.
+* A **topology** is a set of constants under a name, used as ``"4x8:name"``.
+
+Register on every rank, before the model is compiled: ranks compare the options they compile with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sfcompile import options
+from sfcompile.codegen import builders
+from sfcompile.codegen.builders import BUILDERS, Builder
+from sfcompile.errors import OptionError
+from sfcompile.passes import op_rules, pipeline
+from sfcompile.passes.choose_plan import forget_plans
+from sfcompile.passes.op_rules import register_rule as register_op_rule
+from sfcompile.passes.pipeline import PIPELINE, State
+from sfcompile.runtime import topology_presets
+from sfcompile.runtime.topology import Topology
+
+__all__ = [
+    "State",
+    "passes",
+    "register_op_rule",
+    "register_pass",
+    "register_schedule",
+    "register_topology",
+    "scope",
+]
+
+
+def passes() -> list[str]:
+    """Names of the compiler's own passes in their order, to copy and edit."""
+    return [name for name, _, _ in PIPELINE]
+
+
+def register_pass(run: Callable[[State], None], name: str = "", why: str = "") -> str:
+    """Make a pass known by name; it runs where ``options={"passes": [...]}`` names it.
+
+    Before ``rewrite_local`` a pass may put another graph into ``state.gm`` (the old one must stay as it is); after it,
+    it may edit ``state.local.graph``, this rank's. Ranks must communicate in one order: they compare it.
+
+    Args:
+        name: default: the function's.
+        why: why it stands where it does, for dumps.
+
+    Returns:
+        The name.
+
+    Raises:
+        OptionError: a built-in pass has that name.
+    """
+    name = name or getattr(run, "__name__", "")
+    if not name or name in passes():
+        raise OptionError(
+            f"a pass cannot be named {name!r}", "it is one of the compiler's own, or empty", "give it another name"
+        )
+    pipeline.REGISTERED[name] = (name, run, why or "from outside")
+    return name
+
+
+def register_schedule(name: str, builder: Builder) -> None:
+    """Make a schedule a candidate of the planner, and a value of the option ``schedule``.
+
+    Args:
+        builder: ``(site, mesh, q_pieces, kv_pieces) -> Schedule``; raises MeshError for what it cannot do. The
+            schedule's ``kind`` must be ``name``.
+
+    Raises:
+        OptionError: a built-in schedule has that name.
+    """
+    if name in BUILDERS or name in options.SCHEDULES:
+        raise OptionError(
+            f"a schedule cannot be named {name!r}", f"built in are {', '.join(BUILDERS)}", "give it another name"
+        )
+    builders.REGISTERED[name] = builder
+    options.REGISTERED_SCHEDULES.add(name)
+    forget_plans()
+
+
+def register_topology(name: str, **constants: Any) -> None:
+    """Make a set of constants known as ``"NxM:name"``; those left out have the defaults of Topology.
+
+    Raises:
+        OptionError: the name is taken.
+        TopologyError: an unknown constant, or no positive number.
+    """
+    if name in topology_presets.PRESETS:
+        raise OptionError(f"a topology cannot be named {name!r}", "there is a preset of that name", "choose another")
+    topology_presets.PRESETS[name] = Topology.constants(constants, f"register_topology({name!r})")
+
+
+@contextmanager
+def scope() -> Iterator[None]:
+    """Everything registered inside is forgotten at the end: for notebooks and tests."""
+    tables: list[dict[str, Any]] = [
+        pipeline.REGISTERED,
+        builders.REGISTERED,
+        topology_presets.PRESETS,
+        op_rules.RULES,
+    ]
+    before = [dict(table) for table in tables]
+    names = set(options.REGISTERED_SCHEDULES)
+    try:
+        yield
+    finally:
+        for table, old in zip(tables, before, strict=True):
+            table.clear()
+            table.update(old)
+        options.REGISTERED_SCHEDULES.clear()
+        options.REGISTERED_SCHEDULES.update(names)
+        forget_plans()

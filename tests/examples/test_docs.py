@@ -1,0 +1,164 @@
+"""Every command printed in README.md and docs/ is run here, on smaller sizes where it is long, and every link leads on.
+
+Commands stand in fenced blocks without a language (or ``sh``) and in inline code. One that is not covered is a failure.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_examples import EXAMPLES
+
+from sfcompile import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("make", "sfcompile", "python", "torchrun", "pip")
+# Run for real, but smaller: what is replaced in the command.
+SMALLER = {"--tokens 36864": "--tokens 512", "--tokens 4096": "--tokens 512", "--model flux": "--model pixart"}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    for found in FENCE.finditer(page.read_text(encoding="utf-8")):
+        yield found[1], found[2]
+
+
+def commands() -> dict[str, str]:
+    """Command -> the page that prints it."""
+    found: dict[str, str] = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [line for kind, body in blocks(page) if kind in ("", "sh") for line in joined(body).splitlines()]
+        lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+        for line in lines:
+            line = line.removeprefix("$ ").split("  #")[0].split("   ")[0].strip()
+            words = line.split()
+            if len(words) > 1 and words[0] in PROGRAMS and "|" not in line:
+                found.setdefault(line, page.name)
+    return found
+
+
+def joined(body: str) -> str:
+    return body.replace("\\\n", " ")
+
+
+COMMANDS = commands()
+
+
+def test_pages_print_commands() -> None:
+    assert len(COMMANDS) >= 15, COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
+def test_command(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, *words = shlex.split(command)
+    check = {
+        "make": run_make,
+        "sfcompile": run_sfcompile,
+        "python": run_python,
+        "torchrun": run_torchrun,
+        "pip": run_pip,
+    }
+    for old, new in SMALLER.items():
+        command = command.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    check[program](shlex.split(command)[1:], tmp_path, monkeypatch)
+
+
+def run_make(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What make would run, without running it; the demo and the tests run elsewhere in this suite."""
+    done = subprocess.run(["make", "-n", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert any(tool in done.stdout for tool in ("sfcompile", "pytest", "ruff", "rm -rf")), done.stdout
+
+
+def run_sfcompile(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; ranks are not started, but their script must be an example that test_examples.py starts."""
+    started: list[tuple[list[str], int, int]] = []
+    monkeypatch.setattr(
+        cli, "launch", lambda argv, ranks, machines=1, **_: started.append((argv, ranks, machines)) or 0
+    )
+    monkeypatch.setattr(cli, "run_demo", lambda config: started.append(([], config.ranks, config.machines)) or 0)
+    words = [str(ROOT / word) if word.startswith(("examples/", "benchmarks/")) else word for word in words]
+    if "--show" in words:  # of the command before it on the page
+        make_package(folder / words[-1])
+    assert cli.main(words) == 0
+    if words[0] == "run":
+        ((argv, ranks, machines),) = started
+        known_script(argv[0])
+        assert ranks % machines == 0
+
+
+def make_package(path: Path) -> None:
+    model = str(ROOT / "examples" / "export_and_load.py") + ":make"
+    assert cli.main(["export", model, "--topology", "1x2", "--out", str(path)]) == 0
+
+
+def known_script(text: str) -> None:
+    assert text == "script.py" or Path(text).stem in EXAMPLES, f"{text} is run by no test"
+
+
+def run_python(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples are run by test_examples.py; of benchmarks, the command line: every flag must exist."""
+    path = ROOT / words[0]
+    assert path.is_file(), path
+    if path.parent.name == "examples":
+        return known_script(words[0])
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.syspath_prepend(str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    said: list[str] = []
+    monkeypatch.setattr(
+        "argparse.ArgumentParser.print_help", lambda parser, file=None: said.append(parser.format_help())
+    )
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    flags = [word for word in words[1:] if word.startswith("--")]
+    assert all(flag in said[0] for flag in flags), (flags, said[0])
+    for script in (word for word in words[1:] if word.endswith(".py")):
+        assert (ROOT / script).is_file(), script
+
+
+def run_torchrun(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's own parser; ranks are started by it in tests/e2e/test_emulated_machines.py."""
+    from torch.distributed.run import get_args_parser
+
+    known_script(get_args_parser().parse_args(words).training_script)
+
+
+def run_pip(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dry: the Makefile's own installation is what all tests run in."""
+    extras = re.findall(r"\[(\w+)\]", " ".join(words))
+    text = (ROOT / "pyproject.toml").read_text()
+    assert all(f"\n{extra} = [" in text for extra in extras)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_parses_and_links_lead_on(page: Path) -> None:
+    for kind, body in blocks(page):
+        if kind == "python":
+            ast.parse(body)
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text] == []
