@@ -46,6 +46,11 @@ from sfcompile.runtime.topology import Topology
 
 Needs = list[Need]
 
+_FORCE = 1e3
+"""Seconds per FLOP that nobody wants to spend twice if all shall be sharded."""
+_UNEVEN = 1.25
+"""The busiest rank's part of the tokens, over an even part, that still counts as even then."""
+
 
 @dataclass
 class Placement:
@@ -175,7 +180,7 @@ class _Network:
 
     def whole_s(self, op: OpView) -> float:
         """Seconds of an op computed whole."""
-        forced = 0.0 if self._force_s is None else self._force_s + 1e3 * flops(op)
+        forced = 0.0 if self._force_s is None else self._force_s + _FORCE * flops(op)
         return forced + seconds(op, self._topology)
 
     def add_op(self, node: fx.Node, op: OpView, chosen: Chosen) -> None:
@@ -185,6 +190,8 @@ class _Network:
         layout = next((cut for cut in (*chosen.outs, *chosen.ins) if cut is not None), None)
         busiest = 1 / ranks if layout is None else chosen.owners.busiest(layout)
         share = seconds(op, self._topology) * busiest + self._exchange_s.get(node, 0.0)
+        if self._force_s is not None:  # to give nearly all of the tokens to one rank is not to shard them
+            share += _FORCE * flops(op) * max(0.0, busiest - _UNEVEN / ranks)
         if not any(chosen.outs):
             share += ranks * gather_seconds(node, self._topology)
         self._edge(0, self._ids[node], whole + 1e-9)

@@ -88,7 +88,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
     if state.part is not None:
         left += [_left(node, f"batch: {why}", flops(op), is_view(op)) for node, (op, why) in state.part.left.items()]
     report.replicated = sorted(left, key=lambda row: (-row.flops, -row.nbytes))
-    if not state.sites:
+    if not state.sites and not placement.needs:
         report.warnings.append("no attention found: nothing was sharded, every rank computes the whole graph")
     elif not placement.needs and state.part is None:
         report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
