@@ -24,6 +24,9 @@ A reader on S that needs v under another layout, or a window of it (the halo of 
 its maker's shards; its seconds are added to t(maker). If the reader ends on R they were counted in vain: an upper
 bound, so that a halo is taken only where it is cheaper than the gather.
 
+If everything shall be sharded, c(w) is out of reach for products, and so is the part of them that the busiest rank
+computes beyond an even share (give or take a quarter): to give all tokens to one rank is not to shard them.
+
 Ops without a local rule have ``w -> sink`` infinite. ``c`` gets a vanishing bonus so that ties go to side S: shard as
 early and gather as late as costs nothing.
 """
@@ -145,6 +148,9 @@ def _why_whole(has_rule: bool, chosen: Chosen) -> str:
         return "no rule for this op"
     if not any(chosen.ins):
         return "the tokens come into being here: before it they fill no single dim"
+    made = next(out for out in chosen.outs if out is not None)
+    if all(chosen.owners.same(operand, made) for operand in chosen.ins if operand is not None):
+        return "it mixes the tokens of a sharded value"
     return "its operands hold the tokens in layouts that differ"
 
 

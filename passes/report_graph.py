@@ -11,7 +11,6 @@ from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import source_line
 from sfcompile.passes.analyse_cost import flops, is_view, nbytes, reshard_fraction
 from sfcompile.passes.layout import Layout, Ownership, Window
-from sfcompile.passes.op_view import is_tensor
 from sfcompile.passes.report import GraphReport, Left
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def _reader(value: fx.Node, reasons: dict[fx.Node, str]) -> str:
 
 
 def _left(node: fx.Node, reason: str, cost: float, is_view: bool = False) -> Left:
-    size = nbytes(node) if is_tensor(node) else 0
+    size = nbytes(node) if node.meta.get("val") is not None else 0
     source = source_line(node.stack_trace) or ""
     return Left(node.name, str(node.target).removeprefix("aten."), _short(source), reason, cost, size, is_view)
 
