@@ -75,11 +75,11 @@ def _drop_largest(softmax: fx.Node) -> None:
     node: Any = softmax.args[0]
     if node.target is not _aten.sub.Tensor or len(node.users) != 1 or node.kwargs:
         return
-    scores, largest = node.args
-    ndim = softmax.meta["val"].dim()
+    scores: Any = node.args[0]
+    largest, ndim = node.args[1], softmax.meta["val"].dim()
     if isinstance(largest, fx.Node) and largest.target is _aten.amax.default and list(largest.users) == [node]:
         dims = [int(d) % ndim for d in largest.args[1]]  # type: ignore[union-attr, arg-type]
-        if largest.args[0] is scores and dims == [ndim - 1] and largest.args[2:] == (True,):
+        if largest.args[0] is node.args[0] and dims == [ndim - 1] and largest.args[2:] == (True,):
             softmax.replace_input_with(node, scores)
             for dead in (node, largest):
                 dead.graph.erase_node(dead)
@@ -117,7 +117,7 @@ def _einsum_scores(node: fx.Node) -> tuple[_Operand, _Operand] | None:
     if letters is None:
         return None
     out, values = letters[2], list(node.args[1])  # type: ignore[arg-type]
-    batch, (i, j) = out[:-2], out[-2:]
+    batch, i, j = out[:-2], out[-2], out[-1]
     found = []
     for row, other in ((i, j), (j, i)):
         side = next((s for s in (0, 1) if row in letters[s] and other not in letters[s]), None)
@@ -138,7 +138,7 @@ def _einsum_product(node: fx.Node, weights: fx.Node) -> _Product | None:
     values = list(node.args[1])  # type: ignore[arg-type]
     side = values.index(weights)
     w, v, out = letters[side], letters[1 - side], letters[2]
-    batch, (i, j) = w[:-2], w[-2:]
+    batch, i, j = w[:-2], w[-2], w[-1]
     last = [c for c in v if c not in (*batch, j)]
     if len(last) != 1 or len(v) != len(w) or i in v or set(out) != {*batch, i, last[0]}:
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from sfcompile.torch_private import HigherOrderOperator
+from sfcompile.torch_private import HigherOrderOperator, fused_attention, fused_encoder_layer
 
 _BODIES = {"tag_activation_checkpoint": 1, "wrap": 1, "invoke_subgraph": 2}
 """Higher-order ops that run their first argument on what follows, and where that begins."""
@@ -68,12 +68,12 @@ def _attention_mask(mask: torch.Tensor | None, mask_type: int | None) -> torch.T
     """True where attention is allowed, for heads [B, H, L, L]; the fused ops mean the opposite by any nonzero."""
     if mask is None:
         return None
-    allowed = torch.logical_not(mask.to(torch.bool))
+    allowed: torch.Tensor = torch.logical_not(mask.to(torch.bool))
     return allowed[:, None, None, :] if mask_type == 1 else allowed
 
 
 def _heads(x: torch.Tensor, count: int) -> torch.Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], count, x.shape[-1] // count).transpose(1, 2)
 
 
 def multi_head_attention(
@@ -91,7 +91,7 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     mask_type: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``torch._native_multi_head_attention`` on [B, L, C]: its output and, if asked for, the weights (else empty)."""
+    """PyTorch's fused attention on [B, L, C]: its output and, if asked for, the weights (else empty)."""
     weights, biases = qkv_weight.chunk(3), qkv_bias.chunk(3)
     parts = zip((query, key, value), weights, biases, strict=True)
     q, k, v = (_heads(F.linear(x, weight, bias), num_head) for x, weight, bias in parts)
@@ -129,18 +129,19 @@ def encoder_layer(
     mask: torch.Tensor | None = None,
     mask_type: int | None = None,
 ) -> torch.Tensor:
-    """``torch._transformer_encoder_layer_fwd`` on [B, L, C]."""
+    """PyTorch's fused encoder layer on [B, L, C]."""
 
     def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
     def attend(x: torch.Tensor) -> torch.Tensor:
-        given = (embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, False, True, mask_type)
-        return multi_head_attention(x, x, x, *given)[0]
+        weights = qkv_weight, qkv_bias, proj_weight, proj_bias
+        return multi_head_attention(x, x, x, embed_dim, num_heads, *weights, mask, False, True, mask_type)[0]
 
     def feed(x: torch.Tensor) -> torch.Tensor:
         hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
-        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn_weight_2, ffn_bias_2)
+        hidden = F.gelu(hidden) if use_gelu else F.relu(hidden)
+        return F.linear(hidden, ffn_weight_2, ffn_bias_2)
 
     if norm_first:
         src = src + attend(norm(src, norm_weight_1, norm_bias_1))
@@ -150,6 +151,6 @@ def encoder_layer(
 
 
 _FUSED: dict[Any, Callable[..., Any]] = {
-    torch._native_multi_head_attention: multi_head_attention,
-    torch._transformer_encoder_layer_fwd: encoder_layer,
+    fused_attention: multi_head_attention,
+    fused_encoder_layer: encoder_layer,
 }

@@ -28,6 +28,8 @@ __all__ = [
     "TracingContext",
     "compile_fx",
     "dispatch_functionalize",
+    "fused_attention",
+    "fused_encoder_layer",
     "has_data_mutation",
     "inductor_mode_options",
     "job_store",
@@ -36,6 +38,10 @@ __all__ = [
     "symbol_hint",
     "tracing",
 ]
+
+fused_attention: Any = torch._native_multi_head_attention
+fused_encoder_layer: Any = torch._transformer_encoder_layer_fwd
+"""What ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call at inference."""
 
 
 def symbol_hint(size: Any) -> Any:

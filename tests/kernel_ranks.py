@@ -205,6 +205,8 @@ def run_rank(job: Job, rank: int, names: Sequence[str], size: HeapSize) -> torch
     return out
 
 
+
+
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
