@@ -121,12 +121,14 @@ class _Analysis:
             self.tokens.clashes.append(origin)
 
     def seed_rows(self, least: int) -> None:
-        """Seed the results of products and convolutions that hold no tokens, the costliest first."""
+        """Seed the results of products and convolutions that hold no tokens, or too few, the costliest first."""
         tokens = self.tokens
         costs = {node: flops(op) for node, op in tokens.views.items() if node in tokens.rules}
         for node in sorted((node for node in costs if costs[node]), key=lambda node: -costs[node]):
             op = tokens.views[node]
-            if len(op.out_shapes) != 1 or tokens.layouts.get(node):
+            if len(op.out_shapes) != 1:
+                continue
+            if any(layout.positions >= least for layout in tokens.layouts.get(node, {}).values()):
                 continue
             shape = op.out_shapes[0]
             convolution = op.name.startswith("conv")

@@ -83,26 +83,26 @@ def choose_layouts(
             # Rows of products count only where no attention says which axis to follow.
             weight[root] = weight.get(root, 0.0) + 1e-9 * cost
 
+    def rank_of(layout: Layout) -> tuple[float, int, int]:
+        return weight.get(find(first_segment(vectors[layout.runs])), 0.0), -layout.grain, -layout.dim
+
     chosen: dict[fx.Node, Layout] = {}
     for value, places in tokens.layouts.items():
         usable = [layout for layout in places.values() if layout.runs]
         if prefer is not None and value in prefer:
             chosen[value] = prefer[value]
         elif usable:
-            chosen[value] = max(
-                usable,
-                key=lambda layout: (
-                    weight.get(find(first_segment(vectors[layout.runs])), 0.0),
-                    -layout.grain,
-                    -layout.dim,
-                ),
-            )
+            chosen[value] = max(usable, key=rank_of)
     axes = [find(i) for i in range(len(segments))]
     grains = _grains(tokens, chosen, vectors, segments, num_ranks)
     owners = Ownership(tokens.space, segments, axes, num_ranks, grains)
     for value, layout in list(chosen.items()):
-        if layout.grain > 1 and not owners.fits(layout):
-            del chosen[value]
+        if not owners.fits(layout):  # rows with several owners: the next best place, or none
+            fitting = [place for place in tokens.layouts[value].values() if place.runs and owners.fits(place)]
+            if fitting:
+                chosen[value] = max(fitting, key=rank_of)
+            else:
+                del chosen[value]
     summary = tuple(
         (sum(n for (_, n), a in zip(segments, axes, strict=True) if a == root), axes.count(root), work)
         for root, work in sorted(attention.items(), key=lambda item: -item[1])

@@ -129,9 +129,12 @@ class LabelSpace:
     def unite(self, left: Runs, right: Runs) -> bool:
         """Make two equally long vectors equal, position by position.
 
-        Positions that would tie a stretch of labels to a shifted copy of itself (a difference of neighbours, say)
-        are left apart and the result is False: the two vectors then disagree, and whoever meets both gathers.
+        Vectors that would tie tokens in a chain (a difference of neighbours ties the first to the second, that to the
+        third, and all to one rank) are left apart altogether and the result is False: the two then disagree, and
+        whoever meets both moves one of them.
         """
+        if self._chains(left, right):
+            return False
         agreed = True
         todo = [(left, right)]
         while todo:
@@ -151,6 +154,32 @@ class LabelSpace:
                         continue
                     self._point(high, low, count)
         return agreed
+
+    def _chains(self, left: Runs, right: Runs) -> bool:
+        """Whether some label would get one partner as a position of ``left`` and another as one of ``right``."""
+        on_left: list[tuple[int, int, int]] = []  # (first root, length, distance to the partner)
+        on_right: list[tuple[int, int, int]] = []
+        for x, y, length in _zip_runs(left, right):
+            done = 0
+            while done < length:
+                root_x, count_x = self._find(x + done, length - done)
+                root_y, count = self._find(y + done, count_x)
+                done += count
+                if root_x != root_y:
+                    on_left.append((root_x, count, root_y - root_x))
+                    on_right.append((root_y, count, root_x - root_y))
+        on_left.sort()
+        on_right.sort()
+        i = j = 0
+        while i < len(on_left) and j < len(on_right):
+            (a, n, ahead), (b, m, back) = on_left[i], on_right[j]
+            if max(a, b) < min(a + n, b + m) and ahead != back:
+                return True
+            if a + n <= b + m:
+                i += 1
+            else:
+                j += 1
+        return False
 
 
 def _zip_runs(a: Runs, b: Runs) -> list[tuple[int, int, int]]:

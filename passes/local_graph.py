@@ -80,7 +80,10 @@ class LocalGraph:
         A captured graph may communicate already (rewrite_batch.py): its nodes join this graph's one order.
         """
         if node.target not in COMMUNICATION:
-            return self.graph.node_copy(node, lambda n: args[n])
+            copied = self.graph.node_copy(node, lambda n: args[n])
+            if copied.target is torch.ops.aten.view.default:  # gathered values have strides of their own
+                copied.target = torch.ops.aten.reshape.default
+            return copied
         schema = node.target._schema.arguments  # type: ignore[union-attr]
         place = [argument.name for argument in schema].index("ticket")
         old = node.args[place]
@@ -204,9 +207,10 @@ class LocalGraph:
         self.sites.append(GatherSite(name, shape, value.dtype, 0, 1, 1, runs))
         part = self.call(torch.ops.aten.unsqueeze.default, [node, 0], {})
         parts = self._exchange(part, site, shape, value.dtype)
-        wide = {"dtype": torch.float32} if value.dtype in (torch.float16, torch.bfloat16) else {}
+        narrow = value.dtype in (torch.float16, torch.bfloat16)
+        wide = {"dtype": torch.float32 if narrow else value.dtype}  # a sum of int32 would be int64
         total = self.call(torch.ops.aten.sum.dim_IntList, [parts, [0]], wide)
-        return self.call(torch.ops.aten._to_copy.default, [total], {"dtype": value.dtype}) if wide else total
+        return self.call(torch.ops.aten._to_copy.default, [total], {"dtype": value.dtype}) if narrow else total
 
     def _exchange(self, node: fx.Node, site: int, shape: Shape, dtype: torch.dtype) -> fx.Node:
         ops = torch.ops.streamfusion

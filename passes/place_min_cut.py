@@ -24,6 +24,9 @@ A reader on S that needs v under another layout, or a window of it (the halo of 
 its maker's shards; its seconds are added to t(maker). If the reader ends on R they were counted in vain: an upper
 bound, so that a halo is taken only where it is cheaper than the gather.
 
+If everything shall be sharded, c(w) is out of reach for products, and so is the part of them that the busiest rank
+computes beyond an even share (give or take a quarter): to give all tokens to one rank is not to shard them.
+
 Ops without a local rule have ``w -> sink`` infinite. ``c`` gets a vanishing bonus so that ties go to side S: shard as
 early and gather as late as costs nothing.
 """
@@ -45,6 +48,11 @@ from sfcompile.passes.op_view import OpView, is_tensor
 from sfcompile.runtime.topology import Topology
 
 Needs = list[Need]
+
+_FORCE = 1e3
+"""Seconds per FLOP that nobody wants to spend twice if all shall be sharded."""
+_UNEVEN = 1.25
+"""The busiest rank's part of the tokens, over an even part, that still counts as even then."""
 
 
 @dataclass
@@ -140,6 +148,9 @@ def _why_whole(has_rule: bool, chosen: Chosen) -> str:
         return "no rule for this op"
     if not any(chosen.ins):
         return "the tokens come into being here: before it they fill no single dim"
+    made = next(out for out in chosen.outs if out is not None)
+    if all(chosen.owners.same(operand, made) for operand in chosen.ins if operand is not None):
+        return "it mixes the tokens of a sharded value"
     return "its operands hold the tokens in layouts that differ"
 
 
@@ -175,7 +186,7 @@ class _Network:
 
     def whole_s(self, op: OpView) -> float:
         """Seconds of an op computed whole."""
-        forced = 0.0 if self._force_s is None else self._force_s + 1e3 * flops(op)
+        forced = 0.0 if self._force_s is None else self._force_s + _FORCE * flops(op)
         return forced + seconds(op, self._topology)
 
     def add_op(self, node: fx.Node, op: OpView, chosen: Chosen) -> None:
@@ -185,6 +196,8 @@ class _Network:
         layout = next((cut for cut in (*chosen.outs, *chosen.ins) if cut is not None), None)
         busiest = 1 / ranks if layout is None else chosen.owners.busiest(layout)
         share = seconds(op, self._topology) * busiest + self._exchange_s.get(node, 0.0)
+        if self._force_s is not None:  # to give nearly all of the tokens to one rank is not to shard them
+            share += _FORCE * flops(op) * max(0.0, busiest - _UNEVEN / ranks)
         if not any(chosen.outs):
             share += ranks * gather_seconds(node, self._topology)
         self._edge(0, self._ids[node], whole + 1e-9)

@@ -11,7 +11,7 @@ from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import source_line
 from sfcompile.passes.analyse_cost import flops, is_view, nbytes, reshard_fraction
 from sfcompile.passes.layout import Layout, Ownership, Window
-from sfcompile.passes.op_view import is_getitem, is_tensor
+from sfcompile.passes.op_view import is_getitem
 from sfcompile.passes.report import GraphReport, Left, short_source
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
     if state.part is not None:
         left += [_left(node, f"batch: {why}", flops(op), is_view(op)) for node, (op, why) in state.part.left.items()]
     report.replicated = sorted(left, key=lambda row: (-row.flops, -row.nbytes))
-    if not state.sites:
+    if not state.sites and not placement.needs:
         report.warnings.append("no attention found: nothing was sharded, every rank computes the whole graph")
     elif not placement.needs and state.part is None:
         report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
@@ -117,7 +117,7 @@ def _reader(value: fx.Node, reasons: dict[fx.Node, str]) -> str:
 
 
 def _left(node: fx.Node, reason: str, cost: float, is_view: bool = False) -> Left:
-    size = nbytes(node) if is_tensor(node) else 0
+    size = nbytes(node) if node.meta.get("val") is not None else 0
     source = source_line(node.stack_trace) or ""
     target = getattr(node.target, "__name__", "") if is_getitem(node) else str(node.target)
     return Left(node.name, target.removeprefix("aten."), short_source(source), reason, cost, size, is_view)

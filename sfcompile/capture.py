@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture_attention import recognise_attention
+from sfcompile.capture_expand import expand_calls
 from sfcompile.capture_opaque import hide_opaque
 from sfcompile.errors import TrainingGraphError, UnsupportedError
 from sfcompile.torch_private import (
@@ -133,7 +134,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     tensors = tuple(i for i, x in enumerate(values) if isinstance(x, torch.Tensor))
     functional = FunctionalTensorMode(pre_dispatch=True, export=True)
     known = numbers(gm, inputs)
-    gm = hide_opaque(gm)
+    gm = hide_opaque(expand_calls(gm))
     written: list[int] = []
 
     def run(*args: torch.Tensor) -> Any:

@@ -37,6 +37,8 @@ __all__ = [
     "aoti_load",
     "compile_fx",
     "dispatch_functionalize",
+    "fused_attention",
+    "fused_encoder_layer",
     "has_data_mutation",
     "inductor_mode_options",
     "job_store",
@@ -45,6 +47,10 @@ __all__ = [
     "symbol_hint",
     "tracing",
 ]
+
+fused_attention: Any = torch._native_multi_head_attention
+fused_encoder_layer: Any = torch._transformer_encoder_layer_fwd
+"""What ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call at inference."""
 
 
 # Imported on first use: Dynamo and Inductor take seconds, and a loaded package needs neither.

@@ -17,8 +17,9 @@ from sfcompile.passes.analyse_tokens import analyse_tokens
 from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.layout import Layout
 from sfcompile.passes.local_graph import LocalGraph
-from sfcompile.passes.pipeline import Compiled
+from sfcompile.passes.pipeline import Compiled, State, run_pipeline
 from sfcompile.passes.place_min_cut import place_min_cut
+from sfcompile.passes.report import GraphReport
 from sfcompile.passes.rewrite_local import rewrite_local
 from sfcompile.runtime.session import current_session
 from sfcompile.runtime.testing import run_threads
@@ -224,3 +225,39 @@ def check_sharded(
                 assert torch.equal(mine, theirs), f"rank {rank}"
             else:
                 torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def run_sharded(model: torch.nn.Module, inputs: Sequence[torch.Tensor], ranks: int) -> list[GraphReport]:
+    """Run every graph of a model on emulated ranks that shard whatever they can; every rank must get what one gets."""
+    reports: list[GraphReport] = []
+
+    def backend(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
+        got = capture(gm, example)
+        states = [
+            State(got.gm, got.mode, Topology.grid(1, ranks), rank, shard_everything=True, split_batch=False)
+            for rank in range(ranks)
+        ]
+        compiled = [run_pipeline(state) for state in states]
+        assert all(mine.order == compiled[0].order for mine in compiled)
+        reports.append(compiled[0].report)
+        locals_ = [(mine.gm, state.local.sites) for mine, state in zip(compiled, states, strict=True) if state.local]
+
+        def call(*full: Any) -> Any:
+            given = [full[i] for i in got.tensor_inputs]
+            want = got.gm(*given)
+            for rank, out in enumerate(run_lockstep(lambda r: locals_[r], ranks, given)):
+                for mine, whole in zip(out, want, strict=True):
+                    assert (mine.shape, mine.dtype) == (whole.shape, whole.dtype), f"rank {rank}"
+                    scale = float(whole.abs().max().clamp(min=1e-6))
+                    torch.testing.assert_close(mine, whole, rtol=0, atol=1e-5 * scale)
+            return want
+
+        return call
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = torch.utils._pytree.tree_leaves(model(*inputs))
+        out = torch.utils._pytree.tree_leaves(torch.compile(model, backend=backend, fullgraph=True)(*inputs))
+    for mine, whole in zip(out, want, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
+    return reports

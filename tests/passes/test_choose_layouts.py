@@ -50,3 +50,17 @@ def test_text_and_image_are_two_segments_of_one_axis() -> None:
         assert sum(pieces) == count and max(pieces) - min(pieces) <= 1
     totals = [sum(owners.count(layouts.chosen[n].runs, r) for n in (text, image)) for r in range(3)]
     assert totals == [5, 5, 5], "the longer pieces are on different ranks"
+
+
+def test_rows_that_have_several_owners_leave_the_value_to_its_next_axis() -> None:
+    def pairs(x: torch.Tensor) -> torch.Tensor:
+        y = sdpa(x[:, :, ::2], x[:, :, ::2], x[:, :, ::2])
+        z = torch.stack([y, y + 1], 3).flatten(2, 3)
+        return sdpa(z, z, z)
+
+    got = captured(pairs, torch.zeros(1, 2, 24, 4))
+    sites = analyse_attention(got.gm.graph)
+    tokens = analyse_tokens(got.gm.graph, seeds_of(sites))
+    layouts = choose_layouts(tokens, sites, 3)
+    assert all(layouts.owners.fits(layout) for layout in layouts.chosen.values())
+    assert {site.node for site in sites} <= set(layouts.chosen), "both attentions can be sharded"

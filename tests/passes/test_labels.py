@@ -74,3 +74,24 @@ def test_a_shifted_copy_of_itself_is_refused_and_harmless() -> None:
     assert not space.unite(runs_slice(x, 0, 7), runs_slice(x, 1, 8))
     assert space.unite(x, other)
     assert space.roots(other) == x
+
+
+def test_chains_are_refused_however_the_labels_are_cut_up() -> None:
+    space = LabelSpace()
+    x = space.fresh(8)
+    for i in range(0, 8, 2):  # single labels, each an interval of its own
+        assert space.unite(runs_slice(x, i, i + 1), space.fresh(1))
+    before = space.roots(x)
+    assert not space.unite(runs_slice(x, 0, 7), runs_slice(x, 1, 8)), "all eight would be one"
+    shifted = space.fresh(7)
+    assert space.unite(runs_slice(x, 1, 8), shifted)
+    assert not space.unite(runs_slice(x, 0, 7), shifted), "nor by way of another vector"
+    assert space.roots(x) == before
+
+
+def test_pairs_and_copies_are_no_chains() -> None:
+    space = LabelSpace()
+    x, twice, y = space.fresh(6), space.fresh(12), space.fresh(6)
+    assert space.unite(x, runs_flip(x)) and len(set(spelled(space.roots(x)))) == 3
+    assert space.unite(runs_merge((*y, *y)), twice), "two copies of each token live with it"
+    assert spelled(space.roots(twice)) == spelled(space.roots(y)) * 2

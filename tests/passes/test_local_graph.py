@@ -73,3 +73,21 @@ def test_a_gather_is_a_visible_pair_with_its_site(parts: tuple[LocalGraph, fx.No
     assert local.sites[0].owners == (((0, 5),), ((5, 4),))  # type: ignore[union-attr]
     names = [str(n.target) for n in local.graph.nodes if "streamfusion" in str(n.target)]
     assert names == ["streamfusion.gather_start.default", "streamfusion.gather_finish.default"]
+
+
+def test_a_sum_over_ranks_keeps_its_dtype(parts: tuple[LocalGraph, fx.Node, Layout]) -> None:
+    local, node, _ = parts
+    for dtype in (torch.int32, torch.bfloat16, torch.float64):
+        part = local.call(torch.ops.aten._to_copy.default, [node], {"dtype": dtype})
+        assert local.all_reduce(part).meta["val"].dtype == dtype
+
+
+def test_a_view_of_a_whole_value_does_not_rely_on_its_strides(parts: tuple[LocalGraph, fx.Node, Layout]) -> None:
+    local, node, _ = parts
+    captured = fx.Graph()
+    x = captured.placeholder("x")
+    copied = local.copy(captured.call_function(torch.ops.aten.view.default, (x, [18, 4])), {x: node})
+    local.graph.output(copied)
+    permuted = torch.randn(4, 9, 2).permute(2, 1, 0)
+    out = fx.GraphModule(local.root, local.graph)(permuted)
+    assert torch.equal(out, permuted.reshape(18, 4))

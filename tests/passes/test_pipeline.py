@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import captured, placeholder_values, run_compiled
+from helpers import captured, placeholder_values, run_compiled, run_sharded
 from models import build
+from structures import STRUCTURES
 
 from sfcompile.capture import Captured
 from sfcompile.errors import InternalError, MeshError, NotShardedError, OptionError
@@ -164,3 +165,20 @@ def test_a_mesh_with_more_ulysses_ranks_than_heads_is_refused() -> None:
     got = captured(model, *inputs)
     with pytest.raises(MeshError, match="attention with 4 heads on 5 ranks.*4 heads for 5 Ulysses ranks"):
         compile_rank(got, 0, 5, mesh_asked={"ulysses": 5, "ring": 1})
+
+
+THREE = ("three_streams", "shifted_windows", "space_and_time", "sums_over_tokens", "neighbours_differ", "experts")
+
+
+@pytest.mark.parametrize(("name", "ranks"), [*((name, 4) for name in sorted(STRUCTURES)), *((n, 3) for n in THREE)])
+def test_every_structure_is_exact_and_its_work_divided(name: str, ranks: int) -> None:
+    model, inputs = STRUCTURES[name]()
+    (report,) = run_sharded(model, inputs, ranks)
+    limit = 1.10 if ranks == 4 else 1.20  # rows and windows do not always divide by three
+    assert report.share <= limit and not report.warnings, f"{report.share:.3f}\n{report}"
+    if name == "unknown_ops_between":
+        left = {row.op.split(".")[0]: row for row in report.replicated}
+        assert {"sort", "fft_fft", "cumsum", "argsort"} <= set(left), str(report)
+        for op in ("sort", "fft_fft", "cumsum"):
+            assert left[op].source.startswith("structures.py:") and left[op].nbytes > 0, left[op]
+            assert "mixes the tokens" in left[op].reason or "no rule" in left[op].reason, left[op]

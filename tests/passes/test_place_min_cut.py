@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import fx
 from sfcompile.passes.analyse_cost import gather_seconds, seconds
 from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
+from sfcompile.passes.layout import Ownership
 from sfcompile.passes.op_view import is_tensor
 from sfcompile.passes.place_min_cut import Placement, place_min_cut
 from sfcompile.runtime.topology import Topology
@@ -109,3 +111,14 @@ def test_ties_are_sharded() -> None:
     free = Topology((0, 0), 1e30, 1e30, 1e30, 0.0, 1e30, 0.0)
     _, _, _, placement = placed(lambda x: (x * 2).relu(), free, torch.zeros(2, 12, 4))
     assert len(placement.needs) == 2
+
+
+def test_all_tokens_on_one_rank_is_as_dear_as_no_sharding() -> None:
+    topology = Topology((0, 0), 1e9, 1e9)
+    x, weight = torch.zeros(2, 12, 4), torch.zeros(4, 4)
+    graph, tokens, layouts, even = placed(lambda x, w: x @ w, topology, x, weight, shard_everything=True)
+    (node,) = (node for node, op in tokens.views.items() if op.name == "matmul")
+    lonely = Ownership(tokens.space, layouts.owners.segments, [0] * len(layouts.owners.segments), 2, {0: 12})
+    assert lonely.busiest(layouts.chosen[node]) == 1.0
+    uneven = place_min_cut(graph, tokens, replace(layouts, owners=lonely), topology, True)
+    assert uneven.seconds > 1.5 * even.seconds

@@ -1,0 +1,156 @@
+"""Open up, before the capture, calls that stand for a stretch of plain ops: nothing in them is left to guess.
+
+* Higher-order ops that only run their body: activation checkpoints (there is nothing to save for a backward) and
+  subgraphs compiled once for many calls.
+* PyTorch's fused encoder layer and attention, which ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call
+  at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from sfcompile.torch_private import HigherOrderOperator, fused_attention, fused_encoder_layer
+
+_BODIES = {"tag_activation_checkpoint": 1, "wrap": 1, "invoke_subgraph": 2}
+"""Higher-order ops that run their first argument on what follows, and where that begins."""
+
+
+def expand_calls(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph without such calls; the graph itself where there are none."""
+    if not any(_replacement(gm, node) for node in gm.graph.nodes):
+        return gm
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        values[node] = copied = graph.node_copy(node, lambda n: values[n])
+        found = _replacement(gm, node)
+        if found is not None:
+            copied.target, first = found
+            copied.args = copied.args[first:]
+            copied.kwargs = {} if first else copied.kwargs
+    graph.eliminate_dead_code()  # the bodies' get_attr nodes
+    return fx.GraphModule(gm, graph)
+
+
+def _replacement(gm: fx.GraphModule, node: fx.Node) -> tuple[Callable[..., Any], int] | None:
+    """What to call instead, and from which argument on."""
+    if node.op != "call_function":
+        return None
+    if node.target in _FUSED:
+        return _FUSED[node.target], 0
+    name = getattr(node.target, "__name__", "")
+    if isinstance(node.target, HigherOrderOperator) and name in _BODIES:
+        body = gm.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
+        assert isinstance(body, fx.GraphModule)
+        return _Body(expand_calls(body)), _BODIES[name]
+    return None
+
+
+class _Body:
+    """Runs a body node by node, so that every op keeps the place in the user's code."""
+
+    __name__ = "body"
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+
+    def __call__(self, *args: Any) -> Any:
+        return fx.Interpreter(self._gm).run(*args)
+
+
+def _attention_mask(mask: torch.Tensor | None, mask_type: int | None) -> torch.Tensor | None:
+    """True where attention is allowed, for heads [B, H, L, L]; the fused ops mean the opposite by any nonzero."""
+    if mask is None:
+        return None
+    allowed: torch.Tensor = torch.logical_not(mask.to(torch.bool))
+    return allowed[:, None, None, :] if mask_type == 1 else allowed
+
+
+def _heads(x: torch.Tensor, count: int) -> torch.Tensor:
+    return x.reshape(*x.shape[:-1], count, x.shape[-1] // count).transpose(1, 2)
+
+
+def multi_head_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    embed_dim: int,
+    num_head: int,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
+    mask_type: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's fused attention on [B, L, C]: its output and, if asked for, the weights (else empty)."""
+    weights, biases = qkv_weight.chunk(3), qkv_bias.chunk(3)
+    parts = zip((query, key, value), weights, biases, strict=True)
+    q, k, v = (_heads(F.linear(x, weight, bias), num_head) for x, weight, bias in parts)
+    allowed = _attention_mask(mask, mask_type)
+    out = F.scaled_dot_product_attention(q, k, v, allowed)
+    seen = query.new_empty(0)
+    if need_weights:
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        seen = scores.softmax(-1)
+        seen = seen.mean(1) if average_attn_weights else seen
+    return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias), seen
+
+
+def encoder_layer(
+    src: torch.Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: torch.Tensor,
+    norm_bias_1: torch.Tensor,
+    norm_weight_2: torch.Tensor,
+    norm_bias_2: torch.Tensor,
+    ffn_weight_1: torch.Tensor,
+    ffn_bias_1: torch.Tensor,
+    ffn_weight_2: torch.Tensor,
+    ffn_bias_2: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    mask_type: int | None = None,
+) -> torch.Tensor:
+    """PyTorch's fused encoder layer on [B, L, C]."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (embed_dim,), weight, bias, eps)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        weights = qkv_weight, qkv_bias, proj_weight, proj_bias
+        return multi_head_attention(x, x, x, embed_dim, num_heads, *weights, mask, False, True, mask_type)[0]
+
+    def feed(x: torch.Tensor) -> torch.Tensor:
+        hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
+        hidden = F.gelu(hidden) if use_gelu else F.relu(hidden)
+        return F.linear(hidden, ffn_weight_2, ffn_bias_2)
+
+    if norm_first:
+        src = src + attend(norm(src, norm_weight_1, norm_bias_1))
+        return src + feed(norm(src, norm_weight_2, norm_bias_2))
+    src = norm(src + attend(src), norm_weight_1, norm_bias_1)
+    return norm(src + feed(src), norm_weight_2, norm_bias_2)
+
+
+_FUSED: dict[Any, Callable[..., Any]] = {
+    fused_attention: multi_head_attention,
+    fused_encoder_layer: encoder_layer,
+}
