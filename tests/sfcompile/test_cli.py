@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sfcompile import __version__, cli
-from sfcompile.cli import EXIT_USAGE, LATER, main
+from sfcompile import cli
+from sfcompile.cli import EXIT_USAGE, main
 from sfcompile.demo import DemoConfig
 
 
@@ -43,17 +43,11 @@ def test_bad_arguments_are_usage_errors(argv: list[str], demos: list[DemoConfig]
     assert not demos
 
 
-@pytest.mark.parametrize("name", sorted(LATER))
-def test_later_commands_say_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "--some", "argument"]) == EXIT_USAGE
-    assert f"'{name}' is not in version {__version__}" in capsys.readouterr().err
-
-
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert all(name in out for name in ("demo", "run", "simulate", "doctor", *LATER))
+    assert all(name in out for name in ("demo", "run", "simulate", "explain", "kernels", "export", "doctor"))
 
 
 def test_run_passes_arguments_on(tmp_path: Path) -> None:
