@@ -80,10 +80,16 @@ class KernelSpec:
         return replace(self, **changes)
 
 
-def tiles_for(arch: int, dtype: str, head_dim: int, v_head_dim: int, masked: bool = False) -> dict[str, Any]:
+def tiles_for(
+    arch: int, dtype: str, head_dim: int, v_head_dim: int, masked: bool = False, hard: bool = False
+) -> dict[str, Any]:
     """Tile sizes, warps and stages for an architecture (80, 90, 100); 0 is the interpreter, which wants few, big tiles.
 
-    Chosen so that no kernel spills (tests/codegen/test_kernel_compile.py compiles them all).
+    Chosen so that no kernel spills (tests/codegen/test_kernel_compile.py compiles them).
+
+    Args:
+        masked: a whole mask is read, another tile of operands.
+        hard: the kernel does more than attend to peers' chunks (NVSHMEM, positions, grouped heads, bounded waits).
     """
     width = max(64, _power_of_two(head_dim), _power_of_two(v_head_dim))
     if arch == 0:
@@ -93,7 +99,8 @@ def tiles_for(arch: int, dtype: str, head_dim: int, v_head_dim: int, masked: boo
         return dict(zip(names, (32, 32 if width < 256 else 16, 4 if width == 64 else 8, 2, "inside"), strict=True))
     if masked:  # a whole mask is another tile of operands
         return dict(zip(names, (64, 32, 4 if width == 64 else 8, 2, "inside"), strict=True))
-    return dict(zip(names, _TILES[80 if arch < 90 else 90 if arch < 100 else 100, width], strict=True))
+    family = 80 if arch < 90 else 90 if arch < 100 else 100
+    return dict(zip(names, (hard and _HARD.get((family, width))) or _TILES[family, width], strict=True))
 
 
 _TILES = {
@@ -108,6 +115,10 @@ _TILES = {
     (100, 256): (64, 32, 8, 1, "inside"),
 }
 """(architecture, head size) -> tile. The largest that spill nothing; which is fastest is for a GPU to say."""
+
+
+_HARD = {(80, 128): (64, 64, 8, 2, "inside")}
+"""Where the tile of ``_TILES`` has no registers left for more."""
 
 
 def cannot_generate(site: AttentionSite) -> str:
@@ -149,7 +160,9 @@ def spec_of(
             "use attention='aten' for this model",
         )
     steps = schedule.origin.phases["attend"]
-    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full")
+    reach, group = _reach(schedule, machine_of), site.heads // site.kv_heads
+    more = reach != "peer" or group > 1 or site.causal or mask[0] == "key" or bool(changes.get("bounded"))
+    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full", more)
     rows = {
         int(n)
         for piece in range(schedule.kv_pieces)
@@ -163,8 +176,8 @@ def spec_of(
         causal=site.causal,
         mask=mask[0],
         mask_is_bool=mask[1],
-        group=site.heads // site.kv_heads,
-        reach=_reach(schedule, machine_of),
+        group=group,
+        reach=reach,
         forwards=any(isinstance(step, Forward) for step in steps),
         pushes=any(isinstance(step, Push) for step in steps),
         **tiles,

@@ -14,6 +14,7 @@ from rank_workers import attend_and_gather, schedules_of, session_of, shared_mem
 
 from sfcompile.codegen.interpreter import Deadline, interpreting
 from sfcompile.codegen.kernel_device_engine import KernelEngine
+from sfcompile.codegen.kernel_engine import InterpreterEngine
 from sfcompile.codegen.kernel_transfers import ReleaseKernel
 from sfcompile.codegen.nvshmem_calls import Emulated
 from sfcompile.runtime.device_side import NvshmemSide
@@ -59,3 +60,31 @@ def run(rank: int, seed: int, kernels: bool, calls: int, late: int = -1) -> dict
                 first = whole if first is None else first
                 same &= torch.equal(first, whole)
     return {"error": max(errors), "same": same, "domains": side.domains, "sizes": sizes, "names": shared_memory_names()}
+
+
+def interpreted(rank: int, seed: int, calls: int) -> dict[str, Any]:
+    """Attention of a random case by the interpreter's engine over shared memory, gathers by the executor."""
+    session = session_of(timeout_s=10.0)
+    case = random_case(seed, ranks=session.topology.num_ranks)
+    schedules = schedules_of(case)
+    with session.guard():
+        session.load("p", schedules, [InterpreterEngine(schedules[0], rank), None])
+    ticket, errors, outs = torch.zeros(1, dtype=torch.int64), [], []
+    for _ in range(calls):
+        whole, ticket = attend_and_gather(case, rank, ticket)
+        errors.append(float((whole.double() - case.expected).abs().max() / case.expected.abs().max()))
+        outs.append(whole)
+    same = all(torch.equal(outs[0], out) for out in outs)
+    return {"error": max(errors), "same": same, "names": shared_memory_names()}
+
+
+def sleeps(rank: int, sleeper: int) -> None:
+    """One rank does not send its part."""
+    session = session_of(timeout_s=2.0)
+    case = random_case(3, ranks=2)
+    schedules = schedules_of(case)
+    session.load("p", schedules, [InterpreterEngine(schedules[0], rank), None])
+    if rank == sleeper:
+        time.sleep(6.0)
+    else:
+        attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))

@@ -1,0 +1,60 @@
+"""What Triton's interpreter lacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton.language as tl
+
+from sfcompile.codegen.interpreter import Deadline, interpreting
+from sfcompile.codegen.kernel_loader import load_source
+from sfcompile.codegen.kernel_text import module
+
+SOURCE = module(
+    "Test.",
+    """
+@triton.jit
+def product(a_ptr, b_ptr, c_ptr):
+    i = tl.arange(0, 16)
+    at = i[:, None] * 16 + i[None, :]
+    tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+
+@triton.jit
+def wait(address):
+    wait_word(address, 3)
+""",
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_are_right_in_every_dtype(dtype: torch.dtype) -> None:
+    a, b = (torch.randn(16, 16).to(dtype) for _ in range(2))
+    c = torch.empty(16, 16)
+    with interpreting(Deadline(1.0)):
+        load_source(SOURCE, True).product[(1,)](a, b, c)
+    assert torch.allclose(c, a.float() @ b.float(), atol=1e-5)
+
+
+def test_a_poll_in_vain_gives_up_and_what_was_patched_is_put_back() -> None:
+    before = tl.max
+    word = torch.tensor([2], dtype=torch.int64)
+    kernels = load_source(SOURCE, True)
+    with interpreting(Deadline(0.1, "the word")), pytest.raises(Exception) as caught:
+        assert tl.max is not before
+        kernels.wait[(1,)](word.data_ptr())
+    cause: BaseException | None = caught.value
+    while cause is not None and not isinstance(cause, TimeoutError):
+        cause = cause.__cause__
+    assert cause is not None and "the word did not arrive within 0.1 s" in str(cause)
+    assert tl.max is before
+    word.fill_(3)
+    with interpreting(Deadline(0.1)):
+        kernels.wait[(1,)](word.data_ptr())
+
+
+def test_a_deadline_counts_from_the_last_arrival() -> None:
+    deadline = Deadline(1e9)
+    deadline()
+    deadline.arrived()
+    assert deadline._since is None

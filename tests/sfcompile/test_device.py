@@ -1,0 +1,103 @@
+"""Which device a graph runs on, what is refused there, which engines its sites get."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kernel_ranks import Job, make_site
+from random_sites import gather_site
+
+from sfcompile import device
+from sfcompile.codegen.kernel_device_engine import KernelEngine
+from sfcompile.codegen.kernel_engine import InterpreterEngine
+from sfcompile.codegen.mesh import Mesh
+from sfcompile.codegen.schedule_gather import build_gather
+from sfcompile.device import device_of, engines_for, start, topology_for
+from sfcompile.errors import OptionError, UnsupportedError
+from sfcompile.options import Options
+from sfcompile.runtime.topology import Topology
+
+CPU = torch.device("cpu")
+TORUS = Job("torus", 2, 1, 2, 1, make_site(8, 2)).schedule()
+GATHER = build_gather(gather_site(2), Mesh.of(Topology.grid(1, 2), 2, 1))
+
+
+def tensor_on(*names: str) -> list[Any]:
+    """What lies on devices that are not here."""
+    found = [torch.empty(1) for _ in names]
+    return [SimpleTensor(x, name) for x, name in zip(found, names, strict=True)]
+
+
+class SimpleTensor(torch.Tensor):
+    """A tensor that says it lies somewhere else."""
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, name: str) -> SimpleTensor:
+        made = torch.Tensor._make_subclass(cls, data)
+        made.place = torch.device(name)  # type: ignore[attr-defined]
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.place  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_device_of_a_graph() -> None:
+    assert device_of([torch.empty(2), 3, torch.empty(1, device="meta")]) == CPU
+    assert device_of([torch.empty(2), *tensor_on("cuda:1", "cuda:1")]) == torch.device("cuda:1")
+    with pytest.raises(UnsupportedError, match="cuda:0, cuda:1"):
+        device_of(tensor_on("cuda:0", "cuda:1"))
+    with pytest.raises(UnsupportedError, match="xpu:0"):
+        device_of(tensor_on("xpu:0"))
+
+
+def test_transports_that_do_not_reach_are_refused() -> None:
+    session: Any = SimpleNamespace(device_side=None)
+    start(CPU, session, Options())
+    with pytest.raises(OptionError, match="transport='nvshmem' with CPU ranks"):
+        start(CPU, session, Options(transport="nvshmem"))
+    for transport in ("shm", "c10d"):
+        with pytest.raises(OptionError, match="use transport='auto' or 'nvshmem'"):
+            start(torch.device("cuda"), session, Options(transport=transport))
+
+
+def test_engines_by_device_and_option() -> None:
+    programs = {"p": [TORUS, GATHER, replace(TORUS)]}
+    session: Any = SimpleNamespace(rank=1, device_side=None)
+    found, line = engines_for(programs, CPU, session, Options())
+    assert found == {"p": [None, None, None]} and line.startswith("aten (on CPU ranks")
+    found, line = engines_for(programs, CPU, session, Options(attention="triton"))
+    assert isinstance(found["p"][0], InterpreterEngine) and found["p"][1] is None and line == "triton (asked for)"
+    session.device_side = SimpleNamespace(domains=(0, 0))
+    found, line = engines_for(programs, torch.device("cuda"), session, Options(attention="aten"))
+    assert found == {"p": [None, None, None]}
+
+
+def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def engine(schedule: Any, *args: Any, **kwargs: Any) -> KernelEngine:
+        made.append((args, kwargs))
+        return KernelEngine(schedule, 0, CPU, (0, 0))
+
+    monkeypatch.setattr(device, "KernelEngine", engine)
+    monkeypatch.setenv(device.DEBUG_KERNELS, "1")
+    session: Any = SimpleNamespace(rank=0, device_side=SimpleNamespace(domains=(0, 0)))
+    found, line = engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options())
+    assert found["p"][0] is found["p"][2] and len(made) == 2 and line.startswith("triton (puts, waits")
+    assert all(kwargs == {"bounded": True} for _, kwargs in made)
+
+
+def test_constants_follow_the_gpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Topology((0, 0, 1, 1))
+    assert topology_for(CPU, found) is found
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA A100-SXM4-40GB")
+    known = topology_for(torch.device("cuda"), found)
+    assert known.machine_of == found.machine_of
+    assert known == Topology.parse("1x1:a100-efa").on(found.machine_of)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "Some GPU")
+    assert topology_for(torch.device("cuda"), found).flops_per_s > 1e13
