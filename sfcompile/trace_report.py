@@ -95,8 +95,8 @@ class TraceReport:
         """The trace in a line."""
         if not self.rows:
             return (
-                "nothing was recorded: no sharded graph ran on CPU ranks while the trace was on (what GPU ranks do runs "
-                "on their streams, where torch.profiler sees it)"
+                "nothing was recorded: no sharded graph ran on CPU ranks while the trace was on (what GPU ranks do "
+                "runs on their streams, where torch.profiler sees it)"
             )
         measured, predicted = self.total(), self.total(predicted=True)
         assert measured is not None
