@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sfcompile import __version__, export_command, kernels_command
 from sfcompile.demo import DemoConfig, run_demo
+from sfcompile.doctor import add_doctor, run_doctor
 from sfcompile.errors import StreamFusionError
 from sfcompile.launch import launch
 from sfcompile.model_commands import (
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     kernels = commands.add_parser("kernels", help="the generated kernels of a model or a shape, compiled without a GPU")
     kernels_command.add_arguments(kernels)
     add_model(kernels, named=False)
-    _add_doctor(commands.add_parser("doctor", help="measure what ranks of this machine can compute and move"))
+    add_doctor(commands.add_parser("doctor", help="what this machine has and ranks will use, problems and their cures"))
     export_command.add_arguments(
         commands.add_parser("export", help="write a model's program for all ranks to one file")
     )
@@ -87,35 +88,13 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.usage = "sfcompile run --ranks N [--machines M] [--logs DIR] (script.py | -m module) [args ...]"
-    parser.add_argument("--ranks", type=positive, required=True, help="processes to start")
+    parser.add_argument("--ranks", type=positive, required=True, help="processes to start, over all machines")
     parser.add_argument(
         "--machines", type=positive, default=1, help="machines that the ranks believe they sit on (default 1)"
     )
     parser.add_argument("--logs", type=Path, help="directory for the output of ranks 1 and up")
     parser.add_argument("-m", dest="module", action="store_true", help="what follows is a module, not a script")
     parser.add_argument("argv", nargs=argparse.REMAINDER, help="the script or module and its arguments")
-
-
-def _add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--measure", action="store_true", help="run short transfers and matmuls on all ranks and write a topology file"
-    )
-    parser.add_argument("--ranks", type=positive, default=2, help="processes to start (default 2)")
-    parser.add_argument(
-        "--machines", type=positive, default=1, help="machines that the ranks believe they sit on (default 1)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("cluster.toml"), help="the file (default cluster.toml)")
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    if not args.measure:
-        print("sfcompile doctor: say --measure; checks of the installation arrive later", file=sys.stderr)
-        return EXIT_USAGE
-    where = f"{args.ranks} ranks of this machine"
-    if args.machines > 1:
-        where += f", which believe they sit on {args.machines} machines"
-    print(f"measuring {where}; on a cluster run torchrun ... -m sfcompile.measure instead", flush=True)
-    return launch(["-m", "sfcompile.measure", "--out", str(args.out.absolute())], args.ranks, args.machines)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -136,6 +115,7 @@ _COMMANDS = {
     "run": _run,
     "simulate": run_simulate,
     "explain": run_explain,
-    "doctor": _doctor,
+    "doctor": run_doctor,
     "kernels": kernels_command.run,
+    "export": export_command.run,
 }

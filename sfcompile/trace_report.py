@@ -94,7 +94,10 @@ class TraceReport:
     def headline(self) -> str:
         """The trace in a line."""
         if not self.rows:
-            return "nothing was recorded: no sharded graph ran while the trace was on"
+            return (
+                "nothing was recorded: no sharded graph ran on CPU ranks while the trace was on (what GPU ranks do "
+                "runs on their streams, where torch.profiler sees it)"
+            )
         measured, predicted = self.total(), self.total(predicted=True)
         assert measured is not None
         beside = "" if predicted is None else f" (predicted {duration(predicted.blocked_s)}, {predicted.overlap:.0%})"

@@ -11,6 +11,9 @@ https://ui.perfetto.dev: a process per rank, and beside them the simulator's ran
 ``predicted.png`` (two layers), and ``summary.txt``, a table of the layers: time blocked in waits, time in attention,
 overlap, each measured and predicted. Recording costs microseconds a stage while it is on and nothing while it is off.
 
+What is recorded is the work of the executor, that is of CPU ranks. On GPU ranks a stage is a kernel on a stream, which
+the clock of the host does not see: trace those with torch.profiler.
+
 The environment variable needs no agreement between ranks: each leaves its file when it ends, and rank 0 merges those
 it finds. Where ranks share no folder, copy the files together and run ``python -m sfcompile.tracing FOLDER``.
 """

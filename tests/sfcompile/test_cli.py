@@ -99,17 +99,8 @@ def test_simulate_plans_a_full_size_model_by_name(tmp_path: Path, capsys: pytest
         (["simulate"], "say --paper, or name a model"),
         (["simulate", "--model", "no-such-model"], "no-such-model"),
         (["simulate", "--model", "flux", "--topology", "4x8:b300"], "preset 'b300' is unknown"),
-        (["doctor"], "say --measure"),
     ],
 )
 def test_what_is_missing_is_said(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == EXIT_USAGE
     assert text in capsys.readouterr().err
-
-
-def test_doctor_starts_ranks_that_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[list[str], int, int]] = []
-    monkeypatch.setattr(cli, "launch", lambda argv, ranks, machines: asked.append((argv, ranks, machines)) or 0)
-    assert main(["doctor", "--measure", "--ranks", "4", "--machines", "2"]) == 0
-    ((argv, ranks, machines),) = asked
-    assert argv[:2] == ["-m", "sfcompile.measure"] and (ranks, machines) == (4, 2)
