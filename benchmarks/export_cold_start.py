@@ -2,7 +2,7 @@
 
     python benchmarks/export_cold_start.py [--ranks 2] [--depth 8] [--width 256] [--out results.json]
 
-Every run is a set of fresh processes with an empty Inductor cache. A rank's clock starts when torch is imported, so
+Every run is a set of fresh processes with an empty Inductor cache. The clock of a rank starts when torch is imported:
 it counts importing the library, and building the model (fresh) or reading the package (load), up to the first result;
 the second step is timed too, to show that what was loaded is as fast. Printed: the slowest rank.
 

@@ -1,4 +1,4 @@
-"""Ship a model as one file: exported in one process, loaded by the ranks without the model's source or a trace.
+"""Ship a model as one file: exported in one process, loaded by ranks without the model's source and without a trace.
 
     sfcompile run --ranks 2 examples/export_and_load.py          both halves, one after the other
     sfcompile export examples/export_and_load.py:make --topology 1x2 --out hello.sf     the first half alone

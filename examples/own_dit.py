@@ -2,7 +2,7 @@
 
     sfcompile run --ranks 2 examples/own_dit.py
 
-Three resolutions with ``dynamic=True``: traced once, and sharded anew for each number of tokens, also where
+Three resolutions with ``dynamic=True``: the model is traced once, and sharded anew for each number of tokens, where
 ranks, heads and tokens do not divide.
 """
 

@@ -1,7 +1,7 @@
 """The ordered list of passes, and the runner that times, checks and dumps.
 
 Read ``PIPELINE`` from top to bottom: that is the compiler. Passes are plain functions of a :class:`State`; others may
-be registered, and an order of names (``State.order``) adds, drops or moves them; sfcompile/extend.py is the door.
+be registered, and an order of names (``State.order``) adds, drops or moves them (sfcompile/extend.py is the door).
 """
 
 from __future__ import annotations

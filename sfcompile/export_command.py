@@ -76,6 +76,7 @@ def find(text: str) -> Callable[[], Any]:
             spec = importlib.util.spec_from_file_location(Path(source).stem, source)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
+            sys.path.insert(0, str(Path(source).resolve().parent))  # as python does for a script
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)

@@ -2,7 +2,7 @@
 
 Members are stored as they are (large ones on a boundary that tensors may be mapped from) or deflated (JSON). The hashes
 find damage and changes by hand; they are no signature: who can write the file can write its hashes too. Packages
-with compiled objects (``inner="aoti"``) run native code: load those from people you trust; others hold data only.
+with compiled objects (``inner="aoti"``) run native code: load those from people you trust. All others hold data only.
 """
 
 from __future__ import annotations
