@@ -19,7 +19,7 @@ import numpy as np
 from sfcompile.codegen.builders import build
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.simulator import Timeline, layer, simulate
+from sfcompile.codegen.simulator import Timeline, price
 from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import MeshError
 from sfcompile.runtime.topology import Topology
@@ -149,8 +149,11 @@ def _plan(
         if reason:
             refused.append(Priced(candidate, reason))
             continue
+        candidate = replace(candidate, q_pieces=site.parts, kv_pieces=site.parts)
         built = candidate.schedule(site, topology)
-        legal.append((other_s + least_seconds(built, topology), candidate, built))
+        # In parts, the compute between attentions may run under the traffic too.
+        before_s = other_s if site.parts == 1 else 0.0
+        legal.append((before_s + least_seconds(built, topology), candidate, built))
     if not legal:
         raise _nothing_left(site, topology, asked, schedule, refused)
     priced: list[tuple[Timeline, Candidate, Schedule]] = []
@@ -159,17 +162,17 @@ def _plan(
         if bound > best:
             refused.append(Priced(candidate, f"its compute and traffic alone take {bound * 1e3:.3f} ms"))
         else:
-            priced.append((simulate(layer(built, 1, other_s), topology), candidate, built))
+            priced.append((price(built, topology, other_s), candidate, built))
     priced.sort(key=lambda entry: entry[0].seconds)
     for _, candidate, _ in priced[:REFINED]:
-        if topology.num_ranks == 1:
+        if topology.num_ranks == 1 or site.parts > 1:
             break
         for q_pieces, kv_pieces in PIECES:
             cut = replace(candidate, q_pieces=q_pieces, kv_pieces=kv_pieces)
             if cut.kind == "allgather" and q_pieces > 1:
                 continue
             built = cut.schedule(site, topology)
-            priced.append((simulate(layer(built, 1, other_s), topology), cut, built))
+            priced.append((price(built, topology, other_s), cut, built))
     priced.sort(key=lambda entry: entry[0].seconds)
     least = priced[0][0].seconds
     rows = [_priced(line, candidate, built, least) for line, candidate, built in priced]
