@@ -121,6 +121,7 @@ class Rank:
             options = {
                 "topology": topology, "inner": self.config["inner"], "timeout_s": TIMEOUT_S,
                 "schedule": "auto" if name == "ours" else name.removeprefix("ours "),
+                "placement": "auto" if name == "ours" else "shard",
             }  # fmt: skip
             compiled = torch.compile(model, backend="streamfusion", options=options)
             self.loaded.clear()

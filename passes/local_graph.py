@@ -190,12 +190,12 @@ class LocalGraph:
         found: list[tuple[int, fx.Node, int, int]] = []  # position, where it was gathered, place there, length
         for part, made in enumerate(parts):
             compact, at = [], 0
-            runs = [owners.position_runs(layout.runs, rank * count + part) for rank in range(ranks)]
+            runs = [owners.row_runs(layout, rank * count + part) for rank in range(ranks)]
             for mine in runs:
                 compact.append(((at, sum(n for _, n in mine)),) if mine else ())
                 at += sum(n for _, n in mine)
-            size = (*shape[: layout.dim], at, *shape[layout.dim + 1 :])
-            self.sites.append(GatherSite(f"{name}.{part}", size, dtype, layout.dim, 1, 1, tuple(compact)))
+            size = (*shape[: layout.dim], at * layout.inner, *shape[layout.dim + 1 :])
+            self.sites.append(GatherSite(f"{name}.{part}", size, dtype, layout.dim, 1, layout.inner, tuple(compact)))
             site = len(self.sites) - 1
             ops = torch.ops.streamfusion
             start = self._communicate(ops.gather_start.default, [made, self.ticket(), self.program, site])
@@ -208,7 +208,7 @@ class LocalGraph:
             at = 0
             for mine in runs:
                 for first, n in mine:
-                    found.append((first, gathered, at, n))
+                    found.append((first, gathered, at * layout.inner, n * layout.inner))
                     at += n
         found.sort(key=lambda entry: entry[0])
         slices = [self._slice(source, layout.dim, place, place + n) for _, source, place, n in found]

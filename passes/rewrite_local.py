@@ -52,7 +52,7 @@ class _Rewriter:
             made = self._made[value]
             if len(made) == 1:
                 self._whole[value] = self._local.gather(made[0], layout, shape_of(value))
-            elif layout.outer == layout.inner == layout.grain == 1:
+            elif layout.outer == 1:
                 self._whole[value] = self._local.gather_parts(made, layout, shape_of(value), self._owners)
             else:
                 raise CannotSplit(f"{value.name} is gathered along a dim that holds more than tokens")
@@ -80,6 +80,9 @@ class _Rewriter:
 
     def run(self, graph: fx.Graph) -> None:
         """Rewrite every node in order."""
+        for node in self._placement.needs if len(self._views) > 1 else ():
+            if any(layout and not self._owners.fits(layout) for layout in self._placement.chosen[node].outs):
+                raise CannotSplit(f"{node.name} holds rows of a grid that do not divide")
         for node in graph.nodes:
             self._local.origin = node
             for view in self._views:
