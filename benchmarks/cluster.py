@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -41,7 +42,7 @@ class Cell:
         self.raw = raw
         self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in raw["rows"]}
         self.medians = {name: statistics.median(row["seconds"]) for name, row in self.rows.items() if row["seconds"]}
-        self.peers = {name: s for name, s in self.medians.items() if name.startswith("diffusers")}
+        self.peers = {name: s for name, s in self.medians.items() if name.startswith(("diffusers", "yunchang"))}
         self.forced = {name: s for name, s in self.medians.items() if name.startswith("ours ")}
         self.ours = self.medians.get("ours", float("nan"))
 
@@ -79,7 +80,9 @@ def report(cells: list[Cell]) -> str:
     """The tables."""
     lines = []
     names = list(dict.fromkeys(name for cell in cells for name in cell.medians))
-    head = f"{'cell':<36}" + "".join(f"{name.replace('diffusers', 'dif').replace('ours ', ''):>14}" for name in names)
+    head = f"{'cell':<36}" + "".join(
+        f"{name.replace('diffusers', 'dif').replace('yunchang', 'yun').replace('ours ', ''):>14}" for name in names
+    )
     lines.append("seconds a step, the slowest rank: median of the rounds (half the spread)")
     lines.append(head)
     for cell in cells:
@@ -93,7 +96,9 @@ def report(cells: list[Cell]) -> str:
     lines.append(f"{'cell':<36}" + "".join(f"{name:>12}" for name in columns) + "  plan")
     for cell in cells:
         mine = cell.rows.get("ours", {})
-        exposed = statistics.median(mine["blocked"]) / max(1, cell.raw["sites"]) if mine.get("blocked") else float("nan")
+        exposed = (
+            statistics.median(mine["blocked"]) / max(1, cell.raw["sites"]) if mine.get("blocked") else float("nan")
+        )
         worst = max(row["error"] for row in cell.rows.values() if row["error"] == row["error"])
         values = (
             f"{cell.limit_s:.3f}", f"{cell.wire_s:.3f}", f"{cell.medians.get('compute alone', 0.0):.3f}",
@@ -108,7 +113,9 @@ def report(cells: list[Cell]) -> str:
         best = [cell.over() for cell in slow]
         if usp:
             lines.append(f"100 and 200 mbit, against USP: mean {statistics.mean(usp):.2f}x, best {max(usp):.2f}x")
-        lines.append(f"100 and 200 mbit, against the best peer: mean {statistics.mean(best):.2f}x, least {min(best):.2f}x")
+        lines.append(
+            f"100 and 200 mbit, against the best peer: mean {statistics.mean(best):.2f}x, least {min(best):.2f}x"
+        )
     every = [cell.over() for cell in cells if cell.peers]
     if every:
         lines.append(f"all cells, against the best peer: least {min(every):.2f}x, mean {statistics.mean(every):.2f}x")
@@ -187,6 +194,42 @@ def summary(cells: list[Cell], out: Path | None) -> None:
             draw(out.with_name(out.name + ("" if inner == "eager" else f"-{inner}")).with_suffix(".png"), group)
 
 
+def job(layout: str, settings: dict[str, Any], folder: Path) -> int:
+    """Run one job on emulated machines and print what it says; its exit code."""
+    machines, ranks = map(int, layout.split("x"))
+    config = folder / "config.json"
+    plain = {name: None if isinstance(value, Path) else value for name, value in settings.items()}
+    config.write_text(json.dumps(plain))
+    env = {
+        "SFCOMPILE_LOG": "error",
+        "PYTHONWARNINGS": "ignore",
+        "GLOG_minloglevel": "2",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with emulated_machines(machines, "10gbit") as cluster:
+        code, outputs = cluster.torchrun(ranks, [str(HERE / "cluster_rank.py"), str(config)], env)
+    if code:
+        print("\n".join(f"[machine {i}] {line}" for i, o in enumerate(outputs) for line in o.splitlines()[-40:]))
+    print("\n".join(line for line in outputs[0].splitlines() if line.startswith("  ")), flush=True)
+    return code
+
+
+def memory(args: argparse.Namespace) -> int:
+    """Memory and overhead: ours with more and more layers, and diffusers' Ulysses."""
+    settings = vars(args) | {"peers": True}
+    with tempfile.TemporaryDirectory() as folder:
+        for layout in args.layouts:
+            print(f"{layout}, {args.models[0]}, {args.rates[0]}", flush=True)
+            cases = [("ours", 1, args.steps), ("diffusers ulysses", 1, 3), ("ours", 2, 3), ("ours", 4, 3)]
+            for name, blocks, steps in cases:
+                more = {"contenders": [name], "blocks": blocks, "steps": steps}
+                code = job(layout, settings | more, Path(folder))
+                if code:
+                    return code
+    return 0
+
+
 def main() -> int:
     """The command line; the exit code of the first job that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,27 +240,25 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the token counts, for smoke runs")
     parser.add_argument("--inner", choices=("eager", "inductor"), default="eager")
+    parser.add_argument("--parts", type=int, nargs="+", default=[], help="cuts of a rank's tokens to try instead")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, help="write OUT.txt, OUT.csv, OUT.png")
     parser.add_argument("--raw", type=Path, help="keep (and add to) the raw numbers of every cell here")
+    parser.add_argument("--memory", action="store_true", help="peak RSS, heap and Python overhead instead of the grid")
+    parser.add_argument("--steps", type=int, default=50, help="with --memory: steps of one contender in one job")
     parser.add_argument("--report-only", action="store_true", help="tables from --raw, nothing is run")
     args = parser.parse_args()
+    if args.memory:
+        return memory(args)
     code = 0
     with tempfile.TemporaryDirectory() as folder:
         results = args.raw or Path(folder) / "cells.jsonl"
         for layout in [] if args.report_only else args.layouts:
-            machines, ranks = map(int, layout.split("x"))
-            config = Path(folder) / "config.json"
-            settings = vars(args) | {"peers": not args.no_peers, "results": str(results), "out": None, "raw": None}
-            config.write_text(json.dumps(settings))
-            print(f"{layout}: {machines} machines of {ranks} ranks", flush=True)
-            with emulated_machines(machines, "10gbit") as cluster:
-                env = {"SFCOMPILE_LOG": "error", "PYTHONPATH": str(HERE)}
-                code, outputs = cluster.torchrun(ranks, [str(HERE / "cluster_rank.py"), str(config)], env)
+            settings = vars(args) | {"peers": not args.no_peers, "results": str(results)}
+            print(f"{layout}", flush=True)
+            code = job(layout, settings, Path(folder))
             if code:
-                print("\n".join(f"[machine {i}] {line}" for i, o in enumerate(outputs) for line in o.splitlines()[-40:]))
                 return code
-            print(outputs[0], end="")
         cells = [Cell(json.loads(line)) for line in results.read_text().splitlines()]
     summary(cells, args.out)
     return code

@@ -33,14 +33,14 @@ def _angles(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return angles.cos(), angles.sin()
 
 
-def flux(scale: float = 1.0) -> Built:
+def flux(scale: float = 1.0, blocks: int = 1) -> Built:
     """Joint attention of 4096 image and 512 text tokens: one block of two streams, one parallel block."""
     from diffusers import FluxTransformer2DModel
 
     side = int(64 * scale**0.5)
-    tokens, text = side * side, int(512 * scale)
+    tokens, text = side * side, max(4, int(512 * scale))
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=HEAD_DIM,
+        patch_size=1, in_channels=64, num_layers=blocks, num_single_layers=blocks, attention_head_dim=HEAD_DIM,
         num_attention_heads=HEADS, joint_attention_dim=512, pooled_projection_dim=256, axes_dims_rope=(16, 16, 16),
     )  # fmt: skip
     rows, columns = torch.cartesian_prod(torch.arange(side), torch.arange(side)).unbind(1)
@@ -55,14 +55,14 @@ def flux(scale: float = 1.0) -> Built:
     return _randomise(model), inputs
 
 
-def wan(scale: float = 1.0) -> Built:
+def wan(scale: float = 1.0, blocks: int = 1) -> Built:
     """Video of 9 x 30 x 30 = 8100 tokens: self-attention, cross-attention to 512 text tokens; one block."""
     from diffusers import WanTransformer3DModel
 
     frames = max(1, int(9 * scale))
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=16, out_channels=16,
-        text_dim=512, freq_dim=256, ffn_dim=4 * WIDTH, num_layers=1, cross_attn_norm=True,
+        text_dim=512, freq_dim=256, ffn_dim=4 * WIDTH, num_layers=blocks, cross_attn_norm=True,
         qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
     )  # fmt: skip
     inputs = dict(
@@ -73,14 +73,14 @@ def wan(scale: float = 1.0) -> Built:
     return _randomise(model), inputs
 
 
-def cogvideox(scale: float = 1.0) -> Built:
+def cogvideox(scale: float = 1.0, blocks: int = 1) -> Built:
     """Joint attention of 5 x 30 x 30 = 4500 video and 228 text tokens, one projection for both; two blocks."""
     from diffusers import CogVideoXTransformer3DModel
 
     frames, text = max(1, int(5 * scale)), 228
     model = CogVideoXTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=16, out_channels=16, time_embed_dim=512,
-        text_embed_dim=512, num_layers=2, sample_width=60, sample_height=60, sample_frames=17, patch_size=2,
+        text_embed_dim=512, num_layers=2 * blocks, sample_width=60, sample_height=60, sample_frames=17, patch_size=2,
         temporal_compression_ratio=4, max_text_seq_length=text, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     inputs = dict(
@@ -92,13 +92,13 @@ def cogvideox(scale: float = 1.0) -> Built:
     return _randomise(model), inputs
 
 
-def pixart(scale: float = 1.0) -> Built:
+def pixart(scale: float = 1.0, blocks: int = 1) -> Built:
     """Image of 64 x 64 tokens: self-attention, cross-attention to 300 text tokens under a mask; two blocks."""
     from diffusers import PixArtTransformer2DModel
 
     side = 2 * int(64 * scale**0.5)
     model = PixArtTransformer2DModel(
-        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=8, num_layers=2,
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=8, num_layers=2 * blocks,
         cross_attention_dim=WIDTH, caption_channels=512, sample_size=side, patch_size=2, norm_num_groups=4,
         attention_bias=True, use_additional_conditions=False,
     )  # fmt: skip
@@ -112,13 +112,16 @@ def pixart(scale: float = 1.0) -> Built:
     return _randomise(model), inputs
 
 
-MODELS: dict[str, Callable[[float], Built]] = {"flux": flux, "wan": wan, "cogvideox": cogvideox, "pixart": pixart}
+MODELS: dict[str, Callable[[float, int], Built]] = {"flux": flux, "wan": wan, "cogvideox": cogvideox, "pixart": pixart}
 
 
-def build(name: str, scale: float = 1.0) -> Built:
-    """A model and forward()'s keyword arguments; the same in every process. ``scale`` shrinks the token count."""
+def build(name: str, scale: float = 1.0, blocks: int = 1) -> Built:
+    """A model and forward()'s keyword arguments; the same in every process.
+
+    ``scale`` shrinks the token count, ``blocks`` multiplies the number of blocks.
+    """
     state = torch.random.get_rng_state()
     torch.manual_seed(1)
-    model, inputs = MODELS[name](scale)
+    model, inputs = MODELS[name](scale, blocks)
     torch.random.set_rng_state(state)
     return model, inputs | {"return_dict": False}

@@ -4,6 +4,9 @@ What CPU ranks need beyond ``enable_parallelism``: a device count of one, and fo
 the log-sum-exp, which the CPU's flash kernel has. Models without a plan of their own in diffusers (CogVideoX, PixArt)
 get one, and processors that call diffusers' attention dispatcher, in the manner of its other models.
 
+yunchang's USP (``LongContextAttention``, its ring overlaps sends with compute), if it is installed, takes the place of
+diffusers' attention under the same plan; it too needs the CPU's flash kernel in place of the GPU's.
+
 Meshes are diffusers' own: ranks in order, ``ring`` outside ``ulysses``. So unified (USP) is Ulysses inside a machine
 and ring across machines; with one rank a machine that is ring alone.
 """
@@ -11,10 +14,12 @@ and ring across machines; with one rank a machine that is ring alone.
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -25,6 +30,31 @@ def prepare() -> None:
 
     torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]
     attention_dispatch._native_attention_forward_op = _forward_op
+    templated = attention_dispatch._templated_context_parallel_attention
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, _parallel_config: Any, **kwargs: Any) -> Any:
+        other = getattr(_parallel_config.context_parallel_config, "attention", None)
+        if other is not None:
+            return other(query, key, value)
+        return templated(query, key, value, *args, _parallel_config=_parallel_config, **kwargs)
+
+    attention_dispatch._templated_context_parallel_attention = attention
+
+
+def yunchang(machines: int, ranks: int) -> Callable[..., torch.Tensor] | None:
+    """Collective: yunchang's USP, Ulysses inside machines and ring across; None if it is not installed."""
+    if importlib.util.find_spec("yunchang") is None:
+        return None
+    from yunchang import LongContextAttention, set_seq_parallel_pg
+    from yunchang.kernels import attention as kernels
+
+    def flash(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None) -> Any:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, scale=scale)
+
+    kernels._scaled_dot_product_flash_attention = flash
+    set_seq_parallel_pg(ranks, machines, dist.get_rank(), machines * ranks)
+    attention: Callable[..., torch.Tensor] = LongContextAttention(ring_impl_type="basic_pytorch")
+    return attention
 
 
 def _forward_op(ctx: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,11 +147,18 @@ def peers(machines: int, ranks: int) -> dict[str, dict[str, int]]:
     return found
 
 
-def parallel(name: str, model: nn.Module, degrees: dict[str, int], divides: bool) -> nn.Module:
+def parallel(
+    name: str,
+    model: nn.Module,
+    degrees: dict[str, int],
+    divides: bool,
+    attention: Callable[..., torch.Tensor] | None = None,
+) -> nn.Module:
     """A copy of the model, on the same weights, with diffusers' context parallelism switched on.
 
     Args:
         divides: every stream's tokens divide by the ranks; else diffusers' "anything" modes are asked for.
+        attention: in place of diffusers' own, on q, k, v [B, S, H, D].
     """
     from diffusers import ContextParallelConfig
 
@@ -131,5 +168,7 @@ def parallel(name: str, model: nn.Module, degrees: dict[str, int], divides: bool
     if not divides:
         more = {"ulysses_anything": True} if "ulysses_degree" in degrees else {"ring_anything": True}
     enable: Callable[..., None] = twin.enable_parallelism
-    enable(config=ContextParallelConfig(**degrees, **more), cp_plan=_plan(name, twin))
+    config: Any = ContextParallelConfig(**degrees, **more)
+    config.attention = attention
+    enable(config=config, cp_plan=_plan(name, twin))
     return twin

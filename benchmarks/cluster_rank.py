@@ -27,8 +27,9 @@ from emulated_machines import shape_command
 from sfcompile.backend import last_report
 from sfcompile.errors import StreamFusionError
 from sfcompile.measure import measure, table
+from sfcompile.passes import choose_schedules, pipeline
 from sfcompile.runtime.process_group import ProcessWorld
-from sfcompile.runtime.session import Session, get_session
+from sfcompile.runtime.session import get_session
 from sfcompile.runtime.topology import Topology
 
 FORCED = ("torus", "ulysses", "ring", "usp")
@@ -99,8 +100,15 @@ class Rank:
             load(program, *args)
 
         self.session.load = noted  # type: ignore[method-assign]
+        if config["parts"]:  # an experiment: other cuts than the planner's own
+            pipeline.State.__init__.__defaults__ = tuple(
+                tuple(config["parts"]) if value == (2,) else value for value in pipeline.State.__init__.__defaults__
+            )
         if config["peers"]:
             cluster_peers.prepare()
+            topology = self.session.topology
+            ranks = topology.num_ranks // topology.num_machines
+            self.yunchang = cluster_peers.yunchang(topology.num_machines, ranks)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -115,7 +123,9 @@ class Rank:
 
     # ------------------------------------------------------------------ contenders
 
-    def ours(self, model: torch.nn.Module, inputs: dict[str, Any], topology: Topology, wanted: list[str]) -> Iterator[Contender]:
+    def ours(
+        self, model: torch.nn.Module, inputs: dict[str, Any], topology: Topology, wanted: list[str]
+    ) -> Iterator[Contender]:
         """The planner's choice first, then every schedule that is asked for and possible."""
         for name in wanted:
             options = {
@@ -155,6 +165,11 @@ class Rank:
             if self.config["inner"] != "eager":
                 twin = torch.compile(twin)
             found.append(Contender(peer, lambda run=twin: first(run(**inputs)), peer, str(degrees)))
+        usp = "yunchang usp"
+        if self.yunchang is not None and self.wanted(usp) and divides and self.config["inner"] == "eager":
+            degrees = {"ulysses_degree": total // machines, "ring_degree": machines}
+            twin = cluster_peers.parallel(name, model, degrees, divides, self.yunchang)
+            found.append(Contender(usp, lambda run=twin: first(run(**inputs)), usp, str(degrees)))
         return found
 
     def wanted(self, name: str) -> bool:
@@ -200,7 +215,9 @@ class Rank:
         if not contender.error <= 1e-5:
             raise SystemExit(f"{contender.name} ({contender.plan}) is off by {contender.error:.1e}")
 
-    def cell(self, name: str, rate: str, topology: Topology, fixed: list[Contender], model: Any, inputs: Any, want: Any) -> None:
+    def cell(
+        self, name: str, rate: str, topology: Topology, fixed: list[Contender], model: Any, inputs: Any, want: Any
+    ) -> None:
         """All contenders of one cell in turn."""
         names = [n for n in ("ours", *(f"ours {kind}" for kind in FORCED)) if self.wanted(n)]
         mine: list[Contender] = []
@@ -228,7 +245,18 @@ class Rank:
                     self.timed(alone)
         for name_, twin_name in same.items():
             twin = next(c for c in mine if c.name == twin_name)
-            running.append(Contender(name_, twin.run, twin.key, f"= {twin_name}", twin.across_bytes, twin.error, twin.seconds, twin.blocked))
+            running.append(
+                Contender(
+                    name_,
+                    twin.run,
+                    twin.key,
+                    f"= {twin_name}",
+                    twin.across_bytes,
+                    twin.error,
+                    twin.seconds,
+                    twin.blocked,
+                )
+            )
         if self.rank == 0:
             self.write(name, rate, topology, [*running, *([alone] if alone else [])], compile_s)
 
@@ -252,7 +280,53 @@ class Rank:
         with open(self.config["results"], "a", encoding="utf-8") as file:
             file.write(json.dumps(cell) + "\n")
         shown = ", ".join(f"{row.name} {statistics.median(row.seconds):.2f}" for row in rows if row.seconds)
-        print(f"  {layout} {rate:>8} {name:<10} {shown}  (plan {rows[0].plan}; compiled in {compile_s:.0f} s)", flush=True)
+        print(
+            f"  {layout} {rate:>8} {name:<10} {shown}  (plan {rows[0].plan}; compiled in {compile_s:.0f} s)", flush=True
+        )
+
+    def memory(self) -> None:
+        """One contender for some steps: the heap after each, peak RSS, and the CPU time that is not about tokens."""
+        config, session = self.config, self.session
+        name, contender = config["models"][0], config["contenders"][0]
+        self.set_rate(config["rates"][0])
+        topology = session.exchange(measure(session), "measure")[0]
+        model, inputs = cluster_models.build(name, config["scale"], config["blocks"])
+        if contender == "ours":
+            running = next(self.ours(model, inputs, topology, ["ours"]))
+        else:
+            running = self.peers(name, model, inputs)[0]
+        heaps, cpu = [], []
+        for _ in range(config["steps"]):
+            start = time.process_time()
+            self.timed(running)
+            cpu.append(time.process_time() - start)
+            heaps.append(session.heap_bytes)
+        peak = [0.0 for _ in range(topology.num_ranks)]
+        dist.all_gather_object(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        self.say(
+            f"  {contender:<18} {config['blocks']} x blocks, {config['steps']} steps of "
+            f"{statistics.median(running.seconds):.2f} s: "
+            f"peak RSS {', '.join(f'{mib:.0f}' for mib in peak)} MiB; symmetric heap after steps 1, {len(heaps) // 2}, "
+            f"{len(heaps)}: {', '.join(f'{heaps[i] / 2**20:.1f}' for i in (0, len(heaps) // 2, -1))} MiB"
+        )
+        if contender != "ours":
+            return
+        report = last_report()
+        cut = report is not None and "2Q 2KV" in report.schedule
+        few, small = cluster_models.build(name, 1 / 256, config["blocks"])
+        choose_schedules._WORTH = float("inf") if cut else 0.0  # as many instructions as the large model has
+        tiny = next(self.ours(few, small, topology, ["ours torus"]))
+        times = []
+        for _ in range(30):
+            session.meet()
+            start = time.process_time()
+            tiny.run()
+            times.append(time.process_time() - start)
+        share = statistics.median(times) / statistics.median(cpu)
+        self.say(
+            f"  CPU time of a step with 16 + 4 tokens: {statistics.median(times) * 1e3:.1f} ms "
+            f"(Python, dispatch, messages; {tiny.plan}), {share:.1%} of a whole step's {statistics.median(cpu):.2f} s"
+        )
 
     def main(self) -> None:
         """Models outside, rates inside: weights and peers are made once per model."""
@@ -273,7 +347,9 @@ class Rank:
                 self.cell(name, rate, constants[rate], fixed, model, inputs, want)
             torch._dynamo.reset()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.say(f"  peak RSS of rank 0: {peak / 1024:.0f} MiB, symmetric heap {self.session.heap_bytes / 2**20:.1f} MiB")
+        self.say(
+            f"  peak RSS of rank 0: {peak / 1024:.0f} MiB, symmetric heap {self.session.heap_bytes / 2**20:.1f} MiB"
+        )
 
 
 def first(output: Any) -> torch.Tensor:
@@ -299,4 +375,5 @@ def bits(rate: str) -> float:
 
 
 if __name__ == "__main__":
-    Rank(json.loads(Path(sys.argv[1]).read_text())).main()
+    this = Rank(json.loads(Path(sys.argv[1]).read_text()))
+    this.memory() if this.config["memory"] else this.main()

@@ -109,7 +109,7 @@ def choose_schedules(
     schedule: str = "auto",
     agree: Agree = lambda plan: plan(),
     split_batch: bool = True,
-    parts: int = 1,
+    parts: Sequence[int] = (),
 ) -> Choices:
     """Plan every distinct attention, between two of which a rank computes its share of everything else.
 
@@ -118,7 +118,7 @@ def choose_schedules(
     Args:
         mesh, schedule: what the user asked for (choose_plan.py); ``mesh`` may hold a "batch" degree.
         split_batch: whether the batch may be split; not if it was split before.
-        parts: most parts that a rank's tokens may be cut into.
+        parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
         agree: calls its argument on one rank and gives every rank the result, so that all run one plan.
 
     Raises:
@@ -139,11 +139,11 @@ def choose_schedules(
             f"mesh={dict(mesh or {})} splits the batch {asked} ways", "; ".join(refused), "leave batch out of the mesh"
         )
 
-    cut: dict[int, dict[fx.Node, AttentionSite]] = {}
-    if parts > 1 and topology.num_machines > 1:
-        cut = {1: sharded_attentions(tokens, layouts, sites, parts)}
+    cuts: dict[int, dict[fx.Node, AttentionSite]] = {}
+    if topology.num_machines > 1:
+        cuts = {count: sharded_attentions(tokens, layouts, sites, count) for count in parts}
 
-    def plan() -> tuple[int, list[SitePlan], list[SitePlan], list[str]]:
+    def plan() -> tuple[int, list[SitePlan], int, list[SitePlan], list[str]]:
         priced = {
             batch: [
                 plan_site(site, topology.subset(groups_of(topology, batch)[0]), other_s, mesh, schedule)
@@ -154,24 +154,26 @@ def choose_schedules(
         }
         prices = {batch: _step(splits[batch], plans) for batch, plans in priced.items()}
         best = min(prices, key=lambda batch: (prices[batch], batch))
-        halves: list[SitePlan] = []
-        if best == 1 and cut.get(1):
-            halves = [plan_site(site, topology, other_s, mesh, schedule) for site in _distinct(cut[1]).values()]
-            price_s = _step(cut[1], halves)
-            said.append(f"tokens in {parts} parts: {price_s * 1e3:.3f} ms a step, whole {prices[1] * 1e3:.3f} ms")
-            if price_s > _WORTH * prices[1]:
-                halves = []
+        said = []
+        count, pieces, least = 1, [], prices[best]
+        for number, cut in cuts.items() if best == 1 else ():
+            if not cut:
+                continue
+            made = [plan_site(site, topology, other_s, mesh, schedule) for site in _distinct(cut).values()]
+            price_s = _step(cut, made)
+            said.append(f"tokens in {number} parts: {price_s * 1e3:.3f} ms a step, whole {prices[1] * 1e3:.3f} ms")
+            if price_s <= _WORTH * least:
+                count, pieces, least = number, made, price_s
         rows = [f"batch split {batch} ways: {seconds * 1e3:.3f} ms a step" for batch, seconds in prices.items()]
-        return best, priced[best], halves, [*(rows if len(rows) > 1 else []), *said, *refused]
+        return best, priced[best], count, pieces, [*(rows if len(rows) > 1 else []), *said, *refused]
 
-    said: list[str] = []
-    batch, made, halves, notes = agree(plan)
+    batch, made, count, pieces, notes = agree(plan)
     group = topology.subset(groups_of(topology, batch)[0])
     whole = _choices(tokens, splits[batch], made, topology, group, other_s, batch, notes)
-    if not halves:
+    if count == 1:
         return whole
-    split = _choices(tokens, cut[1], halves, topology, group, other_s, batch, notes)
-    return replace(split, parts=parts, whole=whole)
+    split = _choices(tokens, cuts[count], pieces, topology, group, other_s, batch, notes)
+    return replace(split, parts=count, whole=whole)
 
 
 def _choices(

@@ -176,9 +176,7 @@ class LocalGraph:
         self.sites.append(GatherSite(name, shape, dtype, layout.dim, layout.outer, layout.inner, runs))
         return self._exchange(node, site, shape, dtype)
 
-    def gather_parts(
-        self, parts: Sequence[fx.Node], layout: Layout, shape: Shape, owners: Ownership
-    ) -> fx.Node:
+    def gather_parts(self, parts: Sequence[fx.Node], layout: Layout, shape: Shape, owners: Ownership) -> fx.Node:
         """The whole value from every rank's parts, each gathered by itself, so that the first leave early.
 
         Args:

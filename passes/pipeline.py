@@ -61,7 +61,7 @@ class State:
     part: BatchPart | None = None
     groups: tuple[tuple[int, ...], ...] = ()
     split_batch: bool = True
-    max_parts: int = 2
+    parts: tuple[int, ...] = (2,)
     placement: Placement | None = None
     local: LocalGraph | None = None
     schedules: list[Schedule] = field(default_factory=list)
@@ -134,7 +134,7 @@ def _choose_axes(s: State) -> None:
 def _choose_schedules(s: State) -> None:
     assert s.layouts is not None
     s.choices = choose_schedules(
-        s.tokens, s.layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree, s.split_batch, s.max_parts
+        s.tokens, s.layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree, s.split_batch, s.parts
     )
 
 
