@@ -49,9 +49,9 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
     Every value belongs to a group: that of the latest end (the collect of a part, the end of a gather) that it hangs
     on, ends numbered in graph order. The ends of an attention's parts follow one another, so all that part 0 needs up
     to its next puts is computed before the collect of part 1, whose outputs travel meanwhile. In a group the end comes
-    first, then puts, K and V before Q (receivers start on keys), each after just what it needs. What no put needs (the
-    MLP of a parallel block) waits for the next attend, and runs while chunks travel. Values that belong to no part
-    (modulation, embeddings) are computed for their first reader.
+    first, then puts, each after just what it needs: V (no norm, no RoPE, so the link starts at once), K, and Q last,
+    for receivers start on keys. What no put needs (the MLP of a parallel block) waits for the next attend, and runs
+    while chunks travel. Values that belong to no part (modulation, embeddings) are computed for their first reader.
 
     The order of the communication follows from groups, sites and kinds alone, so it is the same on all ranks:
     * an attend is in the group of the last of its puts, and after them; its ends have later numbers;
@@ -102,7 +102,7 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
                 placed.add(node)
                 order.append(node)
 
-    urgency = {"put_k": 0, "put_v": 1, "put_q": 2, "gather_start": 3}
+    urgency = {"put_v": 0, "put_k": 1, "put_q": 2, "gather_start": 3}
     pending: list[fx.Node] = []
     for key in sorted(members):
         starts = [node for node in members[key] if node in site_of and _kind(node) in _STARTS]
