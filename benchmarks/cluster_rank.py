@@ -102,7 +102,7 @@ class Rank:
         self.session.load = noted  # type: ignore[method-assign]
         if config["parts"]:  # an experiment: other cuts than the planner's own
             pipeline.State.__init__.__defaults__ = tuple(
-                tuple(config["parts"]) if value == (2,) else value for value in pipeline.State.__init__.__defaults__
+                tuple(config["parts"]) if value == (2, 3) else value for value in pipeline.State.__init__.__defaults__
             )
         if config["peers"]:
             cluster_peers.prepare()

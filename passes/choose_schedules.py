@@ -140,7 +140,7 @@ def choose_schedules(
         )
 
     cuts: dict[int, dict[fx.Node, AttentionSite]] = {}
-    if topology.num_machines > 1:
+    if topology.num_machines > 1 and topology.copy_bytes_per_s is not None:  # the executor's; kernels take tokens whole
         cuts = {count: sharded_attentions(tokens, layouts, sites, count) for count in parts}
 
     def plan() -> tuple[int, list[SitePlan], int, list[SitePlan], list[str]]:

@@ -61,7 +61,7 @@ class State:
     part: BatchPart | None = None
     groups: tuple[tuple[int, ...], ...] = ()
     split_batch: bool = True
-    parts: tuple[int, ...] = (2,)
+    parts: tuple[int, ...] = (2, 3)
     placement: Placement | None = None
     local: LocalGraph | None = None
     schedules: list[Schedule] = field(default_factory=list)

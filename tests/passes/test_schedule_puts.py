@@ -93,17 +93,17 @@ def test_nothing_to_order() -> None:
     assert schedule_puts(graph) == 0
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("self", 1), ("joint", 2), ("cross", 2)])
-def test_tokens_in_parts_give_the_same(name: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "ranks", "parts"), [("self", 1, 2), ("joint", 2, 3), ("cross", 2, 2)])
+def test_tokens_in_parts_give_the_same(name: str, ranks: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sfcompile.passes.choose_schedules._WORTH", float("inf"))
     model, inputs = build(name)
     topology = Topology.grid(2, ranks)  # rows of an image are not cut, and "self" has four of them
     got = captured(model, *inputs)
     compiled = []
     for rank in range(topology.num_ranks):
-        state = State(got.gm, got.mode, topology, rank, shard_everything=True, split_batch=False)
+        state = State(got.gm, got.mode, topology, rank, shard_everything=True, split_batch=False, parts=(parts,))
         compiled.append(run_pipeline(state))
-        assert state.choices is not None and state.choices.parts == 2, state.choices.notes
+        assert state.choices is not None and state.choices.parts == parts, state.choices.notes
         check_banks(compiled[-1].gm.graph)
     assert len({tuple(rank.order) for rank in compiled}) == 1
     order = kinds(compiled[0].gm.graph)
@@ -111,7 +111,7 @@ def test_tokens_in_parts_give_the_same(name: str, ranks: int, monkeypatch: pytes
         layers = list(dict.fromkeys(site for kind, site in order if kind == "put_k"))
         second = order.index(("put_k", layers[1]))
         late = order[second:].count(("collect", layers[0]))
-        assert late == 1, "the second part of layer 0 comes home under layer 1's puts"
+        assert late == parts - 1, "later parts of layer 0 come home under layer 1's puts"
     values = placeholder_values(got)
     with torch.no_grad():
         want = got.gm(*values)
