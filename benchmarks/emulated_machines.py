@@ -20,6 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 
+def shape_command(rate: str) -> list[str]:
+    """What shapes a machine's uplink, run inside the machine."""
+    shape = ["tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "128kb"]
+    return [*shape, "latency", "200ms"]
+
+
 class CannotEmulate(RuntimeError):
     """This machine cannot make network namespaces; the message says what is missing."""
 
@@ -84,8 +90,7 @@ def emulated_machines(machines: int, rate: str) -> Iterator[Cluster]:
             _run("ip", "-n", space, "addr", "add", f"10.{cluster.net}.0.{i + 1}/24", "dev", "eth0")
             _run("ip", "-n", space, "link", "set", "eth0", "up")
             _run("ip", "-n", space, "link", "set", "lo", "up")
-            shape = ["tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "128kb"]
-            _run("ip", "netns", "exec", space, *shape, "latency", "200ms")
+            _run("ip", "netns", "exec", space, *shape_command(rate))
         yield cluster
     finally:
         for i in range(machines):

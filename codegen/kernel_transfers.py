@@ -25,7 +25,7 @@ from sfcompile.codegen.kernel_text import entry_name
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.sites import GatherSite, ReshardSite
 from sfcompile.runtime.instructions import Put, Wait
-from sfcompile.runtime.parts import part, place
+from sfcompile.runtime.parts import cut_part, place_part
 
 _ALIGN = 128
 
@@ -95,10 +95,10 @@ class TransferKernels:
 
     def put(self, shard: torch.Tensor, heap: HeapView) -> None:
         """Send this rank's shard, or its parts, to who wants them."""
-        self._own = part(self.site, shard, self.rank, self.rank).clone(memory_format=torch.contiguous_format)
+        self._own = cut_part(self.site, shard, self.rank, self.rank).clone(memory_format=torch.contiguous_format)
         buffer = torch.empty(max(self._out_bytes, 16), dtype=torch.uint8, device=shard.device)
         for step, (at, shape) in zip(self._puts, self._outgoing, strict=True):
-            _view(buffer, at, shape, shard.dtype).copy_(part(self.site, shard, self.rank, step.dst))
+            _view(buffer, at, shape, shard.dtype).copy_(cut_part(self.site, shard, self.rank, step.dst))
         self._launch("send", self._send, buffer, heap)
 
     def gather(self, out: torch.Tensor, heap: HeapView) -> None:
@@ -106,10 +106,10 @@ class TransferKernels:
         buffer = torch.empty(max(self._in_bytes, 16), dtype=torch.uint8, device=out.device)
         self._launch("receive", self._receive, buffer, heap)
         assert self._own is not None
-        place(self.site, out, self._own, self.rank, self.rank)
+        place_part(self.site, out, self._own, self.rank, self.rank)
         self._own = None
         for wait, (at, shape) in zip(self._waits, self._incoming, strict=True):
-            place(self.site, out, _view(buffer, at, shape, out.dtype), wait.src, self.rank)
+            place_part(self.site, out, _view(buffer, at, shape, out.dtype), wait.src, self.rank)
 
     def check(self) -> None:
         """Raise what a debug build reported; synchronises with the device.

@@ -18,7 +18,7 @@ from sfcompile.codegen.chunk_flow import ChunkFlow
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.sites import AttentionSite
-from sfcompile.runtime.instructions import Instruction
+from sfcompile.runtime.instructions import Chunk, Instruction
 
 
 def build_torus(site: AttentionSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:
@@ -37,6 +37,8 @@ def build_torus(site: AttentionSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: i
 
 def staged(flow: ChunkFlow) -> list[Instruction]:
     """The attend phase: compute on whatever is here while the rest arrives."""
+    if flow.site.parts > 1:
+        return in_parts(flow)
     lanes = flow.mesh.lanes
     bundles = [range(n, n + lanes) for n in range(0, flow.groups, lanes)]
     # Without split heads queries stay at home: the own ones are all there are.
@@ -75,6 +77,52 @@ def staged(flow: ChunkFlow) -> list[Instruction]:
     if len(bundles) == 1:
         out += [flow.push(q) for q in home if q.src != 0]
     return out
+
+
+def in_parts(flow: ChunkFlow) -> list[Instruction]:
+    """The same for tokens that come part by part, each as keys, values, queries: work in the order of arrival.
+
+        1. stationary: Q x KV of the own bundle
+        2. per part:   keys and values of each other bundle, against every Q that is here; then its Q, against every KV
+        3. last part:  once its last KV is attended, outputs of the earlier parts' remote Q go home, while the last
+                       remote Q are still arriving; each of those is attended to all KV at once and its output goes home
+
+    So the link carries Q of the last part while outputs of the first are made, and never idles for an attention call.
+    """
+    hops = range(flow.ring)
+    lanes = flow.mesh.lanes
+    near, *far = [range(n, n + lanes) for n in range(0, flow.groups, lanes)]
+    here = [q for piece in flow.queries(near if flow.split_heads else range(1)) for q in piece]
+    waiting = {p: [flow.queries(bundle)[p] for bundle in far] if flow.split_heads else [] for p in flow.q_pieces}
+    out: list[Instruction] = [flow.wait_query(q) for q in here if q.src != 0]
+    keys: list[tuple[int, int, int]] = []
+    for hop in hops:
+        chunks = flow.keys(near, [hop])
+        for chunk in chunks:
+            out += flow.arrive(chunk)
+        out.append(flow.attend(here, chunks))
+        keys += chunks
+    remote: list[Chunk] = []
+    last = flow.kv_pieces[-1]
+    for part in flow.kv_pieces:
+        for bundle in far:
+            chunks = [(a, h, part) for h in hops for a in bundle]
+            for chunk in chunks:
+                out += flow.arrive(chunk)
+            keys += chunks
+            if part == last and bundle is far[-1] and remote:
+                out.append(flow.attend(remote, chunks))
+                out += [flow.push(q) for q in remote]
+                out.append(flow.attend(here, chunks))
+            else:
+                out.append(flow.attend(here + remote, chunks))
+        for queries in waiting[part]:
+            out += [flow.wait_query(q) for q in queries]
+            out.append(flow.attend(queries, keys))
+            remote += queries
+            if part == last:
+                out += [flow.push(q) for q in queries]
+    return out + [flow.push(q) for q in here if q.src != 0]
 
 
 def _arrivals(flow: ChunkFlow, bundle: range) -> list[list[tuple[int, int, int]]]:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.sites import AttentionSite
-from sfcompile.runtime.instructions import Attend, Chunk, Forward, Push, Put, Wait
+from sfcompile.runtime.instructions import Attend, Chunk, Forward, Instruction, Push, Put, Wait
 from sfcompile.runtime.spans import Span
 from sfcompile.runtime.topology import Topology
 
@@ -46,11 +46,21 @@ class Compute:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a site's epoch; epochs number the site calls of a run."""
+    """One phase of a site's epoch, for one part of the tokens or (-1) all; epochs number the site calls of a run."""
 
     schedule: Schedule
     epoch: int
     phase: str
+    part: int = -1
+
+    def has(self, step: Instruction) -> bool:
+        """Whether an instruction of the phase belongs to the part."""
+        if self.part == -1:
+            return True
+        if isinstance(step, Put):
+            return step.piece == self.part
+        chunk = next(a.chunk for a in self.schedule.origin.arrivals if isinstance(step, Wait) and a.slot == step.slot)
+        return chunk.piece == self.part
 
 
 Step = Compute | Phase
@@ -97,6 +107,38 @@ def layer(schedule: Schedule, epoch: int, before_s: float = 0.0, under_s: float 
     puts = [phase for phase in phases if phase.phase.startswith("put_") or phase.phase == "gather_start"]
     steps: list[Step] = [Compute(before_s, "layer"), *puts, Compute(under_s, "under the puts"), *phases[len(puts) :]]
     return [step for step in steps if not (isinstance(step, Compute) and step.seconds == 0.0)]
+
+
+def pipelined(schedule: Schedule, layers: int, before_s: float) -> list[Step]:
+    """Layers whose tokens come in parts: a part's outputs are collected and its next q, k and v computed and sent
+    while the other parts are still on their way.
+
+    Args:
+        before_s: compute between two attentions, all parts together.
+    """
+    parts = schedule.site.parts if isinstance(schedule.site, AttentionSite) else 1
+    steps: list[Step] = []
+    for epoch in range(1, layers + 1):
+        for part in range(parts):
+            if epoch > 1:
+                steps.append(Phase(schedule, epoch - 1, "collect", part))
+            if before_s:
+                steps.append(Compute(before_s / parts, "layer"))
+            steps += [Phase(schedule, epoch, name, part) for name in ("put_k", "put_v", "put_q")]
+        steps.append(Phase(schedule, epoch, "attend"))
+    return [*steps, *(Phase(schedule, layers, "collect", part) for part in range(parts))]
+
+
+def price(schedule: Schedule, topology: Topology, before_s: float) -> Timeline:
+    """One layer of many: what the second of two adds, if tokens come in parts."""
+    if not isinstance(schedule.site, AttentionSite) or schedule.site.parts == 1:
+        return simulate(layer(schedule, 1, before_s), topology)
+    one, two = (simulate(pipelined(schedule, layers, before_s), topology) for layers in (1, 2))
+    return replace(
+        two, seconds=two.seconds - one.seconds, compute_s=two.compute_s - one.compute_s,
+        exposed_s=two.exposed_s - one.exposed_s, busy_s=two.busy_s - one.busy_s,
+        inside_bytes=one.inside_bytes, across_bytes=one.across_bytes, limit_s=two.limit_s - one.limit_s,
+    )  # fmt: skip
 
 
 def simulate(steps: Sequence[Step], topology: Topology, two_sided: bool = False, record: bool = False) -> Timeline:
@@ -267,9 +309,12 @@ class _Sweep:
         facts = self._facts.setdefault(id(schedule), _Facts(schedule))
         top = self.topology
         if call.phase.startswith("put_") and top.copy_bytes_per_s is not None:
-            self._busy(facts.own_bytes(call.phase[-1]) / top.copy_bytes_per_s)
+            share = 1 if call.part == -1 else getattr(schedule.site, "parts", 1)
+            self._busy(facts.own_bytes(call.phase[-1]) / share / top.copy_bytes_per_s)
         peer: int | None = None  # messages to one peer in a row go out, and meet the receiver, together
         for step in schedule.origin.phases[call.phase]:
+            if not call.has(step):
+                continue
             match step:
                 case Put(_, _, dst, slot) | Forward(_, dst, slot) | Push(Chunk(dst), slot):
                     alone = schedule.staged or isinstance(step, Forward) or schedule.mesh.step(dst)[0] == 0

@@ -40,7 +40,9 @@ class AttentionSite:
     """Softmax attention of q [B, H, Lq, D] with k [B, Hkv, Lk, D] and v [B, Hkv, Lk, E], all sharded over tokens.
 
     ``q_positions[r]`` and ``kv_positions[r]`` are rank r's tokens (uneven, several runs, possibly none). ``mask`` is
-    "full" if a whole mask broadcastable to [B, H, Lq, Lk] is given at attend time.
+    "full" if a whole mask broadcastable to [B, H, Lq, Lk] is given at attend time. With several ``parts`` a rank's
+    tokens come and go in so many tensors, cut as :func:`slice_of` cuts, so that one part is computed and sent while
+    another is under way.
     """
 
     name: str
@@ -55,6 +57,7 @@ class AttentionSite:
     scale: float
     causal: bool = False
     mask: str | None = None
+    parts: int = 1
 
     def geometry(self) -> tuple[Any, ...]:
         """Everything but the name: sites of equal geometry share a schedule."""

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import torch
 
-from sfcompile.codegen.sites import AttentionSite
+from sfcompile.codegen.sites import AttentionSite, Positions, slice_of
+from sfcompile.passes.labels import Runs
 from sfcompile.passes.op_rules import Chosen
 from sfcompile.passes.op_view import OpView
 
 
-def attention_site(op: OpView, chosen: Chosen, dtype: torch.dtype) -> AttentionSite:
-    """The site of an attention whose q, k and v are sharded over tokens (op_rules_attention.Attention.torus)."""
+def attention_site(op: OpView, chosen: Chosen, dtype: torch.dtype, parts: int = 1) -> AttentionSite | None:
+    """The site of an attention whose q, k and v are sharded over tokens (op_rules_attention.Attention.torus).
+
+    Args:
+        parts: a rank's tokens are that many ranks' in ``chosen.owners`` (Ownership.split). None is returned if they are
+            not cut where a schedule cuts them.
+    """
     q, k, v = op.operands[:3]
     layout_q, layout_k = chosen.ins[0], chosen.ins[1]
     assert layout_q is not None and layout_k is not None
     owners = chosen.owners
-    everyone = range(owners.num_ranks)
+    everyone = range(owners.num_ranks // parts)
+
+    def places(runs: Runs) -> tuple[Positions, ...]:
+        return tuple(
+            tuple(run for j in range(parts) for run in owners.position_runs(runs, r * parts + j)) for r in everyone
+        )
+
+    for runs in (layout_q.runs, layout_k.runs) if parts > 1 else ():
+        for rank in everyone:
+            sizes = [owners.count(runs, rank * parts + j) for j in range(parts)]
+            cuts = [slice_of(sum(sizes), parts, j) for j in range(parts)]
+            if sizes != [stop - start for start, stop in cuts]:
+                return None
     scale = op.args.get("scale")
     return AttentionSite(
         name=op.node.name,
@@ -25,9 +43,10 @@ def attention_site(op: OpView, chosen: Chosen, dtype: torch.dtype) -> AttentionS
         head_dim=q.shape[-1],
         v_head_dim=v.shape[-1],
         dtype=dtype,
-        q_positions=tuple(owners.position_runs(layout_q.runs, r) for r in everyone),
-        kv_positions=tuple(owners.position_runs(layout_k.runs, r) for r in everyone),
+        q_positions=places(layout_q.runs),
+        kv_positions=places(layout_k.runs),
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
         causal=bool(op.args.get("is_causal")),
         mask="full" if len(op.operands) > 3 else None,
+        parts=parts,
     )

@@ -20,7 +20,7 @@ from sfcompile.codegen.builders import REGISTERED, build
 from sfcompile.codegen.checker import check
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.simulator import Timeline, layer, simulate
+from sfcompile.codegen.simulator import Timeline, price
 from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import MeshError, ScheduleError
 from sfcompile.runtime.topology import Topology
@@ -150,12 +150,15 @@ def _plan(
         if reason:
             refused.append(Priced(candidate, reason))
             continue
+        candidate = replace(candidate, q_pieces=site.parts, kv_pieces=site.parts)
         try:
             built = _built(candidate, site, topology)
         except (MeshError, ScheduleError) as error:
             refused.append(Priced(candidate, error.what))
             continue
-        legal.append((other_s + least_seconds(built, topology), candidate, built))
+        # In parts, the compute between attentions may run under the traffic too.
+        before_s = other_s if site.parts == 1 else 0.0
+        legal.append((before_s + least_seconds(built, topology), candidate, built))
     if not legal:
         raise _nothing_left(site, topology, asked, schedule, refused)
     priced: list[tuple[Timeline, Candidate, Schedule]] = []
@@ -164,10 +167,10 @@ def _plan(
         if bound > best:
             refused.append(Priced(candidate, f"its compute and traffic alone take {bound * 1e3:.3f} ms"))
         else:
-            priced.append((simulate(layer(built, 1, other_s), topology), candidate, built))
+            priced.append((price(built, topology, other_s), candidate, built))
     priced.sort(key=lambda entry: entry[0].seconds)
     for _, candidate, _ in priced[:REFINED]:
-        if topology.num_ranks == 1:
+        if topology.num_ranks == 1 or site.parts > 1:
             break
         for q_pieces, kv_pieces in PIECES:
             cut = replace(candidate, q_pieces=q_pieces, kv_pieces=kv_pieces)
@@ -178,7 +181,7 @@ def _plan(
             except (MeshError, ScheduleError) as error:
                 refused.append(Priced(cut, error.what))
                 continue
-            priced.append((simulate(layer(built, 1, other_s), topology), cut, built))
+            priced.append((price(built, topology, other_s), cut, built))
     priced.sort(key=lambda entry: entry[0].seconds)
     least = priced[0][0].seconds
     rows = [_priced(line, candidate, built, least) for line, candidate, built in priced]

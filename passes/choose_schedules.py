@@ -27,6 +27,9 @@ from sfcompile.runtime.topology import Topology
 
 Agree = Callable[[Callable[[], Any]], Any]
 
+_WORTH = 0.97
+"""Tokens are cut into parts if that is predicted to take at most so much of the time."""
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -40,6 +43,8 @@ class Choices:
         other_s: what a rank computes between two attentions.
         batch: into how many parts the batch is split, each for a group of ranks; ``topology`` is that of one group.
         notes: prices of other splits of the batch, and why some are not possible.
+        parts: into how many parts a rank's tokens are cut, so that one is computed while another travels.
+        whole: what to do if this graph cannot be cut into parts.
     """
 
     topology: Topology
@@ -50,6 +55,8 @@ class Choices:
     other_s: float = 0.0
     batch: int = 1
     notes: tuple[str, ...] = ()
+    parts: int = 1
+    whole: Choices | None = None
 
     def schedule(self, site: AttentionSite | GatherSite | ReshardSite) -> Schedule:
         """The schedule of a site of this graph."""
@@ -65,21 +72,31 @@ class Choices:
         return self.plans[max(self.plans, key=lambda key: self.counts[key] * (self.plans[key].price.seconds or 0.0))]
 
     def __str__(self) -> str:
-        return "\n".join(f"{self.counts[key]} x {plan.best}" for key, plan in self.plans.items())
+        halves = f" in {self.parts} parts" if self.parts > 1 else ""
+        return "\n".join(f"{self.counts[key]} x {plan.best}{halves}" for key, plan in self.plans.items())
 
 
-def sharded_attentions(tokens: Tokens, layouts: Layouts, sites: Sequence[Site]) -> dict[fx.Node, AttentionSite]:
-    """The attentions whose q, k and v can be sharded over tokens, as sites for all ranks."""
+def sharded_attentions(
+    tokens: Tokens, layouts: Layouts, sites: Sequence[Site], parts: int = 1
+) -> dict[fx.Node, AttentionSite]:
+    """The attentions whose q, k and v can be sharded over tokens, as sites for all ranks.
+
+    With several ``parts``: none, if one of them cannot be cut so.
+    """
     found = {}
+    owners = layouts.owners if parts == 1 else layouts.owners.split(parts)
     for site in sites:
         op, rule = tokens.views[site.node], tokens.rules.get(site.node)
         chosen = Chosen(
             [layouts.chosen.get(operand.node) for operand in op.operands],
             [layouts.chosen.get(output) if output is not None else None for output in op.outputs],
-            layouts.owners,
+            owners,
         )
         if isinstance(rule, Attention) and rule.torus(op, chosen):
-            found[site.node] = attention_site(op, chosen, site.q.meta["val"].dtype)
+            made = attention_site(op, chosen, site.q.meta["val"].dtype, parts)
+            if made is None:
+                return {}
+            found[site.node] = made
     return found
 
 
@@ -92,6 +109,7 @@ def choose_schedules(
     schedule: str = "auto",
     agree: Agree = lambda plan: plan(),
     split_batch: bool = True,
+    parts: Sequence[int] = (),
 ) -> Choices:
     """Plan every distinct attention, between two of which a rank computes its share of everything else.
 
@@ -100,6 +118,7 @@ def choose_schedules(
     Args:
         mesh, schedule: what the user asked for (choose_plan.py); ``mesh`` may hold a "batch" degree.
         split_batch: whether the batch may be split; not if it was split before.
+        parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
         agree: calls its argument on one rank and gives every rank the result, so that all run one plan.
 
     Raises:
@@ -120,7 +139,11 @@ def choose_schedules(
             f"mesh={dict(mesh or {})} splits the batch {asked} ways", "; ".join(refused), "leave batch out of the mesh"
         )
 
-    def plan() -> tuple[int, list[SitePlan], list[str]]:
+    cuts: dict[int, dict[fx.Node, AttentionSite]] = {}
+    if topology.num_machines > 1 and topology.copy_bytes_per_s is not None:  # the executor's; kernels take tokens whole
+        cuts = {count: sharded_attentions(tokens, layouts, sites, count) for count in parts}
+
+    def plan() -> tuple[int, list[SitePlan], int, list[SitePlan], list[str]]:
         priced = {
             batch: [
                 plan_site(site, topology.subset(groups_of(topology, batch)[0]), other_s, mesh, schedule)
@@ -131,16 +154,43 @@ def choose_schedules(
         }
         prices = {batch: _step(splits[batch], plans) for batch, plans in priced.items()}
         best = min(prices, key=lambda batch: (prices[batch], batch))
+        said = []
+        count, pieces, least = 1, [], prices[best]
+        for number, cut in cuts.items() if best == 1 else ():
+            if not cut:
+                continue
+            made = [plan_site(site, topology, other_s, mesh, schedule) for site in _distinct(cut).values()]
+            price_s = _step(cut, made)
+            said.append(f"tokens in {number} parts: {price_s * 1e3:.3f} ms a step, whole {prices[1] * 1e3:.3f} ms")
+            if price_s <= _WORTH * least:
+                count, pieces, least = number, made, price_s
         rows = [f"batch split {batch} ways: {seconds * 1e3:.3f} ms a step" for batch, seconds in prices.items()]
-        return best, priced[best], [*(rows if len(rows) > 1 else []), *refused]
+        return best, priced[best], count, pieces, [*(rows if len(rows) > 1 else []), *said, *refused]
 
-    batch, made, notes = agree(plan)
+    batch, made, count, pieces, notes = agree(plan)
     group = topology.subset(groups_of(topology, batch)[0])
-    distinct = _distinct(splits[batch])
-    counts = Counter(site.geometry() for site in splits[batch].values())
+    whole = _choices(tokens, splits[batch], made, topology, group, other_s, batch, notes)
+    if count == 1:
+        return whole
+    split = _choices(tokens, cuts[count], pieces, topology, group, other_s, batch, notes)
+    return replace(split, parts=count, whole=whole)
+
+
+def _choices(
+    tokens: Tokens,
+    sites: Mapping[fx.Node, AttentionSite],
+    made: Sequence[SitePlan],
+    topology: Topology,
+    group: Topology,
+    other_s: float,
+    batch: int,
+    notes: Sequence[str],
+) -> Choices:
+    distinct = _distinct(sites)
+    counts = Counter(site.geometry() for site in sites.values())
     plans = dict(zip(distinct, made, strict=True))
     exchange: dict[fx.Node, float] = {}
-    for node, site in splits[batch].items():
+    for node, site in sites.items():
         share = seconds(tokens.views[node], topology) / topology.num_ranks
         exchange[node] = max(0.0, (plans[site.geometry()].price.seconds or 0.0) - other_s - share)
     return Choices(group, plans, counts, exchange, distinct, other_s, batch, tuple(notes))

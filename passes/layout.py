@@ -11,6 +11,7 @@ non-empty.
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -138,6 +139,7 @@ class Ownership:
     ) -> None:
         self._space = space
         self.num_ranks = num_ranks
+        self._grains = dict(grains or {})
         self.segments = tuple(sorted(segments))
         self._segment_starts = [first for first, _ in self.segments]
         self._starts: list[int] = []
@@ -176,6 +178,30 @@ class Ownership:
                     at += count
             known = self._owners[runs] = tuple(out)
         return known
+
+    def split(self, parts: int) -> Ownership:
+        """The same with every rank's tokens cut into ``parts``: part j of rank r counts as rank ``r * parts + j``.
+
+        Every piece of a segment is cut, so that parts hold tokens of all streams; odd tokens are dealt over the parts
+        in turn.
+        """
+        made = copy.copy(self)
+        made.num_ranks = self.num_ranks * parts
+        made._starts, made._pieces, made._owners, made._vectors = [], [], {}, {}
+        turns = [0] * self.num_ranks
+        for start, (end, rank) in zip(self._starts, self._pieces, strict=True):
+            home = self._segment_starts[bisect_right(self._segment_starts, start) - 1]
+            grain = self._grains.get(home, 1)
+            base, extra = divmod((end - start) // grain, parts)
+            at = start
+            for part in range(parts):
+                count = (base + ((part - turns[rank]) % parts < extra)) * grain
+                if count:
+                    made._starts.append(at)
+                    made._pieces.append((at + count, rank * parts + part))
+                at += count
+            turns[rank] = (turns[rank] + extra) % parts
+        return made
 
     def axis_of(self, runs: Runs) -> int:
         """The token axis a vector belongs to: segments that ever appear in one vector share an axis."""

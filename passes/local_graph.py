@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import operator
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class LocalGraph:
         self.program = program
         self.sites: list[AttentionSite | GatherSite | ReshardSite] = []
         self.origin: fx.Node | None = None  # the captured node being rewritten, for names and stack traces
+        self.part: int | None = None  # which part of this rank's tokens is being written, if they come in several
         self._mode = mode
         self._ticket: fx.Node | None = None
         self._constants: dict[tuple[Any, ...], fx.Node] = {}
@@ -67,7 +69,17 @@ class LocalGraph:
         self._inherit(node)
         return node
 
+    def of_part(self, part: int, parts: int) -> LocalGraph:
+        """The same graph, written for one part of this rank's tokens: a rank among ``parts`` times as many."""
+        if parts == 1:
+            return self
+        view = copy.copy(self)
+        view.owners, view.rank, view.part = self.owners.split(parts), self.rank * parts + part, part
+        return view
+
     def _inherit(self, node: fx.Node) -> None:
+        if self.part is not None:
+            node.meta["part"] = self.part
         if self.origin is not None:
             node.meta["origin"] = self.origin.name  # sfcompile/explain_code.py says for each line what was decided
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
@@ -176,6 +188,42 @@ class LocalGraph:
         self.sites.append(GatherSite(name, shape, dtype, layout.dim, layout.outer, layout.inner, runs))
         return self._exchange(node, site, shape, dtype)
 
+    def gather_parts(self, parts: Sequence[fx.Node], layout: Layout, shape: Shape, owners: Ownership) -> fx.Node:
+        """The whole value from every rank's parts, each gathered by itself, so that the first leave early.
+
+        Args:
+            owners: of the parts (Ownership.split).
+        """
+        count, ranks = len(parts), self.owners.num_ranks
+        dtype, pieces = parts[0].meta["val"].dtype, []
+        name = f"{self.origin.name if self.origin else 'value'}"
+        found: list[tuple[int, fx.Node, int, int]] = []  # position, where it was gathered, place there, length
+        for part, made in enumerate(parts):
+            compact, at = [], 0
+            runs = [owners.row_runs(layout, rank * count + part) for rank in range(ranks)]
+            for mine in runs:
+                compact.append(((at, sum(n for _, n in mine)),) if mine else ())
+                at += sum(n for _, n in mine)
+            size = (*shape[: layout.dim], at * layout.inner, *shape[layout.dim + 1 :])
+            self.sites.append(GatherSite(f"{name}.{part}", size, dtype, layout.dim, 1, layout.inner, tuple(compact)))
+            site = len(self.sites) - 1
+            ops = torch.ops.streamfusion
+            start = self._communicate(ops.gather_start.default, [made, self.ticket(), self.program, site])
+            start.meta["part"] = part
+            pieces.append((site, size, runs))
+        for site, size, runs in pieces:
+            ops = torch.ops.streamfusion
+            args = [self.ticket(), self.program, site, list(size), dtype]
+            gathered = self.getitem(self._communicate(ops.gather_finish.default, args), 0)
+            at = 0
+            for mine in runs:
+                for first, n in mine:
+                    found.append((first, gathered, at * layout.inner, n * layout.inner))
+                    at += n
+        found.sort(key=lambda entry: entry[0])
+        slices = [self._slice(source, layout.dim, place, place + n) for _, source, place, n in found]
+        return self.call(torch.ops.aten.cat.default, [slices, layout.dim], {})
+
     def window(self, node: fx.Node, window: Window) -> fx.Node:
         """This rank's window of a whole value, cut out locally."""
         wanted = window.wanted[self.rank]
@@ -225,7 +273,9 @@ class LocalGraph:
         dtype = operands[0].meta["val"].dtype
         mask = operands[3] if len(operands) > 3 else None
         site = len(self.sites)
-        self.sites.append(attention_site(op, chosen, dtype))
+        made = attention_site(op, chosen, dtype)
+        assert made is not None
+        self.sites.append(made)
         ops = torch.ops.streamfusion
         for put, operand in zip((ops.put_q, ops.put_k, ops.put_v), operands[:3], strict=True):
             self._communicate(put.default, [operand, self.ticket(), self.program, site])
@@ -233,3 +283,36 @@ class LocalGraph:
         size = list(self.owners.local_shape(op.out_shapes[0], out, self.rank))
         done = self._communicate(ops.collect.default, [self.ticket(), self.program, site, size, dtype])
         return self.getitem(done, 0)
+
+    def attention_in_parts(
+        self, op: OpView, chosen: Chosen, operands: Sequence[Sequence[fx.Node]], views: Sequence[LocalGraph]
+    ) -> list[fx.Node]:
+        """The same, q, k and v coming and the output going part by part.
+
+        Args:
+            chosen: with the owners of parts (Ownership.split); ``operands`` and ``views`` are by part.
+        """
+        out = chosen.outs[0]
+        assert out is not None
+        parts = len(views)
+        dtype = operands[0][0].meta["val"].dtype
+        mask = operands[0][3] if len(operands[0]) > 3 else None
+        made = attention_site(op, chosen, dtype, parts)
+        assert made is not None  # the plan was made for this site (choose_schedules.py)
+        site = len(self.sites)
+        self.sites.append(made)
+        ops = torch.ops.streamfusion
+        for part, mine in enumerate(operands):
+            for put, operand in zip((ops.put_q, ops.put_k, ops.put_v), mine[:3], strict=True):
+                node = self._communicate(put.default, [operand, self.ticket(), self.program, site, part])
+                node.meta["part"] = part
+        self._communicate(ops.attend.default, [self.ticket(), mask, self.program, site])
+        found = []
+        for part, view in enumerate(views):
+            size = list(view.owners.local_shape(op.out_shapes[0], out, view.rank))
+            args = [self.ticket(), self.program, site, size, dtype, part]
+            done = self._communicate(ops.collect.default, args)
+            found.append(self.getitem(done, 0))
+            for node in (done, *done.users):
+                node.meta["part"] = part
+        return found

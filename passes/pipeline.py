@@ -38,7 +38,7 @@ from sfcompile.passes.place_min_cut import Placement, place_min_cut
 from sfcompile.passes.report import GraphReport
 from sfcompile.passes.report_graph import report_graph
 from sfcompile.passes.rewrite_batch import BatchPart, rewrite_batch
-from sfcompile.passes.rewrite_local import rewrite_local
+from sfcompile.passes.rewrite_local import CannotSplit, rewrite_local
 from sfcompile.passes.schedule_puts import schedule_puts
 from sfcompile.runtime.ops import ATTEND
 from sfcompile.runtime.topology import Topology
@@ -68,6 +68,7 @@ class State:
     part: BatchPart | None = None
     groups: tuple[tuple[int, ...], ...] = ()
     split_batch: bool = True
+    parts: tuple[int, ...] = (2, 3)
     placement: Placement | None = None
     local: LocalGraph | None = None
     schedules: list[Schedule] = field(default_factory=list)
@@ -157,7 +158,7 @@ def _choose_axes(s: State) -> None:
 def _choose_schedules(s: State) -> None:
     assert s.layouts is not None
     s.choices = choose_schedules(
-        s.tokens, s.layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree, s.split_batch
+        s.tokens, s.layouts, s.sites, s.topology, s.mesh_asked, s.schedule_asked, s.agree, s.split_batch, s.parts
     )
 
 
@@ -196,8 +197,17 @@ def _place_min_cut(s: State) -> None:
 
 def _rewrite_local(s: State) -> None:
     assert s.layouts is not None and s.placement is not None
-    s.local = LocalGraph(s.mode, s.layouts.owners, s.rank, s.program)
-    rewrite_local(s.gm, s.tokens, s.layouts, s.placement, s.local)
+    assert s.choices is not None
+    while True:
+        s.local = LocalGraph(s.mode, s.layouts.owners, s.rank, s.program)
+        try:
+            rewrite_local(s.gm, s.tokens, s.layouts, s.placement, s.local, s.choices.parts)
+            return
+        except CannotSplit as why:
+            assert s.choices.whole is not None
+            s.choices = replace(s.choices.whole, notes=(*s.choices.notes, f"tokens stay whole: {why}"))
+            s.placement.gathers.clear()
+            s.placement.moves.clear()
 
 
 def _schedule_puts(s: State) -> None:

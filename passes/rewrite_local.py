@@ -17,62 +17,89 @@ from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.choose_layouts import Layouts
 from sfcompile.passes.layout import Key, Layout, Owners, Window
 from sfcompile.passes.local_graph import LocalGraph
+from sfcompile.passes.op_rules_attention import Attention
 from sfcompile.passes.op_view import is_getitem, is_tensor, shape_of
 from sfcompile.passes.place_min_cut import Placement
 from sfcompile.torch_private import OpOverload
 
-ShardKey = tuple[fx.Node, tuple[Key, Owners] | Window]
+Key4 = tuple[fx.Node, tuple[Key, Owners] | Window, int]
+
+
+class CannotSplit(Exception):
+    """Something in this graph cannot be computed part by part; the message says what."""
 
 
 class _Rewriter:
-    def __init__(self, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph) -> None:
+    def __init__(
+        self, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph, parts: int = 1
+    ) -> None:
         self._tokens = tokens
         self._layouts = layouts
+        self._owners = layouts.owners if parts == 1 else layouts.owners.split(parts)
         self._placement = placement
         self._local = local
+        self._views = [local.of_part(part, parts) for part in range(parts)]
         self._whole: dict[fx.Node, fx.Node] = {}
-        self._made: dict[fx.Node, fx.Node] = {}  # shards under the value's own layout; tuples of sharded ops too
-        self._cuts: dict[ShardKey, fx.Node] = {}
+        # Shards by part, under the value's own layout; tuples of sharded ops too.
+        self._made: dict[fx.Node, list[fx.Node]] = {}
+        self._cuts: dict[Key4, fx.Node] = {}
 
     def whole(self, value: fx.Node) -> fx.Node:
         """The value on every rank in full, gathering it if only shards exist."""
         if value not in self._whole:
             layout = self._layouts.chosen[value]
             self._placement.gathers.append(value)
-            self._whole[value] = self._local.gather(self._made[value], layout, shape_of(value))
+            made = self._made[value]
+            if len(made) == 1:
+                self._whole[value] = self._local.gather(made[0], layout, shape_of(value))
+            elif layout.outer == 1:
+                self._whole[value] = self._local.gather_parts(made, layout, shape_of(value), self._owners)
+            else:
+                raise CannotSplit(f"{value.name} is gathered along a dim that holds more than tokens")
         return self._whole[value]
 
-    def shard(self, value: fx.Node, need: Layout | Window) -> fx.Node:
+    def shard(self, value: fx.Node, need: Layout | Window, part: int) -> fx.Node:
         """The value as an op needs it: as it was made, cut from the whole, or moved between ranks."""
-        owners, made = self._layouts.owners, self._layouts.chosen.get(value)
+        owners, made = self._owners, self._layouts.chosen.get(value)
         if value in self._made and isinstance(need, Layout) and owners.same(made, need):
-            return self._made[value]
-        key = (value, need if isinstance(need, Window) else (need.key, owners.owners(need.runs)))
+            return self._made[value][part]
+        key = (value, need if isinstance(need, Window) else (need.key, owners.owners(need.runs)), part)
         if key not in self._cuts:
+            if (value in self._made and value not in self._whole) or isinstance(need, Window):
+                if len(self._views) > 1:
+                    raise CannotSplit(f"{value.name} changes hands, or neighbours' rows of it are needed")
             if value in self._made and value not in self._whole:
                 assert made is not None
                 self._placement.moves.append((value, need))
-                self._cuts[key] = self._local.reshard(self._made[value], made, need, shape_of(value))
+                self._cuts[key] = self._local.reshard(self._made[value][0], made, need, shape_of(value))
             elif isinstance(need, Window):
                 self._cuts[key] = self._local.window(self.whole(value), need)
             else:
-                self._cuts[key] = self._local.shard(self.whole(value), need)
+                self._cuts[key] = self._views[part].shard(self.whole(value), need)
         return self._cuts[key]
 
     def run(self, graph: fx.Graph) -> None:
         """Rewrite every node in order."""
+        for node in self._placement.needs if len(self._views) > 1 else ():
+            if any(layout and not self._owners.fits(layout) for layout in self._placement.chosen[node].outs):
+                raise CannotSplit(f"{node.name} holds rows of a grid that do not divide")
         for node in graph.nodes:
             self._local.origin = node
+            for view in self._views:
+                view.origin = node
             if node.op == "output":
                 self._local.graph.output(fx.map_arg(node.args[0], self._result))
             elif node in self._placement.needs:
                 self._sharded(node)
             elif is_getitem(node) and node.args[0] in self._made:
-                piece = self._local.getitem(self._made[node.args[0]], node.args[1])
+                pieces = [
+                    view.getitem(made, node.args[1])
+                    for view, made in zip(self._views, self._made[node.args[0]], strict=True)
+                ]
                 if 0 in shape_of(node):  # no tokens: the same empty value on every rank
-                    self._whole[node] = piece
+                    self._whole[node] = pieces[0]
                 else:
-                    self._made[node] = piece
+                    self._made[node] = pieces
                     self._check(node)
             else:
                 self._copy(node)
@@ -83,22 +110,30 @@ class _Rewriter:
     def _sharded(self, node: fx.Node) -> None:
         op, chosen = self._tokens.views[node], self._placement.chosen[node]
         operands = [
-            self.shard(operand.node, need) if need is not None else self.whole(operand.node)
-            for operand, need in zip(op.operands, self._placement.needs[node], strict=True)
+            [
+                self.shard(operand.node, need, part) if need is not None else self.whole(operand.node)
+                for operand, need in zip(op.operands, self._placement.needs[node], strict=True)
+            ]
+            for part in range(len(self._views))
         ]
         # Rules read the layouts that operands really have, which are those they asked for.
         given = [need if isinstance(need, Layout) else None for need in self._placement.needs[node]]
-        asked = type(chosen)(given, chosen.outs, chosen.owners)
-        made = self._tokens.rules[node].emit(op, asked, operands, self._local)
+        asked = type(chosen)(given, chosen.outs, self._owners)
+        rule = self._tokens.rules[node]
+        if len(self._views) > 1 and isinstance(rule, Attention) and rule.torus(op, asked):
+            made = self._local.attention_in_parts(op, asked, operands, self._views)
+        else:
+            made = [rule.emit(op, asked, mine, view) for mine, view in zip(operands, self._views, strict=True)]
         if not any(chosen.outs):
-            self._whole[node] = self._local.all_reduce(made)
+            if len(self._views) > 1:
+                raise CannotSplit(f"{node.name} is a sum over all tokens")
+            self._whole[node] = self._local.all_reduce(made[0])
             return
         self._made[node] = made
         if is_tensor(node):
             self._check(node)
 
     def _check(self, node: fx.Node) -> None:
-        made = tuple(int(size) for size in self._made[node].meta["val"].shape)
         layout = self._layouts.chosen.get(node)
         if layout is None:
             if node.users:
@@ -109,15 +144,17 @@ class _Rewriter:
                     node=node,
                 )
             return
-        want = self._layouts.owners.local_shape(shape_of(node), layout, self._local.rank)
-        if made != want:
-            raise InternalError(
-                f"the local form of {node.name} has shape {list(made)}, its shard has {list(want)}",
-                f"the rule for {node.target} is wrong for the global shape {list(shape_of(node))}",
-                "report this graph",
-                node=node,
-                rank=self._local.rank,
-            )
+        for view, value in zip(self._views, self._made[node], strict=True):
+            made = tuple(int(size) for size in value.meta["val"].shape)
+            want = self._owners.local_shape(shape_of(node), layout, view.rank)
+            if made != want:
+                raise InternalError(
+                    f"the local form of {node.name} has shape {list(made)}, its shard has {list(want)}",
+                    f"the rule for {node.target} is wrong for the global shape {list(shape_of(node))}",
+                    "report this graph",
+                    node=node,
+                    rank=self._local.rank,
+                )
 
     def _copy(self, node: fx.Node) -> None:
         values: dict[fx.Node, fx.Node] = {}
@@ -127,13 +164,21 @@ class _Rewriter:
 
 
 def rewrite_local(
-    gm: fx.GraphModule, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph
+    gm: fx.GraphModule, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph, parts: int = 1
 ) -> None:
-    """Fill ``local`` with this rank's graph. Fills ``placement.gathers`` with the values that had to be gathered."""
+    """Fill ``local`` with this rank's graph. Fills ``placement.gathers`` with the values that had to be gathered.
+
+    Args:
+        parts: every op on tokens is written so many times, each for a part of this rank's tokens: schedule_puts.py then
+            lets one part travel while another is computed.
+
+    Raises:
+        CannotSplit: with several parts, where an op needs more than its own part.
+    """
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             setattr(local.root, str(node.target), getattr(gm, str(node.target)))
-    _Rewriter(tokens, layouts, placement, local).run(gm.graph)
+    _Rewriter(tokens, layouts, placement, local, parts).run(gm.graph)
     local.origin = None
     _drop_dead(local.graph)
 

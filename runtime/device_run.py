@@ -154,8 +154,9 @@ class DeviceRun:
         self.output: torch.Tensor | None = None
         self._runs, self._engine, self._view = runs, engine, view
 
-    def put(self, phase: str, tensor: torch.Tensor) -> None:
-        """A phase that sends a local tensor."""
+    def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
+        """A phase that sends a local tensor; kernels take all of its tokens at a time."""
+        assert part == -1
         name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
         with self._runs.side(tensor):
             self._engine.put(name, tensor, self._view)
@@ -165,10 +166,11 @@ class DeviceRun:
         self._runs.join()
         self.output = self._engine.attend(mask, self._view)
 
-    def collect(self, out: torch.Tensor) -> None:
-        """Complete ``out``, which is the call's output."""
-        assert out is self.output
+    def collect(self, out: torch.Tensor, part: int = -1) -> bool:
+        """Complete ``out``, which is the call's output; True: everything has been collected."""
+        assert out is self.output and part == -1
         self._engine.collect(out, self._view)
+        return True
 
     def gather(self, out: torch.Tensor) -> None:
         """Fill ``out``."""

@@ -11,7 +11,7 @@ import torch
 from sfcompile.runtime.attention_aten import Partial, attend, merge
 from sfcompile.runtime.engine import Engine, KernelAccess
 from sfcompile.runtime.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
-from sfcompile.runtime.parts import part, place
+from sfcompile.runtime.parts import cut_part, place_part
 from sfcompile.runtime.transport import Transport
 
 
@@ -93,7 +93,8 @@ class SiteRun:
         self._rank = rank
         self._transport = transport
         self._program = plan.program(rank)
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors: dict[tuple[str, int], torch.Tensor] = {}
+        self._parts_left = getattr(plan.site, "parts", 1)
         self._partials: dict[Chunk, Partial | None] = {}
         self._arrivals = {arrival.slot: arrival for arrival in self._program.arrivals}
         self._views = {
@@ -108,8 +109,11 @@ class SiteRun:
 
     # ------------------------------------------------------------------ phases
 
-    def put(self, phase: str, tensor: torch.Tensor) -> None:
+    def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
         """A phase that sends a local tensor: ``put_q``, ``put_k``, ``put_v``, ``gather_start``.
+
+        Args:
+            part: which piece of the local tokens ``tensor`` holds; -1: all of them.
 
         The part that stays here is copied too: once this call has returned, a compiled graph may reuse the tensor's
         memory for something else, although it is read again later.
@@ -117,20 +121,20 @@ class SiteRun:
         name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
         for step in self._program.phases[phase]:
             assert isinstance(step, Put) and step.tensor == name
-            self._transport.put(
-                step.dst, step.slot, self.plan.slots[step.slot].offset, self._outgoing(tensor, step), self.epoch
-            )
+            if part in (-1, step.piece):
+                outgoing = self._outgoing(tensor, step, part)
+                self._transport.put(step.dst, step.slot, self.plan.slots[step.slot].offset, outgoing, self.epoch)
         stays = tensor
         if name != "x":
             first, last = (self.plan.heads if name == "q" else self.plan.kv_heads)(self._rank)
             stays = tensor[:, first:last]
         else:
-            stays = part(self.plan.site, tensor, self._rank, self._rank)
+            stays = cut_part(self.plan.site, tensor, self._rank, self._rank)
         if self._kernel is None:
-            self._tensors[name] = stays.clone(memory_format=torch.contiguous_format)
+            self._tensors[name, part] = stays.clone(memory_format=torch.contiguous_format)
         else:
             self._heap.chunk(self._bank, self._kernel[0].own_at[name], stays.shape, stays.dtype).copy_(stays)
-            self._tensors[name] = stays[:0]
+            self._tensors[name, part] = stays[:0]
 
     def attend(self, mask: torch.Tensor | None) -> None:
         """Run the attend phase: waits, ring hops, (Q, KV) pairs in their fixed order, outputs pushed home."""
@@ -158,28 +162,41 @@ class SiteRun:
         engine.run(self._own, access, self.epoch, mask)
         access.wake(engine.sends, self.epoch)
 
-    def collect(self, out: torch.Tensor) -> None:
-        """Fill ``out`` [B, H, Lq, E] with this rank's queries' outputs, from every head slice."""
+    def collect(self, out: torch.Tensor, part: int = -1) -> bool:
+        """Fill ``out`` [B, H, Lq, E] with this rank's queries' outputs, from every head slice.
+
+        Args:
+            part: which piece of the local tokens ``out`` is for; -1: all of them.
+
+        Returns:
+            Whether everything has now been collected.
+        """
         first, last = self.plan.heads(self._rank)
         if self._own is not None:
             out[:, first:last].copy_(self._own[:, first:last])
-        for chunk in [chunk for chunk in self._partials if chunk.src == self._rank]:
-            start, stop = self.plan.rows("o", chunk)
+        for chunk in [chunk for chunk in self._partials if chunk.src == self._rank and part in (-1, chunk.piece)]:
+            start, stop = self._rows("o", chunk, part)
             out[:, first:last, start:stop].copy_(self._output(chunk))
         for step in self._program.phases["collect"]:
             assert isinstance(step, Wait)
-            self._wait(step)
-            first, last = self.plan.heads(step.src)
-            start, stop = self.plan.rows("o", self._arrivals[step.slot].chunk)
-            out[:, first:last, start:stop].copy_(self._views[step.slot])
+            chunk = self._arrivals[step.slot].chunk
+            if self._kernel is not None and self._views[step.slot].numel() == 0:
+                continue  # kernels send nothing that has no rows
+            if part in (-1, chunk.piece):
+                self._wait(step)
+                first, last = self.plan.heads(step.src)
+                start, stop = self._rows("o", chunk, part)
+                out[:, first:last, start:stop].copy_(self._views[step.slot])
+        self._parts_left -= 1
+        return part == -1 or self._parts_left == 0
 
     def gather(self, out: torch.Tensor) -> None:
         """Fill ``out`` with every rank's shard, or the part of it that this rank wants, at its positions."""
-        place(self.plan.site, out, self._tensors["x"], self._rank, self._rank)
+        place_part(self.plan.site, out, self._tensors["x", -1], self._rank, self._rank)
         for step in self._program.phases["gather_finish"]:
             assert isinstance(step, Wait)
             self._wait(step)
-            place(self.plan.site, out, self._views[step.slot], step.src, self._rank)
+            place_part(self.plan.site, out, self._views[step.slot], step.src, self._rank)
 
     # ------------------------------------------------------------------ steps
 
@@ -188,12 +205,17 @@ class SiteRun:
         self._transport.wait(step.src, step.slot, self.epoch)
         self.blocked_s += time.perf_counter() - start
 
-    def _outgoing(self, tensor: torch.Tensor, step: Put) -> torch.Tensor:
+    def _rows(self, name: str, chunk: Chunk, part: int) -> tuple[int, int]:
+        """Where a chunk's tokens lie in a tensor that holds one part of them, or all."""
+        start, stop = self.plan.rows(name, chunk)
+        return (start, stop) if part == -1 else (0, stop - start)
+
+    def _outgoing(self, tensor: torch.Tensor, step: Put, part: int) -> torch.Tensor:
         """The heads that the receiver computes, of one piece of the tokens."""
         if step.tensor == "x":
-            return part(self.plan.site, tensor, self._rank, step.dst)
+            return cut_part(self.plan.site, tensor, self._rank, step.dst)
         first, last = (self.plan.heads if step.tensor == "q" else self.plan.kv_heads)(step.dst)
-        start, stop = self.plan.rows(step.tensor, Chunk(self._rank, step.piece))
+        start, stop = self._rows(step.tensor, Chunk(self._rank, step.piece), part)
         return tensor[:, first:last, start:stop]
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
@@ -207,12 +229,13 @@ class SiteRun:
         if not rows or not kv:
             return
         columns = [run for chunk, _, _ in kv for run in self.plan.positions("k", chunk)]
+        q = self._join("q", step.q_slots, step.q)
         bias = None if mask is None else _cut_mask(mask, self.plan.heads(self._rank), rows, columns)
         if site.causal and _last(columns) > _first(rows):
-            bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None].to(self._tensors["q"].device)
+            bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None].to(q.device)
         chunks = tuple(chunk for chunk, _, _ in kv)
         done = attend(
-            self._join("q", step.q_slots, step.q),
+            q,
             self._join("k", tuple(slot for _, slot, _ in kv), chunks),
             self._join("v", tuple(slot for _, _, slot in kv), chunks),
             bias,
@@ -241,8 +264,10 @@ class SiteRun:
     def _chunk(self, name: str, slot: int | None, chunk: Chunk) -> torch.Tensor:
         if slot is not None:
             return self._views[slot]
+        if (name, chunk.piece) in self._tensors:
+            return self._tensors[name, chunk.piece]
         start, stop = self.plan.rows(name, chunk)
-        return self._tensors[name][:, :, start:stop]
+        return self._tensors[name, -1][:, :, start:stop]
 
     def _output(self, chunk: Chunk) -> torch.Tensor:
         """The finished output of some queries, in the site's dtype; zeros where no key was allowed."""

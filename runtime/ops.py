@@ -3,7 +3,7 @@
 Every op takes and returns a *ticket*, a one-element tensor that means nothing but order: the chain of tickets is a data
 dependence through all communication of a graph, so no compiler can reorder it, drop it, merge it, or order it in two
 ways on two ranks. Ops are functional: outputs never alias inputs. ``program`` and ``site`` name the schedule in the
-session.
+session; ``part`` says which part of this rank's tokens a tensor holds if they come and go in several, -1: all.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from sfcompile.runtime.session import current_session
 
 _library = torch.library.Library("streamfusion", "DEF")
 _OPS = {
-    "put_q": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
-    "put_k": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
-    "put_v": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
+    "put_q": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
+    "put_k": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
+    "put_v": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
     "attend": "(Tensor ticket, Tensor? mask, str program, int site) -> Tensor",
-    "collect": "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype) -> (Tensor, Tensor)",
+    "collect": (
+        "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype, int part=-1) -> (Tensor, Tensor)"
+    ),
     "gather_start": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
     "gather_finish": "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype) -> (Tensor, Tensor)",
 }
@@ -38,10 +40,10 @@ ATTEND = torch.ops.streamfusion.attend.default
 
 
 def _start(phase: str) -> Any:
-    def run(x: torch.Tensor, ticket: torch.Tensor, program: str, site: int) -> torch.Tensor:
+    def run(x: torch.Tensor, ticket: torch.Tensor, program: str, site: int, part: int = -1) -> torch.Tensor:
         session = current_session()
         with session.guard():
-            session.put(program, site, phase, x)
+            session.put(program, site, phase, x, part)
         return torch.empty_like(ticket)
 
     return run
@@ -56,25 +58,28 @@ def _attend(ticket: torch.Tensor, mask: torch.Tensor | None, program: str, site:
 
 def _end(phase: str) -> Any:
     def run(
-        ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype
+        ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         session = current_session()
         made = session.output(program, site) if phase == "collect" else None
         out = torch.empty(size, dtype=dtype, device=ticket.device) if made is None else made
         with session.guard():
-            (session.collect if phase == "collect" else session.gather)(program, site, out)
+            if phase == "collect":
+                session.collect(program, site, out, part)
+            else:
+                session.gather(program, site, out)
         return out, torch.empty_like(ticket)
 
     return run
 
 
-def _fake_ticket(first: torch.Tensor, second: Any, program: str, site: int) -> torch.Tensor:
+def _fake_ticket(first: torch.Tensor, second: Any, program: str, site: int, part: int = -1) -> torch.Tensor:
     ticket = second if isinstance(second, torch.Tensor) and second.shape == (1,) else first
     return torch.empty((1,), dtype=torch.int64, device=ticket.device)
 
 
 def _fake_end(
-    ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype
+    ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(size, dtype=dtype, device=ticket.device), torch.empty_like(ticket)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-def part(site: Any, shard: torch.Tensor, src: int, dst: int) -> torch.Tensor:
+def cut_part(site: Any, shard: torch.Tensor, src: int, dst: int) -> torch.Tensor:
     """What ``dst`` wants of ``src``'s shard: all of it for a gather.
 
     Args:
@@ -21,7 +21,7 @@ def part(site: Any, shard: torch.Tensor, src: int, dst: int) -> torch.Tensor:
     return torch.cat(pieces, site.into) if pieces else shard.narrow(site.into, 0, 0)
 
 
-def place(site: Any, out: torch.Tensor, piece: torch.Tensor, src: int, dst: int) -> None:
+def place_part(site: Any, out: torch.Tensor, piece: torch.Tensor, src: int, dst: int) -> None:
     """Copy what ``dst`` got from ``src`` to its positions in ``out``: the whole value, or what ``dst`` wants of it."""
     if hasattr(site, "wanted"):
         at = 0

@@ -92,11 +92,11 @@ class RecordedRun(SiteRun):
             Event(self._job_rank, lane, name, start_s, time.perf_counter(), nbytes, peer, *self._where)
         )
 
-    def put(self, phase: str, tensor: torch.Tensor) -> None:
+    def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
         """As the run, recorded."""
         start = time.perf_counter()
-        super().put(phase, tensor)
-        self.note("stage", phase, start)
+        super().put(phase, tensor, part)
+        self.note("stage", phase if part == -1 else f"{phase} part {part}", start)
 
     def attend(self, mask: torch.Tensor | None) -> None:
         """As the run, recorded."""
@@ -104,11 +104,12 @@ class RecordedRun(SiteRun):
         super().attend(mask)
         self.note("stage", "attend", start)
 
-    def collect(self, out: torch.Tensor) -> None:
+    def collect(self, out: torch.Tensor, part: int = -1) -> bool:
         """As the run, recorded."""
         start = time.perf_counter()
-        super().collect(out)
-        self.note("stage", "collect", start)
+        done = super().collect(out, part)
+        self.note("stage", "collect" if part == -1 else f"collect part {part}", start)
+        return done
 
     def gather(self, out: torch.Tensor) -> None:
         """As the run, recorded."""

@@ -236,9 +236,9 @@ class Session:
 
     # ------------------------------------------------------------------ calls from the graph
 
-    def put(self, program: str, site: int, phase: str, tensor: torch.Tensor) -> None:
-        """A put phase; the first of a site opens its epoch."""
-        self._run(program, site).put(phase, tensor)
+    def put(self, program: str, site: int, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
+        """A put phase, of one part of the tokens or (-1) of all; the first of a site opens its epoch."""
+        self._run(program, site).put(phase, tensor, part)
 
     def attend(self, program: str, site: int, mask: torch.Tensor | None) -> None:
         """The attend phase."""
@@ -248,10 +248,10 @@ class Session:
         """The tensor that a call's collect phase completes, if there is one already: kernels wrote a part of it."""
         return getattr(self._run(program, site), "output", None)
 
-    def collect(self, program: str, site: int, out: torch.Tensor) -> None:
-        """The collect phase; ends the site's epoch."""
-        self._run(program, site).collect(out)
-        self._finish(program, site)
+    def collect(self, program: str, site: int, out: torch.Tensor, part: int = -1) -> None:
+        """The collect phase, of one part of the tokens or (-1) of all; the last part ends the site's epoch."""
+        if self._run(program, site).collect(out, part):
+            self._finish(program, site)
 
     def gather(self, program: str, site: int, out: torch.Tensor) -> None:
         """The end of an all-gather; ends the site's epoch."""

@@ -136,6 +136,9 @@ def run_passes(
         agree: see choose_schedules.py.
         dump: write what ``asked.dump`` asks for.
     """
+    values = [node.meta["val"] for node in captured.gm.graph.nodes if node.op == "placeholder"]
+    on_gpu = any(value.device.type == "cuda" for value in values)
+    kernels = asked.attention == "triton" or (on_gpu and asked.attention == "auto")
     state = State(
         captured.gm,
         captured.mode,
@@ -147,7 +150,8 @@ def run_passes(
         shard_everything=asked.placement == "shard",
         split_batch=split_batch,
         order=asked.passes,
-        kernels=asked.attention == "triton",
+        kernels=kernels,
+        parts=() if kernels else State.parts,  # kernels take all tokens at a time: they overlap inside
     )
     return run_pipeline(state, strict=asked.strict, dump=asked.dump if dump else None)
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from sfcompile.capture import Captured, capture
 from sfcompile.codegen.checker import check
-from sfcompile.codegen.simulator import Step, Timeline, layer
+from sfcompile.codegen.simulator import Step, Timeline, layer, pipelined
 from sfcompile.codegen.simulator import simulate as run_simulator
 from sfcompile.codegen.sites import AttentionSite, count
 from sfcompile.codegen.volumes import volume
@@ -71,7 +71,9 @@ class Prediction:
         site = next(site for _, site, plan in self._parts() if plan is main)
         schedule = main.best.schedule(site, self.choices.topology)
         steps: list[Step] = []
-        for epoch in range(1, layers + 1):
+        if site.parts > 1:
+            steps += pipelined(schedule, layers, self.choices.other_s)
+        for epoch in range(1, layers + 1) if site.parts == 1 else ():
             steps += layer(schedule, epoch, self.choices.other_s)
         return run_simulator(steps, self.choices.topology, record=True)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from random_sites import attention_site
 
+from sfcompile.codegen.checker import check
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.schedule_torus import build_torus
@@ -81,3 +85,28 @@ def test_groups_of_one_machine_are_visited_together() -> None:
         ({2, 3}, {4, 5}), ({4, 5}, {4, 5}), ({0, 1}, {4, 5}),
     ]  # fmt: skip
     assert [step.q.src for step in steps if isinstance(step, Push)] == [2, 3, 4, 5, 1]
+
+
+@pytest.mark.parametrize(("machines", "inside", "lanes"), [(3, 1, 1), (2, 2, 2), (2, 2, 1)])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_tokens_in_parts_are_attended_as_they_come(machines: int, inside: int, lanes: int, parts: int) -> None:
+    ulysses = machines * (inside if lanes > 1 else 1)
+    mesh = Mesh.of(Topology.grid(machines, inside), ulysses, machines * inside // ulysses, "ulysses", lanes)
+    site = replace(attention_site(machines * inside, 12), parts=parts)
+    schedule = build_torus(site, mesh, parts, parts)
+    check(schedule)
+    near = set(range(lanes if lanes > 1 else 1))
+    steps = schedule.origin.phases["attend"]
+    calls = [s for s in steps if isinstance(s, Attend)]
+    # Queries of a part are not waited for before keys of that part, and outputs of the first parts leave before the
+    # last part's queries have come.
+    arrivals = {a.slot: a for a in schedule.origin.arrivals}
+    waits = [arrivals[s.slot] for s in steps if isinstance(s, Wait) and mesh.step(arrivals[s.slot].src)[0] not in near]
+    order = [(a.chunk.piece, a.tensor == "q") for a in waits]
+    assert order == sorted(order)
+    last_query = max(i for i, s in enumerate(steps) if isinstance(s, Wait) and arrivals[s.slot].tensor == "q")
+    early = [s for s in steps[:last_query] if isinstance(s, Push) and mesh.step(s.q.src)[0] not in near]
+    assert {s.q.piece for s in early} >= set(range(parts - 1))
+    assert len({(q, kv) for call in calls for q in call.q for kv in call.kv}) == sum(
+        len(call.q) * len(call.kv) for call in calls
+    )

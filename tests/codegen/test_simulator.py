@@ -15,7 +15,7 @@ from random_sites import attention_site, gather_site, random_case
 from sfcompile.codegen.builders import BUILDERS, build
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.simulator import Compute, Phase, Step, layer, simulate
+from sfcompile.codegen.simulator import Compute, Phase, Step, layer, pipelined, price, simulate
 from sfcompile.codegen.sites import AttentionSite
 from sfcompile.runtime.instructions import Attend, Forward, Push, Wait
 from sfcompile.runtime.topology import Topology
@@ -289,3 +289,18 @@ def test_a_thousand_ranks() -> None:
     line = simulate(layer(schedule, 1), top)
     print(f"{schedule.title}: {time.perf_counter() - start:.2f} s to simulate 1024 ranks")
     assert line.seconds >= line.limit_s > 0 and line.compute_s.shape == (1024,)
+
+
+def test_parts_hide_the_compute_between_attentions() -> None:
+    """Two machines, free attention: whole, a layer is compute and then traffic; in parts, they overlap."""
+    top = topology(2, 1, flops_per_s=1e18)
+    whole = build("torus", site(2), mesh(top, 2))
+    cut = build("torus", replace(site(2), parts=2), mesh(top, 2), 2, 2)
+    sent = whole.bytes_by_link(top)[1] / 2
+    assert cut.bytes_by_link(top) == whole.bytes_by_link(top)
+    assert price(whole, top, sent).seconds == pytest.approx(2 * sent)
+    line = price(cut, top, sent)
+    assert sent <= line.seconds <= 1.5 * sent
+    assert line.across_bytes == 2 * sent and line.compute_s[0] == pytest.approx(sent)
+    both = simulate(pipelined(cut, 3, sent), top)
+    assert both.across_bytes == 3 * 2 * sent, "every part of every layer is sent once"

@@ -103,3 +103,18 @@ def test_layouts_agree_when_their_owners_do() -> None:
     assert not owners.same(Layout(1, a), None)
     assert owners.axis_of(a) == 0 and owners.axis_of(b) == 1
     assert owners.local_shape((2, 12, 5), Layout(1, a, outer=2), 0) == (2, 4, 5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(1, 4), st.integers(2, 3))
+def test_a_ranks_parts_are_its_tokens_cut_evenly(lengths: list[int], ranks: int, parts: int) -> None:
+    space = LabelSpace()
+    runs = tuple(space.fresh(n)[0] for n in lengths)
+    owners = Ownership(space, runs, [0] * len(runs), ranks)
+    split = owners.split(parts)
+    assert split.num_ranks == ranks * parts and owners.num_ranks == ranks
+    whole, fine = owners.vector(runs), split.vector(runs)
+    np.testing.assert_array_equal(fine // parts, whole)
+    for rank in range(ranks):
+        sizes = [int((fine == rank * parts + j).sum()) for j in range(parts)]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1

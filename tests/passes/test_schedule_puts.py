@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import captured
+from helpers import captured, placeholder_values, run_compiled
 from models import build
 from torch import fx
 
@@ -91,3 +91,30 @@ def test_nothing_to_order() -> None:
     graph = fx.Graph()
     graph.output(graph.placeholder("x"))
     assert schedule_puts(graph) == 0
+
+
+@pytest.mark.parametrize(("name", "ranks", "parts"), [("self", 1, 2), ("joint", 2, 3), ("cross", 2, 2)])
+def test_tokens_in_parts_give_the_same(name: str, ranks: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sfcompile.passes.choose_schedules._WORTH", float("inf"))
+    model, inputs = build(name)
+    topology = Topology.grid(2, ranks)  # rows of an image are not cut, and "self" has four of them
+    got = captured(model, *inputs)
+    compiled = []
+    for rank in range(topology.num_ranks):
+        state = State(got.gm, got.mode, topology, rank, shard_everything=True, split_batch=False, parts=(parts,))
+        compiled.append(run_pipeline(state))
+        assert state.choices is not None and state.choices.parts == parts, state.choices.notes
+        check_banks(compiled[-1].gm.graph)
+    assert len({tuple(rank.order) for rank in compiled}) == 1
+    order = kinds(compiled[0].gm.graph)
+    if name == "joint":
+        layers = list(dict.fromkeys(site for kind, site in order if kind == "put_k"))
+        second = order.index(("put_k", layers[1]))
+        late = order[second:].count(("collect", layers[0]))
+        assert late == parts - 1, "later parts of layer 0 come home under layer 1's puts"
+    values = placeholder_values(got)
+    with torch.no_grad():
+        want = got.gm(*values)
+    for out in run_compiled(compiled, topology, values):
+        for mine, theirs in zip(out, want, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)

@@ -6,7 +6,7 @@ import torch
 from random_sites import rows
 
 from sfcompile.codegen.sites import GatherSite, ReshardSite
-from sfcompile.runtime.parts import part, place
+from sfcompile.runtime.parts import cut_part, place_part
 
 WHOLE = torch.randn(2, 12, 6)
 OWNED = (((0, 5), (9, 1)), ((5, 4), (10, 2)))
@@ -17,8 +17,8 @@ def test_a_gather_gives_everything_to_everybody() -> None:
     out = torch.zeros(2, 12, 6)
     for src in (0, 1):
         shard = WHOLE[:, rows(OWNED[src])]
-        assert part(site, shard, src, 1) is shard
-        place(site, out, shard, src, 1)
+        assert cut_part(site, shard, src, 1) is shard
+        place_part(site, out, shard, src, 1)
     assert torch.equal(out, WHOLE)
 
 
@@ -28,7 +28,7 @@ def test_a_reshard_gives_each_what_it_wants() -> None:
     for dst in (0, 1):
         out = torch.zeros(2, 12, 3)
         for src in (0, 1):
-            place(site, out, part(site, WHOLE[:, rows(OWNED[src])], src, dst), src, dst)
+            place_part(site, out, cut_part(site, WHOLE[:, rows(OWNED[src])], src, dst), src, dst)
         assert torch.equal(out, WHOLE[:, :, rows(wanted[dst])])
 
 
@@ -38,5 +38,5 @@ def test_a_halo_is_the_overlap() -> None:
     site = ReshardSite("h", (2, 12, 6), torch.float32, 1, owned, 1, wanted)
     out = torch.zeros(2, 7, 6)
     for src in (0, 1):
-        place(site, out, part(site, WHOLE[:, rows(owned[src])], src, 0), src, 0)
+        place_part(site, out, cut_part(site, WHOLE[:, rows(owned[src])], src, 0), src, 0)
     assert torch.equal(out, WHOLE[:, :7])

@@ -1,0 +1,379 @@
+"""One rank of benchmarks/cluster.py: every model at every link rate, all contenders in turn, in one job.
+
+Rank 0 appends one JSON line per cell to the file it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cluster_models
+import cluster_peers
+import torch
+import torch.distributed as dist
+from emulated_machines import shape_command
+
+from sfcompile.backend import last_report
+from sfcompile.errors import StreamFusionError
+from sfcompile.measure import measure, table
+from sfcompile.passes import choose_schedules, pipeline
+from sfcompile.runtime.process_group import ProcessWorld
+from sfcompile.runtime.session import get_session
+from sfcompile.runtime.topology import Topology
+
+FORCED = ("torus", "ulysses", "ring", "usp")
+PAYLOAD = 1448 / 1514
+"""Part of a shaped link's rate that is payload: Ethernet, IP and TCP headers count against it."""
+TIMEOUT_S = 120.0
+
+
+@dataclass
+class Contender:
+    """One way to run the model.
+
+    Attributes:
+        key: what it really is; two contenders with one key are timed once.
+        across_bytes: between machines, all ranks, a step; None: not counted.
+        seconds: the slowest rank's time of each round.
+        blocked: seconds that the most blocked rank waited for peers in each round.
+    """
+
+    name: str
+    run: Callable[[], torch.Tensor]
+    key: str
+    plan: str = ""
+    across_bytes: int | None = None
+    error: float = float("nan")
+    seconds: list[float] = field(default_factory=list)
+    blocked: list[float] = field(default_factory=list)
+
+
+class Silence:
+    """A transport that moves nothing and never waits: what is left of a step is compute alone."""
+
+    def open(self, epoch: int, arrivals: Sequence[Any]) -> None:
+        """Nothing."""
+
+    def put(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """Nothing."""
+
+    def finish(self, epoch: int) -> None:
+        """Nothing."""
+
+    def abort(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Rank:
+    """What this rank keeps through the job."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+        torch._dynamo.config.recompile_limit = 10_000
+        torch._dynamo.config.accumulated_recompile_limit = 100_000
+        self.session = get_session(lambda: ProcessWorld("auto", TIMEOUT_S))
+        self.rank = self.session.rank
+        self.loaded: list[str] = []
+        load = self.session.load
+
+        def noted(program: str, *args: Any) -> None:
+            self.loaded.append(program)
+            load(program, *args)
+
+        self.session.load = noted  # type: ignore[method-assign]
+        if config["parts"]:  # an experiment: other cuts than the planner's own
+            pipeline.State.__init__.__defaults__ = tuple(
+                tuple(config["parts"]) if value == (2, 3) else value for value in pipeline.State.__init__.__defaults__
+            )
+        if config["peers"]:
+            cluster_peers.prepare()
+            topology = self.session.topology
+            ranks = topology.num_ranks // topology.num_machines
+            self.yunchang = cluster_peers.yunchang(topology.num_machines, ranks)
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def set_rate(self, rate: str) -> None:
+        """Shape this machine's uplink anew, from inside its namespace."""
+        self.session.meet()
+        if os.environ["LOCAL_RANK"] == "0":
+            subprocess.run(shape_command(rate), check=True)
+        self.session.meet()
+
+    # ------------------------------------------------------------------ contenders
+
+    def ours(
+        self, model: torch.nn.Module, inputs: dict[str, Any], topology: Topology, wanted: list[str]
+    ) -> Iterator[Contender]:
+        """The planner's choice first, then every schedule that is asked for and possible."""
+        for name in wanted:
+            options = {
+                "topology": topology, "inner": self.config["inner"], "timeout_s": TIMEOUT_S,
+                "schedule": "auto" if name == "ours" else name.removeprefix("ours "),
+                "placement": "auto" if name == "ours" else "shard",
+            }  # fmt: skip
+            compiled = torch.compile(model, backend="streamfusion", options=options)
+            self.loaded.clear()
+            try:
+                first(compiled(**inputs))
+            except StreamFusionError as error:
+                self.say(f"    {name}: {str(error).splitlines()[0]}")
+                continue
+            report = last_report()
+            assert report is not None
+            across = sum(
+                schedule.bytes_by_link(topology)[1]
+                for program in self.loaded
+                for schedule in self.session._programs[program]
+            )
+            yield Contender(
+                name, lambda run=compiled: first(run(**inputs)), "/".join(self.loaded), report.schedule, across
+            )
+
+    def peers(self, name: str, model: torch.nn.Module, inputs: dict[str, Any]) -> list[Contender]:
+        """diffusers, as its users run it."""
+        topology = self.session.topology
+        machines, total = topology.num_machines, topology.num_ranks
+        streams = [t.shape[1] for t in inputs.values() if isinstance(t, torch.Tensor) and t.dim() == 3]
+        divides = name in ("wan", "cogvideox") or all(tokens % total == 0 for tokens in [4096, *streams])
+        found = []
+        for peer, degrees in cluster_peers.peers(machines, total // machines).items():
+            if not self.wanted(peer):
+                continue
+            twin: Any = cluster_peers.parallel(name, model, degrees, divides)
+            if self.config["inner"] != "eager":
+                twin = torch.compile(twin)
+            found.append(Contender(peer, lambda run=twin: first(run(**inputs)), peer, str(degrees)))
+        usp = "yunchang usp"
+        if self.yunchang is not None and self.wanted(usp) and divides and self.config["inner"] == "eager":
+            degrees = {"ulysses_degree": total // machines, "ring_degree": machines}
+            twin = cluster_peers.parallel(name, model, degrees, divides, self.yunchang)
+            found.append(Contender(usp, lambda run=twin: first(run(**inputs)), usp, str(degrees)))
+        return found
+
+    def wanted(self, name: str) -> bool:
+        chosen = self.config["contenders"]
+        return not chosen or any(part in name for part in chosen)
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Communication replaced by nothing, on all ranks at once."""
+        session = self.session
+        session.meet()
+        wires, session._transport = session._transport, Silence()
+        try:
+            yield
+        finally:
+            session._transport = wires
+            own = session._segments[session.rank]
+            assert own is not None
+            own.done = session._finished  # what the epochs in between would have left behind
+            session.meet()
+
+    # ------------------------------------------------------------------ timing
+
+    def timed(self, contender: Contender) -> None:
+        """One step: the slowest rank's seconds."""
+        session = self.session
+        before = sum(session.blocked_s.values())
+        dist.barrier()
+        start = time.perf_counter()
+        contender.run()
+        mine = torch.tensor([time.perf_counter() - start, sum(session.blocked_s.values()) - before])
+        everyone = [torch.empty(2) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        slowest, waited = torch.stack(everyone).amax(dim=0).tolist()
+        contender.seconds.append(slowest)
+        contender.blocked.append(waited)
+
+    def check(self, contender: Contender, want: torch.Tensor) -> None:
+        """Worst rank's error against one process, in parts of the output's largest magnitude."""
+        error = (contender.run() - want).abs().max() / want.abs().max()
+        dist.all_reduce(error, dist.ReduceOp.MAX)
+        contender.error = float(error)
+        if not contender.error <= 1e-5:
+            raise SystemExit(f"{contender.name} ({contender.plan}) is off by {contender.error:.1e}")
+
+    def cell(
+        self, name: str, rate: str, topology: Topology, fixed: list[Contender], model: Any, inputs: Any, want: Any
+    ) -> None:
+        """All contenders of one cell in turn."""
+        names = [n for n in ("ours", *(f"ours {kind}" for kind in FORCED)) if self.wanted(n)]
+        mine: list[Contender] = []
+        same: dict[str, str] = {}
+        start = time.perf_counter()
+        for contender in self.ours(model, inputs, topology, names):
+            twin = next((c for c in mine if c.key == contender.key), None)
+            if twin is None:
+                mine.append(contender)
+            else:
+                same[contender.name] = twin.name
+        compile_s = time.perf_counter() - start
+        for contender in fixed:
+            contender.seconds, contender.blocked = [], []
+        running = [*mine, *fixed]
+        for contender in running:
+            self.check(contender, want)
+        bare = next((c for c in mine if c.plan.startswith("ulysses")), mine[0] if mine else None)
+        alone = Contender("compute alone", bare.run, "", bare.plan) if bare is not None else None
+        for _ in range(self.config["rounds"]):
+            for contender in running:
+                self.timed(contender)
+            if alone is not None:
+                with self.silence():
+                    self.timed(alone)
+        for name_, twin_name in same.items():
+            twin = next(c for c in mine if c.name == twin_name)
+            running.append(
+                Contender(
+                    name_,
+                    twin.run,
+                    twin.key,
+                    f"= {twin_name}",
+                    twin.across_bytes,
+                    twin.error,
+                    twin.seconds,
+                    twin.blocked,
+                )
+            )
+        if self.rank == 0:
+            self.write(name, rate, topology, [*running, *([alone] if alone else [])], compile_s)
+
+    def write(self, name: str, rate: str, topology: Topology, rows: list[Contender], compile_s: float) -> None:
+        machines = topology.num_machines
+        layout = f"{machines}x{topology.num_ranks // machines}"
+        report = last_report()
+        cell = {
+            "layout": layout, "rate": rate, "model": name, "inner": self.config["inner"],
+            "payload_bytes_per_s": bits(rate) / 8 * PAYLOAD, "machines": machines,
+            "sites": report.sharded_sites if report else 0, "heap_bytes": self.session.heap_bytes,
+            "compile_s": compile_s, "topology": topology.to_toml(),
+            "rows": [
+                {
+                    "name": row.name, "plan": row.plan, "seconds": row.seconds, "blocked": row.blocked,
+                    "error": row.error, "across_bytes": row.across_bytes,
+                }
+                for row in rows
+            ],
+        }  # fmt: skip
+        with open(self.config["results"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(cell) + "\n")
+        shown = ", ".join(f"{row.name} {statistics.median(row.seconds):.2f}" for row in rows if row.seconds)
+        print(
+            f"  {layout} {rate:>8} {name:<10} {shown}  (plan {rows[0].plan}; compiled in {compile_s:.0f} s)", flush=True
+        )
+
+    def memory(self) -> None:
+        """One contender for some steps: the heap after each, peak RSS, and the CPU time that is not about tokens."""
+        config, session = self.config, self.session
+        name, contender = config["models"][0], config["contenders"][0]
+        self.set_rate(config["rates"][0])
+        topology = session.exchange(measure(session), "measure")[0]
+        model, inputs = cluster_models.build(name, config["scale"], config["blocks"])
+        if contender == "ours":
+            running = next(self.ours(model, inputs, topology, ["ours"]))
+        else:
+            running = self.peers(name, model, inputs)[0]
+        heaps, cpu = [], []
+        for _ in range(config["steps"]):
+            start = time.process_time()
+            self.timed(running)
+            cpu.append(time.process_time() - start)
+            heaps.append(session.heap_bytes)
+        peak = [0.0 for _ in range(topology.num_ranks)]
+        dist.all_gather_object(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        self.say(
+            f"  {contender:<18} {config['blocks']} x blocks, {config['steps']} steps of "
+            f"{statistics.median(running.seconds):.2f} s: "
+            f"peak RSS {', '.join(f'{mib:.0f}' for mib in peak)} MiB; symmetric heap after steps 1, {len(heaps) // 2}, "
+            f"{len(heaps)}: {', '.join(f'{heaps[i] / 2**20:.1f}' for i in (0, len(heaps) // 2, -1))} MiB"
+        )
+        if contender != "ours":
+            return
+        report = last_report()
+        cut = report is not None and "2Q 2KV" in report.schedule
+        few, small = cluster_models.build(name, 1 / 256, config["blocks"])
+        choose_schedules._WORTH = float("inf") if cut else 0.0  # as many instructions as the large model has
+        tiny = next(self.ours(few, small, topology, ["ours torus"]))
+        times = []
+        for _ in range(30):
+            session.meet()
+            start = time.process_time()
+            tiny.run()
+            times.append(time.process_time() - start)
+        share = statistics.median(times) / statistics.median(cpu)
+        self.say(
+            f"  CPU time of a step with 16 + 4 tokens: {statistics.median(times) * 1e3:.1f} ms "
+            f"(Python, dispatch, messages; {tiny.plan}), {share:.1%} of a whole step's {statistics.median(cpu):.2f} s"
+        )
+
+    def main(self) -> None:
+        """Models outside, rates inside: weights and peers are made once per model."""
+        config = self.config
+        constants: dict[str, Topology] = {}
+        for rate in config["rates"]:
+            self.set_rate(rate)
+            constants[rate] = self.session.exchange(measure(self.session), "measure")[0]
+            self.say(f"  {rate}: {table(constants[rate]).replace(chr(10), ';')}")
+        for name in config["models"]:
+            self.set_rate("10gbit")
+            model, inputs = cluster_models.build(name, config["scale"])
+            want = first(model(**inputs)) if self.rank == 0 else torch.empty_like(first_meta(model, inputs))
+            dist.broadcast(want, 0)
+            fixed = self.peers(name, model, inputs) if config["peers"] else []
+            for rate in config["rates"]:
+                self.set_rate(rate)
+                self.cell(name, rate, constants[rate], fixed, model, inputs, want)
+            torch._dynamo.reset()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.say(
+            f"  peak RSS of rank 0: {peak / 1024:.0f} MiB, symmetric heap {self.session.heap_bytes / 2**20:.1f} MiB"
+        )
+
+
+def first(output: Any) -> torch.Tensor:
+    """The tensor that a diffusers transformer returns."""
+    return output[0]  # type: ignore[no-any-return]
+
+
+def first_meta(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """A tensor of the output's shape, without computing it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shape = tuple(first(model(**inputs)).shape)
+    return torch.empty(shape)
+
+
+def bits(rate: str) -> float:
+    """Bits per second of tc's notation."""
+    for unit, factor in (("gbit", 1e9), ("mbit", 1e6), ("kbit", 1e3)):
+        if rate.endswith(unit):
+            return float(rate.removesuffix(unit)) * factor
+    raise ValueError(f"a rate looks like 200mbit, not {rate!r}")
+
+
+if __name__ == "__main__":
+    this = Rank(json.loads(Path(sys.argv[1]).read_text()))
+    this.memory() if this.config["memory"] else this.main()
