@@ -33,7 +33,7 @@ class Job:
     """One attention site on several ranks.
 
     ``net``: machines reach each other by emulated NVSHMEM only; else everybody by load and store. ``machines`` x ranks
-    inside; ``late`` is a rank that sleeps about ``late_s`` before every put; ``drop`` names a mutant (see :func:`mutated`).
+    inside; ``late`` is a rank that sleeps about ``late_s`` before every put; ``drop`` names a mutant (:func:`mutated`).
     """
 
     kind: str
