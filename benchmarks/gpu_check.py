@@ -8,7 +8,8 @@ hangs costs its section and no more. What cannot run is named, with the reason. 
 benchmarks/results/DATE-gpu-check-GPU.txt.
 
 Exit code 0: every check that ran passed (a goal of speed that is missed is told and is no failure); 1: a check failed
-or a section did not end; 2: there is no GPU, nothing was run. ``--dry-run`` runs what a CPU can, tiny, in Triton's
+or a section did not end; 2: there is no GPU, nothing was run (make itself says 2 for both;
+the last line of the report tells them apart). ``--dry-run`` runs what a CPU can, tiny, in Triton's
 interpreter, and writes no file.
 """
 
