@@ -8,7 +8,18 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from sfcompile.explain_page import SCRIPT, STYLE
-from sfcompile.explain_text import axis_words, batch_words, cost, duration, left_of, memory_rows, ranks, size, step_rows
+from sfcompile.explain_text import (
+    alike,
+    axis_words,
+    batch_words,
+    cost,
+    duration,
+    left_of,
+    memory_rows,
+    ranks,
+    size,
+    step_rows,
+)
 from sfcompile.passes.report import Left, short_source
 from sfcompile.timeline import LANE_WORDS, LANES, shown_ranks
 
@@ -224,9 +235,10 @@ def _left(title: str, rows: Sequence[Left]) -> str:
     if not rows:
         return f"<h3>{escape(title)}: none</h3>"
     made = "".join(
-        f'<tr><td><code>{escape(row.node)}</code></td><td>{escape(row.op)}</td><td class="n">{cost(row)}</td>'
+        f'<tr><td><code>{escape(row.node)}</code></td><td>{escape(row.op)}</td><td class="n">'
+        f"{f'{count} x ' if count > 1 else ''}{cost(row)}</td>"
         f"<td>{escape(row.reason)}</td><td><code>{escape(row.source)}</code></td></tr>"
-        for row in rows
+        for row, count in alike(rows)
     )
     head = '<th>value</th><th>op</th><th class="n">cost</th><th>why</th><th>your line</th>'
     return (

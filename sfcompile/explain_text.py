@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,17 @@ def memory_rows(found: Explanation) -> list[tuple[str, str, str]]:
 def left_of(part: Part) -> list[Left]:
     """Token ops that every rank computes whole, costliest first, without those that move nothing."""
     return [] if part.report is None else part.report.left_behind
+
+
+def alike(rows: Sequence[Left]) -> list[tuple[Left, int]]:
+    """Rows of the same line of source, op, reason and cost once, with how many there are: layers repeat."""
+    found: dict[tuple[object, ...], tuple[Left, int]] = {}
+    for row in rows:
+        # Reasons name the reader, whose number differs from layer to layer.
+        key = row.op, row.source, re.sub(r"\w*_\d+\b", "", row.reason), row.flops, row.nbytes
+        first, count = found.get(key, (row, 0))
+        found[key] = first, count + 1
+    return list(found.values())
 
 
 def cost(row: Left) -> str:
@@ -169,10 +181,14 @@ def _attention(kind: Attentions, full: bool) -> list[str]:
 def _left(title: str, rows: Sequence[Left], full: bool) -> list[str]:
     if not rows:
         return [f"{title}: none"]
-    shown = rows if full else rows[:LEFT]
+    found = [(row, 1) for row in rows] if full else alike(rows)
+    shown = found if full else found[:LEFT]
     lines = [f"{title}: {len(rows)}"]
-    lines += [f"  {row.node:<24} {row.op:<24} {cost(row):>13}  {row.source}  -- {row.reason}" for row in shown]
-    return lines + ([f"  ... and {len(rows) - len(shown)} more"] if len(shown) < len(rows) else [])
+    for row, count in shown:
+        times = f"{count} x" if count > 1 else ""
+        lines.append(f"  {row.node:<24} {row.op:<24} {times:>5} {cost(row):>13}  {row.source}  -- {row.reason}")
+    hidden = sum(count for _, count in found) - sum(count for _, count in shown)
+    return lines + ([f"  ... and {hidden} more"] if hidden else [])
 
 
 def _block(block: Block, full: bool) -> list[str]:

@@ -6,7 +6,8 @@ import pytest
 from models import build
 
 from sfcompile.explain_model import explain
-from sfcompile.explain_text import duration, size, step_rows, text_of
+from sfcompile.explain_text import alike, duration, size, step_rows, text_of
+from sfcompile.passes.report import Left
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,12 @@ def test_sizes(nbytes: int, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.0, "0"), (2.5e-6, "2.5 us"), (0.0035, "3.50 ms"), (2.0, "2.00 s")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_rows_alike_are_counted() -> None:
+    rows = [Left(f"mul_{i}", "mul", "dit.py:3: x * y", f"read whole by add_{i}", 0.0, 64) for i in range(3)]
+    rows.append(Left("mul_9", "mul", "dit.py:4: x * z", "read whole by add_9", 0.0, 64))
+    assert [(row.node, count) for row, count in alike(rows)] == [("mul_0", 3), ("mul_9", 1)]
 
 
 def test_short_and_full() -> None:
