@@ -2,7 +2,7 @@
 
     sfcompile run --ranks 2 examples/own_dit.py
 
-Three resolutions with ``dynamic=True``: the model is traced once, and sharded anew for each number of tokens, where
+Two resolutions with ``dynamic=True``: the model is traced once, and sharded anew for each number of tokens, where
 ranks, heads and tokens do not divide.
 """
 
@@ -68,12 +68,12 @@ class JointDiT(nn.Module):
 
 @torch.no_grad()
 def main() -> None:
-    """Three sizes, compared with one process."""
+    """Two sizes, compared with one process."""
     torch.manual_seed(0)
     model = JointDiT().eval()
     fast = torch.compile(model, backend="streamfusion", dynamic=True, options={"placement": "shard", "inner": "eager"})
     worst = 0.0
-    for height, width in ((16, 16), (20, 12), (18, 22)):
+    for height, width in ((20, 12), (18, 22)):
         latents, text = torch.randn(1, 4, height, width), torch.randn(1, 7, WIDTH)
         mask = torch.arange(7)[None] < 5
         want, got = model(latents, text, mask), fast(latents, text, mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 EXAMPLES = {
     "hello": (["--ranks", "2"], "difference from one process"),
     "diffusers_pipeline": (["--ranks", "2"], "picture (1, 3, 32, 40), difference from one process"),
-    "own_dit": (["--ranks", "2"], "3 programs, largest difference from one process"),
+    "own_dit": (["--ranks", "2"], "2 programs, largest difference from one process"),
     "explain_plan": ([], "explained for 4x8:a100-efa"),
     "export_and_load": (["--ranks", "2"], "another size is refused: latents must be float32[1, 4, 32, 32]"),
     "write_a_pass": (["--ranks", "2"], "with bf16 gathers"),

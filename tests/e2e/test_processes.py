@@ -70,6 +70,10 @@ def test_case_passes(tmp_path: Path, case: str) -> None:
     passes(tmp_path, 2, case)
 
 
+def test_a_package_gives_the_bits_of_the_compile(tmp_path: Path) -> None:
+    passes(tmp_path, 4, "package", str(tmp_path / "plain.sf"))
+
+
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_a_diffusers_pipeline_draws_the_same(tmp_path: Path, kind: str) -> None:
     passes(tmp_path, 4, "pipeline", kind)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+import sfcompile  # noqa: F401  before tests/ is on the path, which has a folder of that name
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RANK = int(os.environ["RANK"])
@@ -263,6 +265,39 @@ def case_own_dit() -> None:
     for plan in plans:
         assert plan.sharded_sites == 3 or plan.batch > 1, str(plan)
         assert plan.share <= 1.10, str(plan)
+
+
+def case_package(path: str) -> None:
+    """A loaded package gives the bits of the compile that it stands for, and refuses other shapes on every rank."""
+    from sfcompile.errors import InputError
+    from sfcompile.export_package import export
+    from sfcompile.load_package import load
+
+    model, x = Plain(), tokens(37)
+    want = compiled(model, placement="shard", mesh={"ulysses": 2, "ring": 2})(x)
+    if RANK == 0:
+        export(
+            model,
+            (x,),
+            {},
+            path,
+            topology=f"1x{RANKS}",
+            placement="shard",
+            inner="eager",
+            mesh={"ulysses": 2, "ring": 2},
+        )
+    torch.distributed.barrier()
+    del model
+    loaded = load(path)
+    for _ in range(3):
+        assert torch.equal(loaded(x), want)
+    try:
+        loaded(tokens(36))
+    except InputError as error:
+        assert "x must be float32[2, 37, 32], got float32[2, 36, 32]" in str(error), error
+    else:
+        raise AssertionError("another length was taken")
+    assert torch.equal(loaded(x=x), want)
 
 
 def case_no_attention() -> None:
