@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from sfcompile.runtime.topology import Topology
 
     topology = Topology.parse(args.topology)
-    for folder, site, kind, where in _sites(args, topology):
+    for folder, site, kind, where in sites_of(args, topology):
         print(f"{folder}: {site.name}, {kind}")
         schedule = kind.schedule(site, where)
         print(HEAD)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sites(args: argparse.Namespace, topology: Topology) -> list[tuple[str, AttentionSite, Any, Topology]]:
+def sites_of(args: argparse.Namespace, topology: Topology) -> list[tuple[str, AttentionSite, Any, Topology]]:
     """``(folder, site, candidate of the planner, topology)`` of every distinct attention."""
     import torch
 

@@ -18,7 +18,7 @@ import pytest
 from example_table import EXAMPLES
 from torch.nn import Identity
 
-from sfcompile import cli, meta_model, predict
+from sfcompile import cli, kernels_command, meta_model, predict
 from sfcompile.meta_model import MetaModel, find_class
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def run_make(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     """What make would run, without running it; the demo and the tests run elsewhere in this suite."""
     done = subprocess.run(["make", "-n", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert any(tool in done.stdout for tool in ("sfcompile", "pytest", "ruff", "rm -rf")), done.stdout
+    assert any(tool in done.stdout for tool in ("sfcompile", "pytest", "ruff", "rm -rf", "gpu_check")), done.stdout
 
 
 def run_sfcompile(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +94,13 @@ def run_sfcompile(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
             meta_model, "build_meta_model", lambda name, *_: MetaModel(find_class(name).__name__, Identity(), {})
         )
         monkeypatch.setattr(predict, "simulate", lambda model, topology, **_: Planned())
+    if (
+        words[0] == "kernels"
+    ):  # compiled in tests/codegen/test_kernel_listing.py and tests/sfcompile/test_kernels_command.py
+        from sfcompile.codegen import kernel_listing
+
+        monkeypatch.setattr(kernel_listing, "write_kernels", lambda *args: [])
+        monkeypatch.setattr(kernels_command, "sites_of", lambda args, topology: [])
     if "--show" in words:  # of the command before it on the page
         make_package(folder / words[-1])
     assert cli.main(words) == 0

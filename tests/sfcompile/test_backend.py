@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfcompile.backend import _refuse_accelerators, break_reason, last_report, streamfusion_backend
-from sfcompile.errors import UnsupportedError
+from sfcompile.backend import break_reason, last_report, streamfusion_backend
 
 
 @pytest.fixture
@@ -39,16 +38,6 @@ def test_torch_finds_the_backend_by_name() -> None:
 def test_options_are_checked_before_anything_runs(model: nn.Module) -> None:
     with torch.no_grad(), pytest.raises(Exception, match="Did you mean 'mesh'"):
         torch.compile(model, backend="streamfusion", options={"meshh": 1})(torch.randn(3, 8))
-
-
-def test_several_gpu_ranks_are_refused_until_they_work() -> None:
-    class OnGpu(torch.Tensor):
-        @property
-        def device(self) -> torch.device:  # type: ignore[override]
-            return torch.device("cuda", 0)
-
-    with pytest.raises(UnsupportedError, match="graph inputs are on cuda"):
-        _refuse_accelerators([torch.zeros(1), torch.zeros(1).as_subclass(OnGpu)])
 
 
 def test_no_compiler_means_eager_with_a_warning(
