@@ -197,6 +197,7 @@ def traces(name: str, build: Callable[[], tuple[torch.nn.Module, dict[str, Any]]
     counts, error, before = {}, 0.0, len(reports())
     for backend in ("inductor", "streamfusion"):
         if backend == "inductor" and rank:
+            dist.barrier()  # rank 0 compiles for longer than a rank waits for another
             continue
         torch._dynamo.reset()
         counters.clear()
@@ -206,6 +207,8 @@ def traces(name: str, build: Callable[[], tuple[torch.nn.Module, dict[str, Any]]
             got, want = tensors(run(**given)), tensors(model(**given))
             error = max(error, *(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True)))
         counts[backend] = counters["stats"]["unique_graphs"]
+        if backend == "inductor":
+            dist.barrier()
     inductor = counts.get("inductor", -1)
     return f"{name:<22}{inductor:>10}{counts['streamfusion']:>14}{len(reports()) - before:>18}{error:>9.1e}"
 
