@@ -1,6 +1,7 @@
 """Every model of a zoo on several ranks against one process: exactness, FLOPs, gathers, graphs, compile time.
 
     python benchmarks/zoo.py --ranks 4 [--zoo FOLDER] [--inductor] [--wide] [names ...]
+    python benchmarks/zoo.py --ranks 2 --resolutions [names ...]
 
 The models are those of ``benchmarks/diffusers_zoo`` and of another folder, if there is one, with a ``zoo.py`` whose
 ``ZOO`` maps a name to a function that returns ``(model, kwargs)``. They are compiled with ``placement="shard"``
@@ -8,6 +9,9 @@ The models are those of ``benchmarks/diffusers_zoo`` and of another folder, if t
 fit in a minute; with it the table also says how long Inductor takes on the same graphs, on the rank itself and (rank 0)
 on the unsharded model. Ranks exchange errors: the table shows the worst of all ranks. With ``--wide`` what a model
 computes in bf16 or fp16 inside is computed in fp32, here and in the reference: its error is then the sharding's alone.
+
+With ``--resolutions`` a model is called at three sizes of its latents with ``dynamic=True``, and the table says how
+often Dynamo traced it for Inductor (rank 0, unsharded) and for us, and how many sharded programs that made.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx
-from torch._dynamo.utils import compilation_time_metrics
+from torch._dynamo.utils import compilation_time_metrics, counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfcompile.backend import reports, streamfusion_backend
@@ -179,6 +183,53 @@ def known(folder: Path) -> dict[str, Any]:
     return {**found, **{name: build for name, build in ZOO.items() if name not in found}}
 
 
+RESIZED = ("dit", "sd3", "pixart_sigma", "sana", "wan_t2v", "cosmos", "hunyuan_video", "latte")
+
+
+def traces(name: str, build: Callable[[], tuple[torch.nn.Module, dict[str, Any]]], rank: int) -> str:
+    """A line of the table of ``--resolutions``."""
+    model, kwargs = build()
+    latents = kwargs["hidden_states"]
+    generator = torch.Generator().manual_seed(0)
+    *rest, height, width = latents.shape
+    sizes = [(height, width), (height + 8, width), (height, width + 4)]
+    calls = [{**kwargs, "hidden_states": torch.randn(*rest, h, w, generator=generator)} for h, w in sizes]
+    counts, error, before = {}, 0.0, len(reports())
+    for backend in ("inductor", "streamfusion"):
+        if backend == "inductor" and rank:
+            dist.barrier()  # rank 0 compiles for longer than a rank waits for another
+            continue
+        torch._dynamo.reset()
+        counters.clear()
+        options = {"placement": "shard", "inner": "eager"} if backend == "streamfusion" else None
+        run = torch.compile(model, backend=backend, dynamic=True, options=options)
+        for given in (*calls, *calls):
+            got, want = tensors(run(**given)), tensors(model(**given))
+            error = max(error, *(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True)))
+        counts[backend] = counters["stats"]["unique_graphs"]
+        if backend == "inductor":
+            dist.barrier()
+    inductor = counts.get("inductor", -1)
+    return f"{name:<22}{inductor:>10}{counts['streamfusion']:>14}{len(reports()) - before:>18}{error:>9.1e}"
+
+
+def resolutions(folder: Path, names: list[str]) -> int:
+    """One rank of ``--resolutions``."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    zoo = known(folder)
+    if dist.get_rank() == 0:
+        print(f"{'model':<22}{'Inductor':>10}{'streamfusion':>14}{'sharded programs':>18}{'error':>9}   (traces)")
+    for name in names or RESIZED:
+        with torch.no_grad():
+            line = traces(name, zoo[name], dist.get_rank())
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+    dist.destroy_process_group()
+    return 0
+
+
 def worker(folder: Path, names: list[str], mesh: dict[str, int] | None, inductor: bool, wide: bool) -> int:
     """One rank: every model in turn."""
     warnings.filterwarnings("ignore")
@@ -222,14 +273,17 @@ def main() -> int:
     parser.add_argument("--mesh", type=int, nargs=2, metavar=("ULYSSES", "RING"), help="instead of the plan")
     parser.add_argument("--inductor", action="store_true", help="compile the local graphs, and time that")
     parser.add_argument("--wide", action="store_true", help="compute in fp32 what a model computes in bf16 inside")
+    parser.add_argument("--resolutions", action="store_true", help="count traces at three sizes instead")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()
     if args.worker:
         mesh = {"ulysses": args.mesh[0], "ring": args.mesh[1]} if args.mesh else None
+        if args.resolutions:
+            return resolutions(args.zoo, args.names)
         return worker(args.zoo, args.names, mesh, args.inductor, args.wide)
     mesh = ["--mesh", *map(str, args.mesh)] if args.mesh else []
-    flags = [f"--{name}" for name in ("inductor", "wide") if getattr(args, name)]
+    flags = [f"--{name}" for name in ("inductor", "wide", "resolutions") if getattr(args, name)]
     argv = [__file__, *args.names, "--worker", "--zoo", str(args.zoo), *mesh, *flags]
     return launch(argv, args.ranks, env={"SFCOMPILE_LOG": "error"})
 
