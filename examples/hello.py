@@ -53,9 +53,9 @@ class DiT(nn.Module):
     def forward(self, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = latents.shape
         x = self.patchify(latents).flatten(2).transpose(1, 2) + self.position
-        half = torch.arange(x.shape[-1] // 2) / x.shape[-1]
+        half = torch.arange(x.shape[-1] // 2, device=x.device) / x.shape[-1]
         angles = t[:, None] * torch.exp(-9.0 * half)
-        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
         for block in self.blocks:
             x = block(x, time)
         patches = self.out(x).reshape(batch, height // 2, width // 2, 2, 2, 4)
