@@ -183,7 +183,7 @@ def known(folder: Path) -> dict[str, Any]:
     return {**found, **{name: build for name, build in ZOO.items() if name not in found}}
 
 
-RESIZED = ("dit", "sd3", "pixart_sigma", "sana", "wan_t2v", "cosmos", "hunyuan_video", "latte")
+RESIZED = ("sd3", "pixart_sigma", "sana", "wan_t2v", "cosmos", "hunyuan_video", "latte")
 
 
 def traces(name: str, build: Callable[[], tuple[torch.nn.Module, dict[str, Any]]], rank: int) -> str:
