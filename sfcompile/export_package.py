@@ -167,6 +167,13 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Trace
         return len(inputs) - 1
 
     arguments = {name: describe(value, leaf, name) for name, value in given.items()}
+    devices = {x.device.type for x in (*inputs, *named.values())} - {"cpu", "meta"}
+    if devices:
+        raise UnsupportedError(
+            f"the model or its inputs are on {', '.join(sorted(devices))}",
+            "packages run on CPU ranks so far",
+            "export it from the CPU or the meta device, or compile it with backend='streamfusion'",
+        )
     # One object in two places would be one input of the graph: give each place its own.
     known = set(names)
     for i, tensor in enumerate(inputs):

@@ -139,6 +139,16 @@ def test_bad_arguments(tmp_path: Path, args: Any, options: dict[str, Any], error
         export(Small(), args, {}, tmp_path / "p.sf", **{"topology": "1x2", **options})
 
 
+def test_a_model_on_another_device_is_refused(tmp_path: Path) -> None:
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda", 0)
+
+    with pytest.raises(UnsupportedError, match="its inputs are on cuda"):
+        export(Small(), (X.as_subclass(Elsewhere),), {}, tmp_path / "p.sf", topology="1x2")
+
+
 def test_weights_beside_are_written_once_and_compared_later(tmp_path: Path) -> None:
     model, beside = Small(), tmp_path / "weights" / "small.safetensors"
     path = export(model, (X,), {}, tmp_path / "p.sf", topology="1x2", weights=beside)
