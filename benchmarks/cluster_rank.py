@@ -340,16 +340,20 @@ class Rank:
         few, small = cluster_models.build(name, 1 / 256, config["blocks"])
         choose_schedules._WORTH = float("inf") if cut else 0.0  # as many instructions as the large model has
         tiny = next(self.ours(few, small, topology, ["ours torus"]))
-        times = []
+        times, plain = [], []
         for _ in range(30):
             session.meet()
             start = time.process_time()
             tiny.run()
             times.append(time.process_time() - start)
+            start = time.process_time()
+            few(**small)
+            plain.append(time.process_time() - start)
         share = statistics.median(times) / statistics.median(cpu)
         self.say(
             f"  CPU time of a step with 16 + 4 tokens: {statistics.median(times) * 1e3:.1f} ms "
-            f"(Python, dispatch, messages; {tiny.plan}), {share:.1%} of a whole step's {statistics.median(cpu):.2f} s"
+            f"(Python, dispatch, messages; {tiny.plan}), {share:.1%} of a whole step's {statistics.median(cpu):.2f} s; "
+            f"the plain model in one process: {statistics.median(plain) * 1e3:.1f} ms"
         )
 
     def main(self) -> None:

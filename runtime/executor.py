@@ -153,6 +153,9 @@ class SiteRun:
                 out = self._output(step.q)
                 offset = self.plan.slots[step.slot].offset
                 self._transport.put(step.q.src, step.slot, offset, out, self.epoch, stays=True)
+        # Nothing but outputs is read from here on, and with parts the site stays open under the next layer.
+        self._joined.clear()
+        self._tensors.clear()
 
     def _run_kernel(self, engine: Engine, access: KernelAccess, mask: torch.Tensor | None) -> None:
         site = self.plan.site
