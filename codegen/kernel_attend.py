@@ -17,7 +17,17 @@ from __future__ import annotations
 
 from sfcompile.codegen.kernel_spec import KernelSpec, block_of
 from sfcompile.codegen.kernel_tables import FORWARD, KEY, QUERY, UNIT
-from sfcompile.codegen.kernel_text import Lines, columns, entry_name, heap_of, module, prologue, put_signal, wait_lines
+from sfcompile.codegen.kernel_text import (
+    Lines,
+    columns,
+    entry_name,
+    heap_of,
+    module,
+    prologue,
+    put_signal,
+    wait_lines,
+    wrapped,
+)
 
 LOG2E = 1.4426950408889634
 VIRTUAL_ROW = (
@@ -55,8 +65,8 @@ def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
         notes: lines for the docstring, for example the schedule as text.
     """
     out = Lines()
-    out(f"@triton.jit(do_not_specialize={list(_INTEGERS)!r})".replace("'", '"'))
-    with out.block(f"def {entry_name('attend', spec.reach)}({', '.join(arguments(spec))}):"):
+    out(wrapped("@triton.jit(do_not_specialize=[", [f'"{name}"' for name in _INTEGERS], "])"))
+    with out.block(wrapped(f"def {entry_name('attend', spec.reach)}(", arguments(spec), "):")):
         out("program = tl.program_id(0)", "programs = tl.num_programs(0)")
         if spec.virtual > 1:
             _virtual(out, spec)
@@ -226,8 +236,9 @@ def _key_chunk(out: Lines, spec: KernelSpec) -> None:
     out(*columns("key", KEY, small, small=True))
     _wait(out, spec, "k_slot")
     _wait(out, spec, "v_slot")
-    out(f"k_ptr = {_pointer(spec, 'bank + k_at', spec.head_dim)} + (kv_bh * k_pitch).to(tl.int64) * D")
-    out(f"v_ptr = {_pointer(spec, 'bank + v_at', spec.v_head_dim)} + (kv_bh * k_pitch).to(tl.int64) * E")
+    out("head_at = (kv_bh * k_pitch).to(tl.int64)")
+    out(f"k_ptr = {_pointer(spec, 'bank + k_at', spec.head_dim)} + head_at * D")
+    out(f"v_ptr = {_pointer(spec, 'bank + v_at', spec.v_head_dim)} + head_at * E")
     if spec.tails == "inside":
         with out.block("for n in range(0, columns, BN):"):
             _block(out, spec, tail=True)
@@ -294,8 +305,11 @@ def _hidden(out: Lines, spec: KernelSpec, tail: bool) -> list[str]:
         where, stays = "mask_ptr + b.to(tl.int64) * mask_sb + k_place.to(tl.int64) * mask_sc", "[None, :]"
         limits = ["col < columns"] if tail else []
     else:
-        where = "mask_ptr + b.to(tl.int64) * mask_sb + h * mask_sh + (q_place.to(tl.int64) * mask_sr)[:, None]"
-        where, stays = where + " + (k_place.to(tl.int64) * mask_sc)[None, :]", ""
+        out(
+            "mask_row = (mask_ptr + b.to(tl.int64) * mask_sb + h * mask_sh + q_place.to(tl.int64) * mask_sr)[:, None]",
+            "mask_col = (k_place.to(tl.int64) * mask_sc)[None, :]",
+        )
+        where, stays = "mask_row + mask_col", ""
         limits = ["inside[:, None]"] + (["(col < columns)[None, :]"] if tail else [])
     out(f"bias = tl.load({where}{_masked(limits, '0')})")
     if spec.mask_is_bool:
@@ -351,7 +365,8 @@ def _push(out: Lines, spec: KernelSpec, stores: str) -> None:
         with out.block("if net != 0:"):
             out("target = bank + staging")
     out(
-        f"target_ptr = {_pointer(spec, 'target', spec.v_head_dim)} + (bh * rows).to(tl.int64) * E",
+        f"target_ptr = {_pointer(spec, 'target', spec.v_head_dim)}",
+        "target_ptr += (bh * rows).to(tl.int64) * E",
         f"tl.store(target_ptr + row[:, None] * E + e[None, :], o, {stores})",
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -72,6 +73,12 @@ def entry_name(name: str, reach: str) -> str:
     return name if reach == "peer" else f"{name}_nvshmem"
 
 
+def wrapped(before: str, items: Sequence[str], after: str) -> str:
+    """A list of arguments over as many lines as it needs."""
+    inside = textwrap.fill(", ".join(items), 112, break_long_words=False, break_on_hyphens=False)
+    return f"{before}\n{textwrap.indent(inside, '    ')}\n{after}"
+
+
 def heap_of(rank: str) -> str:
     """Address of a rank's segment."""
     return f"tl.load(heaps_ptr + {len(HEAP)} * {rank})"
@@ -82,7 +89,10 @@ def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str) -
     return [
         f"pe = tl.load(heaps_ptr + {len(HEAP)} * {dst} + 1).to(tl.int32)",
         f"named = tl.load(heaps_ptr + {len(HEAP)} * {dst} + 2)",
-        f"putmem_signal_nbi_block(named + {to_at}, {source}, {nbytes}, named + {signal_at}, epoch, SIGNAL_SET, pe)",
+        "putmem_signal_nbi_block(",
+        f"    named + {to_at}, {source}, {nbytes},",
+        f"    named + {signal_at}, epoch, SIGNAL_SET, pe,",
+        ")",
     ]
 
 

@@ -107,6 +107,6 @@ def test_the_text_depends_on_the_spec_alone() -> None:
     spec = KernelSpec("bf16", 64, 64, 0.125, forwards=True, pushes=True, reach="mixed")
     assert attend_source(spec) == attend_source(replace(spec))
     assert attend_source(spec) != attend_source(spec.with_(causal=True))
-    assert all(len(line) <= 140 for line in attend_source(spec).splitlines())
+    assert all(len(line) <= 120 for line in attend_source(spec).splitlines())
     assert "state_ptr" not in arguments(spec.with_(carry=False))
     compile(attend_source(spec), "attend", "exec")
