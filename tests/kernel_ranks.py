@@ -243,7 +243,7 @@ class Pool:
         schedule = job.schedule()
         size = HeapSize(len(schedule.slots), make_tables(schedule, 0, 64, job.machine_of).bank_bytes, job.ranks)
         self._jobs += 1
-        names = [f"sfcompile-test-{mp.current_process().pid}-{self._jobs}-{rank}" for rank in range(job.ranks)]
+        names = [f"sfkernels-{mp.current_process().pid}-{self._jobs}-{rank}" for rank in range(job.ranks)]
         segments = [create_shared(name, size) for name in names]
         try:
             for rank in range(job.ranks):
