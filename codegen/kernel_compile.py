@@ -15,6 +15,7 @@ from sfcompile.codegen.kernel_attend import arguments, attend_source
 from sfcompile.codegen.kernel_chunks import ChunkSpec, chunk_arguments, receive_source, release_source, send_source
 from sfcompile.codegen.kernel_loader import load_source
 from sfcompile.codegen.kernel_moves import MoveSpec, collect_source, move_arguments, put_source
+from sfcompile.codegen.kernel_rows import RowProgram
 from sfcompile.codegen.kernel_spec import KernelSpec
 from sfcompile.codegen.kernel_text import entry_name
 from sfcompile.errors import CodegenError
@@ -78,11 +79,15 @@ def compile_attend(spec: KernelSpec, arch: int, library: Path | None = None) -> 
     )  # fmt: skip
 
 
-def compile_move(name: str, spec: MoveSpec, arch: int, library: Path | None = None) -> Compiled:
-    """The kernel "put" or "collect" of a spec; see :func:`compile_attend`."""
-    source = {"put": put_source, "collect": collect_source}[name](spec)
+def compile_move(
+    name: str, spec: MoveSpec, arch: int, library: Path | None = None, rows: RowProgram | None = None
+) -> Compiled:
+    """The kernel "put" (that computes ``rows``) or "collect" of a spec; see :func:`compile_attend`."""
+    source = put_source(spec, rows) if name == "put" else collect_source(spec)
     element = {"x_ptr": f"*{spec.dtype}", "out_ptr": f"*{spec.dtype}"}
-    return _compile(name, source, move_arguments(name, spec), element, arch, 4, 1, library, spec.reach != "peer")
+    element |= {f"s{i}_ptr": f"*{kind}" for i, kind in enumerate(rows.kinds if rows is not None else ())}
+    given = move_arguments(name, spec, rows)
+    return _compile(name, source, given, element, arch, 4, 1, library, spec.reach != "peer")
 
 
 def compile_chunks(name: str, spec: ChunkSpec, arch: int, library: Path | None = None) -> Compiled:
