@@ -28,6 +28,10 @@ class Atom:
         """The columns of which each stands for two of these."""
         return Atom(f"{self.name}_half", self.size // 2, self.block // 2)
 
+    def whole(self) -> Atom:
+        """The columns that these are the half of."""
+        return Atom(self.name.removesuffix("_half"), self.size * 2, self.block * 2)
+
 
 @dataclass(frozen=True)
 class Quotient:

@@ -80,7 +80,7 @@ def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
                     _announce(out, spec)
             out("p += 1")
     made = "" if rows is None else f" computed from {len(rows.dims)} tensors"
-    return module(f"Sends rows of {spec.width} {spec.dtype}{made}.", _constants(spec) + out.text)
+    return module(f"Sends rows of {spec.width} {spec.dtype}{made}.", _constants(spec, rows) + out.text)
 
 
 def collect_source(spec: MoveSpec) -> str:
@@ -167,10 +167,12 @@ def kernel(out: Lines, name: str, arguments: tuple[str, ...]) -> Iterator[None]:
         yield
 
 
-def _constants(spec: MoveSpec) -> str:
+def _constants(spec: MoveSpec, rows: RowProgram | None = None) -> str:
+    block, lines = block_of(spec.width), spec.rows_at_a_time
+    if rows is not None and not spec.lines:  # several values of a row are held at a time
+        lines = 16 if block <= 128 else 8
     return (
-        f"W = tl.constexpr({spec.width})\nW_BLOCK = tl.constexpr({block_of(spec.width)})\n"
-        f"LINES = tl.constexpr({spec.rows_at_a_time})\n\n\n"
+        f"W = tl.constexpr({spec.width})\nW_BLOCK = tl.constexpr({block})\nLINES = tl.constexpr({lines})\n\n\n"
     )
 
 

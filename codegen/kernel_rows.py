@@ -266,25 +266,26 @@ class RowText:
             pair = parity_of(place)
             if pair is not None:  # both of a pair of columns are the same element, or two that lie apart
                 return self.by_parity(node, place, given, pair)
-        whole = self._doubled(place)
-        if whole is not None and not any(is_column(factor) for entry in given for factor, _ in entry.index.terms):
-            return self._half_of(node, place, given, *whole)
+        every = self._every_other(node, place)
+        if every is not None and not any(is_column(factor) for entry in given for factor, _ in entry.index.terms):
+            return self._half_of(node, place, given, *every)
         return self._loaded(node, place, given)
 
-    def _doubled(self, place: Place) -> tuple[Atom, Atom, int] | None:
-        """If the last index is twice an atom that halves another, plus 0 or 1: both, and which."""
-        if not place or len(place[-1].terms) != 1 or place[-1].start not in (0, 1):
+    def _every_other(self, node: fx.Node, place: Place) -> tuple[Atom, Index, int] | None:
+        """If the last index takes every other column: the columns' half, the index that takes all, and which."""
+        doubled = [(factor, times) for factor, times in place[-1].terms if is_column(factor)] if place else []
+        if len(doubled) != 1 or any(atom.block for entry in place[:-1] for atom in entry.atoms):
             return None
-        (half, times), = place[-1].terms  # fmt: skip
+        (half, times), odd = doubled[0], place[-1].start % 2
         if not isinstance(half, Atom) or times != 2 or not half.name.endswith("_half"):
             return None
-        if any(half in entry.atoms for entry in place[:-1]):
-            return None
-        return Atom(half.name.removesuffix("_half"), half.size * 2, half.block * 2), half, place[-1].start
+        rest = place[-1].where(lambda factor: not is_column(factor)) + (place[-1].start - odd)
+        every = rest + Index.of(half.whole())
+        return (half, every, odd) if every.range[1] < int(node.meta["val"].shape[-1]) else None
 
-    def _half_of(self, node: fx.Node, place: Place, given: Conditions, whole: Atom, half: Atom, odd: int) -> Value:
+    def _half_of(self, node: fx.Node, place: Place, given: Conditions, half: Atom, every: Index, odd: int) -> Value:
         """Every other element: of one load of all, which stays wide."""
-        value = self._loaded(node, (*place[:-1], Index.of(whole)), given)
+        value = self._loaded(node, (*place[:-1], every), given)
         shape = f"[{'LINES' if value.rows else 1}, {half.block}, 2]"
         pair = self.emit(f"tl.split(tl.reshape({value.name}, {shape}))")
         return Value(self.emit(f"{pair}[{odd}]"), value.rows, half)
@@ -318,7 +319,7 @@ class RowText:
             if touched & entry.index.atoms:  # elsewhere the load could be out of bounds
                 masks.append((text.rsplit("[", 1)[0], by_row))
         name = self._address(pointer, parts, masks, rows, column)
-        return Value(name, rows, column)
+        return Value(name, rows or column is not None, column)
 
     def _address(
         self, pointer: str, parts: dict[bool, list[str]], masks: list[tuple[str, bool]], rows: bool, column: Atom | None
@@ -328,10 +329,17 @@ class RowText:
             pointer += f" + ({' + '.join(parts[False])})[:, None] + ({' + '.join(parts[True])})[None, :]"
             mask = " & ".join(f"{text}{along[by_row]}" for text, by_row in masks)
             return self.emit(f"tl.load({pointer}, mask={mask}, other=0.0).to(tl.float32)")
-        offsets = "".join(f" + {part}" for part in (*parts[False], *parts[True]))
+        if column is not None:  # for every row: so that each thread reads its own columns, 16 bytes at a time
+            return self.emit(self._per_row(pointer, parts[True], masks))
+        offsets = "".join(f" + {part}" for part in parts[False])
         guard = f", mask={' & '.join(text for text, _ in masks)}, other=0.0" if masks else ""
-        shape = "[:, None]" if rows else "[None, :]" if column is not None else ""
-        return self.emit(f"tl.load({pointer}{offsets}{guard}).to(tl.float32){shape}")
+        return self.emit(f"tl.load({pointer}{offsets}{guard}).to(tl.float32){'[:, None]' if rows else ''}")
+
+    @staticmethod
+    def _per_row(pointer: str, parts: Sequence[str], masks: Sequence[tuple[str, bool]]) -> str:
+        mask = " & ".join(["live[:, None]", *(f"{text}[None, :]" for text, _ in masks)])
+        offsets = f"({' + '.join(parts)})[None, :] + tl.zeros([LINES, 1], tl.int32)"
+        return f"tl.load({pointer} + {offsets}, mask={mask}, other=0.0).to(tl.float32)"
 
 
 def name_of(node: fx.Node) -> str:
