@@ -67,7 +67,9 @@ def interpreting(poll: Poll) -> Iterator[None]:
         return found
 
     def cast_impl(self: Any, value: Any, target: Any) -> Any:
-        return _rounded(value) if (value.dtype, target.scalar) == (tl.float32, tl.bfloat16) else cast(self, value, target)
+        return (
+            _rounded(value) if (value.dtype, target.scalar) == (tl.float32, tl.bfloat16) else cast(self, value, target)
+        )
 
     # What triton.language defines with @jit (max, sum, zeros, ...) was compiled for a GPU when it was imported.
     swapped = [

@@ -217,16 +217,24 @@ def _quotient(index: Index, by: int) -> Index:
 
 
 def _sum(terms: Sequence[tuple[Factor, int]], start: int) -> Index:
-    """Equal factors together, in one order; ``(i // n) * n + i % n`` is ``i`` again."""
+    """Equal factors together, in one order; ``i // n * n + i % n`` is ``i`` again, ``i // n % m * n + i % n`` is
+    ``i % (n * m)``."""
     found: dict[Factor, int] = {}
     for factor, times in terms:
         found[factor] = found.get(factor, 0) + times
-    for factor in list(found):
-        if isinstance(factor, Remainder) and factor in found:
-            quotient, times = Quotient(factor.index, factor.by), found[factor]
-            if times and found.get(quotient) == times * factor.by:
-                del found[factor], found[quotient]
-                return _sum([*found.items(), *(factor.index * times).terms], start + factor.index.start * times)
+    for low, times in list(found.items()):
+        if not isinstance(low, Remainder) or not times:
+            continue
+        quotient = Quotient(low.index, low.by)
+        for high, more in list(found.items()):
+            joined: Index | None = None
+            if more == times * low.by and high == quotient:
+                joined = low.index * times
+            elif more == times * low.by and isinstance(high, Remainder) and high.index == Index(((quotient, 1),)):
+                joined = Index(((Remainder(low.index, low.by * high.by), times),))
+            if joined is not None:
+                del found[low], found[high]
+                return _sum([*found.items(), *joined.terms], start + joined.start)
     kept = [(factor, times) for factor, times in found.items() if times]
     return Index(tuple(sorted(kept, key=lambda entry: _text(entry[0]))), start)
 

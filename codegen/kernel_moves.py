@@ -171,9 +171,7 @@ def _constants(spec: MoveSpec, rows: RowProgram | None = None) -> str:
     block, lines = block_of(spec.width), spec.rows_at_a_time
     if rows is not None and not spec.lines:  # several values of a row are held at a time
         lines = 16 if block <= 128 else 8
-    return (
-        f"W = tl.constexpr({spec.width})\nW_BLOCK = tl.constexpr({block})\nLINES = tl.constexpr({lines})\n\n\n"
-    )
+    return f"W = tl.constexpr({spec.width})\nW_BLOCK = tl.constexpr({block})\nLINES = tl.constexpr({lines})\n\n\n"
 
 
 def _destination(out: Lines, spec: MoveSpec) -> None:

@@ -427,5 +427,3 @@ def _norm(text: RowText, node: fx.Node, place: Place, given: Conditions) -> Valu
         if factor is not None:
             value = text.combined(node, f"{{}} {sign} {{}}", [value, text.at(factor, place[-1:], given)])
     return text.rounded(value, node.meta["val"].dtype, node)
-
-

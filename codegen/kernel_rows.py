@@ -343,7 +343,7 @@ class RowText:
 
 
 def name_of(node: fx.Node) -> str:
-    """"add.Tensor" of an ATen call, "getitem", or "" of what is no call."""
+    """ "add.Tensor" of an ATen call, "getitem", or "" of what is no call."""
     if node.target is operator.getitem:
         return "getitem"
     name = str(node.target)
