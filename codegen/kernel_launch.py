@@ -12,7 +12,7 @@ import torch
 from sfcompile.codegen.kernel_attend import arguments, attend_source
 from sfcompile.codegen.kernel_loader import link_options, load_source, resident_programs
 from sfcompile.codegen.kernel_moves import MoveSpec, collect_source, move_arguments, put_source
-from sfcompile.codegen.kernel_rows import RowProgram
+from sfcompile.codegen.kernel_rows import FUSED_OPTIONS, RowProgram
 from sfcompile.codegen.kernel_spec import KernelSpec, block_of, spec_of
 from sfcompile.codegen.kernel_tables import KernelTables, make_tables
 from sfcompile.codegen.kernel_text import entry_name
@@ -179,6 +179,8 @@ class AttendKernel:
         programs = MOVE_PROGRAMS if self.device.type == "cuda" else 2
         wanted = move_arguments(name, MoveSpec(self.spec.dtype, 1, self.spec.reach, self.spec.bounded), rows)
         options = {} if self.device.type == "cpu" else link_options(self._library, self.spec.reach)
+        if rows is not None and self.device.type != "cpu":
+            options |= FUSED_OPTIONS
         self._moves[tensor][(programs,)](*(given[entry] for entry in wanted), **options)
 
     def _common(self, heap: HeapView) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sfcompile.codegen.kernel_indices import Index, Remainder, is_column, reshaped
+from sfcompile.codegen.kernel_indices import Atom, Index, Remainder, is_column, reshaped
 from sfcompile.codegen.kernel_rows import (
     ELEMENTS,
     CannotFollowError,
@@ -215,13 +215,14 @@ def _repeat_interleave(text: RowText, node: fx.Node, place: Place, given: Condit
 def _cat(text: RowText, node: fx.Node, place: Place, given: Conditions) -> Value:
     parts = node.args[0]
     assert isinstance(parts, (list, tuple))
-    parts = [part for part in parts if isinstance(part, fx.Node) and 0 not in _shape(part)]
+    filled = [part for part in parts if isinstance(part, fx.Node) and 0 not in _shape(part)]
     dim = _dim(node, _argument(node, "dim"), len(place))
-    places, sizes = [], []
-    for part in parts:
+    places: list[Place] = []
+    sizes: list[int] = []
+    for part in filled:
         places.append(_replace(place, dim, (place[dim] + -sum(sizes)).within(_shape(part)[dim])))
         sizes.append(_shape(part)[dim])
-    return _one_of(text, node, place, dim, given, parts, places, sizes)
+    return _one_of(text, node, place, dim, given, filled, places, sizes)
 
 
 @_op("stack.default")
@@ -256,12 +257,13 @@ def _one_of(
     return found
 
 
-def _parity(index: Index) -> Any:
+def _parity(index: Index) -> Atom | None:
     """The column atom whose parity chooses the part, if that is what chooses it."""
     for factor, _ in index.terms:
         if isinstance(factor, Remainder) and factor.by == 2:
             (inner, times), *others = factor.index.terms
-            if not others and times == 1 and hasattr(inner, "block") and inner.block > 1 and inner.size % 2 == 0:
+            even = isinstance(inner, Atom) and inner.block > 1 and inner.size % 2 == 0
+            if isinstance(inner, Atom) and even and not others and times == 1:
                 return inner
     return None
 
@@ -275,9 +277,10 @@ def _slice_scatter(text: RowText, node: fx.Node, place: Place, given: Conditions
     turn = (at + -start) % step
     if turn.terms:
         (factor, times), *others = at.terms
-        if step != 2 or others or times != 1 or not getattr(factor, "block", 0) or factor.size % 2:  # type: ignore[union-attr]
-            raise CannotFollowError(node, "steps over rows")
-        return text.by_parity(node, place, given, factor)  # type: ignore[arg-type]
+        plain = isinstance(factor, Atom) and factor.block > 1 and factor.size % 2 == 0 and times == 1 and not others
+        if not isinstance(factor, Atom) or not plain or step != 2:
+            raise CannotFollowError(node, "steps that are not every other column")
+        return text.by_parity(node, place, given, factor)
     if turn.start:
         return text.at(source, place, given)
     inside = [Condition.of(at, start, False), Condition.of(at, stop, True)]

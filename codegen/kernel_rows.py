@@ -25,6 +25,8 @@ from sfcompile.codegen.kernel_spec import block_of
 ELEMENTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """What sources, and values between, may be."""
 TYPES = {"fp32": "tl.float32", "fp16": "tl.float16", "bf16": "tl.bfloat16"}
+FUSED_OPTIONS: dict[str, Any] = {"maxnreg": 168}
+"""Triton's options for kernels that compute rows: left alone, ptxas spills a value to get below a step of registers."""
 MAX_SOURCES = 16
 MAX_LINES = 160
 """Longer programs would spill registers, and are not made."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from row_forms import forms, traced
 
 from sfcompile.codegen.kernel_chunks import ChunkSpec
