@@ -1,7 +1,8 @@
-"""Runs generated kernels on CPUs in Triton's interpreter, with what it lacks: bf16 products, polls that give up.
+"""Runs generated kernels on CPUs in Triton's interpreter, with what it lacks: right bf16, polls that give up.
 
-The interpreter holds bf16 as bit patterns and multiplies those (Triton 3.6 to 3.9: wrong, and no error); it knows
-nothing of other processes, so a poll would spin for ever on a core that the awaited rank may need.
+The interpreter holds bf16 as bit patterns and multiplies those (Triton 3.6 to 3.9: wrong, and no error), and cuts off
+what a GPU rounds to the nearest bf16. It knows nothing of other processes, so a poll would spin for ever on a core that
+the awaited rank may need.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Deadline:
 @contextmanager
 def interpreting(poll: Poll) -> Iterator[None]:
     """Inside, kernels loaded for the interpreter may be launched. Not for several threads at a time."""
-    dot, rmw = InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw
+    dot, rmw, cast = InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.cast_impl
     arrived = getattr(poll, "arrived", lambda: None)
     last: list[int] = []
 
@@ -65,6 +66,11 @@ def interpreting(poll: Poll) -> Iterator[None]:
             last[:] = seen
         return found
 
+    def cast_impl(self: Any, value: Any, target: Any) -> Any:
+        return (
+            _rounded(value) if (value.dtype, target.scalar) == (tl.float32, tl.bfloat16) else cast(self, value, target)
+        )
+
     # What triton.language defines with @jit (max, sum, zeros, ...) was compiled for a GPU when it was imported.
     swapped = [
         (module, name, value)
@@ -75,12 +81,21 @@ def interpreting(poll: Poll) -> Iterator[None]:
     for module, name, value in swapped:
         setattr(module, name, InterpretedFunction(value.fn))
     InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw = create_dot, create_atomic_rmw
+    InterpreterBuilder.cast_impl = cast_impl
     try:
         yield
     finally:
         InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw = dot, rmw
+        InterpreterBuilder.cast_impl = cast
         for module, name, value in swapped:
             setattr(module, name, value)
+
+
+def _rounded(handle: Any) -> Any:
+    """fp32 to the nearest bf16, ties to even, as GPUs do (NaN stays NaN)."""
+    bits = np.ascontiguousarray(handle.data, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return type(handle)(np.where(np.isnan(handle.data), 0x7FC0, nearest).astype(np.uint16), tl.bfloat16)
 
 
 def _widened(handle: Any) -> Any:

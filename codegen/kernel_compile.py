@@ -15,6 +15,7 @@ from sfcompile.codegen.kernel_attend import arguments, attend_source
 from sfcompile.codegen.kernel_chunks import ChunkSpec, chunk_arguments, receive_source, release_source, send_source
 from sfcompile.codegen.kernel_loader import load_source
 from sfcompile.codegen.kernel_moves import MoveSpec, collect_source, move_arguments, put_source
+from sfcompile.codegen.kernel_rows import FUSED_OPTIONS, RowProgram
 from sfcompile.codegen.kernel_spec import KernelSpec
 from sfcompile.codegen.kernel_text import entry_name
 from sfcompile.errors import CodegenError
@@ -78,11 +79,16 @@ def compile_attend(spec: KernelSpec, arch: int, library: Path | None = None) -> 
     )  # fmt: skip
 
 
-def compile_move(name: str, spec: MoveSpec, arch: int, library: Path | None = None) -> Compiled:
-    """The kernel "put" or "collect" of a spec; see :func:`compile_attend`."""
-    source = {"put": put_source, "collect": collect_source}[name](spec)
+def compile_move(
+    name: str, spec: MoveSpec, arch: int, library: Path | None = None, rows: RowProgram | None = None
+) -> Compiled:
+    """The kernel "put" (that computes ``rows``) or "collect" of a spec; see :func:`compile_attend`."""
+    source = put_source(spec, rows) if name == "put" else collect_source(spec)
     element = {"x_ptr": f"*{spec.dtype}", "out_ptr": f"*{spec.dtype}"}
-    return _compile(name, source, move_arguments(name, spec), element, arch, 4, 1, library, spec.reach != "peer")
+    element |= {f"s{i}_ptr": f"*{kind}" for i, kind in enumerate(rows.kinds if rows is not None else ())}
+    given = move_arguments(name, spec, rows)
+    more = None if rows is None else FUSED_OPTIONS
+    return _compile(name, source, given, element, arch, 4, 1, library, spec.reach != "peer", more)
 
 
 def compile_chunks(name: str, spec: ChunkSpec, arch: int, library: Path | None = None) -> Compiled:
@@ -93,7 +99,7 @@ def compile_chunks(name: str, spec: ChunkSpec, arch: int, library: Path | None =
 
 def _compile(
     name: str, source: str, given: Sequence[str], kinds: Mapping[str, str], arch: int, warps: int, stages: int,
-    library: Path | None, calls: bool,
+    library: Path | None, calls: bool, more: Mapping[str, Any] | None = None,
 ) -> Compiled:  # fmt: skip
     import triton
     from triton.backends.compiler import GPUTarget
@@ -105,7 +111,7 @@ def _compile(
     signature = {entry: _kind(entry, kinds) for entry in given}
     aligned = ("_ptr", "_sb", "_sh", "_sr")
     attrs = {(i,): [["tt.divisibility", 16]] for i, entry in enumerate(given) if entry.endswith(aligned)}
-    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, **(more or {})}
     if name == "attend":
         options["launch_cooperative_grid"] = True
     if calls and library is not None:
@@ -128,7 +134,7 @@ def _compile(
     asm = made.asm
 
     def again() -> Compiled:
-        return _compile(name, source, given, kinds, arch, warps, stages, None, calls)
+        return _compile(name, source, given, kinds, arch, warps, stages, None, calls, more)
 
     return Compiled(
         name, arch, source, asm["ttgir"], asm["ptx"], asm["cubin"], made.metadata.shared, calls and library is not None,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sfcompile.codegen.kernel_launch import AttendKernel, HeapView, mask_kind
+from sfcompile.codegen.kernel_rows import RowProgram
 from sfcompile.codegen.kernel_tables import make_tables
 from sfcompile.codegen.kernel_transfers import TransferKernels
 from sfcompile.codegen.schedule import Schedule
@@ -83,6 +84,10 @@ class KernelEngine:
             self._transfer.put(tensor, view)
         else:
             self._kernel(("none", True)).put(name, tensor, view)
+
+    def put_fused(self, name: str, rows: RowProgram, sources: Sequence[torch.Tensor], view: HeapView) -> None:
+        """Send "q", "k" or "v" as a row program makes it from its sources."""
+        self._kernel(("none", True)).put_fused(name, rows, sources, view)
 
     def attend(self, mask: torch.Tensor | None, view: HeapView) -> torch.Tensor:
         """Attend and push; the outputs [B, H, Lq, E] of this rank's queries, its own heads filled in."""

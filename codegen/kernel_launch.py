@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from sfcompile.codegen.kernel_attend import arguments, attend_source
 from sfcompile.codegen.kernel_loader import link_options, load_source, resident_programs
 from sfcompile.codegen.kernel_moves import MoveSpec, collect_source, move_arguments, put_source
+from sfcompile.codegen.kernel_rows import FUSED_OPTIONS, RowProgram
 from sfcompile.codegen.kernel_spec import KernelSpec, block_of, spec_of
 from sfcompile.codegen.kernel_tables import KernelTables, make_tables
 from sfcompile.codegen.kernel_text import entry_name
@@ -157,6 +158,15 @@ class AttendKernel:
         given |= {"num_puts": len(self.tables.puts[tensor])}
         self._move(tensor, "put", given)
 
+    def put_fused(self, tensor: str, rows: RowProgram, sources: Sequence[torch.Tensor], heap: HeapView) -> None:
+        """:meth:`put` of what a row program makes of its sources; the kernel is made at the first call."""
+        if rows.key not in self._moves:
+            move = MoveSpec(self.spec.dtype, rows.width, self.spec.reach, self.spec.bounded)
+            made = load_source(put_source(move, rows), self.device.type == "cpu", self.calls)
+            self._moves[rows.key] = getattr(made, entry_name("put", move.reach))
+        given = self._common(heap) | rows.bind(sources) | {"puts_ptr": self.fixed[f"put_{tensor}"]}
+        self._move(rows.key, "put", given | {"num_puts": len(self.tables.puts[tensor])}, rows)
+
     def collect(self, out: torch.Tensor, heap: HeapView) -> None:
         """Wait for the outputs that come home and copy them into ``out`` [B, H, Lq, E]."""
         given = self._common(heap) | {"out_ptr": out}
@@ -164,11 +174,13 @@ class AttendKernel:
         given |= {"collects_ptr": self.fixed["collects"], "num_collects": len(self.tables.collects)}
         self._move("o", "collect", given)
 
-    def _move(self, tensor: str, name: str, given: Mapping[str, Any]) -> None:
+    def _move(self, tensor: str, name: str, given: Mapping[str, Any], rows: RowProgram | None = None) -> None:
         # Few programs: they run beside the products that make the next tensor.
         programs = MOVE_PROGRAMS if self.device.type == "cuda" else 2
-        wanted = move_arguments(name, MoveSpec(self.spec.dtype, 1, self.spec.reach, self.spec.bounded))
+        wanted = move_arguments(name, MoveSpec(self.spec.dtype, 1, self.spec.reach, self.spec.bounded), rows)
         options = {} if self.device.type == "cpu" else link_options(self._library, self.spec.reach)
+        if rows is not None and self.device.type != "cpu":
+            options |= FUSED_OPTIONS
         self._moves[tensor][(programs,)](*(given[entry] for entry in wanted), **options)
 
     def _common(self, heap: HeapView) -> dict[str, Any]:

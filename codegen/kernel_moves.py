@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from sfcompile.codegen.kernel_rows import RowProgram
 from sfcompile.codegen.kernel_spec import block_of
 from sfcompile.codegen.kernel_tables import COLLECT, PUT
 from sfcompile.codegen.kernel_text import (
@@ -54,28 +55,32 @@ class MoveSpec:
         return self.lines or (32 if block_of(self.width) == 128 else 16)
 
 
-def put_source(spec: MoveSpec) -> str:
+def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
     """The module of ``put``: cut a tensor [B, H, L, W] into what each rank needs, copy, raise the signals.
 
     First it waits until every rank that this one writes to in the epoch has read the epoch that used the bank before.
     Then, by load and store, rows go straight into the peers' slots. For NVSHMEM they are gathered in the staging area
     first, and the last program to finish sends the chunk as a whole. (The staging area of a bank is free by then too:
     a receiver that has read a chunk has received it.) What stays here is copied into the bank as well.
+
+    Args:
+        rows: compute the tensor's rows from these sources instead of reading them (kernel_rows.py).
     """
     out = Lines()
-    with kernel(out, entry_name("put", spec.reach), move_arguments("put", spec)):
+    with kernel(out, entry_name("put", spec.reach), move_arguments("put", spec, rows)):
         out(*await_credits(spec.reach, spec.bounded))
         out("p = 0")
         with out.block("while p < num_puts:"):
             out(f"put = puts_ptr + p * {len(PUT)}")
             out(*columns("put", PUT, {name: name for name in PUT if spec.reach == "mixed" or name != "net"}))
             _destination(out, spec)
-            _copy_lines(out, spec, home=False)
+            _copy_lines(out, spec, home=False, program=rows)
             with out.block("if dst >= 0:"):
                 with out.block("if last_of(counters_ptr + slot, programs):"):
                     _announce(out, spec)
             out("p += 1")
-    return module(f"Sends rows of {spec.width} {spec.dtype}.", _constants(spec) + out.text)
+    made = "" if rows is None else f" computed from {len(rows.dims)} tensors"
+    return module(f"Sends rows of {spec.width} {spec.dtype}{made}.", _constants(spec, rows) + out.text)
 
 
 def collect_source(spec: MoveSpec) -> str:
@@ -125,9 +130,11 @@ def merge_source() -> str:
     return module("Merges partial attention results over disjoint keys.", out.text)
 
 
-def move_arguments(name: str, spec: MoveSpec) -> tuple[str, ...]:
-    """Arguments of "put" or "collect", in order."""
+def move_arguments(name: str, spec: MoveSpec, rows: RowProgram | None = None) -> tuple[str, ...]:
+    """Arguments of "put" (that computes ``rows``) or "collect", in order."""
     given = {"put": PUT_ARGUMENTS, "collect": COLLECT_ARGUMENTS}[name]
+    if rows is not None:
+        given = (*rows.arguments, *(entry for entry in given if not entry.startswith("x_")))
     return (*given, "report_ptr") if spec.bounded else given
 
 
@@ -160,11 +167,11 @@ def kernel(out: Lines, name: str, arguments: tuple[str, ...]) -> Iterator[None]:
         yield
 
 
-def _constants(spec: MoveSpec) -> str:
-    return (
-        f"W = tl.constexpr({spec.width})\nW_BLOCK = tl.constexpr({block_of(spec.width)})\n"
-        f"LINES = tl.constexpr({spec.rows_at_a_time})\n\n\n"
-    )
+def _constants(spec: MoveSpec, rows: RowProgram | None = None) -> str:
+    block, lines = block_of(spec.width), spec.rows_at_a_time
+    if rows is not None and not spec.lines:  # several values of a row are held at a time
+        lines = 16 if block <= 128 else 8
+    return f"W = tl.constexpr({spec.width})\nW_BLOCK = tl.constexpr({block})\nLINES = tl.constexpr({lines})\n\n\n"
 
 
 def _destination(out: Lines, spec: MoveSpec) -> None:
@@ -183,13 +190,15 @@ def _destination(out: Lines, spec: MoveSpec) -> None:
             out(f"target = {heap_of('dst')} + bank_at + at")
 
 
-def _copy_lines(out: Lines, spec: MoveSpec, home: bool) -> None:
-    """Rows (batch, head, token) of W elements between a strided tensor and a packed chunk."""
+def _copy_lines(out: Lines, spec: MoveSpec, home: bool, program: RowProgram | None = None) -> None:
+    """Rows (batch, head, token) of W elements between a strided tensor, or what computes it, and a packed chunk."""
     element = ELEMENTS[spec.dtype]
     bytes_of_row = spec.width * (4 if spec.dtype == "fp32" else 2)
     packed = f"({'source' if home else 'target'}).to(tl.pointer_type({element}))"
     packed = f"tl.multiple_of({packed}, 16)" if bytes_of_row % 16 == 0 else packed
     out(f"packed_ptr = {packed}", "lines = batch * heads * rows", "w = tl.arange(0, W_BLOCK)")
+    if program is not None:
+        out(*program.head)
     out("line = program * LINES")
     with out.block("while line < lines:"):
         padded = "" if block_of(spec.width) == spec.width else " & (w < W)[None, :]"
@@ -199,12 +208,16 @@ def _copy_lines(out: Lines, spec: MoveSpec, home: bool) -> None:
             "row = first_row + i % rows",
             f"inside = (i < lines)[:, None]{padded}",
         )
+        dense = "packed_ptr + i[:, None] * W + w[None, :]"
+        if program is not None:
+            out("live = i < lines", "b = bh // heads", "h = first_head + bh % heads", *program.lines)
+            out(f"tl.store({dense}, {program.value}.to({element}), mask=inside)", "line += programs * LINES")
+            return
         name = "out" if home else "x"
         out(
             f"strided_ptr = {name}_ptr + ((bh // heads) * {name}_sb + (first_head + bh % heads) * {name}_sh"
             f" + row * {name}_sr)[:, None] + w[None, :]",
         )
-        dense = "packed_ptr + i[:, None] * W + w[None, :]"
         source, target = (dense, "strided_ptr") if home else ("strided_ptr", dense)
         out(f"tl.store({target}, tl.load({source}, mask=inside), mask=inside)", "line += programs * LINES")
 

@@ -39,8 +39,9 @@ from sfcompile.passes.report import GraphReport
 from sfcompile.passes.report_graph import report_graph
 from sfcompile.passes.rewrite_batch import BatchPart, rewrite_batch
 from sfcompile.passes.rewrite_local import CannotSplit, rewrite_local
+from sfcompile.passes.schedule_fused_puts import schedule_fused_puts
 from sfcompile.passes.schedule_puts import schedule_puts
-from sfcompile.runtime.ops import ATTEND
+from sfcompile.runtime.ops import ATTEND, PUT_FUSED
 from sfcompile.runtime.topology import Topology
 
 
@@ -61,6 +62,7 @@ class State:
     shard_everything: bool = False
     order: tuple[str, ...] = ()  # names of passes; none: PIPELINE
     kernels: bool = False  # attention runs as generated kernels
+    fuse_puts: bool = False  # puts are kernels too, and may compute what they send
     sites: list[Site] = field(default_factory=list)
     tokens: Tokens = field(default_factory=Tokens)
     layouts: Layouts | None = None
@@ -71,6 +73,7 @@ class State:
     parts: tuple[int, ...] = (2, 3)
     placement: Placement | None = None
     local: LocalGraph | None = None
+    fused_puts: tuple[int, int] | None = None  # how many, of how many
     schedules: list[Schedule] = field(default_factory=list)
 
     @property
@@ -114,11 +117,14 @@ class Compiled:
         Programs are numbered: groups with different samples give them different keys.
         """
         number: dict[object, object] = {program: i for i, program in enumerate(self.programs)}
-        return [
-            f"{node.target} {[number.get(arg, arg) for arg in node.args if isinstance(arg, (str, int))]}"
-            for node in self.gm.graph.nodes
-            if node.target in COMMUNICATION
-        ]
+        found = []
+        for node in self.gm.graph.nodes:
+            if node.target in COMMUNICATION:
+                name, args = str(node.target), [arg for arg in node.args if isinstance(arg, (str, int))]
+                if node.target is PUT_FUSED:  # what a put computes is a rank's own business
+                    name, args = f"streamfusion.{args[2]}.default", args[:2]
+                found.append(f"{name} {[number.get(arg, arg) for arg in args]}")
+        return found
 
 
 def _analyse_attention(s: State) -> None:
@@ -215,6 +221,12 @@ def _schedule_puts(s: State) -> None:
     schedule_puts(s.local.graph)
 
 
+def _schedule_fused_puts(s: State) -> None:
+    if s.fuse_puts:
+        assert s.local is not None
+        s.fused_puts = schedule_fused_puts(s.local.graph)
+
+
 def _schedule_sites(s: State) -> None:
     assert s.local is not None and s.choices is not None
     known: dict[object, Schedule] = {}  # layers repeat: build each distinct site once
@@ -243,6 +255,7 @@ PIPELINE: list[Pass] = [
     ("place_min_cut", _place_min_cut, "needs layouts, to know which ops have a local form, and prices of traffic"),
     ("rewrite_local", _rewrite_local, "every decision is made: write this rank's graph"),
     ("schedule_puts", _schedule_puts, "moves communication inside the finished graph"),
+    ("schedule_fused_puts", _schedule_fused_puts, "on GPUs: what makes q, k, v moves into the kernel that sends them"),
     ("schedule_sites", _schedule_sites, "one schedule per attention and gather, for all ranks, proved before use"),
 ]
 

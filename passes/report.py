@@ -48,6 +48,7 @@ class GraphReport:
         other_s: seconds of compute that the plan assumes between two attentions.
         graph: number of the graph in this process, from 1; break_reason: what made Dynamo end it before the model did
             (a graph break, with the user's line), or "".
+        fused_puts: puts whose kernels compute what they send, and all puts of q, k and v; None: puts are no kernels.
     """
 
     num_ranks: int
@@ -80,6 +81,7 @@ class GraphReport:
     other_s: float = 0.0
     graph: int = 0
     break_reason: str = ""
+    fused_puts: tuple[int, int] | None = None
 
     @property
     def share(self) -> float:
@@ -127,6 +129,9 @@ class GraphReport:
             ("heap", f"{self.heap_bytes / 2**20:.1f} MiB symmetric memory per rank, shared by all layers"),
             ("compile", ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in self.pass_seconds.items())),
         ]
+        if self.fused_puts is not None:
+            fused, puts = self.fused_puts
+            rows.insert(5 + len(self.axes), ("puts", f"{fused} of {puts} compute what they send (norms, RoPE, casts)"))
         if self.break_reason:
             rows.insert(0, ("graph break", f"graph {self.graph} ends at: {self.break_reason}"))
         lines = [f"  {name:<12} {text}" for name, text in rows]

@@ -34,6 +34,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
         programs={state.local.program: [site.name for site in state.local.sites]},
         topology=state.topology,
         other_s=state.choices.other_s,
+        fused_puts=state.fused_puts,
     )
     per_rank = [0.0 for _ in ranks]
     for node, op in state.tokens.views.items():

@@ -56,6 +56,9 @@ class DeviceEngine(Protocol):
     def put(self, name: str, tensor: torch.Tensor, view: Any) -> None:
         """Send "q", "k", "v" or "x"."""
 
+    def put_fused(self, name: str, rows: Any, sources: Sequence[torch.Tensor], view: Any) -> None:
+        """Send "q", "k" or "v" as a row program (codegen/kernel_rows.py) makes it from its sources."""
+
     def attend(self, mask: torch.Tensor | None, view: Any) -> torch.Tensor:
         """Attend and push; this rank's queries' outputs [B, H, Lq, E], its own heads filled in."""
 
@@ -125,15 +128,16 @@ class DeviceRuns:
         self._release.run(self._heap.table, self._places[epoch % NUM_BANKS])
 
     @contextmanager
-    def side(self, tensor: torch.Tensor) -> Iterator[None]:
-        """Inside, kernels run on the stream of the puts, after what made ``tensor``."""
+    def side(self, *tensors: torch.Tensor) -> Iterator[None]:
+        """Inside, kernels run on the stream of the puts, after what made ``tensors``."""
         if self._side is None:
             yield
             return
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side):
             yield
-        tensor.record_stream(self._side)  # its memory is not given to others before the put has read it
+        for tensor in tensors:
+            tensor.record_stream(self._side)  # its memory is not given to others before the put has read it
 
     def join(self) -> None:
         """The main stream goes on after the put kernels."""
@@ -160,6 +164,11 @@ class DeviceRun:
         name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
         with self._runs.side(tensor):
             self._engine.put(name, tensor, self._view)
+
+    def put_fused(self, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
+        """:meth:`put` of what a row program makes of its sources."""
+        with self._runs.side(*sources):
+            self._engine.put_fused(phase.removeprefix("put_"), rows, sources, self._view)
 
     def attend(self, mask: torch.Tensor | None) -> None:
         """Attend; what it makes of this rank's queries becomes the call's output."""

@@ -24,6 +24,7 @@ _OPS = {
     "put_q": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
     "put_k": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
     "put_v": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
+    "put_fused": "(Tensor[] sources, Tensor ticket, str program, int site, str phase, str key) -> Tensor",
     "attend": "(Tensor ticket, Tensor? mask, str program, int site) -> Tensor",
     "collect": (
         "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype, int part=-1) -> (Tensor, Tensor)"
@@ -36,6 +37,8 @@ for _name, _schema in _OPS.items():
 
 COMMUNICATION = tuple(getattr(torch.ops.streamfusion, name).default for name in _OPS)
 """Targets of the nodes that talk to other ranks."""
+PUT_FUSED = torch.ops.streamfusion.put_fused.default
+"""A put (``phase`` says which) of what the row program ``key`` makes of its sources."""
 ATTEND = torch.ops.streamfusion.attend.default
 
 
@@ -47,6 +50,25 @@ def _start(phase: str) -> Any:
         return torch.empty_like(ticket)
 
     return run
+
+
+ROW_PROGRAMS: dict[str, Any] = {}
+"""By the key that ``streamfusion.put_fused`` is called with (passes/schedule_fused_puts.py fills it)."""
+
+
+def _put_fused(
+    sources: list[torch.Tensor], ticket: torch.Tensor, program: str, site: int, phase: str, key: str
+) -> torch.Tensor:
+    session = current_session()
+    with session.guard():
+        session.put_fused(program, site, phase, sources, ROW_PROGRAMS[key])
+    return torch.empty_like(ticket)
+
+
+def _fake_put_fused(
+    sources: list[torch.Tensor], ticket: torch.Tensor, program: str, site: int, phase: str, key: str
+) -> torch.Tensor:
+    return torch.empty_like(ticket)
 
 
 def _attend(ticket: torch.Tensor, mask: torch.Tensor | None, program: str, site: int) -> torch.Tensor:
@@ -86,9 +108,10 @@ def _fake_end(
 
 for _name in _OPS:
     _ends = _name in ("collect", "gather_finish")
-    _run = _end(_name) if _ends else _attend if _name == "attend" else _start(_name)
+    _run = _end(_name) if _ends else {"attend": _attend, "put_fused": _put_fused}.get(_name) or _start(_name)
+    _fake = _fake_end if _ends else _fake_put_fused if _name == "put_fused" else _fake_ticket
     _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"streamfusion::{_name}", _fake_end if _ends else _fake_ticket, lib=_library)
+    torch.library.register_fake(f"streamfusion::{_name}", _fake, lib=_library)
 
 
 @dataclass(frozen=True)

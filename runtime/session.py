@@ -240,6 +240,15 @@ class Session:
         """A put phase, of one part of the tokens or (-1) of all; the first of a site opens its epoch."""
         self._run(program, site).put(phase, tensor, part)
 
+    def put_fused(self, program: str, site: int, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
+        """:meth:`put` of what a row program (codegen/kernel_rows.py) makes of its sources: in the kernel that sends it,
+        or before, where no kernel does."""
+        run = self._run(program, site)
+        if isinstance(run, DeviceRun):
+            run.put_fused(phase, sources, rows)
+        else:
+            run.put(phase, rows.compute(*sources))
+
     def attend(self, program: str, site: int, mask: torch.Tensor | None) -> None:
         """The attend phase."""
         self._run(program, site).attend(mask)

@@ -151,6 +151,7 @@ def run_passes(
         split_batch=split_batch,
         order=asked.passes,
         kernels=kernels,
+        fuse_puts=kernels and on_gpu,
         parts=() if kernels else State.parts,  # kernels take all tokens at a time: they overlap inside
     )
     return run_pipeline(state, strict=asked.strict, dump=asked.dump if dump else None)

@@ -21,6 +21,12 @@ def product(a_ptr, b_ptr, c_ptr):
 
 
 @triton.jit
+def narrow(x_ptr, out_ptr):
+    i = tl.arange(0, 16)
+    tl.store(out_ptr + i, tl.load(x_ptr + i).to(tl.bfloat16))
+
+
+@triton.jit
 def wait(address):
     wait_word(address, 3)
 """,
@@ -34,6 +40,17 @@ def test_products_are_right_in_every_dtype(dtype: torch.dtype) -> None:
     with interpreting(Deadline(1.0)):
         load_source(SOURCE, True).product[(1,)](a, b, c)
     assert torch.allclose(c, a.float() @ b.float(), atol=1e-5)
+
+
+def test_bf16_is_rounded_to_the_nearest() -> None:
+    """1.998: its mantissa carries into the exponent; ties go to even."""
+    x = torch.tensor([1.998, -1.998, 0.0, 1e-40, 3e38, float("inf"), 1 + 2**-8, 1 + 3 * 2**-8, *torch.randn(7), 0.1])
+    out = torch.empty(16, dtype=torch.bfloat16)
+    with interpreting(Deadline(1.0)):
+        load_source(SOURCE, True).narrow[(1,)](x, out)
+        assert torch.equal(out, x.bfloat16())
+        load_source(SOURCE, True).narrow[(1,)](torch.full((16,), float("nan")), out)
+    assert out.isnan().all()
 
 
 def test_a_poll_in_vain_gives_up_and_what_was_patched_is_put_back() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+from row_forms import forms, traced
 
 from sfcompile.codegen.kernel_chunks import ChunkSpec
 from sfcompile.codegen.kernel_compile import (
@@ -19,6 +21,7 @@ from sfcompile.codegen.kernel_compile import (
     resources,
 )
 from sfcompile.codegen.kernel_moves import MoveSpec
+from sfcompile.codegen.kernel_row_ops import compile_rows
 from sfcompile.codegen.kernel_spec import KernelSpec, tiles_for
 from sfcompile.codegen.nvshmem_bitcode import slim_library
 
@@ -98,3 +101,25 @@ def test_small_kernels(reach: str) -> None:
         assert resources(kernel).spill_stores == 0 and kernel.linked == (reach != "peer")
     put = kernels[0].ptx
     assert re.search(r"st\.global(\.\w+)*\.v4\.b32", put) and not re.search(r"ld\.global(\.\w+)*\.b16\b", put)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("width", [64, 128])
+def test_puts_that_compute_load_wide_and_do_not_spill(arch: int, width: int) -> None:
+    """Norm and RoPE of a joint attention, over halves, and written into columns: 16 bytes a thread, no spills."""
+    for name in ("joint", "halves", "written", "layer norm, some tokens"):
+        gm, root = traced(*forms(torch.bfloat16, width)[name])
+        rows, _ = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))
+        kernel = compile_move("put", MoveSpec("bf16", width), arch, rows=rows)
+        found = resources(kernel)
+        assert (found.spill_stores, found.spill_loads, found.stack) == (0, 0, 0), (name, found)
+        assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", kernel.ptx)
+        assert re.search(r"st\.global(\.\w+)*\.v4\.b32", kernel.ptx)
+        assert not re.search(r"ld\.global(\.\w+)*\.b16\b", kernel.ptx), name  # nothing element by element
+
+
+def test_puts_that_compute_link_nvshmem() -> None:
+    gm, root = traced(*forms(torch.bfloat16, 128)["joint"])
+    rows, _ = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))
+    kernel = compile_move("put", MoveSpec("bf16", 128, "mixed"), 90, slim_library(90), rows)
+    assert kernel.linked and resources(kernel).spill_stores == 0

@@ -6,6 +6,7 @@ import ast
 
 import pytest
 import torch
+from row_forms import forms, traced
 
 from sfcompile.codegen.interpreter import Deadline, interpreting
 from sfcompile.codegen.kernel_loader import load_source
@@ -17,6 +18,7 @@ from sfcompile.codegen.kernel_moves import (
     move_arguments,
     put_source,
 )
+from sfcompile.codegen.kernel_row_ops import compile_rows
 from sfcompile.codegen.kernel_tables import COLLECT, PUT
 from sfcompile.runtime.symmetric_heap import HeapSize, local_segment
 
@@ -100,4 +102,10 @@ def test_every_text_is_code_with_the_arguments_that_it_names(reach: str, bounded
         kernel = tree.body[-1]
         assert isinstance(kernel, ast.FunctionDef) and kernel.name.startswith(name)
         assert [entry.arg for entry in kernel.args.args] == list(move_arguments(name, spec))
+    gm, root = traced(*forms(width=64)["pairs"])
+    rows, _ = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))
+    (*_, fused) = ast.parse(put_source(spec, rows)).body
+    assert isinstance(fused, ast.FunctionDef)
+    assert [entry.arg for entry in fused.args.args] == list(move_arguments("put", spec, rows))
+    assert not any(entry.arg.startswith("x_") for entry in fused.args.args)
     assert any("maximum" in line for line in await_credits(reach, bounded))

@@ -43,6 +43,9 @@ class Told:
     def put(self, name: str, tensor: torch.Tensor, view: torch.Tensor) -> None:
         self.seen.append((name, int(view[0])))
 
+    def put_fused(self, name: str, rows: Any, sources: Any, view: torch.Tensor) -> None:
+        self.seen.append((f"{name} as {rows} of {len(sources)}", int(view[0])))
+
     def attend(self, mask: torch.Tensor | None, view: torch.Tensor) -> torch.Tensor:
         self.seen.append(("attend", int(view[0])))
         return torch.ones(1)
@@ -63,12 +66,13 @@ def test_two_open_calls_read_epochs_of_their_own() -> None:
     first = runs.open(told, 7)
     second = runs.open(told, 8)
     first.put("put_q", torch.zeros(1))
+    first.put_fused("put_k", [torch.zeros(1), torch.zeros(2)], "rope")
     second.put("gather_start", torch.zeros(1))
     first.attend(None)
     assert first.output is not None
     first.collect(first.output)
     second.gather(torch.zeros(1))
-    assert told.seen == [("q", 7), ("x", 8), ("attend", 7), ("collect", 7), ("gather", 8)]
+    assert told.seen == [("q", 7), ("k as rope of 2", 7), ("x", 8), ("attend", 7), ("collect", 7), ("gather", 8)]
     runs.finish(8)
     assert told.released == [8]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import rank_workers
 import torch
@@ -30,6 +32,7 @@ def test_fakes_have_the_shapes() -> None:
         x = torch.empty(2, 3, 5, 4, dtype=torch.bfloat16)
         for op in (sf.put_q, sf.put_k, sf.put_v, sf.gather_start):
             assert op(x, ticket, "p", 0).shape == (1,)
+        assert sf.put_fused([x, x[0]], ticket, "p", 0, "put_q", "key").shape == (1,)
         assert sf.attend(ticket, None, "p", 0).dtype == torch.int64
         assert sf.attend(ticket, torch.ones(1, dtype=torch.bool), "p", 0).dtype == torch.int64
         for op in (sf.collect, sf.gather_finish):
@@ -50,7 +53,7 @@ def test_a_trace_keeps_every_op_in_its_order() -> None:
     gm.graph.eliminate_dead_code()
     names = [str(node.target).split(".")[1] for node in gm.graph.nodes if str(node.target).startswith("streamfusion.")]
     assert names == ["put_k", "put_q", "put_v", "attend", "collect", "gather_start", "gather_finish"]
-    assert len(ops.COMMUNICATION) == 7
+    assert len(ops.COMMUNICATION) == 8
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -128,6 +131,32 @@ def test_memory_may_be_reused_after_a_put() -> None:
             return float((compiled(x, w)[0] - expected).abs().max())
 
     assert max(run_threads(1, work)) < 1e-4
+
+
+def test_a_put_of_a_row_program_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks without kernels compute what the program says, then put it."""
+    doubled = SimpleNamespace(compute=lambda x, w: (x * w).view(1, 24, 4, 8).transpose(1, 2))
+    monkeypatch.setitem(ops.ROW_PROGRAMS, "doubled", doubled)
+
+    def local(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ticket = torch.zeros(1, dtype=torch.int64)
+        for phase in ("put_k", "put_q", "put_v"):
+            ticket = sf.put_fused([x.sin(), w], ticket, "p", 0, phase, "doubled")
+        ticket = sf.attend(ticket, None, "p", 0)
+        return sf.collect(ticket, "p", 0, [1, 4, 24, 8], torch.float32)[0]  # type: ignore[no-any-return]
+
+    site = attention_site(1, heads=4, tokens=24)
+
+    def work(rank: int) -> float:
+        current_session().load("p", [build_torus(site, Mesh.of(Topology.grid(1, 1), 1, 1))])
+        x, w = torch.randn(24, 32), torch.randn(32)
+        with torch.no_grad():
+            compiled = compile_fx(make_fx(local, tracing_mode="fake")(x, w), [x, w])
+            value = doubled.compute(x.sin(), w)
+            expected = torch.nn.functional.scaled_dot_product_attention(value, value, value)
+            return float((compiled(x, w)[0] - expected).abs().max())
+
+    assert max(run_threads(1, work)) < 1e-5
 
 
 def test_inductor_keeps_the_order_and_the_numbers() -> None:
