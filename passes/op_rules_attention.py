@@ -82,6 +82,10 @@ class Attention:
             return False
         if op.operands[K].shape[0] != op.operands[Q].shape[0] or float(op.args.get("dropout_p") or 0.0) > 0.0:
             return False
+        kv_heads = op.operands[K].shape[1]
+        # Sites know one number of K/V heads: a lone K head that is broadcast against V's many would be cut like theirs.
+        if op.operands[V].shape[:2] != op.operands[K].shape[:2] or op.operands[Q].shape[1] % kv_heads:
+            return False
         same_axis = chosen.owners.axis_of(q.runs) == chosen.owners.axis_of(k.runs)
         return same_axis and chosen.owners.same(k, v)
 

@@ -82,3 +82,13 @@ def test_tokens_in_the_batch_need_no_other_rank() -> None:
 
 def test_three_dims() -> None:
     check_sharded(lambda x: sdpa(x * 2, x, x), [rand(2, 7, 4)], (0, 1))
+
+
+@pytest.mark.parametrize("lone", ["k", "v"])
+def test_one_head_of_keys_or_of_values_is_broadcast(lone: str) -> None:
+    """A site knows one number of K/V heads, so such an attention is no site."""
+
+    def attend(x: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+        return sdpa(x * 2, one, x) if lone == "k" else sdpa(x * 2, x, one)
+
+    check_sharded(attend, [rand(2, 4, 8, 4), rand(2, 1, 8, 4)], (0, 2), (1, 2), ranks=2)
