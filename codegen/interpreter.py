@@ -71,15 +71,12 @@ def interpreting(poll: Poll) -> Iterator[None]:
             _rounded(value) if (value.dtype, target.scalar) == (tl.float32, tl.bfloat16) else cast(self, value, target)
         )
 
+    before = [(owner, dict(vars(owner))) for owner in _language()]
     # What triton.language defines with @jit (max, sum, zeros, ...) was compiled for a GPU when it was imported.
-    swapped = [
-        (module, name, value)
-        for module in (tl, tl.standard, tl.math, tl.core)
-        for name, value in vars(module).items()
-        if isinstance(value, JITFunction)
-    ]
-    for module, name, value in swapped:
-        setattr(module, name, InterpretedFunction(value.fn))
+    for module in _MODULES:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                setattr(module, name, InterpretedFunction(value.fn))
     InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw = create_dot, create_atomic_rmw
     InterpreterBuilder.cast_impl = cast_impl
     try:
@@ -87,8 +84,33 @@ def interpreting(poll: Poll) -> Iterator[None]:
     finally:
         InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw = dot, rmw
         InterpreterBuilder.cast_impl = cast
-        for module, name, value in swapped:
-            setattr(module, name, value)
+        # Triton swaps parts of its language for each launch, and for every call of a device function without putting
+        # them back: nothing could be compiled in this process any more.
+        for owner, entries in before:
+            _put_back(owner, entries)
+
+
+_MODULES = (tl, tl.standard, tl.math, tl.core)
+
+
+def _language() -> list[Any]:
+    """Modules and classes of triton.language whose entries the interpreter swaps."""
+    classes = {
+        value
+        for module in _MODULES
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__.startswith("triton.language")
+    }
+    return [*_MODULES, *classes]
+
+
+def _put_back(owner: Any, entries: dict[str, Any]) -> None:
+    now = dict(vars(owner))
+    for name in now.keys() - entries.keys():
+        delattr(owner, name)
+    for name, value in entries.items():
+        if now.get(name) is not value:
+            setattr(owner, name, value)
 
 
 def _rounded(handle: Any) -> Any:

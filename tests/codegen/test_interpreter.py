@@ -27,6 +27,11 @@ def narrow(x_ptr, out_ptr):
 
 
 @triton.jit
+def largest(x_ptr):
+    tl.store(x_ptr, tl.max(tl.load(x_ptr + tl.arange(0, 16)) + tl.zeros([16], tl.float32), 0))
+
+
+@triton.jit
 def wait(address):
     wait_word(address, 3)
 """,
@@ -75,3 +80,19 @@ def test_a_deadline_counts_from_the_last_arrival() -> None:
     deadline()
     deadline.arrived()
     assert deadline._since is None
+
+
+def test_kernels_can_be_compiled_after_device_functions_were_interpreted() -> None:
+    """Triton leaves its language swapped after a device function that uses it; then nothing would compile."""
+    from sfcompile.codegen.kernel_chunks import ChunkSpec
+    from sfcompile.codegen.kernel_compile import compile_chunks
+
+    before = {name: value for name, value in vars(tl.tensor).items() if name.startswith("__")}
+    x = torch.arange(16.0)
+    with interpreting(Deadline(1.0)):
+        load_source(SOURCE, True).largest[(1,)](x)
+    assert x[0] == 15
+    assert {name: value for name, value in vars(tl.tensor).items() if name.startswith("__")} == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_ALWAYS_COMPILE", "1")  # a compiled kernel of an older run would hide it
+        assert compile_chunks("release", ChunkSpec("peer"), 90).cubin
