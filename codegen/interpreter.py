@@ -106,8 +106,9 @@ def _language() -> list[Any]:
 
 def _put_back(owner: Any, entries: dict[str, Any]) -> None:
     now = dict(vars(owner))
-    for name in now.keys() - entries.keys():
-        delattr(owner, name)
+    if isinstance(owner, type):  # names added to modules are what rewritten functions read
+        for name in now.keys() - entries.keys():
+            delattr(owner, name)
     for name, value in entries.items():
         if now.get(name) is not value:
             setattr(owner, name, value)
