@@ -236,7 +236,9 @@ def main() -> int:
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), metavar="NxM", help="machines x ranks")
     parser.add_argument("--rates", nargs="+", default=list(RATES))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--contenders", nargs="+", default=[], help="parts of names; default all")
+    parser.add_argument(
+        "--contenders", nargs="+", default=[], help='parts of names, "ours" for the planner\'s choice only; default all'
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the token counts, for smoke runs")
     parser.add_argument("--inner", choices=("eager", "inductor"), default="eager")
@@ -244,6 +246,7 @@ def main() -> int:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, help="write OUT.txt, OUT.csv, OUT.png")
     parser.add_argument("--raw", type=Path, help="keep (and add to) the raw numbers of every cell here")
+    parser.add_argument("--trace", help="a folder for one traced step of ours per cell: pictures, a Perfetto trace")
     parser.add_argument("--memory", action="store_true", help="peak RSS, heap and Python overhead instead of the grid")
     parser.add_argument("--steps", type=int, default=50, help="with --memory: steps of one contender in one job")
     parser.add_argument("--report-only", action="store_true", help="tables from --raw, nothing is run")

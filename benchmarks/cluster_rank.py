@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from emulated_machines import shape_command
 
+import sfcompile
 from sfcompile.backend import last_report, streamfusion_backend
 from sfcompile.errors import StreamFusionError
 from sfcompile.measure import measure, table
@@ -106,9 +107,7 @@ class Rank:
 
         self.session.load = noted  # type: ignore[method-assign]
         if config["parts"]:  # an experiment: other cuts than the planner's own
-            pipeline.State.__init__.__defaults__ = tuple(
-                tuple(config["parts"]) if value == (2, 3) else value for value in pipeline.State.__init__.__defaults__
-            )
+            pipeline.State.parts = tuple(config["parts"])
         if config["peers"]:
             cluster_peers.prepare()
             topology = self.session.topology
@@ -196,9 +195,15 @@ class Rank:
             found.append(Contender(usp, lambda run=twin: first(run(**inputs)), usp, str(degrees)))
         return found
 
+    @property
+    def layout(self) -> str:
+        """``machines x ranks``."""
+        topology = self.session.topology
+        return f"{topology.num_machines}x{topology.num_ranks // topology.num_machines}"
+
     def wanted(self, name: str) -> bool:
         chosen = self.config["contenders"]
-        return not chosen or any(part in name for part in chosen)
+        return not chosen or any(part == name or (part != "ours" and part in name) for part in chosen)
 
     @contextmanager
     def silence(self) -> Iterator[None]:
@@ -267,6 +272,9 @@ class Rank:
             if alone is not None:
                 with self.silence():
                     self.timed(alone)
+        if self.config["trace"] and mine:
+            with sfcompile.trace(Path(self.config["trace"]) / f"{self.layout}-{rate}-{name}"):
+                mine[0].run()
         for name_, twin_name in same.items():
             twin = next(c for c in mine if c.name == twin_name)
             running.append(
@@ -285,8 +293,7 @@ class Rank:
             self.write(name, rate, topology, [*running, *([alone] if alone else [])], compile_s)
 
     def write(self, name: str, rate: str, topology: Topology, rows: list[Contender], compile_s: float) -> None:
-        machines = topology.num_machines
-        layout = f"{machines}x{topology.num_ranks // machines}"
+        machines, layout = topology.num_machines, self.layout
         report = last_report()
         cell = {
             "layout": layout, "rate": rate, "model": name, "inner": self.config["inner"],

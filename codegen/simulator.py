@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ from sfcompile.runtime.spans import Span
 from sfcompile.runtime.topology import Topology
 
 Vector = NDArray[np.float64]
+T = TypeVar("T", float, Vector)
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,25 @@ def pipelined(schedule: Schedule, layers: int, before_s: float) -> list[Step]:
     return [*steps, *(Phase(schedule, layers, "collect", part) for part in range(parts))]
 
 
-def price(schedule: Schedule, topology: Topology, before_s: float) -> Timeline:
-    """One layer of many: what the second of two adds, if tokens come in parts."""
+def price(schedule: Schedule, topology: Topology, before_s: float, layers: int = 1) -> Timeline:
+    """One layer of so many, on average. If tokens come in parts, layers overlap: the first is simulated alone, all
+    others are what the second of two adds, so that few layers pay for filling and draining and many hardly do.
+    """
     if not isinstance(schedule.site, AttentionSite) or schedule.site.parts == 1:
         return simulate(layer(schedule, 1, before_s), topology)
-    one, two = (simulate(pipelined(schedule, layers, before_s), topology) for layers in (1, 2))
+    one = simulate(pipelined(schedule, 1, before_s), topology)
+    if layers == 1:
+        return one
+    two = simulate(pipelined(schedule, 2, before_s), topology)
+
+    def mean(first: T, both: T) -> T:
+        made: T = (first + (layers - 1) * (both - first)) / layers
+        return made
+
     return replace(
-        two, seconds=two.seconds - one.seconds, compute_s=two.compute_s - one.compute_s,
-        exposed_s=two.exposed_s - one.exposed_s, busy_s=two.busy_s - one.busy_s,
-        inside_bytes=one.inside_bytes, across_bytes=one.across_bytes, limit_s=two.limit_s - one.limit_s,
+        two, seconds=mean(one.seconds, two.seconds), compute_s=mean(one.compute_s, two.compute_s),
+        exposed_s=mean(one.exposed_s, two.exposed_s), busy_s=mean(one.busy_s, two.busy_s),
+        inside_bytes=one.inside_bytes, across_bytes=one.across_bytes, limit_s=mean(one.limit_s, two.limit_s),
     )  # fmt: skip
 
 

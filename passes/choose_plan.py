@@ -123,6 +123,7 @@ def plan_site(
     other_s: float = 0.0,
     mesh: Mapping[str, int] | None = None,
     schedule: str = "auto",
+    layers: int = 1,
 ) -> SitePlan:
     """The cheapest legal way to run a site; kept, so that layers and compiles of the same shape ask once.
 
@@ -131,17 +132,25 @@ def plan_site(
         other_s: seconds that a rank computes between two sites.
         mesh: degrees that the user asked for, or None.
         schedule: "auto", or what the user asked for: "torus", "ulysses", "ring", "usp" or a registered one.
+        layers: how many attentions like it follow each other; prices are means over them.
 
     Raises:
         MeshError: nothing legal is left; says why for each.
     """
     asked = None if mesh is None else (mesh["ulysses"], mesh["ring"])
-    return _plan(replace(site, name="site"), topology, round(other_s, 9), asked, schedule)
+    return _plan(
+        replace(site, name="site"), topology, round(other_s, 9), asked, schedule, layers if site.parts > 1 else 1
+    )
 
 
 @lru_cache(maxsize=256)
 def _plan(
-    site: AttentionSite, topology: Topology, other_s: float, asked: tuple[int, int] | None, schedule: str
+    site: AttentionSite,
+    topology: Topology,
+    other_s: float,
+    asked: tuple[int, int] | None,
+    schedule: str,
+    layers: int,
 ) -> SitePlan:
     refused: list[Priced] = []
     legal: list[tuple[float, Candidate, Schedule]] = []
@@ -167,7 +176,7 @@ def _plan(
         if bound > best:
             refused.append(Priced(candidate, f"its compute and traffic alone take {bound * 1e3:.3f} ms"))
         else:
-            priced.append((price(built, topology, other_s), candidate, built))
+            priced.append((price(built, topology, other_s, layers), candidate, built))
     priced.sort(key=lambda entry: entry[0].seconds)
     for _, candidate, _ in priced[:REFINED]:
         if topology.num_ranks == 1 or site.parts > 1:

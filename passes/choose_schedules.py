@@ -29,6 +29,8 @@ Agree = Callable[[Callable[[], Any]], Any]
 
 _WORTH = 0.97
 """Tokens are cut into parts if that is predicted to take at most so much of the time."""
+_WORTH_MORE = 0.99
+"""And into more parts, if that is predicted to take at most so much of the time with fewer."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,13 @@ def choose_schedules(
         for number, cut in cuts.items() if best == 1 else ():
             if not cut:
                 continue
-            made = [plan_site(site, topology, other_s, mesh, schedule) for site in _distinct(cut).values()]
+            times = Counter(site.geometry() for site in cut.values())
+            made = [
+                plan_site(site, topology, other_s, mesh, schedule, times[key]) for key, site in _distinct(cut).items()
+            ]
             price_s = _step(cut, made)
             said.append(f"tokens in {number} parts: {price_s * 1e3:.3f} ms a step, whole {prices[1] * 1e3:.3f} ms")
-            if price_s <= _WORTH * least:
+            if price_s <= (_WORTH if count == 1 else _WORTH_MORE) * least:
                 count, pieces, least = number, made, price_s
         rows = [f"batch split {batch} ways: {seconds * 1e3:.3f} ms a step" for batch, seconds in prices.items()]
         return best, priced[best], count, pieces, [*(rows if len(rows) > 1 else []), *said, *refused]

@@ -139,8 +139,14 @@ class Session:
         if self.rank == 0:
             with suppress(StreamFusionError):
                 made.append(make())
-        shared = self._world.exchange(made, "choose a plan", _COMPILE_PATIENCE)[0]
-        return shared[0] if shared else make()
+        shared: list[T] = self._world.exchange(made, "choose a plan", _COMPILE_PATIENCE)[0]
+        if shared:
+            return shared[0]
+        try:
+            return make()
+        except StreamFusionError as error:
+            error.on_every_rank = True
+            raise
 
     def exchange(self, value: Any, doing: str) -> list[Any]:
         """Collective: every rank's value, by rank; ``doing`` says in an error what the ranks do together."""
@@ -341,6 +347,8 @@ class Session:
         try:
             yield
         except BaseException as error:
+            if isinstance(error, StreamFusionError) and error.on_every_rank:
+                raise
             self._failed = True
             notice = notice_of(self.rank, error)
             # The notice first: it must be there when a peer finds its connection closed.

@@ -28,7 +28,13 @@ class StreamFusionError(RuntimeError):
         slot: index in the signal array that was waited for.
         epoch: the epoch that was waited for.
         seen_epoch: the epoch that the slot held when we gave up.
+
+    Attributes:
+        on_every_rank: every rank raises it at the same point of a compile, so that none waits for another: what was
+            compiled before goes on running.
     """
+
+    on_every_rank = False
 
     def __init__(
         self,

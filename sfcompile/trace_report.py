@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.simulator import layer, simulate
+from sfcompile.codegen.simulator import Timeline, layer, pipelined, simulate
 from sfcompile.codegen.sites import AttentionSite
 from sfcompile.explain_text import duration
 from sfcompile.passes.report import GraphReport
@@ -147,7 +147,7 @@ def report_of(events: Sequence[Event], predicted: Mapping[Key, Predicted]) -> Tr
     for (key, rank, _), of_call in calls.items():
         stages = [event for event in of_call if event.lane == "stage"]
         first[key] = min(first.get(key, of_call[0].start_s), of_call[0].start_s)
-        if stages and stages[-1].name in ("collect", "gather_finish"):  # a call that began before the trace has no puts
+        if _ended(stages):
             times.setdefault(key, {}).setdefault(rank, []).append(_times(of_call, stages))
     rows = []
     for key in sorted(times, key=lambda key: first[key]):
@@ -165,6 +165,14 @@ def report_of(events: Sequence[Event], predicted: Mapping[Key, Predicted]) -> Tr
     steps = max((len(of_rank) for of_rank in starts.values()), default=0)
     periods = [(s[-1] - s[0]) / (len(s) - 1) for s in starts.values() if len(s) > 1]
     return TraceReport(len(starts), steps, sum(periods) / len(periods) if periods else None, tuple(rows))
+
+
+def _ended(stages: Sequence[Event]) -> bool:
+    """Whether a call was recorded to its end: with tokens in parts, to the collect of every part that was sent."""
+    names = [event.name for event in stages]
+    collected = [name.removeprefix("collect") for name in names if name.startswith("collect")]
+    sent = [name.removeprefix("put_q") for name in names if name.startswith("put_q")]
+    return "gather_finish" in names or (bool(collected) and set(collected) >= set(sent))
 
 
 def _times(events: Sequence[Event], stages: Sequence[Event]) -> Times:
@@ -255,10 +263,16 @@ def _predict(schedule: Any, rank: int, job: Any, before_s: float) -> tuple[Predi
     members = schedule.members(rank)[1]
     attention = isinstance(schedule.site, AttentionSite)
     topology, lead = job.subset(members), before_s if attention else 0.0
-    line = simulate(layer(schedule, 1, lead), topology, record=True)
-    ranks = len(members)
-    ends = line.compute_s + line.exposed_s + line.busy_s
-    times = Times(float(line.exposed_s.mean()), float(line.compute_s.mean()) - lead, float(ends.sum()) / ranks - lead)
+    parts = schedule.site.parts if isinstance(schedule.site, AttentionSite) else 1
+    if parts > 1:
+        # Calls overlap: two of them, of which each is half; a window is that of one by itself.
+        line = simulate(pipelined(schedule, 2, lead), topology, record=True)
+        one = simulate(pipelined(schedule, 1, lead), topology)
+        calls, window_s = 2, _ends(one) - lead / parts
+    else:
+        line = simulate(layer(schedule, 1, lead), topology, record=True)
+        calls, window_s = 1, _ends(line) - lead
+    times = Times(float(line.exposed_s.mean()) / calls, float(line.compute_s.mean()) / calls - lead, window_s)
     spans = [
         Span(
             members[s.rank], s.lane, s.name, s.start_s, s.stop_s, s.nbytes, None if s.peer is None else members[s.peer]
@@ -266,3 +280,8 @@ def _predict(schedule: Any, rank: int, job: Any, before_s: float) -> tuple[Predi
         for s in line.spans
     ]
     return Predicted(schedule.site.name, attention, times), spans
+
+
+def _ends(line: Timeline) -> float:
+    """When the ranks end, on average."""
+    return float((line.compute_s + line.exposed_s + line.busy_s).mean())

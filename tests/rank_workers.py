@@ -17,6 +17,7 @@ from sfcompile.codegen.schedule import Schedule
 from sfcompile.codegen.schedule_gather import build_gather
 from sfcompile.codegen.schedule_torus import build_torus
 from sfcompile.codegen.sites import GatherSite
+from sfcompile.errors import MeshError
 from sfcompile.runtime import ops
 from sfcompile.runtime.process_group import ProcessWorld
 from sfcompile.runtime.session import Session, get_session
@@ -208,6 +209,28 @@ def recovers(rank: int) -> float:
     time.sleep(0.4 * rank)  # the other one waits long enough to look at the notices
     whole, _ = attend_and_gather(case, rank, ticket, "q")
     return float((whole.double() - case.expected).abs().max())
+
+
+def goes_on(rank: int) -> float:
+    """Planning fails on every rank alike; what was compiled before runs as it did."""
+    session = session_of()
+    case, ticket = random_case(5, ranks=2), torch.zeros(1, dtype=torch.int64)
+    session.load("p", schedules_of(case))
+
+    def plan() -> None:
+        raise MeshError("no mesh of these ranks is of that kind")
+
+    worst = 0.0
+    for _ in range(3):
+        whole, _ = attend_and_gather(case, rank, ticket)
+        worst = max(worst, float((whole.double() - case.expected).abs().max()))
+        try:
+            with session.guard():
+                session.from_first(plan)
+        except MeshError:
+            continue
+        raise AssertionError("planning did not fail")
+    return worst
 
 
 def through_inductor(rank: int) -> dict[str, Any]:

@@ -299,8 +299,9 @@ def test_parts_hide_the_compute_between_attentions() -> None:
     sent = whole.bytes_by_link(top)[1] / 2
     assert cut.bytes_by_link(top) == whole.bytes_by_link(top)
     assert price(whole, top, sent).seconds == pytest.approx(2 * sent)
-    line = price(cut, top, sent)
-    assert sent <= line.seconds <= 1.5 * sent
+    line, alone = price(cut, top, sent, layers=1000), price(cut, top, sent, layers=1)
+    assert sent <= line.seconds <= 1.51 * sent
+    assert line.seconds < alone.seconds <= 2 * sent, "a single layer fills and drains"
     assert line.across_bytes == 2 * sent and line.compute_s[0] == pytest.approx(sent)
     both = simulate(pipelined(cut, 3, sent), top)
     assert both.across_bytes == 3 * 2 * sent, "every part of every layer is sent once"

@@ -56,6 +56,11 @@ def test_ranks_that_failed_together_start_afresh(machine_of: tuple[int, ...]) ->
     assert max(run_processes(2, rank_workers.recovers, (), machine_of)) < 1e-5
 
 
+@pytest.mark.parametrize("machine_of", [(0, 0), (0, 1)])
+def test_a_plan_that_fails_on_every_rank_breaks_nothing(machine_of: tuple[int, ...]) -> None:
+    assert max(run_processes(2, rank_workers.goes_on, (), machine_of)) < 1e-5
+
+
 def test_agreement_between_threads() -> None:
     def work(rank: int) -> None:
         session = current_session()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from random_sites import attention_site, gather_site
 
 from sfcompile.codegen.builders import build
 from sfcompile.codegen.mesh import Mesh
-from sfcompile.codegen.simulator import layer, simulate
+from sfcompile.codegen.simulator import layer, pipelined, simulate
 from sfcompile.passes.report import GraphReport
 from sfcompile.runtime.recorder import Event
-from sfcompile.runtime.session import Session
+from sfcompile.runtime.session import Session, current_session
 from sfcompile.runtime.testing import run_threads
 from sfcompile.runtime.topology import Topology
 from sfcompile.trace_report import (
@@ -70,6 +72,18 @@ def test_calls_that_a_trace_cuts_are_left_out() -> None:
     assert [row.calls for row in report.rows] == [2, 3]
 
 
+def test_a_call_in_parts_ends_with_its_last_part() -> None:
+    def stages(epoch: int, names: list[str]) -> list[Event]:
+        return [
+            Event(0, "stage", name, 100.0 * epoch + i, 100.0 * epoch + i + 1, 0, None, 0, 0, epoch)
+            for i, name in enumerate(names)
+        ]
+
+    whole = ["put_q part 0", "put_q part 1", "attend", "collect part 0", "collect part 1"]
+    (row,) = report_of(stages(1, whole) + stages(2, whole[:-1]), KNOWN).rows
+    assert row.calls == 1 and row.measured.window_s == 5.0
+
+
 def test_a_kernel_that_waits_inside_counts_as_attention() -> None:
     (first, *_) = report_of([event for event in EVENTS if event.lane == "stage"], KNOWN).rows
     assert first.measured == Times(0.0, 6.0, 10.0)
@@ -86,6 +100,24 @@ def test_the_last_layers_are_drawn() -> None:
     assert min(event.start_s for event in shown) == 200.0 and max(event.stop_s for event in shown) == 230.0
 
 
+def test_predictions_in_parts_overlap_layers() -> None:
+    top = Topology.grid(2, 2, network_bytes_per_s=1e6)
+    site = replace(attention_site(4, tokens=64), parts=2)
+    schedule = build("torus", site, Mesh.of(top, 4, 1), 2, 2)
+    plan = GraphReport(4, 1, 1, 1, programs={"p": ["first"]}, topology=top, other_s=1e-3)
+
+    def work(rank: int) -> dict[tuple[int, int], Predicted]:
+        session = current_session()
+        session.load("p", [schedule])
+        return predict_layers(session, [plan])[0]
+
+    times = run_threads(4, work, top.machine_of)[0][0, 0].times
+    line = simulate(pipelined(schedule, 2, 1e-3), top)
+    assert times.blocked_s == pytest.approx(float(line.exposed_s.mean()) / 2)
+    assert times.attend_s == pytest.approx(float(line.compute_s.mean()) / 2 - 1e-3)
+    assert times.blocked_s < times.window_s < line.seconds
+
+
 def test_predictions_are_the_simulators() -> None:
     top = Topology.grid(2, 2, network_bytes_per_s=1e6)
     mesh = Mesh.of(top, 2, 2)
@@ -93,8 +125,6 @@ def test_predictions_are_the_simulators() -> None:
     plan = GraphReport(4, 2, 2, 2, programs={"p": ["first", "second", "out"]}, topology=top, other_s=1e-3)
 
     def work(rank: int) -> tuple[dict[tuple[int, int], Predicted], int]:
-        from sfcompile.runtime.session import current_session
-
         session: Session = current_session()
         session.load("p", [attention, attention, gather])
         found, spans = predict_layers(session, [plan])
