@@ -76,6 +76,11 @@ class Cell:
         return (self.peers.get(name, float("nan")) if name else min(self.peers.values())) / self.ours
 
 
+def times(ratio: float) -> str:
+    """A ratio for people; "-" where there is none."""
+    return f"{ratio:.2f}x" if ratio == ratio else "-"
+
+
 def report(cells: list[Cell]) -> str:
     """The tables."""
     lines = []
@@ -88,8 +93,8 @@ def report(cells: list[Cell]) -> str:
     for cell in cells:
         text = f"{' '.join(cell.key):<36}"
         for name in names:
-            times = cell.rows.get(name, {}).get("seconds")
-            text += f"{f'{statistics.median(times):.3f}({(max(times) - min(times)) / 2:.2f})' if times else '-':>14}"
+            took = cell.rows.get(name, {}).get("seconds")
+            text += f"{f'{statistics.median(took):.3f}({(max(took) - min(took)) / 2:.2f})' if took else '-':>14}"
         lines.append(text)
     lines.append("")
     columns = ("limit", "wire", "alone", "effic.", "best peer", "USP", "regret", "waits/layer", "error")
@@ -102,7 +107,7 @@ def report(cells: list[Cell]) -> str:
         worst = max(row["error"] for row in cell.rows.values() if row["error"] == row["error"])
         values = (
             f"{cell.limit_s:.3f}", f"{cell.wire_s:.3f}", f"{cell.medians.get('compute alone', 0.0):.3f}",
-            f"{cell.efficiency:.2f}", f"{cell.over():.2f}x", f"{cell.over(USP):.2f}x", f"{cell.regret:+.0%}",
+            f"{cell.efficiency:.2f}", times(cell.over()), times(cell.over(USP)), f"{cell.regret:+.0%}",
             f"{exposed * 1e3:.0f} ms", f"{worst:.0e}",
         )  # fmt: skip
         lines.append(f"{' '.join(cell.key):<36}" + "".join(f"{v:>12}" for v in values) + f"  {mine.get('plan', '')}")

@@ -261,9 +261,15 @@ class Rank:
         compile_s = time.perf_counter() - start
         for contender in fixed:
             contender.seconds, contender.blocked = [], []
-        running = [*mine, *fixed]
-        for contender in running:
+        for contender in mine:
             self.check(contender, want)
+        for contender in list(fixed):
+            try:
+                self.check(contender, want)
+            except RuntimeError as error:  # on every rank alike: no later turns of it, at any rate
+                self.say(f"    {contender.name} cannot run {name}: {str(error).splitlines()[0]}")
+                fixed.remove(contender)
+        running = [*mine, *fixed]
         bare = next((c for c in mine if c.plan.startswith("ulysses")), mine[0] if mine else None)
         alone = Contender("compute alone", bare.run, "", bare.plan) if bare is not None else None
         for _ in range(self.config["rounds"]):

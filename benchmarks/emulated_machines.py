@@ -77,13 +77,16 @@ def emulated_machines(machines: int, rate: str) -> Iterator[Cluster]:
         raise CannotEmulate(
             "needs root" if not missing else f"needs {', '.join(missing)} (Debian: iproute2, util-linux)"
         )
-    cluster = Cluster(f"sfe{os.getpid() % 10000}x", random.randrange(80, 250), machines)
-    bridge = f"sfb{os.getpid() % 10000}"
+    token = (
+        f"{random.randrange(16**5):05x}"  # not the process: the kernel removes names a while after they were deleted
+    )
+    cluster = Cluster(f"sfe{token}x", random.randrange(80, 250), machines)
+    bridge = f"sfb{token}"
     try:
         _run("ip", "link", "add", bridge, "type", "bridge")
         _run("ip", "link", "set", bridge, "up")
         for i in range(machines):
-            space, near = f"{cluster.prefix}{i}", f"sfv{os.getpid() % 10000}x{i}"
+            space, near = f"{cluster.prefix}{i}", f"sfv{token}x{i}"
             _run("ip", "netns", "add", space)
             _run("ip", "link", "add", near, "type", "veth", "peer", "name", "eth0", "netns", space)
             _run("ip", "link", "set", near, "master", bridge, "up")

@@ -110,8 +110,8 @@ class _Bench:
     def shifts(self, across: bool) -> tuple[list[float], list[float]]:
         """Seconds of the put, and of put and arrival together, by size.
 
-        The median of some rounds; of the largest messages between machines, which other work delays by far more than they
-        take, the least, where a round takes as long as its slowest rank: all share the links.
+        The median of some rounds; of the largest messages between machines, which other work delays by far more than
+        they take, the least, where a round takes as long as its slowest rank: all share the links.
         """
         puts, totals = [], []
         for floats in SIZES:

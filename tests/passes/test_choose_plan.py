@@ -124,3 +124,13 @@ def test_ranks_spread_unevenly_over_machines_are_planned() -> None:
     topology = Topology((0, 0, 0, 1, 2, 2))
     plan = plan_site(site(6), topology)
     check(plan.best.schedule(site(6), topology))
+
+
+def test_few_layers_in_parts_pay_for_filling() -> None:
+    topology = Topology.grid(2, 1, network_bytes_per_s=1e7)
+    here = replace(site(2), parts=2)
+    one, two, many = (plan_site(here, topology, 1e-3, layers=layers).price.seconds for layers in (1, 2, 60))
+    assert one is not None and two is not None and many is not None
+    assert many < two < one
+    whole = plan_site(site(2), topology, 1e-3)
+    assert plan_site(site(2), topology, 1e-3, layers=60) is whole, "whole tokens: every layer costs the same"
