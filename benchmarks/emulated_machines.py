@@ -77,9 +77,8 @@ def emulated_machines(machines: int, rate: str) -> Iterator[Cluster]:
         raise CannotEmulate(
             "needs root" if not missing else f"needs {', '.join(missing)} (Debian: iproute2, util-linux)"
         )
-    token = (
-        f"{random.randrange(16**5):05x}"  # not the process: the kernel removes names a while after they were deleted
-    )
+    # Not the process: the kernel frees names a while after they were deleted, and a process may emulate again.
+    token = f"{random.randrange(16**5):05x}"
     cluster = Cluster(f"sfe{token}x", random.randrange(80, 250), machines)
     bridge = f"sfb{token}"
     try:
