@@ -48,7 +48,13 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        return self.raw["layout"], self.raw["rate"], self.raw["model"], self.raw["inner"]
+        return self.raw["layout"], self.raw["rate"], self.model, self.raw["inner"]
+
+    @property
+    def model(self) -> str:
+        """The model's name, and how many times its usual blocks it has."""
+        blocks = self.raw.get("blocks", 1)
+        return self.raw["model"] + (f" x{blocks}" if blocks > 1 else "")
 
     @property
     def wire_s(self) -> float:
@@ -246,6 +252,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the token counts, for smoke runs")
+    parser.add_argument("--blocks", type=int, default=1, help="so many times the models' one or two blocks")
     parser.add_argument("--inner", choices=("eager", "inductor"), default="eager")
     parser.add_argument("--parts", type=int, nargs="+", default=[], help="cuts of a rank's tokens to try instead")
     parser.add_argument("--no-peers", action="store_true")

@@ -303,6 +303,7 @@ class Rank:
         report = last_report()
         cell = {
             "layout": layout, "rate": rate, "model": name, "inner": self.config["inner"],
+            "blocks": self.config["blocks"],
             "payload_bytes_per_s": bits(rate) / 8 * PAYLOAD, "machines": machines,
             "sites": report.sharded_sites if report else 0, "heap_bytes": self.session.heap_bytes,
             "compile_s": compile_s, "topology": topology.to_toml(),
@@ -379,7 +380,7 @@ class Rank:
             self.say(f"  {rate}: {table(constants[rate]).replace(chr(10), ';')}")
         for name in config["models"]:
             self.set_rate("10gbit")
-            model, inputs = cluster_models.build(name, config["scale"])
+            model, inputs = cluster_models.build(name, config["scale"], config["blocks"])
             want = first(model(**inputs)) if self.rank == 0 else torch.empty_like(first_meta(model, inputs))
             dist.broadcast(want, 0)
             fixed = self.peers(name, model, inputs) if config["peers"] else []

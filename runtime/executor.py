@@ -12,7 +12,7 @@ from sfcompile.runtime.attention_aten import Partial, attend, merge
 from sfcompile.runtime.engine import Engine, KernelAccess
 from sfcompile.runtime.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
 from sfcompile.runtime.parts import cut_part, place_part
-from sfcompile.runtime.transport import Transport
+from sfcompile.runtime.transport import Source, Transport
 
 
 class SlotPlace(Protocol):
@@ -146,13 +146,13 @@ class SiteRun:
                 self._wait(step)
             elif isinstance(step, Forward):
                 offset = self.plan.slots[step.to_slot].offset
-                self._transport.put(step.dst, step.to_slot, offset, self._views[step.slot], self.epoch, stays=True)
+                self._transport.put(step.dst, step.to_slot, offset, self._views[step.slot], self.epoch, Source.BANK)
             elif isinstance(step, Attend):
                 self._attend(step, mask)
             elif isinstance(step, Push):
                 out = self._output(step.q)
                 offset = self.plan.slots[step.slot].offset
-                self._transport.put(step.q.src, step.slot, offset, out, self.epoch, stays=True)
+                self._transport.put(step.q.src, step.slot, offset, out, self.epoch, Source.KEPT)
         # Nothing but outputs is read from here on, and with parts the site stays open under the next layer.
         self._joined.clear()
         self._tensors.clear()

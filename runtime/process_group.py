@@ -6,6 +6,7 @@ import base64
 import contextlib
 import datetime
 import itertools
+import logging
 import os
 import pickle
 import socket
@@ -27,12 +28,15 @@ from sfcompile.errors import (
     UnsupportedError,
 )
 from sfcompile.runtime.symmetric_heap import HeapSize, Segment, create_shared, local_segment, map_shared, unlink_shared
+from sfcompile.runtime.tcp_links import connect
 from sfcompile.runtime.topology import Topology
 from sfcompile.runtime.transport import RoutedTransport, Transport, peer_failed
 from sfcompile.runtime.transport_c10d import C10dTransport
 from sfcompile.runtime.transport_direct import DirectTransport, require_x86
+from sfcompile.runtime.transport_tcp import TcpTransport
 from sfcompile.torch_private import job_store
 
+_log = logging.getLogger("sfcompile")
 _worlds = itertools.count()
 _LINGER_S = 1.0
 
@@ -92,7 +96,8 @@ class ProcessWorld:
         self._exchanges = 0
         self._lives = 0
         self._announced = False
-        self._group = self._new_group()
+        self._group: dist.ProcessGroup | None = None
+        self._wires: TcpTransport | C10dTransport | None = None
         facts = self.exchange((machine_identity(), os.getpid(), uuid.uuid4().hex), "start a session")
         identities = [machine for machine, _, _ in facts]
         numbers = {machine: i for i, machine in enumerate(dict.fromkeys(identities))}
@@ -103,10 +108,29 @@ class ProcessWorld:
             raise UnsupportedError(
                 f"transport='shm' with {self.topology.num_machines} machines",
                 "ranks of different machines share no memory",
-                "use transport='auto' (shared memory inside a machine, gloo between) or 'c10d'",
+                "use transport='auto' (shared memory inside a machine, TCP between) or 'c10d'",
                 rank=self.rank,
             )
         self._messages_only = transport == "c10d"
+
+    def _messages(self) -> TcpTransport | C10dTransport:
+        """Collective, at first: the wires to ranks of other machines, one set for all heaps."""
+        if self._wires is None:
+            problem = "asked for" if self._messages_only else None
+            if problem is None:
+                peers = [r for r in range(self._num_ranks) if not self.topology.same_machine(r, self.rank)]
+                links = connect(self.rank, peers, self.exchange, self._timeout_s)
+                if isinstance(links, str):
+                    problem = links
+                    if self.rank == 0:
+                        _log.warning("gloo carries the messages between machines, slower: %s", problem)
+                else:
+                    self._wires = TcpTransport(self.rank, links, self._timeout_s, self.notice)
+            if problem is not None:
+                self._group = self._group or self._new_group()
+                self._wires = C10dTransport(self.rank, self._group, self._timeout_s, self.notice)
+        assert self._wires is not None
+        return self._wires
 
     def _new_group(self) -> dist.ProcessGroup:
         timeout = datetime.timedelta(seconds=self._timeout_s)
@@ -130,6 +154,10 @@ class ProcessWorld:
             )
         changed = timeout_s != self._timeout_s
         self._timeout_s = timeout_s
+        if isinstance(self._wires, TcpTransport):
+            self._wires.timeout_s = timeout_s
+        else:
+            self._wires = None
         return changed
 
     def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
@@ -214,7 +242,9 @@ class ProcessWorld:
         """Collective: forget the failure notices, and make new connections in place of those that a failure closed."""
         self._lives += 1
         self._announced = False
-        self._group = self._new_group()
+        if isinstance(self._wires, TcpTransport):
+            self._wires.disconnect()
+        self._wires = self._group = None
 
     # ------------------------------------------------------------------ heap and wires
 
@@ -249,16 +279,19 @@ class ProcessWorld:
         return segments
 
     def make_transport(self, segments: Sequence[Segment | None]) -> Transport:
-        """Stores where memory is shared, gloo elsewhere."""
+        """Stores where memory is shared, messages elsewhere."""
         direct = [segment is not None and not self._messages_only for segment in segments]
         stores = None
         if any(direct):
             stores = DirectTransport(self.rank, segments, self._timeout_s, self._pids)
-        messages = None if all(direct) else C10dTransport(self.rank, self._group, self._timeout_s, self.notice)
+        messages = None if all(direct) else self._messages()
         return RoutedTransport(stores, messages, direct)
 
     def close(self) -> None:
-        """Destroy the default group if it was made here."""
+        """Close the wires, and the default group if it was made here."""
+        if isinstance(self._wires, TcpTransport):
+            self._wires.disconnect()
+        self._wires = None
         if self._own_group and self._announced and self.rank == 0:
             with contextlib.suppress(dist.DistError):
                 self._keep_store(f"told/{self._lives}")

@@ -16,7 +16,7 @@ import torch
 from sfcompile.runtime.executor import SiteRun
 from sfcompile.runtime.instructions import Arrival, Attend
 from sfcompile.runtime.topology import Topology
-from sfcompile.runtime.transport import Transport
+from sfcompile.runtime.transport import Source, Transport
 
 
 class Event(NamedTuple):
@@ -143,10 +143,12 @@ class _Clocked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wires, name)
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
         """Send, recorded. The programs of all ranks are alike, so the slot's own arrival says what the chunk is."""
         start = time.perf_counter()
-        self._wires.put(dst, slot, offset, chunk, epoch, stays)
+        self._wires.put(dst, slot, offset, chunk, epoch, source)
         peer = self._members[dst]
         near = self._topology.same_machine(self._run._job_rank, peer)
         name = f"{self._arrivals[slot].tensor} -> rank {peer}"

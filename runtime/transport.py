@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -39,16 +40,26 @@ def notice_of(rank: int, error: BaseException) -> str:
     return what.removeprefix(_FIRST) if isinstance(error, PeerFailedError) else f"rank {rank}: {what}"
 
 
+class Source(Enum):
+    """What becomes of a chunk's memory after it was put."""
+
+    REUSED = "it may change as soon as the put has returned"
+    BANK = "a slot of the sender's own bank: it does not change before finish() of this epoch"
+    KEPT = "it never changes while anyone holds the tensor"
+
+
 class Transport(Protocol):
     """One rank's way to the others."""
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
         """A site begins: chunks of this epoch may arrive into the given slot views from now on."""
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
         """Send ``chunk`` into ``slot`` (at ``offset`` bytes of the bank) of rank ``dst`` and raise its signal.
 
-        ``stays`` promises that the chunk is not touched before :meth:`finish` of this epoch, so it need not be copied.
+        Only what is REUSED has to be copied if it leaves later.
         """
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
@@ -75,9 +86,11 @@ class GroupTransport:
         """As the whole job's."""
         self._transport.open(epoch, [(replace(a, src=self._members[a.src]), view) for a, view in arrivals])
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
         """As the whole job's."""
-        self._transport.put(self._members[dst], slot, offset, chunk, epoch, stays)
+        self._transport.put(self._members[dst], slot, offset, chunk, epoch, source)
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """As the whole job's."""
@@ -117,9 +130,11 @@ class RoutedTransport:
         for transport in self._all():
             transport.open(epoch, [pair for pair in arrivals if self._to(pair[0].src) is transport])
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
         """Route by destination."""
-        self._to(dst).put(dst, slot, offset, chunk, epoch, stays)
+        self._to(dst).put(dst, slot, offset, chunk, epoch, source)
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Route by sender."""

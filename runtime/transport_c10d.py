@@ -20,7 +20,7 @@ import torch.distributed as dist
 from sfcompile.errors import PeerDiedError, RuntimeTimeoutError
 from sfcompile.runtime.instructions import Arrival
 from sfcompile.runtime.symmetric_heap import NUM_BANKS
-from sfcompile.runtime.transport import peer_failed
+from sfcompile.runtime.transport import Source, peer_failed
 
 _ABORT_TAG = 2**30
 _GLOO_PLACE = re.compile(r"^\[[^\]]*\] *")  # "[/path/of/gloo.cc:553] "
@@ -64,7 +64,9 @@ class C10dTransport:
                 work = dist.irecv(_raw(view), arrival.src, group=self._group, tag=self._tag(epoch, arrival.slot))
                 self._receives[epoch, arrival.slot] = work
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
         """Hand the chunk to gloo's own threads."""
         if self._delay is not None:
             self._delay(self._rank)
@@ -72,7 +74,7 @@ class C10dTransport:
             # gloo reads the bytes after this call has returned, when a compiled graph may already reuse the caller's
             # memory: send a copy, unless the chunk lies in a slot of our own heap.
             whole = chunk.contiguous()
-            if not stays and whole.data_ptr() == chunk.data_ptr():
+            if source is Source.REUSED and whole.data_ptr() == chunk.data_ptr():
                 whole = chunk.clone()
             work = dist.isend(_raw(whole), dst, group=self._group, tag=self._tag(epoch, slot))
             self._sends.setdefault(epoch, []).append((work, whole, dst, slot))

@@ -27,7 +27,7 @@ from sfcompile.errors import PeerDiedError, RuntimeTimeoutError, UnsupportedErro
 from sfcompile.runtime import futex
 from sfcompile.runtime.instructions import Arrival
 from sfcompile.runtime.symmetric_heap import NUM_BANKS, Segment
-from sfcompile.runtime.transport import peer_failed
+from sfcompile.runtime.transport import Source, peer_failed
 
 _YIELDS = 16
 _LOOK_AROUND_S = 0.2
@@ -108,7 +108,9 @@ class DirectTransport:
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
         """Nothing to prepare: senders store when they like."""
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
         """Copy, then signal; see the head of the file."""
         if self._delay is not None:
             self._delay(self._rank)

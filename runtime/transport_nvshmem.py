@@ -22,6 +22,7 @@ from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.instructions import Arrival
 from sfcompile.runtime.nvshmem import CMP_GE, SIGNAL_SET, Nvshmem, NvshmemHeap
 from sfcompile.runtime.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.transport import Source
 
 _LINE = 64
 
@@ -51,7 +52,9 @@ class NvshmemTransport:
                 rank=self._nvshmem.rank,
             )
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
         """Pack, send, signal; see the head of the file."""
         b, size, base = self._nvshmem.bindings, self._heap.size, self._heap.address
         bank = epoch % NUM_BANKS

@@ -71,7 +71,7 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
     if asked.transport not in ("auto", "nvshmem"):
         raise OptionError(
             f"transport={asked.transport!r} with GPU ranks",
-            "GPU ranks store into each other's memory through NVSHMEM; shared memory and gloo serve CPU ranks",
+            "GPU ranks store into each other's memory through NVSHMEM; shared memory and TCP serve CPU ranks",
             "use transport='auto' or 'nvshmem'",
         )
     if session.device_side is None:

@@ -319,7 +319,7 @@ def choices() -> list[Finding]:
     if device == "cuda":
         transport = "nvshmem: one-sided stores between GPUs\nnot shm, c10d: they serve CPU ranks"
     elif platform.machine().lower() in ("x86_64", "amd64"):
-        transport = "shm inside a machine, gloo between machines\nnot nvshmem: it moves data between GPUs, none here"
+        transport = "shm inside a machine, TCP between machines\nnot nvshmem: it moves data between GPUs, none here"
     else:
         transport = "c10d (gloo)\nnot shm: it needs an x86-64 processor; not nvshmem: it needs GPUs"
     compiler = device == "cuda" or any(shutil.which(name) for name in _compilers())

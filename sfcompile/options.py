@@ -39,7 +39,7 @@ class Options:
         mesh: {"ulysses": P_u, "ring": P_r} with P_u * P_r = world size, or with a "batch" degree as a third factor;
             None: the planner chooses.
         schedule: how attention runs: "auto" (the planner's choice) | "torus" | "ulysses" | "ring" | "usp".
-        transport: "auto" (NVSHMEM between GPU ranks; shared memory and gloo between CPU ranks) | "shm" (CPU ranks of
+        transport: "auto" (NVSHMEM between GPU ranks; shared memory and TCP between CPU ranks) | "shm" (CPU ranks of
             one machine) | "c10d" (gloo, CPU ranks) | "nvshmem" (GPU ranks).
         attention: "auto" (generated kernels on GPUs, ATen's flash attention on CPUs) | "aten" | "triton" (on CPUs:
             Triton's interpreter, for checking kernels, slow).

@@ -18,7 +18,7 @@ from sfcompile.codegen.schedule_gather import build_gather
 from sfcompile.codegen.schedule_torus import build_torus
 from sfcompile.codegen.sites import GatherSite
 from sfcompile.errors import MeshError
-from sfcompile.runtime import ops
+from sfcompile.runtime import ops, tcp_links
 from sfcompile.runtime.process_group import ProcessWorld
 from sfcompile.runtime.session import Session, get_session
 
@@ -82,6 +82,19 @@ def attention(rank: int, seed: int, transport: str, calls: int) -> dict[str, Any
         "machines": session.topology.machine_of,
         "heap_bytes": session.heap_bytes,
     }
+
+
+def without_connections(rank: int, seed: int) -> dict[str, Any]:
+    """As :func:`attention`, where one rank finds no address to listen at."""
+
+    def no_address() -> str:
+        raise OSError("no such interface")
+
+    if rank == 1:
+        tcp_links.own_address = no_address
+    found = attention(rank, seed, "auto", 2)
+    found["wires"] = type(session_of()._transport._messages).__name__  # type: ignore[union-attr]
+    return found
 
 
 def traced(rank: int, folder: str, environment: bool) -> str:

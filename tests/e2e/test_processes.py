@@ -1,4 +1,4 @@
-"""Whole models on real processes: launched as torchrun would, talking through shared memory and gloo."""
+"""Whole models on real processes: launched as torchrun would, talking through shared memory, TCP and gloo."""
 
 from __future__ import annotations
 
