@@ -71,6 +71,7 @@ class Schedule:
     groups: tuple[tuple[int, ...], ...] = ()
     given: Callable[[int], RankProgram] | None = field(default=None, compare=False, hash=False, repr=False)
     _programs: dict[int, RankProgram] = field(default_factory=dict, compare=False, hash=False, repr=False)
+    _spans: dict[tuple[str, object], Heads] = field(default_factory=dict, compare=False, hash=False, repr=False)
     _counts: dict[tuple[str, int], NDArray[np.int64]] = field(
         default_factory=dict, compare=False, hash=False, repr=False
     )
@@ -121,10 +122,13 @@ class Schedule:
 
     def heads(self, rank: int) -> Heads:
         """The query heads that a rank computes."""
-        assert isinstance(self.site, AttentionSite)
-        if not self.split_heads:
-            return 0, self.site.heads
-        return slice_of(self.site.heads, self.mesh.ulysses, self.mesh.place(rank)[0])
+        key = ("heads", rank)
+        if key not in self._spans:
+            assert isinstance(self.site, AttentionSite)
+            whole = (0, self.site.heads)
+            mine = slice_of(self.site.heads, self.mesh.ulysses, self.mesh.place(rank)[0])
+            self._spans[key] = mine if self.split_heads else whole
+        return self._spans[key]
 
     def kv_heads(self, rank: int) -> Heads:
         """The key and value heads that a rank computes with."""
@@ -133,10 +137,14 @@ class Schedule:
 
     def rows(self, tensor: str, chunk: Chunk) -> Heads:
         """Which of its rank's local tokens a chunk is: ``[start, stop)``."""
-        assert isinstance(self.site, AttentionSite)
         queries = tensor in ("q", "o")
-        places = self.site.q_positions if queries else self.site.kv_positions
-        return slice_of(count(places[chunk.src]), self.q_pieces if queries else self.kv_pieces, chunk.piece)
+        key = ("q" if queries else "k", chunk)
+        if key not in self._spans:
+            assert isinstance(self.site, AttentionSite)
+            places = self.site.q_positions if queries else self.site.kv_positions
+            pieces = self.q_pieces if queries else self.kv_pieces
+            self._spans[key] = slice_of(count(places[chunk.src]), pieces, chunk.piece)
+        return self._spans[key]
 
     def positions(self, tensor: str, chunk: Chunk) -> Positions:
         """The global token positions of a chunk."""

@@ -103,6 +103,7 @@ class Segment:
         self._buffer = buffer
         self.size = size
         self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._views: dict[tuple[int, int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         words = np.frombuffer(buffer, dtype=np.int64)
         self._header: NDArray[np.int64] = words[: _HEADER_BYTES // 8]
         first = size.signals_at // 8
@@ -125,7 +126,14 @@ class Segment:
         return self._bytes.data_ptr() + self.size.signals_at + 8 * _WORDS_PER_LINE * line
 
     def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A view of the bank at ``offset`` bytes."""
+        """A view of the bank at ``offset`` bytes; kept, for every step asks for the same ones."""
+        key = (bank, offset, tuple(shape), dtype)
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = self._view(bank, offset, shape, dtype)
+        return view
+
+    def _view(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         count = 1
         for size in shape:
             count *= size

@@ -101,7 +101,7 @@ class TcpTransport:
         self._queue: deque[_Send] = deque()
         self._parked: list[_Link] = []
         self._lost: dict[int, str] = {}
-        self._closing = False
+        self._closing = self._rung = False
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
         self._ear.setblocking(False)
@@ -133,12 +133,17 @@ class TcpTransport:
         if not chunk.numel():
             return
         whole = chunk.contiguous()
-        if source is Source.REUSED and whole.data_ptr() == chunk.data_ptr():
-            whole = chunk.clone()
         data = _bytes(whole)
-        head = memoryview(_HEAD.pack(epoch, slot, 0, len(data)))
+        parts = [memoryview(_HEAD.pack(epoch, slot, 0, len(data))), data]
         with self._changed:
-            self._queue.append(_Send(dst, epoch, source, [head, data]))
+            if not self._queue and dst not in self._lost:  # nothing of ours is before it: no need to wake the thread
+                with contextlib.suppress(OSError):  # what is wrong, the thread finds again
+                    _give(self._links[dst].socket, parts)
+                if not parts:
+                    return
+            if source is Source.REUSED and whole.data_ptr() == chunk.data_ptr():
+                parts[-1] = _bytes(whole.clone())[len(data) - len(parts[-1]) :]
+            self._queue.append(_Send(dst, epoch, source, parts))
             if dst not in self._writing and any(send.peer == dst for send in self._next()):
                 self._ring()
 
@@ -222,7 +227,9 @@ class TcpTransport:
 
     def _ring(self) -> None:
         """Wake the thread (lock held)."""
-        self._bell.send(b"!")
+        if not self._rung:
+            self._rung = True
+            self._bell.send(b"!")
 
     # ------------------------------------------------------------------ the thread of the connections
 
@@ -239,7 +246,9 @@ class TcpTransport:
             self._aim()
             for key, events in self._selector.select():
                 if key.data is None:
-                    self._ear.recv(4096)
+                    with self._changed:  # in this order: a ring from now on is heard anew
+                        self._ear.recv(4096)
+                        self._rung = False
                     self._unpark()
                 elif events & selectors.EVENT_READ:
                     self._read(key.data)
@@ -357,11 +366,8 @@ class TcpTransport:
             link = self._links[send.peer]
             try:
                 if not lost:
-                    count = link.socket.sendmsg(send.parts)
-                    while send.parts and count >= len(send.parts[0]):
-                        count -= len(send.parts.pop(0))
+                    _give(link.socket, send.parts)
                     if send.parts:
-                        send.parts[0] = send.parts[0][count:]
                         continue
             except BlockingIOError:
                 full.add(send.peer)
@@ -382,6 +388,15 @@ class TcpTransport:
             self._lost.setdefault(link.peer, why)
             self._changed.notify_all()
         return first
+
+
+def _give(link: socket.socket, parts: list[memoryview]) -> None:
+    """Give the kernel what it takes of ``parts``, and drop that from them; raises BlockingIOError if it takes none."""
+    count = link.sendmsg(parts)
+    while parts and count >= len(parts[0]):
+        count -= len(parts.pop(0))
+    if parts:
+        parts[0] = parts[0][count:]
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
