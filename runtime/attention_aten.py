@@ -87,12 +87,18 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     return weights @ v, lse
 
 
-def merge(a: Partial | None, b: Partial | None) -> Partial | None:
-    """Merge two partials over disjoint keys; see the head of the file."""
+def merge(a: Partial | None, b: Partial | None, into_first: bool = False) -> Partial | None:
+    """Merge two partials over disjoint keys; see the head of the file.
+
+    Args:
+        into_first: the output of ``a`` may be overwritten with the result: no other memory of its size is needed.
+    """
     if a is None or b is None:
         return a if b is None else b
     (o1, l1), (o2, l2) = a, b
     lse = torch.logaddexp(l1, l2)
     safe = lse.masked_fill(lse == float("-inf"), 0.0)
     w1, w2 = torch.exp(l1 - safe).unsqueeze(-1), torch.exp(l2 - safe).unsqueeze(-1)
+    if into_first:
+        return o1.mul_(w1).addcmul_(o2, w2), lse
     return torch.addcmul(o1 * w1, o2, w2), lse

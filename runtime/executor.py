@@ -248,7 +248,7 @@ class SiteRun:
             return
         lengths = [stop - start for start, stop in (self.plan.rows("q", chunk) for chunk in step.q)]
         for chunk, o, lse in zip(step.q, done[0].split(lengths, 2), done[1].split(lengths, 2), strict=True):
-            self._partials[chunk] = merge(self._partials[chunk], (o, lse))
+            self._partials[chunk] = merge(self._partials[chunk], (o, lse), into_first=True)
 
     def _join(self, name: str, slots: tuple[int | None, ...], chunks: tuple[Chunk, ...]) -> torch.Tensor:
         """Some chunks of Q, K or V one after the other, with one key head per query head; kept for later calls."""
