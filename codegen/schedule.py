@@ -71,7 +71,10 @@ class Schedule:
     groups: tuple[tuple[int, ...], ...] = ()
     given: Callable[[int], RankProgram] | None = field(default=None, compare=False, hash=False, repr=False)
     _programs: dict[int, RankProgram] = field(default_factory=dict, compare=False, hash=False, repr=False)
-    _spans: dict[tuple[str, object], Heads] = field(default_factory=dict, compare=False, hash=False, repr=False)
+    # Not taken over by dataclasses.replace: another site or other pieces have other spans.
+    _spans: dict[tuple[str, object], Heads] = field(
+        default_factory=dict, init=False, compare=False, hash=False, repr=False
+    )
     _counts: dict[tuple[str, int], NDArray[np.int64]] = field(
         default_factory=dict, compare=False, hash=False, repr=False
     )
