@@ -232,7 +232,7 @@ def memory(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for layout in args.layouts:
             print(f"{layout}, {args.models[0]}, {args.rates[0]}", flush=True)
-            cases = [("ours", 1, args.steps), ("diffusers ulysses", 1, 3), ("ours", 2, 3), ("ours", 4, 3)]
+            cases = [("ours", 1, args.steps), ("diffusers ulysses", 1, args.steps), ("ours", 2, 3), ("ours", 4, 3)]
             for name, blocks, steps in cases:
                 more = {"contenders": [name], "blocks": blocks, "steps": steps}
                 code = job(layout, settings | more, Path(folder))

@@ -1,6 +1,6 @@
 """The transformers that benchmarks/cluster.py times: real diffusers classes, few blocks, random weights.
 
-Every model has 12 heads (they divide by 2, 3 and 4 ranks) of 48 and a batch of one.
+Every model has 12 heads (they divide by 2, 3 and 4 ranks) of 48, unless they are asked for narrower, and a batch of one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 HEADS, HEAD_DIM = 12, 48
-WIDTH = HEADS * HEAD_DIM
 Built = tuple[nn.Module, dict[str, Any]]
 
 
@@ -28,20 +27,20 @@ def _randomise(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _angles(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.randn(tokens, HEAD_DIM // 2).repeat_interleave(2, dim=1)
+def _angles(tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.randn(tokens, head_dim // 2).repeat_interleave(2, dim=1)
     return angles.cos(), angles.sin()
 
 
-def flux(scale: float = 1.0, blocks: int = 1) -> Built:
+def flux(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
     """Joint attention of 4096 image and 512 text tokens: one block of two streams, one parallel block."""
     from diffusers import FluxTransformer2DModel
 
     side = int(64 * scale**0.5)
     tokens, text = side * side, max(4, int(512 * scale))
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=blocks, num_single_layers=blocks, attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS, joint_attention_dim=512, pooled_projection_dim=256, axes_dims_rope=(16, 16, 16),
+        patch_size=1, in_channels=64, num_layers=blocks, num_single_layers=blocks, attention_head_dim=head_dim,
+        num_attention_heads=HEADS, joint_attention_dim=512, pooled_projection_dim=256, axes_dims_rope=(head_dim // 3,) * 3,
     )  # fmt: skip
     rows, columns = torch.cartesian_prod(torch.arange(side), torch.arange(side)).unbind(1)
     inputs = dict(
@@ -55,14 +54,14 @@ def flux(scale: float = 1.0, blocks: int = 1) -> Built:
     return _randomise(model), inputs
 
 
-def wan(scale: float = 1.0, blocks: int = 1) -> Built:
+def wan(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
     """Video of 9 x 30 x 30 = 8100 tokens: self-attention, cross-attention to 512 text tokens; one block."""
     from diffusers import WanTransformer3DModel
 
     frames = max(1, int(9 * scale))
     model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=16, out_channels=16,
-        text_dim=512, freq_dim=256, ffn_dim=4 * WIDTH, num_layers=blocks, cross_attn_norm=True,
+        patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=head_dim, in_channels=16, out_channels=16,
+        text_dim=512, freq_dim=256, ffn_dim=4 * HEADS * head_dim, num_layers=blocks, cross_attn_norm=True,
         qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
     )  # fmt: skip
     inputs = dict(
@@ -73,13 +72,13 @@ def wan(scale: float = 1.0, blocks: int = 1) -> Built:
     return _randomise(model), inputs
 
 
-def cogvideox(scale: float = 1.0, blocks: int = 1) -> Built:
+def cogvideox(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
     """Joint attention of 5 x 30 x 30 = 4500 video and 228 text tokens, one projection for both; two blocks."""
     from diffusers import CogVideoXTransformer3DModel
 
     frames, text = max(1, int(5 * scale)), 228
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=16, out_channels=16, time_embed_dim=512,
+        num_attention_heads=HEADS, attention_head_dim=head_dim, in_channels=16, out_channels=16, time_embed_dim=512,
         text_embed_dim=512, num_layers=2 * blocks, sample_width=60, sample_height=60, sample_frames=17, patch_size=2,
         temporal_compression_ratio=4, max_text_seq_length=text, use_rotary_positional_embeddings=True,
     )  # fmt: skip
@@ -87,19 +86,19 @@ def cogvideox(scale: float = 1.0, blocks: int = 1) -> Built:
         hidden_states=torch.randn(1, frames, 16, 60, 60),
         encoder_hidden_states=torch.randn(1, text, 512),
         timestep=torch.tensor([500]),
-        image_rotary_emb=_angles(frames * 900),
+        image_rotary_emb=_angles(frames * 900, head_dim),
     )
     return _randomise(model), inputs
 
 
-def pixart(scale: float = 1.0, blocks: int = 1) -> Built:
+def pixart(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
     """Image of 64 x 64 tokens: self-attention, cross-attention to 300 text tokens under a mask; two blocks."""
     from diffusers import PixArtTransformer2DModel
 
     side = 2 * int(64 * scale**0.5)
     model = PixArtTransformer2DModel(
-        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=8, num_layers=2 * blocks,
-        cross_attention_dim=WIDTH, caption_channels=512, sample_size=side, patch_size=2, norm_num_groups=4,
+        num_attention_heads=HEADS, attention_head_dim=head_dim, in_channels=4, out_channels=8, num_layers=2 * blocks,
+        cross_attention_dim=HEADS * head_dim, caption_channels=512, sample_size=side, patch_size=2, norm_num_groups=4,
         attention_bias=True, use_additional_conditions=False,
     )  # fmt: skip
     inputs = dict(
@@ -112,16 +111,21 @@ def pixart(scale: float = 1.0, blocks: int = 1) -> Built:
     return _randomise(model), inputs
 
 
-MODELS: dict[str, Callable[[float, int], Built]] = {"flux": flux, "wan": wan, "cogvideox": cogvideox, "pixart": pixart}
+MODELS: dict[str, Callable[[float, int, int], Built]] = {
+    "flux": flux,
+    "wan": wan,
+    "cogvideox": cogvideox,
+    "pixart": pixart,
+}
 
 
-def build(name: str, scale: float = 1.0, blocks: int = 1) -> Built:
+def build(name: str, scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
     """A model and forward()'s keyword arguments; the same in every process.
 
-    ``scale`` shrinks the token count, ``blocks`` multiplies the number of blocks.
+    ``scale`` shrinks the token count, ``blocks`` multiplies the number of blocks; ``head_dim`` is a multiple of 6.
     """
     state = torch.random.get_rng_state()
     torch.manual_seed(1)
-    model, inputs = MODELS[name](scale, blocks)
+    model, inputs = MODELS[name](scale, blocks, head_dim)
     torch.random.set_rng_state(state)
     return model, inputs | {"return_dict": False}

@@ -75,6 +75,9 @@ class Schedule:
     _spans: dict[tuple[str, object], Heads] = field(
         default_factory=dict, init=False, compare=False, hash=False, repr=False
     )
+    _shapes: dict[tuple[int, Arrival], tuple[int, ...]] = field(
+        default_factory=dict, init=False, compare=False, hash=False, repr=False
+    )
     _counts: dict[tuple[str, int], NDArray[np.int64]] = field(
         default_factory=dict, compare=False, hash=False, repr=False
     )
@@ -157,6 +160,12 @@ class Schedule:
 
     def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
         """Shape of what arrives at ``rank``."""
+        key = (rank, arrival)
+        if key not in self._shapes:
+            self._shapes[key] = self._shape(rank, arrival)
+        return self._shapes[key]
+
+    def _shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
         if isinstance(self.site, GatherSite):
             return self.site.local_shape(arrival.chunk.src)
         if isinstance(self.site, ReshardSite):

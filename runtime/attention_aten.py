@@ -1,8 +1,9 @@
 """Attention of one (Q chunk, KV chunk) pair with its log-sum-exp, and the merge of partial results.
 
 Two partials (o1, l1), (o2, l2) over disjoint keys, l the natural log-sum-exp of a query row's scores, merge to
-    l = logaddexp(l1, l2),   o = o1 exp(l1 - l) + o2 exp(l2 - l)
-in fp32 (fp64 for fp64 inputs). A row that sees no key has l = -inf, o = 0 and adds nothing.
+    l = logaddexp(l1, l2),   o = o1 exp(l1 - l) + o2 exp(l2 - l) = o1 + (o2 - o1) sigmoid(l2 - l1)
+in fp32 (fp64 for fp64 inputs). The last form rounds less: its two weights add up to one. A row that sees no key has
+l = -inf, o = 0 and adds nothing.
 """
 
 from __future__ import annotations
@@ -96,9 +97,5 @@ def merge(a: Partial | None, b: Partial | None, into_first: bool = False) -> Par
     if a is None or b is None:
         return a if b is None else b
     (o1, l1), (o2, l2) = a, b
-    lse = torch.logaddexp(l1, l2)
-    safe = lse.masked_fill(lse == float("-inf"), 0.0)
-    w1, w2 = torch.exp(l1 - safe).unsqueeze(-1), torch.exp(l2 - safe).unsqueeze(-1)
-    if into_first:
-        return o1.mul_(w1).addcmul_(o2, w2), lse
-    return torch.addcmul(o1 * w1, o2, w2), lse
+    share = torch.sigmoid(l2 - l1).nan_to_num_(0.0).unsqueeze(-1)  # nan: neither saw a key
+    return (o1.lerp_(o2, share) if into_first else o1.lerp(o2, share)), torch.logaddexp(l1, l2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -222,29 +223,28 @@ class SiteRun:
         return tensor[:, first:last, start:stop]
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
-        site = self.plan.site
-        kv = list(zip(step.kv, step.k_slots, step.v_slots, strict=True))
-        rows = [run for chunk in step.q for run in self.plan.positions("q", chunk)]
         for chunk in step.q:
             self._partials.setdefault(chunk, None)
-        if site.causal:  # leave out keys that lie after every query
-            kv = [entry for entry in kv if _first(self.plan.positions("k", entry[0])) <= _last(rows)]
-        if not rows or not kv:
-            return
-        columns = [run for chunk, _, _ in kv for run in self.plan.positions("k", chunk)]
-        q = self._join("q", step.q_slots, step.q)
-        bias = None if mask is None else _cut_mask(mask, self.plan.heads(self._rank), rows, columns)
-        if site.causal and _last(columns) > _first(rows):
-            bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None].to(q.device)
-        chunks = tuple(chunk for chunk, _, _ in kv)
-        done = attend(
-            q,
-            self._join("k", tuple(slot for _, slot, _ in kv), chunks),
-            self._join("v", tuple(slot for _, _, slot in kv), chunks),
-            bias,
-            site.scale,
-        )
+        site, bias = self.plan.site, None
+        keys, k_slots, v_slots = step.kv, step.k_slots, step.v_slots
+        if mask is not None or site.causal:
+            rows = [run for chunk in step.q for run in self.plan.positions("q", chunk)]
+            if site.causal:  # leave out keys that lie after every query
+                seen = [_first(self.plan.positions("k", chunk)) <= _last(rows) for chunk in keys]
+                keys, k_slots, v_slots = (tuple(compress(each, seen)) for each in (keys, k_slots, v_slots))
+            columns = [run for chunk in keys for run in self.plan.positions("k", chunk)]
+            if not rows or not columns:
+                return
+            if mask is not None:
+                bias = _cut_mask(mask, self.plan.heads(self._rank), rows, columns)
+            if site.causal and _last(columns) > _first(rows):
+                bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None]
+        q, k, v = self._join("q", step.q_slots, step.q), self._join("k", k_slots, keys), self._join("v", v_slots, keys)
+        done = attend(q, k, v, None if bias is None else bias.to(q.device), site.scale)
         if done is None:
+            return
+        if len(step.q) == 1:
+            self._partials[step.q[0]] = merge(self._partials[step.q[0]], done, into_first=True)
             return
         lengths = [stop - start for start, stop in (self.plan.rows("q", chunk) for chunk in step.q)]
         for chunk, o, lse in zip(step.q, done[0].split(lengths, 2), done[1].split(lengths, 2), strict=True):

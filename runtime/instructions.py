@@ -8,14 +8,17 @@ heap, each with a signal word that holds the epoch of its last arrival.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Heads = tuple[int, int]
 """A head slice ``[start, stop)``."""
 
 
-@dataclass(frozen=True, order=True)
-class Chunk:
-    """Piece ``piece`` of the tokens that rank ``src`` owns (a rank's tokens are cut into equal pieces, or one)."""
+class Chunk(NamedTuple):
+    """Piece ``piece`` of the tokens that rank ``src`` owns (a rank's tokens are cut into equal pieces, or one).
+
+    A tuple, for the sake of its hash: chunks are the keys of most tables that a step looks into.
+    """
 
     src: int
     piece: int = 0
@@ -92,8 +95,7 @@ class Push:
 Instruction = Put | Forward | Wait | Attend | Push
 
 
-@dataclass(frozen=True)
-class Arrival:
+class Arrival(NamedTuple):
     """A chunk that this rank receives once per epoch: in which slot, from whom, and what it is.
 
     ``tensor`` is "q", "k", "v", "o" (an output coming home) or "x" (a gather's shard).

@@ -243,7 +243,8 @@ class TcpTransport:
 
     def _loop(self) -> None:
         while True:
-            self._aim()
+            if self._queue or self._writing:  # without the lock: what is queued after this rings the bell
+                self._aim()
             for key, events in self._selector.select():
                 if key.data is None:
                     with self._changed:  # in this order: a ring from now on is heard anew
@@ -254,7 +255,8 @@ class TcpTransport:
                     self._read(key.data)
             if self._closing:
                 return
-            self._write()
+            if self._queue:
+                self._write()
 
     def _next(self) -> list[_Send]:
         """The first queued chunk of every peer, as long as it is not far behind the first of all (lock held)."""
