@@ -1,6 +1,6 @@
 """The transformers that benchmarks/cluster.py times: real diffusers classes, few blocks, random weights.
 
-Every model has 12 heads (they divide by 2, 3 and 4 ranks) of 48, unless they are asked for narrower, and a batch of one.
+Every model has 12 heads (they divide by 2, 3 and 4 ranks) of 48 (or of what they are asked for) and a batch of one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def flux(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built
     tokens, text = side * side, max(4, int(512 * scale))
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=blocks, num_single_layers=blocks, attention_head_dim=head_dim,
-        num_attention_heads=HEADS, joint_attention_dim=512, pooled_projection_dim=256, axes_dims_rope=(head_dim // 3,) * 3,
+        num_attention_heads=HEADS, joint_attention_dim=512, pooled_projection_dim=256,
+        axes_dims_rope=(head_dim // 3,) * 3,
     )  # fmt: skip
     rows, columns = torch.cartesian_prod(torch.arange(side), torch.arange(side)).unbind(1)
     inputs = dict(
