@@ -231,7 +231,8 @@ class SiteRun:
             rows = [run for chunk in step.q for run in self.plan.positions("q", chunk)]
             if site.causal:  # leave out keys that lie after every query
                 seen = [_first(self.plan.positions("k", chunk)) <= _last(rows) for chunk in keys]
-                keys, k_slots, v_slots = (tuple(compress(each, seen)) for each in (keys, k_slots, v_slots))
+                keys = tuple(compress(keys, seen))
+                k_slots, v_slots = tuple(compress(k_slots, seen)), tuple(compress(v_slots, seen))
             columns = [run for chunk in keys for run in self.plan.positions("k", chunk)]
             if not rows or not columns:
                 return

@@ -10,7 +10,6 @@ Orders that every transport keeps:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from enum import Enum
 from typing import Protocol
 
@@ -84,7 +83,7 @@ class GroupTransport:
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
         """As the whole job's."""
-        self._transport.open(epoch, [(replace(a, src=self._members[a.src]), view) for a, view in arrivals])
+        self._transport.open(epoch, [(a._replace(src=self._members[a.src]), view) for a, view in arrivals])
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED

@@ -8,7 +8,7 @@ import torch
 
 from sfcompile.errors import PeerFailedError, RuntimeTimeoutError
 from sfcompile.runtime.instructions import Arrival, Chunk
-from sfcompile.runtime.transport import RoutedTransport, notice_of, peer_failed
+from sfcompile.runtime.transport import GroupTransport, RoutedTransport, Source, notice_of, peer_failed
 
 
 class Recorder:
@@ -21,7 +21,9 @@ class Recorder:
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
         self.calls.append((self.name, "open", [arrival.src for arrival, _ in arrivals]))
 
-    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, stays: bool = False) -> None:
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
         self.calls.append((self.name, "put", dst))
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
@@ -76,3 +78,23 @@ def test_a_notice_names_the_first_rank_however_far_it_travels() -> None:
     assert isinstance(second, PeerFailedError) and "another rank failed first: rank 2: ValueError" in str(second)
     assert notice_of(0, second) == first
     assert notice_of(1, RuntimeTimeoutError("waited 3 s for rank 0", "why", "fix")) == "rank 1: waited 3 s for rank 0"
+
+
+def test_a_group_numbers_its_own_ranks() -> None:
+    calls: list[tuple[object, ...]] = []
+    group = GroupTransport(Recorder("all", calls), (4, 2, 7))
+    chunk = torch.zeros(1)
+    group.open(3, [(Arrival(0, 1, "x", Chunk(1)), chunk), (Arrival(1, 2, "x", Chunk(2)), chunk)])
+    group.put(0, 0, 0, chunk, 3)
+    group.wait(2, 1, 3)
+    group.finish(3)
+    group.abort("why")
+    group.close()
+    assert calls == [
+        ("all", "open", [2, 7]),
+        ("all", "put", 4),
+        ("all", "wait", 7),
+        ("all", "finish", 3),
+        ("all", "abort", "why"),
+        ("all", "close"),
+    ]
