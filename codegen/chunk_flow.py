@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 
 from sfcompile.codegen.mesh import Mesh
 from sfcompile.codegen.schedule import Schedule, lay_out, nbytes
-from sfcompile.codegen.sites import AttentionSite, count, kv_slice, slice_of
+from sfcompile.codegen.sites import AttentionSite, kv_slice, slice_of
 from sfcompile.errors import MeshError, OptionError
 from sfcompile.runtime.instructions import (
     Arrival,
@@ -181,16 +181,20 @@ class ChunkFlow:
             slices = [(0, site.heads)]
         heads = max(last - first for first, last in slices)
         kv_heads = max(last - first for first, last in (kv_slice(site, part) for part in slices))
-        queries = max(count(p) for p in site.q_positions)
-        keys = max(count(p) for p in site.kv_positions)
+        queries, keys = self._largest(True, len(self.q_pieces)), self._largest(False, len(self.kv_pieces))
         sizes = {
-            "q": (heads, -(-queries // len(self.q_pieces)), site.head_dim),
-            "k": (kv_heads, -(-keys // len(self.kv_pieces)), site.head_dim),
-            "v": (kv_heads, -(-keys // len(self.kv_pieces)), site.v_head_dim),
-            "o": (heads, -(-queries // len(self.q_pieces)), site.v_head_dim),
+            "q": (heads, queries, site.head_dim),
+            "k": (kv_heads, keys, site.head_dim),
+            "v": (kv_heads, keys, site.v_head_dim),
+            "o": (heads, queries, site.v_head_dim),
         }
         entries = []
         for tensor, a, h, p in self._slots:
             name = f"{tensor}({a})" if tensor in ("q", "o") else f"{tensor}({a},{h})"
             entries.append((f"{name}{f'.{p}' if p else ''}", nbytes((site.batch, *sizes[tensor]), site.dtype)))
         return entries
+
+    def _largest(self, queries: bool, pieces: int) -> int:
+        """Tokens of the largest piece of any rank."""
+        spans = (self.site.rows(queries, rank, pieces, p) for rank in range(self.mesh.num_ranks) for p in range(pieces))
+        return max(stop - start for start, stop in spans)

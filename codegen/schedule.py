@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sfcompile.codegen.mesh import Mesh
-from sfcompile.codegen.sites import AttentionSite, GatherSite, Positions, ReshardSite, count, cut, kv_slice, slice_of
+from sfcompile.codegen.sites import AttentionSite, GatherSite, Positions, ReshardSite, cut, kv_slice, slice_of
 from sfcompile.runtime.instructions import (
     Arrival,
     Attend,
@@ -147,9 +147,8 @@ class Schedule:
         key = ("q" if queries else "k", chunk)
         if key not in self._spans:
             assert isinstance(self.site, AttentionSite)
-            places = self.site.q_positions if queries else self.site.kv_positions
             pieces = self.q_pieces if queries else self.kv_pieces
-            self._spans[key] = slice_of(count(places[chunk.src]), pieces, chunk.piece)
+            self._spans[key] = self.site.rows(queries, chunk.src, pieces, chunk.piece)
         return self._spans[key]
 
     def positions(self, tensor: str, chunk: Chunk) -> Positions:

@@ -41,8 +41,11 @@ class AttentionSite:
 
     ``q_positions[r]`` and ``kv_positions[r]`` are rank r's tokens (uneven, several runs, possibly none). ``mask`` is
     "full" if a whole mask broadcastable to [B, H, Lq, Lk] is given at attend time. With several ``parts`` a rank's
-    tokens come and go in so many tensors, cut as :func:`slice_of` cuts, so that one part is computed and sent while
-    another is under way.
+    tokens come and go in so many tensors, so that one part is computed and sent while another is under way: rank r's
+    of ``q_sizes[r]`` and ``kv_sizes[r]`` tokens, or, where those are empty, cut as :func:`slice_of` cuts.
+
+    Raises:
+        ValueError: sizes that do not add up to a rank's tokens.
     """
 
     name: str
@@ -58,6 +61,22 @@ class AttentionSite:
     causal: bool = False
     mask: str | None = None
     parts: int = 1
+    q_sizes: tuple[tuple[int, ...], ...] = ()
+    kv_sizes: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for places, sizes in ((self.q_positions, self.q_sizes), (self.kv_positions, self.kv_sizes)):
+            want = [(count(runs), self.parts) for runs in places] if sizes else []
+            if [(sum(each), len(each)) for each in sizes] != want or any(size < 0 for each in sizes for size in each):
+                raise ValueError(f"site {self.name} has {want} tokens and parts by rank, and parts of {sizes}")
+
+    def rows(self, queries: bool, rank: int, pieces: int, piece: int) -> tuple[int, int]:
+        """Which of a rank's tokens one of ``pieces`` pieces is: its part, if they are as many."""
+        places, sizes = (self.q_positions, self.q_sizes) if queries else (self.kv_positions, self.kv_sizes)
+        if not sizes or pieces != self.parts:
+            return slice_of(count(places[rank]), pieces, piece)
+        start = sum(sizes[rank][:piece])
+        return start, start + sizes[rank][piece]
 
     def geometry(self) -> tuple[Any, ...]:
         """Everything but the name: sites of equal geometry share a schedule."""

@@ -10,12 +10,11 @@ from sfcompile.passes.op_rules import Chosen
 from sfcompile.passes.op_view import OpView
 
 
-def attention_site(op: OpView, chosen: Chosen, dtype: torch.dtype, parts: int = 1) -> AttentionSite | None:
+def attention_site(op: OpView, chosen: Chosen, dtype: torch.dtype, parts: int = 1) -> AttentionSite:
     """The site of an attention whose q, k and v are sharded over tokens (op_rules_attention.Attention.torus).
 
     Args:
-        parts: a rank's tokens are that many ranks' in ``chosen.owners`` (Ownership.split). None is returned if they are
-            not cut where a schedule cuts them.
+        parts: a rank's tokens are that many ranks' in ``chosen.owners`` (Ownership.split).
     """
     q, k, v = op.operands[:3]
     layout_q, layout_k = chosen.ins[0], chosen.ins[1]
@@ -28,12 +27,12 @@ def attention_site(op: OpView, chosen: Chosen, dtype: torch.dtype, parts: int = 
             tuple(run for j in range(parts) for run in owners.position_runs(runs, r * parts + j)) for r in everyone
         )
 
-    for runs in (layout_q.runs, layout_k.runs) if parts > 1 else ():
-        for rank in everyone:
-            sizes = [owners.count(runs, rank * parts + j) for j in range(parts)]
-            cuts = [slice_of(sum(sizes), parts, j) for j in range(parts)]
-            if sizes != [stop - start for start, stop in cuts]:
-                return None
+    def sizes(runs: Runs) -> tuple[tuple[int, ...], ...]:
+        found = tuple(tuple(owners.count(runs, r * parts + j) for j in range(parts)) for r in everyone)
+        spans = [[slice_of(sum(each), parts, j) for j in range(parts)] for each in found]
+        even = all(each == tuple(b - a for a, b in span) for each, span in zip(found, spans, strict=True))
+        return () if even else found
+
     scale = op.args.get("scale")
     return AttentionSite(
         name=op.node.name,
@@ -49,4 +48,6 @@ def attention_site(op: OpView, chosen: Chosen, dtype: torch.dtype, parts: int = 
         causal=bool(op.args.get("is_causal")),
         mask="full" if len(op.operands) > 3 else None,
         parts=parts,
+        q_sizes=sizes(layout_q.runs),
+        kv_sizes=sizes(layout_k.runs),
     )

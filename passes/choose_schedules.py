@@ -83,7 +83,7 @@ def sharded_attentions(
 ) -> dict[fx.Node, AttentionSite]:
     """The attentions whose q, k and v can be sharded over tokens, as sites for all ranks.
 
-    With several ``parts``: none, if one of them cannot be cut so.
+    With several ``parts``: none, if some rank has too few tokens (or rows of them) for so many.
     """
     found = {}
     owners = layouts.owners if parts == 1 else layouts.owners.split(parts)
@@ -95,11 +95,16 @@ def sharded_attentions(
             owners,
         )
         if isinstance(rule, Attention) and rule.torus(op, chosen):
-            made = attention_site(op, chosen, site.q.meta["val"].dtype, parts)
-            if made is None:
+            found[site.node] = made = attention_site(op, chosen, site.q.meta["val"].dtype, parts)
+            if parts > 1 and _has_empty_part(made):
                 return {}
-            found[site.node] = made
     return found
+
+
+def _has_empty_part(site: AttentionSite) -> bool:
+    each = [(rank, part) for rank in range(len(site.q_positions)) for part in range(site.parts)]
+    spans = [site.rows(queries, rank, site.parts, part) for queries in (True, False) for rank, part in each]
+    return any(start == stop for start, stop in spans)
 
 
 def choose_schedules(

@@ -73,8 +73,8 @@ def schedule_from_json(data: Mapping[str, Any], ranks: int) -> Schedule:
 def _check_site(site: AttentionSite | GatherSite | ReshardSite, ranks: int) -> None:
     lists = [
         getattr(site, name)
-        for name in ("q_positions", "kv_positions", "owners", "owned", "wanted")
-        if hasattr(site, name)
+        for name in ("q_positions", "kv_positions", "q_sizes", "kv_sizes", "owners", "owned", "wanted")
+        if getattr(site, name, ())
     ]
     if any(len(entry) != ranks for entry in lists) or not isinstance(site.dtype, torch.dtype):
         raise ValueError(f"site {site.name} is for {[len(entry) for entry in lists]} ranks, its mesh has {ranks}")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
 from sfcompile.codegen.builders import build
 from sfcompile.codegen.mesh import ACROSS, Mesh
 from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.sites import AttentionSite, GatherSite, Positions
+from sfcompile.codegen.sites import AttentionSite, GatherSite, Positions, count
 from sfcompile.runtime.topology import Topology
 
 
@@ -114,7 +115,8 @@ def every_case(ranks: int) -> list[Case]:
 
 
 def random_case(seed: int, dtype: torch.dtype = torch.float32, ranks: int | None = None) -> Case:
-    """Ranks, mesh, machines, heads, lengths, cuts, mask or causal, kind and pieces, all drawn from ``seed``."""
+    """Ranks, mesh, machines, heads, lengths, cuts, mask or causal, kind and pieces (or parts), all drawn from
+    ``seed``."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     drawn = rng.choice([1, 2, 3, 4, 6])
@@ -149,4 +151,18 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32, ranks: int | None
     mesh = Mesh.of(Topology(machines), ulysses, ranks // ulysses, rng.choice(ACROSS), lanes)
     expected = reference(q, k, v, mask, causal, site.scale)
     kind, pieces = rng.choice(["torus", "torus", "usp", "allgather"]), (rng.randint(1, 3), rng.randint(1, 3))
+    if pieces[0] == pieces[1] > 1 and kind == "torus":
+        site = replace(
+            site, parts=pieces[0], q_sizes=_sizes(site.q_positions, pieces[0], rng),
+            kv_sizes=_sizes(site.kv_positions, pieces[0], rng),
+        )  # fmt: skip
     return Case(site, mesh, q, k, v, mask, expected, kind, pieces)
+
+
+def _sizes(places: tuple[Positions, ...], parts: int, rng: random.Random) -> tuple[tuple[int, ...], ...]:
+    """Every rank's tokens in so many parts of any size."""
+    found = []
+    for runs in places:
+        ends = [0, *sorted(rng.randint(0, count(runs)) for _ in range(parts - 1)), count(runs)]
+        found.append(tuple(stop - start for start, stop in pairwise(ends)))
+    return tuple(found)

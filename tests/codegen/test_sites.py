@@ -65,3 +65,17 @@ def test_parts_of_a_reshard() -> None:
     switch = ReshardSite("s", (5, 6), torch.float32, 0, owned, 1, (((0, 2),), ((2, 4),)))
     assert switch.part(0, 1) == (((2, 4),), ((0, 3),)) and switch.part_shape(0, 1) == (3, 4)
     assert switch.local_shape(1) == (2, 6) and switch.wanted_shape(1) == (5, 4)
+
+
+def test_parts_of_any_size() -> None:
+    site = replace(attention_site(2, tokens=20), parts=3, q_sizes=((4, 4, 2), (0, 8, 2)))
+    assert [site.rows(True, 1, 3, part) for part in range(3)] == [(0, 0), (0, 8), (8, 10)]
+    assert [site.rows(False, 1, 3, part) for part in range(3)] == [(0, 4), (4, 7), (7, 10)], "keys: as evenly as can be"
+    assert site.rows(True, 1, 2, 1) == (5, 10), "pieces that are not its parts"
+    assert site.geometry() != replace(site, q_sizes=()).geometry()
+
+
+@pytest.mark.parametrize("sizes", [((4, 4, 1), (4, 4, 2)), ((5, 5), (5, 5)), ((4, 4, 2),), ((12, -4, 2), (4, 4, 2))])
+def test_parts_that_do_not_add_up(sizes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match=r"site site has \[\(10, 3\), \(10, 3\)\] tokens and parts"):
+        replace(attention_site(2, tokens=20), parts=3, q_sizes=sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from helpers import captured
+from torch.nn.functional import conv2d
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from sfcompile.passes.analyse_attention import analyse_attention
@@ -26,3 +27,21 @@ def test_a_site_says_all_that_a_schedule_needs() -> None:
     assert (site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim) == (2, 6, 3, 8, 8)
     assert site.q_positions == site.kv_positions == (((0, 4),), ((4, 3),), ((7, 3),))
     assert (site.scale, site.causal, site.mask) == (0.5, False, "full")
+
+
+def test_parts_of_whole_rows() -> None:
+    """Six rows of five tokens on two ranks, in two parts: two rows and one, for a convolution is sharded by rows."""
+
+    def attend(image: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = image.flatten(2).transpose(1, 2)[:, None]
+        out = sdpa(x, x, x)
+        return conv2d(out[:, 0].view(1, 6, 5, 4).permute(0, 3, 1, 2), weight, padding=1)
+
+    graph = captured(attend, torch.zeros(1, 4, 6, 5), torch.zeros(8, 4, 3, 3)).gm.graph
+    sites = analyse_attention(graph)
+    tokens = analyse_tokens(graph, seeds_of(sites))
+    layouts = choose_layouts(tokens, sites, 2)
+    (whole,) = sharded_attentions(tokens, layouts, sites).values()
+    assert whole.parts == 1 and whole.q_sizes == whole.kv_sizes == ()
+    (cut,) = sharded_attentions(tokens, layouts, sites, 2).values()
+    assert cut.parts == 2 and cut.q_sizes == cut.kv_sizes == ((10, 5), (10, 5))

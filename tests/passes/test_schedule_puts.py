@@ -93,11 +93,15 @@ def test_nothing_to_order() -> None:
     assert schedule_puts(graph) == 0
 
 
-@pytest.mark.parametrize(("name", "ranks", "parts"), [("self", 1, 2), ("joint", 2, 3), ("cross", 2, 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks", "parts"), [("self", 1, 2), ("tall", 1, 2), ("tall", 1, 3), ("joint", 2, 3), ("cross", 2, 2)]
+)
 def test_tokens_in_parts_give_the_same(name: str, ranks: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sfcompile.passes.choose_schedules._WORTH", float("inf"))
-    model, inputs = build(name)
-    topology = Topology.grid(2, ranks)  # rows of an image are not cut, and "self" has four of them
+    model, inputs = build(name if name != "tall" else "self")
+    if name == "tall":  # three rows a rank, which are not cut: a part of two and one of one
+        inputs = (torch.randn(2, 3, 12, 8), inputs[1])
+    topology = Topology.grid(2, ranks)
     got = captured(model, *inputs)
     compiled = []
     for rank in range(topology.num_ranks):
@@ -118,3 +122,12 @@ def test_tokens_in_parts_give_the_same(name: str, ranks: int, parts: int, monkey
     for out in run_compiled(compiled, topology, values):
         for mine, theirs in zip(out, want, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_tokens_that_do_not_suffice_for_parts_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sfcompile.passes.choose_schedules._WORTH", float("inf"))
+    model, inputs = build("self")  # two rows a rank
+    got = captured(model, *inputs)
+    state = State(got.gm, got.mode, Topology.grid(2, 1), 0, shard_everything=True, split_batch=False, parts=(3,))
+    run_pipeline(state)
+    assert state.choices is not None and state.choices.parts == 1
