@@ -9,7 +9,8 @@ output is compared with one process. "ours" is the planner's choice from constan
 torus" and so on are forced. Peers: benchmarks/cluster_peers.py. One thread a rank, the same weights and inputs for all.
 
 The limit of a cell is the larger of compute alone (communication replaced by nothing, all ranks at once) and the least
-bytes of any of our schedules over the payload rate of an uplink.
+bytes of any of our schedules over the payload rate of an uplink. Where the planner shards less than the forced
+schedules do (it computes more and sends less), that has a limit of its own, and the cell's is the lower one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ RATES = ("100mbit", "200mbit", "500mbit", "1gbit")
 MODELS = ("flux", "wan", "cogvideox", "pixart")
 SLOW = ("100mbit", "200mbit")
 USP = "diffusers usp"
+FORCED = ("ours torus", "ours ulysses", "ours ring", "ours usp")
 
 
 class Cell:
@@ -43,7 +45,7 @@ class Cell:
         self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in raw["rows"]}
         self.medians = {name: statistics.median(row["seconds"]) for name, row in self.rows.items() if row["seconds"]}
         self.peers = {name: s for name, s in self.medians.items() if name.startswith(("diffusers", "yunchang"))}
-        self.forced = {name: s for name, s in self.medians.items() if name.startswith("ours ")}
+        self.forced = {name: self.medians[name] for name in self.medians if name in FORCED}
         self.ours = self.medians.get("ours", float("nan"))
 
     @property
@@ -57,14 +59,21 @@ class Cell:
         return self.raw["model"] + (f" x{blocks}" if blocks > 1 else "")
 
     @property
-    def wire_s(self) -> float:
-        """The least bytes of our schedules over one uplink's payload rate."""
-        counted = [row["across_bytes"] for row in self.rows.values() if row["across_bytes"]]
-        return min(counted, default=0) / self.raw["machines"] / self.raw["payload_bytes_per_s"]
+    def limits(self) -> tuple[float, float, float]:
+        """Seconds: the limit, the wire's and the compute's part in it."""
+        bounds = []
+        for alone, names in (("compute alone", FORCED), ("ours alone", ("ours",))):
+            if alone not in self.medians:
+                continue
+            counted = [self.rows[name]["across_bytes"] for name in (*names, alone) if name in self.rows]
+            sent = min((count for count in counted if count is not None), default=0)
+            wire_s = sent / self.raw["machines"] / self.raw["payload_bytes_per_s"]
+            bounds.append((max(self.medians[alone], wire_s), wire_s, self.medians[alone]))
+        return min(bounds, default=(float("nan"),) * 3)
 
     @property
     def limit_s(self) -> float:
-        return max(self.wire_s, self.medians.get("compute alone", 0.0))
+        return self.limits[0]
 
     @property
     def efficiency(self) -> float:
@@ -112,7 +121,7 @@ def report(cells: list[Cell]) -> str:
         )
         worst = max(row["error"] for row in cell.rows.values() if row["error"] == row["error"])
         values = (
-            f"{cell.limit_s:.3f}", f"{cell.wire_s:.3f}", f"{cell.medians.get('compute alone', 0.0):.3f}",
+            *(f"{seconds:.3f}" for seconds in cell.limits),
             f"{cell.efficiency:.2f}", times(cell.over()), times(cell.over(USP)), f"{cell.regret:+.0%}",
             f"{exposed * 1e3:.0f} ms", f"{worst:.0e}",
         )  # fmt: skip

@@ -271,13 +271,15 @@ class Rank:
                 fixed.remove(contender)
         running = [*mine, *fixed]
         bare = next((c for c in mine if c.plan.startswith("ulysses")), mine[0] if mine else None)
-        alone = Contender("compute alone", bare.run, "", bare.plan) if bare is not None else None
+        alone = [Contender("compute alone", bare.run, "", bare.plan, bare.across_bytes)] if bare is not None else []
+        if bare is not None and mine[0].across_bytes != bare.across_bytes:  # it shards less, or elsewhere
+            alone.append(Contender("ours alone", mine[0].run, "", mine[0].plan, mine[0].across_bytes))
         for _ in range(self.config["rounds"]):
             for contender in running:
                 self.timed(contender)
-            if alone is not None:
+            for contender in alone:
                 with self.silence():
-                    self.timed(alone)
+                    self.timed(contender)
         if self.config["trace"] and mine:
             with sfcompile.trace(Path(self.config["trace"]) / f"{self.layout}-{rate}-{name}"):
                 mine[0].run()
@@ -296,7 +298,7 @@ class Rank:
                 )
             )
         if self.rank == 0:
-            self.write(name, rate, topology, [*running, *([alone] if alone else [])], compile_s)
+            self.write(name, rate, topology, [*running, *alone], compile_s)
 
     def write(self, name: str, rate: str, topology: Topology, rows: list[Contender], compile_s: float) -> None:
         machines, layout = topology.num_machines, self.layout

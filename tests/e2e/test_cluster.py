@@ -38,11 +38,20 @@ def cell(rate: str = "100mbit", wire: int = 20_000_000) -> cluster.Cell:
 
 def test_a_cell_is_measured_against_its_limit_and_its_peers() -> None:
     bound_by_link, bound_by_compute = cell(), cell(wire=10_000_000)
-    assert bound_by_link.wire_s == pytest.approx(20e6 / 2 / 6e6)
-    assert bound_by_link.limit_s == bound_by_link.wire_s
+    assert bound_by_link.limits == pytest.approx((20e6 / 2 / 6e6, 20e6 / 2 / 6e6, 1.5))
     assert bound_by_compute.limit_s == 1.5 and bound_by_compute.efficiency == 0.75
     assert bound_by_link.over() == 1.5 and bound_by_link.over(cluster.USP) == 2.0
     assert bound_by_link.regret == pytest.approx(2.0 / 2.2 - 1)
+
+
+def test_a_plan_that_shards_less_has_a_limit_of_its_own() -> None:
+    raw = cell().raw
+    rows = [row("ours", 2.0, across_bytes=5_000_000), *raw["rows"][1:]]
+    # Its bytes and the other schedules' compute are no limit of anything.
+    assert cluster.Cell(raw | {"rows": rows}).limits == pytest.approx((20e6 / 2 / 6e6, 20e6 / 2 / 6e6, 1.5))
+    for alone, limit in ((1.6, 1.6), (1.9, 20e6 / 2 / 6e6)):
+        more = [*rows, row("ours alone", alone, across_bytes=5_000_000)]
+        assert cluster.Cell(raw | {"rows": more}).limit_s == pytest.approx(limit)
 
 
 def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
