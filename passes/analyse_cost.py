@@ -76,7 +76,8 @@ def seconds(op: OpView, topology: Topology) -> float:
     if is_view(op):
         return 0.0
     moved = nbytes(op.node) + sum(nbytes(operand.node) for operand in op.operands)
-    return max(flops(op) / topology.flops_per_s, moved / topology.memory_bytes_per_s)
+    rate = topology.attention_flops_per_s if op.name == "scaled_dot_product_attention" else None
+    return max(flops(op) / (rate or topology.flops_per_s), moved / topology.memory_bytes_per_s)
 
 
 def gather_seconds(node: fx.Node, topology: Topology, fraction: float = 1.0) -> float:

@@ -31,6 +31,7 @@ from sfcompile.runtime.topology import Topology
 
 SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 """Floats of a message; up to 4 MiB."""
+_POINTWISE = 6
 PATIENCE_S = 0.4
 WAIT_S = 1e-5
 
@@ -53,7 +54,7 @@ def shift(topology: Topology, across: bool, floats: int) -> Schedule:
 def measure(session: Session, say: Callable[[str], None] = lambda text: None) -> Topology:
     """Collective: the constants of this job, the same on every rank (of unequal ranks, the slowest counts)."""
     bench = _Bench(session)
-    say("compute: matmul, attention, norm")
+    say("compute: matmul, attention, pointwise ops")
     constants = bench.compute()
     say("messages inside machines")
     constants |= bench.inside()
@@ -88,7 +89,7 @@ class _Bench:
     # ------------------------------------------------------------------ compute
 
     def compute(self) -> dict[str, float]:
-        """Rates of matmul and attention, the start of a call, and of what a norm moves (merges move theirs faster)."""
+        """Rates of matmul and attention, the start of a call, and of what pointwise ops and norms move (merges: more)."""
         a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
         matmul = self.timed(lambda: a @ b)
         q, k = torch.randn(1, 8, 512, 64), torch.randn(1, 8, 1024, 64)
@@ -96,12 +97,19 @@ class _Bench:
         few, keys = q[:, :, :8].contiguous(), k[:, :, :64].contiguous()
         small = self.timed(lambda: attend(few, keys, keys, None, 0.1))
         flops = 4.0 * 8 * 512 * 1024 * 64
-        norm = self.timed(lambda: torch.nn.functional.layer_norm(b, (1024,)))
+
+        c = torch.randn_like(b)
+
+        def pointwise() -> None:  # long enough that ranks which share a core have their turns within
+            for _ in range(_POINTWISE):
+                torch.nn.functional.layer_norm(torch.nn.functional.gelu(b * c, approximate="tanh"), (1024,))
+
+        moved = _POINTWISE * (3.0 + 2.0 + 2.0) * b.nbytes
         return {
             "flops_per_s": 2.0 * 512 * 1024 * 1024 / matmul,
             "attention_flops_per_s": flops / max(large - small, 0.1 * large),
             "launch_s": small,
-            "memory_bytes_per_s": 2.0 * 4 * 1024 * 1024 / norm,
+            "memory_bytes_per_s": moved / self.timed(pointwise),
         }
 
     # ------------------------------------------------------------------ messages
@@ -222,7 +230,10 @@ def table(topology: Topology) -> str:
     rows = [
         ("matmul", f"{topology.flops_per_s / 1e9:.1f} GFLOP/s a rank"),
         ("attention", f"{(topology.attention_flops_per_s or topology.flops_per_s) / 1e9:.1f} GFLOP/s a rank"),
-        ("norm", f"{topology.memory_bytes_per_s / 1e9:.2f} GB/s; a call starts in {topology.launch_s * 1e6:.0f} us"),
+        (
+            "pointwise",
+            f"{topology.memory_bytes_per_s / 1e9:.2f} GB/s; a call starts in {topology.launch_s * 1e6:.0f} us",
+        ),
         ("put", f"{topology.message_s * 1e6:.0f} us and {(topology.copy_bytes_per_s or 0) / 1e9:.2f} GB/s of copying"),
         ("inside", f"{topology.local_latency_s * 1e6:.0f} us until a chunk is seen"),
     ]

@@ -33,6 +33,14 @@ def test_seconds_are_the_larger_of_arithmetic_and_memory() -> None:
     assert seconds(found["mul"], topology) == 2 * 4 * 32 / 1e3
 
 
+def test_attention_has_a_rate_of_its_own() -> None:
+    q = torch.zeros(1, 2, 8, 4)
+    (op,) = ops(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), q).values()
+    assert flops(op) == 4 * 2 * 8 * 8 * 4
+    assert seconds(op, Topology((0, 0), flops_per_s=4.0, memory_bytes_per_s=1e9)) == 512
+    assert seconds(op, Topology((0, 0), flops_per_s=4.0, attention_flops_per_s=2.0, memory_bytes_per_s=1e9)) == 1024
+
+
 def test_a_gather_costs_what_crosses_the_slower_link() -> None:
     node = ops(lambda x: x * 2, torch.zeros(8, 4))["mul"].node
     assert nbytes(node) == 128
