@@ -89,7 +89,7 @@ class _Bench:
     # ------------------------------------------------------------------ compute
 
     def compute(self) -> dict[str, float]:
-        """Rates of matmul and attention, the start of a call, and of what pointwise ops and norms move (merges: more)."""
+        """Rates of matmul and attention, the start of a call, and of what pointwise ops move (merges move more)."""
         a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
         matmul = self.timed(lambda: a @ b)
         q, k = torch.randn(1, 8, 512, 64), torch.randn(1, 8, 1024, 64)
