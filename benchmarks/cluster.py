@@ -96,6 +96,20 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio == ratio else "-"
 
 
+def groups(cells: list[Cell]) -> list[str]:
+    """Per layout and rate, over the models: peers' seconds over ours, and the limit over ours."""
+    lines = [f"{'machines x ranks, uplink':<28}{'best peer: mean, least':>26}{'USP: mean, most':>20}{'effic.':>10}"]
+    for layout, rate in dict.fromkeys(cell.key[:2] for cell in cells):
+        here = [cell for cell in cells if cell.key[:2] == (layout, rate)]
+        best = [cell.over() for cell in here if cell.peers]
+        usp = [cell.over(USP) for cell in here if USP in cell.peers]
+        peers = f"{times(statistics.mean(best))}, {times(min(best))}" if best else "-"
+        placed = f"{times(statistics.mean(usp))}, {times(max(usp))}" if usp else "-"
+        efficiency = statistics.mean(cell.efficiency for cell in here)
+        lines.append(f"{f'{layout}, {rate}':<28}{peers:>26}{placed:>20}{efficiency:>10.2f}")
+    return [*lines, ""]
+
+
 def report(cells: list[Cell]) -> str:
     """The tables."""
     lines = []
@@ -127,6 +141,7 @@ def report(cells: list[Cell]) -> str:
         )  # fmt: skip
         lines.append(f"{' '.join(cell.key):<36}" + "".join(f"{v:>12}" for v in values) + f"  {mine.get('plan', '')}")
     lines.append("")
+    lines += groups(cells)
     slow = [cell for cell in cells if cell.raw["rate"] in SLOW and cell.peers]
     if slow:
         usp = [cell.over(USP) for cell in slow if USP in cell.peers]
