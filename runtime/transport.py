@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from sfcompile.errors import PeerFailedError, StreamFusionError
+from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError, StreamFusionError
 from sfcompile.runtime.instructions import Arrival
 
 _FIRST = "another rank failed first: "
@@ -37,6 +37,26 @@ def notice_of(rank: int, error: BaseException) -> str:
     """What a failing rank tells the others; it passes on what it was told itself."""
     what = error.what if isinstance(error, StreamFusionError) else f"{type(error).__name__}: {error}".splitlines()[0]
     return what.removeprefix(_FIRST) if isinstance(error, PeerFailedError) else f"rank {rank}: {what}"
+
+
+def too_late(what: str, rank: int, peer: int, slot: int, epoch: int) -> RuntimeTimeoutError:
+    """A message did not come within timeout_s; ``what`` says who waited how long for which."""
+    return RuntimeTimeoutError(
+        what,
+        "the peer is slower than timeout_s, or it runs another program",
+        "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
+        rank=rank, peer=peer, slot=slot, epoch=epoch,
+    )  # fmt: skip
+
+
+def connection_lost(rank: int, peer: int, reason: str, slot: int, epoch: int) -> PeerDiedError:
+    """A connection between machines ended, and no rank left a notice that says why."""
+    return PeerDiedError(
+        f"rank {rank} lost its connection while it waited for rank {peer} ({reason})",
+        "that rank, or one it depends on, was killed or crashed: out of memory is the usual reason",
+        "look at the log of the rank that ended first",
+        rank=rank, peer=peer, slot=slot, epoch=epoch,
+    )  # fmt: skip
 
 
 class Source(Enum):

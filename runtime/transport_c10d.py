@@ -17,10 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sfcompile.errors import PeerDiedError, RuntimeTimeoutError
 from sfcompile.runtime.instructions import Arrival
 from sfcompile.runtime.symmetric_heap import NUM_BANKS
-from sfcompile.runtime.transport import Source, peer_failed
+from sfcompile.runtime.transport import Source, connection_lost, peer_failed, too_late
 
 _ABORT_TAG = 2**30
 _GLOO_PLACE = re.compile(r"^\[[^\]]*\] *")  # "[/path/of/gloo.cc:553] "
@@ -102,18 +101,9 @@ class C10dTransport:
                 raise peer_failed(self._rank, notice, peer, slot, epoch) from error
             reason = _GLOO_PLACE.sub("", str(error)).split(". ")[0]
             if "imed out" in reason:
-                raise RuntimeTimeoutError(
-                    f"rank {self._rank} waited {self._timeout.total_seconds():g} s for its message with rank {peer}",
-                    "the peer is slower than timeout_s, or it runs another program",
-                    "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
-                    rank=self._rank, peer=peer, slot=slot, epoch=epoch,
-                ) from error  # fmt: skip
-            raise PeerDiedError(
-                f"rank {self._rank} lost its connection while it waited for rank {peer} ({reason})",
-                "that rank, or one it depends on, was killed or crashed: out of memory is the usual reason",
-                "look at the log of the rank that ended first",
-                rank=self._rank, peer=peer, slot=slot, epoch=epoch,
-            ) from error  # fmt: skip
+                what = f"rank {self._rank} waited {self._timeout.total_seconds():g} s for its message with rank {peer}"
+                raise too_late(what, self._rank, peer, slot, epoch) from error
+            raise connection_lost(self._rank, peer, reason, slot, epoch) from error
 
     def abort(self, text: str) -> None:
         """Close every connection of the group, so that peers on other machines stop waiting and read the notice.

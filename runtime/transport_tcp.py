@@ -33,9 +33,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sfcompile.errors import PeerDiedError, RuntimeTimeoutError
+from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.instructions import Arrival
-from sfcompile.runtime.transport import Source, peer_failed
+from sfcompile.runtime.transport import Source, connection_lost, peer_failed, too_late
 
 _HEAD = struct.Struct("<QIIQ")
 """Epoch, slot, zero, length."""
@@ -160,12 +160,8 @@ class TcpTransport:
                 if src in self._lost:
                     raise self._why_lost(src, slot, epoch)
                 if time.monotonic() > deadline:
-                    raise RuntimeTimeoutError(
-                        f"rank {self._rank} waited {self.timeout_s:g} s for its message from rank {src}",
-                        "the peer is slower than timeout_s, or it runs another program",
-                        "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
-                        rank=self._rank, peer=src, slot=slot, epoch=epoch,
-                    )  # fmt: skip
+                    what = f"rank {self._rank} waited {self.timeout_s:g} s for its message from rank {src}"
+                    raise too_late(what, self._rank, src, slot, epoch)
                 self._changed.wait(_LOOK_AROUND_S)
             self._arrived.remove(key)
             self._expected.remove(key)
@@ -218,12 +214,7 @@ class TcpTransport:
         notice = self._notice()
         if notice is not None:
             return peer_failed(self._rank, notice, peer, slot, epoch)
-        return PeerDiedError(
-            f"rank {self._rank} lost its connection while it waited for rank {peer} ({self._lost[peer]})",
-            "that rank, or one it depends on, was killed or crashed: out of memory is the usual reason",
-            "look at the log of the rank that ended first",
-            rank=self._rank, peer=peer, slot=slot, epoch=epoch,
-        )  # fmt: skip
+        return connection_lost(self._rank, peer, self._lost[peer], slot, epoch)
 
     def _ring(self) -> None:
         """Wake the thread (lock held)."""
