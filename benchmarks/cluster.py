@@ -136,7 +136,8 @@ def report(cells: list[Cell]) -> str:
         worst = max(row["error"] for row in cell.rows.values() if row["error"] == row["error"])
         values = (
             *(f"{seconds:.3f}" for seconds in cell.limits),
-            f"{cell.efficiency:.2f}", times(cell.over()), times(cell.over(USP)), f"{cell.regret:+.0%}" if cell.forced else "-",
+            f"{cell.efficiency:.2f}", times(cell.over()), times(cell.over(USP)),
+            f"{cell.regret:+.0%}" if cell.forced else "-",
             f"{exposed * 1e3:.0f} ms", f"{worst:.0e}",
         )  # fmt: skip
         lines.append(f"{' '.join(cell.key):<36}" + "".join(f"{v:>12}" for v in values) + f"  {mine.get('plan', '')}")
