@@ -71,7 +71,10 @@ class AttentionSite:
                 raise ValueError(f"site {self.name} has {want} tokens and parts by rank, and parts of {sizes}")
 
     def rows(self, queries: bool, rank: int, pieces: int, piece: int) -> tuple[int, int]:
-        """Which of a rank's tokens one of ``pieces`` pieces is: its part, if they are as many."""
+        """Which of a rank's local query (or key) tokens one of ``pieces`` pieces is: ``[start, stop)``.
+
+        It is the rank's part, if there are as many pieces as parts.
+        """
         places, sizes = (self.q_positions, self.q_sizes) if queries else (self.kv_positions, self.kv_sizes)
         if not sizes or pieces != self.parts:
             return slice_of(count(places[rank]), pieces, piece)

@@ -15,7 +15,7 @@ Heads = tuple[int, int]
 
 
 class Chunk(NamedTuple):
-    """Piece ``piece`` of the tokens that rank ``src`` owns (a rank's tokens are cut into equal pieces, or one).
+    """Piece ``piece`` of the tokens that rank ``src`` owns (cut as its site says, or one).
 
     A tuple, for the sake of its hash: chunks are the keys of most tables that a step looks into.
     """

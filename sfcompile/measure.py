@@ -32,6 +32,7 @@ from sfcompile.runtime.topology import Topology
 SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 """Floats of a message; up to 4 MiB."""
 _POINTWISE = 6
+"""Rounds of pointwise ops that are timed as one: about 16 ms on one core."""
 PATIENCE_S = 0.4
 WAIT_S = 1e-5
 
@@ -97,7 +98,6 @@ class _Bench:
         few, keys = q[:, :, :8].contiguous(), k[:, :, :64].contiguous()
         small = self.timed(lambda: attend(few, keys, keys, None, 0.1))
         flops = 4.0 * 8 * 512 * 1024 * 64
-
         c = torch.randn_like(b)
 
         def pointwise() -> None:  # long enough that ranks which share a core have their turns within
