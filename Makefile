@@ -44,7 +44,7 @@ lint: $(STAMP)
 typecheck: $(STAMP)
 	rm -rf $(LINKS)
 	mkdir -p $(LINKS)
-	ln -s $(CURDIR)/sfcompile/*.py $(CURDIR)/sfcompile/py.typed $(LINKS)/
+	ln -s $(CURDIR)/sfcompile/* $(LINKS)/
 	for folder in passes codegen runtime; do ln -s $(CURDIR)/$$folder $(LINKS)/$$folder; done
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sfcompile
 

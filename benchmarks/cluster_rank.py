@@ -26,12 +26,12 @@ from emulated_machines import shape_command
 
 import sfcompile
 from sfcompile.backend import last_report, streamfusion_backend
+from sfcompile.commands.measure import measure, table
 from sfcompile.errors import StreamFusionError
-from sfcompile.measure import measure, table
 from sfcompile.passes import choose_schedules, pipeline
-from sfcompile.runtime.process_group import ProcessWorld
-from sfcompile.runtime.session import get_session
-from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.process_group import ProcessWorld
+from sfcompile.runtime.rank.session import get_session
 
 FORCED = ("torus", "ulysses", "ring", "usp")
 PAYLOAD = 1448 / 1514

@@ -20,9 +20,10 @@ from torch import fx
 from torch._inductor.utils import fresh_cache
 from zoo import FOLDER, known
 
-from sfcompile.capture import capture, compile_with_inductor
-from sfcompile.passes.pipeline import State, run_pipeline
-from sfcompile.runtime.topology import Topology
+from sfcompile.capture.graph import capture, compile_with_inductor
+from sfcompile.passes.pipeline import run_pipeline
+from sfcompile.passes.state import State
+from sfcompile.runtime.program.topology import Topology
 
 NAMES = (
     "flux", "sd3", "pixart_sigma", "wan_t2v", "hunyuan_video", "ltx", "sana", "latte", "cogvideox_rope", "lumina_next",

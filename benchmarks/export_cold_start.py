@@ -55,7 +55,7 @@ def worker(run: str, folder: Path, depth: int, width: int) -> None:
         options = {"inner": inner, "placement": "shard"}
         call: Any = torch.compile(model, backend="streamfusion", options=options)
     else:
-        from sfcompile.load_package import load
+        from sfcompile.package.load import load
 
         given = inputs()
         call = load(folder / ("aoti.sf" if inner == "aoti" else "plain.sf"), inner=inner)
@@ -80,7 +80,7 @@ def main() -> int:
     if args.worker:
         worker(args.worker[0], Path(args.worker[1]), args.depth, args.width)
         return 0
-    from sfcompile.launch import launch
+    from sfcompile.commands.launch import launch
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -116,7 +116,7 @@ def main() -> int:
 
 def write_packages(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """The packages that the runs need, and the seconds that each export took."""
-    from sfcompile.export_package import export
+    from sfcompile.package.export import export
 
     model, given = build(args.depth, args.width)
     seconds = {}

@@ -3,7 +3,7 @@
     python benchmarks/fit_paper.py [--seconds 600] [--seed 0]
 
 Differential evolution inside bounds of what such hardware does, then small steps on the largest error; prints the
-constants and the table at the end. The result is entered in runtime/topology_presets.py by hand (seed 41, 500 s).
+constants and the table at the end. The result is entered in runtime/program/presets.py by hand (seed 41, 500 s).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import random
 import time
 from dataclasses import replace
 
-from sfcompile.paper import PRESET, Row, format_table, predict_table
-from sfcompile.runtime.topology import Topology
+from sfcompile.commands.paper import PRESET, Row, format_table, predict_table
+from sfcompile.runtime.program.topology import Topology
 
 BOUNDS = {
     "flops_per_s": (1.0e14, 2.8e14),

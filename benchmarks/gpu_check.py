@@ -150,7 +150,7 @@ def run_child(parts: Sequence[str], lines: Path, dry: bool) -> None:
     """In a section's process: run parts of sections."""
     from gpu_check_report import Bench
 
-    from sfcompile.codegen.interpreter import Deadline, interpreting
+    from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 
     modules = {section.name: section.module for section in SECTIONS}
     for entry in parts:

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from gpu_check_report import Bench, compare, exact, inputs_of, name_of, sdpa, site_of
+from virtual_ranks import VirtualRanks
 
-from sfcompile.codegen.builders import BUILDERS, build
-from sfcompile.codegen.kernel_virtual import VirtualRanks
-from sfcompile.codegen.mesh import Mesh
-from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.sites import AttentionSite
+from sfcompile.codegen.schedule.builders import BUILDERS, build
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import RuntimeTimeoutError
-from sfcompile.runtime.instructions import RankProgram
-from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.program.instructions import RankProgram
+from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.topology import Topology
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (32, 64, 72, 96, 128, 256)
@@ -27,7 +27,7 @@ VARIANTS = (
 MESHES = {"ulysses": {2: (2, 1), 4: (4, 1)}, "ring": {2: (1, 2), 4: (1, 4)}, "usp": {2: (1, 2), 4: (2, 2)}}
 TORUS_MESHES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}
 SPINS = 1 << 26
-"""Polls of a debug build (kernel_device.py)."""
+"""Polls of a debug build (codegen/kernels/device.py)."""
 
 
 def schedule_of(site: AttentionSite, kind: str = "torus") -> Schedule:

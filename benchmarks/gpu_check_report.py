@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from sfcompile.codegen.sites import AttentionSite, Positions
+from sfcompile.runtime.program.sites import AttentionSite, Positions
 
 T = TypeVar("T")
 KINDS = ("ok", "FAIL", "skip", "MISS", "note")

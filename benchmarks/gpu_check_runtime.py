@@ -12,18 +12,18 @@ import torch
 from gpu_check_kernels import run_virtual, schedule_of
 from gpu_check_report import Bench, Skip, compare, distance, exact, inputs_of, sdpa, site_of
 
-from sfcompile.codegen.interpreter import Deadline
-from sfcompile.codegen.kernel_device_engine import KernelEngine
-from sfcompile.codegen.kernel_launch import architecture
-from sfcompile.codegen.kernel_loader import fill_device_state
-from sfcompile.codegen.kernel_transfers import ReleaseKernel
-from sfcompile.codegen.nvshmem_bitcode import slim_library
-from sfcompile.codegen.nvshmem_calls import Emulated
+from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.engines.launch import architecture
+from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.toolchain.interpreter import Deadline
+from sfcompile.codegen.toolchain.loader import fill_device_state
+from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
+from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import UnsupportedError
-from sfcompile.runtime.device_run import DeviceRun, DeviceRuns
-from sfcompile.runtime.nvshmem import Nvshmem, NvshmemHeap
-from sfcompile.runtime.symmetric_heap import HeapSize
-from sfcompile.runtime.transport_nvshmem import NvshmemTransport
+from sfcompile.runtime.gpu.device_run import DeviceRun, DeviceRuns
+from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
+from sfcompile.runtime.gpu.transport import NvshmemTransport
+from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,7 +87,7 @@ def _transport(bench: Bench, joined: Nvshmem) -> None:
 
 
 def _emulated() -> Any:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from emulated_nvshmem import Library
 
     return Library(0, lambda: None, lambda pe: True)
@@ -118,7 +118,7 @@ class LocalHeap:
 
 
 class TwoRanks:
-    """Two ranks of one process on one device, through runtime/device_run.py as in a job."""
+    """Two ranks of one process on one device, through runtime/gpu/device_run.py as in a job."""
 
     def __init__(self, bench: Bench) -> None:
         self.site = site_of([40, 24] if bench.dry else [1024, 640], 4, 32 if bench.dry else 64, torch.float16)

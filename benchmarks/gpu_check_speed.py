@@ -16,10 +16,10 @@ from gpu_check_kernels import schedule_of
 from gpu_check_report import Bench, distance, inputs_of, name_of, site_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from virtual_ranks import VirtualRanks
 
-from sfcompile.codegen.kernel_attend import arguments
-from sfcompile.codegen.kernel_tables import QUERY
-from sfcompile.codegen.kernel_virtual import VirtualRanks
+from sfcompile.codegen.kernels.attend import arguments
+from sfcompile.codegen.kernels.tables import QUERY
 
 LENGTHS = (4096, 16384, 36864)
 HEADS = 24
@@ -31,7 +31,7 @@ TILES: dict[int, tuple[tuple[int, int, int, int], ...]] = {
     64: ((128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (256, 64, 8, 3)),
     128: ((128, 64, 8, 2), (128, 128, 8, 2), (128, 32, 8, 4), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3)),
 }
-"""Head size -> (block_m, block_n, warps, stages) to try beside the table of kernel_spec.py."""
+"""Head size -> (block_m, block_n, warps, stages) to try beside the table of codegen/kernels/spec.py."""
 
 
 def timed(bench: Bench, functions: Mapping[str, Callable[[], object]], rounds: int = 9) -> dict[str, float]:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sfcompile.capture import capture
-from sfcompile.passes.pipeline import Compiled, State, run_pipeline
-from sfcompile.runtime.topology import Topology
+from sfcompile.capture.graph import capture
+from sfcompile.passes.pipeline import Compiled, run_pipeline
+from sfcompile.passes.state import State
+from sfcompile.runtime.program.topology import Topology
 
 
 def build(blocks: int) -> tuple[torch.nn.Module, dict[str, Any]]:

@@ -2,9 +2,10 @@
 
     python benchmarks/emulated_machines.py --machines 2 --ranks 1 --rate 200mbit benchmarks/predict_steps.py
 
-Every rank runs this script. The constants are measured first, in the same job (sfcompile/measure.py); then each
-schedule runs each workload several times, interleaved, and rank 0 prints medians, predictions and errors. A layer is a
-matmul of some length, the puts, attention, and collect. The planner's pick is marked, with how far it is from the best.
+Every rank runs this script. The constants are measured first, in the same job (sfcompile/commands/measure.py); then
+each schedule runs each workload several times, interleaved, and rank 0 prints medians, predictions and errors. A layer
+is a matmul of some length, the puts, attention, and collect. The planner's pick is marked, with how far it is from the
+best.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import time
 
 import torch
 
-from sfcompile.codegen.checker import check
-from sfcompile.codegen.simulator import layer, simulate
-from sfcompile.codegen.sites import AttentionSite
-from sfcompile.measure import measure, table
-from sfcompile.paper import even_positions
-from sfcompile.passes.choose_plan import Candidate, plan_site
-from sfcompile.runtime import ops
-from sfcompile.runtime.process_group import ProcessWorld
-from sfcompile.runtime.session import Session, get_session
-from sfcompile.runtime.topology import Topology
+from sfcompile.codegen.plan.choose_plan import Candidate, plan_site
+from sfcompile.codegen.plan.simulator import layer, simulate
+from sfcompile.codegen.proof.checker import check
+from sfcompile.commands.measure import measure, table
+from sfcompile.commands.paper import even_positions
+from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank import ops
+from sfcompile.runtime.rank.process_group import ProcessWorld
+from sfcompile.runtime.rank.session import Session, get_session
 
 sf = torch.ops.streamfusion
 assert ops.COMMUNICATION

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--out docs/scaling.md]
 
-Nothing runs: models are traced on the meta device and planned for each topology (sfcompile/predict.py). Takes some
-minutes, nearly all of it searching plans for hundreds of ranks.
+Nothing runs: models are traced on the meta device and planned for each topology (sfcompile/prediction/predict.py).
+Takes some minutes, nearly all of it searching plans for hundreds of ranks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from sfcompile.meta_model import build_meta_model
-from sfcompile.predict import Prediction, simulate
+from sfcompile.commands.meta_model import build_meta_model
+from sfcompile.prediction.predict import Prediction, simulate
 
 MACHINES = (1, 2, 4, 8, 16, 32, 64)
 # Name, tokens of the noisy input, samples (2: a guidance pair).
@@ -24,7 +24,7 @@ WORKLOADS = (("flux", 36864, 1), ("flux", 65536, 1), ("wan", 75600, 2))
 HEAD = """# Predicted scaling, 1 to 64 machines
 
 {date}, written by `python benchmarks/scaling.py`. **Predictions, not measurements**: no GPU was involved. Constants are
-those of the preset `{preset}` (runtime/topology_presets.py), 8 GPUs a machine, bf16, weights whole on every rank.
+those of the preset `{preset}` (runtime/program/presets.py), 8 GPUs a machine, bf16, weights whole on every rank.
 
 * *step*: predicted time of one transformer step; *exposed*: the part of it in which the most blocked rank waits.
 * *limit*: the larger of compute alone and bytes over bandwidth; *efficiency*: limit over step.

@@ -34,7 +34,7 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfcompile.backend import reports, streamfusion_backend
-from sfcompile.launch import launch
+from sfcompile.commands.launch import launch
 
 TOLERANCE = 1e-5
 ROUNDING = {torch.bfloat16: 1e-3, torch.float16: 2e-4}

@@ -45,7 +45,7 @@ def main() -> None:
             taken = report.plans[0].splitlines()
             print(*(taken[:2] if schedule == "auto" else taken[1:2]), sep="\n")
     if os.environ["RANK"] == "0":
-        from sfcompile.runtime.session import current_session
+        from sfcompile.runtime.rank.session import current_session
 
         print(f"ranks sit on machines {current_session().topology.machine_of}")
         print(f"difference from one process: {worst:.1e} of the output's scale")

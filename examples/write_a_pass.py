@@ -18,7 +18,7 @@ import torch
 from hello import DiT
 
 from sfcompile import extend
-from sfcompile.codegen.sites import GatherSite
+from sfcompile.runtime.program.sites import GatherSite
 
 ops, aten = torch.ops.streamfusion, torch.ops.aten
 

@@ -15,14 +15,14 @@ import torch
 from hello import DiT
 
 from sfcompile import extend
-from sfcompile.codegen.checker import check
-from sfcompile.codegen.chunk_flow import ChunkFlow
-from sfcompile.codegen.mesh import Mesh
-from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.sites import AttentionSite
+from sfcompile.codegen.proof.checker import check
+from sfcompile.codegen.schedule.chunk_flow import ChunkFlow
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import MeshError, ScheduleError
-from sfcompile.runtime.instructions import Wait
-from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.program.instructions import Wait
+from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.topology import Topology
 
 
 def prompt(site: AttentionSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:

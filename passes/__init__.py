@@ -1,12 +1,10 @@
 """Passes: a captured ATen graph in, one rank's graph out.
 
-The prefix of a file is its phase and the alphabet is the order of the pipeline; ``op_rules*`` is the table
-that several phases read.
+Start in pipeline.py: the list is the compiler, in the order in which it runs. The prefix of a file is its phase:
+analyse_ reads the graph, choose_ picks layouts, axes and schedules, place_ decides what is sharded, rewrite_ writes
+this rank's graph, order_ and fuse_ move and merge its communication, build_ makes and proves the schedules, report_
+tells. state.py is what passes hand on. graph/ is their vocabulary, rules/ how each op behaves on shards, report/ what
+people read.
 
-    analyse_*    read the graph: attention sites, token axes, costs
-    choose_*     pick one layout for every value, who owns which token, along which axis, and how every attention runs
-    place_*      replicated or sharded, by minimum cut
-    rewrite_*    emit this rank's graph, attention as put / attend / collect; a part of the batch first
-    schedule_*   order the communication against the compute
-    pipeline     the ordered list, and the runner that times, checks and dumps
+May import: the leaves, runtime/, codegen/ and its own rooms.
 """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sfcompile.passes.op_view import OpView, shape_of
+from sfcompile.passes.graph.op_view import OpView, shape_of
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from sfcompile.passes.analyse_attention import Site
-from sfcompile.passes.analyse_cost import flops
-from sfcompile.passes.labels import LabelSpace
-from sfcompile.passes.layout import Key, Layout
-from sfcompile.passes.op_rules import Rule, Side, find_rule
-from sfcompile.passes.op_view import OpView
-from sfcompile.runtime.ops import COMMUNICATION
+from sfcompile.passes.graph.cost import flops
+from sfcompile.passes.graph.labels import LabelSpace
+from sfcompile.passes.graph.layout import Key, Layout
+from sfcompile.passes.graph.op_view import OpView
+from sfcompile.passes.rules.rule import Rule, Side, find_rule
+from sfcompile.runtime.rank.ops import COMMUNICATION
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import fx
 from sfcompile.passes.analyse_attention import Site
 from sfcompile.passes.analyse_tokens import Tokens, folded_seeds
 from sfcompile.passes.choose_layouts import Layouts
-from sfcompile.passes.layout import Layout
+from sfcompile.passes.graph.layout import Layout
 
 Preference = Mapping[fx.Node, Layout]
 """Per value the layout that it shall have, of those that it can have."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from sfcompile.passes.analyse_attention import Site
-from sfcompile.passes.analyse_cost import flops
 from sfcompile.passes.analyse_tokens import Tokens
-from sfcompile.passes.labels import Runs
-from sfcompile.passes.layout import Layout, Ownership
+from sfcompile.passes.graph.cost import flops
+from sfcompile.passes.graph.labels import Runs
+from sfcompile.passes.graph.layout import Layout, Ownership
 
 
 @dataclass(frozen=True)

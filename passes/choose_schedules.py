@@ -1,4 +1,4 @@
-"""Choose how every sharded attention of a graph runs: one plan per distinct site (choose_plan.py)."""
+"""Choose how every sharded attention of a graph runs: one plan per distinct site (codegen/plan/choose_plan.py)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 from torch import fx
 
-from sfcompile.codegen.builders import build
-from sfcompile.codegen.mesh import Mesh
-from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.sites import AttentionSite, GatherSite, ReshardSite
+from sfcompile.codegen.plan.choose_plan import SitePlan, plan_site
+from sfcompile.codegen.schedule.builders import build
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import MeshError
 from sfcompile.passes.analyse_attention import Site
-from sfcompile.passes.analyse_cost import seconds
 from sfcompile.passes.analyse_tokens import Tokens
-from sfcompile.passes.attention_site import attention_site
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
-from sfcompile.passes.choose_plan import SitePlan, plan_site
-from sfcompile.passes.op_rules import Chosen
-from sfcompile.passes.op_rules_attention import Attention
-from sfcompile.runtime.topology import Topology
+from sfcompile.passes.graph.attention_site import attention_site
+from sfcompile.passes.graph.cost import seconds
+from sfcompile.passes.graph.layout import OpLayouts
+from sfcompile.passes.rules.attention import Attention
+from sfcompile.runtime.program.sites import AttentionSite, GatherSite, ReshardSite
+from sfcompile.runtime.program.topology import Topology
 
 Agree = Callable[[Callable[[], Any]], Any]
 
@@ -89,7 +89,7 @@ def sharded_attentions(
     owners = layouts.owners if parts == 1 else layouts.owners.split(parts)
     for site in sites:
         op, rule = tokens.views[site.node], tokens.rules.get(site.node)
-        chosen = Chosen(
+        chosen = OpLayouts(
             [layouts.chosen.get(operand.node) for operand in op.operands],
             [layouts.chosen.get(output) if output is not None else None for output in op.outputs],
             owners,
@@ -123,7 +123,7 @@ def choose_schedules(
     A batch axis needs no traffic in attention: groups of ranks may take whole samples each, and shard tokens inside.
 
     Args:
-        mesh, schedule: what the user asked for (choose_plan.py); ``mesh`` may hold a "batch" degree.
+        mesh, schedule: what the user asked for (codegen/plan/choose_plan.py); ``mesh`` may hold a "batch" degree.
         split_batch: whether the batch may be split; not if it was split before.
         parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
         agree: calls its argument on one rank and gives every rank the result, so that all run one plan.

@@ -6,83 +6,34 @@ be registered, and an order of names (``State.order``) adds, drops or moves them
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import fx
 
-import sfcompile.passes.op_rules_attention
-import sfcompile.passes.op_rules_conv
-import sfcompile.passes.op_rules_index
-import sfcompile.passes.op_rules_linked
-import sfcompile.passes.op_rules_lookup
-import sfcompile.passes.op_rules_reduce
-import sfcompile.passes.op_rules_view  # noqa: F401  the rule files register themselves
-from sfcompile.codegen.checker import check
-from sfcompile.codegen.kernel_files import kernel_files
-from sfcompile.codegen.kernel_launch import mask_kind
-from sfcompile.codegen.schedule import Schedule
+from sfcompile.codegen.engines.launch import mask_kind
+from sfcompile.codegen.proof.checker import check
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.codegen.toolchain.files import kernel_files
 from sfcompile.errors import InternalError, NotShardedError, OptionError
-from sfcompile.passes.analyse_attention import Site, analyse_attention
-from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, folded_seeds, seeds_of
+from sfcompile.passes.analyse_attention import analyse_attention
+from sfcompile.passes.analyse_tokens import analyse_tokens, folded_seeds, seeds_of
 from sfcompile.passes.choose_axes import Preference, choose_axes
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
-from sfcompile.passes.choose_schedules import Agree, Choices, choose_schedules, groups_of
-from sfcompile.passes.dump import Dump
-from sfcompile.passes.local_graph import COMMUNICATION, LocalGraph
-from sfcompile.passes.op_view import FakeMode
+from sfcompile.passes.choose_schedules import choose_schedules, groups_of
+from sfcompile.passes.fuse_puts import schedule_fused_puts
+from sfcompile.passes.graph.local_graph import COMMUNICATION, LocalGraph
+from sfcompile.passes.order_puts import schedule_puts
 from sfcompile.passes.place_min_cut import Placement, place_min_cut
-from sfcompile.passes.report import GraphReport
+from sfcompile.passes.report.dump import Dump
+from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.report_graph import report_graph
-from sfcompile.passes.rewrite_batch import BatchPart, rewrite_batch
+from sfcompile.passes.rewrite_batch import rewrite_batch
 from sfcompile.passes.rewrite_local import CannotSplit, rewrite_local
-from sfcompile.passes.schedule_fused_puts import schedule_fused_puts
-from sfcompile.passes.schedule_puts import schedule_puts
-from sfcompile.runtime.ops import ATTEND, PUT_FUSED
-from sfcompile.runtime.topology import Topology
-
-
-@dataclass
-class State:
-    """What the passes hand on. Inputs first; each pass fills the field named in its line of ``PIPELINE``.
-
-    ``mesh_asked``, ``schedule_asked`` and ``agree`` are those of choose_schedules.py.
-    """
-
-    gm: fx.GraphModule
-    mode: FakeMode
-    topology: Topology
-    rank: int
-    mesh_asked: Mapping[str, int] | None = None
-    schedule_asked: str = "auto"
-    agree: Agree = lambda plan: plan()  # noqa: E731
-    shard_everything: bool = False
-    order: tuple[str, ...] = ()  # names of passes; none: PIPELINE
-    kernels: bool = False  # attention runs as generated kernels
-    fuse_puts: bool = False  # puts are kernels too, and may compute what they send
-    sites: list[Site] = field(default_factory=list)
-    tokens: Tokens = field(default_factory=Tokens)
-    layouts: Layouts | None = None
-    choices: Choices | None = None
-    part: BatchPart | None = None
-    groups: tuple[tuple[int, ...], ...] = ()
-    split_batch: bool = True
-    parts: tuple[int, ...] = (2, 3)
-    placement: Placement | None = None
-    local: LocalGraph | None = None
-    fused_puts: tuple[int, int] | None = None  # how many, of how many
-    schedules: list[Schedule] = field(default_factory=list)
-
-    @property
-    def program(self) -> str:
-        """Key of this program: the same on every rank, different for another graph, topology or option."""
-        assert self.choices is not None
-        text = f"{self.gm.code}|{self.topology}|{self.choices}|{self.shard_everything}"
-        shapes = [tuple(n.meta["val"].shape) for n in self.gm.graph.nodes if n.op == "placeholder"]
-        return hashlib.sha256(f"{text}|{shapes}".encode()).hexdigest()[:16]
+from sfcompile.passes.state import State
+from sfcompile.runtime.rank.ops import ATTEND, PUT_FUSED
 
 
 @dataclass
@@ -95,7 +46,7 @@ class Compiled:
     kernel_attention: bool = False
 
     def kernels(self, machine_of: tuple[int, ...], cubins: bool = True) -> dict[str, bytes]:
-        """The generated kernels of its attentions as files, if it runs attention that way (codegen/kernel_files.py).
+        """The generated kernels of its attentions as files, if it runs attention that way (codegen/toolchain/files.py).
 
         Args:
             machine_of: machine of each rank of the job.
@@ -295,7 +246,8 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
     """Run every pass and return this rank's program.
 
     Args:
-        dump: a directory that rank 0 fills: the graph after each pass, schedules, kernels and plan (passes/dump.py).
+        dump: a directory that rank 0 fills: the graph after each pass, schedules, kernels and plan
+        (passes/report/dump.py).
             What was known is written even when a pass fails.
 
     Raises:

@@ -39,13 +39,12 @@ from dataclasses import dataclass, field
 import networkx as nx
 from torch import fx
 
-from sfcompile.passes.analyse_cost import flops, gather_seconds, reshard_fraction, seconds
 from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.choose_layouts import Layouts
-from sfcompile.passes.layout import Layout, Need, Ownership, Window
-from sfcompile.passes.op_rules import Chosen
-from sfcompile.passes.op_view import OpView, is_tensor
-from sfcompile.runtime.topology import Topology
+from sfcompile.passes.graph.cost import flops, gather_seconds, reshard_fraction, seconds
+from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Ownership, Window
+from sfcompile.passes.graph.op_view import OpView, is_tensor
+from sfcompile.runtime.program.topology import Topology
 
 Needs = list[Need]
 
@@ -65,7 +64,7 @@ class Placement:
     """
 
     needs: dict[fx.Node, Needs]
-    chosen: dict[fx.Node, Chosen]
+    chosen: dict[fx.Node, OpLayouts]
     reasons: dict[fx.Node, str]
     gathers: list[fx.Node] = field(default_factory=list)
     moves: list[tuple[fx.Node, Layout | Window]] = field(default_factory=list)
@@ -107,7 +106,7 @@ def place_min_cut(
     for node, op in tokens.views.items():
         if not any(value in layouts.chosen for value in (*op.outputs, *(operand.node for operand in op.operands))):
             continue
-        chosen = Chosen(
+        chosen = OpLayouts(
             [layouts.chosen.get(operand.node) for operand in op.operands],
             [layouts.chosen.get(output) if output is not None else None for output in op.outputs],
             layouts.owners,
@@ -143,7 +142,7 @@ def place_min_cut(
     return placement
 
 
-def _why_whole(has_rule: bool, chosen: Chosen) -> str:
+def _why_whole(has_rule: bool, chosen: OpLayouts) -> str:
     if not has_rule:
         return "no rule for this op"
     if not any(chosen.ins):
@@ -189,7 +188,7 @@ class _Network:
         forced = 0.0 if self._force_s is None else self._force_s + _FORCE * flops(op)
         return forced + seconds(op, self._topology)
 
-    def add_op(self, node: fx.Node, op: OpView, chosen: Chosen) -> None:
+    def add_op(self, node: fx.Node, op: OpView, chosen: OpLayouts) -> None:
         """Edges source -> w and w -> sink."""
         ranks = self._topology.num_ranks
         whole = self.whole_s(op)

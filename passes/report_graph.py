@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import fx
 
-from sfcompile.codegen.sites import AttentionSite
 from sfcompile.errors import source_line
-from sfcompile.passes.analyse_cost import flops, is_view, nbytes, reshard_fraction
-from sfcompile.passes.layout import Layout, Ownership, Window
-from sfcompile.passes.op_view import is_getitem
-from sfcompile.passes.report import GraphReport, Left, short_source
-
-if TYPE_CHECKING:
-    from sfcompile.passes.pipeline import State
+from sfcompile.passes.graph.cost import flops, is_view, nbytes, reshard_fraction
+from sfcompile.passes.graph.layout import Layout, Ownership, Window
+from sfcompile.passes.graph.op_view import is_getitem
+from sfcompile.passes.report.report import GraphReport, Left, short_source
+from sfcompile.passes.state import State
+from sfcompile.runtime.program.sites import AttentionSite
 
 
 def report_graph(state: State, timings: dict[str, float]) -> GraphReport:

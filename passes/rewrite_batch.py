@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from sfcompile.codegen.builders import build
-from sfcompile.codegen.mesh import Mesh
-from sfcompile.codegen.schedule import Schedule
+from sfcompile.codegen.schedule.builders import build
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.passes.analyse_attention import analyse_attention
-from sfcompile.passes.analyse_cost import flops
 from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
-from sfcompile.passes.local_graph import LocalGraph
-from sfcompile.passes.op_view import FakeMode, OpView
+from sfcompile.passes.graph.cost import flops
+from sfcompile.passes.graph.local_graph import LocalGraph
+from sfcompile.passes.graph.op_view import FakeMode, OpView
 from sfcompile.passes.place_min_cut import place_min_cut
 from sfcompile.passes.rewrite_local import rewrite_local
-from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.program.topology import Topology
 
 
 @dataclass(frozen=True)

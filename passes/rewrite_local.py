@@ -15,11 +15,11 @@ from torch import fx
 from sfcompile.errors import InternalError
 from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.choose_layouts import Layouts
-from sfcompile.passes.layout import Key, Layout, Owners, Window
-from sfcompile.passes.local_graph import LocalGraph
-from sfcompile.passes.op_rules_attention import Attention
-from sfcompile.passes.op_view import is_getitem, is_tensor, shape_of
+from sfcompile.passes.graph.layout import Key, Layout, Owners, Window
+from sfcompile.passes.graph.local_graph import LocalGraph
+from sfcompile.passes.graph.op_view import is_getitem, is_tensor, shape_of
 from sfcompile.passes.place_min_cut import Placement
+from sfcompile.passes.rules.attention import Attention
 from sfcompile.torch_private import OpOverload
 
 Key4 = tuple[fx.Node, tuple[Key, Owners] | Window, int]
@@ -169,7 +169,7 @@ def rewrite_local(
     """Fill ``local`` with this rank's graph. Fills ``placement.gathers`` with the values that had to be gathered.
 
     Args:
-        parts: every op on tokens is written so many times, each for a part of this rank's tokens: schedule_puts.py then
+        parts: every op on tokens is written so many times, each for a part of this rank's tokens: order_puts.py then
             lets one part travel while another is computed.
 
     Raises:

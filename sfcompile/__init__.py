@@ -20,12 +20,12 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
 # Loaded on first use, as they need torch: name -> module. A file may not be named like a function, which it would hide
 # once imported.
 _LAZY = {
-    "explain": "sfcompile.explain_model",
-    "export": "sfcompile.export_package",
-    "load": "sfcompile.load_package",
-    "progress": "sfcompile.progress_bar",
-    "simulate": "sfcompile.predict",
-    "trace": "sfcompile.tracing",
+    "explain": "sfcompile.prediction.explain",
+    "export": "sfcompile.package.export",
+    "load": "sfcompile.package.load",
+    "progress": "sfcompile.commands.progress_bar",
+    "simulate": "sfcompile.prediction.predict",
+    "trace": "sfcompile.tracing.trace",
 }
 
 

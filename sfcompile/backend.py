@@ -7,41 +7,28 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import fx
 
-from sfcompile.by_sizes import BySizes, moving_inputs
-from sfcompile.capture import Captured, capture, compile_with_inductor, present, refuse_training
+from sfcompile.capture.by_sizes import BySizes, moving_inputs
+from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.device import device_of, engines_for, start, topology_for
 from sfcompile.errors import StreamFusionError, UnsupportedError
+from sfcompile.lowering.inner import run_inner
+from sfcompile.lowering.rank_graph import run_passes
 from sfcompile.options import Options
-from sfcompile.passes.choose_schedules import Agree
-from sfcompile.passes.pipeline import Compiled, State, run_pipeline
-from sfcompile.passes.report import GraphReport
-from sfcompile.runtime.process_group import ProcessWorld, check_ranks
-from sfcompile.runtime.session import Session, get_session
-from sfcompile.runtime.topology import Topology
-from sfcompile.torch_private import FakeTensorMode, inductor_mode_options
+from sfcompile.passes.pipeline import Compiled
+from sfcompile.passes.report.history import last_report, remember, reports
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.process_group import ProcessWorld, check_ranks
+from sfcompile.runtime.rank.session import Session, get_session
+from sfcompile.tracing.trace import follow_environment
 
 log = logging.getLogger("sfcompile")
-
-_reports: list[GraphReport] = []
-
-
-def reports() -> list[GraphReport]:
-    """The plan of every graph compiled in this process, in order."""
-    return list(_reports)
-
-
-def last_report() -> GraphReport | None:
-    """The plan of the graph compiled last, or None."""
-    return _reports[-1] if _reports else None
 
 
 def streamfusion_backend(
@@ -70,7 +57,7 @@ def streamfusion_backend(
         return run_inner(gm, example_inputs, None, asked)
     session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
     if "SFCOMPILE_TRACE" in os.environ:
-        import_module("sfcompile.tracing").follow_environment()  # it reads this module's reports
+        follow_environment()
     with session.guard():
         session.reconfigure(asked.transport, asked.timeout_s)
         start(device_of(example_inputs), session, asked)
@@ -121,51 +108,6 @@ def _compile_rank(
     return _as_called(local, captured, len(example_inputs)), False
 
 
-def run_passes(
-    captured: Captured,
-    topology: Topology,
-    rank: int,
-    asked: Options,
-    agree: Agree,
-    split_batch: bool,
-    dump: bool = False,
-) -> Compiled:
-    """All passes over a captured graph for one rank.
-
-    Args:
-        agree: see choose_schedules.py.
-        dump: write what ``asked.dump`` asks for.
-    """
-    values = [node.meta["val"] for node in captured.gm.graph.nodes if node.op == "placeholder"]
-    on_gpu = any(value.device.type == "cuda" for value in values)
-    kernels = asked.attention == "triton" or (on_gpu and asked.attention == "auto")
-    state = State(
-        captured.gm,
-        captured.mode,
-        topology,
-        rank,
-        asked.mesh,
-        asked.schedule,
-        agree,
-        shard_everything=asked.placement == "shard",
-        split_batch=split_batch,
-        order=asked.passes,
-        kernels=kernels,
-        fuse_puts=kernels and on_gpu,
-        parts=() if kernels else State.parts,  # kernels take all tokens at a time: they overlap inside
-    )
-    return run_pipeline(state, strict=asked.strict, dump=asked.dump if dump else None)
-
-
-def break_reason(gm: fx.GraphModule) -> str:
-    """What made Dynamo end this graph before the model ended, in a line with the user's place; "" if nothing did."""
-    cause = getattr(gm, "compile_subgraph_reason", None)
-    if cause is None or not cause.graph_break:
-        return ""
-    place = f" at {cause.user_stack[-1].filename}:{cause.user_stack[-1].lineno}" if cause.user_stack else ""
-    return f"{str(cause.reason).strip().splitlines()[0]}{place}"
-
-
 def _as_called(local: Callable[..., Any], captured: Captured, count: int) -> Callable[..., Any]:
     """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
     tensors, written = captured.tensor_inputs, captured.written
@@ -179,26 +121,6 @@ def _as_called(local: Callable[..., Any], captured: Captured, count: int) -> Cal
         return out[: len(out) - len(written)]
 
     return run
-
-
-def run_inner(
-    gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode | None, asked: Options
-) -> Callable[..., Any]:
-    """What runs a graph: Inductor, or eager where asked for or no compiler is installed."""
-    if asked.inner == "eager" or (asked.inner == "auto" and not _has_compiler(inputs)):
-        if asked.inner == "auto":
-            log.warning("no C++ compiler found: the local graph runs eagerly; install g++ or set inner='eager'")
-        return gm.forward
-    config: dict[str, Any] = {}
-    if asked.mode and asked.mode != "default":
-        config.update(inductor_mode_options(asked.mode))
-    return compile_with_inductor(gm, inputs, mode, config)
-
-
-def _has_compiler(inputs: Sequence[Any]) -> bool:
-    if any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in inputs):
-        return True
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
 
 
 def _topology(value: object) -> Topology:
@@ -235,8 +157,7 @@ def _digest_text(captured: Captured, asked: Options, topology: Topology) -> str:
 def _announce(compiled: Compiled, session: Session, seconds: float) -> None:
     """Rank 0 says in a line what was compiled; the whole plan is at level DEBUG and in ``last_report()``."""
     report = compiled.report
-    _reports.append(report)
-    report.graph = len(_reports)
+    remember(report)
     _speak(session.rank)
     for warning in report.warnings:
         log.warning(warning)

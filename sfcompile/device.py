@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-from sfcompile.codegen.kernel_choice import choose_attention
-from sfcompile.codegen.kernel_device_engine import KernelEngine
-from sfcompile.codegen.kernel_engine import InterpreterEngine
-from sfcompile.codegen.kernel_loader import fill_device_state
-from sfcompile.codegen.kernel_transfers import ReleaseKernel
-from sfcompile.codegen.nvshmem_bitcode import slim_library
-from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.sites import AttentionSite
+from sfcompile.codegen.engines.choice import choose_attention
+from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
+from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.codegen.toolchain.loader import fill_device_state
+from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.options import Options
-from sfcompile.runtime.device_run import DeviceEngine
-from sfcompile.runtime.device_side import NvshmemSide
-from sfcompile.runtime.engine import Engine
-from sfcompile.runtime.nvshmem import Nvshmem
-from sfcompile.runtime.session import Session
-from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.gpu.device_run import DeviceEngine
+from sfcompile.runtime.gpu.device_side import NvshmemSide
+from sfcompile.runtime.gpu.nvshmem import Nvshmem
+from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.engine import Engine
+from sfcompile.runtime.rank.session import Session
 
 log = logging.getLogger("sfcompile")
 PRESET_OF = {"A100": "a100-efa", "H100": "h100-ib", "H200": "h100-ib", "A10": "a10-ethernet"}

@@ -3,7 +3,8 @@
 * A **pass** is a function of one argument, the :class:`State` that all passes share. Name it with
   :func:`register_pass`, and run it with ``options={"passes": [...]}``: a list of names, from which built-in passes may
   be left out or moved too. :func:`passes` is the compiler's own list to start from.
-* An **op rule** says how an op behaves on shards (passes/op_rules.py). ``@register_op_rule("my_op")`` adds or replaces
+* An **op rule** says how an op behaves on shards (passes/rules/rule.py). ``@register_op_rule("my_op")`` adds or
+replaces
   one. An op without a rule is computed whole on every rank, never guessed.
 * A **schedule** is a function that builds what one attention does on all ranks. Registered, it is a candidate of the
   planner on every mesh, and can be asked for with ``options={"schedule": name}``. The checker proves it before it is
@@ -20,15 +21,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from sfcompile import options
-from sfcompile.codegen import builders
-from sfcompile.codegen.builders import BUILDERS, Builder
+from sfcompile.codegen.plan.choose_plan import forget_plans
+from sfcompile.codegen.schedule import builders
+from sfcompile.codegen.schedule.builders import BUILDERS, Builder
 from sfcompile.errors import OptionError
-from sfcompile.passes import op_rules, pipeline
-from sfcompile.passes.choose_plan import forget_plans
-from sfcompile.passes.op_rules import register_rule as register_op_rule
-from sfcompile.passes.pipeline import PIPELINE, State
-from sfcompile.runtime import topology_presets
-from sfcompile.runtime.topology import Topology
+from sfcompile.passes import pipeline
+from sfcompile.passes.pipeline import PIPELINE
+from sfcompile.passes.rules import rule as op_rules
+from sfcompile.passes.rules.rule import register_rule as register_op_rule
+from sfcompile.passes.state import State
+from sfcompile.runtime.program import presets as topology_presets
+from sfcompile.runtime.program.topology import Topology
 
 __all__ = [
     "State",

@@ -16,7 +16,7 @@ def run(tmp_path: Path, ranks: int, *case: str, machines: int = 1, timeout_s: fl
     import sys
 
     code = (
-        "import sys; from pathlib import Path; from sfcompile.launch import launch; "
+        "import sys; from pathlib import Path; from sfcompile.commands.launch import launch; "
         f"sys.exit(launch({[WORKER, *case]!r}, {ranks}, {machines}, log_dir=Path({str(tmp_path)!r}), "
         f"timeout_s={timeout_s}))"
     )

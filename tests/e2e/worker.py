@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import sfcompile  # noqa: F401  before tests/ is on the path, which has a folder of that name
+import sfcompile  # noqa: F401  before the path changes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 RANK = int(os.environ["RANK"])
 RANKS = int(os.environ["WORLD_SIZE"])
@@ -105,7 +105,7 @@ def profiled_flops(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor
 
 def case_two_machines(*names: str) -> None:
     """Models on ranks that a real torchrun placed on two machines."""
-    from sfcompile.runtime.session import current_session
+    from sfcompile.runtime.rank.session import current_session
 
     case_models(*names)
     assert current_session().topology.machine_of == (0, 0, 1, 1)
@@ -177,7 +177,7 @@ def case_options_of_a_second_model() -> None:
 
 def case_heap() -> None:
     """The heap does not grow with steps or layers, and nothing is left in shared memory while we run."""
-    from sfcompile.runtime.session import current_session
+    from sfcompile.runtime.rank.session import current_session
 
     model, x = Plain(), tokens()
     run = compiled(model, placement="shard")
@@ -270,8 +270,8 @@ def case_own_dit() -> None:
 def case_package(path: str) -> None:
     """A loaded package gives the bits of the compile that it stands for, and refuses other shapes on every rank."""
     from sfcompile.errors import InputError
-    from sfcompile.export_package import export
-    from sfcompile.load_package import load
+    from sfcompile.package.export import export
+    from sfcompile.package.load import load
 
     model, x = Plain(), tokens(37)
     want = compiled(model, placement="shard", mesh={"ulysses": 2, "ring": 2})(x)

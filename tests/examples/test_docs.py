@@ -18,8 +18,10 @@ import pytest
 from example_table import EXAMPLES
 from torch.nn import Identity
 
-from sfcompile import cli, kernels_command, meta_model, predict
-from sfcompile.meta_model import MetaModel, find_class
+from sfcompile.commands import cli, meta_model
+from sfcompile.commands import kernels as kernels_command
+from sfcompile.commands.meta_model import MetaModel, find_class
+from sfcompile.prediction import predict
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,15 +91,15 @@ def run_sfcompile(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
     )
     monkeypatch.setattr(cli, "run_demo", lambda config: started.append(([], config.ranks, config.machines)) or 0)
     words = [str(ROOT / word) if word.startswith(("examples/", "benchmarks/")) else word for word in words]
-    if "--model" in words:  # traced and planned at full size in tests/sfcompile/test_cli.py
+    if "--model" in words:  # traced and planned at full size in tests/sfcompile/commands/test_cli.py
         monkeypatch.setattr(
             meta_model, "build_meta_model", lambda name, *_: MetaModel(find_class(name).__name__, Identity(), {})
         )
         monkeypatch.setattr(predict, "simulate", lambda model, topology, **_: Planned())
     if (
         words[0] == "kernels"
-    ):  # compiled in tests/codegen/test_kernel_listing.py and tests/sfcompile/test_kernels_command.py
-        from sfcompile.codegen import kernel_listing
+    ):  # compiled in tests/codegen/toolchain/test_listing.py and tests/sfcompile/commands/test_kernels.py
+        from sfcompile.codegen.toolchain import listing as kernel_listing
 
         monkeypatch.setattr(kernel_listing, "write_kernels", lambda *args: [])
         monkeypatch.setattr(kernels_command, "sites_of", lambda args, topology: [])

@@ -1,4 +1,7 @@
-"""The rules of the repository's layout, checked on the source text: imports, packaging, sizes, names, tests."""
+"""The rules of the house, checked on the source text: rooms, arrows, packaging, sizes, names, tests.
+
+Each case reads every file and lists all offenders.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +11,92 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import pytest
+import networkx
 
 ROOT = Path(__file__).resolve().parents[2]
-# Lowest layer first. A file may import its own layer and those to the left.
-LAYERS = ("runtime", "codegen", "passes", "sfcompile")
-LEAVES = ("errors", "options", "torch_private")
-# Inside passes/ the prefix is the phase; files without one are tools for every phase, except the two that join them.
-PHASES = ("analyse", "choose", "place", "rewrite", "schedule")
-JOINERS = ("pipeline", "report_graph")
-MAX_LINES = 500
-# The file that wraps what we need of torch's private modules.
+FOLDERS = ("sfcompile", "passes", "codegen", "runtime")
+
+# The leaves: files of the door that every room may import, and that import the standard library only (or torch, for
+# the one file that wraps what we need of torch's private modules).
 PRIVATE_TORCH = "sfcompile/torch_private.py"
+LEAVES = ("sfcompile/errors.py", "sfcompile/options.py", PRIVATE_TORCH)
+
+# The arrows of the house: which rooms a room may import, beside the leaves. Lowest room first; "..." is every room
+# above it in this list. A room's arrows point upwards here, so there can be no circle.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "runtime/program": (),
+    "runtime/wires": ("runtime/program",),
+    "runtime/rank": ("runtime/program", "runtime/wires", "runtime/gpu"),
+    "runtime/gpu": ("runtime/program", "runtime/wires", "runtime/rank"),
+    "codegen/schedule": ("runtime/program",),
+    "codegen/proof": ("runtime/program", "runtime/wires", "codegen/schedule"),
+    "codegen/plan": ("runtime/program", "codegen/schedule", "codegen/proof"),
+    "codegen/rows": (),
+    "codegen/kernels": ("runtime/program", "codegen/schedule", "codegen/rows"),
+    "codegen/toolchain": ("runtime/program", "codegen/schedule", "codegen/rows", "codegen/kernels"),
+    "codegen/engines": (
+        "runtime/program",
+        "runtime/rank",
+        "codegen/schedule",
+        "codegen/rows",
+        "codegen/kernels",
+        "codegen/toolchain",
+    ),
+    "passes/graph": ("runtime/program", "runtime/rank"),
+    "passes/rules": ("passes/graph",),
+    "passes/report": ("runtime/program",),
+    "passes": ("...",),
+    "sfcompile/capture": ("runtime/rank",),
+    "sfcompile/lowering": ("runtime/program", "passes", "sfcompile/capture"),
+    "sfcompile/prediction": (
+        "runtime/program",
+        "codegen/schedule",
+        "codegen/proof",
+        "codegen/plan",
+        "passes/graph",
+        "passes/report",
+        "passes",
+        "sfcompile/capture",
+    ),
+    "sfcompile/tracing": (
+        "runtime/program",
+        "runtime/rank",
+        "codegen/schedule",
+        "codegen/plan",
+        "passes/report",
+        "sfcompile/prediction",
+    ),
+    "sfcompile": ("...",),  # the door
+    "sfcompile/package": (
+        "runtime/program",
+        "runtime/rank",
+        "codegen/schedule",
+        "codegen/proof",
+        "passes",
+        "sfcompile/capture",
+        "sfcompile/lowering",
+        "sfcompile",
+    ),
+    "sfcompile/commands": ("...",),
+}
+# It loads the rooms on first use, so it stands above them all; nothing imports a name from it but the version.
+TOP = "sfcompile/__init__.py"
+
+# Inside passes/ the prefix is the phase; the files without one join the passes, in this order.
+PHASES = ("analyse", "choose", "place", "rewrite", "order", "fuse", "build", "report")
+JOINERS = ("state", "pipeline", "runner")
+MAX_LINES = 500
 # The worker of the demo runs one particular model of a library, so it has to name it.
-NAMES_A_MODEL = ("sfcompile/demo_worker.py",)
+NAMES_A_MODEL = ("sfcompile/commands/demo_worker.py",)
 MODEL_NAME = re.compile(
     r"(?<![A-Za-z])((?i:flux|pixart|cogvideo|wan2|wan_|hunyuan|qwen|sd3|lumina|mochi|ltx|sana|hidream|latte|cosmos)"
     r"(?![a-z])|Wan[A-Z])"
 )
-# Source files without a test file of their own, and why.
-WITHOUT_TEST = {
-    "sfcompile/__init__.py": "tests/packaging checks it",
-    "passes/__init__.py": "a docstring",
-    "codegen/__init__.py": "a docstring",
-    "runtime/__init__.py": "a docstring",
-}
 
-SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -44,136 +104,198 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def each(paths: list[Path]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("path", paths, ids=name_of)
+def room_of(path: Path) -> str:
+    return name_of(path.parent)
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imported_modules(path: Path) -> Iterator[str]:
-    """Full names of all imported modules; `from a.b import c` gives both a.b and a.b.c, as c may be a module."""
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of ours by its full name."""
+    named = {}
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "sfcompile" else ("sfcompile", *parts)
+        named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+@cache
+def imported_modules(path: Path) -> tuple[str, ...]:
+    """Full names of all imported modules, wherever the import stands (a function, TYPE_CHECKING, import_module).
+
+    ``from a.b import c`` gives a.b.c where c is a module of ours or where a.b is none of ours, else a.b.
+    """
+    names: list[str] = []
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.append(full if full in modules() or node.module not in modules() else node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names += [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+    return tuple(names)
 
 
-def layer_of(module: str) -> str | None:
-    """The layer that a module of ours belongs to; None for foreign modules and for the leaves."""
-    parts = module.split(".")
-    if parts[0] != "sfcompile" or len(parts) == 1 or parts[1] in LEAVES:
-        return None
-    return parts[1] if parts[1] in LAYERS else "sfcompile"
-
-
-def phase_of(stem: str) -> int | None:
-    prefix = stem.split("_")[0]
-    return PHASES.index(prefix) if prefix in PHASES else None
-
-
-@each(SOURCES)
-def test_imports_go_one_way(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0]
-    if own == "sfcompile" and path.stem in LEAVES:
-        allowed = {*sys.stdlib_module_names, *(f"sfcompile.{leaf}" for leaf in LEAVES)}
-        if name_of(path) == PRIVATE_TORCH:
-            allowed.add("torch")
-        for module in imported_modules(path):
-            names = {module, module.split(".")[0], ".".join(module.split(".")[:2])}
-            assert names & allowed, f"{name_of(path)} is a leaf and imports {module}"
-        return
+def own_imports(path: Path) -> Iterator[Path]:
     for module in imported_modules(path):
-        layer = layer_of(module)
-        if layer is not None:
-            assert LAYERS.index(layer) <= LAYERS.index(own), f"{name_of(path)} imports {module} from a higher layer"
+        if module in modules():
+            yield modules()[module]
 
 
-@each([path for path in SOURCES if path.parent.name == "passes"])
-def test_phases_are_in_order(path: Path) -> None:
-    if path.stem in JOINERS:
-        return
-    own = phase_of(path.stem)
-    for module in imported_modules(path):
-        parts = module.split(".")
-        if parts[:2] != ["sfcompile", "passes"] or len(parts) < 3:
+def offenders(lines: list[str]) -> None:
+    assert not lines, "\n" + "\n".join(sorted(set(lines)))
+
+
+def test_rooms_are_the_folders() -> None:
+    folders = {room_of(path) for path in SOURCES} - {"codegen", "runtime"}
+    assert folders == set(ROOMS)
+    # The two folders that hold rooms only hold nothing else.
+    offenders([name_of(p) for p in SOURCES if room_of(p) in ("codegen", "runtime") and p.name != "__init__.py"])
+
+
+def test_every_room_has_a_head() -> None:
+    bad = []
+    for room in [*ROOMS, "codegen", "runtime"]:
+        head = ast.get_docstring(parse(ROOT / room / "__init__.py")) or ""
+        lines = [line for line in head.splitlines() if line.strip()]
+        if room != "sfcompile" and not 5 <= len(head.splitlines()) <= 15:
+            bad.append(f"{room}/__init__.py: a head of {len(lines)} lines; it takes 5 to 15")
+        for file in re.findall(r"(?<![\w/])(\w+\.py)\b", head):
+            if not (ROOT / room / file).is_file() and room not in ("codegen", "runtime"):
+                bad.append(f"{room}/__init__.py names {file}, which is not there")
+        if room in ROOMS and "/" in room and "May import:" not in head:
+            bad.append(f"{room}/__init__.py does not say what the room may import")
+    offenders(bad)
+
+
+def test_imports_follow_the_arrows() -> None:
+    above = list(ROOMS)
+    bad = []
+    for path in SOURCES:
+        room, name = room_of(path), name_of(path)
+        if name in LEAVES:
+            torch = ("torch",) if name == PRIVATE_TORCH else ()
+            allowed = {*sys.stdlib_module_names, *torch, *(f"sfcompile.{Path(leaf).stem}" for leaf in LEAVES)}
+            for module in imported_modules(path):
+                if not {module, module.split(".")[0], ".".join(module.split(".")[:2])} & allowed:
+                    bad.append(f"{name} is a leaf and imports {module}")
             continue
-        assert parts[2] not in JOINERS, f"{name_of(path)} imports {module}, which comes after every phase"
-        phase = phase_of(parts[2])
-        if phase is not None:
-            assert own is not None, f"{name_of(path)} is a tool for every phase and imports {module}"
-            assert phase <= own, f"{name_of(path)} imports {module} from a later phase"
+        if name == TOP or room not in ROOMS:
+            continue
+        may = above[: above.index(room)] if ROOMS[room] == ("...",) else ROOMS[room]
+        for other in own_imports(path):
+            target = room_of(other)
+            if target != room and target not in may and name_of(other) not in (*LEAVES, TOP):
+                bad.append(f"{room} -> {target}: {name} imports {name_of(other)}")
+    offenders(bad)
 
 
-@each(SOURCES)
-def test_private_torch_in_one_file(path: Path) -> None:
-    if name_of(path) == PRIVATE_TORCH:
-        return
-    for module in imported_modules(path):
-        parts = module.split(".")
-        # The last part may be a plain name, so only the module path counts as private.
-        assert parts[0] != "torch" or not any(part.startswith("_") for part in parts[1:]), (
-            f"{name_of(path)} imports {module}; private torch modules belong in {PRIVATE_TORCH}"
-        )
-    used = re.search(r"\btorch(\.\w+)*\._(?!_)\w+", re.sub(r"\"\"\".*?\"\"\"", "", path.read_text(), flags=re.DOTALL))
-    allowed = used is None or used[0].startswith(("torch.ops.", "torch.library."))
-    assert used is None or allowed, f"{name_of(path)} uses {used[0]}; it belongs in {PRIVATE_TORCH}"
+def test_every_arrow_is_used() -> None:
+    used = {(room_of(path), room_of(other)) for path in SOURCES for other in own_imports(path)}
+    given = {(room, other) for room, others in ROOMS.items() for other in others if other != "..."}
+    offenders([f"{room} may import {other}, and does not" for room, other in given - used])
 
 
-@each(SOURCES + TESTS)
-def test_style_that_tools_do_not_check(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= MAX_LINES, f"{name_of(path)} has more than {MAX_LINES} lines"
-    tree = parse(path)
-    if len(tree.body) > 1:  # more than a docstring
-        assert "from __future__ import annotations" in text, f"{name_of(path)} lacks the annotations import"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name_of(path)}:{node.lineno} is a relative import"
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            bare = [entry.arg for entry in arguments if entry.annotation is None and entry.arg not in ("self", "cls")]
-            assert not bare, f"{name_of(path)}:{node.lineno} {node.name}: no type for {bare}"
-            assert node.returns is not None, f"{name_of(path)}:{node.lineno} {node.name}: no return type"
+def test_there_is_no_circle() -> None:
+    graph = networkx.DiGraph()
+    for path in SOURCES:
+        if name_of(path) != TOP:
+            graph.add_edges_from((name_of(path), name_of(other)) for other in own_imports(path) if other != path)
+    circles = [sorted(group) for group in networkx.strongly_connected_components(graph) if len(group) > 1]
+    offenders([" <-> ".join(circle) for circle in circles])
 
 
-@each(SOURCES)
-def test_no_model_is_named(path: Path) -> None:
-    if name_of(path) in NAMES_A_MODEL:
-        return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        assert not MODEL_NAME.search(line), f"{name_of(path)}:{number} names a model: {line.strip()}"
+def test_passes_are_in_order() -> None:
+    """A pass imports earlier phases only, and nothing that joins them but the state that they share."""
+    order = {name: i for i, name in enumerate((*PHASES, *JOINERS[1:]))}
+    bad = []
+    for path in (ROOT / "passes").glob("*.py"):
+        prefix = path.stem if path.stem in JOINERS else path.stem.split("_")[0]
+        if path.stem in ("__init__", "state"):
+            continue
+        if prefix not in order:
+            bad.append(f"{name_of(path)} begins with no phase: {', '.join(PHASES)}")
+            continue
+        for other in own_imports(path):
+            if room_of(other) != "passes" or other.stem in ("__init__", "state"):
+                continue
+            theirs = other.stem if other.stem in JOINERS else other.stem.split("_")[0]
+            if order.get(theirs, 0) > order[prefix]:
+                bad.append(f"{name_of(path)} imports {name_of(other)}, which comes later")
+    offenders(bad)
 
 
-@each(SOURCES)
-def test_each_source_has_its_test(path: Path) -> None:
-    folder, *_ = path.relative_to(ROOT).parts
-    if name_of(path) in WITHOUT_TEST:
-        return
-    test = ROOT / "tests" / folder / f"test_{path.stem}.py"
-    assert test.is_file(), f"{name_of(path)} has no {name_of(test)}"
+def test_private_torch_in_one_file() -> None:
+    bad = []
+    for path in SOURCES:
+        if name_of(path) == PRIVATE_TORCH:
+            continue
+        for module in imported_modules(path):
+            parts = module.split(".")[:-1]  # the last part may be a plain name
+            if parts[:1] == ["torch"] and any(part.startswith("_") for part in parts[1:]):
+                bad.append(f"{name_of(path)} imports {module}")
+        text = re.sub(r"\"\"\".*?\"\"\"", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for used in re.finditer(r"\btorch(\.\w+)*\._(?!_)\w+", text):
+            if not used[0].startswith(("torch.ops.", "torch.library.")):
+                bad.append(f"{name_of(path)} uses {used[0]}")
+    offenders([f"{line}; it belongs in {PRIVATE_TORCH}" for line in bad])
 
 
-def test_exceptions_still_exist() -> None:
-    gone = [name for name in (*WITHOUT_TEST, *NAMES_A_MODEL, PRIVATE_TORCH) if not (ROOT / name).is_file()]
-    assert not gone, f"lists in this test name files that are gone: {gone}"
+def test_style_that_tools_do_not_check() -> None:
+    bad = []
+    for path in SOURCES + TESTS:
+        text, tree, name = path.read_text(encoding="utf-8"), parse(path), name_of(path)
+        if text.count("\n") > MAX_LINES:
+            bad.append(f"{name} has more than {MAX_LINES} lines")
+        if len(tree.body) > 1 and "from __future__ import annotations" not in text:  # more than a docstring
+            bad.append(f"{name} lacks the annotations import")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                bad.append(f"{name}:{node.lineno} is a relative import")
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+                if bare or node.returns is None:
+                    bad.append(f"{name}:{node.lineno} {node.name}: no type for {bare or 'what it returns'}")
+    offenders(bad)
 
 
-def test_each_test_has_its_source() -> None:
-    for folder in LAYERS:
-        for test in (ROOT / "tests" / folder).rglob("test_*.py"):
-            source = ROOT / folder / f"{test.stem.removeprefix('test_')}.py"
-            assert source.is_file(), f"{name_of(test)} tests no file"
+def test_no_model_is_named() -> None:
+    bad = []
+    for path in SOURCES:
+        if name_of(path) not in NAMES_A_MODEL:
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                if MODEL_NAME.search(line):
+                    bad.append(f"{name_of(path)}:{number} names a model: {line.strip()}")
+    offenders(bad)
+
+
+def test_each_source_has_its_test_and_each_test_its_source() -> None:
+    sources = {name_of(path) for path in SOURCES if path.name != "__init__.py"}
+    tested = {
+        f"{room_of(path).removeprefix('tests/')}/{path.stem.removeprefix('test_')}.py"
+        for path in TESTS
+        if path.stem.startswith("test_") and path.relative_to(ROOT).parts[1] in FOLDERS
+    }
+    offenders([f"{name} has no test" for name in sources - tested])
+    offenders([f"a test of {name}, which is not there" for name in tested - sources])
+    gone = [name for name in (*LEAVES, *NAMES_A_MODEL, TOP) if not (ROOT / name).is_file()]
+    offenders([f"a list in this test names {name}, which is gone" for name in gone])
 
 
 def test_declared_packages_are_the_folders() -> None:
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT).as_posix() for path in SOURCES}
-    assert set(tool["package-dir"].values()) == folders == set(LAYERS)
-    assert sorted(tool["packages"]) == sorted(tool["package-dir"])
+    folders = {room_of(path) for path in SOURCES}
+    named = {f if f.startswith("sfcompile") else f"sfcompile/{f}" for f in folders}
+    assert set(tool["package-dir"].values()) == set(FOLDERS)
+    assert sorted(tool["packages"]) == sorted(name.replace("/", ".") for name in named)
 
 
 def test_entry_point_works_without_importing_us(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import torch
 from helpers import captured
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from sfcompile.capture import Captured
+from sfcompile.capture.graph import Captured
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, seeds_of
-from sfcompile.passes.layout import Key
+from sfcompile.passes.graph.layout import Key
 
 
 def analysed(fn: Callable[..., Any], *args: torch.Tensor) -> tuple[Captured, Tokens]:

@@ -8,11 +8,12 @@ from helpers import captured, placeholder_values, run_compiled
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from sfcompile.capture import Captured
+from sfcompile.capture.graph import Captured
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.choose_axes import regions
-from sfcompile.passes.pipeline import State, run_pipeline
-from sfcompile.runtime.topology import Topology
+from sfcompile.passes.pipeline import run_pipeline
+from sfcompile.passes.state import State
+from sfcompile.runtime.program.topology import Topology
 
 BATCH, FRAMES, SPACE, WIDTH = 2, 8, 24, 32
 

@@ -8,13 +8,13 @@ import torch
 from helpers import captured
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from sfcompile.codegen.sites import GatherSite
+from sfcompile.codegen.plan.choose_plan import SitePlan
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
-from sfcompile.passes.choose_plan import SitePlan
 from sfcompile.passes.choose_schedules import Choices, choose_schedules
-from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.program.sites import GatherSite
+from sfcompile.runtime.program.topology import Topology
 
 
 def choices(*shapes: tuple[int, ...], ranks: int = 4, **asked: Any) -> Choices:

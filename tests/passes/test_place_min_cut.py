@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from sfcompile.passes.analyse_cost import gather_seconds, seconds
 from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens
 from sfcompile.passes.choose_layouts import Layouts, choose_layouts
-from sfcompile.passes.layout import Ownership
-from sfcompile.passes.op_view import is_tensor
+from sfcompile.passes.graph.cost import gather_seconds, seconds
+from sfcompile.passes.graph.layout import Ownership
+from sfcompile.passes.graph.op_view import is_tensor
 from sfcompile.passes.place_min_cut import Placement, place_min_cut
-from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.program.topology import Topology
 
 
 def placed(fn: object, topology: Topology, *args: torch.Tensor, shard_everything: bool = False) -> tuple[

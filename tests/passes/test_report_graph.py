@@ -4,9 +4,10 @@ import torch
 from helpers import captured
 from models import build
 
-from sfcompile.passes.pipeline import State, run_pipeline
-from sfcompile.passes.report import GraphReport
-from sfcompile.runtime.topology import Topology
+from sfcompile.passes.pipeline import run_pipeline
+from sfcompile.passes.report.report import GraphReport
+from sfcompile.passes.state import State
+from sfcompile.runtime.program.topology import Topology
 
 
 def report(name: str, ranks: int, shard: bool = True) -> GraphReport:

@@ -10,13 +10,14 @@ from helpers import captured, placeholder_values, run_compiled
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from sfcompile.capture import Captured
-from sfcompile.codegen.checker import check
-from sfcompile.codegen.sites import AttentionSite
+from sfcompile.capture.graph import Captured
+from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import MeshError, NotShardedError
 from sfcompile.passes.choose_schedules import groups_of
-from sfcompile.passes.pipeline import Compiled, State, run_pipeline
-from sfcompile.runtime.topology import Topology
+from sfcompile.passes.pipeline import Compiled, run_pipeline
+from sfcompile.passes.state import State
+from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.topology import Topology
 
 RANKS = {"ulysses": 1, "ring": 1}
 

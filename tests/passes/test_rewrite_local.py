@@ -7,7 +7,7 @@ from torch import fx
 from torch.nn.functional import gelu, linear
 
 from sfcompile.errors import InternalError
-from sfcompile.passes.op_rules_linked import Linked
+from sfcompile.passes.rules.linked import Linked
 
 
 def test_each_value_is_gathered_at_most_once() -> None:

@@ -12,14 +12,14 @@ from kernel_ranks import Job, make_site
 from random_sites import gather_site
 
 from sfcompile import device
-from sfcompile.codegen.kernel_device_engine import KernelEngine
-from sfcompile.codegen.kernel_engine import InterpreterEngine
-from sfcompile.codegen.mesh import Mesh
-from sfcompile.codegen.schedule_gather import build_gather
+from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
+from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.device import device_of, engines_for, start, topology_for
 from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.options import Options
-from sfcompile.runtime.topology import Topology
+from sfcompile.runtime.program.topology import Topology
 
 CPU = torch.device("cpu")
 TORUS = Job("torus", 2, 1, 2, 1, make_site(8, 2)).schedule()

@@ -11,17 +11,18 @@ from helpers import captured, placeholder_values, run_compiled
 from models import build as build_model
 
 from sfcompile import extend
-from sfcompile.codegen.builders import REGISTERED, build
-from sfcompile.codegen.mesh import Mesh
-from sfcompile.codegen.schedule import Schedule
-from sfcompile.codegen.sites import AttentionSite
+from sfcompile.codegen.schedule.builders import REGISTERED, build
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import MeshError, OptionError, TopologyError
 from sfcompile.options import Options
-from sfcompile.passes import op_rules, pipeline
-from sfcompile.passes.op_rules import find_rule
-from sfcompile.passes.op_view import OpView
+from sfcompile.passes import pipeline
+from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.pipeline import Compiled, run_pipeline
-from sfcompile.runtime.topology import Topology
+from sfcompile.passes.rules import rule as op_rules
+from sfcompile.passes.rules.rule import find_rule
+from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.topology import Topology
 
 
 def compiled(name: str, **options: object) -> tuple[list[Compiled], Callable[[], bool]]:

@@ -1,0 +1,51 @@
+"""What runs the attentions of a graph, and why: generated kernels (Triton) or torch's own (ATen)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from sfcompile.codegen.kernels.spec import DTYPES, MAX_HEAD_DIM, cannot_generate
+from sfcompile.errors import CodegenError, UnsupportedError
+from sfcompile.runtime.program.sites import AttentionSite
+
+
+def choose_attention(asked: str, sites: Sequence[AttentionSite], device_type: str) -> tuple[str, str]:
+    """``("triton" or "aten", reason)`` for all attentions of a graph.
+
+    One answer for the graph: the puts and gathers of generated kernels count epochs on the device, the others on the
+    host.
+
+    Args:
+        asked: the option ``attention``: "auto", "aten" or "triton".
+        device_type: "cuda" or "cpu".
+
+    Raises:
+        CodegenError: generated kernels were asked for and Triton is not installed.
+        UnsupportedError: generated kernels were asked for and cannot run some site.
+    """
+    if asked == "aten":
+        return "aten", "asked for"
+    hindrances = [f"attention {site.name}: {cannot_generate(site)}" for site in sites if cannot_generate(site)]
+    installed = find_spec("triton") is not None
+    if asked == "triton":
+        if not installed:
+            raise CodegenError(
+                "attention='triton' needs Triton, which is not installed",
+                "CPU builds of torch do not bring it",
+                "pip install 'triton>=3.6', or use attention='aten'",
+            )
+        if hindrances:
+            raise UnsupportedError(
+                hindrances[0],
+                f"kernels are generated for {', '.join(DTYPES.values())} and head sizes up to {MAX_HEAD_DIM}",
+                "use attention='aten' for this model",
+            )
+        return "triton", "asked for"
+    if device_type != "cuda":
+        return "aten", "on CPU ranks generated kernels run in Triton's interpreter, which is for checking them"
+    if not installed:
+        return "aten", "Triton is not installed"
+    if hindrances:
+        return "aten", hindrances[0]
+    return "triton", "puts, waits and attention in one kernel"

@@ -1,0 +1,395 @@
+"""Writes the fused attention kernel: many Q chunks against many K/V chunks as they arrive, outputs pushed home.
+
+The grid is persistent. Its first programs pass chunks round the ring (they wait for peers, never for programs of their
+own rank); the others attend. The tables (tables.py) list *units*, a query chunk against a run of key chunks;
+every program walks all units in order and takes every ``programs``-th tile of each. A query's tiles fall to the same
+program in every unit, so its softmax state passes from unit to unit without any program waiting for another of its
+rank: the only waits are for peers.
+
+The online softmax is Milakov and Gimelshein's (arXiv 1805.02867) in blocks as in FlashAttention-2 (arXiv 2307.08691):
+state (m, l, acc) of a block of queries, scores in powers of two.
+
+Loads of arriving data stand in the inner loop over blocks, which Triton pipelines; waits stand outside of it. A wait in
+the inner loop would be overtaken by the prefetched loads of later iterations.
+"""
+
+from __future__ import annotations
+
+from sfcompile.codegen.kernels.spec import KernelSpec
+from sfcompile.codegen.kernels.tables import FORWARD, KEY, QUERY, UNIT
+from sfcompile.codegen.kernels.text import (
+    Lines,
+    columns,
+    entry_name,
+    heap_of,
+    module,
+    prologue,
+    put_signal,
+    wait_lines,
+    wrapped,
+)
+from sfcompile.codegen.rows.indices import block_of
+
+LOG2E = 1.4426950408889634
+VIRTUAL_ROW = (
+    "out", "state", "counters", "units", "queries", "keys", "forwards", "q_positions", "k_positions", "lse",
+    "report", "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
+)  # fmt: skip
+"""Arguments that differ between virtual ranks, as int64."""
+_INTEGERS = (
+    "rank", "num_units", "num_forwards", "batch", "heads", "first_head", "kv_heads",
+    "first_kv", "own_rows",
+)  # fmt: skip
+
+
+def arguments(spec: KernelSpec) -> list[str]:
+    """The kernel's arguments in order."""
+    found = ["out_ptr", "out_sb", "out_sh", "out_sr"]
+    if spec.mask != "none":
+        found += ["mask_ptr", "mask_sb", "mask_sh", "mask_sr", "mask_sc"]
+    if _positions(spec):
+        found += ["q_positions_ptr", "k_positions_ptr"]
+    found += ["lse_ptr"] if spec.lse else []
+    found += ["state_ptr"] if spec.carry else []
+    found += ["heaps_ptr", "place_ptr", "units_ptr", "queries_ptr", "keys_ptr"]
+    found += ["forwards_ptr"] if spec.forwards else []
+    found += ["counters_ptr"] if spec.forwards or spec.pushes else []
+    found += ["report_ptr"] if spec.bounded else []
+    found += ["virtual_ptr"] if spec.virtual > 1 else []
+    return [*found, *_INTEGERS]
+
+
+def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
+    """The module that holds the kernel ``attend``: text for Triton 3.6 and later, equal for equal specs.
+
+    Args:
+        notes: lines for the docstring, for example the schedule as text.
+    """
+    out = Lines()
+    out(wrapped("@triton.jit(do_not_specialize=[", [f'"{name}"' for name in _INTEGERS], "])"))
+    with out.block(wrapped(f"def {entry_name('attend', spec.reach)}(", arguments(spec), "):")):
+        out("program = tl.program_id(0)", "programs = tl.num_programs(0)")
+        if spec.virtual > 1:
+            _virtual(out, spec)
+        out(*prologue())
+        if spec.forwards:
+            with out.block("if program < COPY_PROGRAMS:"):
+                _forward(out, spec)
+            with out.block("else:"):
+                _attend(out, spec)
+        else:
+            _attend(out, spec)
+    constants = [
+        f"BM = tl.constexpr({spec.block_m})",
+        f"BN = tl.constexpr({spec.block_n})",
+        f"D = tl.constexpr({spec.head_dim})",
+        f"E = tl.constexpr({spec.v_head_dim})",
+        f"D_BLOCK = tl.constexpr({block_of(spec.head_dim)})",
+        f"E_BLOCK = tl.constexpr({block_of(spec.v_head_dim)})",
+        f"COPY_PROGRAMS = tl.constexpr({spec.copy_programs if spec.forwards else 0})",
+        f"QK_SCALE = tl.constexpr({spec.scale * LOG2E!r})  # scale * log2(e): scores in powers of two",
+    ]
+    sizes = f"head sizes {spec.head_dim} and {spec.v_head_dim}"
+    title = f"Attention of {spec.dtype} queries against chunks as they arrive, {sizes}."
+    return module(title, "\n".join(constants) + "\n\n\n" + out.text, notes)
+
+
+def _positions(spec: KernelSpec) -> bool:
+    return spec.causal or spec.mask != "none"
+
+
+def _virtual(out: Lines, spec: KernelSpec) -> None:
+    """Several ranks in one launch: the low programs are all ranks' copy programs, hop by hop."""
+    given = arguments(spec)
+    out(
+        f"rank = program % {spec.virtual}",
+        f"program = program // {spec.virtual}",
+        f"programs = programs // {spec.virtual}",
+        f"mine = virtual_ptr + rank * {len(VIRTUAL_ROW)}",
+    )
+    kinds = {"out": "ELEMENT", "state": "tl.float32", "lse": "tl.float32"}
+    kinds |= {"q_positions": "tl.int32", "k_positions": "tl.int32", "counters": "tl.int32"}
+    for i, name in enumerate(VIRTUAL_ROW):
+        if f"{name}_ptr" in given:
+            kind = kinds.get(name, "tl.int64").replace("ELEMENT", _element(spec))
+            out(f"{name}_ptr = tl.multiple_of(tl.load(mine + {i}).to(tl.pointer_type({kind})), 16)")
+        elif name in given:
+            out(f"{name} = tl.load(mine + {i}).to(tl.int32)")
+
+
+def _element(spec: KernelSpec) -> str:
+    return {"fp32": "tl.float32", "fp16": "tl.float16", "bf16": "tl.bfloat16"}[spec.dtype]
+
+
+def _wait(out: Lines, spec: KernelSpec, slot: str) -> None:
+    """Wait for a slot, if the schedule says so."""
+    with out.block(f"if {slot} >= 0:"):
+        out(*wait_lines(spec.reach, spec.bounded, f"signals + {slot} * 64", "epoch", slot))
+
+
+def _forward(out: Lines, spec: KernelSpec) -> None:
+    """Copy programs: hop ``f`` waits for its chunk and sends it on. Hops go in the schedule's order."""
+    out("hop = program")
+    with out.block("while hop < num_forwards:"):
+        out(f"forward = forwards_ptr + hop * {len(FORWARD)}")
+        names = {name: name for name in FORWARD if name != "net" or spec.reach == "mixed"}
+        out(*columns("forward", FORWARD, names))
+        _wait(out, spec, "slot")
+
+        def by_store() -> None:
+            out(
+                f"to = {heap_of('dst')}",
+                "copy_words(to + bank_at + to_at, bank + at, (nbytes + 3) // 4, 0, 1, 2048)",
+                "tl.debug_barrier()  # every thread's stores happen before thread 0's release",
+                "raise_signal(to + signals_at + to_slot * 64, epoch)",
+            )
+
+        def by_nvshmem() -> None:
+            out(*put_signal("dst", "bank + at", "bank_at + to_at", "nbytes", "signals_at + to_slot * 64"))
+
+        _either(out, spec, by_store, by_nvshmem)
+        out("hop += COPY_PROGRAMS")
+
+
+def _either(out: Lines, spec: KernelSpec, by_store: object, by_nvshmem: object) -> None:
+    """The way that reaches the destination."""
+    assert callable(by_store) and callable(by_nvshmem)
+    if spec.reach == "peer":
+        by_store()
+    elif spec.reach == "nvshmem":
+        by_nvshmem()
+    else:
+        with out.block("if net != 0:"):
+            by_nvshmem()
+        with out.block("else:"):
+            by_store()
+
+
+def _attend(out: Lines, spec: KernelSpec) -> None:
+    out("me = program - COPY_PROGRAMS", "workers = programs - COPY_PROGRAMS")
+    out("d = tl.arange(0, D_BLOCK)", "e = tl.arange(0, E_BLOCK)")
+    out("u = 0")
+    with out.block("while u < num_units:"):
+        out(f"unit = units_ptr + u * {len(UNIT)}")
+        wanted = ["first_key", "last_key", "done"] + (["fresh"] if spec.carry else [])
+        out(f"query = queries_ptr + tl.load(unit) * {len(QUERY)}")
+        out(*columns("unit", UNIT, {name: name for name in wanted}))
+        out(*columns("query", QUERY, {"q_slot": "slot", "q_at": "at"}))
+        small = {"rows": "rows", "pitch": "pitch", "first_tile": "first_tile"}
+        out(*columns("query", QUERY, small | ({"q_position": "position"} if _positions(spec) else {}), small=True))
+        out("blocks = (rows + BM - 1) // BM", "tiles = blocks * batch * heads")
+        out("tile = (me + workers - first_tile % workers) % workers  # the same program in every unit")
+        with out.block("while tile < tiles:"):
+            _tile(out, spec)
+            out("tile += workers")
+        out("u += 1")
+
+
+def _tile(out: Lines, spec: KernelSpec) -> None:
+    out("bh = tile // blocks", "row = (tile % blocks) * BM + tl.arange(0, BM)", "inside = row < rows")
+    needs_split = spec.group > 1 or spec.mask == "full" or spec.mask == "key"
+    if needs_split:
+        out("b = bh // heads", "h = first_head + bh % heads")
+    out(f"kv_bh = b * kv_heads + h // {spec.group} - first_kv" if spec.group > 1 else "kv_bh = bh")
+    _wait(out, spec, "q_slot")
+    out(f"q_ptr = {_pointer(spec, 'bank + q_at', spec.head_dim)}")
+    out("q_ptr += (bh * pitch).to(tl.int64) * D")
+    limits = ["inside[:, None]"] + (["(d < D)[None, :]"] if _padded(spec.head_dim) else [])
+    out(f"q = tl.load(q_ptr + row[:, None] * D + d[None, :]{_masked(limits)})")
+    if _positions(spec):
+        out("q_place = tl.load(q_positions_ptr + q_position + row, mask=inside, other=0)")
+    out(
+        'm = tl.full([BM], float("-inf"), tl.float32)  # running maximum of the scores, in powers of two',
+        "l = tl.zeros([BM], tl.float32)  # running sum of exp2(score - m)",
+        "acc = tl.zeros([BM, E_BLOCK], tl.float32)",
+    )
+    if spec.carry:
+        out("lane = tl.arange(0, BM)")
+        out("state = state_ptr + (first_tile + tile).to(tl.int64) * (BM * (E_BLOCK + 2))")
+        with out.block("if fresh == 0:"):
+            out("tl.debug_barrier()  # another thread of this program may have stored what this one loads")
+            out(
+                "m = tl.load(state + lane)",
+                "l = tl.load(state + BM + lane)",
+                "acc = tl.load(state + 2 * BM + lane[:, None] * E_BLOCK + e[None, :])",
+            )
+    out("j = first_key")
+    with out.block("while j < last_key:"):
+        _key_chunk(out, spec)
+        out("j += 1")
+    with out.block("if done != 0:"):
+        _finish(out, spec)
+    if spec.carry:
+        with out.block("else:"):
+            out(
+                "# The same place, worked out anew (j is last_key): addresses kept through the loop cost registers.",
+                "again = lane + (j - last_key).to(tl.int32)",
+                "tl.store(state + again, m)",
+                "tl.store(state + BM + again, l)",
+                "tl.store(state + 2 * BM + again[:, None] * E_BLOCK + e[None, :], acc)",
+            )
+
+
+def _key_chunk(out: Lines, spec: KernelSpec) -> None:
+    out(f"key = keys_ptr + j * {len(KEY)}")
+    out(*columns("key", KEY, {name: name for name in ("k_slot", "v_slot", "k_at", "v_at")}))
+    small = {"columns": "rows", "k_pitch": "pitch"} | ({"k_position": "position"} if _positions(spec) else {})
+    out(*columns("key", KEY, small, small=True))
+    _wait(out, spec, "k_slot")
+    _wait(out, spec, "v_slot")
+    out("head_at = (kv_bh * k_pitch).to(tl.int64)")
+    out(f"k_ptr = {_pointer(spec, 'bank + k_at', spec.head_dim)} + head_at * D")
+    out(f"v_ptr = {_pointer(spec, 'bank + v_at', spec.v_head_dim)} + head_at * E")
+    if spec.tails == "inside":
+        with out.block("for n in range(0, columns, BN):"):
+            _block(out, spec, tail=True)
+    elif spec.tails == "apart":
+        out("full = columns // BN * BN")
+        with out.block("for n in range(0, full, BN):"):
+            _block(out, spec, tail=False)
+        with out.block("if full < columns:"):
+            out("n = full")
+            _block(out, spec, tail=True)
+    else:
+        with out.block("for n in range(0, columns, BN):"):
+            _block(out, spec, tail=False)
+
+
+def _block(out: Lines, spec: KernelSpec, tail: bool) -> None:
+    """One block of keys: scores, softmax state, weighted values."""
+    element = _element(spec)
+    # Three products of TF32 give nearly fp32's precision on tensor cores; the interpreter computes in fp32 anyway.
+    precision = ', input_precision="tf32x3"' if spec.dtype == "fp32" else ""
+    out("col = n + tl.arange(0, BN)")
+    limits = ["col < columns"] if tail else []
+    k_mask = [f"({limit})[None, :]" for limit in limits] + (["(d < D)[:, None]"] if _padded(spec.head_dim) else [])
+    v_mask = [f"({limit})[:, None]" for limit in limits] + (["(e < E)[None, :]"] if _padded(spec.v_head_dim) else [])
+    out(f"k = tl.load(k_ptr + col[None, :] * D + d[:, None]{_masked(k_mask)})")
+    out(f"v = tl.load(v_ptr + col[:, None] * E + e[None, :]{_masked(v_mask)})")
+    hidden = _hidden(out, spec, tail)
+    if spec.mask != "none" and not spec.mask_is_bool:
+        out(f"s = tl.dot(q, k{precision}) * QK_SCALE + bias * {LOG2E!r}")
+    else:
+        out(f"s = tl.dot(q, k{precision})")
+    for condition in hidden:
+        out(f's = tl.where({condition}, s, float("-inf"))')
+    scaled = spec.mask != "none" and not spec.mask_is_bool
+    if scaled:
+        out("m_new = tl.maximum(m, tl.max(s, 1))")
+    else:
+        out("m_new = tl.maximum(m, tl.max(s, 1) * QK_SCALE)")
+    reference = "m_new"
+    if _positions(spec):  # a query may have seen no key yet
+        out('m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)')
+        reference = "m_safe"
+    out(f"p = tl.exp2({'s' if scaled else 's * QK_SCALE'} - {reference}[:, None])")
+    out(f"alpha = tl.exp2(m - {reference})")
+    out(
+        "l = l * alpha + tl.sum(p, 1)",
+        f"acc = tl.dot(p.to({element}), v, acc * alpha[:, None]{precision})",
+        "m = m_new",
+    )
+
+
+def _hidden(out: Lines, spec: KernelSpec, tail: bool) -> list[str]:
+    """Loads what hides keys; conditions under which a score stays."""
+    found = ["(col < columns)[None, :]"] if tail else []
+    if not _positions(spec):
+        return found
+    limit = ", mask=col < columns, other=0" if tail else ""
+    out(f"k_place = tl.load(k_positions_ptr + k_position + col{limit})")
+    if spec.causal:
+        found.append("k_place[None, :] <= q_place[:, None]")
+    if spec.mask == "none":
+        return found
+    if spec.mask == "key":
+        where, stays = "mask_ptr + b.to(tl.int64) * mask_sb + k_place.to(tl.int64) * mask_sc", "[None, :]"
+        limits = ["col < columns"] if tail else []
+    else:
+        out(
+            "mask_row = (mask_ptr + b.to(tl.int64) * mask_sb + h * mask_sh + q_place.to(tl.int64) * mask_sr)[:, None]",
+            "mask_col = (k_place.to(tl.int64) * mask_sc)[None, :]",
+        )
+        where, stays = "mask_row + mask_col", ""
+        limits = ["inside[:, None]"] + (["(col < columns)[None, :]"] if tail else [])
+    out(f"bias = tl.load({where}{_masked(limits, '0')})")
+    if spec.mask_is_bool:
+        found.append(f"(bias != 0){stays}")
+    else:
+        out(f"bias = bias.to(tl.float32){stays}")
+    return found
+
+
+def _finish(out: Lines, spec: KernelSpec) -> None:
+    """A query's last unit: its output goes to the caller's tensor, or home."""
+    out(f"o = (acc / {'tl.where(l == 0.0, 1.0, l)' if _positions(spec) else 'l'}[:, None]).to({_element(spec)})")
+    stores = f"mask=inside[:, None]{' & (e < E)[None, :]' if _padded(spec.v_head_dim) else ''}"
+
+    def own() -> None:
+        if not needs_split:
+            out("b = bh // heads", "h = first_head + bh % heads")
+        out(
+            f"first_row = tl.load(query + {QUERY.index('out_at')})",
+            "own_ptr = out_ptr + b.to(tl.int64) * out_sb + h.to(tl.int64) * out_sh + first_row * out_sr",
+            "own_ptr += row.to(tl.int64)[:, None] * out_sr + e[None, :]",
+            f"tl.store(own_ptr, o, {stores})",
+        )
+        if spec.lse:
+            out(
+                "lse = m * 0.6931471805599453 + tl.log(l)",
+                "tl.store(lse_ptr + bh.to(tl.int64) * own_rows + first_row + row, lse, mask=inside)",
+            )
+
+    needs_split = spec.group > 1 or spec.mask != "none"
+    if not spec.pushes:
+        own()
+        return
+    out(*columns("query", QUERY, {"dst": "dst"}))
+    with out.block("if dst < 0:"):
+        own()
+    with out.block("else:"):
+        _push(out, spec, stores)
+
+
+def _push(out: Lines, spec: KernelSpec, stores: str) -> None:
+    """Home: stored straight into the peer's slot; by NVSHMEM the last program of the chunk sends it as a whole."""
+    wanted = {"out_at": "out_at", "out_slot": "out_slot"}
+    if spec.reach != "peer":
+        wanted |= {"staging": "staging", "nbytes": "nbytes"}
+    if spec.reach == "mixed":
+        wanted |= {"net": "net"}
+    out(*columns("query", QUERY, wanted))
+    if spec.reach != "nvshmem":
+        out(f"to = {heap_of('dst')}")
+    out("target = bank + staging" if spec.reach == "nvshmem" else "target = to + bank_at + out_at")
+    if spec.reach == "mixed":
+        with out.block("if net != 0:"):
+            out("target = bank + staging")
+    out(
+        f"target_ptr = {_pointer(spec, 'target', spec.v_head_dim)}",
+        "target_ptr += (bh * rows).to(tl.int64) * E",
+        f"tl.store(target_ptr + row[:, None] * E + e[None, :], o, {stores})",
+    )
+
+    def by_store() -> None:
+        out("raise_signal(to + signals_at + out_slot * 64, epoch)")
+
+    def by_nvshmem() -> None:
+        out(*put_signal("dst", "bank + staging", "bank_at + out_at", "nbytes", "signals_at + out_slot * 64"))
+
+    with out.block("if last_of(counters_ptr + out_slot, tiles):"):
+        _either(out, spec, by_store, by_nvshmem)
+
+
+def _pointer(spec: KernelSpec, address: str, width: int) -> str:
+    """A pointer to elements; an integer carries no alignment, and without it every load is of one element."""
+    pointer = f"({address}).to(tl.pointer_type({_element(spec)}))"
+    return f"tl.multiple_of({pointer}, 16)" if width * spec.element_bytes % 16 == 0 else pointer
+
+
+def _masked(limits: list[str], other: str = "0.0") -> str:
+    return f", mask={' & '.join(limits)}, other={other}" if limits else ""
+
+
+def _padded(width: int) -> bool:
+    return block_of(width) != width

@@ -1,0 +1,208 @@
+"""What a generated attention kernel is specialised to, and the tile sizes for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.errors import UnsupportedError
+from sfcompile.runtime.program.instructions import Forward, Push
+from sfcompile.runtime.program.sites import AttentionSite
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything that the text of a kernel depends on: two sites with equal specs share their kernels.
+
+    Attributes:
+        dtype: "fp32", "fp16" or "bf16".
+        head_dim, v_head_dim: D and E, 1 to 256; blocks in the kernel are the next powers of two.
+        scale: factor of the scores.
+        causal: keys after a query are left out, by global position.
+        mask: "none", "key" (one row for all heads and queries: [B or 1, 1, 1, Lk]) or "full".
+        mask_is_bool: True may attend; else the mask is added to the scores.
+        group: query heads per K/V head.
+        reach: "peer" (every destination by load and store), "nvshmem" (every one by NVSHMEM) or "mixed" (said by the
+            tables, per destination).
+        forwards, pushes: whether chunks are passed on round a ring, whether outputs are sent home.
+        carry: whether some query is attended in several units, so that its softmax state is kept in memory between.
+        tails: how a last block that keys do not fill is done: "none" (there is none), "apart" (after the loop, so that
+            full blocks need no masks), "inside" (every block is masked: half the code, fewer registers).
+        lse: whether the natural log-sum-exp of the own queries is stored.
+        bounded: debug build: waits give up and report.
+        virtual: ranks that share one launch (one GPU, tests); 1 in production.
+        block_m, block_n: queries and keys of a tile.
+        copy_programs: programs that pass chunks on.
+        warps, stages: Triton's num_warps and num_stages.
+    """
+
+    dtype: str
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    causal: bool = False
+    mask: str = "none"
+    mask_is_bool: bool = True
+    group: int = 1
+    reach: str = "peer"
+    forwards: bool = False
+    pushes: bool = False
+    carry: bool = True
+    tails: str = "apart"
+    lse: bool = False
+    bounded: bool = False
+    virtual: int = 1
+    block_m: int = 64
+    block_n: int = 64
+    copy_programs: int = 1
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element."""
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def key(self) -> str:
+        """Short digest: names the generated files."""
+        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:12]
+
+    def with_(self, **changes: Any) -> KernelSpec:
+        """The same with some entries changed."""
+        return replace(self, **changes)
+
+
+def tiles_for(
+    arch: int, dtype: str, head_dim: int, v_head_dim: int, masked: bool = False, hard: bool = False
+) -> dict[str, Any]:
+    """Tile sizes, warps and stages for an architecture (80, 90, 100); 0 is the interpreter, which wants few, big tiles.
+
+    OpLayouts so that no kernel spills (tests/codegen/toolchain/test_compiler.py compiles them).
+
+    Args:
+        masked: a whole mask is read, another tile of operands.
+        hard: the kernel does more than attend to peers' chunks (NVSHMEM, positions, grouped heads, bounded waits).
+    """
+    width = max(64, _power_of_two(head_dim), _power_of_two(v_head_dim))
+    if arch == 0:
+        return {"block_m": 64, "block_n": 64, "warps": 4, "stages": 2}
+    names = ("block_m", "block_n", "warps", "stages", "tails")
+    if dtype == "fp32":
+        return dict(zip(names, (32, 32 if width < 256 else 16, 4 if width == 64 else 8, 2, "inside"), strict=True))
+    if masked:  # a whole mask is another tile of operands
+        return dict(zip(names, (64, 32, 4 if width == 64 else 8, 2, "inside"), strict=True))
+    family = 80 if arch < 90 else 90 if arch < 100 else 100
+    return dict(zip(names, (hard and _HARD.get((family, width))) or _TILES[family, width], strict=True))
+
+
+_TILES = {
+    (80, 64): (128, 64, 8, 3, "inside"),
+    (80, 128): (128, 64, 8, 2, "inside"),
+    (80, 256): (64, 32, 8, 2, "inside"),
+    (90, 64): (128, 64, 8, 3, "apart"),
+    (90, 128): (128, 64, 8, 3, "apart"),
+    (90, 256): (64, 64, 8, 2, "inside"),
+    (100, 64): (128, 64, 8, 3, "apart"),
+    (100, 128): (64, 64, 8, 2, "apart"),
+    (100, 256): (64, 32, 8, 1, "inside"),
+}
+"""(architecture, head size) -> tile. The largest that spill nothing; which is fastest is for a GPU to say."""
+
+
+_HARD = {(80, 128): (64, 64, 8, 2, "inside")}
+"""Where the tile of ``_TILES`` has no registers left for more."""
+
+
+def cannot_generate(site: AttentionSite) -> str:
+    """Why no kernel is generated for a site; "" if one is."""
+    if site.dtype not in DTYPES:
+        return f"dtype {site.dtype}"
+    if not (0 < site.head_dim <= MAX_HEAD_DIM and 0 < site.v_head_dim <= MAX_HEAD_DIM):
+        return f"head sizes {site.head_dim} and {site.v_head_dim}"
+    if not site.scale > 0:  # the kernel takes the maximum before it scales
+        return f"scores are scaled by {site.scale}, which is not positive"
+    return ""
+
+
+def spec_of(
+    schedule: Schedule,
+    arch: int,
+    machine_of: tuple[int, ...] | None = None,
+    mask: tuple[str, bool] = ("none", True),
+    **changes: Any,
+) -> KernelSpec:
+    """The kernel that runs a schedule's attend phase.
+
+    Args:
+        arch: 80, 90, 100, ...; 0 for the interpreter.
+        machine_of: machine of each rank of the mesh: NVSHMEM is used between machines. None: all reach each other.
+        mask: kind and whether it is boolean, for a site with a mask.
+        changes: entries to set by hand.
+
+    Raises:
+        UnsupportedError: a dtype or head size that no kernel is generated for.
+    """
+    site = schedule.site
+    assert isinstance(site, AttentionSite)
+    hindrance = cannot_generate(site)
+    if hindrance:
+        raise UnsupportedError(
+            f"attention {site.name}: {hindrance}",
+            f"kernels are generated for {', '.join(DTYPES.values())} and head sizes up to {MAX_HEAD_DIM}",
+            "use attention='aten' for this model",
+        )
+    steps = schedule.origin.phases["attend"]
+    reach, group = _reach(schedule, machine_of), site.heads // site.kv_heads
+    more = reach != "peer" or group > 1 or site.causal or mask[0] == "key" or bool(changes.get("bounded"))
+    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full", more)
+    rows = {
+        int(n)
+        for piece in range(schedule.kv_pieces)
+        for n in schedule.row_counts("k", piece)
+    }  # fmt: skip
+    spec = KernelSpec(
+        DTYPES[site.dtype],
+        site.head_dim,
+        site.v_head_dim,
+        site.scale,
+        causal=site.causal,
+        mask=mask[0],
+        mask_is_bool=mask[1],
+        group=group,
+        reach=reach,
+        forwards=any(isinstance(step, Forward) for step in steps),
+        pushes=any(isinstance(step, Push) for step in steps),
+        **tiles,
+    ).with_(**changes)
+    return spec if any(n % spec.block_n for n in rows) else spec.with_(tails="none")
+
+
+def reach_of(machine_of: Sequence[int]) -> str:
+    """How the ranks of some machines reach each other: "peer", "nvshmem" or "mixed"; see KernelSpec."""
+    machines = len(set(machine_of))
+    return "peer" if machines == 1 else "nvshmem" if machines == len(machine_of) else "mixed"
+
+
+def _reach(schedule: Schedule, machine_of: tuple[int, ...] | None) -> str:
+    if machine_of is None:
+        return "peer"
+    members = len(machine_of)
+    across = {
+        machine_of[int(src)] != machine_of[rank]
+        for arrival in schedule.origin.arrivals
+        for rank, src in zip(range(members), schedule.mesh.ranks_after(arrival.src), strict=True)
+    }
+    return "mixed" if len(across) == 2 else "nvshmem" if True in across else "peer"
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,324 @@
+"""What one rank's kernels read to follow its schedule: the rank's program as tables of int64.
+
+A kernel's text is the same for all ranks and for all schedules of one kind of work; the tables say which chunk lies
+where, who waits for what and where outputs go. They come from the rank's instructions alone: a wait that the schedule
+lacks is a wait that the kernel does not do. Chunks without bytes (a rank without tokens) are neither sent nor awaited.
+
+A bank holds more than the schedule's slots, at the same offsets on every rank:
+
+    [ slots of the schedule | own q | own k | own v | staging of what leaves by NVSHMEM ]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Push, Put, Wait
+from sfcompile.runtime.program.sites import AttentionSite, Positions, count
+
+Table = NDArray[np.int64]
+
+UNIT = ("query", "first_key", "last_key", "fresh", "done")
+QUERY = (
+    "slot", "at", "rows", "pitch", "position", "first_tile", "dst", "out_at", "out_slot", "net", "staging", "nbytes",
+)  # fmt: skip
+KEY = ("k_slot", "v_slot", "k_at", "v_at", "rows", "pitch", "position")
+FORWARD = ("slot", "at", "dst", "to_slot", "to_at", "nbytes", "net")
+PUT = ("dst", "slot", "at", "first_head", "heads", "first_row", "rows", "net", "staging", "nbytes")
+COLLECT = ("slot", "at", "first_head", "heads", "first_row", "rows")
+"""Columns of the tables. A slot of -1: nothing to wait for; a ``dst`` of -1: this rank. ``*_at`` and ``staging`` are
+byte offsets in a bank, ``pitch`` rows from one head to the next, ``position`` places in the list of positions."""
+
+_ALIGN = 128
+
+
+@dataclass(frozen=True)
+class KernelTables:
+    """One rank's tables.
+
+    Attributes:
+        units: a query chunk x a run of key chunks, in the order of the schedule; ``fresh`` starts a query's softmax,
+            ``done`` sends its output.
+        queries, keys, forwards: chunks and ring hops.
+        puts: what the put phases copy, by tensor; the last row of each is the part that stays here.
+        collects: outputs that come home.
+        q_positions, k_positions: global positions of the tokens of ``queries`` and ``keys``.
+        tiles: tiles of block_m queries of all query chunks and heads.
+        carry: whether some query is attended in several units.
+        own_at: where the rank's own q, k and v lie.
+        bank_bytes: bytes of the bank, the same on every rank.
+    """
+
+    units: Table
+    queries: Table
+    keys: Table
+    forwards: Table
+    puts: dict[str, Table]
+    collects: Table
+    q_positions: NDArray[np.int32]
+    k_positions: NDArray[np.int32]
+    tiles: int
+    carry: bool
+    own_at: dict[str, int]
+    bank_bytes: int
+
+
+Keys = tuple[Chunk, int | None, int | None]
+"""``(chunk, K slot, V slot)``; None is this rank's own."""
+
+
+@dataclass
+class _Pass:
+    """Consecutive calls of Attend with the same queries, run as one."""
+
+    queries: tuple[tuple[Chunk, int | None], ...]
+    keys: list[Keys] = field(default_factory=list)
+
+
+def make_tables(
+    schedule: Schedule, rank: int, block_m: int, machine_of: Sequence[int] | None = None, merge: bool = True
+) -> KernelTables:
+    """Tables of a rank of the mesh.
+
+    Args:
+        machine_of: machine of each rank of the mesh; None: all on one.
+        merge: attend ring hops of one machine in one pass, so that the softmax state stays on chip between them. What
+            comes from other machines starts a pass of its own: by then all that is here should be done.
+    """
+    return _Maker(schedule, rank, block_m, machine_of or (0,) * schedule.mesh.num_ranks).make(merge)
+
+
+class _Maker:
+    def __init__(self, schedule: Schedule, rank: int, block_m: int, machine_of: Sequence[int]) -> None:
+        assert isinstance(schedule.site, AttentionSite)
+        self.schedule, self.rank, self.block_m, self.machine_of = schedule, rank, block_m, machine_of
+        self.site = schedule.site
+        self.program = schedule.program(rank)
+        self.waited: set[int] = set()
+        self.end = _align(schedule.heap_bytes)
+        self.own_at = {name: self._reserve(nbytes) for name, nbytes in self._own_bytes().items()}
+        self.arrivals = {arrival.slot: arrival for arrival in self.program.arrivals}
+
+    def make(self, merge: bool) -> KernelTables:
+        passes: list[_Pass] = []
+        forwards: list[list[int]] = []
+        pushes: dict[Chunk, tuple[int, int]] = {}  # chunk -> (slot, passes before the push)
+        apart = True
+        for step in self.program.phases["attend"]:
+            match step:
+                case Wait(slot, src):
+                    self.waited.add(slot)
+                    apart |= self._net(src)
+                case Forward():
+                    if self._arrival_bytes(step.slot):
+                        forwards.append(self._forward(step))
+                case Push(chunk, slot):
+                    pushes[chunk] = (slot, len(passes))
+                    apart = True
+                case Attend(q, kv, q_slots, k_slots, v_slots):
+                    queries = tuple(zip(q, q_slots, strict=True))
+                    if apart or not merge or passes[-1].queries != queries:
+                        passes.append(_Pass(queries))
+                    # A slot that was never waited for is read without a wait: the checker refuses such a schedule.
+                    passes[-1].keys += zip(kv, k_slots, v_slots, strict=True)
+                    apart = False
+        return self._tables(passes, forwards, pushes)
+
+    def _tables(
+        self, passes: list[_Pass], forwards: list[list[int]], pushes: dict[Chunk, tuple[int, int]]
+    ) -> KernelTables:
+        chunks = list(dict.fromkeys(query for entry in passes for query in entry.queries))
+        rows_of = {name: i for i, (name, _) in enumerate(chunks)}
+        queries: list[list[int]] = []
+        tile = position = 0
+        for chunk, slot in chunks:
+            queries.append(self._query(chunk, slot, position, tile, pushes.get(chunk)))
+            position += queries[-1][QUERY.index("rows")]
+            tile += self._tiles(queries[-1][QUERY.index("rows")])
+        units, keys, key_chunks = self._units(passes, rows_of, pushes)
+        per_query = np.bincount([unit[0] for unit in units], minlength=1)
+        return KernelTables(
+            units=_table(units, UNIT),
+            queries=_table(queries, QUERY),
+            keys=_table(keys, KEY),
+            forwards=_table(forwards, FORWARD),
+            puts={name: _table(self._puts(name), PUT) for name in ("q", "k", "v")},
+            collects=_table(self._collects(), COLLECT),
+            q_positions=_positions(self.schedule.positions("q", chunk) for chunk, _ in chunks),
+            k_positions=_positions(self.schedule.positions("k", chunk) for chunk in key_chunks),
+            tiles=tile,
+            carry=bool((per_query > 1).any()),
+            own_at=self.own_at,
+            bank_bytes=self.end,
+        )
+
+    def _units(
+        self, passes: list[_Pass], rows_of: dict[Chunk, int], pushes: dict[Chunk, tuple[int, int]]
+    ) -> tuple[list[list[int]], list[list[int]], list[Chunk]]:
+        """Rows of the unit table and of the key table, and the chunk of each row of the latter."""
+        keys: list[list[int]] = []
+        key_chunks: list[Chunk] = []
+        spans: dict[tuple[Keys, ...], tuple[int, int]] = {}
+        found: list[tuple[Chunk, int, tuple[int, int]]] = []
+        seen: set[Chunk] = set()
+        position = 0
+        for number, entry in enumerate(passes):
+            for chunk, _ in entry.queries:
+                wanted = tuple(key for key in entry.keys if self._attends(chunk, key[0]))
+                if not wanted and chunk in seen:
+                    continue
+                if wanted not in spans:
+                    spans[wanted] = (len(keys), len(keys) + len(wanted))
+                    for key in wanted:
+                        keys.append(self._key(*key, position))
+                        key_chunks.append(key[0])
+                        position += keys[-1][KEY.index("rows")]
+                seen.add(chunk)
+                found.append((chunk, number, spans[wanted]))
+        first = {chunk: i for i, (chunk, _, _) in reversed(list(enumerate(found)))}
+        last = {
+            chunk: i for i, (chunk, number, _) in enumerate(found) if number < pushes.get(chunk, (0, len(passes)))[1]
+        }
+        units = []
+        for i, (chunk, _, span) in enumerate(found):
+            leaves = chunk in pushes or chunk.src == self.rank
+            units.append([rows_of[chunk], *span, int(first[chunk] == i), int(leaves and last.get(chunk) == i)])
+        return units, keys, key_chunks
+
+    # ------------------------------------------------------------------ rows
+
+    def _query(
+        self, chunk: Chunk, slot: int | None, position: int, tile: int, push: tuple[int, int] | None
+    ) -> list[int]:
+        start, stop = self.schedule.rows("q", chunk)
+        at, pitch = self._place("q", chunk, slot)
+        row = {"slot": self._wait(slot), "at": at, "rows": stop - start, "pitch": pitch, "position": position}
+        row |= {"first_tile": tile, "dst": -1, "out_at": start, "out_slot": -1, "net": 0, "staging": 0, "nbytes": 0}
+        if push is not None:
+            heads = int(self.schedule.head_counts("q")[self.rank])
+            row |= {
+                "dst": chunk.src,
+                "out_at": self.schedule.slots[push[0]].offset,
+                "out_slot": push[0],
+                "net": int(self._net(chunk.src)),
+                "staging": self._stage(push[0]),
+                "nbytes": self.site.batch * heads * (stop - start) * self.site.v_head_dim * self.site.dtype.itemsize,
+            }
+        return [row[name] for name in QUERY]
+
+    def _key(self, chunk: Chunk, k_slot: int | None, v_slot: int | None, position: int) -> list[int]:
+        start, stop = self.schedule.rows("k", chunk)
+        k_at, pitch = self._place("k", chunk, k_slot)
+        v_at, _ = self._place("v", chunk, v_slot)
+        return [self._wait(k_slot), self._wait(v_slot), k_at, v_at, stop - start, pitch, position]
+
+    def _forward(self, step: Forward) -> list[int]:
+        slots = self.schedule.slots
+        nbytes = self._arrival_bytes(step.slot)
+        place = [slots[step.slot].offset, step.dst, step.to_slot, slots[step.to_slot].offset]
+        return [self._wait(step.slot), *place, nbytes, int(self._net(step.dst))]
+
+    def _puts(self, tensor: str) -> list[list[int]]:
+        heads_of = self.schedule.heads if tensor == "q" else self.schedule.kv_heads
+        places = self.site.q_positions if tensor == "q" else self.site.kv_positions
+        width = self.site.v_head_dim if tensor == "v" else self.site.head_dim
+
+        def entry(dst: int, slot: int, at: int, part: tuple[int, int], span: tuple[int, int]) -> list[int]:
+            heads, rows = part[1] - part[0], span[1] - span[0]
+            nbytes = _nbytes((self.site.batch, heads, rows, width), self.site)
+            net = dst >= 0 and self._net(dst)
+            staging = self._stage(slot) if dst >= 0 else 0
+            return [dst, slot, at, part[0], heads, span[0], rows, int(net), staging, nbytes]
+
+        rows = []
+        for step in self.program.phases[f"put_{tensor}"]:
+            assert isinstance(step, Put)
+            span = self.schedule.rows(tensor, Chunk(self.rank, step.piece))
+            row = entry(step.dst, step.slot, self.schedule.slots[step.slot].offset, heads_of(step.dst), span)
+            rows += [row] if row[-1] else []
+        rows.append(entry(-1, -1, self.own_at[tensor], heads_of(self.rank), (0, count(places[self.rank]))))
+        return rows
+
+    def _collects(self) -> list[list[int]]:
+        rows = []
+        for step in self.program.phases["collect"]:
+            assert isinstance(step, Wait)
+            first, last = self.schedule.heads(step.src)
+            start, stop = self.schedule.rows("o", self.arrivals[step.slot].chunk)
+            if stop > start:  # nobody sends an output without rows
+                place = self.schedule.slots[step.slot].offset
+                rows.append([step.slot, place, first, last - first, start, stop - start])
+        return rows
+
+    # ------------------------------------------------------------------ parts of rows
+
+    def _place(self, tensor: str, chunk: Chunk, slot: int | None) -> tuple[int, int]:
+        """Bytes from the bank's start, and rows from one head to the next."""
+        start, stop = self.schedule.rows(tensor, chunk)
+        if slot is not None:
+            return self.schedule.slots[slot].offset, stop - start
+        places = self.site.q_positions if tensor == "q" else self.site.kv_positions
+        width = self.site.v_head_dim if tensor == "v" else self.site.head_dim
+        return self.own_at[tensor] + start * width * self.site.dtype.itemsize, count(places[self.rank])
+
+    def _wait(self, slot: int | None) -> int:
+        return slot if slot is not None and slot in self.waited and self._arrival_bytes(slot) else -1
+
+    def _arrival_bytes(self, slot: int) -> int:
+        return _nbytes(self.schedule.shape(self.rank, self.arrivals[slot]), self.site)
+
+    def _attends(self, queries: Chunk, keys: Chunk) -> bool:
+        """Whether some key may be seen: it exists, and no causal mask hides all of them."""
+        columns = self.schedule.positions("k", keys)
+        if not columns or not self.site.causal:
+            return bool(columns)
+        rows = self.schedule.positions("q", queries)
+        return bool(rows) and min(run[0] for run in columns) < max(first + length for first, length in rows)
+
+    def _tiles(self, rows: int) -> int:
+        return -(-rows // self.block_m) * self.site.batch * int(self.schedule.head_counts("q")[self.rank])
+
+    def _net(self, dst: int) -> bool:
+        return self.machine_of[dst] != self.machine_of[self.rank]
+
+    def _stage(self, slot: int) -> int:
+        """Room for what leaves by NVSHMEM; reserved for every put if there are several machines, so that all agree."""
+        return self._reserve(self.schedule.slots[slot].nbytes) if len(set(self.machine_of)) > 1 else 0
+
+    def _reserve(self, nbytes: int) -> int:
+        found = self.end
+        self.end += _align(nbytes)
+        return found
+
+    def _own_bytes(self) -> dict[str, int]:
+        """The most that any rank may need."""
+        found = {}
+        for name in ("q", "k", "v"):
+            heads = int(self.schedule.head_counts(name).max())
+            rows = max(count(owned) for owned in (self.site.q_positions if name == "q" else self.site.kv_positions))
+            width = self.site.v_head_dim if name == "v" else self.site.head_dim
+            found[name] = _nbytes((self.site.batch, heads, rows, width), self.site)
+        return found
+
+
+def _positions(chunks: object) -> NDArray[np.int32]:
+    runs: list[Positions] = list(chunks)  # type: ignore[call-overload]
+    parts = [np.arange(first, first + length, dtype=np.int32) for run in runs for first, length in run]
+    return np.concatenate(parts) if parts else np.zeros(1, np.int32)
+
+
+def _table(rows: list[list[int]], columns: tuple[str, ...]) -> Table:
+    return np.array(rows, dtype=np.int64).reshape(-1, len(columns))
+
+
+def _nbytes(shape: tuple[int, ...], site: AttentionSite) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * site.dtype.itemsize
+
+
+def _align(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN

@@ -1,0 +1,170 @@
+"""Pieces of generated Triton source: indented lines, table reads, and the device functions that a kernel uses."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+IMPORTS = """import triton
+import triton.language as tl
+"""
+CALLS = "from sfcompile.codegen.toolchain.nvshmem_calls import putmem_signal_nbi_block, signal_wait_until\n"
+
+
+class Lines:
+    """Source lines with a current indent."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._depth = 0
+
+    def __call__(self, *lines: str) -> None:
+        """Add lines."""
+        self._lines += [f"{'    ' * self._depth}{line}" if line else "" for line in lines]
+
+    @contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        """``head`` and what is added inside, one step deeper."""
+        self(head)
+        self._depth += 1
+        yield
+        self._depth -= 1
+
+    @property
+    def text(self) -> str:
+        """All lines."""
+        return "\n".join(self._lines) + "\n"
+
+
+def columns(row: str, names: tuple[str, ...], wanted: dict[str, str], small: bool = False) -> list[str]:
+    """Lines that read some columns of a table's row: variable -> column. ``small``: as int32, half the registers."""
+    cast = ".to(tl.int32)" if small else ""
+    return [f"{variable} = tl.load({row} + {names.index(column)}){cast}" for variable, column in wanted.items()]
+
+
+PLACE = ("epoch", "banks_at", "bank_bytes", "signals_at", "signals_bytes", "credits_at", "scratch_at")
+"""What ``place_ptr`` points to, int64: the epoch of a site's call, and where things lie in every rank's segment
+(runtime/wires/symmetric_heap.py). The epoch is read from memory and not an argument, so that a captured CUDA graph can
+be
+replayed: what raises it is part of the graph."""
+HEAP = ("address", "pe", "name")
+"""A row of the table at ``heaps_ptr``, by rank of the mesh: where its segment lies in this process (0: out of reach);
+its number for NVSHMEM and the address that names its segment there (the caller's own: memory is symmetric)."""
+
+
+def prologue() -> list[str]:
+    """Lines at the head of every kernel: this rank's segment, and the bank and the signals of the epoch."""
+    at = {name: f"tl.load(place_ptr + {i})" for i, name in enumerate(PLACE)}
+    return [
+        f"epoch = {at['epoch']}",
+        f"heap = {heap_of('rank')}",
+        f"bank_at = {at['banks_at']} + epoch % 2 * {at['bank_bytes']}",
+        f"signals_at = {at['signals_at']} + epoch % 2 * {at['signals_bytes']}",
+        "bank = heap + bank_at",
+        "signals = heap + signals_at  # a word per slot, each on a cache line of its own",
+    ]
+
+
+def entry_name(name: str, reach: str) -> str:
+    """Name of a kernel: those that need NVSHMEM's state in their module can be told by it when they are loaded."""
+    return name if reach == "peer" else f"{name}_nvshmem"
+
+
+def wrapped(before: str, items: Sequence[str], after: str) -> str:
+    """A list of arguments over as many lines as it needs."""
+    inside = textwrap.fill(", ".join(items), 112, break_long_words=False, break_on_hyphens=False)
+    return f"{before}\n{textwrap.indent(inside, '    ')}\n{after}"
+
+
+def heap_of(rank: str) -> str:
+    """Address of a rank's segment."""
+    return f"tl.load(heaps_ptr + {len(HEAP)} * {rank})"
+
+
+def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str) -> list[str]:
+    """Lines that put bytes from an address to ``to_at`` in a rank's segment by NVSHMEM, then raise a signal there."""
+    return [
+        f"pe = tl.load(heaps_ptr + {len(HEAP)} * {dst} + 1).to(tl.int32)",
+        f"named = tl.load(heaps_ptr + {len(HEAP)} * {dst} + 2)",
+        "putmem_signal_nbi_block(",
+        f"    named + {to_at}, {source}, {nbytes},",
+        f"    named + {signal_at}, epoch, SIGNAL_SET, pe,",
+        ")",
+    ]
+
+
+def wait_lines(reach: str, bounded: bool, address: str, epoch: str, slot: str) -> list[str]:
+    """Lines that wait until a word of this rank's segment holds an epoch.
+
+    What a peer stored is ordered by the acquire of our own loop, what a network card wrote by NVSHMEM's wait; where
+    both may come, both are done: the second finds the word already there.
+
+    Args:
+        bounded: give up after a while and report ``slot`` (device.py); what gave up must not wait in NVSHMEM.
+    """
+    loop = f"wait_word_bounded({address}, {epoch}, report_ptr, {slot})" if bounded else f"wait_word({address}, {epoch})"
+    theirs = f"signal_wait_until({address}, CMP_GE, {epoch})"
+    lines = [loop] if bounded or reach != "nvshmem" else []
+    if reach == "peer":
+        return lines
+    if bounded:
+        return [*lines, 'if tl.atomic_add(report_ptr, 0, sem="relaxed", scope="gpu") == 0:', f"    {theirs}"]
+    return [*lines, theirs]
+
+
+@cache
+def _device() -> tuple[dict[str, str], dict[str, set[str]]]:
+    """Text of every device function and constant, and the names that each uses."""
+    # Read, not imported: the functions become Triton's only where the generated source is run.
+    from importlib.util import find_spec
+
+    spec = find_spec("sfcompile.codegen.kernels.device")
+    assert spec is not None and spec.origin is not None
+    with open(spec.origin, encoding="utf-8") as file:
+        source = file.read()
+    texts: dict[str, str] = {}
+    uses: dict[str, set[str]] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            start = min(entry.lineno for entry in node.decorator_list)
+            texts[node.name] = "\n".join(source.splitlines()[start - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            texts[node.targets[0].id] = ast.get_source_segment(source, node) or ""
+        else:
+            continue
+        name = node.name if isinstance(node, ast.FunctionDef) else node.targets[0].id  # type: ignore[attr-defined]
+        uses[name] = {entry.id for entry in ast.walk(node) if isinstance(entry, ast.Name)} - {name}
+    return texts, uses
+
+
+def device_functions(body: str) -> str:
+    """The device functions and constants that a kernel's body needs, with what they need, in the file's order."""
+    texts, uses = _device()
+    needed: set[str] = set()
+    todo = {entry.id for entry in ast.walk(ast.parse(body)) if isinstance(entry, ast.Name)}
+    while todo:
+        name = todo.pop()
+        if name in texts and name not in needed:
+            needed.add(name)
+            todo |= uses[name]
+    constants = [text for name, text in texts.items() if name in needed and not text.startswith("@")]
+    functions = [text for name, text in texts.items() if name in needed and text.startswith("@")]
+    return "\n".join(constants) + ("\n" if constants else "") + "".join(f"\n\n{text}\n" for text in functions)
+
+
+def module(title: str, body: str, more: Iterable[str] = ()) -> str:
+    """A whole generated module.
+
+    Args:
+        title: what it is, for its docstring.
+        body: the kernels.
+        more: other lines of the docstring.
+    """
+    head = inspect.cleandoc(title) + "".join(f"\n{line}" for line in more)
+    calls = CALLS if "putmem_signal_nbi_block" in body or "signal_wait_until" in body else ""
+    device = device_functions(body)
+    return f'"""{head}\n"""\n\n{IMPORTS}{chr(10) if calls else ""}{calls}\n{device}\n\n{body}'

@@ -1,0 +1,283 @@
+"""Proof that a schedule is right, for any number of ranks at once: it reads the origin's program only.
+
+All ranks run the same program seen from their own place in the mesh (codegen/schedule/schedule.py), so a fact about the
+origin's program holds for every rank, and a fact about the origin and the rank at offset ``d`` holds for every pair
+that far apart. Let the *line* be the origin's instructions in the order put phases, attend, collect. What is proved,
+and why it is enough:
+
+    signals    Every arrival is put exactly once: the origin's put to offset ``d`` into slot ``s`` is, seen from there,
+               a put by ``-d`` of chunk ``c - d``; it must be what the receiver's table says of ``s``. Every arrival is
+               waited for exactly once, so no signal is lost and no byte arrives unasked.
+    deadlock   Every put stands before its wait on the line. Then the ranks cannot block each other: take the blocked
+               rank whose wait stands earliest on the line; the put that it waits for stands earlier still, on a rank
+               that is not blocked before it. (The condition is also necessary: a wait at or before its put on the line
+               makes rank p wait for rank p - d, that one for p - 2d, ... and the mesh is finite.)
+    contents   An instruction reads a slot only after its wait, and as what the arrival table says it is. A chunk sent
+               on round the ring has the heads of its receiver, who sits in the same group.
+    pairs      Each query chunk that the origin attends meets every key chunk exactly once. Heads split: there is just
+               one such query chunk per group (and piece), so over all ranks each pair is computed once per head slice;
+               not split: only the rank's own queries. An output is pushed, or stays, after its last pair.
+    reuse      No slot is put twice in an epoch, so within an epoch nothing is overwritten. Across epochs: a writer of
+               epoch e + 2 first sees ``done >= e`` of the receiver (runtime/wires/transport.py), which sets it after
+               collect, that is after all its reads of epoch e. All reads stand in the phases of their epoch.
+    parts      What a rank wants of a reshard is covered once, by its own shard and by arrivals.
+    sizes      Slots do not overlap; each holds the largest chunk that any rank receives in it.
+
+Programs given by hand for single ranks are not symmetric: those are run explicitly (symbolic_run.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sfcompile.codegen.proof.symbolic_run import (
+    Proof,
+    check_calls,
+    check_layout,
+    check_slots,
+    in_turn,
+    overlapped,
+    wrong,
+)
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Instruction, Push, Put, Wait
+from sfcompile.runtime.program.sites import AttentionSite, ReshardSite, count
+
+_PUT_PHASES = ("put_q", "put_k", "put_v", "gather_start")
+
+
+def check(schedule: Schedule, epochs: int = 4) -> Proof:
+    """Check one schedule, for all its ranks and any number of epochs.
+
+    Args:
+        schedule: built for all ranks.
+        epochs: for programs given by hand only: how often the site is run, 3 or more so that banks are reused.
+
+    Raises:
+        ScheduleError: names the instruction, and for programs given by hand the rank and the epoch.
+    """
+    if schedule.given is not None:
+        return _run(schedule, epochs)
+    check_slots(schedule)
+    line = _Line(schedule)
+    line.check_puts()
+    line.check_reads()
+    line.check_pairs()
+    line.check_sizes()
+    line.check_parts()
+    ranks = schedule.mesh.num_ranks
+    return Proof(ranks, 0, ranks * len(line.puts), ranks * len(line.waits), ranks * line.num_pairs)
+
+
+def _run(schedule: Schedule, epochs: int) -> Proof:
+    again = [schedule] * epochs
+    check_layout(schedule)
+    for calls in (in_turn(again), overlapped(again)):
+        check_calls(again, calls, direct=False)
+        proof = check_calls(again, calls)
+    return proof
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One instruction and where it stands on the line."""
+
+    at: int
+    phase: str
+    do: Instruction
+
+    def __str__(self) -> str:
+        return f"{self.phase}: {self.do}"
+
+
+class _Line:
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.mesh = schedule.mesh
+        self.arrivals = {arrival.slot: arrival for arrival in schedule.origin.arrivals}
+        if len(self.arrivals) != len(schedule.origin.arrivals):
+            raise wrong("two arrivals share a slot")
+        phases = schedule.origin.phases
+        names = [name for name in phases if name in _PUT_PHASES] + [name for name in phases if name not in _PUT_PHASES]
+        steps = [(name, step) for name in names for step in phases[name]]
+        self.steps = [_Step(at, name, step) for at, (name, step) in enumerate(steps)]
+        self.puts: dict[int, _Step] = {}  # slot at the receiver -> the put that fills it
+        self.waits: dict[int, _Step] = {}
+        self.done: Counter[tuple[Chunk, Chunk]] = Counter()
+        self.num_pairs = 0
+
+    # ------------------------------------------------------------------ signals and deadlock
+
+    def check_puts(self) -> None:
+        """Every arrival is put once, waited for once, and put before the wait."""
+        for step in self.steps:
+            match step.do:
+                case Put(_, _, dst, slot) | Forward(_, dst, slot):
+                    self._check_put(step, dst, slot)
+                case Push(q, slot):
+                    self._check_put(step, q.src, slot)
+                case Wait(slot, src):
+                    arrival = self.arrivals.get(slot)
+                    if arrival is None or arrival.src != src:
+                        raise wrong(f"{step}: the arrival table says {arrival}")
+                    if slot in self.waits:
+                        raise wrong(f"{step}: the slot is waited for twice")
+                    self.waits[slot] = step
+            if isinstance(step.do, Put) != (step.phase in _PUT_PHASES):
+                raise wrong(f"{step}: put phases hold puts of own tensors and nothing else")
+        for slot, arrival in self.arrivals.items():
+            if slot not in self.puts:
+                raise wrong(f"nobody puts {arrival}: its signal never comes")
+            if slot not in self.waits:
+                raise wrong(f"nobody waits for {arrival}")
+            if self.puts[slot].at >= self.waits[slot].at:
+                raise wrong(
+                    f"deadlock: {self.waits[slot]} stands before {self.puts[slot]} that fills the slot one step on"
+                )
+
+    def _check_put(self, step: _Step, dst: int, slot: int) -> None:
+        if slot in self.puts:
+            raise wrong(f"{step}: the slot is also filled by {self.puts[slot]}")
+        arrival = self.arrivals.get(slot)
+        tensor, chunk = self._content(step)
+        seen = Chunk(self.mesh.add(chunk.src, self.mesh.back(dst)), chunk.piece)
+        if arrival is None or (arrival.src, arrival.tensor, arrival.chunk) != (self.mesh.back(dst), tensor, seen):
+            raise wrong(f"{step}: sends {tensor}{seen} (seen from the receiver), its arrival table says {arrival}")
+        if dst == 0:
+            raise wrong(f"{step}: a rank puts into its own slot")
+        same_group = self.mesh.step(dst)[0] == 0 or not self.schedule.split_heads
+        if isinstance(step.do, Forward) and not same_group:
+            raise wrong(f"{step}: the receiver computes other heads than this rank")
+        self.puts[slot] = step
+
+    def _content(self, step: _Step) -> tuple[str, Chunk]:
+        """What a put sends, seen from the sender."""
+        match step.do:
+            case Put(tensor, piece, _, _):
+                return tensor, Chunk(0, piece)
+            case Forward(slot, _, _):
+                return self._read(step, slot, ("k", "v"))
+            case Push(q, _):
+                return "o", q
+        raise wrong(f"{step}: is no put")
+
+    def _read(self, step: _Step, slot: int, tensors: Iterable[str]) -> tuple[str, Chunk]:
+        """The arrival that a step reads, which it must have waited for."""
+        arrival, wait = self.arrivals.get(slot), self.waits.get(slot)
+        if arrival is None or wait is None or wait.at > step.at:
+            raise wrong(f"{step}: reads slot {slot} without having waited for it")
+        if arrival.tensor not in tensors:
+            raise wrong(f"{step}: reads {arrival} as {' or '.join(tensors)}")
+        return arrival.tensor, arrival.chunk
+
+    # ------------------------------------------------------------------ contents and pairs
+
+    def check_reads(self) -> None:
+        """Attention reads the chunks that it names; what has arrived is read by somebody."""
+        used: set[int] = set()
+        for step in self.steps:
+            if isinstance(step.do, Forward):
+                used.add(step.do.slot)
+            elif isinstance(step.do, Attend):
+                used |= self._check_attend(step, step.do)
+        for slot, arrival in self.arrivals.items():
+            if arrival.tensor in ("q", "k", "v") and slot not in used:
+                raise wrong(f"nobody reads {arrival}: its bytes are sent for nothing")
+
+    def _check_attend(self, step: _Step, do: Attend) -> set[int]:
+        used: set[int] = set()
+        for tensor, slots, chunks in (("q", do.q_slots, do.q), ("k", do.k_slots, do.kv), ("v", do.v_slots, do.kv)):
+            if len(slots) != len(chunks):
+                raise wrong(f"{step}: {len(slots)} slots for {len(chunks)} chunks of {tensor}")
+            for slot, chunk in zip(slots, chunks, strict=True):
+                found = chunk if slot is None and chunk.src == 0 else None
+                if slot is not None:
+                    found = self._read(step, slot, (tensor,))[1]
+                    used.add(slot)
+                if found != chunk:
+                    raise wrong(f"{step}: slot {slot} holds {tensor}{found}, not {tensor}{chunk}")
+        return used
+
+    def check_pairs(self) -> None:
+        """Every pair once; outputs complete before they move."""
+        if not isinstance(self.schedule.site, AttentionSite):
+            return
+        keys = [Chunk(src, p) for src in range(self.mesh.num_ranks) for p in range(self.schedule.kv_pieces)]
+        known = set(keys)
+        seen: dict[Chunk, set[Chunk]] = {}
+        pushed: dict[Chunk, _Step] = {}
+        for step in self.steps:
+            if isinstance(step.do, Attend):
+                self._count(step, step.do, seen, pushed, known)
+            elif isinstance(step.do, Push):
+                self._complete(f"{step}", step.do.q, seen, keys)
+                pushed[step.do.q] = step
+        for q in self._queries(seen):
+            self._complete("collect", q, seen, keys)
+            if q.src != 0 and q not in pushed:
+                raise wrong(f"the output of Q{q} is never pushed home")
+
+    def _count(
+        self, step: _Step, do: Attend, seen: dict[Chunk, set[Chunk]], pushed: dict[Chunk, _Step], known: set[Chunk]
+    ) -> None:
+        keys = set(do.kv)
+        if len(keys) != len(do.kv) or len(set(do.q)) != len(do.q) or not keys <= known:
+            raise wrong(f"{step}: names a chunk twice, or one that does not exist")
+        for q in do.q:
+            met = seen.setdefault(q, set())
+            twice = met & keys
+            if twice:
+                raise wrong(f"{step}: Q{q} x KV{min(twice)} is attended twice")
+            if q in pushed:
+                raise wrong(f"{step}: Q{q} is attended after its output has left by {pushed[q]}")
+            met |= keys
+            self.num_pairs += len(keys)
+
+    def _complete(self, when: str, q: Chunk, seen: dict[Chunk, set[Chunk]], keys: Sequence[Chunk]) -> None:
+        met = seen.get(q, set())
+        if len(met) != len(keys):
+            missing = next(kv for kv in keys if kv not in met)
+            raise wrong(f"{when}: the output of Q{q} is without KV{missing}: that pair is never attended before it")
+
+    def _queries(self, seen: dict[Chunk, set[Chunk]]) -> list[Chunk]:
+        """The query chunks that the origin has to attend: one of every group and piece, its own among them."""
+        groups = range(self.mesh.ulysses) if self.schedule.split_heads else range(1)
+        found = [Chunk(self.mesh.offset(a, 0), p) for a in groups for p in range(self.schedule.q_pieces)]
+        odd = sorted(set(seen) - set(found))
+        if odd:
+            raise wrong(f"Q{odd[0]} is attended here, but another rank of its group already attends it")
+        home = {(a.src, a.chunk) for a in self.arrivals.values() if a.tensor == "o"}
+        for a in groups:
+            for p in range(self.schedule.q_pieces):
+                if a and (self.mesh.offset(a, 0), Chunk(0, p)) not in home:
+                    raise wrong(f"the output of piece {p} for the heads of group {a} never comes home")
+        return found
+
+    # ------------------------------------------------------------------ sizes
+
+    def check_sizes(self) -> None:
+        """Each slot holds the largest chunk that any rank receives in it."""
+        for arrival in self.arrivals.values():
+            slot, size = self.schedule.slots[arrival.slot], int(self.schedule.arrival_bytes(arrival).max(initial=0))
+            if size > slot.nbytes or slot.offset % self.schedule.site.dtype.itemsize:
+                raise wrong(f"a chunk of {size} bytes in slot {slot.name} of {slot.nbytes} bytes")
+
+    # ------------------------------------------------------------------ reshards
+
+    def check_parts(self) -> None:
+        """What every rank wants comes from somewhere, once."""
+        site = self.schedule.site
+        if not isinstance(site, ReshardSite):
+            return
+        sources = [0, *(arrival.src for arrival in self.arrivals.values())]
+        for rank in range(self.mesh.num_ranks):
+            if 0 in site.wanted_shape(rank):
+                continue
+            parts = [site.part(self.mesh.rank_after(rank, offset), rank)[1] for offset in sources]
+            found = sorted(run for part in parts for run in part)
+            whole = site.wanted_shape(rank)[site.dim]
+            apart = all(a + n <= b for (a, n), (b, _) in zip(found, found[1:], strict=False))
+            if not apart or sum(count(part) for part in parts) != whole:
+                raise wrong(f"rank {rank} wants {whole} positions of {site.name}, {sum(map(count, parts))} come")

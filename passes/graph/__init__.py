@@ -1,0 +1,8 @@
+"""The vocabulary of the passes: what a value of a graph is, seen as tokens and shards.
+
+Start in layout.py: which rank owns which token (Ownership), how a value is cut (Layout, Window), what was chosen for an
+op (OpLayouts). labels.py names token positions, op_view.py reads one call, cost.py counts its FLOPs and bytes,
+attention_site.py reads an attention as a site, local_graph.py writes one rank's graph.
+
+May import: the leaves and runtime/. Knows no op by its meaning: that is passes/rules.
+"""

@@ -1,0 +1,111 @@
+"""What a node costs: floating-point operations, bytes moved, seconds, for the whole value on one rank."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from sfcompile.passes.graph.layout import Layout, Ownership, Window
+from sfcompile.passes.graph.op_view import OpView
+from sfcompile.runtime.program.sites import count, overlap
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.ops import OPAQUE
+
+_VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze", "select",
+    "slice", "split", "split_with_sizes", "chunk", "unbind", "alias", "detach", "narrow", "lift_fresh_copy", "_conj",
+    "view_as_real", "view_as_complex", "dropout", "_unsafe_view",
+}  # fmt: skip
+
+
+def nbytes(node: fx.Node) -> int:
+    """Bytes of a tensor-valued node (all outputs of a node with several)."""
+    value = node.meta["val"]
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return sum(math.prod(v.shape) * v.element_size() for v in values if isinstance(v, torch.Tensor))
+
+
+def flops(op: OpView) -> float:
+    """Matmul, convolution and attention FLOPs (a multiply-add counts as two); 0 for everything else."""
+    if op.name == "linear":
+        x, weight = op.operands[:2]
+        return 2.0 * math.prod(x.shape) * weight.shape[0]
+    if op.name in ("matmul", "einsum"):
+        return _contraction_flops(op)
+    if op.name in ("conv1d", "conv2d", "conv3d", "convolution"):
+        weight = op.operands[1]
+        return 2.0 * math.prod(op.out_shapes[0]) * math.prod(weight.shape[1:])
+    if op.name == "scaled_dot_product_attention":
+        q, k, v = op.operands[:3]
+        return 2.0 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+    if op.name == "opaque":
+        return OPAQUE[str(op.args["key"])].flops
+    formula = flop_registry.get(getattr(op.node.target, "_overloadpacket", None))
+    if formula is None:
+        return 0.0
+    args, kwargs = op.rebuild([operand.node for operand in op.operands])
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    try:
+        return float(formula(*values, **kwargs, out_val=op.node.meta["val"]))
+    except (TypeError, AssertionError, ValueError, AttributeError):
+        return 0.0
+
+
+def _contraction_flops(op: OpView) -> float:
+    out = math.prod(op.out_shapes[0])
+    if op.name == "matmul":
+        return 2.0 * out * op.operands[0].shape[-1]
+    spec = str(op.args["equation"]).replace(" ", "").replace(".", "").split("->")
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(spec[0].split(","), op.operands, strict=True):
+        sizes.update(zip(reversed(letters), reversed(operand.shape), strict=False))
+    contracted = set(spec[0]) - set(spec[-1]) - {","}
+    return 2.0 * out * math.prod(sizes[letter] for letter in contracted) if contracted else 0.0
+
+
+def is_view(op: OpView) -> bool:
+    """Whether the op moves no data."""
+    return op.name in _VIEWS
+
+
+def seconds(op: OpView, topology: Topology) -> float:
+    """Time of the whole op on one rank: the larger of arithmetic and memory traffic; views are free."""
+    if is_view(op):
+        return 0.0
+    moved = nbytes(op.node) + sum(nbytes(operand.node) for operand in op.operands)
+    rate = topology.attention_flops_per_s if op.name == "scaled_dot_product_attention" else None
+    return max(flops(op) / (rate or topology.flops_per_s), moved / topology.memory_bytes_per_s)
+
+
+def gather_seconds(node: fx.Node, topology: Topology, fraction: float = 1.0) -> float:
+    """Time to all-gather a sharded value to every rank: what must cross the slower link, plus one latency.
+
+    Args:
+        fraction: how much of an all-gather's bytes a reshard moves (:func:`reshard_fraction`).
+    """
+    ranks = topology.num_ranks
+    if ranks == 1:
+        return 0.0
+    total = nbytes(node) * fraction
+    local = total * (ranks - 1) / ranks / topology.local_bytes_per_s + topology.local_latency_s
+    if topology.num_machines == 1:
+        return local
+    per_machine = ranks / topology.num_machines
+    crossing = total * (ranks - per_machine) / ranks * per_machine
+    return max(local, crossing / topology.network_bytes_per_s + topology.network_latency_s)
+
+
+def reshard_fraction(owners: Ownership, made: Layout, need: Layout | Window) -> float:
+    """Bytes that a reshard moves, over those of an all-gather of the same value."""
+    ranks = range(owners.num_ranks)
+    if need.dim != made.dim:
+        return 1.0 / len(ranks)
+    size = max(1, made.size)
+    moved = 0
+    for rank in ranks:
+        wanted = need.wanted[rank] if isinstance(need, Window) else owners.dim_runs(need, rank)
+        moved += count(wanted) - count(overlap(owners.dim_runs(made, rank), wanted))
+    return moved / size / max(1, len(ranks) - 1)

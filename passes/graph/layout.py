@@ -1,0 +1,292 @@
+"""Where the tokens of a value sit, and who owns them.
+
+A layout says that one dim of a value is ``outer x n x inner`` with ``n`` token positions: ``outer = B`` where a view
+merged batch and tokens, ``inner = r`` after ``repeat_interleave``. The ``n`` positions carry labels (labels.py). After
+a view that splits tokens over two dims (rows and columns of a grid) the layout says where the rows are: a ``grain`` of
+``g`` means that each position of the dim stands for ``g`` tokens that follow one another, and that the rest of them
+fill later dims; a rank then owns whole rows. ``Ownership`` maps every label to the rank that keeps it, so a rank's
+shard of the value is "the positions whose label I own", in order. Nothing asks that shards be equal, contiguous or
+non-empty.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfcompile.passes.graph.labels import LabelSpace, Runs, runs_length, runs_merge
+
+Shape = tuple[int, ...]
+Owners = tuple[tuple[int, int], ...]
+"""Run-length code of a vector of ranks: ``(rank, count)``."""
+Key = tuple[int, int, int, int]
+"""``(dim, outer, inner, grain)`` of a layout."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dim ``dim`` of a value is ``outer x n x inner``; ``runs`` label ``grain`` tokens for each of the ``n``."""
+
+    dim: int
+    runs: Runs
+    outer: int = 1
+    inner: int = 1
+    grain: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return runs_length(self.runs)
+
+    @property
+    def positions(self) -> int:
+        """``n``: tokens, or whole rows of them."""
+        return self.tokens // self.grain
+
+    @property
+    def size(self) -> int:
+        """Size of the dim."""
+        return self.outer * self.positions * self.inner
+
+    @property
+    def key(self) -> Key:
+        """Where the tokens sit, without saying which they are."""
+        return self.dim, self.outer, self.inner, self.grain
+
+    @property
+    def plain(self) -> bool:
+        """Whether the dim holds the tokens and nothing else."""
+        return self.outer == self.inner == self.grain == 1
+
+    def at(self, dim: int) -> Layout:
+        """The same tokens at another dim."""
+        return replace(self, dim=dim)
+
+    def with_runs(self, runs: Runs) -> Layout:
+        """Other tokens at the same place."""
+        return replace(self, runs=runs)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Positions of dim ``dim`` that each rank needs, whoever owns them: its own rows and a halo of its neighbours'."""
+
+    dim: int
+    wanted: tuple[Runs, ...]
+
+
+Need = Layout | Window | None
+"""What an op needs of an operand: a shard, a window, or (None) the whole value."""
+
+
+def map_through_view(layout: Layout, source: Shape, target: Shape) -> Layout | None:
+    """Follow tokens through a reshape by arithmetic on row-major factors.
+
+    The source reads as ``left x n x right`` elements in row-major order, where ``right = inner x later dims``. The
+    target dim that holds the tokens is the one in which a factor ``right`` ends and ``n`` fits whole; where it does not
+    fit, that dim and perhaps those before it hold the columns of a grid, and the next one its rows (``grain``).
+    None if the tokens end up spread over dims in another way (or, for a single token, if the dim is not kept).
+    """
+    count, grain = layout.positions, layout.grain
+    right = layout.inner * math.prod(source[layout.dim + 1 :])
+    after = 1
+    for dim in reversed(range(len(target))):
+        size = target[dim]
+        if 0 in (size, count, right):
+            return None
+        if after * size > right or (count == 1 and after == right and size == 1):
+            if right % after:
+                return None
+            inner = right // after
+            if size % (count * inner) == 0:
+                outer = size // (count * inner)
+                if count == 1 and (outer != 1 or inner != 1 or grain != 1):
+                    return None
+                if grain > 1 and inner % grain == 0:  # rows and columns are one dim again
+                    inner, grain = inner // grain, 1
+                return Layout(dim, layout.runs, outer, inner, grain)
+            if size % inner or count % (size // inner):
+                return None
+            grain, count = grain * (size // inner), count // (size // inner)
+            right = after * size
+            if count == 1:
+                return None
+        after *= size
+    return None
+
+
+class Ownership:
+    """Which rank owns which label; built once the label classes are final.
+
+    Every segment (a maximal stretch of root labels that no vector tears apart) is cut into ``num_ranks`` contiguous
+    pieces that differ by at most one token; the longer pieces are rotated from segment to segment so that uneven
+    segments do not all burden rank 0. ``grains``, by first label of a segment: cut it at multiples of that only.
+    """
+
+    def __init__(
+        self,
+        space: LabelSpace,
+        segments: Sequence[tuple[int, int]],
+        axes: Sequence[int],
+        num_ranks: int,
+        grains: Mapping[int, int] | None = None,
+    ) -> None:
+        self._space = space
+        self.num_ranks = num_ranks
+        self._grains = dict(grains or {})
+        self.segments = tuple(sorted(segments))
+        self._segment_starts = [first for first, _ in self.segments]
+        self._starts: list[int] = []
+        self._pieces: list[tuple[int, int]] = []  # (end label, rank)
+        turn = 0
+        for first, length in self.segments:
+            grain = (grains or {}).get(first, 1)
+            base, extra = divmod(length // grain, num_ranks)
+            at = first
+            for rank in range(num_ranks):
+                count = (base + ((rank - turn) % num_ranks < extra)) * grain
+                if count:
+                    self._starts.append(at)
+                    self._pieces.append((at + count, rank))
+                at += count
+            turn = (turn + extra) % num_ranks
+        self._axes = {first: axis for (first, _), axis in zip(segments, axes, strict=True)}
+        self._owners: dict[Runs, Owners] = {}
+        self._vectors: dict[Owners, NDArray[np.int32]] = {}
+
+    def owners(self, runs: Runs) -> Owners:
+        """The rank of each position, run-length coded."""
+        known = self._owners.get(runs)
+        if known is None:
+            out: list[tuple[int, int]] = []
+            for first, length in self._space.roots(runs):
+                at = first
+                while at < first + length:
+                    index = bisect_right(self._starts, at) - 1
+                    end, rank = self._pieces[index]
+                    count = min(end, first + length) - at
+                    if out and out[-1][0] == rank:
+                        out[-1] = (rank, out[-1][1] + count)
+                    else:
+                        out.append((rank, count))
+                    at += count
+            known = self._owners[runs] = tuple(out)
+        return known
+
+    def split(self, parts: int) -> Ownership:
+        """The same with every rank's tokens cut into ``parts``: part j of rank r counts as rank ``r * parts + j``.
+
+        Every piece of a segment is cut, so that parts hold tokens of all streams; odd tokens are dealt over the parts
+        in turn.
+        """
+        made = copy.copy(self)
+        made.num_ranks = self.num_ranks * parts
+        made._starts, made._pieces, made._owners, made._vectors = [], [], {}, {}
+        turns = [0] * self.num_ranks
+        for start, (end, rank) in zip(self._starts, self._pieces, strict=True):
+            home = self._segment_starts[bisect_right(self._segment_starts, start) - 1]
+            grain = self._grains.get(home, 1)
+            base, extra = divmod((end - start) // grain, parts)
+            at = start
+            for part in range(parts):
+                count = (base + ((part - turns[rank]) % parts < extra)) * grain
+                if count:
+                    made._starts.append(at)
+                    made._pieces.append((at + count, rank * parts + part))
+                at += count
+            turns[rank] = (turns[rank] + extra) % parts
+        return made
+
+    def axis_of(self, runs: Runs) -> int:
+        """The token axis a vector belongs to: segments that ever appear in one vector share an axis."""
+        first = self._space.roots(runs)[0][0]
+        index = bisect_right(self._segment_starts, first) - 1
+        return self._axes[self._segment_starts[index]]
+
+    def vector(self, runs: Runs) -> NDArray[np.int32]:
+        """The rank of each position, as an array of length n."""
+        owners = self.owners(runs)
+        known = self._vectors.get(owners)
+        if known is None:
+            ranks = np.array([rank for rank, _ in owners], dtype=np.int32)
+            known = self._vectors[owners] = np.repeat(ranks, [count for _, count in owners])
+        return known
+
+    def positions(self, runs: Runs, rank: int) -> NDArray[np.int64]:
+        """Positions of the vector that ``rank`` owns, ascending."""
+        return np.flatnonzero(self.vector(runs) == rank)
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether every row of a layout with a grain has one owner."""
+        if layout.grain == 1:
+            return True
+        at = 0
+        for _, count in self.owners(layout.runs):
+            at += count
+            if at % layout.grain:
+                return False
+        return True
+
+    def rows(self, layout: Layout, rank: int) -> NDArray[np.int64]:
+        """Which of the ``n`` positions of a layout ``rank`` owns, ascending."""
+        owned = self.positions(layout.runs, rank)
+        return owned if layout.grain == 1 else owned[:: layout.grain] // layout.grain
+
+    def row_runs(self, layout: Layout, rank: int) -> Runs:
+        """The same as runs ``(first, length)``."""
+        runs = self.position_runs(layout.runs, rank)
+        return tuple((first // layout.grain, length // layout.grain) for first, length in runs)
+
+    def dim_runs(self, layout: Layout, rank: int) -> Runs:
+        """Which positions of the whole dim ``rank`` owns."""
+        rows = [(first * layout.inner, length * layout.inner) for first, length in self.row_runs(layout, rank)]
+        period = layout.positions * layout.inner
+        return runs_merge((block * period + first, length) for block in range(layout.outer) for first, length in rows)
+
+    def position_runs(self, runs: Runs, rank: int) -> Runs:
+        """The same positions as runs ``(first position, length)``."""
+        out: list[tuple[int, int]] = []
+        at = 0
+        for owner, count in self.owners(runs):
+            if owner == rank:
+                out.append((at, count))
+            at += count
+        return runs_merge(out)
+
+    def count(self, runs: Runs, rank: int) -> int:
+        """How many positions ``rank`` owns."""
+        return sum(count for owner, count in self.owners(runs) if owner == rank)
+
+    def busiest(self, layout: Layout) -> float:
+        """The part of the tokens that the rank with most of them owns."""
+        counts = [0] * self.num_ranks
+        for rank, count in self.owners(layout.runs):
+            counts[rank] += count
+        return max(counts) / max(1, layout.tokens)
+
+    def same(self, a: Layout | None, b: Layout | None) -> bool:
+        """Whether two layouts of one value put every element on the same rank."""
+        if a is None or b is None:
+            return a is b
+        return a.key == b.key and (a.runs == b.runs or self.owners(a.runs) == self.owners(b.runs))
+
+    def local_shape(self, shape: Shape, layout: Layout, rank: int) -> Shape:
+        """Shape of ``rank``'s shard."""
+        out = list(shape)
+        out[layout.dim] = layout.outer * (self.count(layout.runs, rank) // layout.grain) * layout.inner
+        return tuple(out)
+
+
+@dataclass(frozen=True)
+class OpLayouts:
+    """What the choose phase decided about the tensors of one op."""
+
+    ins: list[Layout | None]
+    outs: list[Layout | None]
+    owners: Ownership

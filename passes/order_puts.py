@@ -1,0 +1,195 @@
+"""Order the communication: every put leaves as soon as its tensor exists, every collect waits for its first reader.
+
+Between them lie the other projections, norms and RoPE, and those run while the chunks travel. The heap has two banks,
+so of the sites ``s0, s1, ...`` (in graph order) site ``s[i]`` may open only after ``s[i - 2]`` has ended; sites open in
+order. The pass then threads the ticket anew: the order it chose becomes a data dependence, the same on every rank,
+which no compiler can undo.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from sfcompile.passes.graph.local_graph import COMMUNICATION
+from sfcompile.passes.graph.op_view import is_getitem
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+
+_STARTS = ("put_q", "put_k", "put_v", "gather_start")
+_ENDS = ("collect", "gather_finish")
+
+
+def schedule_puts(graph: fx.Graph) -> int:
+    """Move puts up and collects down, then thread the ticket. Returns the number of communication nodes."""
+    nodes = [node for node in graph.nodes if node.target in COMMUNICATION]
+    if not nodes:
+        return 0
+    start = _untie(graph, nodes)
+    sites = _by_site(nodes)
+    if any("part" in node.meta for node in nodes):
+        _order_parts(graph, nodes, sites)
+        _tie(graph, nodes, start)
+        return len(nodes)
+    for i, site in enumerate(sites):
+        _sink(site[-1], sites[i + NUM_BANKS][0] if i + NUM_BANKS < len(sites) else None)
+    opened: fx.Node = start
+    for i, site in enumerate(sites):
+        free = _last_pick(sites[i - NUM_BANKS][-1]) if i >= NUM_BANKS else start
+        moved = [_hoist(graph, node, max(free, opened)) for node in site if _kind(node) in _STARTS]
+        opened = min(moved)
+    _tie(graph, nodes, start)
+    return len(nodes)
+
+
+def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node]]) -> None:
+    """Order a graph whose tokens come in parts: one part runs up to its next puts before the next part starts.
+
+    Every value belongs to a group: that of the latest end (the collect of a part, the end of a gather) that it hangs
+    on, ends numbered in graph order. The ends of an attention's parts follow one another, so all that part 0 needs up
+    to its next puts is computed before the collect of part 1, whose outputs travel meanwhile. In a group the end comes
+    first, then puts, each after just what it needs: V (no norm, no RoPE, so the link starts at once), K, and Q last,
+    for receivers start on keys. What no put needs (the MLP of a parallel block) waits for the next attend, and runs
+    while chunks travel. Values that belong to no part (modulation, embeddings) are computed for their first reader.
+
+    The order of the communication follows from groups, sites and kinds alone, so it is the same on all ranks:
+    * an attend is in the group of the last of its puts, and after them; its ends have later numbers;
+    * sites open in their order, and site i in a group no earlier than the last end of site i - 2, so that the bank of
+      site i has been read.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    ends = {node: i + 1 for i, node in enumerate(node for node in nodes if _kind(node) in _ENDS)}
+    closed = [max(ends[node] for node in site if node in ends) for site in sites]
+    site_of = {node: i for i, site in enumerate(sites) for node in site}
+    opened = [(0, 0)] * len(sites)
+    group: dict[fx.Node, tuple[int, int]] = {}
+    for node in graph.nodes:
+        mine = max((group[value] for value in node.all_input_nodes), default=(0, 0))
+        if mine[0] == 0:  # before the first end, too, part 0 comes first
+            mine = (0, max(mine[1], node.meta.get("part", 0)))
+        if node in ends:
+            mine = (ends[node], 0)
+        elif node in site_of:
+            i = site_of[node]
+            earlier = [group[other] for other in sites[i] if other in group]
+            if _kind(node) in _STARTS:
+                free = (closed[i - NUM_BANKS], 0) if i >= NUM_BANKS else (0, 0)
+                mine = max(mine, free, opened[i - 1] if i else (0, 0))
+                opened[i] = min([mine, *earlier])
+            else:
+                mine = max([mine, *earlier])
+        group[node] = mine
+    for node in reversed(graph.nodes):
+        if "part" not in node.meta and node not in site_of and node.op in ("call_function", "get_attr") and node.users:
+            group[node] = max(group[node], min(group[user] for user in node.users))
+    members: dict[tuple[int, int], list[fx.Node]] = {}
+    for node in graph.nodes:
+        members.setdefault(group[node], []).append(node)
+
+    order = [node for node in graph.nodes if node.op == "placeholder"]
+    placed = set(order)
+
+    def place(wanted: fx.Node) -> None:
+        stack = [wanted]
+        while stack:
+            missing = [value for value in stack[-1].all_input_nodes if value not in placed]
+            if missing and stack[-1] not in placed:
+                stack.extend(sorted(missing, key=position.__getitem__, reverse=True))
+                continue
+            node = stack.pop()
+            if node not in placed:
+                placed.add(node)
+                order.append(node)
+
+    urgency = {"put_v": 0, "put_k": 1, "put_q": 2, "gather_start": 3}
+    pending: list[fx.Node] = []
+    for key in sorted(members):
+        starts = [node for node in members[key] if node in site_of and _kind(node) in _STARTS]
+        starts.sort(key=lambda node: (site_of[node], urgency[_kind(node)], position[node]))
+        attends = [node for node in members[key] if node in site_of and _kind(node) == "attend"]
+        for node in [*(node for node in members[key] if node in ends), *starts]:
+            place(node)
+        pending += [node for node in members[key] if node not in attends and node.op != "output"]
+        if attends:
+            for node in [*pending, *attends]:
+                place(node)
+            pending = []
+    for node in pending:
+        place(node)
+    output = next(node for node in graph.nodes if node.op == "output")
+    for node in order:
+        output.prepend(node)
+
+
+def _kind(node: fx.Node) -> str:
+    return str(node.target).split(".")[1]
+
+
+def _argument(node: fx.Node, name: str) -> int:
+    return [argument.name for argument in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+
+
+def _by_site(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Nodes of each site, sites and nodes in graph order."""
+    sites: dict[object, list[fx.Node]] = {}
+    for node in nodes:
+        key = node.args[_argument(node, "program")], node.args[_argument(node, "site")]
+        sites.setdefault(key, []).append(node)
+    return list(sites.values())
+
+
+def _untie(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+    """Drop the chain of tickets; returns the first ticket, moved to the head of the graph."""
+    start = nodes[0].args[_argument(nodes[0], "ticket")]
+    assert isinstance(start, fx.Node) and start.target is torch.ops.aten.zeros.default
+    for node in nodes:
+        node.update_arg(_argument(node, "ticket"), start)
+    for node in nodes:
+        for user in list(node.users):
+            if is_getitem(user) and user.args[1] == 1:
+                graph.erase_node(user)
+    head = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    if head is not start:
+        head.prepend(start)
+    return start
+
+
+def _last_pick(end: fx.Node) -> fx.Node:
+    """The last of the nodes that take an end node's outputs (they move with it)."""
+    return max([end, *(user for user in end.users if is_getitem(user))])
+
+
+def _sink(end: fx.Node, limit: fx.Node | None) -> None:
+    """Move an end node down to its first reader, but not past ``limit``, which needs its bank."""
+    picks = [user for user in end.users if is_getitem(user)]
+    stops = [reader for pick in picks for reader in pick.users]
+    if limit is not None:
+        stops.append(limit)
+    if stops:
+        target = min(stops)
+        for node in (end, *picks):
+            target.prepend(node)
+
+
+def _hoist(graph: fx.Graph, put: fx.Node, after: fx.Node) -> fx.Node:
+    """Move a put up to its tensor, but not above ``after``."""
+    tensor = put.args[0]
+    assert isinstance(tensor, fx.Node)
+    anchor = after if tensor.op in ("placeholder", "get_attr") else max(tensor, after)
+    anchor.append(put)
+    return put
+
+
+def _tie(graph: fx.Graph, nodes: list[fx.Node], start: fx.Node) -> None:
+    """Thread the ticket through the communication in graph order."""
+    current = start
+    for node in sorted(nodes):
+        node.update_arg(_argument(node, "ticket"), current)
+        current = node
+        if _kind(node) in _ENDS:
+            with graph.inserting_after(node):
+                current = graph.call_function(operator.getitem, (node, 1))
+            current.meta["val"] = node.meta["val"][1]
+    if is_getitem(current) and not current.users:
+        graph.erase_node(current)

@@ -1,0 +1,187 @@
+"""Calls of sites on GPUs: kernels on two streams, epochs in device memory.
+
+Puts run on a stream of their own, beside the products that make the next tensor; the attention waits for the put
+*kernels* (not for what they sent). If it did not, its persistent grid could fill the GPU while a put of this rank,
+which a peer's grid waits for, finds no room: a deadlock across ranks.
+
+Epochs are counted on the device, by kernels on the main stream, and read there by every kernel of the call. So a
+captured CUDA graph can be replayed: each replay raises the epochs that it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from sfcompile.runtime.rank.executor import BankView
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize
+from sfcompile.runtime.wires.transport import Transport
+
+
+class DeviceHeap(Protocol):
+    """The symmetric heap as kernels see it (runtime/gpu/nvshmem.py)."""
+
+    @property
+    def size(self) -> HeapSize:
+        """Its layout."""
+
+    @property
+    def table(self) -> torch.Tensor:
+        """int64 [ranks of the job, 3]: address, NVSHMEM's number, symmetric address."""
+
+    @property
+    def domains(self) -> Sequence[int]:
+        """By rank of the job: ranks of equal number reach each other's memory."""
+
+    def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A view of a bank at ``offset`` bytes."""
+
+    def close(self) -> None:
+        """Collective: give the memory back."""
+
+
+class DeviceEngine(Protocol):
+    """One rank's side of one site, as kernels."""
+
+    @property
+    def bank_bytes(self) -> int:
+        """Bytes of a bank: the schedule's slots and what the kernels keep beside them."""
+
+    def view(self, table: torch.Tensor, place: torch.Tensor) -> Any:
+        """The heap of the site's ranks, for one call: what the methods below are given."""
+
+    def put(self, name: str, tensor: torch.Tensor, view: Any) -> None:
+        """Send "q", "k", "v" or "x"."""
+
+    def put_fused(self, name: str, rows: Any, sources: Sequence[torch.Tensor], view: Any) -> None:
+        """Send "q", "k" or "v" as a row program (codegen/rows/rows.py) makes it from its sources."""
+
+    def attend(self, mask: torch.Tensor | None, view: Any) -> torch.Tensor:
+        """Attend and push; this rank's queries' outputs [B, H, Lq, E], its own heads filled in."""
+
+    def collect(self, out: torch.Tensor, view: Any) -> None:
+        """Fill in the other heads as they come home."""
+
+    def gather(self, out: torch.Tensor, view: Any) -> None:
+        """The end of a gather or reshard."""
+
+    def check(self) -> None:
+        """Raise what a debug build's waits reported."""
+
+
+class Release(Protocol):
+    """Gives credits (codegen/engines/transfers.py ReleaseKernel)."""
+
+    def run(self, heaps: torch.Tensor, place: torch.Tensor) -> None:
+        """Every rank may overwrite the bank of the epoch in ``place`` and of those before."""
+
+
+class DeviceSide(Protocol):
+    """What a session needs of a GPU and of the ranks' way to each other's memory."""
+
+    @property
+    def domains(self) -> Sequence[int]:
+        """By rank of the job: ranks of equal number reach each other's memory by load and store."""
+
+    def make_runs(self, size: HeapSize, opened: int) -> tuple[DeviceRuns, Transport]:
+        """Collective: a new heap; what was open on the old one has ended. ``opened``: epochs so far.
+
+        The transport is for programs whose attention is ATen's.
+        """
+
+    def close(self, failed: bool) -> None:
+        """Leave; collective unless something failed."""
+
+
+class DeviceRuns:
+    """The open calls of one rank, the device's epoch counter, and the stream of the puts.
+
+    Args:
+        opened: epochs that were opened before (on an older heap).
+    """
+
+    def __init__(self, heap: DeviceHeap, release: Release, device: torch.device, opened: int = 0) -> None:
+        self._heap, self._release, self._device = heap, release, device
+        self._counter = torch.full((1,), opened, dtype=torch.int64, device=device)
+        row = [opened, *heap.size.places]
+        # Two calls may be open: each reads its epoch from a place of its own.
+        self._places = [torch.tensor(row, dtype=torch.int64, device=device) for _ in range(NUM_BANKS)]
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def open(self, engine: DeviceEngine, epoch: int) -> DeviceRun:
+        """Begin a call; ``epoch`` is the host's count, which tells the two open calls apart."""
+        self._counter.add_(1)
+        place = self._places[epoch % NUM_BANKS]
+        place[:1].copy_(self._counter)
+        return DeviceRun(self, engine, epoch, engine.view(self._heap.table, place))
+
+    def host_bank(self, epoch: int) -> BankView:
+        """Begin a call whose epoch the host bakes in (transport.py): both counts go on together."""
+        self._counter.fill_(epoch)
+        return self._heap
+
+    def finish(self, epoch: int) -> None:
+        """Everything up to the host's ``epoch`` has been read, as far as the main stream goes."""
+        self._release.run(self._heap.table, self._places[epoch % NUM_BANKS])
+
+    @contextmanager
+    def side(self, *tensors: torch.Tensor) -> Iterator[None]:
+        """Inside, kernels run on the stream of the puts, after what made ``tensors``."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            yield
+        for tensor in tensors:
+            tensor.record_stream(self._side)  # its memory is not given to others before the put has read it
+
+    def join(self) -> None:
+        """The main stream goes on after the put kernels."""
+        if self._side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+
+class DeviceRun:
+    """One call of one site; the phases are those of runtime/rank/executor.py's SiteRun.
+
+    Attributes:
+        blocked_s: 0: the host never waits.
+    """
+
+    def __init__(self, runs: DeviceRuns, engine: DeviceEngine, epoch: int, view: Any) -> None:
+        self.epoch = epoch
+        self.blocked_s = 0.0
+        self.output: torch.Tensor | None = None
+        self._runs, self._engine, self._view = runs, engine, view
+
+    def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
+        """A phase that sends a local tensor; kernels take all of its tokens at a time."""
+        assert part == -1
+        name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
+        with self._runs.side(tensor):
+            self._engine.put(name, tensor, self._view)
+
+    def put_fused(self, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
+        """:meth:`put` of what a row program makes of its sources."""
+        with self._runs.side(*sources):
+            self._engine.put_fused(phase.removeprefix("put_"), rows, sources, self._view)
+
+    def attend(self, mask: torch.Tensor | None) -> None:
+        """Attend; what it makes of this rank's queries becomes the call's output."""
+        self._runs.join()
+        self.output = self._engine.attend(mask, self._view)
+
+    def collect(self, out: torch.Tensor, part: int = -1) -> bool:
+        """Complete ``out``, which is the call's output; True: everything has been collected."""
+        assert out is self.output and part == -1
+        self._engine.collect(out, self._view)
+        return True
+
+    def gather(self, out: torch.Tensor) -> None:
+        """Fill ``out``."""
+        self._runs.join()
+        self._engine.gather(out, self._view)

@@ -1,0 +1,194 @@
+"""NVSHMEM through nvshmem4py: joined by all ranks of the job, symmetric memory, the table of peers.
+
+The host library is initialised with a unique id that rank 0 makes and the job's store carries (128 bytes). Low-level
+bindings are used where the high-level calls do more than they say: puts of parts of a buffer, peers' addresses that
+keep no reference, the state of a kernel's module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sfcompile.errors import HeapError, UnsupportedError
+from sfcompile.runtime.wires.symmetric_heap import HeapSize
+
+SIGNAL_SET = 9
+CMP_GE = 5
+_INSTALL = "pip install nvshmem4py-cu13 nvidia-nvshmem-cu13==3.4.5"
+
+Share = Callable[[Any, str], list[Any]]
+"""``share(value, doing)``: every rank's value, by rank; ``doing`` is for errors."""
+
+
+def load() -> tuple[Any, Any]:
+    """nvshmem4py's modules ``nvshmem.core`` and ``nvshmem.bindings``.
+
+    Raises:
+        UnsupportedError: one of the packages is missing; says what to install.
+    """
+    try:
+        import nvshmem.bindings
+        import nvshmem.core
+    except ImportError as error:
+        raise UnsupportedError(
+            f"transport='nvshmem' needs nvshmem4py, which cannot be imported ({error})",
+            "GPU ranks store into each other's memory through NVSHMEM's symmetric heap",
+            _INSTALL,
+        ) from error
+    return nvshmem.core, nvshmem.bindings
+
+
+class Nvshmem:
+    """This process as one PE. One per process; PE numbers are the job's ranks.
+
+    Args:
+        share: all-gather of Python values between the ranks.
+        modules: stand-ins for :func:`load`'s result, for tests.
+
+    Raises:
+        UnsupportedError: nvshmem4py is missing.
+        HeapError: NVSHMEM does not start.
+    """
+
+    def __init__(
+        self, rank: int, num_ranks: int, device: torch.device, share: Share, modules: tuple[Any, Any] | None = None
+    ) -> None:
+        self.rank, self.num_ranks, self.device = rank, num_ranks, device
+        problem = None
+        try:
+            self.core, self.bindings = modules or load()
+        except UnsupportedError as error:
+            problem = error
+        everyone = share(None if problem is None else problem.what, "load NVSHMEM")
+        if problem is not None:
+            raise problem
+        if any(everyone):  # all ranks or none: init is collective
+            first = next(i for i, text in enumerate(everyone) if text)
+            raise UnsupportedError(f"rank {first}: {everyone[first]}", "every rank takes part in NVSHMEM", _INSTALL)
+        self._start(share)
+
+    def _start(self, share: Share) -> None:
+        import numpy as np
+
+        uid = self.core.get_unique_id(empty=self.rank != 0)
+        raw = np.asarray(uid._data).view(np.uint8).reshape(-1)
+        raw[:] = np.frombuffer(share(raw.tobytes(), "exchange NVSHMEM's unique id")[0], np.uint8)
+        try:
+            self.core.init(
+                device=self._current_device(), uid=uid, rank=self.rank, nranks=self.num_ranks, initializer_method="uid"
+            )
+        except Exception as error:
+            raise HeapError(
+                f"NVSHMEM does not start on rank {self.rank}: {error}",
+                "it needs a GPU per rank, and a network interface that all ranks reach for its bootstrap",
+                "set NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME to that interface; NVSHMEM_DEBUG=INFO says more",
+                rank=self.rank,
+            ) from error
+
+    def _current_device(self) -> Any:
+        if self.device.type != "cuda":
+            return None
+        from cuda.core import Device
+
+        torch.cuda.set_device(self.device)
+        device = Device(self.device.index or 0)
+        device.set_current()
+        return device
+
+    def version(self) -> str:
+        """Release of the host library, as "3.4.5"."""
+        return str(self.core.get_version().libnvshmem_version)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Collective: zeroed symmetric memory, uint8 [nbytes]; give it back with :meth:`free`.
+
+        Raises:
+            HeapError: no room.
+        """
+        try:
+            memory: torch.Tensor = self.core.tensor((nbytes,), dtype=torch.uint8)
+        except Exception as error:
+            raise HeapError(
+                f"a symmetric heap of {nbytes / 2**20:.1f} MiB per rank cannot be had from NVSHMEM ({error})",
+                "every rank keeps two banks of chunk buffers in symmetric memory",
+                "set NVSHMEM_SYMMETRIC_SIZE to more, or use fewer tokens per call",
+                rank=self.rank,
+            ) from error
+        memory.zero_()
+        return memory
+
+    def free(self, memory: torch.Tensor) -> None:
+        """Collective: the end of what :meth:`allocate` gave."""
+        self.core.free_tensor(memory)
+
+    def addresses(self, memory: torch.Tensor) -> list[int]:
+        """Where loads and stores of this rank reach every rank's copy of a symmetric tensor; 0: nowhere."""
+        base = memory.data_ptr()
+        return [base if pe == self.rank else int(self.bindings.ptr(base, pe)) for pe in range(self.num_ranks)]
+
+    def close(self) -> None:
+        """Collective: leave NVSHMEM."""
+        self.core.finalize()
+
+
+class NvshmemHeap:
+    """One generation of the symmetric heap on GPUs; the layout is runtime/wires/symmetric_heap.py's.
+
+    Attributes:
+        table: int64 [ranks, 3] on the device: see HEAP in codegen/kernels/text.py.
+        domains: by rank of the job; ranks of equal number reach each other's memory by load and store.
+    """
+
+    def __init__(self, nvshmem: Nvshmem, size: HeapSize, machine_of: Sequence[int], share: Share) -> None:
+        self.size = size
+        self._nvshmem = nvshmem
+        self._memory = nvshmem.allocate(size.segment_bytes)
+        base = self._memory.data_ptr()
+        reached = nvshmem.addresses(self._memory)
+        self.domains = domains_of(share([bool(address) for address in reached], "map the heap"), machine_of)
+        mine = self.domains[nvshmem.rank]
+        rows = [(address if self.domains[rank] == mine else 0, rank, base) for rank, address in enumerate(reached)]
+        self.table = torch.tensor(rows, dtype=torch.int64, device=nvshmem.device)
+        share(None, "zero the heap")  # nobody puts into a heap that its owner has not zeroed yet
+
+    @property
+    def address(self) -> int:
+        """Where this rank's segment lies."""
+        return self._memory.data_ptr()
+
+    def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A view of a bank at ``offset`` bytes."""
+        count = 1
+        for size in shape:
+            count *= size
+        start = self.size.bank_at(bank) + offset
+        return self._memory[start : start + count * dtype.itemsize].view(dtype).view(tuple(shape))
+
+    def words(self, offset: int, count: int) -> torch.Tensor:
+        """Words of this rank's segment that lie on cache lines of their own: int64 [count]."""
+        lines = self._memory[offset : offset + 64 * count].view(torch.int64)
+        return lines.view(count, 8)[:, 0]
+
+    def close(self) -> None:
+        """Collective: give the memory back."""
+        self._nvshmem.free(self._memory)
+
+
+def domains_of(reached: Sequence[Sequence[bool]], machine_of: Sequence[int]) -> tuple[int, ...]:
+    """Which ranks reach each other's memory, the same answer on every rank.
+
+    Ranks of a machine are a domain if all of them reach all of them; else each is its own, and NVSHMEM carries what
+    they send each other.
+
+    Args:
+        reached: ``reached[a][b]``: whether rank a maps rank b's memory.
+    """
+    found = []
+    for rank, machine in enumerate(machine_of):
+        together = [other for other, home in enumerate(machine_of) if home == machine]
+        whole = all(reached[a][b] for a in together for b in together)
+        found.append(together[0] if whole else rank)
+    return tuple(found)

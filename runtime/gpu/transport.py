@@ -1,0 +1,91 @@
+"""Puts and signals on a CUDA stream by NVSHMEM's host calls: for attention='aten' on GPUs.
+
+Everything is enqueued on the current stream; the host never waits. The orders that runtime/wires/transport.py asks for
+hold on the stream:
+
+* put: the chunk is packed into this rank's staging area; ``putmem_signal`` sends it and raises the signal after it.
+  The staging area of a bank is used anew two epochs later, after credit from every receiver: a receiver that has read
+  a chunk has received it, so its bytes have left the staging area.
+* wait: ``signal_wait_until`` on the stream; kernels launched later see the chunk.
+* finish: a signal to every rank, after the kernels that read the epoch. A put waits for the receiver's on the stream.
+
+Epochs are numbers that the host bakes into the calls, so a captured graph of them cannot be replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sfcompile.errors import UnsupportedError
+from sfcompile.runtime.gpu.nvshmem import CMP_GE, SIGNAL_SET, Nvshmem, NvshmemHeap
+from sfcompile.runtime.program.instructions import Arrival
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.wires.transport import Source
+
+_LINE = 64
+
+
+class NvshmemTransport:
+    """One rank's puts and waits on the current stream.
+
+    Args:
+        heap: its banks hold a second copy of every slot, where chunks are packed before they leave.
+        staging_at: bytes from a bank's start to that copy.
+    """
+
+    def __init__(self, nvshmem: Nvshmem, heap: NvshmemHeap, staging_at: int) -> None:
+        self._nvshmem, self._heap, self._staging_at = nvshmem, heap, staging_at
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """Nothing to prepare: senders store when they like.
+
+        Raises:
+            UnsupportedError: a CUDA graph is being captured.
+        """
+        if self._nvshmem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                "a CUDA graph is captured while attention='aten' runs on several GPU ranks",
+                "its epochs are fixed when calls are enqueued, so a replay would wait for the past",
+                "use attention='triton', or a mode of torch.compile without CUDA graphs",
+                rank=self._nvshmem.rank,
+            )
+
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
+        """Pack, send, signal; see the head of the file."""
+        b, size, base = self._nvshmem.bindings, self._heap.size, self._heap.address
+        bank = epoch % NUM_BANKS
+        self._await(size.credits_at + _LINE * dst, max(epoch - NUM_BANKS, 0))
+        # Chunks of one slot go to one receiver per epoch: the slot's place in the staging area is this put's own.
+        packed = self._heap.chunk(bank, self._staging_at + offset, chunk.shape, chunk.dtype)
+        packed.copy_(chunk)
+        b.putmem_signal_nbi_on_stream(
+            base + size.bank_at(bank) + offset, packed.data_ptr(), packed.numel() * packed.element_size(),
+            base + size.signals_of(bank) + _LINE * slot, epoch, SIGNAL_SET, dst, self._stream(),
+        )  # fmt: skip
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """The stream waits for the chunk."""
+        self._await(self._heap.size.signals_of(epoch % NUM_BANKS) + _LINE * slot, epoch)
+
+    def finish(self, epoch: int) -> None:
+        """Credit to every rank."""
+        at = self._heap.address + self._heap.size.credits_at + _LINE * self._nvshmem.rank
+        for rank in range(self._nvshmem.num_ranks):
+            self._nvshmem.bindings.signal_op_on_stream(at, epoch, SIGNAL_SET, rank, self._stream())
+
+    def abort(self, text: str) -> None:
+        """Kernels in flight cannot be told; the job's store tells the hosts (runtime/rank/process_group.py)."""
+
+    def close(self) -> None:
+        """The heap is closed by its owner."""
+
+    def _await(self, word_at: int, value: int) -> None:
+        self._nvshmem.bindings.signal_wait_until_on_stream(self._heap.address + word_at, CMP_GE, value, self._stream())
+
+    def _stream(self) -> int:
+        device = self._nvshmem.device
+        return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,0 +1,312 @@
+"""Runs one rank's instructions of one site, phase by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import compress
+from typing import Any, Protocol
+
+import torch
+
+from sfcompile.runtime.program.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
+from sfcompile.runtime.program.parts import cut_part, place_part
+from sfcompile.runtime.rank.attention_aten import Partial, attend, merge
+from sfcompile.runtime.rank.engine import Engine, KernelAccess
+from sfcompile.runtime.wires.transport import Source, Transport
+
+
+class SlotPlace(Protocol):
+    """Where a slot lies in a bank."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the start of the bank."""
+
+
+class SchedulePlan(Protocol):
+    """What the executor reads of a schedule (codegen hands it in)."""
+
+    @property
+    def site(self) -> Any:
+        """What the site asks for (runtime/program/sites.py)."""
+
+    @property
+    def slots(self) -> Sequence[SlotPlace]:
+        """Every slot of a bank."""
+
+    @property
+    def heap_bytes(self) -> int:
+        """Bytes of one bank."""
+
+    def members(self, rank: int) -> tuple[int, tuple[int, ...]]:
+        """Which rank of the schedule a rank of the job is, and the job's ranks of its group."""
+
+    def program(self, rank: int) -> RankProgram:
+        """One rank's instructions."""
+
+    def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
+        """Shape of what arrives at a rank."""
+
+    def heads(self, rank: int) -> Heads:
+        """The query heads that a rank computes."""
+
+    def kv_heads(self, rank: int) -> Heads:
+        """The key and value heads that a rank computes with."""
+
+    def rows(self, tensor: str, chunk: Chunk) -> tuple[int, int]:
+        """Which of its rank's local tokens a chunk is."""
+
+    def positions(self, tensor: str, chunk: Chunk) -> tuple[tuple[int, int], ...]:
+        """The global token positions of a chunk."""
+
+
+class BankView(Protocol):
+    """This rank's own heap segment."""
+
+    def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A view of a chunk."""
+
+
+class SiteRun:
+    """One call of one site: its epoch, the local tensors, what was accumulated so far.
+
+    Args:
+        kernel: runs the attend phase, and what it sees of the heaps; None: instruction by instruction, here.
+
+    Attributes:
+        blocked_s: seconds spent waiting for peers (waits inside a kernel are not told apart).
+    """
+
+    def __init__(
+        self,
+        plan: SchedulePlan,
+        rank: int,
+        epoch: int,
+        bank: int,
+        heap: BankView,
+        transport: Transport,
+        kernel: tuple[Engine, KernelAccess] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.epoch = epoch
+        self.blocked_s = 0.0
+        self._rank = rank
+        self._transport = transport
+        self._program = plan.program(rank)
+        self._tensors: dict[tuple[str, int], torch.Tensor] = {}
+        self._parts_left = getattr(plan.site, "parts", 1)
+        self._partials: dict[Chunk, Partial | None] = {}
+        self._arrivals = {arrival.slot: arrival for arrival in self._program.arrivals}
+        self._views = {
+            slot: heap.chunk(bank, plan.slots[slot].offset, plan.shape(rank, arrival), plan.site.dtype)
+            for slot, arrival in self._arrivals.items()
+        }
+        self._kernel = kernel
+        self._bank, self._heap = bank, heap
+        self._own: torch.Tensor | None = None
+        self._joined: dict[tuple[str, tuple[int | None, ...], tuple[Chunk, ...]], torch.Tensor] = {}
+        transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()])
+
+    # ------------------------------------------------------------------ phases
+
+    def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
+        """A phase that sends a local tensor: ``put_q``, ``put_k``, ``put_v``, ``gather_start``.
+
+        Args:
+            part: which piece of the local tokens ``tensor`` holds; -1: all of them.
+
+        The part that stays here is copied too: once this call has returned, a compiled graph may reuse the tensor's
+        memory for something else, although it is read again later.
+        """
+        name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
+        for step in self._program.phases[phase]:
+            assert isinstance(step, Put) and step.tensor == name
+            if part in (-1, step.piece):
+                outgoing = self._outgoing(tensor, step, part)
+                self._transport.put(step.dst, step.slot, self.plan.slots[step.slot].offset, outgoing, self.epoch)
+        stays = tensor
+        if name != "x":
+            first, last = (self.plan.heads if name == "q" else self.plan.kv_heads)(self._rank)
+            stays = tensor[:, first:last]
+        else:
+            stays = cut_part(self.plan.site, tensor, self._rank, self._rank)
+        if self._kernel is None:
+            self._tensors[name, part] = stays.clone(memory_format=torch.contiguous_format)
+        else:
+            self._heap.chunk(self._bank, self._kernel[0].own_at[name], stays.shape, stays.dtype).copy_(stays)
+            self._tensors[name, part] = stays[:0]
+
+    def attend(self, mask: torch.Tensor | None) -> None:
+        """Run the attend phase: waits, ring hops, (Q, KV) pairs in their fixed order, outputs pushed home."""
+        if self._kernel is not None:
+            self._run_kernel(*self._kernel, mask)
+            return
+        for step in self._program.phases["attend"]:
+            if isinstance(step, Wait):
+                self._wait(step)
+            elif isinstance(step, Forward):
+                offset = self.plan.slots[step.to_slot].offset
+                self._transport.put(step.dst, step.to_slot, offset, self._views[step.slot], self.epoch, Source.BANK)
+            elif isinstance(step, Attend):
+                self._attend(step, mask)
+            elif isinstance(step, Push):
+                out = self._output(step.q)
+                offset = self.plan.slots[step.slot].offset
+                self._transport.put(step.q.src, step.slot, offset, out, self.epoch, Source.KEPT)
+        # Nothing but outputs is read from here on, and with parts the site stays open under the next layer.
+        self._joined.clear()
+        self._tensors.clear()
+
+    def _run_kernel(self, engine: Engine, access: KernelAccess, mask: torch.Tensor | None) -> None:
+        site = self.plan.site
+        rows = sum(length for _, length in site.q_positions[self._rank])
+        self._own = torch.zeros(site.batch, site.heads, rows, site.v_head_dim, dtype=site.dtype)
+        access.await_banks(engine.sends, self.epoch)
+        engine.run(self._own, access, self.epoch, mask)
+        access.wake(engine.sends, self.epoch)
+
+    def collect(self, out: torch.Tensor, part: int = -1) -> bool:
+        """Fill ``out`` [B, H, Lq, E] with this rank's queries' outputs, from every head slice.
+
+        Args:
+            part: which piece of the local tokens ``out`` is for; -1: all of them.
+
+        Returns:
+            Whether everything has now been collected.
+        """
+        first, last = self.plan.heads(self._rank)
+        if self._own is not None:
+            out[:, first:last].copy_(self._own[:, first:last])
+        for chunk in [chunk for chunk in self._partials if chunk.src == self._rank and part in (-1, chunk.piece)]:
+            start, stop = self._rows("o", chunk, part)
+            out[:, first:last, start:stop].copy_(self._output(chunk))
+        for step in self._program.phases["collect"]:
+            assert isinstance(step, Wait)
+            chunk = self._arrivals[step.slot].chunk
+            if self._kernel is not None and self._views[step.slot].numel() == 0:
+                continue  # kernels send nothing that has no rows
+            if part in (-1, chunk.piece):
+                self._wait(step)
+                first, last = self.plan.heads(step.src)
+                start, stop = self._rows("o", chunk, part)
+                out[:, first:last, start:stop].copy_(self._views[step.slot])
+        self._parts_left -= 1
+        return part == -1 or self._parts_left == 0
+
+    def gather(self, out: torch.Tensor) -> None:
+        """Fill ``out`` with every rank's shard, or the part of it that this rank wants, at its positions."""
+        place_part(self.plan.site, out, self._tensors["x", -1], self._rank, self._rank)
+        for step in self._program.phases["gather_finish"]:
+            assert isinstance(step, Wait)
+            self._wait(step)
+            place_part(self.plan.site, out, self._views[step.slot], step.src, self._rank)
+
+    # ------------------------------------------------------------------ steps
+
+    def _wait(self, step: Wait) -> None:
+        start = time.perf_counter()
+        self._transport.wait(step.src, step.slot, self.epoch)
+        self.blocked_s += time.perf_counter() - start
+
+    def _rows(self, name: str, chunk: Chunk, part: int) -> tuple[int, int]:
+        """Where a chunk's tokens lie in a tensor that holds one part of them, or all."""
+        start, stop = self.plan.rows(name, chunk)
+        return (start, stop) if part == -1 else (0, stop - start)
+
+    def _outgoing(self, tensor: torch.Tensor, step: Put, part: int) -> torch.Tensor:
+        """The heads that the receiver computes, of one piece of the tokens."""
+        if step.tensor == "x":
+            return cut_part(self.plan.site, tensor, self._rank, step.dst)
+        first, last = (self.plan.heads if step.tensor == "q" else self.plan.kv_heads)(step.dst)
+        start, stop = self._rows(step.tensor, Chunk(self._rank, step.piece), part)
+        return tensor[:, first:last, start:stop]
+
+    def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
+        for chunk in step.q:
+            self._partials.setdefault(chunk, None)
+        site, bias = self.plan.site, None
+        keys, k_slots, v_slots = step.kv, step.k_slots, step.v_slots
+        if mask is not None or site.causal:
+            rows = [run for chunk in step.q for run in self.plan.positions("q", chunk)]
+            if site.causal:  # leave out keys that lie after every query
+                seen = [_first(self.plan.positions("k", chunk)) <= _last(rows) for chunk in keys]
+                keys = tuple(compress(keys, seen))
+                k_slots, v_slots = tuple(compress(k_slots, seen)), tuple(compress(v_slots, seen))
+            columns = [run for chunk in keys for run in self.plan.positions("k", chunk)]
+            if not rows or not columns:
+                return
+            if mask is not None:
+                bias = _cut_mask(mask, self.plan.heads(self._rank), rows, columns)
+            if site.causal and _last(columns) > _first(rows):
+                bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None]
+        q, k, v = self._join("q", step.q_slots, step.q), self._join("k", k_slots, keys), self._join("v", v_slots, keys)
+        done = attend(q, k, v, None if bias is None else bias.to(q.device), site.scale)
+        if done is None:
+            return
+        if len(step.q) == 1:
+            self._partials[step.q[0]] = merge(self._partials[step.q[0]], done, into_first=True)
+            return
+        lengths = [stop - start for start, stop in (self.plan.rows("q", chunk) for chunk in step.q)]
+        for chunk, o, lse in zip(step.q, done[0].split(lengths, 2), done[1].split(lengths, 2), strict=True):
+            self._partials[chunk] = merge(self._partials[chunk], (o, lse), into_first=True)
+
+    def _join(self, name: str, slots: tuple[int | None, ...], chunks: tuple[Chunk, ...]) -> torch.Tensor:
+        """Some chunks of Q, K or V one after the other, with one key head per query head; kept for later calls."""
+        key = (name, slots, chunks)
+        if key not in self._joined:
+            parts = [self._chunk(name, slot, chunk) for slot, chunk in zip(slots, chunks, strict=True)]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+            group = self.plan.site.heads // self.plan.site.kv_heads
+            if name != "q" and group > 1:
+                first = self.plan.kv_heads(self._rank)[0]
+                heads = [head // group - first for head in range(*self.plan.heads(self._rank))]
+                whole = whole.index_select(1, torch.tensor(heads, device=whole.device))
+            self._joined[key] = whole
+        return self._joined[key]
+
+    def _chunk(self, name: str, slot: int | None, chunk: Chunk) -> torch.Tensor:
+        if slot is not None:
+            return self._views[slot]
+        if (name, chunk.piece) in self._tensors:
+            return self._tensors[name, chunk.piece]
+        start, stop = self.plan.rows(name, chunk)
+        return self._tensors[name, -1][:, :, start:stop]
+
+    def _output(self, chunk: Chunk) -> torch.Tensor:
+        """The finished output of some queries, in the site's dtype; zeros where no key was allowed."""
+        partial = self._partials.get(chunk)
+        site = self.plan.site
+        if partial is None:
+            (first, last), (start, stop) = self.plan.heads(self._rank), self.plan.rows("q", chunk)
+            return torch.zeros(site.batch, last - first, stop - start, site.v_head_dim, dtype=site.dtype)
+        return partial[0].to(site.dtype)
+
+
+def _cut_mask(
+    mask: torch.Tensor, heads: tuple[int, int], rows: Sequence[tuple[int, int]], columns: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    """The part of a whole mask (broadcastable to [B, H, Lq, Lk]) for a head slice and two sets of positions."""
+    while mask.dim() < 4:
+        mask = mask.unsqueeze(0)
+    if mask.shape[1] > 1:
+        mask = mask[:, heads[0] : heads[1]]
+    for dim, runs in ((2, rows), (3, columns)):
+        if mask.shape[dim] > 1:
+            parts = [mask.narrow(dim, first, length) for first, length in runs]
+            mask = parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else mask.narrow(dim, 0, 0)
+    return mask
+
+
+def _positions(runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    if not runs:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.cat([torch.arange(first, first + length) for first, length in runs])
+
+
+def _first(runs: Sequence[tuple[int, int]]) -> int:
+    return min((first for first, length in runs if length), default=0)
+
+
+def _last(runs: Sequence[tuple[int, int]]) -> int:
+    return max((first + length - 1 for first, length in runs if length), default=-1)

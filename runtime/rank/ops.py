@@ -1,0 +1,163 @@
+"""The nodes of a compiled graph that talk to other ranks: ``torch.ops.streamfusion.*``.
+
+Every op takes and returns a *ticket*, a one-element tensor that means nothing but order: the chain of tickets is a data
+dependence through all communication of a graph, so no compiler can reorder it, drop it, merge it, or order it in two
+ways on two ranks. Ops are functional: outputs never alias inputs. ``program`` and ``site`` name the schedule in the
+session; ``part`` says which part of this rank's tokens a tensor holds if they come and go in several, -1: all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from sfcompile.runtime.program.instructions import Attend, Chunk
+from sfcompile.runtime.rank.executor import SchedulePlan
+from sfcompile.runtime.rank.session import current_session
+
+_library = torch.library.Library("streamfusion", "DEF")
+_OPS = {
+    "put_q": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
+    "put_k": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
+    "put_v": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
+    "put_fused": "(Tensor[] sources, Tensor ticket, str program, int site, str phase, str key) -> Tensor",
+    "attend": "(Tensor ticket, Tensor? mask, str program, int site) -> Tensor",
+    "collect": (
+        "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype, int part=-1) -> (Tensor, Tensor)"
+    ),
+    "gather_start": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
+    "gather_finish": "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype) -> (Tensor, Tensor)",
+}
+for _name, _schema in _OPS.items():
+    _library.define(_name + _schema)
+
+COMMUNICATION = tuple(getattr(torch.ops.streamfusion, name).default for name in _OPS)
+"""Targets of the nodes that talk to other ranks."""
+PUT_FUSED = torch.ops.streamfusion.put_fused.default
+"""A put (``phase`` says which) of what the row program ``key`` makes of its sources."""
+ATTEND = torch.ops.streamfusion.attend.default
+
+
+def _start(phase: str) -> Any:
+    def run(x: torch.Tensor, ticket: torch.Tensor, program: str, site: int, part: int = -1) -> torch.Tensor:
+        session = current_session()
+        with session.guard():
+            session.put(program, site, phase, x, part)
+        return torch.empty_like(ticket)
+
+    return run
+
+
+ROW_PROGRAMS: dict[str, Any] = {}
+"""By the key that ``streamfusion.put_fused`` is called with (passes/fuse_puts.py fills it)."""
+
+
+def _put_fused(
+    sources: list[torch.Tensor], ticket: torch.Tensor, program: str, site: int, phase: str, key: str
+) -> torch.Tensor:
+    session = current_session()
+    with session.guard():
+        session.put_fused(program, site, phase, sources, ROW_PROGRAMS[key])
+    return torch.empty_like(ticket)
+
+
+def _fake_put_fused(
+    sources: list[torch.Tensor], ticket: torch.Tensor, program: str, site: int, phase: str, key: str
+) -> torch.Tensor:
+    return torch.empty_like(ticket)
+
+
+def _attend(ticket: torch.Tensor, mask: torch.Tensor | None, program: str, site: int) -> torch.Tensor:
+    session = current_session()
+    with session.guard():
+        session.attend(program, site, mask)
+    return torch.empty_like(ticket)
+
+
+def _end(phase: str) -> Any:
+    def run(
+        ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        session = current_session()
+        made = session.output(program, site) if phase == "collect" else None
+        out = torch.empty(size, dtype=dtype, device=ticket.device) if made is None else made
+        with session.guard():
+            if phase == "collect":
+                session.collect(program, site, out, part)
+            else:
+                session.gather(program, site, out)
+        return out, torch.empty_like(ticket)
+
+    return run
+
+
+def _fake_ticket(first: torch.Tensor, second: Any, program: str, site: int, part: int = -1) -> torch.Tensor:
+    ticket = second if isinstance(second, torch.Tensor) and second.shape == (1,) else first
+    return torch.empty((1,), dtype=torch.int64, device=ticket.device)
+
+
+def _fake_end(
+    ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(size, dtype=dtype, device=ticket.device), torch.empty_like(ticket)
+
+
+for _name in _OPS:
+    _ends = _name in ("collect", "gather_finish")
+    _run = _end(_name) if _ends else {"attend": _attend, "put_fused": _put_fused}.get(_name) or _start(_name)
+    _fake = _fake_end if _ends else _fake_put_fused if _name == "put_fused" else _fake_ticket
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"streamfusion::{_name}", _fake, lib=_library)
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A function that a graph calls as it is, the shapes and dtypes that it returns, and its FLOPs."""
+
+    run: Callable[..., list[torch.Tensor]]
+    made: list[tuple[list[int], torch.dtype]]
+    flops: float
+
+
+OPAQUE: dict[str, Opaque] = {}
+"""By the key that ``streamfusion.opaque`` is called with (sfcompile/capture/opaque.py fills it)."""
+
+
+def _opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:
+    return [out.clone(memory_format=torch.contiguous_format) for out in OPAQUE[key].run(*tensors)]
+
+
+def _fake_opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return [torch.empty(size, dtype=dtype, device=device) for size, dtype in OPAQUE[key].made]
+
+
+_library.define("opaque(Tensor[] tensors, str key) -> Tensor[]")
+_library.impl("opaque", _opaque, "CompositeExplicitAutograd")
+torch.library.register_fake("streamfusion::opaque", _fake_opaque, lib=_library)
+
+
+@register_flop_formula(torch.ops.streamfusion.attend)
+def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of this rank's pairs: two products of Lq x Lk for every head of its slice."""
+    session = current_session()
+    plan = session.schedule(program, site)
+    rank = plan.members(session.rank)[0]
+    facts, mine = plan.site, plan.program(rank)
+    start, stop = plan.heads(rank)
+    pairs: int = sum(
+        _tokens(plan, "q", step.q) * _tokens(plan, "k", step.kv)
+        for step in mine.phases["attend"]
+        if isinstance(step, Attend)
+    )
+    per_pair: int = 2 * facts.batch * (stop - start) * (facts.head_dim + facts.v_head_dim)
+    return per_pair * pairs
+
+
+def _tokens(plan: SchedulePlan, tensor: str, chunks: tuple[Chunk, ...]) -> int:
+    spans = [plan.rows(tensor, chunk) for chunk in chunks]
+    return sum(stop - start for start, stop in spans)

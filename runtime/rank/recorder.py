@@ -1,0 +1,162 @@
+"""Records what a rank does at its communication sites: stages, attention calls, messages and waits, with their times.
+
+Nothing is recorded unless a recorder is active (sfcompile/tracing/trace.py starts one). A site's run is then a
+:class:`RecordedRun`, the ordinary run with a clock around its stages and around its wires: executor and transports know
+nothing of it, and without a recorder nothing is slower.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sfcompile.runtime.program.instructions import Arrival, Attend
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.executor import SiteRun
+from sfcompile.runtime.wires.transport import Source, Transport
+
+
+class Event(NamedTuple):
+    """A timed stretch of one rank's work, in seconds of this machine's monotonic clock.
+
+    Attributes:
+        lane: "stage" (a node of the graph: a put, attend, collect, an end of a gather), or what happens inside it:
+            "compute" (an attention call), "send", "network" (a message inside the machine, or to another one), "wait".
+        name: the stage's name, or for people.
+        peer: of a message the receiver, of a wait the sender, as ranks of the job.
+        program, site, epoch: which program of the session, which of its sites, which call of any site.
+    """
+
+    rank: int
+    lane: str
+    name: str
+    start_s: float
+    stop_s: float
+    nbytes: int
+    peer: int | None
+    program: int
+    site: int
+    epoch: int
+
+
+class Recorder:
+    """What was recorded so far, in the order in which things ended."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def run_of(self, rank: int, topology: Topology, program: int, site: int) -> Callable[..., SiteRun]:
+        """Makes runs of a site that are recorded; takes what :class:`SiteRun` takes."""
+
+        def make(*args: Any) -> SiteRun:
+            return RecordedRun(self, rank, topology, program, site, *args)
+
+        return make
+
+
+active: Recorder | None = None
+"""The recorder of this process, or None: nothing is recorded."""
+
+
+class RecordedRun(SiteRun):
+    """A run of a site that tells a recorder when its stages, calls, messages and waits began and ended."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        rank: int,
+        topology: Topology,
+        program: int,
+        site: int,
+        plan: Any,
+        place: int,
+        epoch: int,
+        bank: int,
+        heap: Any,
+        wires: Transport,
+        *rest: Any,
+    ) -> None:
+        self._recorder = recorder
+        self._where = (program, site, epoch)
+        self._job_rank = rank
+        arrivals = {arrival.slot: arrival for arrival in plan.program(place).arrivals}
+        clocked = _Clocked(wires, self, arrivals, plan.members(rank)[1], topology)
+        super().__init__(plan, place, epoch, bank, heap, clocked, *rest)
+
+    def note(self, lane: str, name: str, start_s: float, nbytes: int = 0, peer: int | None = None) -> None:
+        """Record something that began at ``start_s`` and ends now."""
+        self._recorder.events.append(
+            Event(self._job_rank, lane, name, start_s, time.perf_counter(), nbytes, peer, *self._where)
+        )
+
+    def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
+        """As the run, recorded."""
+        start = time.perf_counter()
+        super().put(phase, tensor, part)
+        self.note("stage", phase if part == -1 else f"{phase} part {part}", start)
+
+    def attend(self, mask: torch.Tensor | None) -> None:
+        """As the run, recorded."""
+        start = time.perf_counter()
+        super().attend(mask)
+        self.note("stage", "attend", start)
+
+    def collect(self, out: torch.Tensor, part: int = -1) -> bool:
+        """As the run, recorded."""
+        start = time.perf_counter()
+        done = super().collect(out, part)
+        self.note("stage", "collect" if part == -1 else f"collect part {part}", start)
+        return done
+
+    def gather(self, out: torch.Tensor) -> None:
+        """As the run, recorded."""
+        start = time.perf_counter()
+        super().gather(out)
+        self.note("stage", "gather_finish", start)
+
+    def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
+        start = time.perf_counter()
+        super()._attend(step, mask)
+        self.note("compute", str(step), start)
+
+
+class _Clocked:
+    """A run's wires with a clock: messages and waits are recorded by what they carry."""
+
+    def __init__(
+        self,
+        wires: Transport,
+        run: RecordedRun,
+        arrivals: dict[int, Arrival],
+        members: Sequence[int],
+        topology: Topology,
+    ) -> None:
+        self._wires = wires
+        self._run = run
+        self._arrivals = arrivals
+        self._members = members
+        self._topology = topology
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wires, name)
+
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
+        """Send, recorded. The programs of all ranks are alike, so the slot's own arrival says what the chunk is."""
+        start = time.perf_counter()
+        self._wires.put(dst, slot, offset, chunk, epoch, source)
+        peer = self._members[dst]
+        near = self._topology.same_machine(self._run._job_rank, peer)
+        name = f"{self._arrivals[slot].tensor} -> rank {peer}"
+        self._run.note("send" if near else "network", name, start, chunk.numel() * chunk.element_size(), peer)
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """Wait, recorded."""
+        start = time.perf_counter()
+        self._wires.wait(src, slot, epoch)
+        peer = self._members[src]
+        self._run.note("wait", f"{self._arrivals[slot].tensor} from rank {peer}", start, peer=peer)

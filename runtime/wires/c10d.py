@@ -1,0 +1,128 @@
+"""Chunks as gloo messages, for ranks that share no memory. Receives are posted when the site opens, ahead of any wait.
+
+Two-sided messages match by (sender, tag) in order. The tag is the bank and the slot, so the message of epoch e + 2 can
+only be taken by the receive posted for e + 2, which the receiver posts after it has finished e: that is the credit.
+A chunk sent on from a slot is read by gloo until its message is gone; ``finish`` waits for that before the bank is
+free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sfcompile.runtime.program.instructions import Arrival
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.wires.transport import Source, connection_lost, peer_failed, too_late
+
+_ABORT_TAG = 2**30
+_GLOO_PLACE = re.compile(r"^\[[^\]]*\] *")  # "[/path/of/gloo.cc:553] "
+
+
+class C10dTransport:
+    """Messages over a gloo group whose ranks are the global ranks.
+
+    Args:
+        rank: this rank.
+        group: the gloo group; nothing else uses it.
+        timeout_s: longest wait.
+        notice: reads the failure notice that some rank may have left, to explain a closed connection.
+        delay: called before every put and wait; tests inject random sleeps.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+        notice: Callable[[], str | None],
+        delay: Callable[[int], None] | None = None,
+    ) -> None:
+        self._rank = rank
+        self._group = group
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._notice = notice
+        self._delay = delay
+        self._receives: dict[tuple[int, int], Any] = {}
+        self._sends: dict[int, list[tuple[Any, torch.Tensor, int, int]]] = {}
+
+    @staticmethod
+    def _tag(epoch: int, slot: int) -> int:
+        return slot * NUM_BANKS + epoch % NUM_BANKS
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """Post every receive of the site."""
+        for arrival, view in arrivals:
+            if view.numel():
+                work = dist.irecv(_raw(view), arrival.src, group=self._group, tag=self._tag(epoch, arrival.slot))
+                self._receives[epoch, arrival.slot] = work
+
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
+        """Hand the chunk to gloo's own threads."""
+        if self._delay is not None:
+            self._delay(self._rank)
+        if chunk.numel():
+            # gloo reads the bytes after this call has returned, when a compiled graph may already reuse the caller's
+            # memory: send a copy, unless the chunk lies in a slot of our own heap.
+            whole = chunk.contiguous()
+            if source is Source.REUSED and whole.data_ptr() == chunk.data_ptr():
+                whole = chunk.clone()
+            work = dist.isend(_raw(whole), dst, group=self._group, tag=self._tag(epoch, slot))
+            self._sends.setdefault(epoch, []).append((work, whole, dst, slot))
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """Wait for the posted receive."""
+        if self._delay is not None:
+            self._delay(self._rank)
+        work = self._receives.pop((epoch, slot), None)
+        if work is not None:
+            self._complete(work, src, slot, epoch)
+
+    def finish(self, epoch: int) -> None:
+        """Let the sends of this and earlier epochs go; the receiver has posted its side, so this ends."""
+        for old in [e for e in self._sends if e <= epoch]:
+            for work, _, dst, slot in self._sends.pop(old):
+                self._complete(work, dst, slot, old)
+
+    def _complete(self, work: Any, peer: int, slot: int, epoch: int) -> None:
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            notice = self._notice()
+            if notice is not None:
+                raise peer_failed(self._rank, notice, peer, slot, epoch) from error
+            reason = _GLOO_PLACE.sub("", str(error)).split(". ")[0]
+            if "imed out" in reason:
+                what = f"rank {self._rank} waited {self._timeout.total_seconds():g} s for its message with rank {peer}"
+                raise too_late(what, self._rank, peer, slot, epoch) from error
+            raise connection_lost(self._rank, peer, reason, slot, epoch) from error
+
+    def abort(self, text: str) -> None:
+        """Close every connection of the group, so that peers on other machines stop waiting and read the notice.
+
+        gloo has no call for that, but a receive that times out does it, on purpose and for good.
+        """
+        with contextlib.suppress(RuntimeError):
+            nothing = torch.empty(1, dtype=torch.uint8)
+            peer = (self._rank + 1) % self._group.size()
+            work = dist.irecv(nothing, peer, group=self._group, tag=_ABORT_TAG)
+            assert work is not None  # this rank is in the group
+            work.wait(datetime.timedelta(milliseconds=1))
+
+    def close(self) -> None:
+        """Forget what is under way."""
+        self._receives.clear()
+        self._sends.clear()
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor: gloo does not know every dtype."""
+    return tensor.view(-1).view(torch.uint8)

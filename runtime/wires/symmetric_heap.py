@@ -1,0 +1,219 @@
+"""The symmetric heap: one segment per rank, the same offsets in each, two banks, signals, credits and an abort notice.
+
+    [ header: done epoch | abort flag | abort text | scratch ]
+    [ signals: bank x slot, one cache line each ][ credits: rank, one cache line each ][ bank 0 ][ bank 1 ]
+
+A chunk of epoch e lives in bank e % 2. Words are written by one side only:
+
+    signal[bank][slot]  by the sender of the slot's chunk: the epoch that has fully arrived
+    done                by the segment's owner: every epoch up to this one has been read, its bank may be overwritten
+    credit[rank]        the same told by that rank to the segment's owner, for GPUs: they look at their own memory only
+    abort               by whoever fails first; everyone who waits looks at it
+
+Shared segments are POSIX shared memory, mapped by all ranks of a machine and unlinked as soon as all have mapped them:
+even SIGKILL leaves nothing in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sfcompile.errors import HeapError
+
+NUM_BANKS = 2
+_HEADER_BYTES = 4096
+_ABORT_TEXT = 64
+_SCRATCH_BYTES = 64
+_WORDS_PER_LINE = 8
+_DONE, _ABORT = 0, 1
+
+
+@dataclass(frozen=True)
+class HeapSize:
+    """Capacity of every segment: slots per bank, bytes per bank, ranks that give credits (GPUs only)."""
+
+    num_slots: int
+    bank_bytes: int
+    num_credits: int = 0
+
+    @property
+    def signals_at(self) -> int:
+        """Offset of the signal words."""
+        return _HEADER_BYTES
+
+    @property
+    def scratch_at(self) -> int:
+        """Offset of 64 bytes that anybody may overwrite at any time and nobody reads."""
+        return _HEADER_BYTES - _SCRATCH_BYTES
+
+    @property
+    def credits_at(self) -> int:
+        """Offset of the credit words."""
+        return self.signals_of(NUM_BANKS)
+
+    @property
+    def banks_at(self) -> int:
+        """Offset of bank 0."""
+        return self.credits_at + self.num_credits * 8 * _WORDS_PER_LINE
+
+    def signals_of(self, bank: int) -> int:
+        """Offset of a bank's signal words."""
+        return self.signals_at + bank * self.num_slots * 8 * _WORDS_PER_LINE
+
+    def bank_at(self, bank: int) -> int:
+        """Offset of a bank."""
+        return self.banks_at + bank * self.bank_bytes
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes of one segment."""
+        return self.banks_at + NUM_BANKS * self.bank_bytes
+
+    @property
+    def places(self) -> tuple[int, int, int, int, int, int]:
+        """What kernels read (PLACE in codegen/kernels/text.py, after the epoch)."""
+        signals = self.signals_of(1) - self.signals_of(0)
+        return self.banks_at, self.bank_bytes, self.signals_at, signals, self.credits_at, self.scratch_at
+
+    def holds(self, other: HeapSize) -> bool:
+        """Whether ``other`` fits in."""
+        pairs = ((self.num_slots, other.num_slots), (self.bank_bytes, other.bank_bytes))
+        return all(own >= its for own, its in (*pairs, (self.num_credits, other.num_credits)))
+
+    def grown(self, other: HeapSize) -> HeapSize:
+        """The smallest size that holds both."""
+        return HeapSize(
+            max(self.num_slots, other.num_slots),
+            max(self.bank_bytes, other.bank_bytes),
+            max(self.num_credits, other.num_credits),
+        )
+
+
+class Segment:
+    """One rank's memory as this process sees it."""
+
+    def __init__(self, buffer: mmap.mmap | bytearray, size: HeapSize) -> None:
+        self._buffer = buffer
+        self.size = size
+        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._views: dict[tuple[int, int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+        words = np.frombuffer(buffer, dtype=np.int64)
+        self._header: NDArray[np.int64] = words[: _HEADER_BYTES // 8]
+        first = size.signals_at // 8
+        lines = words[first : first + NUM_BANKS * size.num_slots * _WORDS_PER_LINE]
+        self.signals: NDArray[np.int64] = lines.reshape(NUM_BANKS, size.num_slots, _WORDS_PER_LINE)[:, :, 0]
+
+    @property
+    def address(self) -> int:
+        """Where the segment lies in this process."""
+        return self._bytes.data_ptr()
+
+    @property
+    def done_address(self) -> int:
+        """Where the done word lies in this process."""
+        return self._bytes.data_ptr() + 8 * _DONE
+
+    def signal_address(self, bank: int, slot: int) -> int:
+        """Where a signal lies in this process."""
+        line = bank * self.size.num_slots + slot
+        return self._bytes.data_ptr() + self.size.signals_at + 8 * _WORDS_PER_LINE * line
+
+    def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A view of the bank at ``offset`` bytes; kept, for every step asks for the same ones."""
+        key = (bank, offset, tuple(shape), dtype)
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = self._view(bank, offset, shape, dtype)
+        return view
+
+    def _view(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        count = 1
+        for size in shape:
+            count *= size
+        start = self.size.banks_at + bank * self.size.bank_bytes + offset
+        return self._bytes[start : start + count * dtype.itemsize].view(dtype).view(tuple(shape))
+
+    @property
+    def done(self) -> int:
+        """Every epoch up to this one has been read by the owner."""
+        return int(self._header[_DONE])
+
+    @done.setter
+    def done(self, epoch: int) -> None:
+        self._header[_DONE] = epoch
+
+    def abort(self, text: str) -> None:
+        """Tell the owner that somebody failed; the first notice stays."""
+        if self._header[_ABORT] == 0:
+            raw = text.encode()[: _HEADER_BYTES - _SCRATCH_BYTES - _ABORT_TEXT]
+            self._header.view(np.uint8)[_ABORT_TEXT : _ABORT_TEXT + len(raw)] = np.frombuffer(raw, np.uint8)
+            self._header[_ABORT] = len(raw)  # after the text: whoever sees the length sees the text (x86 keeps stores)
+
+    @property
+    def aborted(self) -> str | None:
+        """The abort notice, if any."""
+        length = int(self._header[_ABORT])
+        if length == 0:
+            return None
+        return self._header.view(np.uint8)[_ABORT_TEXT : _ABORT_TEXT + length].tobytes().decode(errors="replace")
+
+
+def local_segment(size: HeapSize) -> Segment:
+    """A segment in this process's own memory, for ranks that are threads."""
+    return Segment(bytearray(size.segment_bytes), size)
+
+
+def create_shared(name: str, size: HeapSize) -> Segment:
+    """Create this rank's shared segment; peers map it by name, then the owner calls :func:`unlink_shared`.
+
+    Raises:
+        HeapError: no room in shared memory. The space is reserved now, so that no later store can fail.
+    """
+    path = _path(name)
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, size.segment_bytes)
+            return Segment(mmap.mmap(fd, size.segment_bytes), size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        unlink_shared(name)
+        raise HeapError(
+            f"a symmetric heap of {size.segment_bytes / 2**20:.1f} MiB per rank does not fit in /dev/shm ({error})",
+            "every rank keeps two banks of chunk buffers in shared memory",
+            "enlarge /dev/shm (docker: --shm-size), use fewer tokens per call, or transport='c10d'",
+        ) from error
+
+
+def map_shared(name: str, size: HeapSize) -> Segment:
+    """Map a peer's segment."""
+    return Segment(map_file(_path(name), size.segment_bytes), size)
+
+
+def map_file(path: str, nbytes: int) -> mmap.mmap:
+    """Memory that is shared with every other process that maps the file."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(fd, nbytes)
+    finally:
+        os.close(fd)
+
+
+def unlink_shared(name: str) -> None:
+    """Remove the name; the memory lives on until the last process unmaps it."""
+    try:
+        os.unlink(_path(name))
+    except FileNotFoundError:
+        pass
+
+
+def _path(name: str) -> str:
+    return f"/dev/shm/{name}"

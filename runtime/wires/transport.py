@@ -1,0 +1,175 @@
+"""What the executor asks of the wires, and the transport that sends each chunk the right way.
+
+Orders that every transport keeps:
+
+* ``wait(slot, epoch)`` returns only when all bytes of that epoch's chunk are visible to the caller.
+* ``put`` returns when the source may be reused (it was copied or handed over).
+* A bank is not overwritten before its reader has called ``finish(epoch)`` for the epoch that used it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Protocol
+
+import torch
+
+from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError, StreamFusionError
+from sfcompile.runtime.program.instructions import Arrival
+
+_FIRST = "another rank failed first: "
+
+
+def peer_failed(
+    rank: int, notice: str, peer: int | None = None, slot: int | None = None, epoch: int | None = None
+) -> PeerFailedError:
+    """The error of a rank that reads another rank's failure notice."""
+    return PeerFailedError(
+        f"{_FIRST}{notice}",
+        "the ranks compute one model together",
+        "mend the first failure",
+        rank=rank, peer=peer, slot=slot, epoch=epoch,
+    )  # fmt: skip
+
+
+def notice_of(rank: int, error: BaseException) -> str:
+    """What a failing rank tells the others; it passes on what it was told itself."""
+    what = error.what if isinstance(error, StreamFusionError) else f"{type(error).__name__}: {error}".splitlines()[0]
+    return what.removeprefix(_FIRST) if isinstance(error, PeerFailedError) else f"rank {rank}: {what}"
+
+
+def too_late(what: str, rank: int, peer: int, slot: int, epoch: int) -> RuntimeTimeoutError:
+    """A message did not come within timeout_s; ``what`` says who waited how long for which."""
+    return RuntimeTimeoutError(
+        what,
+        "the peer is slower than timeout_s, or it runs another program",
+        "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
+        rank=rank, peer=peer, slot=slot, epoch=epoch,
+    )  # fmt: skip
+
+
+def connection_lost(rank: int, peer: int, reason: str, slot: int, epoch: int) -> PeerDiedError:
+    """A connection between machines ended, and no rank left a notice that says why."""
+    return PeerDiedError(
+        f"rank {rank} lost its connection while it waited for rank {peer} ({reason})",
+        "that rank, or one it depends on, was killed or crashed: out of memory is the usual reason",
+        "look at the log of the rank that ended first",
+        rank=rank, peer=peer, slot=slot, epoch=epoch,
+    )  # fmt: skip
+
+
+class Source(Enum):
+    """What becomes of a chunk's memory after it was put."""
+
+    REUSED = "it may change as soon as the put has returned"
+    BANK = "a slot of the sender's own bank: it does not change before finish() of this epoch"
+    KEPT = "it never changes while anyone holds the tensor"
+
+
+class Transport(Protocol):
+    """One rank's way to the others."""
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """A site begins: chunks of this epoch may arrive into the given slot views from now on."""
+
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
+        """Send ``chunk`` into ``slot`` (at ``offset`` bytes of the bank) of rank ``dst`` and raise its signal.
+
+        Only what is REUSED has to be copied if it leaves later.
+        """
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """Block until the chunk of ``epoch`` from rank ``src`` lies in this rank's ``slot``."""
+
+    def finish(self, epoch: int) -> None:
+        """This rank has read everything of ``epoch`` and of all epochs before."""
+
+    def abort(self, text: str) -> None:
+        """This rank failed: wake whoever waits for it. ``text`` is the notice."""
+
+    def close(self) -> None:
+        """Release what is held; never blocks on a peer."""
+
+
+class GroupTransport:
+    """A transport seen by one group: ranks are numbered inside the group."""
+
+    def __init__(self, transport: Transport, members: Sequence[int]) -> None:
+        self._transport = transport
+        self._members = members
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """As the whole job's."""
+        self._transport.open(epoch, [(a._replace(src=self._members[a.src]), view) for a, view in arrivals])
+
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
+        """As the whole job's."""
+        self._transport.put(self._members[dst], slot, offset, chunk, epoch, source)
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """As the whole job's."""
+        self._transport.wait(self._members[src], slot, epoch)
+
+    def finish(self, epoch: int) -> None:
+        """As the whole job's."""
+        self._transport.finish(epoch)
+
+    def abort(self, text: str) -> None:
+        """As the whole job's."""
+        self._transport.abort(text)
+
+    def close(self) -> None:
+        """As the whole job's."""
+        self._transport.close()
+
+
+class RoutedTransport:
+    """Direct stores to ranks of this machine, messages to the others."""
+
+    def __init__(self, direct: Transport | None, messages: Transport | None, is_direct: Sequence[bool]) -> None:
+        self.direct = self._direct = direct
+        self._messages = messages
+        self._is_direct = is_direct
+
+    def _to(self, rank: int) -> Transport:
+        chosen = self._direct if self._is_direct[rank] else self._messages
+        assert chosen is not None
+        return chosen
+
+    def _all(self) -> list[Transport]:
+        return [transport for transport in (self._messages, self._direct) if transport is not None]
+
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+        """Messages need their receives posted; direct stores need nothing."""
+        for transport in self._all():
+            transport.open(epoch, [pair for pair in arrivals if self._to(pair[0].src) is transport])
+
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
+        """Route by destination."""
+        self._to(dst).put(dst, slot, offset, chunk, epoch, source)
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        """Route by sender."""
+        self._to(src).wait(src, slot, epoch)
+
+    def finish(self, epoch: int) -> None:
+        """Messages first: a slot that is still being sent on must not be declared free to direct writers."""
+        for transport in self._all():
+            transport.finish(epoch)
+
+    def abort(self, text: str) -> None:
+        """Tell everyone."""
+        for transport in self._all():
+            transport.abort(text)
+
+    def close(self) -> None:
+        """Close both."""
+        for transport in self._all():
+            transport.close()

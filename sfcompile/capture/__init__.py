@@ -1,0 +1,8 @@
+"""A Dynamo graph becomes one functional graph of high-level ATen ops.
+
+Start in graph.py: `capture` lowers the graph, refuses what cannot be sharded safely and keeps inputs, outputs and
+writes in the caller's order. attention.py recognises attention written by hand, expand.py unfolds ops that hide tokens,
+opaque.py keeps calls that no trace can enter, by_sizes.py gives every set of input sizes its own program.
+
+May import: the leaves of sfcompile/ and runtime/.
+"""

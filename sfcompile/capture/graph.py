@@ -1,0 +1,239 @@
+"""Capture: a Dynamo graph becomes a functional ATen graph that keeps high-level ops whole.
+
+``linear``, ``layer_norm``, ``rms_norm`` and ``scaled_dot_product_attention`` stay single nodes (pre-dispatch tracing),
+in-place writes are functionalised, and every value gets a fake tensor with static sizes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from sfcompile.capture.attention import recognise_attention
+from sfcompile.capture.expand import expand_calls
+from sfcompile.capture.opaque import hide_opaque
+from sfcompile.errors import TrainingGraphError, UnsupportedError
+from sfcompile.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    FunctionalTensorMode,
+    TracingContext,
+    compile_fx,
+    dispatch_functionalize,
+    has_data_mutation,
+    make_fx,
+    symbol_hint,
+    tracing,
+)
+
+
+@dataclass
+class Captured:
+    """A functional ATen graph.
+
+    Attributes:
+        gm: the graph; placeholders are the tensor inputs only, in order.
+        mode: the fake mode of every ``node.meta["val"]``.
+        tensor_inputs: positions of the placeholders among the original inputs (the others are sizes, now constants).
+        specialised: how many symbolic sizes were fixed to their present value.
+        written: positions of the inputs that the graph writes to. Their new values follow its own outputs.
+    """
+
+    gm: fx.GraphModule
+    mode: FakeTensorMode
+    tensor_inputs: tuple[int, ...]
+    specialised: int
+    written: tuple[int, ...] = ()
+
+
+def refuse_training(inputs: Sequence[Any]) -> None:
+    """Raise TrainingGraphError if gradients are on and some input wants one."""
+    if not torch.is_grad_enabled():
+        return
+    wanting = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.requires_grad]
+    if wanting:
+        raise TrainingGraphError(
+            f"{len(wanting)} of {len(inputs)} graph inputs require gradients and gradients are enabled",
+            "the streamfusion backend compiles inference only: its communication has no backward",
+            "call the model under torch.no_grad() or torch.inference_mode(), or use model.requires_grad_(False)",
+        )
+
+
+def present(size: Any) -> Any:
+    """The present value of a size that may be symbolic, without a guard: Dynamo's graph stays good for other sizes.
+
+    Raises:
+        UnsupportedError: it depends on data.
+    """
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size
+    hint = symbol_hint(size)
+    if hint is None:
+        raise UnsupportedError(
+            f"an input size ({size}) is not known before the graph runs",
+            "sharding needs the number of tokens",
+            "mark the length as an ordinary input size, or let this graph run unsharded",
+        )
+    return hint
+
+
+def numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, float]:
+    """Inputs that are Python floats dressed as 0-dim tensors (Dynamo with dynamic=True), with their present values."""
+    found = {}
+    for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        items = [user for user in node.users if user.op == "call_method" and user.target == "item"]
+        if items and len(items) == len(node.users) and isinstance(inputs[i], torch.Tensor):
+            fake = isinstance(inputs[i], FakeTensor)
+            found[i] = float(present(items[0].meta["example_value"]) if fake else inputs[i].item())
+    return found
+
+
+class _Replay(fx.Interpreter):
+    """Runs a Dynamo graph; what it reads from tensors that are numbers is known."""
+
+    def __init__(self, gm: fx.GraphModule, known: dict[int, float]) -> None:
+        super().__init__(gm)
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self._known = {placeholders[i]: value for i, value in known.items()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_method" and n.target == "item" and n.args[0] in self._known:
+            return self._known[n.args[0]]
+        return super().run_node(n)
+
+
+def _static_fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the same geometry with constant sizes; meta tensors become CPU ones."""
+    device = torch.device("cpu") if value.device.type == "meta" else value.device
+    sizes = [present(size) for size in value.shape]
+    strides = [present(stride) for stride in value.stride()]
+    with mode:
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
+
+
+def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
+    """Trace a Dynamo graph to functional ATen.
+
+    Args:
+        gm: the graph as Dynamo hands it to a backend.
+        inputs: its example inputs: tensors (real or fake) and, for dynamic shapes, numbers. Symbolic sizes count as
+            what they are now: the graph that comes out is good for these sizes only.
+
+    Raises:
+        UnsupportedError: the graph cannot be traced with static sizes (sizes that depend on data, ops that do not
+            survive functionalisation).
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    values = [_static_fake(mode, x) if isinstance(x, torch.Tensor) else present(x) for x in inputs]
+    tensors = tuple(i for i, x in enumerate(values) if isinstance(x, torch.Tensor))
+    functional = FunctionalTensorMode(pre_dispatch=True, export=True)
+    known = numbers(gm, inputs)
+    gm = hide_opaque(expand_calls(gm))
+    written: list[int] = []
+
+    def run(*args: torch.Tensor) -> Any:
+        full = list(values)
+        for i, arg in zip(tensors, args, strict=True):
+            full[i] = arg
+        out = _Replay(gm, known).run(*full)
+        written[:] = [i for i, arg in zip(tensors, args, strict=True) if has_data_mutation(arg)]
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        return (*made, *(full[i] for i in written))
+
+    with torch.no_grad(), mode, fx.traceback.preserve_node_meta(), _on_cpu(gm, inputs):
+        traced = make_fx(
+            dispatch_functionalize(run, functional),
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*(values[i] for i in tensors))
+    _clean(traced, mode)
+    recognise_attention(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return Captured(traced, mode, tensors, len(values) - len(tensors), tuple(written))
+
+
+@contextmanager
+def _on_cpu(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[None]:
+    """While tracing a model that lives on the meta device, read literal ``device=meta`` arguments as CPU."""
+    meta = torch.device("meta")
+    changed: list[tuple[fx.Node, tuple[Any, ...], dict[str, Any]]] = []
+    if any(isinstance(x, torch.Tensor) and x.device == meta for x in inputs):
+        for node in gm.graph.nodes:
+            swap: Callable[[Any], Any] = lambda a: torch.device("cpu") if a == meta or a == "meta" else a  # noqa: E731
+            args = fx.node.map_aggregate(node.args, swap)
+            kwargs = fx.node.map_aggregate(node.kwargs, swap)
+            if (args, kwargs) != (node.args, node.kwargs):
+                changed.append((node, node.args, node.kwargs))
+                node.args, node.kwargs = args, kwargs
+    try:
+        yield
+    finally:
+        for node, old_args, old_kwargs in changed:
+            node.args, node.kwargs = old_args, old_kwargs
+
+
+_CHECKS = {torch.ops.aten._assert_tensor_metadata.default}
+
+
+def _clean(gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+    """Drop run-time metadata checks, merge repeated getitems, give constants a fake value, drop dead nodes."""
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in _CHECKS:
+            gm.graph.erase_node(node)
+        elif node.op == "call_function" and node.target is torch.ops.aten.type_as.default:
+            # Only the dtype of the second operand matters; reading its values would gather a shard for nothing.
+            with gm.graph.inserting_before(node):
+                args, kwargs = (node.args[0],), {"dtype": node.meta["val"].dtype}
+                cast = gm.graph.call_function(torch.ops.aten._to_copy.default, args, kwargs)
+            cast.meta = node.meta
+            node.replace_all_uses_with(cast)
+            gm.graph.erase_node(node)
+        elif node.op == "get_attr" and "val" not in node.meta:
+            value = operator.attrgetter(str(node.target))(gm)
+            if isinstance(value, torch.Tensor):
+                fake = isinstance(value, FakeTensor)
+                node.meta["val"] = value if fake else mode.from_tensor(value.detach())
+        elif node.op == "call_function" and node.target is operator.getitem:
+            first = next(
+                user for user in node.args[0].users if user.target is operator.getitem and user.args[1] == node.args[1]
+            )
+            if first is not node:
+                node.replace_all_uses_with(first)
+                gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode | None, config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a graph with Inductor for inference.
+
+    Args:
+        gm: the graph; called with the same arguments as ``inputs``.
+        inputs: fake tensors of ``mode``, or Dynamo's own example inputs with ``mode`` None.
+        config: Inductor config patches.
+    """
+    if mode is None:
+        return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=config))
+    # The graph's fake tensors belong to our own mode, not to Dynamo's: give Inductor a context of its own.
+    with tracing(TracingContext(mode)), torch.no_grad():
+        return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=config))
+
+
+def break_reason(gm: fx.GraphModule) -> str:
+    """What made Dynamo end this graph before the model ended, in a line with the user's place; "" if nothing did."""
+    cause = getattr(gm, "compile_subgraph_reason", None)
+    if cause is None or not cause.graph_break:
+        return ""
+    place = f" at {cause.user_stack[-1].filename}:{cause.user_stack[-1].lineno}" if cause.user_stack else ""
+    return f"{str(cause.reason).strip().splitlines()[0]}{place}"

@@ -1,0 +1,8 @@
+"""The command line: `sfcompile demo | doctor | explain | simulate | export | run | kernels`.
+
+Start in cli.py: it knows the commands, each file holds one or a family. launch.py starts ranks, meta_model.py builds a
+model without its weights, measure.py times links and cores, progress_bar.py shows long work. No compile needs this
+room.
+
+May import: everything.
+"""

@@ -1,0 +1,109 @@
+"""``sfcompile export``: a package from the command line, and what a package says of itself."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sfcompile.errors import OptionError
+
+INNERS = ("auto", "inductor", "eager", "aoti")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments. Needs no torch."""
+    parser.usage = (
+        "sfcompile export MODEL --topology NxM --out FILE [--weights FILE] [--inner HOW] [--placement HOW]\n"
+        "       sfcompile export --show FILE"
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="file.py:function or module:function; called without arguments, it returns (model, args) or "
+        "(model, args, kwargs)",
+    )
+    parser.add_argument("--show", type=Path, metavar="FILE", help="check a package and print what it holds")
+    parser.add_argument("--topology", help='"NxM", "NxM:preset" or a file: the ranks that will run it')
+    parser.add_argument("--out", type=Path, help="the package to write")
+    parser.add_argument("--weights", default="inside", help="a safetensors file beside the package (default inside)")
+    parser.add_argument("--inner", choices=INNERS, default="auto", help="what runs the local graph (default auto)")
+    parser.add_argument("--placement", choices=("auto", "shard"), default="auto", help="as in the backend's options")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; its exit code.
+
+    Raises:
+        StreamFusionError: see sfcompile.export.
+    """
+    if args.show is not None:
+        return show(args.show)
+    if not (args.model and args.topology and args.out):
+        print("sfcompile export: needs MODEL, --topology and --out; or --show FILE", file=sys.stderr)
+        return 2
+    from sfcompile.package.export import export
+
+    made = find(args.model)()
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise OptionError(
+            f"{args.model} returned a {type(made).__name__}",
+            "it says what to export and how that is called",
+            "return (model, args) or (model, args, kwargs)",
+        )
+    model, inputs, kwargs = (*made, {})[:3]
+    path = export(
+        model, inputs, kwargs, args.out, topology=args.topology, weights=args.weights, inner=args.inner,
+        placement=args.placement,
+    )  # fmt: skip
+    print(f"wrote {path}, {path.stat().st_size / 2**20:.1f} MiB")
+    return show(path)
+
+
+def find(text: str) -> Callable[[], Any]:
+    """The function that ``file.py:name`` or ``module:name`` names.
+
+    Raises:
+        OptionError: there is none.
+    """
+    source, _, name = text.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.path.insert(0, str(Path(source).resolve().parent))  # as python does for a script
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        found: Callable[[], Any] = getattr(module, name)
+    except (ImportError, AttributeError, ValueError, OSError) as error:
+        raise OptionError(
+            f"model {text!r} cannot be found: {error}",
+            "it names a function",
+            "write file.py:function or module:function",
+        ) from error
+    return found
+
+
+def show(path: Path) -> int:
+    """Check every member of a package and print what it holds."""
+    from sfcompile.package.file import Package
+
+    package = Package(path)
+    manifest = package.manifest
+    weights = manifest["weights"]
+    print(f"{manifest['model']} for {manifest['ranks']} ranks on machines {manifest['machine_of']}, {manifest['mesh']}")
+    print(f"plan: {manifest['plan']}")
+    print(f"runs: {manifest['inner']}; written by {', '.join(f'{k} {v}' for k, v in manifest['versions'].items())}")
+    print(f"weights: {len(weights['tensors'])} tensors {weights['file'] or 'inside'}")
+    for i, facts in enumerate(manifest["signature"]["tensors"]):
+        print(f"input {i}: {facts['dtype']}{facts['shape']}")
+    for name, entry in manifest["members"].items():
+        package.read(name)
+        print(f"  {name:<28}{entry['bytes']:>12} bytes  sha256 {entry['sha256'][:12]}")
+    return 0

@@ -1,0 +1,180 @@
+"""The commands about a model by its name, ``sfcompile simulate`` and ``sfcompile explain``: arguments and what they do.
+
+Torch is imported when a command runs: the command line itself must stay quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfcompile.errors import OptionError
+from sfcompile.options import PLACEMENTS, SCHEDULES
+
+if TYPE_CHECKING:
+    import torch
+
+    from sfcompile.prediction.predict import Prediction
+
+EXIT_USAGE = 2
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def add_model(parser: argparse.ArgumentParser, named: bool = True) -> None:
+    """Arguments that choose a model, its inputs, a topology and a schedule; ``named``: with ``--model`` itself."""
+    if named:
+        parser.add_argument(
+            "--model", help="a transformer class of diffusers, by the start of its name; full size, no weights"
+        )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a field of the model's config other than its default, e.g. num_layers=4; may be repeated",
+    )
+    parser.add_argument("--tokens", type=positive, default=4096, help="tokens of the noisy input (default 4096)")
+    parser.add_argument("--text", type=positive, default=512, help="text tokens (default 512)")
+    parser.add_argument("--batch", type=positive, default=1, help="samples at a time (default 1)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--topology", default="4x8:a100-efa", help='"NxM", "NxM:preset" or a file (default 4x8:a100-efa)'
+    )
+    parser.add_argument("--schedule", choices=SCHEDULES, default="auto", help="only plans of this kind")
+
+
+def add_simulate(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``sfcompile simulate``."""
+    parser.add_argument("--paper", action="store_true", help="the StreamFusion paper's table, predicted and published")
+    add_model(parser)
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), help="folder for the picture and the trace (default: here)"
+    )
+
+
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``sfcompile explain``."""
+    parser.description = (
+        "Trace a model on the meta device, run every pass for a topology, and show what each decided: sequence axes, "
+        "plan with rejected candidates, bytes, predicted time, memory, what stays whole and why, this rank's graph."
+    )
+    add_model(parser)
+    parser.add_argument("--placement", choices=PLACEMENTS, default="auto", help="as in the backend's options")
+    parser.add_argument("--rank", type=int, default=0, help="whose graph is shown (default 0)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the explanation as one page that needs no net")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write it for tools")
+    parser.add_argument("--full", action="store_true", help="print every line, candidate and schedule")
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """``sfcompile simulate``: the exit code."""
+    if args.paper:
+        from sfcompile.commands.paper import format_table, predict_table
+
+        print(format_table(predict_table()))
+        return 0
+    if not args.model:
+        print("sfcompile simulate: say --paper, or name a model with --model", file=sys.stderr)
+        return EXIT_USAGE
+    prediction = predicted(args)
+    print(prediction)
+    shape = re.sub(r"[^\w]+", "-", args.topology)
+    for path in prediction.write(args.out / f"{args.model}-{args.tokens}-{shape}"):
+        print(f"wrote {path}")
+    return 0
+
+
+def predicted(args: argparse.Namespace) -> Prediction:
+    """The plan of the model that the arguments choose.
+
+    Raises:
+        StreamFusionError: no such model, topology or plan.
+    """
+    from sfcompile.prediction.predict import simulate
+    from sfcompile.runtime.program.topology import Topology
+
+    topology = Topology.parse(args.topology)
+    name, model, kwargs = _built(args)
+    return simulate(model, topology=topology, schedule=args.schedule, name=name, **kwargs)
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """``sfcompile explain``: the exit code."""
+    if not args.model:
+        print(
+            "sfcompile explain: name a model with --model; for one of your own call sfcompile.explain(model, ...)",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
+    from sfcompile.prediction.explain import explain
+    from sfcompile.runtime.program.topology import Topology
+
+    Topology.parse(args.topology)  # a slip here must not cost the time that building the model takes
+    name, model, kwargs = _built(args)
+    found = explain(
+        model,
+        topology=args.topology,
+        schedule=args.schedule,
+        placement=args.placement,
+        rank=args.rank,
+        name=name,
+        **kwargs,
+    )
+    print(found.full() if args.full else found)
+    for path, write in ((args.html, found.to_html), (args.json, found.to_json)):
+        if path is not None:
+            write(path)
+            print(f"wrote {path}")
+    return 0
+
+
+def _built(args: argparse.Namespace) -> tuple[str, torch.nn.Module, dict[str, Any]]:
+    """Class name, model and inputs in the dtype asked for, on the meta device."""
+    import torch
+
+    from sfcompile.commands.meta_model import build_meta_model
+
+    dtype = getattr(torch, args.dtype)
+    built = build_meta_model(args.model, args.tokens, args.batch, args.text, fields_of(args.config))
+    kwargs = {key: _cast(value, dtype) for key, value in built.kwargs.items()}
+    # nn.Module's own: diffusers' warns of modules that it would keep in fp32, and nothing is computed here.
+    return built.class_name, torch.nn.Module.to(built.model, dtype), kwargs
+
+
+def fields_of(pairs: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs as fields of a config; values are Python literals, or text.
+
+    Raises:
+        OptionError: no ``=``, or no name before it.
+    """
+    fields: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise OptionError(
+                f"--config {pair!r} is no KEY=VALUE",
+                "It sets one field of the model's config",
+                "Write for example --config num_layers=4 --config 'patch_size=(1, 2, 2)'",
+            )
+        try:
+            fields[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            fields[key] = text
+    return fields
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(entry, dtype) for entry in value)
+    is_float = getattr(value, "is_floating_point", None)
+    return value.to(dtype) if is_float is not None and is_float() else value

@@ -1,0 +1,418 @@
+"""``sfcompile.export``: every rank's program in one file, made in one process with no GPU and no ranks.
+
+The model is traced once and nothing is computed: its backend returns tensors without values, by whose identity the
+model's result is described. The passes then run for every rank. What is written is what a compile would have run: the
+same captured graph, plan and passes, so a loaded package gives the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from sfcompile import __version__
+from sfcompile.capture.graph import Captured, capture, refuse_training
+from sfcompile.errors import InternalError, OptionError, PackageError, StreamFusionError, UnsupportedError
+from sfcompile.lowering.rank_graph import run_passes
+from sfcompile.options import INNERS, Options
+from sfcompile.package.call import bind, describe
+from sfcompile.package.file import PackageWriter, file_hash, processor, to_json
+from sfcompile.package.graph import empty_of, graph_to_json, tensor_facts
+from sfcompile.package.schedules import schedule_to_json
+from sfcompile.package.tensors import map_file, read_tensors, write_tensors
+from sfcompile.passes.pipeline import Compiled
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.torch_private import GraphBreak, aoti_compile
+
+INSIDE = "inside"
+PACKAGE_INNERS = (*INNERS, "aoti")
+
+
+def export(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    path: str | os.PathLike[str],
+    *,
+    topology: Topology | str,
+    weights: str | os.PathLike[str] = INSIDE,
+    **options: Any,
+) -> Path:
+    """Write a package that runs ``model`` on the ranks of a topology, without the model's source and without a trace.
+
+    Args:
+        model: in eval mode. On the meta device only if ``weights`` names a file that holds its values.
+        args, kwargs: what it is called with; only shapes and dtypes of tensors matter, everything else is a constant.
+        path: the file to write.
+        topology: "2x4", "4x8:a100-efa", a file or a Topology: as many ranks as will run.
+        weights: "inside", or a safetensors file beside the package: used as it is if it exists (and holds every weight
+            by its name in ``model.state_dict()``), else written.
+        options: those of the backend; ``inner`` may also be "aoti": the local graphs are compiled now, to native code
+            for this machine's kind of processor (needs a C++ compiler).
+
+    Returns:
+        The path.
+
+    Raises:
+        OptionError: a bad option.
+        UnsupportedError: the model has a graph break, keeps state, or calls what no package can hold.
+        PackageError: a file cannot be written, or ``weights`` does not fit the model.
+    """
+    inner = options.pop("inner", "auto")
+    if inner not in PACKAGE_INNERS:
+        raise OptionError(
+            f"Bad value for option 'inner': got {inner!r}", "", f"Allowed: {', '.join(map(repr, PACKAGE_INNERS))}"
+        )
+    if isinstance(topology, str) and topology == "auto":
+        raise OptionError(
+            "export needs a topology, not 'auto'", "no ranks run from which it could be found", 'write e.g. "1x4"'
+        )
+    asked = Options.from_dict({"topology": topology, "inner": "auto" if inner == "aoti" else inner, **options})
+    where = topology if isinstance(topology, Topology) else Topology.parse(topology)
+    asked.check_world(where.num_ranks)
+    target = Path(path)
+    traced = trace(model, args, kwargs or {})
+    ranks = compile_ranks(traced.captured, where, asked)
+    with PackageWriter(target) as out:
+        manifest = traced.as_json(model) | {
+            "versions": {"sfcompile": __version__, "torch": torch.__version__},
+            "ranks": where.num_ranks,
+            "machine_of": list(where.machine_of),
+            "topology": where.to_toml(),
+            "inner": inner,
+            "attention": asked.attention,
+            "native": processor() if inner == "aoti" else None,
+            "weights": _write_weights(out, target, traced, weights),
+        }
+        manifest |= _write_ranks(out, ranks, traced, inner == "aoti")
+        if asked.attention == "triton":
+            _write_kernels(out, ranks, where)
+        out.finish(manifest)
+    return target
+
+
+# ---------------------------------------------------------------------- the trace
+
+
+@dataclass
+class Traced:
+    """A model's graph, where its placeholders' values come from, and its result.
+
+    Attributes:
+        placeholders: for each, ``("input", number)`` or ``("weight", name)``.
+        weights: parameters, buffers and other tensors that the graph reads, by name.
+        inputs: the tensors of the call, by number.
+        result: the description of the model's result (call.py); tensors are outputs of the graph, then inputs.
+    """
+
+    captured: Captured
+    positional: list[str]
+    arguments: dict[str, Any]
+    inputs: list[torch.Tensor]
+    placeholders: list[tuple[str, Any]]
+    weights: dict[str, torch.Tensor]
+    result: Any = None
+
+    def as_json(self, model: torch.nn.Module) -> dict[str, Any]:
+        """The part of the manifest that is the same on every rank."""
+        tensors = [{**tensor_facts(x), "device": "cpu" if x.is_meta else x.device.type} for x in self.inputs]
+        return {
+            "model": type(model).__name__,
+            "signature": {"positional": self.positional, "arguments": self.arguments, "tensors": tensors},
+            "result": self.result,
+            "placeholders": self.placeholders,
+            "written": [self.captured.tensor_inputs.index(i) for i in self.captured.written],
+        }
+
+
+@dataclass
+class _Seen:
+    """What the tracing backend was given and what it handed out."""
+
+    captured: list[Captured] = field(default_factory=list)
+    actual: list[tuple[Any, ...]] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    failed: list[StreamFusionError] = field(default_factory=list)
+
+
+def trace(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Traced:
+    """Trace a model for one set of inputs. Nothing is computed.
+
+    Raises:
+        UnsupportedError, InputError: see :func:`export`.
+    """
+    if isinstance(args, torch.Tensor):
+        raise OptionError("args is a tensor", "it is the sequence of forward()'s positional arguments", "write (x,)")
+    positional, given = bind(model, args, kwargs)
+    named = dict(
+        itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    )
+    names: dict[int, str] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), name)
+    inputs: list[torch.Tensor] = []
+
+    def leaf(tensor: torch.Tensor) -> int:
+        inputs.append(tensor)
+        return len(inputs) - 1
+
+    arguments = {name: describe(value, leaf, name) for name, value in given.items()}
+    devices = {x.device.type for x in (*inputs, *named.values())} - {"cpu", "meta"}
+    if devices:
+        raise UnsupportedError(
+            f"the model or its inputs are on {', '.join(sorted(devices))}",
+            "packages run on CPU ranks so far",
+            "export it from the CPU or the meta device, or compile it with backend='streamfusion'",
+        )
+    # One object in two places would be one input of the graph: give each place its own.
+    known = set(names)
+    for i, tensor in enumerate(inputs):
+        if id(tensor) in known:
+            inputs[i] = tensor.detach().clone()
+        known.add(id(inputs[i]))
+    seen = _Seen()
+    call = _refill(given, arguments, inputs)
+    torch.compiler.reset()
+    try:
+        with torch.no_grad():
+            result = torch.compile(model, backend=_tracer(seen), fullgraph=True, dynamic=False)(**call)
+    except GraphBreak as error:
+        reason = str(error).strip().splitlines()
+        raise UnsupportedError(
+            f"{type(model).__name__} does not trace as one graph: {reason[0] if reason else type(error).__name__}",
+            "a package holds one graph and nothing of the model's own code",
+            "remove the graph break (torch.compile(fullgraph=True) says where), or compile the model instead",
+        ) from error
+    finally:
+        torch.compiler.reset()
+    if seen.failed:
+        raise seen.failed[0]
+    if not seen.captured:
+        raise UnsupportedError(f"{type(model).__name__} has no graph", "torch.compile traced nothing of it")
+    number = {id(tensor): i for i, tensor in enumerate(inputs)}
+    weights: dict[str, torch.Tensor] = {}
+    placeholders: list[tuple[str, Any]] = []
+    for i in seen.captured[0].tensor_inputs:
+        value = seen.actual[0][i]
+        if id(value) in number:
+            placeholders.append(("input", number[id(value)]))
+            continue
+        name = names.get(id(value), f"constant.{len(weights)}")
+        weights[name] = value
+        placeholders.append(("weight", name))
+    traced = Traced(seen.captured[0], positional, arguments, inputs, placeholders, weights)
+    traced.result = _describe_result(result, seen.outputs, inputs, type(model).__name__)
+    return traced
+
+
+def _refill(given: Mapping[str, Any], arguments: Mapping[str, Any], inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The arguments with the tensors of ``inputs``; values of the model's own types stay as they are."""
+
+    def fill(value: Any, tree: Mapping[str, Any]) -> Any:
+        ((kind, inner),) = tree.items()
+        if kind == "tensor":
+            return inputs[inner]
+        if kind in ("list", "tuple"):
+            return type(value)(fill(entry, part) for entry, part in zip(value, inner, strict=True))
+        if kind == "dict":
+            return type(value)((key, fill(value[key], part)) for key, part in inner.items())
+        return value
+
+    return {name: fill(value, arguments[name]) for name, value in given.items()}
+
+
+def _tracer(seen: _Seen) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            refuse_training(example_inputs)
+            captured = capture(gm, example_inputs)
+        except StreamFusionError as error:  # torch.compile would wrap it
+            seen.failed.append(error)
+            return gm.forward
+        seen.captured.append(captured)
+        values: Any = captured.gm.graph.output_node().args[0]
+        made = [node.meta["val"] for node in values[: len(values) - len(captured.written)]]
+        seen.outputs.extend(torch.empty(tuple(value.shape), dtype=value.dtype, device="meta") for value in made)
+
+        def run(*actual: Any) -> list[torch.Tensor]:
+            seen.actual.append(actual)
+            return list(seen.outputs)
+
+        return run
+
+    return backend
+
+
+def _describe_result(result: Any, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], name: str) -> Any:
+    """The result with tensors numbered: the graph's outputs, then the inputs of the call."""
+    number = {id(tensor): i for i, tensor in enumerate([*outputs, *inputs])}
+    used: set[int] = set()
+
+    def leaf(tensor: torch.Tensor) -> int:
+        if id(tensor) not in number:
+            raise UnsupportedError(
+                f"{name} returns a tensor that its graph does not make",
+                "it is a weight, or computed outside the graph",
+                "return something computed from the inputs",
+            )
+        used.add(number[id(tensor)])
+        return number[id(tensor)]
+
+    tree = describe(result, leaf, "the result")
+    kept = [i for i in range(len(outputs)) if i not in used]
+    if kept:
+        raise UnsupportedError(
+            f"{name} computes {len(kept)} tensors that are no part of its result",
+            "it keeps state between calls (a cache on itself, say), which a package would lose",
+            "return them, or compile the model instead",
+        )
+    return tree
+
+
+# ---------------------------------------------------------------------- ranks
+
+
+def compile_ranks(captured: Captured, topology: Topology, asked: Options) -> list[Compiled | None]:
+    """Every rank's program; [None] for one rank, which runs the captured graph itself."""
+    if topology.num_ranks == 1:
+        return [None]
+
+    def everyone(split_batch: bool) -> list[Compiled]:
+        return [
+            run_passes(captured, topology, rank, asked, lambda plan: plan(), split_batch, dump=rank == 0)
+            for rank in range(topology.num_ranks)
+        ]
+
+    ranks = everyone(split_batch=True)
+    if len({tuple(rank.order) for rank in ranks}) > 1:
+        ranks = everyone(split_batch=False)  # as the backend does
+    return list(ranks)
+
+
+def _write_ranks(out: PackageWriter, ranks: Sequence[Compiled | None], traced: Traced, aoti: bool) -> dict[str, Any]:
+    """Graphs, schedules and plan; the manifest's part about them. Ranks with equal graphs share one."""
+    texts: dict[bytes, int] = {}
+    programs: dict[str, list[int]] = {}
+    known: dict[bytes, int] = {}
+    constants: dict[str, torch.Tensor] = {}
+    graph_of, programs_of = [], []
+    for compiled in ranks:
+        gm = traced.captured.gm if compiled is None else compiled.gm
+        data, own = graph_to_json(gm)
+        # A constant may differ between ranks (token positions): it is part of what makes graphs equal.
+        key = to_json([data, {name: hashlib.sha256(_bytes(value)).hexdigest() for name, value in own.items()}])
+        if key not in texts:
+            index = texts[key] = len(texts)
+            out.add_json(f"graphs/{index}.json", data)
+            constants |= {f"{index}/{name}": value for name, value in own.items()}
+            if aoti:
+                _write_aoti(out, index, gm, data["inputs"])
+        graph_of.append(texts[key])
+        programs_of.append([] if compiled is None else list(compiled.programs))
+        for program, schedules in ({} if compiled is None else compiled.programs).items():
+            sites = [known.setdefault(to_json(schedule_to_json(schedule)), len(known)) for schedule in schedules]
+            if programs.setdefault(program, sites) != sites:
+                raise InternalError(f"ranks disagree about program {program}", "its key should tell them apart")
+    with tempfile.TemporaryFile() as file:
+        write_tensors(file, constants)
+        file.seek(0)
+        out.add_file("constants.safetensors", file)
+    out.add_json("schedules.json", {"schedules": [json.loads(text) for text in known], "programs": programs})
+    report = ranks[0].report if ranks[0] is not None else None
+    if report is not None:
+        report.pass_seconds = {}  # the same export gives the same bytes
+    out.add("plan.txt", (f"{report}\n" if report else "one rank: the whole graph\n").encode(), deflate=True)
+    mesh = {"batch": report.batch, "ulysses": report.ulysses, "ring": report.ring} if report else {}
+    return {
+        "graphs": graph_of,
+        "programs": programs_of,
+        "mesh": mesh,
+        "plan": report.headline if report else "one rank",
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _write_aoti(out: PackageWriter, index: int, gm: fx.GraphModule, inputs: Sequence[Mapping[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.pt2"
+        aoti_compile(gm, [empty_of(facts) for facts in inputs], path)
+        with path.open("rb") as file:
+            out.add_file(f"aoti/{index}.pt2", file)
+
+
+def _write_kernels(out: PackageWriter, ranks: Sequence[Compiled | None], topology: Topology) -> None:
+    """The generated kernels of every attention, as source and, where Triton is installed, as cubins."""
+    found: dict[str, bytes] = {}
+    for compiled in ranks[:1]:
+        if compiled is not None:
+            found |= compiled.kernels(topology.machine_of)
+    for name, data in found.items():
+        out.add(f"kernels/{name}", data, deflate=True)
+
+
+# ---------------------------------------------------------------------- weights
+
+
+def _write_weights(
+    out: PackageWriter, package: Path, traced: Traced, weights: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Weights inside or beside; the manifest's part about them."""
+    facts = {name: tensor_facts(tensor) for name, tensor in traced.weights.items()}
+    meta = [name for name, tensor in traced.weights.items() if tensor.is_meta]
+    if weights == INSIDE:
+        if meta:
+            raise PackageError(
+                f"{len(meta)} weights are on the meta device ({meta[0]}, ...) and have no values",
+                "weights='inside' would have to write them",
+                "name the safetensors file that holds them: weights='model.safetensors'",
+            )
+        with tempfile.TemporaryFile() as file:
+            write_tensors(file, traced.weights)
+            file.seek(0)
+            out.add_file("weights.safetensors", file)
+        return {"file": None, "tensors": facts}
+    path = Path(weights)
+    if not path.exists():
+        if meta:
+            raise PackageError(
+                f"{path} does not exist and {len(meta)} weights are on the meta device ({meta[0]}, ...)",
+                "there are no values to write",
+                "name a safetensors file that holds them",
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            write_tensors(file, traced.weights)
+    memory = map_file(path)
+    held = read_tensors(memory, 0, len(memory), str(path))
+    for name, tensor in traced.weights.items():
+        have = held.get(name)
+        wrong = have is None or have.shape != tensor.shape or have.dtype != tensor.dtype
+        if have is None or wrong or (not tensor.is_meta and not _same(have, tensor)):
+            raise PackageError(
+                f"{path} does not hold weight {name} as the model has it",
+                f"the model has {tensor.dtype} {list(tensor.shape)}, the file "
+                + (
+                    "nothing of that name"
+                    if have is None
+                    else f"{have.dtype} {list(have.shape)}" * wrong or "other values"
+                ),
+                "name the file that belongs to this model, or one that does not exist yet: it will be written",
+            )
+    return {"file": os.path.relpath(path, package.parent), "sha256": file_hash(path), "tensors": facts}
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return _bytes(a) == _bytes(b)

@@ -1,0 +1,324 @@
+"""One rank's graph as readable code: every line with its placement, bytes, seconds and the user's source line.
+
+Lines are grouped by the model's own blocks. Blocks that are alike (the layers of a transformer) are shown once and
+counted, so a model of 60 layers is as short to read as one of two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sfcompile.codegen.plan.simulator import Timeline, layer, simulate
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.errors import source_line
+from sfcompile.passes.graph.cost import flops, is_view, seconds
+from sfcompile.passes.graph.local_graph import COMMUNICATION
+from sfcompile.passes.graph.op_view import OpView, is_getitem
+from sfcompile.runtime.program.instructions import Forward, Push, Put
+from sfcompile.runtime.program.topology import Topology
+
+_BLOCK = re.compile(r"^.*?\.\d+(?=\.|$)")
+_ENDS = ("collect", "gather_finish")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a rank's graph.
+
+    Attributes:
+        text: the call, as code.
+        value: dtype and shape of what this rank makes, e.g. ``bf16[1, 144, 3072]``.
+        kind: "compute", "view" (moves nothing), "cut" (this rank's part of a whole value), "put", "attend", "collect",
+            "gather", "exchange" (halos, other cuts, another dim).
+        placement: "sharded", "whole" (every rank computes the same) or "wire" (talks to other ranks).
+        seconds: predicted on this rank, waits included; ``waits_s`` of it blocked.
+        nbytes: what this rank sends in this line; ``across`` of it to other machines.
+        flops: matmul, convolution and attention FLOPs of this rank.
+        source: the user's line.
+        reason: why it is whole, if it touches tokens.
+    """
+
+    text: str
+    value: str
+    kind: str
+    placement: str
+    seconds: float = 0.0
+    waits_s: float = 0.0
+    nbytes: int = 0
+    across: int = 0
+    flops: float = 0.0
+    source: str = ""
+    reason: str = ""
+
+    @property
+    def matters(self) -> bool:
+        """Whether it takes time, sends something, or was left whole although it touches tokens."""
+        return self.kind not in ("view", "cut") or bool(self.reason)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer of the model, or what lies between layers ("" as name), and its lines.
+
+    ``alike``: how many blocks have these lines; ``name`` is the first of them.
+    """
+
+    name: str
+    alike: int
+    lines: tuple[Line, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of one such block on this rank."""
+        return sum(line.seconds for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the phases of one schedule cost a rank: ``phases[name]`` is ``(seconds, waits, sent, sent across)``."""
+
+    phases: dict[str, tuple[float, float, int, int]]
+    what: str
+
+    @classmethod
+    def of(cls, schedule: Schedule, rank: int, topology: Topology, before_s: float) -> Exchange:
+        """Simulate a schedule phase by phase on its group's topology; ``rank`` counts in the group.
+
+        Args:
+            before_s: compute before its first put, in seconds.
+        """
+        steps = layer(schedule, 1, before_s)
+        lead = len(steps) - len(schedule.origin.phases)
+        phases: dict[str, tuple[float, float, int, int]] = {}
+        last = simulate(steps[:lead], topology)
+        for at, name in enumerate(schedule.origin.phases, start=lead + 1):
+            line = simulate(steps[:at], topology)
+            sent, across = _sent(schedule, rank, name, topology)
+            phases[name] = (
+                _clock(line, rank) - _clock(last, rank),
+                _waits(line, rank) - _waits(last, rank),
+                sent,
+                across,
+            )
+            last = line
+        return cls(phases, _what(schedule))
+
+
+def _clock(line: Timeline, rank: int) -> float:
+    return float(line.compute_s[rank] + line.exposed_s[rank] + line.busy_s[rank])
+
+
+def _waits(line: Timeline, rank: int) -> float:
+    return float(line.exposed_s[rank])
+
+
+def _what(schedule: Schedule) -> str:
+    kind = type(schedule.site).__name__.removesuffix("Site").lower()
+    return "exchange" if kind == "reshard" else kind
+
+
+def _sent(schedule: Schedule, rank: int, phase: str, topology: Topology) -> tuple[int, int]:
+    """Bytes that a rank sends in a phase, and how many of them to other machines."""
+    arrivals = {arrival.slot: schedule.arrival_bytes(arrival) for arrival in schedule.origin.arrivals}
+    sent = across = 0
+    for step in schedule.program(rank).phases[phase]:
+        match step:
+            case Put(_, _, dst, slot) | Forward(_, dst, slot):
+                pass
+            case Push(q, slot):
+                dst = q.src
+            case _:
+                continue
+        nbytes = int(arrivals[slot][dst])
+        sent += nbytes
+        across += 0 if topology.same_machine(rank, dst) else nbytes
+    return sent, across
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the listing of a graph needs to know.
+
+    Attributes:
+        topology: that of this rank's group.
+        names: readable names of the graph's inputs, in order.
+        sharded: captured nodes that were placed on shards.
+        reasons: captured nodes that touch tokens and were left whole, and why.
+        exchange: of ``(program, site)``.
+    """
+
+    topology: Topology
+    names: Sequence[str]
+    sharded: frozenset[str]
+    reasons: dict[str, str]
+    exchange: Callable[[str, int], Exchange]
+
+
+def blocks_of(graph: fx.Graph, facts: Facts) -> tuple[Block, ...]:
+    """The graph's lines by block, in the order in which blocks begin; blocks alike are counted once."""
+    names = _names(graph, facts.names)
+    where, runs = "", 0
+    order: dict[tuple[str, int], list[Line]] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output") or is_getitem(node) or _is_start_ticket(node):
+            continue
+        before, where = where, _layer(node) if node.meta.get("nn_module_stack") else where
+        runs += where != before
+        # A layer is one block wherever its lines are; what lies between layers is a block of its own.
+        order.setdefault((where, 0 if where else runs), []).append(_line(node, names, facts))
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for (name, _), lines in order.items():
+        key = re.sub(r"\d+$", "", name), *((line.kind, line.placement, line.value, line.seconds) for line in lines)
+        found.setdefault(key, [name, 0, tuple(lines)])[1] += 1
+    return tuple(Block(*entry) for entry in found.values())
+
+
+def _is_start_ticket(node: fx.Node) -> bool:
+    """The graph's first ticket: an order, not a value (runtime/rank/ops.py)."""
+    return bool(node.users) and all(user.target in COMMUNICATION for user in node.users) and not node.all_input_nodes
+
+
+def _line(node: fx.Node, names: dict[fx.Node, str], facts: Facts) -> Line:
+    source = source_line(node.stack_trace) or ""
+    if node.target in COMMUNICATION:
+        return _wire(node, names, facts, source)
+    op = OpView.of(node)
+    origin = str(node.meta.get("origin", node.name))
+    sharded = origin in facts.sharded
+    value = _value(node.meta.get("val"))
+    text = f"{names[node]} = {_call(node, names)}"
+    if op is None:
+        return Line(text, value, "view", "sharded" if sharded else "whole", source=source)
+    whole_in = all(x.op in ("placeholder", "get_attr") for x in node.all_input_nodes)
+    cut = is_view(op) and whole_in and "origin" in node.meta and op.name in ("slice", "index_select")
+    kind = "cut" if cut else "view" if is_view(op) else "compute"
+    reason = "" if sharded else facts.reasons.get(origin, "")
+    placement = "sharded" if sharded else "whole"
+    return Line(
+        text, value, kind, placement, seconds(op, facts.topology), flops=flops(op), source=source, reason=reason
+    )
+
+
+def _wire(node: fx.Node, names: dict[fx.Node, str], facts: Facts, source: str) -> Line:
+    op = OpView.of(node)
+    assert op is not None
+    exchange = facts.exchange(str(op.args["program"]), int(op.args["site"]))
+    took, waits, sent, across = exchange.phases[op.name]
+    tensor = next((operand.node for operand in op.operands if not _is_ticket(operand.node)), None)
+    args = [*([] if tensor is None else [names[tensor]]), f"site={op.args['site']}"]
+    kind = {"attend": "attend", "collect": "collect"}.get(
+        op.name, "put" if op.name.startswith("put_") else exchange.what
+    )
+    text = f"{op.name}({', '.join(args)})"
+    value = ""
+    if op.name in _ENDS:
+        text, value = f"{names[node]} = {text}", _value(node.meta["val"][0])
+    elif tensor is not None and op.name != "attend":
+        value = _value(tensor.meta["val"])
+    return Line(text, value, kind, "wire", took, waits, sent, across, source=source)
+
+
+def _is_ticket(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and tuple(value.shape) == (1,) and value.dtype == torch.int64
+
+
+def _names(graph: fx.Graph, inputs: Sequence[str]) -> dict[fx.Node, str]:
+    """Readable names: of inputs, of results without the overload's name, of picked outputs as ``x[1]``."""
+    names: dict[fx.Node, str] = {}
+    used: Counter[str] = Counter()
+    given = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = next(given, node.name)
+        elif is_getitem(node):
+            source, index = node.args
+            assert isinstance(source, fx.Node)
+            ends = source.target in COMMUNICATION
+            names[node] = names[source] if ends else f"{names[source]}[{index}]"
+        else:
+            base = _target(node)
+            names[node] = f"{base}_{used[base]}" if used[base] else base
+            used[base] += 1
+    return names
+
+
+def input_names(placeholders: Sequence[str]) -> list[str]:
+    """Names of a Dynamo graph's inputs as a user writes them: ``blocks.0.attn.to_q.weight``, ``hidden_states``."""
+    found = []
+    for name in placeholders:
+        parts = re.split(r"_(?:modules|parameters|buffers)_", name.strip("_"))
+        head = re.sub(r"^[lL]_+(self(_+dict)?|kwargs|args)?_*", "", parts[0])
+        found.append(".".join(part.strip("_") for part in (head, *parts[1:]) if part.strip("_")) or name)
+    return found
+
+
+def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    args = [_argument(arg, names) for arg in node.args]
+    args += [f"{key}={_argument(value, names)}" for key, value in node.kwargs.items() if _worth_saying(key, value)]
+    return f"{_target(node)}({', '.join(args)})"
+
+
+def _target(node: fx.Node) -> str:
+    """The op's name without library and overload."""
+    name = str(node.target).split(".")
+    return (name[1] if len(name) > 2 else str(getattr(node.target, "__name__", node.target))).lstrip("_")
+
+
+def _worth_saying(key: str, value: Any) -> bool:
+    return key not in ("device", "pin_memory", "layout", "memory_format") and value is not None and value is not False
+
+
+def _argument(value: Any, names: dict[fx.Node, str]) -> str:
+    match value:
+        case fx.Node():
+            text = names[value]
+            return ".".join(text.split(".")[-2:]) if value.op == "placeholder" else text
+        case tuple() | list():
+            shown = [_argument(entry, names) for entry in value[:8]]
+            return f"[{', '.join(shown + ['...'] * (len(value) > 8))}]"
+        case float():
+            return f"{value:.6g}"
+        case torch.dtype():
+            return _dtype(value)
+        case int() if value > 1 << 60:
+            return "end"
+    return str(value)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{_dtype(value.dtype)}[{', '.join(str(int(size)) for size in value.shape)}]"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(_value(entry) for entry in value)
+    return ""
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    for long, short in (("bfloat", "bf"), ("float", "f"), ("complex", "c"), ("uint", "u"), ("int", "i")):
+        if name.startswith(long):
+            return name.replace(long, short, 1)
+    return name
+
+
+def module_of(node: fx.Node) -> str:
+    """The module that a node comes from, as a user writes it: ``transformer_blocks.0.attn``; "" outside all."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(next(reversed(stack.values()), ("", None))[0]) if stack else ""
+    path = path.replace("']['", ".").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    path = re.sub(r"\.(__dict__|_modules)(?=\.|$)", "", path)
+    return re.sub(r"^L?\.?(self)?\.?", "", path)
+
+
+def _layer(node: fx.Node) -> str:
+    """The layer a node belongs to: its module's path up to the first number; "" outside of layers."""
+    match = _BLOCK.match(module_of(node))
+    return match[0] if match else ""

@@ -1,0 +1,188 @@
+"""What the compiler would do with a model on a topology, and why: in one process, without ranks, without a GPU.
+
+``explain`` runs every pass that a compile runs, for one rank, on fake tensors. The numbers it shows are predictions of
+the simulator and of the cost model on the topology's constants; nothing is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from sfcompile.capture.graph import Captured, break_reason
+from sfcompile.codegen.plan.volumes import volume
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.errors import OptionError, StreamFusionError, UnsupportedError
+from sfcompile.passes.pipeline import run_pipeline
+from sfcompile.passes.report.report import GraphReport
+from sfcompile.passes.state import State
+from sfcompile.prediction.code import Exchange, Facts, blocks_of, input_names
+from sfcompile.prediction.explained import Attentions, Axis, Explained, Part, written
+from sfcompile.prediction.html import page
+from sfcompile.prediction.predict import each_graph
+from sfcompile.prediction.text import text_of
+from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.topology import Topology
+
+
+class Explanation(Explained):
+    """What :func:`explain` found. Prints as tables; ``to_html`` gives a page and ``to_json`` data for tools."""
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One page that needs nothing else: plan, timeline, graph. Also written to ``path`` if one is given.
+
+        Raises:
+            OptionError: the file cannot be written.
+        """
+        return written(page(self), path)
+
+    def __str__(self) -> str:
+        return text_of(self)
+
+    def full(self) -> str:
+        """Like ``str()``, with every line of the graph, every candidate and every schedule."""
+        return text_of(self, full=True)
+
+
+def explain(
+    model: torch.nn.Module,
+    *args: Any,
+    topology: Topology | str = "4x8:a100-efa",
+    mesh: Mapping[str, int] | None = None,
+    schedule: str = "auto",
+    placement: str = "auto",
+    rank: int = 0,
+    name: str = "",
+    **kwargs: Any,
+) -> Explanation:
+    """Run every pass on a model for a topology and say what each decided. Nothing is computed, no rank is started.
+
+    Args:
+        model: any module; it may be on the meta device, at full size. ``args`` and ``kwargs`` are what it is called
+            with: meta tensors, or real ones if the model's own code looks at values between graphs.
+        topology: as in the backend's option: "4x8:a100-efa", a file, or a Topology.
+        mesh, schedule, placement: as in the backend's options.
+        rank: whose graph is shown.
+        name: of the model, for titles.
+
+    Raises:
+        TopologyError: it cannot be read.
+        OptionError: no such rank.
+        MeshError: mesh or schedule are not possible.
+        UnsupportedError: torch.compile traces nothing of the model.
+    """
+    where = topology if isinstance(topology, Topology) else Topology.parse(topology)
+    if not 0 <= rank < where.num_ranks:
+        raise OptionError(
+            f"There is no rank {rank}", f"The topology has ranks 0 to {where.num_ranks - 1}", "Name one of them"
+        )
+    asked = topology if isinstance(topology, str) else f"{where.num_machines} machines, {where.num_ranks} ranks"
+    begun = time.perf_counter()
+    parts: list[Part] = []
+
+    def visit(gm: fx.GraphModule, captured: Captured) -> None:
+        state = State(
+            captured.gm, captured.mode, where, rank, mesh, schedule, shard_everything=placement == "shard"
+        )  # fmt: skip
+        report = run_pipeline(state).report
+        report.graph, report.break_reason = len(parts) + 1, break_reason(gm)
+        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        parts.append(_part(state, report, input_names([names[i] for i in captured.tensor_inputs]), rank, where))
+
+    def refused(gm: fx.GraphModule, error: UnsupportedError) -> None:
+        parts.append(Part(len(parts) + 1, None, break_reason=break_reason(gm), refused=str(error)))
+
+    stopped = ""
+    try:
+        each_graph(model, args, kwargs, visit, refused)
+    except StreamFusionError:
+        raise
+    except Exception as error:
+        # Code between two graphs looked at values, which nobody computed: what was found so far is still true.
+        if not parts or not parts[-1].break_reason:
+            raise
+        stopped = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    weights = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    return Explanation(
+        name or type(model).__name__, asked, where, rank, tuple(parts), sum(weights.values()),
+        time.perf_counter() - begun, stopped,
+    )  # fmt: skip
+
+
+def _part(state: State, report: GraphReport, names: list[str], rank: int, job: Topology) -> Part:
+    """What is to be said about a graph whose passes have run; ``job`` is the topology of all ranks."""
+    assert state.placement is not None and state.choices is not None and state.local is not None
+    programs = {state.local.program: state.schedules}
+    reasons = {node.name: reason for node, reason in state.placement.reasons.items()}
+    if state.part is not None:
+        programs[state.part.program] = state.part.schedules
+        reasons |= {node.name: f"batch: {why}" for node, (_, why) in state.part.left.items()}
+    known: dict[int, Exchange] = {}  # layers repeat: simulate each distinct schedule once
+
+    def exchange(program: str, site: int) -> Exchange:
+        schedule = programs[program][site]
+        if id(schedule) not in known:
+            place, members = schedule.members(rank)
+            before_s = state.choices.other_s if isinstance(schedule.site, AttentionSite) else 0.0  # type: ignore[union-attr]
+            known[id(schedule)] = Exchange.of(schedule, place, job.subset(members), before_s)
+        return known[id(schedule)]
+
+    sharded = frozenset(node.name for node in state.placement.needs)
+    facts = Facts(state.topology, names, sharded, reasons, exchange)
+    return Part(
+        report.graph, report, _axes(state, names), _attentions(state), blocks_of(state.local.graph, facts),
+        state.choices, report.break_reason, groups=max(1, len(state.groups)),
+    )  # fmt: skip
+
+
+def _axes(state: State, names: list[str]) -> tuple[Axis, ...]:
+    assert state.layouts is not None
+    owners, chosen = state.layouts.owners, state.layouts.chosen
+    segments: dict[int, list[int]] = {}
+    for first, length in owners.segments:
+        segments.setdefault(owners.axis_of(((first, length),)), []).append(length)
+    inputs: dict[int, list[tuple[str, int, int]]] = {}
+    placeholders = [node for node in state.gm.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=False):
+        if node in chosen:
+            layout = chosen[node]
+            inputs.setdefault(owners.axis_of(layout.runs), []).append((name, layout.dim, layout.tokens))
+    found = []
+    left = dict(segments)
+    for tokens, count, work in state.layouts.axes:
+        axis = next(key for key, parts in left.items() if sum(parts) == tokens and len(parts) == count)
+        found.append(Axis(tokens, tuple(left.pop(axis)), work, tuple(inputs.get(axis, ()))))
+    return tuple(found)
+
+
+def _attentions(state: State) -> tuple[Attentions, ...]:
+    """The kinds of attention that ranks share, and how often each occurs in this rank's graph."""
+    assert state.choices is not None and state.local is not None
+    found = []
+    for key, plan in state.choices.plans.items():
+        count = sum(isinstance(s, AttentionSite) and s.geometry() == key for s in state.local.sites)
+        if not count:
+            continue
+        site = state.choices.sites[key]
+        schedule: Schedule = plan.best.schedule(site, state.choices.topology)
+        forms, sent = volume(schedule, state.choices.topology), schedule.bytes_by_link(state.choices.topology)
+        inside, across = (
+            (str(form), value, moved)
+            for form, value, moved in zip((forms.inside, forms.across), forms.bytes, sent, strict=True)
+        )
+        symbols = {str(symbol): value for symbol, value in forms.numbers.items()}
+        found.append(Attentions(count, _what(site), plan, inside, across, symbols, str(schedule)))
+    return tuple(found)
+
+
+def _what(site: AttentionSite) -> str:
+    queries, keys = (sum(n for runs in places for _, n in runs) for places in (site.q_positions, site.kv_positions))
+    tokens = f"{queries} tokens" if queries == keys else f"{queries} queries on {keys} keys"
+    grouped = f" over {site.kv_heads} K/V heads" if site.kv_heads != site.heads else ""
+    more = "".join([", causal" if site.causal else "", ", with a mask" if site.mask else ""])
+    return f"{tokens}, {site.heads} heads{grouped} x {site.head_dim}, batch {site.batch}{more}"

@@ -1,0 +1,247 @@
+"""The facts of an explanation: axes, attentions, graphs, the step. text.py and html.py show them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sfcompile.codegen.plan.choose_plan import SitePlan
+from sfcompile.codegen.plan.simulator import Timeline, layer, simulate
+from sfcompile.passes.choose_schedules import Choices
+from sfcompile.passes.report.report import GraphReport
+from sfcompile.prediction.code import Block
+from sfcompile.prediction.timeline import write_text
+from sfcompile.runtime.program.topology import Topology
+
+DRAWN_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A sequence axis: positions that attention looks along.
+
+    Attributes:
+        tokens: its length; ``segments`` are the lengths of its parts (text and image of a joint attention).
+        flops: of the attentions along it.
+        inputs: the model's inputs that carry it, as ``(name, dim, tokens)``.
+    """
+
+    tokens: int
+    segments: tuple[int, ...]
+    flops: float
+    inputs: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Attentions:
+    """One kind of attention of a graph: how many there are, what they are, and how they run.
+
+    Attributes:
+        count: attentions of this kind.
+        what: in words.
+        plan: the pick and every rejected candidate with its reason.
+        inside, across: bytes of one attention over all ranks of a group, inside and between machines, as
+            ``(closed form, its value, what the schedule really sends)``. The closed form holds where heads and tokens
+            divide evenly.
+        symbols: values of the closed forms' symbols.
+        steps: the schedule, instruction by instruction.
+    """
+
+    count: int
+    what: str
+    plan: SitePlan
+    inside: tuple[str, int, int]
+    across: tuple[str, int, int]
+    symbols: dict[str, int]
+    steps: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of the model (a model without graph breaks has one).
+
+    Attributes:
+        report: what the passes decided, as the backend reports it.
+        axes: the sequence axes, most attention first.
+        attentions: by kind.
+        blocks: this rank's graph.
+        choices: the planner's, for one group of ranks; None if the graph was refused.
+        groups: how many groups of ranks take a part of the batch each.
+        refused: why the graph cannot be sharded at all; "" if it can.
+    """
+
+    number: int
+    report: GraphReport | None
+    axes: tuple[Axis, ...] = ()
+    attentions: tuple[Attentions, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    choices: Choices | None = None
+    break_reason: str = ""
+    refused: str = ""
+    groups: int = 1
+
+    def seconds(self, *kinds: str, placement: str = "") -> float:
+        """Predicted seconds of this rank's lines of some kinds (all, if none are named)."""
+        lines = ((block.alike, line) for block in self.blocks for line in block.lines)
+        return sum(
+            n * line.seconds
+            for n, line in lines
+            if (not kinds or line.kind in kinds) and placement in ("", line.placement)
+        )
+
+    @property
+    def exposed_s(self) -> float:
+        """Predicted seconds in which this rank is blocked in waits."""
+        return sum(block.alike * line.waits_s for block in self.blocks for line in block.lines)
+
+    @property
+    def sent(self) -> tuple[int, int]:
+        """Bytes that this rank sends: in all, and to other machines."""
+        lines = [(block.alike, line) for block in self.blocks for line in block.lines]
+        return sum(n * line.nbytes for n, line in lines), sum(n * line.across for n, line in lines)
+
+    @property
+    def limit_s(self) -> float:
+        """No schedule of these bytes and this compute is faster: per attention, the larger of the two."""
+        if not self.attentions:
+            return self.seconds()
+        return sum(entry.count * entry.plan.price.limit_s for entry in self.attentions)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What is known of a model on a topology; explain.py's Explanation adds its forms as words and as a page.
+
+    Attributes:
+        name: of the model.
+        where: the topology as it was asked for.
+        topology: it.
+        rank: whose graph is shown.
+        parts: one per graph.
+        weight_bytes: parameters and buffers, which every rank holds whole.
+        seconds: how long tracing, planning and rewriting took.
+        stopped: why the model's own code did not run to its end (code between graphs that needs values), or "".
+    """
+
+    name: str
+    where: str
+    topology: Topology
+    rank: int
+    parts: tuple[Part, ...]
+    weight_bytes: int
+    seconds: float
+    stopped: str = ""
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of a step on this rank."""
+        return sum(part.seconds() for part in self.parts)
+
+    @property
+    def exposed_s(self) -> float:
+        """Predicted seconds of it in which the rank is blocked in waits."""
+        return sum(part.exposed_s for part in self.parts)
+
+    @property
+    def limit_s(self) -> float:
+        """No schedule of these bytes and this compute is faster."""
+        return min(self.step_s, sum(part.limit_s for part in self.parts))
+
+    @property
+    def heap_bytes(self) -> int:
+        """Symmetric memory per rank, shared by all layers and graphs."""
+        return max((part.report.heap_bytes for part in self.parts if part.report is not None), default=0)
+
+    @cached_property
+    def _main(self) -> tuple[Part, Attentions] | None:
+        kinds = [(part, kind) for part in self.parts for kind in part.attentions]
+        return max(kinds, key=lambda pair: pair[1].count * (pair[1].plan.price.seconds or 0.0), default=None)
+
+    def timeline(self) -> tuple[Timeline, Topology, str] | None:
+        """Two layers around the attention on which the model spends most: events, ranks, title; None without one."""
+        if self._main is None:
+            return None
+        part, kind = self._main
+        assert part.choices is not None
+        site = next(s for key, s in part.choices.sites.items() if part.choices.plans[key] is kind.plan)
+        topology = part.choices.topology
+        schedule = kind.plan.best.schedule(site, topology)
+        steps = [step for epoch in range(1, DRAWN_LAYERS + 1) for step in layer(schedule, epoch, part.choices.other_s)]
+        group = f"; one of {part.groups} groups that share the batch" if part.groups > 1 else ""
+        title = f"{DRAWN_LAYERS} layers of {kind.plan.best}, predicted{group}"
+        return simulate(steps, topology, record=True), topology, title
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values. Times are in seconds, sizes in bytes."""
+        return {
+            "format": 1,
+            "model": self.name,
+            "topology": {"asked": self.where, **asdict(self.topology)},
+            "rank": self.rank,
+            "seconds_to_explain": self.seconds,
+            "stopped": self.stopped,
+            "step": {"seconds": self.step_s, "exposed_s": self.exposed_s, "limit_s": self.limit_s},
+            "memory": {"heap_bytes": self.heap_bytes, "weight_bytes": self.weight_bytes},
+            "graphs": [_plain_part(part) for part in self.parts],
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The explanation as JSON text, also written to ``path`` if one is given.
+
+        Raises:
+            OptionError: the file cannot be written.
+        """
+        return written(json.dumps(self.to_dict(), indent=1, default=str), path)
+
+
+def written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        write_text(Path(path), text)
+    return text
+
+
+def _plain_part(part: Part) -> dict[str, Any]:
+    sent, across = part.sent
+    found: dict[str, Any] = {
+        "graph": part.number,
+        "break_reason": part.break_reason,
+        "refused": part.refused,
+        "groups": part.groups,
+        "notes": list(part.choices.notes) if part.choices is not None else [],
+        "axes": [asdict(axis) for axis in part.axes],
+        "step": {
+            "seconds": part.seconds(),
+            "exposed_s": part.exposed_s,
+            "limit_s": part.limit_s,
+            "sent_bytes": sent,
+            "sent_across_bytes": across,
+        },
+        "attentions": [
+            {
+                "count": kind.count,
+                "what": kind.what,
+                "taken": str(kind.plan.best),
+                "candidates": [{**asdict(row), "candidate": str(row.candidate)} for row in kind.plan.rows],
+                "bytes": {
+                    "symbols": kind.symbols,
+                    "inside": dict(zip(("closed_form", "value", "sent"), kind.inside, strict=True)),
+                    "across": dict(zip(("closed_form", "value", "sent"), kind.across, strict=True)),
+                },
+                "schedule": kind.steps.splitlines(),
+            }
+            for kind in part.attentions
+        ],
+        "code": [
+            {"block": block.name, "alike": block.alike, "lines": [asdict(line) for line in block.lines]}
+            for block in part.blocks
+        ],
+    }
+    if part.report is not None:
+        report = asdict(part.report)
+        for name in ("plans", "axes", "graph", "break_reason"):
+            report.pop(name)
+        found["report"] = report
+    return found

@@ -1,0 +1,245 @@
+"""Predict a step of a model on a topology, in one process: no ranks, no GPU, weights on the meta device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from sfcompile.capture.graph import Captured, capture
+from sfcompile.codegen.plan.choose_plan import SitePlan
+from sfcompile.codegen.plan.simulator import Step, Timeline, layer, pipelined
+from sfcompile.codegen.plan.simulator import simulate as run_simulator
+from sfcompile.codegen.plan.volumes import volume
+from sfcompile.codegen.proof.checker import check
+from sfcompile.errors import UnsupportedError
+from sfcompile.passes.choose_schedules import Choices
+from sfcompile.passes.pipeline import run_until
+from sfcompile.passes.state import State
+from sfcompile.prediction.timeline import write_perfetto, write_png
+from sfcompile.runtime.program.sites import AttentionSite, count
+from sfcompile.runtime.program.topology import Topology
+
+DRAWN_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The plan of every distinct attention of a model, and what a step is predicted to take.
+
+    Attributes:
+        name: of the model.
+        topology: what it was planned for.
+        choices: plans, counts, sites.
+        seconds: how long tracing and planning took.
+    """
+
+    name: str
+    topology: Topology
+    choices: Choices
+    seconds: float
+
+    def _parts(self) -> list[tuple[int, AttentionSite, SitePlan]]:
+        return [(n, self.choices.sites[key], self.choices.plans[key]) for key, n in self.choices.counts.items()]
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of a step: every attention and the compute before it."""
+        return sum(n * (plan.price.seconds or 0.0) for n, _, plan in self._parts())
+
+    @property
+    def exposed_s(self) -> float:
+        """Predicted seconds a step in which the most blocked rank waits."""
+        return sum(n * plan.price.exposed_s for n, _, plan in self._parts())
+
+    @property
+    def limit_s(self) -> float:
+        """No schedule of these bytes and this compute is faster: per attention, the larger of the two."""
+        return sum(n * plan.price.limit_s for n, _, plan in self._parts())
+
+    def timeline(self, layers: int = DRAWN_LAYERS) -> Timeline:
+        """Every event of a few layers around the attention on which the model spends most."""
+        main = self.choices.main
+        if main is None:
+            raise UnsupportedError(
+                f"{self.name} has no attention that can be sharded over tokens", "there is nothing to simulate"
+            )
+        site = next(site for _, site, plan in self._parts() if plan is main)
+        schedule = main.best.schedule(site, self.choices.topology)
+        steps: list[Step] = []
+        if site.parts > 1:
+            steps += pipelined(schedule, layers, self.choices.other_s)
+        for epoch in range(1, layers + 1) if site.parts == 1 else ():
+            steps += layer(schedule, epoch, self.choices.other_s)
+        return run_simulator(steps, self.choices.topology, record=True)
+
+    def write(self, stem: Path) -> list[Path]:
+        """Write ``STEM.png`` (a picture) and ``STEM.json`` (a Perfetto trace) of two layers; the paths.
+
+        Raises:
+            OptionError: a file cannot be written, or matplotlib is missing.
+        """
+        line = self.timeline()
+        main = self.choices.main
+        assert main is not None
+        title = f"{self.name}, {DRAWN_LAYERS} layers, predicted: {main.best} on {_words(self.topology)}"
+        if self.choices.batch > 1:
+            title += f"; one of {self.choices.batch} groups that share the batch"
+        paths = [stem.with_suffix(".png"), stem.with_suffix(".json")]
+        write_png(paths[0], line.spans, self.choices.topology.machine_of, title)
+        write_perfetto(paths[1], line.spans, self.choices.topology.machine_of, title)
+        return paths
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} on {_words(self.topology)}, traced and planned in {self.seconds:.1f} s"]
+        lines += self.choices.notes
+        if self.choices.batch > 1:
+            lines.append(
+                f"{self.choices.batch} groups of {_words(self.choices.topology)} take a part of the batch each:"
+            )
+        for n, site, plan in self._parts():
+            schedule = plan.best.schedule(site, self.choices.topology)
+            check(schedule)
+            tokens = sum(count(p) for p in site.q_positions)
+            grouped = f" over {site.kv_heads} K/V heads" if site.kv_heads != site.heads else ""
+            lines += [
+                "",
+                f"{n} attention{'s' * (n > 1)}: {tokens} tokens, {site.heads} heads{grouped} x {site.head_dim}, "
+                f"batch {site.batch}; {self.choices.other_s * 1e3:.3f} ms of other compute before each",
+                str(plan),
+                "bytes of one attention over all ranks, in closed form:",
+                *(f"  {text}" for text in str(volume(schedule, self.choices.topology)).splitlines()),
+            ]
+        if self.choices.counts:
+            lines += [
+                "",
+                f"step       {self.step_s * 1e3:10.2f} ms predicted",
+                f"exposed    {self.exposed_s * 1e3:10.2f} ms of it in waits ({self.exposed_s / self.step_s:.1%})",
+                f"limit      {self.limit_s * 1e3:10.2f} ms: the larger of compute alone and bytes / bandwidth",
+                f"efficiency {self.limit_s / self.step_s:10.1%} of the limit",
+            ]
+        else:
+            lines.append("no attention can be sharded over tokens: every rank would compute the whole model")
+        return "\n".join(lines)
+
+
+def _words(topology: Topology) -> str:
+    machines = topology.num_machines
+    return f"{machines} machine{'s' * (machines > 1)}, {topology.num_ranks} ranks"
+
+
+def simulate(
+    model: torch.nn.Module,
+    *args: Any,
+    topology: Topology | str,
+    mesh: Mapping[str, int] | None = None,
+    schedule: str = "auto",
+    name: str = "",
+    **kwargs: Any,
+) -> Prediction:
+    """Trace a model, plan every attention for a topology, and predict a step. Nothing is computed.
+
+    Args:
+        model: may be on the meta device; ``args`` and ``kwargs`` are what it is called with.
+        topology: as in the backend's option: "4x8:a100-efa", a file, or a Topology.
+        mesh, schedule: as in the backend's options.
+
+    Raises:
+        TopologyError: it cannot be read.
+        MeshError: mesh or schedule are not possible.
+        UnsupportedError: the model's first graph cannot be captured.
+    """
+    where = topology if isinstance(topology, Topology) else Topology.parse(topology)
+    begun = time.perf_counter()
+    found: list[Choices] = []
+
+    def plan(gm: fx.GraphModule, captured: Captured) -> None:
+        state = State(captured.gm, captured.mode, where, 0, mesh, schedule)
+        run_until(state, "choose_schedules")
+        assert state.choices is not None
+        found.append(state.choices)
+
+    each_graph(model, args, kwargs, plan)
+    # Several graphs: the one with most attention stands for the model; the others add their own.
+    return Prediction(name or type(model).__name__, where, _joined(found), time.perf_counter() - begun)
+
+
+def each_graph(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    visit: Callable[[fx.GraphModule, Captured], None],
+    refused: Callable[[fx.GraphModule, UnsupportedError], None] | None = None,
+) -> None:
+    """Trace a call of a model and visit each of its graphs. Nothing is computed: graphs return zeros, or meta tensors.
+
+    Args:
+        visit: gets a graph of Dynamo and what was captured of it.
+        refused: gets a graph that cannot be captured; it then runs as it is, so that those behind it are found too.
+            None: that is an error.
+
+    Raises:
+        UnsupportedError: torch.compile traced no graph.
+        StreamFusionError: what ``visit`` raised first.
+    """
+    failed: list[Exception] = []
+    graphs = 0
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        try:
+            captured = capture(gm, inputs)
+        except UnsupportedError as error:
+            if refused is None:
+                failed.append(error)
+            else:
+                refused(gm, error)
+            return gm.forward
+        try:
+            visit(gm, captured)
+        except Exception as error:  # torch.compile would wrap it
+            failed.append(error)
+            return gm.forward
+        meta = any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in inputs)
+        outputs = captured.gm.graph.output_node().args[0]
+        assert isinstance(outputs, (tuple, list))
+        own = outputs[: len(outputs) - len(captured.written)]
+        return lambda *args: fx.map_arg(own, lambda node: _zeros(node.meta["val"], meta))
+
+    torch.compiler.reset()
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=backend)(*args, **kwargs)
+    except Exception:
+        if not failed:
+            raise
+    finally:
+        torch.compiler.reset()
+    if failed:
+        raise failed[0]
+    if not graphs:
+        raise UnsupportedError("the model has no graph to plan", "torch.compile traced nothing of it")
+
+
+def _zeros(value: Any, meta: bool) -> Any:
+    device = torch.device("meta") if meta else value.device
+    return torch.zeros(tuple(map(int, value.shape)), dtype=value.dtype, device=device)
+
+
+def _joined(found: Sequence[Choices]) -> Choices:
+    first = max(found, key=lambda choices: sum(choices.counts.values()))
+    counts: dict[tuple[Any, ...], int] = {}
+    plans: dict[tuple[Any, ...], SitePlan] = {}
+    sites: dict[tuple[Any, ...], AttentionSite] = {}
+    for choices in found:
+        for key, n in choices.counts.items():
+            counts[key] = counts.get(key, 0) + n
+            plans.setdefault(key, choices.plans[key])
+            sites.setdefault(key, choices.sites[key])
+    return replace(first, plans=plans, counts=counts, sites=sites)

@@ -1,0 +1,208 @@
+"""An explanation as tables for a terminal, and the words and units that the page uses too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from sfcompile.passes.report.report import Left, short_source
+from sfcompile.prediction.code import Block, Line
+from sfcompile.prediction.explained import Attentions, Axis, Explained, Part
+
+CANDIDATES, LEFT = 10, 12
+"""Rows that a short explanation shows of each table."""
+WORTH = 0.02
+"""Part of its block's time from which a short explanation shows a line."""
+COMMUNICATION = ("put", "attend", "collect", "gather", "exchange")
+ATTENTION = ("put", "attend", "collect")
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: ``28.7 MiB``."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``3.51 ms``."""
+    if seconds <= 0.0:
+        return "0"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} us"
+
+
+def ranks(found: Explained) -> str:
+    """How many ranks on how many machines."""
+    machines, count = found.topology.num_machines, found.topology.num_ranks
+    return f"{count} rank{'s' * (count > 1)} on {machines} machine{'s' * (machines > 1)}"
+
+
+def step_rows(found: Explained) -> list[tuple[str, float, str]]:
+    """What a step is made of, on the rank that is shown: ``(name, seconds, in words)``."""
+
+    def total(*kinds: str, placement: str = "") -> float:
+        return sum(part.seconds(*kinds, placement=placement) for part in found.parts)
+
+    return [
+        ("attention", total(*ATTENTION), "puts, attention with its waits, outputs coming home"),
+        ("on shards", total("compute", placement="sharded"), "everything else on this rank's tokens"),
+        ("whole", total("compute", placement="whole"), "what every rank computes alike"),
+        ("gathers", total("gather", "exchange"), "values that ranks gather or exchange"),
+    ]
+
+
+def axis_words(axis: Axis) -> str:
+    """A sequence axis in a line."""
+    parts = "" if len(axis.segments) == 1 else " = " + " + ".join(map(str, axis.segments[:6]))
+    more = f" + {len(axis.segments) - 6} more" if len(axis.segments) > 6 else ""
+    carried = ", ".join(f"{name} (dim {dim})" for name, dim, _ in axis.inputs)
+    where = f"carried by {carried}" if carried else "made inside the model"
+    return f"{axis.tokens} tokens{parts}{more}, {axis.flops / 1e9:.1f} GFLOP of attention; {where}"
+
+
+def memory_rows(found: Explained) -> list[tuple[str, str, str]]:
+    """What a rank must hold: ``(name, size, in words)``."""
+    return [
+        ("heap", size(found.heap_bytes), "symmetric memory per rank, two banks shared by all layers and steps"),
+        ("weights", size(found.weight_bytes), "whole on every rank: tokens are split, weights are not"),
+    ]
+
+
+def left_of(part: Part) -> list[Left]:
+    """Token ops that every rank computes whole, costliest first, without those that move nothing."""
+    return [] if part.report is None else part.report.left_behind
+
+
+def alike(rows: Sequence[Left]) -> list[tuple[Left, int]]:
+    """Rows of the same line of source, op, reason and cost once, with how many there are: layers repeat."""
+    found: dict[tuple[object, ...], tuple[Left, int]] = {}
+    for row in rows:
+        # Reasons name the reader, whose number differs from layer to layer.
+        key = row.op, row.source, re.sub(r"\w*_\d+\b", "", row.reason), row.flops, row.nbytes
+        first, count = found.get(key, (row, 0))
+        found[key] = first, count + 1
+    return list(found.values())
+
+
+def cost(row: Left) -> str:
+    """What it costs to leave an op whole."""
+    return f"{row.flops / 1e9:.3f} GFLOP" if row.flops else size(row.nbytes)
+
+
+def text_of(found: Explained, full: bool = False) -> str:
+    """Tables for a terminal; ``full``: every line, candidate and schedule."""
+    step = found.step_s
+    lines = [
+        f"{found.name} on {found.where}: {ranks(found)}; explained in {found.seconds:.1f} s.",
+        f"Rank {found.rank} is shown. Times are predicted from the topology's constants; nothing was run.",
+        "",
+        f"step       {step * 1e3:10.2f} ms predicted",
+    ]
+    lines += [f"  {name:<9}{seconds * 1e3:10.2f} ms  {words}" for name, seconds, words in step_rows(found)]
+    if step:
+        lines += [
+            f"exposed    {found.exposed_s * 1e3:10.2f} ms of it in waits ({found.exposed_s / step:.1%})",
+            f"limit      {found.limit_s * 1e3:10.2f} ms ({found.limit_s / step:.0%} of the step): per attention the "
+            "larger of compute alone and bytes / bandwidth",
+        ]
+    lines += [f"{name:<11}{amount:>10}     {words}" for name, amount, words in memory_rows(found)]
+    if found.stopped:
+        lines += ["", f"The model's own code stopped the trace: {found.stopped}"]
+        lines += ["Code between graphs looks at values, and none were computed. Give real tensors, or an earlier cut."]
+    for part in found.parts:
+        lines += ["", *_part(part, found, full)]
+    return "\n".join(lines)
+
+
+def _part(part: Part, found: Explained, full: bool) -> list[str]:
+    several = len(found.parts) > 1
+    lines = [f"==== graph {part.number} of {len(found.parts)}: {duration(part.seconds())} ===="] if several else []
+    if part.break_reason:
+        lines.append(f"ends at a graph break: {part.break_reason}")
+    if part.refused:
+        return [*lines, f"runs unsharded: {part.refused}"]
+    assert part.report is not None
+    lines.append("sequence axes")
+    lines += [f"  {axis_words(axis)}" for axis in part.axes] or ["  none: no attention was found"]
+    lines += _notes(part)
+    for kind in part.attentions:
+        lines += ["", *_attention(kind, full)]
+    if not part.attentions:
+        lines.append("no attention is sharded over tokens")
+    lines += ["", *_left("not sharded (token ops that every rank computes whole)", left_of(part), full)]
+    lines += _left("gathered (sharded values that some reader needs whole)", part.report.gathered, full)
+    lines += _left("exchanged in part (halos, other cuts, another dim)", part.report.moved, full)
+    lines += [f"warning: {text}" for text in part.report.warnings]
+    lines += [
+        "",
+        "this rank's graph" + ("" if full else f" (lines of {WORTH:.0%} of their block, or that communicate)"),
+    ]
+    for block in part.blocks:
+        lines += _block(block, full)
+    return lines
+
+
+def batch_words(part: Part) -> str:
+    """How the batch is split over groups of ranks, or ""."""
+    if part.groups < 2:
+        return ""
+    return f"{part.groups} groups of ranks take a part of the batch each; what follows is one group's"
+
+
+def _notes(part: Part) -> list[str]:
+    notes = [*(part.choices.notes if part.choices is not None else ()), batch_words(part)]
+    return ["", *notes] if any(notes) else []
+
+
+def _attention(kind: Attentions, full: bool) -> list[str]:
+    head, *rows = str(kind.plan).splitlines()
+    shown = rows if full else rows[:CANDIDATES]
+    more = [f"  ... and {len(rows) - len(shown)} more candidates"] if len(shown) < len(rows) else []
+    (inside, in_value, in_sent), (across, across_value, across_sent) = kind.inside, kind.across
+    lines = [
+        f"{kind.count} attention{'s' * (kind.count > 1)}: {kind.what}",
+        *(f"  {row}" for row in (head, *shown)),
+        *more,
+        "  bytes of one attention over all ranks, in closed form and as sent:",
+        f"    inside machines   {inside} = {size(in_value)}, sent {size(in_sent)}",
+        f"    between machines  {across} = {size(across_value)}, sent {size(across_sent)}",
+        f"    with {', '.join(f'{name} = {value}' for name, value in kind.symbols.items())}",
+    ]
+    return lines + ([f"  {line}" for line in kind.steps.splitlines()] if full else [])
+
+
+def _left(title: str, rows: Sequence[Left], full: bool) -> list[str]:
+    if not rows:
+        return [f"{title}: none"]
+    found = [(row, 1) for row in rows] if full else alike(rows)
+    shown = found if full else found[:LEFT]
+    lines = [f"{title}: {len(rows)}"]
+    for row, count in shown:
+        times = f"{count} x" if count > 1 else ""
+        lines.append(f"  {row.node:<24} {row.op:<24} {times:>5} {cost(row):>13}  {row.source}  -- {row.reason}")
+    hidden = sum(count for _, count in found) - sum(count for _, count in shown)
+    return lines + ([f"  ... and {hidden} more"] if hidden else [])
+
+
+def _block(block: Block, full: bool) -> list[str]:
+    shown = [line for line in block.lines if full or _worth(line, block)]
+    hidden = len(block.lines) - len(shown)
+    alike = f", {block.alike} like this" if block.alike > 1 else ""
+    head = f"  -- {block.name or 'between layers'}: {duration(block.seconds)}{alike}"
+    return [head + (f", {hidden} smaller lines not shown" if hidden else ""), *(_code(line) for line in shown)]
+
+
+def _worth(line: Line, block: Block) -> bool:
+    return line.kind in COMMUNICATION or line.seconds >= WORTH * block.seconds > 0.0 or bool(line.reason and line.flops)
+
+
+def _code(line: Line) -> str:
+    sent = f" sends {size(line.nbytes)}" if line.nbytes else ""
+    waits = f" ({duration(line.waits_s)} waiting)" if line.waits_s else ""
+    text = line.text if len(line.text) <= 64 else line.text[:61] + "..."
+    took = f"{duration(line.seconds):>9}{waits}{sent}"
+    return f"     {line.placement:<8}{text:<65}{line.value:<24}{took}  {short_source(line.source)}"

@@ -1,0 +1,26 @@
+"""attention='triton' on CPU ranks: the interpreter as the executor's engine."""
+
+from __future__ import annotations
+
+import device_workers
+import pytest
+from threads import run_outcomes, run_processes
+
+from sfcompile.errors import PeerFailedError, RuntimeTimeoutError
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 3), (3, 8)])
+def test_attention_runs_in_the_interpreter_over_shared_memory(ranks: int, seed: int) -> None:
+    for result in run_processes(ranks, device_workers.interpreted, (seed, 2)):
+        assert result["error"] < 1e-5 and result["same"] and result["names"] == []
+
+
+def test_a_rank_that_sleeps_is_named_from_inside_the_kernel() -> None:
+    outcomes = run_outcomes(2, device_workers.sleeps, (1,))
+    assert isinstance(outcomes[0].error, RuntimeTimeoutError | PeerFailedError)
+    assert "inside an attention kernel" in str(outcomes[0].error)
+
+
+def test_other_machines_are_refused() -> None:
+    outcomes = run_outcomes(2, device_workers.interpreted, (3, 1), (0, 1))
+    assert all("attention='triton' runs on CPU ranks" in str(outcome.error) for outcome in outcomes)

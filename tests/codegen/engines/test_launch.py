@@ -1,0 +1,72 @@
+"""Arguments of launches; reports of debug builds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_ranks import Job, make_site
+
+from sfcompile.codegen.engines.launch import AttendKernel, HeapView, architecture, gave_up, mask_arguments, mask_kind
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.errors import RuntimeTimeoutError
+from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
+
+JOB = Job("torus", 2, 1, 2, 1, make_site(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind"),
+    [
+        ((1, 1, 1, 9), torch.bool, ("key", True)),
+        ((2, 1, 1, 9), torch.float32, ("key", False)),
+        ((9,), torch.bool, ("key", True)),
+        ((7, 9), torch.float16, ("full", False)),
+        ((1, 4, 1, 9), torch.bool, ("full", True)),
+    ],
+)
+def test_masks_by_kind(shape: tuple[int, ...], dtype: torch.dtype, kind: tuple[str, bool]) -> None:
+    mask = torch.zeros(shape, dtype=dtype)
+    assert mask_kind(mask) == kind
+    given = mask_arguments(mask)
+    assert given["mask_sc"] == 1 and (given["mask_sr"] == 0) == (len(shape) < 2 or shape[-2] == 1)
+    assert given["mask_ptr"].dtype == (torch.uint8 if dtype == torch.bool else dtype)
+    assert mask_kind(None) == ("none", True) and mask_arguments(None) == {}
+
+
+def test_one_rank_with_its_log_sum_exp() -> None:
+    site = make_site(70, 1, 2, torch.float32)
+    schedule = Job("torus", 1, 1, 1, 1, site).schedule()
+    kernel = AttendKernel(schedule, 0, torch.device("cpu"), lse=True)
+    size = HeapSize(1, kernel.tables.bank_bytes, 1)
+    segment = local_segment(size)
+    row = [segment.address, 0, segment.address]
+    heap = HeapView(torch.tensor([row]), torch.tensor([1, *size.places]), torch.zeros(0, dtype=torch.int64))
+    q, k, v = (torch.randn(1, 2, 70, 32) for _ in range(3))
+    out, lse = torch.empty(1, 2, 70, 32), torch.empty(1, 2, 70)
+    with interpreting(Deadline(5.0)):
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            kernel.put(name, x, heap)
+        kernel.run(out, heap, lse=lse)
+    scores = q @ k.transpose(-1, -2) * site.scale
+    assert torch.allclose(out, torch.softmax(scores, -1) @ v, atol=1e-5)
+    assert torch.allclose(lse, torch.logsumexp(scores, -1), atol=1e-5)
+    assert kernel.copiers == 0 and kernel.options == {} and architecture(torch.device("cpu")) == 0
+    kernel.check()
+
+
+def test_a_wait_that_gave_up_is_reported_and_forgotten() -> None:
+    kernel = AttendKernel(JOB.schedule(), 0, torch.device("cpu"), bounded=True)
+    arrival = JOB.schedule().program(0).arrivals[0]
+    kernel.fixed["report"].copy_(torch.tensor([1, arrival.slot, 7, 5]))
+    with pytest.raises(RuntimeTimeoutError, match="gave up waiting") as caught:
+        kernel.check()
+    error = caught.value
+    assert (error.rank, error.peer, error.slot, error.epoch, error.seen_epoch) == (0, 1, arrival.slot, 7, 5)
+    kernel.check()
+
+
+def test_credits_are_reported_by_their_rank() -> None:
+    schedule: Schedule = JOB.schedule()
+    error = gave_up(schedule, 1, -1 - 3, 4, 2)
+    assert "rank 3 has not read epoch 4" in str(error) and error.peer == 3

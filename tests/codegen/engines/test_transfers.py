@@ -1,0 +1,90 @@
+"""Gathers, reshards and credits as kernels, all ranks in one process, one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_sites import even, rows
+
+from sfcompile.codegen.engines.launch import HeapView
+from sfcompile.codegen.engines.transfers import ReleaseKernel, TransferKernels
+from sfcompile.codegen.kernels.spec import reach_of
+from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.schedule.reshard import build_reshard
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
+from sfcompile.errors import RuntimeTimeoutError
+from sfcompile.runtime.program.sites import GatherSite, ReshardSite
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
+
+CPU = torch.device("cpu")
+RANKS = 3
+MESH = Mesh.of(Topology.grid(3, 1), 3, 1)
+
+
+def run(
+    schedule: Schedule, shards: list[torch.Tensor], shape: list[tuple[int, ...]], machine_of: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """Two epochs of a site on all ranks; the outputs of the second."""
+    segments = []
+    poll = Deadline(1.0)
+
+    def calls(rank: int) -> dict[str, object]:
+        base = [segment.address for segment in segments]
+        return Emulated(lambda address, pe: address - base[rank] + base[pe], poll).names()  # type: ignore[return-value]
+
+    sizes = {TransferKernels(schedule, rank, CPU, machine_of, {}).bank_bytes for rank in range(RANKS)}
+    (bank_bytes,) = sizes
+    size = HeapSize(len(schedule.slots), bank_bytes, RANKS)
+    segments += [local_segment(size) for _ in range(RANKS)]
+    kernels = [TransferKernels(schedule, rank, CPU, machine_of, calls(rank)) for rank in range(RANKS)]  # type: ignore[arg-type]
+    releases = [ReleaseKernel(rank, RANKS, CPU, machine_of, calls(rank)) for rank in range(RANKS)]  # type: ignore[arg-type]
+    outs = [torch.full(shape[rank], -1.0) for rank in range(RANKS)]
+    with interpreting(poll):
+        for epoch in (1, 2, 3):
+            views = []
+            for rank in range(RANKS):
+                table = torch.tensor([(s.address, pe, segments[rank].address) for pe, s in enumerate(segments)])
+                table[:, 0] = torch.where(
+                    torch.tensor([machine_of[p] == machine_of[rank] for p in range(RANKS)]), table[:, 0], 0
+                )
+                receivers = torch.tensor([other for other in range(RANKS) if other != rank])
+                views.append(HeapView(table, torch.tensor([epoch, *size.places]), receivers))
+            for rank in range(RANKS):
+                kernels[rank].put(shards[rank] * (1 if epoch == 3 else -1), views[rank])
+            for rank in range(RANKS):
+                kernels[rank].gather(outs[rank], views[rank])
+                releases[rank].run(views[rank].heaps, views[rank].place)
+    return outs
+
+
+@pytest.mark.parametrize("machine_of", [(0, 0, 0), (0, 1, 2), (0, 0, 1)], ids=["peer", "nvshmem", "mixed"])
+def test_gather_and_reshard(machine_of: tuple[int, ...]) -> None:
+    """Uneven shards, a rank without any, odd bytes at the ends of chunks."""
+    whole = torch.randn(2, 11, 5)
+    owners = (((0, 4),), (), ((4, 7),))
+    gather = build_gather(GatherSite("g", (2, 11, 5), torch.float32, 1, 1, 1, owners), MESH)
+    for out in run(gather, [whole[:, rows(owned)] for owned in owners], [(2, 11, 5)] * 3, machine_of):
+        assert torch.equal(out, whole)
+    wanted = even(5, RANKS)
+    switch = build_reshard(ReshardSite("r", (2, 11, 5), torch.float32, 1, owners, 2, wanted), MESH)
+    shapes = [(2, 11, len(rows(want))) for want in wanted]
+    for out, want in zip(run(switch, [whole[:, rows(o)] for o in owners], shapes, machine_of), wanted, strict=True):
+        assert torch.equal(out, whole[:, :, rows(want)])
+
+
+def test_reach() -> None:
+    assert [reach_of(machines) for machines in ((0, 0), (0, 1), (0, 0, 1))] == ["peer", "nvshmem", "mixed"]
+
+
+def test_reports_of_debug_builds() -> None:
+    gather = build_gather(GatherSite("g", (2, 6, 1), torch.float32, 1, 1, 1, even(6, RANKS)), MESH)
+    kernels = TransferKernels(gather, 0, CPU, bounded=True)
+    kernels.check()
+    slot = gather.program(0).arrivals[0].slot
+    kernels._fixed["report_ptr"].copy_(torch.tensor([1, slot, 4, 3]))
+    with pytest.raises(RuntimeTimeoutError, match="gave up waiting"):
+        kernels.check()

@@ -1,0 +1,112 @@
+"""Whole attention sites with nothing but generated kernels, in Triton's interpreter, ranks as processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_ranks import Job, Pool, error_of, make_site
+
+from sfcompile.codegen.kernels.attend import arguments, attend_source
+from sfcompile.codegen.kernels.spec import KernelSpec
+from sfcompile.codegen.proof.checker import check
+from sfcompile.errors import ScheduleError
+
+LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+MESHES = {
+    "torus": {2: (2, 1), 3: (3, 1), 4: (2, 2)},
+    "tas": {2: (2, 1), 3: (3, 1), 4: (2, 2)},
+    "usp": {2: (1, 2), 3: (1, 3), 4: (2, 2)},
+    "ulysses": {2: (2, 1), 3: (3, 1), 4: (4, 1)},
+    "ring": {2: (1, 2), 3: (1, 3), 4: (1, 4)},
+    "allgather": {2: (2, 1), 3: (1, 3), 4: (2, 2)},
+}
+TOKENS = {2: [40, 33], 3: [40, 0, 33], 4: [40, 21, 0, 33]}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    made = Pool()
+    yield made
+    made.close()
+
+
+def job(kind: str, ranks: int, dtype: torch.dtype, net: bool, **changes: object) -> Job:
+    machines = 2 if ranks == 4 else ranks
+    site = make_site(TOKENS[ranks], ranks, heads=4 if ranks != 3 else 3, dtype=dtype)
+    across = "ring" if kind == "usp" else "ulysses"
+    epochs = 2 if dtype == torch.float32 else 1  # banks, epochs and credits do not depend on the dtype
+    shape = (machines, ranks // machines, *MESHES[kind][ranks])
+    return Job(kind, *shape, site, net, across, late=1, epochs=epochs, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("net", [False, True], ids=["peer", "nvshmem"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("kind", MESHES)
+def test_every_schedule(pool: Pool, kind: str, ranks: int, dtype: torch.dtype, net: bool) -> None:
+    """Uneven chunks, a rank without tokens, tails in every block, one rank late; two epochs in fp32."""
+    this = job(kind, ranks, dtype, net)
+    check(this.schedule())
+    assert error_of(this, pool.run(this)) < LIMITS[dtype]
+
+
+SITES = {
+    "several blocks and pieces": (make_site([150, 70], 2, 2, torch.float16), {"pieces": (2, 2)}),
+    "grouped heads": (make_site([40, 70], 2, 4, torch.float32, kv_heads=2), {}),
+    "head size 72, values 40": (make_site(40, 2, 2, torch.float16, 72, v_head_dim=40), {}),
+    "head size 128, batch 2": (make_site([30, 50], 2, 2, torch.bfloat16, 128, batch=2), {}),
+    "head size 256": (make_site(24, 2, 2, torch.float16, 256), {}),
+    "causal": (make_site([70, 90], 2, 2, torch.float32, causal=True), {}),
+    "key mask": (make_site([40, 70], 2, 2, torch.float32, mask="full"), {"mask": "key"}),
+    "added key mask": (make_site([40, 70], 2, 2, torch.float32, mask="full"), {"mask": "key", "mask_is_bool": False}),
+    "full mask": (make_site([40, 70], 2, 2, torch.float32, batch=2, mask="full"), {"mask": "full"}),
+    "bias": (make_site([40, 70], 2, 4, torch.float32, mask="full"), {"mask": "full", "mask_is_bool": False}),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("net", [False, True], ids=["peer", "nvshmem"])
+def test_every_kind_of_site(pool: Pool, name: str, net: bool) -> None:
+    site, changes = SITES[name]
+    this = Job("torus", 2, 1, 2, 1, site, net, epochs=2, late=0, **changes)
+    assert error_of(this, pool.run(this)) < LIMITS[site.dtype]
+
+
+def test_cross_attention_and_tiles_that_share_programs(pool: Pool) -> None:
+    """Queries longer than keys; more tiles than programs; ring hops merged into a pass, and not."""
+    site = make_site([100, 130, 90, 140], 4, 2, torch.float32)
+    site = replace(site, kv_positions=make_site([9, 20, 0, 70], 4).kv_positions)
+    for merge in (True, False):
+        this = Job("torus", 2, 2, 2, 2, site, True, epochs=1, merge=merge)
+        assert error_of(this, pool.run(this)) < 1e-5
+
+
+def mutant(name: str) -> Job:
+    site = make_site([40, 40, 40, 40], 4, 4, torch.float32)
+    return Job("torus", 2, 2, 2, 2, site, late=1, late_s=0.8, epochs=3, drop=name)
+
+
+@pytest.mark.parametrize("name", ["wait", "early push", "slot", "put"])
+def test_mutants_are_caught(pool: Pool, name: str) -> None:
+    """By the checker before anything runs; and the kernels do follow the schedule, mistakes included."""
+    this = mutant(name)
+    with pytest.raises(ScheduleError):
+        check(this.schedule())
+    try:
+        error = error_of(this, pool.run(this))
+    except RuntimeError as failure:
+        assert "did not arrive" in str(failure)
+    else:
+        assert not error < 0.01
+
+
+def test_the_text_depends_on_the_spec_alone() -> None:
+    spec = KernelSpec("bf16", 64, 64, 0.125, forwards=True, pushes=True, reach="mixed")
+    assert attend_source(spec) == attend_source(replace(spec))
+    assert attend_source(spec) != attend_source(spec.with_(causal=True))
+    assert all(len(line) <= 120 for line in attend_source(spec).splitlines())
+    assert "state_ptr" not in arguments(spec.with_(carry=False))
+    compile(attend_source(spec), "attend", "exec")

@@ -1,0 +1,111 @@
+"""Small kernels in the interpreter: cut and copy, wait and bring home, merge."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+import torch
+from row_forms import forms, traced
+
+from sfcompile.codegen.kernels.moves import (
+    MoveSpec,
+    await_credits,
+    collect_source,
+    merge_source,
+    move_arguments,
+    put_source,
+)
+from sfcompile.codegen.kernels.tables import COLLECT, PUT
+from sfcompile.codegen.rows.row_ops import compile_rows
+from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.loader import load_source
+from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
+
+SIZE = HeapSize(2, 4096, 2)
+
+
+@pytest.mark.parametrize("width", [24, 32, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_put_comes_home(width: int, dtype: torch.dtype) -> None:
+    """Heads 1 to 3 of rows 2 to 7 go from rank 0 into slot 1 of rank 1 and come home there, bit by bit."""
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    segments = [local_segment(SIZE) for _ in range(2)]
+    heaps = torch.tensor([(s.address, i, segments[0].address) for i, s in enumerate(segments)])
+    place = torch.tensor([1, *SIZE.places])
+    x = torch.randn(2, 4, 9, width).to(dtype)
+    nbytes = 2 * 2 * 5 * width * dtype.itemsize
+    row = dict(zip(PUT, (1, 1, 256, 1, 2, 2, 5, 0, 0, nbytes), strict=True))
+    puts = torch.tensor([[row[name] for name in PUT]])
+    spec = MoveSpec(name, width, lines=4)
+    put = load_source(put_source(spec), True).put
+    collect = load_source(collect_source(spec), True).collect
+    receivers, counters = torch.tensor([1]), torch.zeros(2, dtype=torch.int32)
+    out = torch.zeros(2, 4, 9, width, dtype=dtype)
+    home = torch.tensor([[dict(zip(COLLECT, (1, 256, 1, 2, 2, 5), strict=True))[name] for name in COLLECT]])
+    with interpreting(Deadline(5.0)):
+        put[(3,)](x, *x.stride()[:3], heaps, place, puts, receivers, counters, 0, 1, 1, 2)
+        assert segments[1].signals[1].tolist() == [0, 1] and counters.tolist() == [0, 0]
+        collect[(3,)](out, *out.stride()[:3], heaps, place, home, 1, 1, 2)
+    assert torch.equal(out[:, 1:3, 2:7], x[:, 1:3, 2:7])
+    assert not out[:, 0].any() and not out[:, :, :2].any()
+
+
+def test_a_bank_that_was_not_read_is_not_overwritten() -> None:
+    """Epoch 3 uses the bank of epoch 1: without credit for it the put must wait."""
+    segment = local_segment(SIZE)
+    heaps, place = torch.tensor([(segment.address, 0, segment.address)]), torch.tensor([3, *SIZE.places])
+    put = load_source(put_source(MoveSpec("fp32", 32)), True).put
+    given = (
+        heaps,
+        place,
+        torch.zeros(0, len(PUT), dtype=torch.int64),
+        torch.tensor([1]),
+        torch.zeros(2).int(),
+        0,
+        0,
+        1,
+        1,
+    )
+    x = torch.zeros(1, 1, 1, 32)
+    with interpreting(Deadline(0.2)), pytest.raises(Exception, match="did not arrive") as caught:
+        put[(1,)](x, *x.stride()[:3], *given)
+    assert caught.value is not None
+    credit = torch.frombuffer(segment._buffer, dtype=torch.int64)[SIZE.credits_at // 8 + 8]
+    credit.fill_(1)
+    with interpreting(Deadline(0.2)):
+        put[(1,)](x, *x.stride()[:3], *given)
+
+
+def test_merge_of_partials_with_rows_that_saw_nothing() -> None:
+    scores = torch.randn(5, 12)
+    values = torch.randn(12, 20)
+    scores[1, :6] = scores[2, 6:] = scores[3] = float("-inf")
+    parts = []
+    for keys in (slice(0, 6), slice(6, 12)):
+        lse = torch.logsumexp(scores[:, keys], -1)
+        weights = torch.exp(scores[:, keys] - lse.masked_fill(lse == float("-inf"), 0.0)[:, None])
+        parts.append(((weights @ values[keys]).contiguous(), lse))
+    (o1, l1), (o2, l2) = parts
+    with interpreting(Deadline(5.0)):
+        load_source(merge_source(), True).merge[(2,)](o1, l1, o2, l2, 5, 20, 32, 4)
+    assert torch.allclose(l1, torch.logsumexp(scores, -1))
+    assert torch.allclose(o1, torch.softmax(scores, -1).nan_to_num(0.0) @ values, atol=1e-6)
+
+
+@pytest.mark.parametrize("reach", ["peer", "nvshmem", "mixed"])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_every_text_is_code_with_the_arguments_that_it_names(reach: str, bounded: bool) -> None:
+    spec = MoveSpec("fp16", 64, reach, bounded)
+    for name, source in (("put", put_source(spec)), ("collect", collect_source(spec))):
+        tree = ast.parse(source)
+        kernel = tree.body[-1]
+        assert isinstance(kernel, ast.FunctionDef) and kernel.name.startswith(name)
+        assert [entry.arg for entry in kernel.args.args] == list(move_arguments(name, spec))
+    gm, root = traced(*forms(width=64)["pairs"])
+    rows, _ = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))
+    (*_, fused) = ast.parse(put_source(spec, rows)).body
+    assert isinstance(fused, ast.FunctionDef)
+    assert [entry.arg for entry in fused.args.args] == list(move_arguments("put", spec, rows))
+    assert not any(entry.arg.startswith("x_") for entry in fused.args.args)
+    assert any("maximum" in line for line in await_credits(reach, bounded))

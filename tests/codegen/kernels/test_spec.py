@@ -1,0 +1,58 @@
+"""What kernels are specialised to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_ranks import Job, make_site
+
+from sfcompile.codegen.kernels.spec import KernelSpec, cannot_generate, spec_of, tiles_for
+from sfcompile.codegen.rows.indices import block_of
+from sfcompile.errors import UnsupportedError
+
+
+def job(**changes: object) -> Job:
+    return replace(Job("torus", 2, 2, 2, 2, make_site(64, 4, dtype=torch.bfloat16, head_dim=64)), **changes)  # type: ignore[arg-type]
+
+
+def test_reach_follows_the_machines() -> None:
+    schedule = job().schedule()
+    assert spec_of(schedule, 90).reach == "peer"
+    assert spec_of(schedule, 90, (0, 0, 1, 1)).reach == "mixed"
+    assert spec_of(schedule, 90, (0, 1, 2, 3)).reach == "nvshmem"
+    ring = job(kind="ring", ulysses=1, ring=4).schedule()
+    assert spec_of(ring, 90, (0, 0, 1, 1)).reach == "mixed" and spec_of(ring, 90).forwards
+
+
+def test_tails_only_where_chunks_leave_some() -> None:
+    assert spec_of(job().schedule(), 90).tails == "none"
+    uneven = job(site=make_site([64, 60, 64, 64], 4, dtype=torch.bfloat16, head_dim=64)).schedule()
+    assert spec_of(uneven, 90).tails == "apart"
+
+
+def test_key_is_a_digest_of_everything() -> None:
+    spec = KernelSpec("bf16", 64, 64, 0.125)
+    assert spec.key == replace(spec).key and spec.key != spec.with_(warps=8).key
+    assert spec.element_bytes == 2 and spec.with_(dtype="fp32").element_bytes == 4
+
+
+@pytest.mark.parametrize("arch", [0, 80, 90, 100, 120])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 128, 256])
+def test_there_are_tiles_for_everything(arch: int, dtype: str, head_dim: int) -> None:
+    tiles = tiles_for(arch, dtype, head_dim, head_dim)
+    assert tiles["block_m"] >= 16 and tiles["block_n"] >= 16
+    KernelSpec(dtype, head_dim, head_dim, 1.0, **tiles)
+
+
+def test_blocks_are_powers_of_two_that_tensor_cores_take() -> None:
+    assert [block_of(size) for size in (1, 16, 17, 64, 72, 256)] == [16, 16, 32, 64, 128, 256]
+
+
+def test_what_cannot_be_generated_is_refused() -> None:
+    odd = make_site(8, 2, dtype=torch.float64)
+    assert "float64" in cannot_generate(odd)
+    with pytest.raises(UnsupportedError, match="use attention='aten'"):
+        spec_of(job(machines=2, inside=1, ring=1, site=odd).schedule(), 90)

@@ -1,0 +1,92 @@
+"""Tables of a rank: what the kernels are told is what the schedule says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_ranks import Job, make_site
+
+from sfcompile.codegen.kernels.tables import COLLECT, FORWARD, KEY, PUT, QUERY, UNIT, KernelTables, make_tables
+from sfcompile.runtime.program.instructions import Attend, Forward, Push, Put, Wait
+
+JOBS = [
+    Job("torus", 2, 2, 2, 2, make_site([40, 21, 7, 33], 4)),
+    Job("torus", 3, 1, 3, 1, make_site([40, 0, 33], 3, 6), True),
+    Job("usp", 2, 2, 2, 2, make_site(16, 4), True, "ring"),
+    Job("ring", 1, 3, 1, 3, make_site([5, 9, 2], 3)),
+]
+
+
+def column(table: np.ndarray, columns: tuple[str, ...], name: str) -> list[int]:
+    return table[:, columns.index(name)].tolist()
+
+
+def tables_of(job: Job, rank: int, **changes: bool) -> KernelTables:
+    return make_tables(job.schedule(), rank, 16, job.machine_of, **changes)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job.kind}-{job.ranks}")
+@pytest.mark.parametrize("merge", [True, False])
+def test_every_pair_is_attended_once_and_outputs_leave_when_they_are_done(job: Job, merge: bool) -> None:
+    schedule = job.schedule()
+    for rank in range(job.ranks):
+        tables = tables_of(job, rank, merge=merge)
+        pairs = []
+        rows = [tuple(row) for row in tables.queries.tolist()]
+        for query, first, last, fresh, done in tables.units.tolist():
+            earlier = [unit for unit in tables.units.tolist() if unit[0] == query]
+            assert fresh == (earlier[0][1:3] == [first, last]) or fresh == 0
+            pairs += [(query, tuple(tables.keys[key, 2:4])) for key in range(first, last)]
+            assert done in (0, 1)
+        assert len(pairs) == len(set(pairs))
+        steps = schedule.program(rank).phases["attend"]
+        places = job.site.kv_positions
+        wanted = [
+            (q, kv) for step in steps if isinstance(step, Attend) for q in step.q for kv in step.kv if places[kv.src]
+        ]
+        assert len(pairs) == len(wanted)
+        assert sum(unit[4] for unit in tables.units.tolist()) == len(rows)  # each output is finished once
+        sent = [row for row in rows if row[QUERY.index("dst")] >= 0]
+        assert len(sent) == sum(isinstance(step, Push) for step in steps)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job.kind}-{job.ranks}")
+def test_waits_and_moves_are_the_schedules(job: Job) -> None:
+    schedule = job.schedule()
+    for rank in range(job.ranks):
+        tables, program = tables_of(job, rank), schedule.program(rank)
+        shapes = {arrival.slot: schedule.shape(rank, arrival) for arrival in program.arrivals}
+        full = {slot for slot, shape in shapes.items() if 0 not in shape}
+        waits = {step.slot for step in program.phases["attend"] if isinstance(step, Wait)} & full
+        forwards = [step for step in program.phases["attend"] if isinstance(step, Forward) and step.slot in full]
+        awaited = {*column(tables.queries, QUERY, "slot"), *column(tables.keys, KEY, "k_slot")}
+        awaited |= {*column(tables.keys, KEY, "v_slot"), *column(tables.forwards, FORWARD, "slot")}
+        assert awaited - {-1} == waits
+        assert column(tables.forwards, FORWARD, "to_slot") == [step.to_slot for step in forwards]
+        assert len(tables.collects) == len([s for s in program.phases["collect"] if 0 not in shapes[s.slot]])
+        assert set(column(tables.collects, COLLECT, "slot")) <= full
+        for name in ("q", "k", "v"):
+            puts = [step for step in program.phases[f"put_{name}"] if isinstance(step, Put)]
+            made = [slot for slot in column(tables.puts[name], PUT, "slot") if slot >= 0]
+            assert set(made) <= {step.slot for step in puts}
+            assert column(tables.puts[name], PUT, "dst")[-1] == -1  # what stays comes last
+
+
+def test_banks_are_equal_and_nothing_overlaps() -> None:
+    job = JOBS[1]
+    every = [tables_of(job, rank) for rank in range(job.ranks)]
+    assert len({tables.bank_bytes for tables in every}) == 1
+    spans = []
+    for name, puts in every[0].puts.items():
+        spans += [(row[8], row[9]) for row in puts.tolist() if row[0] >= 0]
+        spans.append((every[0].own_at[name], puts[-1, 9]))
+    spans += [(row[10], row[11]) for row in every[0].queries.tolist() if row[6] >= 0]
+    spans.sort()
+    assert spans[0][0] >= job.schedule().heap_bytes
+    assert all(first + size <= second for (first, size), (second, _) in zip(spans, spans[1:], strict=False))
+    assert spans[-1][0] + spans[-1][1] <= every[0].bank_bytes
+
+
+def test_columns_are_distinct() -> None:
+    for columns in (UNIT, QUERY, KEY, FORWARD, PUT, COLLECT):
+        assert len(set(columns)) == len(columns)

@@ -1,0 +1,125 @@
+"""Kernels compiled for GPUs that are not here: what the machine code must look like."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from row_forms import forms, traced
+
+from sfcompile.codegen.kernels.chunks import ChunkSpec
+from sfcompile.codegen.kernels.moves import MoveSpec
+from sfcompile.codegen.kernels.spec import KernelSpec, tiles_for
+from sfcompile.codegen.rows.row_ops import compile_rows
+from sfcompile.codegen.toolchain.compiler import (
+    ARCHITECTURES,
+    Compiled,
+    compile_attend,
+    compile_chunks,
+    compile_move,
+    disassembly,
+    hoisted_loads,
+    order,
+    resources,
+)
+from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
+
+MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
+
+
+def spec_for(arch: int, head_dim: int, reach: str, dtype: str = "bf16", **changes: object) -> KernelSpec:
+    tiles = tiles_for(arch, dtype, head_dim, head_dim, hard=reach != "peer" or bool(changes))
+    return KernelSpec(
+        dtype, head_dim, head_dim, head_dim**-0.5, reach=reach, forwards=True, pushes=True, **tiles
+    ).with_(**changes)
+
+
+def made(arch: int, head_dim: int, reach: str, **changes: object) -> Compiled:
+    library = None if reach == "peer" else slim_library(arch)
+    return compile_attend(spec_for(arch, head_dim, reach, **changes), arch, library)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("reach", ["peer", "nvshmem", "mixed"])
+def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
+    arch: int, head_dim: int, reach: str
+) -> None:
+    kernel = made(arch, head_dim, reach)
+    found = resources(kernel)
+    assert found.spill_stores == 0 and found.spill_loads == 0
+    assert found.stack == 0 or reach != "peer"
+    assert found.shared <= {80: 163, 90: 227, 100: 227}[arch] * 1024
+    assert hoisted_loads(kernel) == []
+    code = disassembly(kernel)
+    assert re.search(MATRIX[arch], code)
+    assert len(re.findall(r"\bLDGSTS\S*128", code)) >= 4  # tiles arrive asynchronously, 16 bytes a thread
+    assert not re.search(r"ld\.global(\.\w+)*\.b16\b", kernel.ptx)  # and never element by element
+    assert "cp.async" in kernel.ptx
+    if reach != "nvshmem":  # acquire and release at system scope; NVSHMEM brings its own
+        assert "CCTL.IVALL" in code and re.search(r"EXCH\S*\.STRONG\.SYS", code)
+
+
+def test_debug_builds_masks_and_grouped_heads_fit_too() -> None:
+    for arch in ARCHITECTURES:
+        for changes in ({"bounded": True}, {"causal": True, "group": 4}, {"mask": "key"}):
+            assert resources(made(arch, 128, "peer", **changes)).spill_stores == 0, (arch, changes)
+
+
+def test_order_of_waits_puts_and_matrix_products_is_the_schedules() -> None:
+    """Without NVSHMEM's code its calls stay visible: wait for K and V, copy, multiply; then put the output."""
+    kernel = compile_attend(spec_for(90, 64, "nvshmem"), 90)
+    assert not kernel.linked
+    names = [name for name, _ in order(kernel)]
+    multiplied = names.index("mma")
+    before, after = names[:multiplied], names[multiplied:]
+    assert before[-1] == "copy" and "wait" in before and "put" not in before
+    assert "copy" not in before[: before.index("wait")]
+    assert "put" in after
+
+
+def test_a_wait_inside_the_loop_over_blocks_is_found() -> None:
+    """Mutant: the waits move into the loop that Triton pipelines, which then prefetches above them."""
+    kernel = made(90, 64, "peer")
+    lines = kernel.ttgir.splitlines()
+    poll = next(line for line in lines if "tt.atomic_rmw" in line and "acquire" in line)
+    loop = max(i for i, line in enumerate(lines) if "scf.for" in line)
+    hoisted = [*lines[: loop + 1], poll, *lines[loop + 1 :]]
+    broken = Compiled(**{**vars(kernel), "ttgir": "\n".join(hoisted)})
+    assert hoisted_loads(broken) != []
+    without = "\n".join(line for line in lines if not ("tt.atomic_rmw" in line and "acquire" in line))
+    assert hoisted_loads(Compiled(**{**vars(kernel), "ttgir": without})) == ["no wait at all in kernel attend"]
+
+
+@pytest.mark.parametrize("reach", ["peer", "mixed"])
+def test_small_kernels(reach: str) -> None:
+    library = None if reach == "peer" else slim_library(90)
+    kernels = [compile_move(name, MoveSpec("bf16", 128, reach), 90, library) for name in ("put", "collect")]
+    kernels += [compile_chunks(name, ChunkSpec(reach), 90, library) for name in ("send", "receive", "release")]
+    for kernel in kernels:
+        assert resources(kernel).spill_stores == 0 and kernel.linked == (reach != "peer")
+    put = kernels[0].ptx
+    assert re.search(r"st\.global(\.\w+)*\.v4\.b32", put) and not re.search(r"ld\.global(\.\w+)*\.b16\b", put)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("width", [64, 128])
+def test_puts_that_compute_load_wide_and_do_not_spill(arch: int, width: int) -> None:
+    """Norm and RoPE of a joint attention, over halves, and written into columns: 16 bytes a thread, no spills."""
+    for name in ("joint", "halves", "written", "layer norm, some tokens"):
+        gm, root = traced(*forms(torch.bfloat16, width)[name])
+        rows, _ = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))
+        kernel = compile_move("put", MoveSpec("bf16", width), arch, rows=rows)
+        found = resources(kernel)
+        assert (found.spill_stores, found.spill_loads, found.stack) == (0, 0, 0), (name, found)
+        assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", kernel.ptx)
+        assert re.search(r"st\.global(\.\w+)*\.v4\.b32", kernel.ptx)
+        assert not re.search(r"ld\.global(\.\w+)*\.b16\b", kernel.ptx), name  # nothing element by element
+
+
+def test_puts_that_compute_link_nvshmem() -> None:
+    gm, root = traced(*forms(torch.bfloat16, 128)["joint"])
+    rows, _ = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))
+    kernel = compile_move("put", MoveSpec("bf16", 128, "mixed"), 90, slim_library(90), rows)
+    assert kernel.linked and resources(kernel).spill_stores == 0

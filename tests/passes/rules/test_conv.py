@@ -1,0 +1,83 @@
+"""Convolutions on shards: halos, strides, patches, rows of a grid, batches of tokens."""
+
+from __future__ import annotations
+
+import torch
+from helpers import ANY, captured, check_sharded, rewritten
+from hypothesis import given
+from hypothesis import strategies as st
+from random_ops import Fn, few, rand, ranks, sizes
+from torch.nn import functional as F
+
+from sfcompile.runtime.program.sites import GatherSite, ReshardSite
+
+
+def test_pixelwise_convolution_and_batch_of_tokens() -> None:
+    check_sharded(lambda x, w: F.conv1d(x, w), [rand(2, 6, 9), rand(4, 6, 1)], (0, 2))
+    check_sharded(lambda x, w: F.conv2d(x.flatten(0, 1), w, padding=1), [rand(2, 5, 3, 4, 4), rand(2, 3, 3, 3)], (0, 1))
+
+
+@few
+@given(st.integers(6, 17), st.sampled_from([1, 3, 5]), st.integers(1, 2), st.integers(0, 2), ranks)
+def test_taps_that_overlap_read_a_halo(n: int, taps: int, dilation: int, padding: int, p: int) -> None:
+    same = dilation * (taps - 1) == 2 * padding
+    check_sharded(
+        lambda x, w: F.conv1d(x * 2, w, padding=padding, dilation=dilation) if n > dilation * (taps - 1) else x,
+        [rand(2, 4, n), rand(4, 4, taps)], (0, 2), ranks=p, whole=() if same and taps <= n else ANY,
+    )  # fmt: skip
+
+
+def test_same_padding_and_a_bias() -> None:
+    check_sharded(
+        lambda x, w, b: F.conv1d(x * 2, w, b, padding="same"), [rand(2, 4, 9), rand(6, 4, 3), rand(6)], (0, 2)
+    )
+
+
+@few
+@given(st.integers(2, 9), st.integers(2, 3), ranks)
+def test_patches_need_no_halo(n: int, patch: int, p: int) -> None:
+    def embed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.conv1d((x * 2).flatten(1)[:, None], w, stride=patch)
+
+    check_sharded(embed, [rand(2, n, patch), rand(5, 1, patch)], (0, 1), ranks=p)
+
+
+def depthwise(h: int, w: int, bias: bool = True) -> Fn:
+    def mix(x: torch.Tensor, weight: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        grid = (x * 2).transpose(1, 2).unflatten(2, (h, w))
+        grid = F.conv2d(grid, weight, b if bias else None, padding=1, groups=4)
+        return F.silu(grid).flatten(2).transpose(1, 2) @ out
+
+    return mix
+
+
+@few
+@given(st.integers(2, 9), sizes, ranks, st.booleans())
+def test_a_grid_is_convolved_by_rows(h: int, w: int, p: int, bias: bool) -> None:
+    inputs = [rand(2, h * w, 4), rand(4, 1, 3, 3), rand(4), rand(4, 4)]
+    check_sharded(depthwise(h, w, bias), inputs, (0, 1), ranks=p, whole=() if h % p == 0 and w > 1 else ANY)
+
+
+def test_a_halo_travels_between_neighbours_only() -> None:
+    got = captured(depthwise(8, 6), rand(1, 48, 4), rand(4, 1, 3, 3), rand(4), rand(4, 4))
+    placement, _, locals_ = rewritten(got, [(0, 1)], 4)
+    halos = [site for site in locals_[0].sites if isinstance(site, ReshardSite)]
+    assert len(halos) == 1
+    assert [halos[0].wanted_shape(rank)[2] for rank in range(4)] == [3, 4, 4, 3], "two rows and what lies next to them"
+    assert len([site for site in locals_[0].sites if isinstance(site, GatherSite)]) == 1, "the output"
+    assert len(dict(placement.moves)) == 1
+
+
+def test_temporal_convolution_of_frames_in_the_batch() -> None:
+    def spatial(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:  # [B, F H W, C] -> frames join the batch
+        grid = (x * 2).reshape(2 * 4, 3, 5, 6).permute(0, 3, 1, 2)
+        return F.conv2d(grid, w, padding=1).permute(0, 2, 3, 1).reshape(2, 60, 6)
+
+    check_sharded(spatial, [rand(2, 60, 6), rand(6, 6, 3, 3)], (0, 1), ranks=4)
+
+
+def test_transposed_convolution_keeps_the_batch_only() -> None:
+    weight = rand(4, 4, 3)
+    check_sharded(lambda x, w: F.conv_transpose1d(x * 2, w, padding=1), [rand(2, 4, 8), weight], (0, 2),
+                  whole=["conv_transpose1d"])  # fmt: skip
+    check_sharded(lambda x, w: F.conv_transpose1d(x * 2, w), [rand(5, 4, 8), weight], (0, 0))

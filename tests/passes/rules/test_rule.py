@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import torch
+from helpers import captured
+
+from sfcompile.passes.graph.op_view import OpView
+from sfcompile.passes.rules import rule as op_rules
+from sfcompile.passes.rules.rule import find_rule, register_rule
+
+
+def only_op(fn: object, *args: torch.Tensor) -> OpView:
+    nodes = (OpView.of(node) for node in captured(fn, *args).gm.graph.nodes)  # type: ignore[arg-type]
+    return [op for op in nodes if op is not None][-1]
+
+
+def test_an_unknown_op_is_never_guessed() -> None:
+    assert find_rule(only_op(lambda x: torch.linalg.inv(x), torch.eye(3))) is None
+
+
+def test_any_pointwise_op_has_a_rule_by_its_tag() -> None:
+    assert "erfc" not in op_rules.RULES
+    assert find_rule(only_op(lambda x: torch.erfc(x), torch.zeros(3))) is not None
+
+
+def test_registering_again_replaces_a_rule(monkeypatch: object) -> None:
+    op = only_op(lambda x: x.permute(1, 0), torch.zeros(2, 3))
+    before = op_rules.RULES["permute"]
+    try:
+        register_rule("permute")(lambda op: None)
+        assert find_rule(op) is None
+    finally:
+        op_rules.RULES["permute"] = before
+    assert find_rule(op) is not None

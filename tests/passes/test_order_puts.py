@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import captured, placeholder_values, run_compiled
+from models import build
+from torch import fx
+
+from sfcompile.passes.graph.local_graph import COMMUNICATION
+from sfcompile.passes.order_puts import schedule_puts
+from sfcompile.passes.pipeline import run_pipeline
+from sfcompile.passes.state import State
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+
+
+def rank_graph(fn: Any, *args: torch.Tensor) -> fx.Graph:
+    got = captured(fn, *args)
+    state = State(got.gm, got.mode, Topology.grid(1, 3), 1, shard_everything=True)
+    return run_pipeline(state).gm.graph
+
+
+def kinds(graph: fx.Graph) -> list[tuple[str, int]]:
+    found = []
+    for node in graph.nodes:
+        if node.target in COMMUNICATION:
+            names = [argument.name for argument in node.target._schema.arguments]
+            found.append((str(node.target).split(".")[1], node.args[names.index("site")]))
+    return found
+
+
+def check_banks(graph: fx.Graph) -> None:
+    """Site s[i] opens after s[i - NUM_BANKS] has ended, and every phase of a site is in order."""
+    opened: list[int] = []
+    ended: set[int] = set()
+    for kind, site in kinds(graph):
+        if site not in opened:
+            opened.append(site)
+            assert set(opened[: max(0, len(opened) - NUM_BANKS)]) <= ended
+        if kind in ("collect", "gather_finish"):
+            ended.add(site)
+    assert ended == set(opened)
+
+
+@pytest.mark.parametrize("name", ["self", "joint", "cross"])
+def test_banks_and_one_chain_of_tickets(name: str) -> None:
+    model, inputs = build(name)
+    graph = rank_graph(model, *inputs)
+    graph.lint()
+    check_banks(graph)
+    current = None
+    for node in graph.nodes:
+        if node.target in COMMUNICATION:
+            names = [argument.name for argument in node.target._schema.arguments]
+            ticket = node.args[names.index("ticket")]
+            source = ticket.args[0] if str(ticket.target).endswith("getitem>") else ticket
+            assert current is None or source is current, "the chain skips a node"
+            current = node
+
+
+def test_puts_follow_their_tensor_and_collects_precede_their_reader() -> None:
+    def attend(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        v, k, q = (torch.nn.functional.linear(x, w).unsqueeze(1) for _ in range(3))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        other = torch.nn.functional.gelu(torch.nn.functional.linear(x, w))
+        return out.squeeze(1) + other
+
+    graph = rank_graph(attend, torch.zeros(2, 9, 4), torch.zeros(4, 4))
+    assert [kind for kind, site in kinds(graph) if site == 0] == ["put_v", "put_k", "put_q", "attend", "collect"]
+    nodes = list(graph.nodes)
+    for node in nodes:
+        if str(node.target).startswith("streamfusion.put"):
+            between = nodes[nodes.index(node.args[0]) + 1 : nodes.index(node)]
+            assert all(other.target in COMMUNICATION or other.op == "get_attr" for other in between)
+    names = [str(node.target) for node in nodes]
+    collect = names.index("streamfusion.collect.default")
+    assert names.index("aten.gelu.default") < collect, "the projection beside attention runs before the collect"
+
+
+def test_many_independent_sites_never_open_a_third() -> None:
+    def parallel(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        heads = [torch.nn.functional.linear(x, w).unsqueeze(1) for _ in range(5)]
+        heads = [heads[i] for i in (3, 0, 4, 1, 2)]
+        return sum(torch.nn.functional.scaled_dot_product_attention(h, h, h) for h in heads)  # type: ignore[return-value]
+
+    check_banks(rank_graph(parallel, torch.zeros(2, 9, 4), torch.zeros(4, 4)))
+
+
+def test_nothing_to_order() -> None:
+    graph = fx.Graph()
+    graph.output(graph.placeholder("x"))
+    assert schedule_puts(graph) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "parts"), [("self", 1, 2), ("tall", 1, 2), ("tall", 1, 3), ("joint", 2, 3), ("cross", 2, 2)]
+)
+def test_tokens_in_parts_give_the_same(name: str, ranks: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sfcompile.passes.choose_schedules._WORTH", float("inf"))
+    model, inputs = build(name if name != "tall" else "self")
+    if name == "tall":  # three rows a rank, which are not cut: a part of two and one of one
+        inputs = (torch.randn(2, 3, 12, 8), inputs[1])
+    topology = Topology.grid(2, ranks)
+    got = captured(model, *inputs)
+    compiled = []
+    for rank in range(topology.num_ranks):
+        state = State(got.gm, got.mode, topology, rank, shard_everything=True, split_batch=False, parts=(parts,))
+        compiled.append(run_pipeline(state))
+        assert state.choices is not None and state.choices.parts == parts, state.choices.notes
+        check_banks(compiled[-1].gm.graph)
+    assert len({tuple(rank.order) for rank in compiled}) == 1
+    order = kinds(compiled[0].gm.graph)
+    if name == "joint":
+        layers = list(dict.fromkeys(site for kind, site in order if kind == "put_k"))
+        second = order.index(("put_k", layers[1]))
+        late = order[second:].count(("collect", layers[0]))
+        assert late == parts - 1, "later parts of layer 0 come home under layer 1's puts"
+    values = placeholder_values(got)
+    with torch.no_grad():
+        want = got.gm(*values)
+    for out in run_compiled(compiled, topology, values):
+        for mine, theirs in zip(out, want, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_tokens_that_do_not_suffice_for_parts_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sfcompile.passes.choose_schedules._WORTH", float("inf"))
+    model, inputs = build("self")  # two rows a rank
+    got = captured(model, *inputs)
+    state = State(got.gm, got.mode, Topology.grid(2, 1), 0, shard_everything=True, split_batch=False, parts=(3,))
+    run_pipeline(state)
+    assert state.choices is not None and state.choices.parts == 1

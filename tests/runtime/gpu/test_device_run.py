@@ -1,0 +1,97 @@
+"""Epochs on the device: counted in order, two open calls apart, good for replays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sfcompile.runtime.gpu.device_run import DeviceRuns
+from sfcompile.runtime.wires.symmetric_heap import HeapSize
+
+SIZE = HeapSize(1, 64, 1)
+
+
+class Heap:
+    size = SIZE
+    table = torch.zeros(1, 3, dtype=torch.int64)
+    domains = (0,)
+
+    def chunk(self, bank: int, offset: int, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Told:
+    """Release and engine that write down the epochs that their kernels would read."""
+
+    bank_bytes = 64
+
+    def __init__(self) -> None:
+        self.released: list[int] = []
+        self.seen: list[tuple[str, int]] = []
+
+    def run(self, heaps: torch.Tensor, place: torch.Tensor) -> None:
+        self.released.append(int(place[0]))
+
+    def view(self, table: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        assert tuple(place[1:].tolist()) == SIZE.places
+        return place
+
+    def put(self, name: str, tensor: torch.Tensor, view: torch.Tensor) -> None:
+        self.seen.append((name, int(view[0])))
+
+    def put_fused(self, name: str, rows: Any, sources: Any, view: torch.Tensor) -> None:
+        self.seen.append((f"{name} as {rows} of {len(sources)}", int(view[0])))
+
+    def attend(self, mask: torch.Tensor | None, view: torch.Tensor) -> torch.Tensor:
+        self.seen.append(("attend", int(view[0])))
+        return torch.ones(1)
+
+    def collect(self, out: torch.Tensor, view: torch.Tensor) -> None:
+        self.seen.append(("collect", int(view[0])))
+
+    def gather(self, out: torch.Tensor, view: torch.Tensor) -> None:
+        self.seen.append(("gather", int(view[0])))
+
+    def check(self) -> None:
+        """Nothing to report."""
+
+
+def test_two_open_calls_read_epochs_of_their_own() -> None:
+    told = Told()
+    runs = DeviceRuns(Heap(), told, torch.device("cpu"), opened=6)
+    first = runs.open(told, 7)
+    second = runs.open(told, 8)
+    first.put("put_q", torch.zeros(1))
+    first.put_fused("put_k", [torch.zeros(1), torch.zeros(2)], "rope")
+    second.put("gather_start", torch.zeros(1))
+    first.attend(None)
+    assert first.output is not None
+    first.collect(first.output)
+    second.gather(torch.zeros(1))
+    assert told.seen == [("q", 7), ("k as rope of 2", 7), ("x", 8), ("attend", 7), ("collect", 7), ("gather", 8)]
+    runs.finish(8)
+    assert told.released == [8]
+
+
+def test_the_device_counts_on_when_the_host_does_not() -> None:
+    """A replayed graph repeats the device's work with the host's numbers of the capture."""
+    told = Told()
+    runs = DeviceRuns(Heap(), told, torch.device("cpu"))
+    for _ in range(3):
+        run = runs.open(told, 1)
+        run.put("put_v", torch.zeros(1))
+        runs.finish(1)
+    assert told.seen == [("v", 1), ("v", 2), ("v", 3)] and told.released == [1, 2, 3]
+
+
+def test_host_epochs_keep_the_count() -> None:
+    told = Told()
+    runs = DeviceRuns(Heap(), told, torch.device("cpu"))
+    assert runs.host_bank(4).chunk(0, 0, (2,), torch.int8).shape == (2,)
+    run = runs.open(told, 5)
+    run.attend(None)
+    assert told.seen == [("attend", 5)]

@@ -1,0 +1,82 @@
+"""NVSHMEM's start, symmetric heaps, domains; the library is emulated (tests/support/emulated_nvshmem.py)."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from emulated_nvshmem import Library
+
+from sfcompile.errors import HeapError, UnsupportedError
+from sfcompile.runtime.gpu import nvshmem
+from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap, domains_of
+from sfcompile.runtime.wires.symmetric_heap import HeapSize
+
+CPU = torch.device("cpu")
+
+
+def alone(value: Any, doing: str) -> list[Any]:
+    return [value]
+
+
+def started() -> tuple[Nvshmem, Library]:
+    library = Library(0, lambda: None, lambda pe: True)
+    return Nvshmem(0, 1, CPU, alone, (library, library)), library
+
+
+def test_one_pe_with_a_heap() -> None:
+    pe, library = started()
+    assert pe.version() == "3.4.5" and library.job
+    size = HeapSize(2, 256, 1)
+    heap = NvshmemHeap(pe, size, (0,), alone)
+    assert heap.table.tolist() == [[heap.address, 0, heap.address]] and heap.domains == (0,)
+    assert not heap.chunk(0, 0, (64,), torch.float32).any()  # zeroed, whatever was there
+    heap.chunk(1, 16, (2, 3), torch.int32).fill_(7)
+    heap.words(size.credits_at, 1).fill_(5)
+    assert heap._memory.view(torch.int64)[size.credits_at // 8] == 5
+    start = size.bank_at(1) + 16
+    assert heap._memory[start : start + 24].view(torch.int32).tolist() == [7] * 6
+    heap.close()
+    pe.close()
+    assert library.finalized
+
+
+@pytest.mark.parametrize(
+    ("reached", "machine_of", "domains"),
+    [
+        ([[1, 1], [1, 1]], (0, 0), (0, 0)),
+        ([[1, 1], [1, 1]], (0, 1), (0, 1)),
+        ([[1, 0], [1, 1]], (0, 0), (0, 1)),
+        ([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], (0, 0, 1, 1), (0, 0, 2, 2)),
+        ([[1, 1, 0], [1, 1, 1], [0, 1, 1]], (0, 0, 0), (0, 1, 2)),
+    ],
+)
+def test_domains(reached: list[list[int]], machine_of: tuple[int, ...], domains: tuple[int, ...]) -> None:
+    assert domains_of([list(map(bool, row)) for row in reached], machine_of) == domains
+
+
+def test_missing_packages_are_named_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvshmem", None)
+    with pytest.raises(UnsupportedError, match="pip install nvshmem4py-cu13"):
+        nvshmem.load()
+    with pytest.raises(UnsupportedError, match="needs nvshmem4py"):
+        Nvshmem(0, 1, CPU, alone)
+    library = Library(0, lambda: None, lambda pe: True)
+    with pytest.raises(UnsupportedError, match="rank 1: it is missing there"):
+        Nvshmem(0, 2, CPU, lambda value, doing: [None, "it is missing there"], (library, library))
+
+
+def test_a_library_that_does_not_start_or_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Status code 7")
+
+    library = Library(0, lambda: None, lambda pe: True)
+    monkeypatch.setattr(library, "init", fails)
+    with pytest.raises(HeapError, match="does not start on rank 0: Status code 7"):
+        Nvshmem(0, 1, CPU, alone, (library, library))
+    pe, library = started()
+    monkeypatch.setattr(library, "tensor", fails)
+    with pytest.raises(HeapError, match="NVSHMEM_SYMMETRIC_SIZE"):
+        pe.allocate(1 << 20)

@@ -1,0 +1,61 @@
+"""Machines, agreement, the heap of several processes."""
+
+from __future__ import annotations
+
+import pytest
+import rank_workers
+from threads import run_outcomes
+
+from sfcompile.errors import HeapError, RankMismatchError, RuntimeTimeoutError, TopologyError, UnsupportedError
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.process_group import check_ranks, compare, machine_identity
+
+
+def test_the_machine_is_torchruns_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROUP_RANK", "3")
+    assert machine_identity() == "torchrun node 3"
+    monkeypatch.delenv("GROUP_RANK")
+    assert machine_identity() == machine_identity() != "torchrun node 3"
+
+
+def test_ranks_that_disagree_all_say_in_what() -> None:
+    for rank, outcome in enumerate(run_outcomes(2, rank_workers.disagree)):
+        assert isinstance(outcome.error, RankMismatchError)
+        assert f"[rank {rank}/2] rank 1 would compile something else than rank 0" in str(outcome.error)
+        assert "input x is float32[2, 64] on rank 0 and float32[2, 65] on rank 1" in str(outcome.error)
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    outcomes = run_outcomes(3, rank_workers.one_does_not_compile)
+    for outcome in outcomes[:2]:
+        assert isinstance(outcome.error, RuntimeTimeoutError)
+        assert "not every rank came along within 2 s: rank 2 did not" in str(outcome.error)
+        assert outcome.seconds < outcomes[2].seconds
+
+
+def test_a_heap_that_does_not_fit_is_an_error_on_every_rank() -> None:
+    for outcome in run_outcomes(2, rank_workers.heap_does_not_fit):
+        assert isinstance(outcome.error, HeapError)
+        assert "does not fit in /dev/shm" in str(outcome.error)
+    assert rank_workers.shared_memory_names() == []
+
+
+def test_shared_memory_between_machines_is_refused() -> None:
+    for outcome in run_outcomes(2, rank_workers.attention, (1, "shm", 1), (0, 1)):
+        assert isinstance(outcome.error, UnsupportedError) and "with 2 machines" in str(outcome.error)
+
+
+def test_compare_lists_every_rank_that_differs() -> None:
+    same = ("a", {"options": "x"})
+    compare(0, [same, same])
+    other = ("b", {"options": "y"})
+    with pytest.raises(RankMismatchError, match="ranks 1, 3 would compile.*options is x on rank 0 and y on rank 1"):
+        compare(2, [same, other, same, other])
+    with pytest.raises(RankMismatchError, match="rank 1 traced other code"):
+        compare(0, [same, ("b", {"options": "x"})])
+
+
+def test_check_ranks() -> None:
+    check_ranks(Topology.grid(2, 2), 4)
+    with pytest.raises(TopologyError, match="has 4 ranks, the job has 8"):
+        check_ranks(Topology.grid(2, 2), 8)

@@ -1,0 +1,128 @@
+"""Sessions over processes: shared memory, growth, failure, recovery."""
+
+from __future__ import annotations
+
+import pytest
+import rank_workers
+import torch
+from random_sites import gather_site
+from rank_workers import sf
+from threads import run_outcomes, run_processes, run_threads
+
+from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.errors import InternalError, PeerDiedError, PeerFailedError, RankMismatchError, RuntimeTimeoutError
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.session import current_session
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 21), (3, 22), (4, 23)])
+def test_attention_through_shared_memory(ranks: int, seed: int) -> None:
+    for result in run_processes(ranks, rank_workers.attention, (seed, "shm", 6)):
+        assert result["error"] < 1e-5 and result["same"]
+        assert result["names"] == []  # while it runs, already
+        assert result["heap_bytes"] > 0
+
+
+def test_the_heap_grows_and_old_programs_still_run() -> None:
+    for errors in run_processes(2, rank_workers.growing):
+        assert len(errors) == 6 and max(errors) < 1e-5
+
+
+def test_a_killed_rank_is_named_at_once_and_leaves_nothing() -> None:
+    outcomes = run_outcomes(3, rank_workers.one_dies, ("shm", 1, "kill"))
+    assert outcomes[1].exit_code == -9
+    for outcome in (outcomes[0], outcomes[2]):
+        assert isinstance(outcome.error, PeerDiedError | PeerFailedError) and "rank 1 (process" in str(outcome.error)
+        assert outcome.seconds < outcomes[1].seconds + 5
+    assert rank_workers.shared_memory_names() == []
+
+
+def test_a_rank_that_raises_takes_the_others_with_it() -> None:
+    outcomes = run_outcomes(3, rank_workers.one_dies, ("shm", 1, "raise"))
+    for outcome in (outcomes[0], outcomes[2]):
+        assert isinstance(outcome.error, PeerFailedError)
+        assert "rank 1: ValueError: the victim's own mistake" in str(outcome.error)
+
+
+def test_a_rank_that_sleeps_is_a_timeout() -> None:
+    outcomes = run_outcomes(2, rank_workers.one_dies, ("shm", 1, "sleep"))
+    assert isinstance(outcomes[0].error, RuntimeTimeoutError)
+    assert outcomes[0].seconds < outcomes[1].seconds
+
+
+@pytest.mark.parametrize("machine_of", [(0, 0), (0, 1)])
+def test_ranks_that_failed_together_start_afresh(machine_of: tuple[int, ...]) -> None:
+    assert max(run_processes(2, rank_workers.recovers, (), machine_of)) < 1e-5
+
+
+@pytest.mark.parametrize("machine_of", [(0, 0), (0, 1)])
+def test_a_plan_that_fails_on_every_rank_breaks_nothing(machine_of: tuple[int, ...]) -> None:
+    assert max(run_processes(2, rank_workers.goes_on, (), machine_of)) < 1e-5
+
+
+def test_agreement_between_threads() -> None:
+    def work(rank: int) -> None:
+        session = current_session()
+        session.agree("same", {"graph": "3 nodes"})
+        session.agree(f"graph {rank // 2}", {"graph": f"{rank // 2} nodes"})
+
+    with pytest.raises(
+        RankMismatchError, match="ranks 2, 3 would compile.*graph is 0 nodes on rank 0 and 1 nodes on rank 2"
+    ):
+        run_threads(4, work)
+
+
+def test_a_third_open_site_is_our_mistake() -> None:
+    schedule = build_gather(gather_site(1), Mesh.of(Topology.grid(1, 1), 1, 1))
+
+    def work(rank: int) -> None:
+        current_session().load("g", [schedule] * 3)
+        ticket = torch.zeros(1, dtype=torch.int64)
+        for site in range(3):
+            ticket = sf.gather_start(torch.zeros(2, 10, 3), ticket, "g", site)
+
+    with pytest.raises(InternalError, match="site 2 opens epoch 3 while epoch 1"):
+        run_threads(1, work)
+
+
+def test_sites_may_end_in_another_order() -> None:
+    schedule = build_gather(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
+    whole = torch.randn(2, 10, 3)
+
+    def work(rank: int) -> bool:
+        current_session().load("g", [schedule] * 2)
+        ticket, right = torch.zeros(1, dtype=torch.int64), True
+        for call in range(5):
+            for site in (0, 1):
+                ticket = sf.gather_start(whole[:, 5 * rank : 5 * rank + 5] * (call + site), ticket, "g", site)
+            for site in (1, 0):
+                out, ticket = sf.gather_finish(ticket, "g", site, [2, 10, 3], torch.float32)
+                right &= torch.equal(out, whole * (call + site))
+        return right
+
+    assert run_threads(2, work) == [True, True]
+
+
+def test_the_heap_does_not_grow_with_sites() -> None:
+    schedule = build_gather(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
+
+    def work(rank: int) -> tuple[int, int]:
+        session = current_session()
+        session.load("few", [schedule])
+        few = session.heap_bytes
+        session.load("many", [schedule] * 60)
+        return few, session.heap_bytes
+
+    for few, many in run_threads(2, work):
+        assert few == many > 0
+
+
+@pytest.mark.parametrize(("ranks", "transport"), [(4, "auto"), (4, "c10d"), (3, "auto"), (6, "auto")])
+def test_every_schedule_is_exact_on_real_processes(ranks: int, transport: str) -> None:
+    """Ranks on two machines, late by turns: shared memory inside, messages between (or messages only)."""
+    machines = tuple(rank * 2 // ranks for rank in range(ranks))
+    results = run_processes(ranks, rank_workers.every_schedule, (transport, True), machines, timeout_s=200)
+    assert len(results[0]) >= 6
+    for result in results:
+        assert max(result.values()) <= 1e-5, result

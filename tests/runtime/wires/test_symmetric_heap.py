@@ -1,0 +1,93 @@
+"""Segments: layout, notices, shared memory that leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+
+from sfcompile.errors import HeapError
+from sfcompile.runtime.wires.symmetric_heap import (
+    NUM_BANKS,
+    HeapSize,
+    Segment,
+    create_shared,
+    local_segment,
+    map_shared,
+    unlink_shared,
+)
+
+SIZE = HeapSize(num_slots=5, bank_bytes=4096)
+
+
+def test_words_and_banks_do_not_overlap() -> None:
+    segment = local_segment(SIZE)
+    for bank in range(NUM_BANKS):
+        segment.chunk(bank, 0, (1024,), torch.float32).fill_(bank + 1)
+    assert segment.done == 0 and segment.aborted is None and not segment.signals.any()
+    segment.done = 7
+    segment.signals[:] = 9
+    segment.abort("x" * 10_000)
+    assert segment.done == 7 and (segment.signals == 9).all()
+    for bank in range(NUM_BANKS):
+        assert (segment.chunk(bank, 0, (1024,), torch.float32) == bank + 1).all()
+
+
+def test_each_signal_has_a_cache_line_of_its_own() -> None:
+    assert all(stride >= 64 for stride in local_segment(SIZE).signals.strides)
+
+
+def test_chunks_are_views() -> None:
+    segment = local_segment(SIZE)
+    segment.chunk(1, 128, (2, 3), torch.bfloat16).fill_(2.0)
+    assert segment.chunk(1, 128, (6,), torch.bfloat16).tolist() == [2.0] * 6
+    assert segment.chunk(0, 64, (2, 0, 4), torch.float32).shape == (2, 0, 4)
+
+
+def test_the_first_notice_stays() -> None:
+    segment = local_segment(SIZE)
+    segment.abort("rank 3: out of memory \N{EM DASH} see its log")
+    segment.abort("rank 1: rank 3 has gone")
+    assert segment.aborted == "rank 3: out of memory \N{EM DASH} see its log"
+
+
+def test_sizes_grow() -> None:
+    other = HeapSize(9, 64)
+    assert not SIZE.holds(other) and SIZE.holds(HeapSize(5, 64))
+    assert SIZE.grown(other) == HeapSize(9, 4096)
+
+
+def test_shared_segments_are_one_memory_after_unlinking() -> None:
+    name = f"sftest-{os.getpid()}"
+    mine = create_shared(name, SIZE)
+    theirs: Segment = map_shared(name, SIZE)
+    unlink_shared(name)
+    unlink_shared(name)
+    assert not os.path.exists(f"/dev/shm/{name}")
+    theirs.chunk(1, 0, (4,), torch.int32).copy_(torch.arange(4))
+    theirs.signals[1, 2] = 3
+    assert mine.chunk(1, 0, (4,), torch.int32).tolist() == [0, 1, 2, 3]
+    assert int(mine.signals[1, 2]) == 3
+
+
+def test_room_is_reserved_before_anything_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file would be made happily, and a later store would die of SIGBUS."""
+
+    def full(fd: int, offset: int, length: int) -> None:
+        assert length == SIZE.segment_bytes
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    name = f"sftest-{os.getpid()}"
+    with pytest.raises(HeapError, match="No space left on device"):
+        create_shared(name, SIZE)
+    assert not os.path.exists(f"/dev/shm/{name}")
+
+
+def test_no_room_is_said_at_once() -> None:
+    name = f"sftest-{os.getpid()}"
+    with pytest.raises(HeapError, match="does not fit in /dev/shm"):
+        create_shared(name, HeapSize(1, 2**50))
+    assert not os.path.exists(f"/dev/shm/{name}")

@@ -1,0 +1,73 @@
+"""Programs by size: which inputs move, one compilation for each set of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+from sfcompile.capture.by_sizes import BySizes, moving_inputs
+from sfcompile.capture.graph import capture
+from sfcompile.runtime.rank.session import Session
+
+
+class Guarded:
+    """Counts how often a compilation was guarded."""
+
+    def __init__(self) -> None:
+        self.entered = 0
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        self.entered += 1
+        yield
+
+
+def test_each_set_of_sizes_is_compiled_once() -> None:
+    compiled: list[tuple[int, ...]] = []
+    traced: list[BySizes] = []
+    session = Guarded()
+
+    def make(inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled.append(tuple(int(s) for x in inputs if isinstance(x, torch.Tensor) for s in x.shape if s > 4))
+        return lambda *args: (next(x for x in args if isinstance(x, torch.Tensor) and x.dim() == 3) * 2,)
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        moving = moving_inputs(gm, inputs)
+        assert moving and all(not isinstance(x, torch.nn.Parameter) for x in (inputs[i] for i in moving))
+        traced.append(BySizes(gm, make(inputs), inputs, moving, make, cast(Session, session)))
+        return traced[-1]
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: x * 2, backend=backend, dynamic=True)
+    for count in (5, 9, 5, 9, 7):
+        x = torch.randn(2, count, 3)
+        assert torch.equal(run(x), x * 2)
+    assert len(traced) == 1 and len(traced[0]) == 3 and session.entered == 2
+    assert [sizes[-1] for sizes in compiled] == [5, 9, 7]
+
+
+def test_static_inputs_do_not_move() -> None:
+    gm = torch.fx.symbolic_trace(lambda x, n, none: x * n)
+    assert moving_inputs(gm, [torch.zeros(3), 4, None]) == ()
+
+
+def test_python_floats_that_arrive_as_tensors_are_part_of_the_key() -> None:
+    traced: list[BySizes] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def make(given: Sequence[Any]) -> Callable[..., Any]:
+            got = capture(gm, given)
+            return lambda *args: got.gm(*(args[i] for i in got.tensor_inputs))
+
+        traced.append(BySizes(gm, make(inputs), inputs, moving_inputs(gm, inputs), make, cast(Session, Guarded())))
+        return traced[-1]
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda x, scale: x * scale, backend=backend, dynamic=True)
+    x = torch.randn(4, 3)
+    for scale in (0.5, 0.25, 0.5):
+        assert torch.equal(run(x, scale), x * scale)
+    assert sum(map(len, traced)) in (2, 3)

@@ -1,0 +1,81 @@
+"""Fused layers and checkpoints become the plain ops they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from helpers import captured
+from torch import nn
+
+from sfcompile.capture.graph import Captured
+
+
+def counts(got: Captured, name: str) -> int:
+    return sum(name in str(node.target) for node in got.gm.graph.nodes)
+
+
+def through(got: Captured, call: Callable[..., Any], x: torch.Tensor) -> Any:
+    """What a captured graph returns: Dynamo hands it its parameters."""
+    torch._dynamo.reset()
+    run = torch.compile(call, backend=lambda gm, inputs: lambda *full: got.gm(*(full[i] for i in got.tensor_inputs)))
+    with torch.no_grad():
+        return run(x)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("masked", [None, "keys", "pairs"])
+def test_a_fused_encoder_layer_is_its_ops(masked: str | None, norm_first: bool) -> None:
+    torch.manual_seed(0)
+    gelu = "gelu" if norm_first else "relu"
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, norm_first=norm_first, activation=gelu).eval()
+    x = torch.randn(2, 7, 16)
+    keep = torch.arange(7)[None] < torch.tensor([[7], [5]])
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if masked == "keys":
+            return layer(x, src_key_padding_mask=~keep) * keep[..., None]
+        return layer(x, src_mask=torch.ones(7, 7).triu(1).bool() if masked else None)
+
+    with torch.no_grad():
+        want = call(x)
+    got = captured(call, x)
+    assert counts(got, "scaled_dot_product_attention") == 1 and not counts(got, "_transformer_encoder_layer_fwd")
+    torch.testing.assert_close(through(got, call, x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_fused_attention_gives_its_weights_too() -> None:
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+
+    def call(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = module.out_proj
+        weights = module.in_proj_weight, module.in_proj_bias, out.weight, out.bias
+        return torch._native_multi_head_attention(x, x, x, 16, 4, *weights)  # type: ignore[arg-type]
+
+    x = torch.randn(2, 7, 16)
+    with torch.no_grad():
+        want = call(x)
+    for mine, whole in zip(through(captured(call, x), call, x), want, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_checkpoints_within_checkpoints_are_opened_up_and_keep_their_lines() -> None:
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(inner, x.sin(), use_reentrant=False) + 1
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(outer, x, use_reentrant=False).cos()
+
+    x = torch.randn(1, 2, 5, 4)
+    got = captured(call, x)
+    assert counts(got, "scaled_dot_product_attention") == 1 and not counts(got, "opaque")
+    node = next(node for node in got.gm.graph.nodes if "scaled_dot" in str(node.target))
+    assert "test_expand.py" in (node.stack_trace or "")
+    torch.testing.assert_close(got.gm(x)[0], call(x))

@@ -1,0 +1,57 @@
+"""Vmapped functions and higher-order ops are captured as calls that run them as they are."""
+
+from __future__ import annotations
+
+import torch
+from helpers import captured
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from sfcompile.passes.graph.cost import flops
+from sfcompile.passes.graph.op_view import OpView
+from sfcompile.passes.pipeline import run_pipeline
+from sfcompile.passes.state import State
+from sfcompile.runtime.program.topology import Topology
+
+
+def blockwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Causal flex attention between two products; its mask is made in the graph."""
+    length = x.shape[1]
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device="cpu")
+    q = (x @ w).unflatten(-1, (2, 16)).transpose(1, 2)
+    return flex_attention(q, q, q, block_mask=mask).transpose(1, 2).flatten(2) @ w
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 256, 32, generator=generator), torch.randn(32, 32, generator=generator) / 6
+
+
+def test_flex_attention_is_one_call_and_its_result_the_same() -> None:
+    x, w = inputs()
+    got = captured(blockwise, x, w)
+    opaque = [node for node in got.gm.graph.nodes if "opaque" in str(node.target)]
+    assert opaque and not any("flex" in str(node.target) for node in got.gm.graph.nodes)
+    with torch.no_grad():
+        (out,) = got.gm(x, w)
+        q = (x @ w).unflatten(-1, (2, 16)).transpose(1, 2)
+        want = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).flatten(2) @ w
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+
+
+def test_its_work_is_counted_and_reported_as_replicated() -> None:
+    got = captured(blockwise, *inputs())
+    views = [view for view in map(OpView.of, got.gm.graph.nodes) if view is not None and view.name == "opaque"]
+    assert sum(flops(view) for view in views) == 2 * 2 * 256 * 256 * 32
+    report = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0, shard_everything=True)).report
+    assert any(left.op.startswith("streamfusion.opaque") and left.flops for left in report.left_behind)
+    assert report.rank_flops[0] > 2 * 2 * 256 * 256 * 32
+
+
+def test_a_vmapped_function_keeps_its_sizes() -> None:
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        table = torch.vmap(lambda i: torch.where(i > 2, i, 0))(torch.arange(x.shape[0]))
+        return x * table[:, None]
+
+    x = torch.randn(6, 3)
+    got = captured(outer, x)
+    assert torch.equal(got.gm(x)[0], outer(x))

@@ -1,0 +1,83 @@
+"""Predictions: traced on the meta device, planned, priced, drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import build
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from sfcompile.errors import MeshError, UnsupportedError
+from sfcompile.prediction.predict import Prediction, simulate
+from sfcompile.runtime.program.topology import Topology
+
+
+def predicted(name: str = "joint", topology: str = "2x2", schedule: str = "auto") -> Prediction:
+    model, inputs = build(name)
+    return simulate(model, *inputs, topology=topology, schedule=schedule)
+
+
+def test_a_step_is_the_sum_of_its_attentions() -> None:
+    found = predicted()
+    assert sum(found.choices.counts.values()) >= 1
+    assert 0.0 < found.limit_s <= found.step_s and found.exposed_s < found.step_s
+    text = str(found)
+    assert "<- taken" in text and "between machines" in text and "ms predicted" in text and "of the limit" in text
+
+
+def test_nothing_is_computed() -> None:
+    class Wide(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = torch.nn.Linear(3072, 3 * 3072)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (part.unflatten(2, (24, 128)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+            return x + sdpa(q, k, v).transpose(1, 2).flatten(2)
+
+    with torch.device("meta"):
+        model, x = Wide().to(torch.bfloat16), torch.empty(1, 65536, 3072, dtype=torch.bfloat16)
+    found = simulate(model, x, topology="4x8:a100-efa")
+    (site,) = found.choices.sites.values()
+    assert (site.heads, site.head_dim, site.dtype) == (24, 128, torch.bfloat16)
+    assert found.choices.main is not None and found.choices.main.best.kind == "torus"
+
+
+def test_what_was_asked_for() -> None:
+    found = predicted(schedule="ring")
+    assert all(plan.best.kind == "ring" for plan in found.choices.plans.values())
+    with pytest.raises(MeshError, match="is not possible"):
+        predicted(topology="5x1", schedule="ulysses")
+
+
+def test_picture_and_trace(tmp_path: Path) -> None:
+    png, trace = predicted(schedule="torus").write(tmp_path / "step")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    lanes = {event.get("cat") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"compute", "network"} <= lanes
+
+
+def test_it_is_found_on_the_package() -> None:
+    import sfcompile
+
+    assert sfcompile.simulate is simulate
+    with pytest.raises(AttributeError, match="no attribute 'stimulate'"):
+        _ = sfcompile.stimulate
+
+
+def test_a_guidance_pair_on_two_machines_is_split() -> None:
+    model, inputs = build("self")
+    inputs = tuple(torch.cat([x, x]) for x in inputs)
+    found = simulate(model, *inputs, topology=Topology.grid(2, 2, network_bytes_per_s=1e5))
+    assert found.choices.batch > 1 and "groups of" in str(found)
+    assert len(found.timeline().compute_s) == 4 // found.choices.batch
+
+
+def test_no_attention_is_said() -> None:
+    found = simulate(torch.nn.Linear(4, 4), torch.zeros(2, 4), topology="2x2")
+    assert "no attention can be sharded" in str(found) and found.step_s == 0.0
+    with pytest.raises(UnsupportedError, match="no attention that can be sharded"):
+        found.timeline()

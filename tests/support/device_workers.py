@@ -1,0 +1,147 @@
+"""GPU ranks without GPUs: the session's device side over emulated NVSHMEM, kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from emulated_nvshmem import Library
+from random_sites import random_case
+from rank_workers import attend_and_gather, schedules_of, session_of, shared_memory_names
+from torch import fx
+from torch.nn import functional as F
+
+from sfcompile.capture.graph import capture
+from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
+from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
+from sfcompile.passes.pipeline import run_pipeline
+from sfcompile.passes.state import State
+from sfcompile.runtime.gpu.device_side import NvshmemSide
+from sfcompile.runtime.gpu.nvshmem import Nvshmem
+from sfcompile.runtime.rank.session import Session
+
+CPU = torch.device("cpu")
+
+
+def _side_of(session: Session, rank: int) -> tuple[NvshmemSide, dict[str, Any]]:
+    """The session on an emulated GPU, and stand-ins for what its kernels call."""
+    topology = session.topology
+    library = Library(rank, lambda: session.exchange(None, "meet"), lambda pe: topology.same_machine(rank, pe))
+    nvshmem = Nvshmem(rank, topology.num_ranks, CPU, session.exchange, (library, library))
+    calls = Emulated(library.address_of, Deadline(20.0)).names()
+
+    def make_release(domains: Sequence[int]) -> ReleaseKernel:
+        return ReleaseKernel(rank, topology.num_ranks, CPU, domains, calls)
+
+    side = NvshmemSide(nvshmem, topology, session.exchange, make_release)
+    session.use_device(side)
+    return side, calls
+
+
+def run(rank: int, seed: int, kernels: bool, calls: int, late: int = -1) -> dict[str, Any]:
+    """Attention and gather of a random case, several times, then of a larger one (the heap grows), then again.
+
+    Args:
+        kernels: generated kernels; else the executor over NVSHMEM's host calls.
+        late: a rank that sleeps before its calls.
+    """
+    session = session_of()
+    topology = session.topology
+    side, calls_of = _side_of(session, rank)
+    errors, same, sizes = [], True, []
+    sleep = random.Random(rank)
+    with interpreting(Deadline(20.0)):
+        for case_seed in (seed, seed + 1, seed):
+            case = random_case(case_seed, ranks=topology.num_ranks)
+            schedules = schedules_of(case)
+            engines = [KernelEngine(schedule, rank, CPU, side.domains, None, calls_of) for schedule in schedules]
+            program = f"p{case_seed}"
+            session.load(program, schedules, engines if kernels else None)
+            sizes.append(session.heap_bytes)
+            ticket, first = torch.zeros(1, dtype=torch.int64), None
+            for _ in range(calls):
+                if rank == late:
+                    time.sleep(0.2 * sleep.random())
+                whole, ticket = attend_and_gather(case, rank, ticket, program)
+                errors.append(float((whole.double() - case.expected).abs().max() / case.expected.abs().max()))
+                first = whole if first is None else first
+                same &= torch.equal(first, whole)
+    return {"error": max(errors), "same": same, "domains": side.domains, "sizes": sizes, "names": shared_memory_names()}
+
+
+def fused(rank: int) -> dict[str, Any]:
+    """A joint attention with norms and RoPE, compiled for this rank with fused puts: twice, beside the whole graph."""
+    torch.manual_seed(0)
+    tables = (torch.randn(1, 14, 1, 16), torch.randn(1, 14, 1, 16))
+    inputs = [torch.randn(1, 10, 32), torch.randn(1, 4, 32), *(torch.randn(32, 32) for _ in range(4))]
+    inputs += [torch.randn(16), torch.randn(16), *tables]
+    got = capture(fx.symbolic_trace(joint_attention), inputs)
+    session = session_of()
+    topology, ranks = session.topology, session.topology.num_ranks
+    side, calls = _side_of(session, rank)
+    state = State(got.gm, got.mode, topology, rank, shard_everything=True, split_batch=False, parts=())
+    state.kernels = state.fuse_puts = True
+    with torch.no_grad(), interpreting(Deadline(20.0)):
+        compiled = run_pipeline(state)
+        (program, schedules), = compiled.programs.items()  # fmt: skip
+        engines = [KernelEngine(schedule, rank, CPU, side.domains, None, calls) for schedule in schedules]
+        session.load(program, schedules, engines)
+        want, outs = got.gm(*inputs), [compiled.gm(*inputs) for _ in range(2)]
+    errors = [float((out[0] - want[0]).abs().max() / want[0].abs().max()) for out in outs]
+    return {"errors": errors, "fused": compiled.report.fused_puts, "order": compiled.order, "ranks": ranks}
+
+
+def joint_attention(
+    image: torch.Tensor, text: torch.Tensor, to_q: torch.Tensor, to_k: torch.Tensor, add_q: torch.Tensor,
+    add_k: torch.Tensor, norm_q: torch.Tensor, norm_k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Two heads of 16: text and image tokens, q and k normed and turned, V not even projected."""
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (2, 16))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.unflatten(-1, (8, 2)).unbind(-1)
+        return x * cos + torch.stack([-b, a], -1).flatten(3) * sin
+
+    def both(of_text: torch.Tensor, of_image: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        parts = (F.linear(text, of_text), F.linear(image, of_image))
+        return turned(torch.cat([F.rms_norm(heads(part), (16,), norm, 1e-6) for part in parts], 1)).transpose(1, 2)
+
+    v = heads(torch.cat([text, image], 1)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(both(add_q, to_q, norm_q), both(add_k, to_k, norm_k), v)
+    return out.transpose(1, 2).flatten(2)
+
+
+def interpreted(rank: int, seed: int, calls: int) -> dict[str, Any]:
+    """Attention of a random case by the interpreter's engine over shared memory, gathers by the executor."""
+    session = session_of(timeout_s=10.0)
+    case = random_case(seed, ranks=session.topology.num_ranks)
+    schedules = schedules_of(case)
+    with session.guard():
+        session.load("p", schedules, [InterpreterEngine(schedules[0], rank), None])
+    ticket, errors, outs = torch.zeros(1, dtype=torch.int64), [], []
+    for _ in range(calls):
+        whole, ticket = attend_and_gather(case, rank, ticket)
+        errors.append(float((whole.double() - case.expected).abs().max() / case.expected.abs().max()))
+        outs.append(whole)
+    same = all(torch.equal(outs[0], out) for out in outs)
+    return {"error": max(errors), "same": same, "names": shared_memory_names()}
+
+
+def sleeps(rank: int, sleeper: int) -> None:
+    """One rank does not send its part."""
+    session = session_of(timeout_s=2.0)
+    case = random_case(3, ranks=2)
+    schedules = schedules_of(case)
+    session.load("p", schedules, [InterpreterEngine(schedules[0], rank), None])
+    if rank == sleeper:
+        time.sleep(6.0)
+    else:
+        attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))

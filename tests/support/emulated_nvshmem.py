@@ -1,0 +1,111 @@
+"""NVSHMEM's host library for tests: PEs are processes of this machine, symmetric memory lies in /dev/shm."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sfcompile.runtime.gpu.nvshmem import CMP_GE, SIGNAL_SET
+from sfcompile.runtime.wires.symmetric_heap import map_file, unlink_shared
+
+
+class Library:
+    """Both modules of nvshmem4py in one object, for one PE.
+
+    Args:
+        meet: a barrier of all PEs.
+        reaches: whether ``ptr`` finds the memory of another PE; puts and signals always do.
+    """
+
+    def __init__(
+        self, rank: int, meet: Callable[[], object], reaches: Callable[[int], bool], timeout_s: float = 20.0
+    ) -> None:
+        self.rank, self._meet, self._reaches, self._timeout_s = rank, meet, reaches, timeout_s
+        self.num_ranks = 0
+        self.job = ""
+        self.finalized = False
+        self.modules: list[int] = []
+        self._allocations = 0
+        self._mapped: dict[int, list[torch.Tensor]] = {}  # own base address -> every PE's copy as this process sees it
+
+    # ------------------------------------------------------------------ nvshmem.core
+
+    def get_unique_id(self, empty: bool) -> Any:
+        raw = np.zeros(128, np.uint8) if empty else np.frombuffer(os.urandom(128), np.uint8).copy()
+        return SimpleNamespace(_data=raw)
+
+    def init(self, device: object, uid: Any, rank: int, nranks: int, initializer_method: str) -> None:
+        assert initializer_method == "uid" and rank == self.rank
+        self.num_ranks, self.job = nranks, uid._data[:8].tobytes().hex()
+
+    def get_version(self) -> Any:
+        return SimpleNamespace(libnvshmem_version="3.4.5")
+
+    def tensor(self, shape: tuple[int], dtype: torch.dtype) -> torch.Tensor:
+        (nbytes,) = shape
+        self._allocations += 1
+        names = [f"sfcompile-pe-{self.job}-{self._allocations}-{pe}" for pe in range(self.num_ranks)]
+        made = f"/dev/shm/{names[self.rank]}"
+        with open(made, "wb") as file:
+            file.write(os.urandom(nbytes))  # what the last owner left there
+        self._meet()
+        copies = [torch.frombuffer(map_file(f"/dev/shm/{name}", nbytes), dtype=torch.uint8) for name in names]
+        self._meet()
+        unlink_shared(names[self.rank])
+        own = copies[self.rank]
+        self._mapped[own.data_ptr()] = copies
+        return own.view(dtype)
+
+    def free_tensor(self, tensor: torch.Tensor) -> None:
+        del self._mapped[tensor.data_ptr()]
+
+    def finalize(self) -> None:
+        assert not self._mapped, "memory was not given back"
+        self.finalized = True
+
+    # ------------------------------------------------------------------ nvshmem.bindings
+
+    def ptr(self, address: int, pe: int) -> int:
+        return self.address_of(address, pe) if self._reaches(pe) else 0
+
+    def cumodule_init(self, module: int) -> int:
+        self.modules.append(module)
+        return 0
+
+    def putmem_signal_nbi_on_stream(
+        self, dst: int, src: int, nbytes: int, signal: int, value: int, op: int, pe: int, stream: int
+    ) -> None:
+        assert op == SIGNAL_SET
+        ctypes.memmove(self.address_of(dst, pe), src, nbytes)
+        self.signal_op_on_stream(signal, value, op, pe, stream)
+
+    def signal_op_on_stream(self, signal: int, value: int, op: int, pe: int, stream: int) -> None:
+        assert op == SIGNAL_SET and value >= 0
+        ctypes.c_uint64.from_address(self.address_of(signal, pe)).value = value
+
+    def signal_wait_until_on_stream(self, signal: int, comparison: int, value: int, stream: int) -> None:
+        assert comparison == CMP_GE and value >= 0
+        word = ctypes.c_uint64.from_address(signal)
+        self._wait(lambda: word.value >= value, f"a signal of {value}")
+
+    # ------------------------------------------------------------------ common
+
+    def address_of(self, address: int, pe: int) -> int:
+        for base, copies in self._mapped.items():
+            if base <= address < base + copies[self.rank].numel():
+                return copies[pe].data_ptr() + address - base
+        raise AssertionError(f"address {address:#x} is not symmetric")
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + self._timeout_s
+        while not ready():
+            if time.monotonic() > end:
+                raise TimeoutError(f"{what} did not come")
+            time.sleep(0)
