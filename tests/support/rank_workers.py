@@ -101,7 +101,7 @@ def without_connections(rank: int, seed: int) -> dict[str, Any]:
 def traced(rank: int, folder: str, environment: bool) -> str:
     """Two steps under a trace; what rank 0's table says (through the environment: once both ranks are at their end)."""
     import sfcompile
-    from sfcompile.tracing.trace import trace as tracing
+    from sfcompile.tracing import trace as tracing
 
     session, case = session_of(), random_case(21, ranks=2)
     session.load("p", schedules_of(case))

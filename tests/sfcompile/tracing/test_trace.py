@@ -14,9 +14,9 @@ from sfcompile.errors import OptionError
 from sfcompile.runtime.program.spans import Span
 from sfcompile.runtime.rank import recorder
 from sfcompile.runtime.rank.recorder import Event
+from sfcompile.tracing import trace as tracing
 from sfcompile.tracing.report import Predicted, Times
 from sfcompile.tracing.trace import RankTrace, main, merge, merge_files
-from sfcompile.tracing.trace import trace as tracing
 
 
 def record(rank: int, host: str, met_s: float) -> RankTrace:
