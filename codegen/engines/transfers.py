@@ -20,7 +20,7 @@ from sfcompile.codegen.kernels.chunks import (
     release_source,
     send_source,
 )
-from sfcompile.codegen.kernels.spec import reach_of
+from sfcompile.codegen.kernels.reach import reach_of
 from sfcompile.codegen.kernels.text import entry_name
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.loader import link_options, load_source

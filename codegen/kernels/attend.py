@@ -15,19 +15,10 @@ the inner loop would be overtaken by the prefetched loads of later iterations.
 
 from __future__ import annotations
 
+from sfcompile.codegen.kernels.reach import KernelText, put_signal
 from sfcompile.codegen.kernels.spec import KernelSpec
 from sfcompile.codegen.kernels.tables import FORWARD, KEY, QUERY, UNIT
-from sfcompile.codegen.kernels.text import (
-    Lines,
-    columns,
-    entry_name,
-    heap_of,
-    module,
-    prologue,
-    put_signal,
-    wait_lines,
-    wrapped,
-)
+from sfcompile.codegen.kernels.text import columns, entry_name, heap_of, line_of, module, prologue, wrapped
 from sfcompile.codegen.rows.indices import block_of
 
 LOG2E = 1.4426950408889634
@@ -65,7 +56,7 @@ def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
     Args:
         notes: lines for the docstring, for example the schedule as text.
     """
-    out = Lines()
+    out = KernelText(spec.reach, spec.bounded)
     out(wrapped("@triton.jit(do_not_specialize=[", [f'"{name}"' for name in _INTEGERS], "])"))
     with out.block(wrapped(f"def {entry_name('attend', spec.reach)}(", arguments(spec), "):")):
         out("program = tl.program_id(0)", "programs = tl.num_programs(0)")
@@ -74,7 +65,7 @@ def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
         out(*prologue())
         if spec.forwards:
             with out.block("if program < COPY_PROGRAMS:"):
-                _forward(out, spec)
+                _forward(out)
             with out.block("else:"):
                 _attend(out, spec)
         else:
@@ -98,7 +89,7 @@ def _positions(spec: KernelSpec) -> bool:
     return spec.causal or spec.mask != "none"
 
 
-def _virtual(out: Lines, spec: KernelSpec) -> None:
+def _virtual(out: KernelText, spec: KernelSpec) -> None:
     """Several ranks in one launch: the low programs are all ranks' copy programs, hop by hop."""
     given = arguments(spec)
     out(
@@ -121,51 +112,32 @@ def _element(spec: KernelSpec) -> str:
     return {"fp32": "tl.float32", "fp16": "tl.float16", "bf16": "tl.bfloat16"}[spec.dtype]
 
 
-def _wait(out: Lines, spec: KernelSpec, slot: str) -> None:
+def _wait(out: KernelText, slot: str) -> None:
     """Wait for a slot, if the schedule says so."""
     with out.block(f"if {slot} >= 0:"):
-        out(*wait_lines(spec.reach, spec.bounded, f"signals + {slot} * 64", "epoch", slot))
+        out.wait(slot)
 
 
-def _forward(out: Lines, spec: KernelSpec) -> None:
+def _forward(out: KernelText) -> None:
     """Copy programs: hop ``f`` waits for its chunk and sends it on. Hops go in the schedule's order."""
     out("hop = program")
     with out.block("while hop < num_forwards:"):
         out(f"forward = forwards_ptr + hop * {len(FORWARD)}")
-        names = {name: name for name in FORWARD if name != "net" or spec.reach == "mixed"}
-        out(*columns("forward", FORWARD, names))
-        _wait(out, spec, "slot")
-
-        def by_store() -> None:
-            out(
-                f"to = {heap_of('dst')}",
-                "copy_words(to + bank_at + to_at, bank + at, (nbytes + 3) // 4, 0, 1, 2048)",
-                "tl.debug_barrier()  # every thread's stores happen before thread 0's release",
-                "raise_signal(to + signals_at + to_slot * 64, epoch)",
-            )
-
-        def by_nvshmem() -> None:
-            out(*put_signal("dst", "bank + at", "bank_at + to_at", "nbytes", "signals_at + to_slot * 64"))
-
-        _either(out, spec, by_store, by_nvshmem)
+        out.read("forward", FORWARD)
+        _wait(out, "slot")
+        signal = f"signals_at + {line_of('to_slot')}"
+        near = [
+            f"to = {heap_of('dst')}",
+            "copy_words(to + bank_at + to_at, bank + at, (nbytes + 3) // 4, 0, 1, 2048)",
+            "tl.debug_barrier()  # every thread's stores happen before thread 0's release",
+            f"raise_signal(to + {signal}, epoch)",
+        ]
+        # Far away it goes straight from where it arrived: no staging.
+        out.fork(near, put_signal("dst", "bank + at", "bank_at + to_at", "nbytes", signal))
         out("hop += COPY_PROGRAMS")
 
 
-def _either(out: Lines, spec: KernelSpec, by_store: object, by_nvshmem: object) -> None:
-    """The way that reaches the destination."""
-    assert callable(by_store) and callable(by_nvshmem)
-    if spec.reach == "peer":
-        by_store()
-    elif spec.reach == "nvshmem":
-        by_nvshmem()
-    else:
-        with out.block("if net != 0:"):
-            by_nvshmem()
-        with out.block("else:"):
-            by_store()
-
-
-def _attend(out: Lines, spec: KernelSpec) -> None:
+def _attend(out: KernelText, spec: KernelSpec) -> None:
     out("me = program - COPY_PROGRAMS", "workers = programs - COPY_PROGRAMS")
     out("d = tl.arange(0, D_BLOCK)", "e = tl.arange(0, E_BLOCK)")
     out("u = 0")
@@ -185,13 +157,13 @@ def _attend(out: Lines, spec: KernelSpec) -> None:
         out("u += 1")
 
 
-def _tile(out: Lines, spec: KernelSpec) -> None:
+def _tile(out: KernelText, spec: KernelSpec) -> None:
     out("bh = tile // blocks", "row = (tile % blocks) * BM + tl.arange(0, BM)", "inside = row < rows")
     needs_split = spec.group > 1 or spec.mask == "full" or spec.mask == "key"
     if needs_split:
         out("b = bh // heads", "h = first_head + bh % heads")
     out(f"kv_bh = b * kv_heads + h // {spec.group} - first_kv" if spec.group > 1 else "kv_bh = bh")
-    _wait(out, spec, "q_slot")
+    _wait(out, "q_slot")
     out(f"q_ptr = {_pointer(spec, 'bank + q_at', spec.head_dim)}")
     out("q_ptr += (bh * pitch).to(tl.int64) * D")
     limits = ["inside[:, None]"] + (["(d < D)[None, :]"] if _padded(spec.head_dim) else [])
@@ -230,13 +202,13 @@ def _tile(out: Lines, spec: KernelSpec) -> None:
             )
 
 
-def _key_chunk(out: Lines, spec: KernelSpec) -> None:
+def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
     out(f"key = keys_ptr + j * {len(KEY)}")
     out(*columns("key", KEY, {name: name for name in ("k_slot", "v_slot", "k_at", "v_at")}))
     small = {"columns": "rows", "k_pitch": "pitch"} | ({"k_position": "position"} if _positions(spec) else {})
     out(*columns("key", KEY, small, small=True))
-    _wait(out, spec, "k_slot")
-    _wait(out, spec, "v_slot")
+    _wait(out, "k_slot")
+    _wait(out, "v_slot")
     out("head_at = (kv_bh * k_pitch).to(tl.int64)")
     out(f"k_ptr = {_pointer(spec, 'bank + k_at', spec.head_dim)} + head_at * D")
     out(f"v_ptr = {_pointer(spec, 'bank + v_at', spec.v_head_dim)} + head_at * E")
@@ -255,7 +227,7 @@ def _key_chunk(out: Lines, spec: KernelSpec) -> None:
             _block(out, spec, tail=False)
 
 
-def _block(out: Lines, spec: KernelSpec, tail: bool) -> None:
+def _block(out: KernelText, spec: KernelSpec, tail: bool) -> None:
     """One block of keys: scores, softmax state, weighted values."""
     element = _element(spec)
     # Three products of TF32 give nearly fp32's precision on tensor cores; the interpreter computes in fp32 anyway.
@@ -291,7 +263,7 @@ def _block(out: Lines, spec: KernelSpec, tail: bool) -> None:
     )
 
 
-def _hidden(out: Lines, spec: KernelSpec, tail: bool) -> list[str]:
+def _hidden(out: KernelText, spec: KernelSpec, tail: bool) -> list[str]:
     """Loads what hides keys; conditions under which a score stays."""
     found = ["(col < columns)[None, :]"] if tail else []
     if not _positions(spec):
@@ -320,7 +292,7 @@ def _hidden(out: Lines, spec: KernelSpec, tail: bool) -> list[str]:
     return found
 
 
-def _finish(out: Lines, spec: KernelSpec) -> None:
+def _finish(out: KernelText, spec: KernelSpec) -> None:
     """A query's last unit: its output goes to the caller's tensor, or home."""
     out(f"o = (acc / {'tl.where(l == 0.0, 1.0, l)' if _positions(spec) else 'l'}[:, None]).to({_element(spec)})")
     stores = f"mask=inside[:, None]{' & (e < E)[None, :]' if _padded(spec.v_head_dim) else ''}"
@@ -351,34 +323,22 @@ def _finish(out: Lines, spec: KernelSpec) -> None:
         _push(out, spec, stores)
 
 
-def _push(out: Lines, spec: KernelSpec, stores: str) -> None:
+def _push(out: KernelText, spec: KernelSpec, stores: str) -> None:
     """Home: stored straight into the peer's slot; by NVSHMEM the last program of the chunk sends it as a whole."""
-    wanted = {"out_at": "out_at", "out_slot": "out_slot"}
-    if spec.reach != "peer":
-        wanted |= {"staging": "staging", "nbytes": "nbytes"}
-    if spec.reach == "mixed":
-        wanted |= {"net": "net"}
-    out(*columns("query", QUERY, wanted))
+    wanted = ["out_at", "out_slot"]
+    wanted += ["staging", "nbytes"] if spec.reach != "peer" else []
+    wanted += ["net"] if spec.reach == "mixed" else []
+    out(*columns("query", QUERY, {name: name for name in wanted}))
     if spec.reach != "nvshmem":
         out(f"to = {heap_of('dst')}")
-    out("target = bank + staging" if spec.reach == "nvshmem" else "target = to + bank_at + out_at")
-    if spec.reach == "mixed":
-        with out.block("if net != 0:"):
-            out("target = bank + staging")
+    out.target("out_at", heap="to", revise=True)
     out(
         f"target_ptr = {_pointer(spec, 'target', spec.v_head_dim)}",
         "target_ptr += (bh * rows).to(tl.int64) * E",
         f"tl.store(target_ptr + row[:, None] * E + e[None, :], o, {stores})",
     )
-
-    def by_store() -> None:
-        out("raise_signal(to + signals_at + out_slot * 64, epoch)")
-
-    def by_nvshmem() -> None:
-        out(*put_signal("dst", "bank + staging", "bank_at + out_at", "nbytes", "signals_at + out_slot * 64"))
-
     with out.block("if last_of(counters_ptr + out_slot, tiles):"):
-        _either(out, spec, by_store, by_nvshmem)
+        out.announce("out_slot", "out_at", heap="to")
 
 
 def _pointer(spec: KernelSpec, address: str, width: int) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sfcompile.codegen.kernels.moves import await_credits, kernel
-from sfcompile.codegen.kernels.text import PLACE, Lines, columns, entry_name, heap_of, module, put_signal, wait_lines
+from sfcompile.codegen.kernels.reach import KernelText, put_signal
+from sfcompile.codegen.kernels.text import PLACE, columns, heap_of, line_of, module
 
 SEND = ("dst", "slot", "from_at", "to_at", "nbytes", "net", "staging")
 RECEIVE = ("slot", "at", "to_at", "nbytes")
@@ -35,36 +35,29 @@ def chunk_arguments(name: str, spec: ChunkSpec) -> tuple[str, ...]:
 
 def send_source(spec: ChunkSpec) -> str:
     """The module of ``send``: chunks of a local buffer go into the slots of other ranks, each with its signal."""
-    out = Lines()
-    with kernel(out, entry_name("send", spec.reach), chunk_arguments("send", spec)):
-        out(*await_credits(spec.reach, spec.bounded), "x = x_ptr.to(tl.int64)", "p = 0")
+    out = KernelText(spec.reach, spec.bounded)
+    with out.kernel("send", chunk_arguments("send", spec)):
+        out.wait_for_credits()
+        out("x = x_ptr.to(tl.int64)", "p = 0")
         with out.block("while p < num_puts:"):
             out(f"chunk = sends_ptr + p * {len(SEND)}", *columns("chunk", SEND, {name: name for name in SEND}))
-            out("target = bank + staging" if spec.reach != "peer" else f"target = {heap_of('dst')} + bank_at + to_at")
-            if spec.reach == "mixed":
-                with out.block("if net == 0:"):
-                    out(f"target = {heap_of('dst')} + bank_at + to_at")
+            out.target("to_at", if_near="net == 0", revise=True)
             out("copy_words(target, x + from_at, (nbytes + 3) // 4, program, programs, 1024)")
             with out.block("if last_of(counters_ptr + slot, programs):"):
-                store = f"raise_signal({heap_of('dst')} + signals_at + slot * 64, epoch)"
-                put = put_signal("dst", "bank + staging", "bank_at + to_at", "nbytes", "signals_at + slot * 64")
-                if spec.reach == "mixed":
-                    out("if net == 0:", f"    {store}", "else:", *(f"    {line}" for line in put))
-                else:
-                    out(*([store] if spec.reach == "peer" else put))
+                out.announce("slot", "to_at", if_near="net == 0")
             out("p += 1")
     return module("Sends chunks of a buffer.", out.text)
 
 
 def receive_source(spec: ChunkSpec) -> str:
     """The module of ``receive``: wait for each chunk and copy it into a local buffer, which no bank's turn moves."""
-    out = Lines()
-    with kernel(out, entry_name("receive", spec.reach), chunk_arguments("receive", spec)):
+    out = KernelText(spec.reach, spec.bounded)
+    with out.kernel("receive", chunk_arguments("receive", spec)):
         out("x = x_ptr.to(tl.int64)", "c = 0")
         with out.block("while c < num_collects:"):
             out(f"chunk = receives_ptr + c * {len(RECEIVE)}")
-            out(*columns("chunk", RECEIVE, {name: name for name in RECEIVE}))
-            out(*wait_lines(spec.reach, spec.bounded, "signals + slot * 64", "epoch", "slot"))
+            out.read("chunk", RECEIVE)
+            out.wait("slot")
             out("copy_words(x + to_at, bank + at, (nbytes + 3) // 4, program, programs, 1024)", "c += 1")
     return module("Brings chunks home into a buffer.", out.text)
 
@@ -75,22 +68,16 @@ def release_source(spec: ChunkSpec) -> str:
     It is launched after the kernels that read; a launch sees the end of those before it on its stream. ``heaps_ptr``
     lists the ranks of the job here, not of a mesh, and ``rank`` is this rank's number in the job.
     """
-    out = Lines()
-    with kernel(out, entry_name("release", spec.reach), chunk_arguments("release", spec)):
-        out(f"credit = tl.load(place_ptr + {PLACE.index('credits_at')}) + rank.to(tl.int64) * 64")
+    # A rank gives credit to all, itself included, and itself it reaches by a store.
+    out = KernelText("peer" if spec.reach == "peer" else "mixed")
+    with out.kernel("release", chunk_arguments("release", spec)):
+        out(f"credit = tl.load(place_ptr + {PLACE.index('credits_at')}) + {line_of('rank.to(tl.int64)')}")
         out(f"scratch = tl.load(place_ptr + {PLACE.index('scratch_at')})")
         out("other = program")
         with out.block("while other < num_ranks:"):
-            store = ["raise_signal(to + credit, epoch)"]
-            # A signal travels with data: 16 bytes of scratch that nobody reads.
-            put = put_signal("other", "heap + scratch", "scratch + 16", "16", "credit")
             out(f"to = {heap_of('other')}")
-            if spec.reach == "peer":
-                out(*store)
-            else:
-                with out.block("if to != 0:"):
-                    out(*store)
-                with out.block("else:"):
-                    out(*put)
+            # By NVSHMEM a signal travels with data: 16 bytes of scratch that nobody reads.
+            put = put_signal("other", "heap + scratch", "scratch + 16", "16", "credit")
+            out.fork(["raise_signal(to + credit, epoch)"], put, if_near="to != 0")
             out("other += programs")
     return module("Gives credits.", out.text)

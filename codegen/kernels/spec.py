@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -184,12 +183,6 @@ def spec_of(
         **tiles,
     ).with_(**changes)
     return spec if any(n % spec.block_n for n in rows) else spec.with_(tails="none")
-
-
-def reach_of(machine_of: Sequence[int]) -> str:
-    """How the ranks of some machines reach each other: "peer", "nvshmem" or "mixed"; see KernelSpec."""
-    machines = len(set(machine_of))
-    return "peer" if machines == 1 else "nvshmem" if machines == len(machine_of) else "mixed"
 
 
 def _reach(schedule: Schedule, machine_of: tuple[int, ...] | None) -> str:

@@ -49,11 +49,24 @@ def columns(row: str, names: tuple[str, ...], wanted: dict[str, str], small: boo
 PLACE = ("epoch", "banks_at", "bank_bytes", "signals_at", "signals_bytes", "credits_at", "scratch_at")
 """What ``place_ptr`` points to, int64: the epoch of a site's call, and where things lie in every rank's segment
 (runtime/wires/symmetric_heap.py). The epoch is read from memory and not an argument, so that a captured CUDA graph can
-be
-replayed: what raises it is part of the graph."""
+be replayed: what raises it is part of the graph."""
 HEAP = ("address", "pe", "name")
 """A row of the table at ``heaps_ptr``, by rank of the mesh: where its segment lies in this process (0: out of reach);
 its number for NVSHMEM and the address that names its segment there (the caller's own: memory is symmetric)."""
+LINE_BYTES = 64
+"""A signal (of a slot) and a credit (of a rank) is a word on a cache line of its own."""
+NUM_BANKS = 2
+"""Epochs take turns in so many banks (runtime/wires/symmetric_heap.py)."""
+
+
+def heap_of(rank: str) -> str:
+    """Address of a rank's segment in this process; 0 if it is far."""
+    return f"tl.load(heaps_ptr + {len(HEAP)} * {rank})"
+
+
+def line_of(index: str) -> str:
+    """Bytes from the first signal (or credit) to the one of a slot (or rank)."""
+    return f"{index} * {LINE_BYTES}"
 
 
 def prologue() -> list[str]:
@@ -62,8 +75,8 @@ def prologue() -> list[str]:
     return [
         f"epoch = {at['epoch']}",
         f"heap = {heap_of('rank')}",
-        f"bank_at = {at['banks_at']} + epoch % 2 * {at['bank_bytes']}",
-        f"signals_at = {at['signals_at']} + epoch % 2 * {at['signals_bytes']}",
+        f"bank_at = {at['banks_at']} + epoch % {NUM_BANKS} * {at['bank_bytes']}",
+        f"signals_at = {at['signals_at']} + epoch % {NUM_BANKS} * {at['signals_bytes']}",
         "bank = heap + bank_at",
         "signals = heap + signals_at  # a word per slot, each on a cache line of its own",
     ]
@@ -78,42 +91,6 @@ def wrapped(before: str, items: Sequence[str], after: str) -> str:
     """A list of arguments over as many lines as it needs."""
     inside = textwrap.fill(", ".join(items), 112, break_long_words=False, break_on_hyphens=False)
     return f"{before}\n{textwrap.indent(inside, '    ')}\n{after}"
-
-
-def heap_of(rank: str) -> str:
-    """Address of a rank's segment."""
-    return f"tl.load(heaps_ptr + {len(HEAP)} * {rank})"
-
-
-def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str) -> list[str]:
-    """Lines that put bytes from an address to ``to_at`` in a rank's segment by NVSHMEM, then raise a signal there."""
-    return [
-        f"pe = tl.load(heaps_ptr + {len(HEAP)} * {dst} + 1).to(tl.int32)",
-        f"named = tl.load(heaps_ptr + {len(HEAP)} * {dst} + 2)",
-        "putmem_signal_nbi_block(",
-        f"    named + {to_at}, {source}, {nbytes},",
-        f"    named + {signal_at}, epoch, SIGNAL_SET, pe,",
-        ")",
-    ]
-
-
-def wait_lines(reach: str, bounded: bool, address: str, epoch: str, slot: str) -> list[str]:
-    """Lines that wait until a word of this rank's segment holds an epoch.
-
-    What a peer stored is ordered by the acquire of our own loop, what a network card wrote by NVSHMEM's wait; where
-    both may come, both are done: the second finds the word already there.
-
-    Args:
-        bounded: give up after a while and report ``slot`` (device.py); what gave up must not wait in NVSHMEM.
-    """
-    loop = f"wait_word_bounded({address}, {epoch}, report_ptr, {slot})" if bounded else f"wait_word({address}, {epoch})"
-    theirs = f"signal_wait_until({address}, CMP_GE, {epoch})"
-    lines = [loop] if bounded or reach != "nvshmem" else []
-    if reach == "peer":
-        return lines
-    if bounded:
-        return [*lines, 'if tl.atomic_add(report_ptr, 0, sem="relaxed", scope="gpu") == 0:', f"    {theirs}"]
-    return [*lines, theirs]
 
 
 @cache

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sfcompile.codegen.kernels.chunks import ChunkSpec
 from sfcompile.codegen.kernels.moves import MoveSpec
-from sfcompile.codegen.kernels.spec import reach_of, spec_of
+from sfcompile.codegen.kernels.reach import reach_of
+from sfcompile.codegen.kernels.spec import spec_of
 from sfcompile.codegen.kernels.tables import make_tables
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.compiler import (

@@ -8,7 +8,6 @@ from random_sites import even, rows
 
 from sfcompile.codegen.engines.launch import HeapView
 from sfcompile.codegen.engines.transfers import ReleaseKernel, TransferKernels
-from sfcompile.codegen.kernels.spec import reach_of
 from sfcompile.codegen.schedule.gather import build_gather
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.reshard import build_reshard
@@ -74,10 +73,6 @@ def test_gather_and_reshard(machine_of: tuple[int, ...]) -> None:
     shapes = [(2, 11, len(rows(want))) for want in wanted]
     for out, want in zip(run(switch, [whole[:, rows(o)] for o in owners], shapes, machine_of), wanted, strict=True):
         assert torch.equal(out, whole[:, :, rows(want)])
-
-
-def test_reach() -> None:
-    assert [reach_of(machines) for machines in ((0, 0), (0, 1), (0, 0, 1))] == ["peer", "nvshmem", "mixed"]
 
 
 def test_reports_of_debug_builds() -> None:

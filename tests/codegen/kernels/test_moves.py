@@ -1,4 +1,4 @@
-"""Small kernels in the interpreter: cut and copy, wait and bring home, merge."""
+"""Small kernels in the interpreter: cut and copy, wait and bring home."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from row_forms import forms, traced
 
 from sfcompile.codegen.kernels.moves import (
     MoveSpec,
-    await_credits,
     collect_source,
-    merge_source,
     move_arguments,
     put_source,
 )
@@ -77,22 +75,6 @@ def test_a_bank_that_was_not_read_is_not_overwritten() -> None:
         put[(1,)](x, *x.stride()[:3], *given)
 
 
-def test_merge_of_partials_with_rows_that_saw_nothing() -> None:
-    scores = torch.randn(5, 12)
-    values = torch.randn(12, 20)
-    scores[1, :6] = scores[2, 6:] = scores[3] = float("-inf")
-    parts = []
-    for keys in (slice(0, 6), slice(6, 12)):
-        lse = torch.logsumexp(scores[:, keys], -1)
-        weights = torch.exp(scores[:, keys] - lse.masked_fill(lse == float("-inf"), 0.0)[:, None])
-        parts.append(((weights @ values[keys]).contiguous(), lse))
-    (o1, l1), (o2, l2) = parts
-    with interpreting(Deadline(5.0)):
-        load_source(merge_source(), True).merge[(2,)](o1, l1, o2, l2, 5, 20, 32, 4)
-    assert torch.allclose(l1, torch.logsumexp(scores, -1))
-    assert torch.allclose(o1, torch.softmax(scores, -1).nan_to_num(0.0) @ values, atol=1e-6)
-
-
 @pytest.mark.parametrize("reach", ["peer", "nvshmem", "mixed"])
 @pytest.mark.parametrize("bounded", [False, True])
 def test_every_text_is_code_with_the_arguments_that_it_names(reach: str, bounded: bool) -> None:
@@ -108,4 +90,3 @@ def test_every_text_is_code_with_the_arguments_that_it_names(reach: str, bounded
     assert isinstance(fused, ast.FunctionDef)
     assert [entry.arg for entry in fused.args.args] == list(move_arguments("put", spec, rows))
     assert not any(entry.arg.startswith("x_") for entry in fused.args.args)
-    assert any("maximum" in line for line in await_credits(reach, bounded))

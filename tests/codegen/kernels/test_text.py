@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import ast
 
-import pytest
-
 from sfcompile.codegen.kernels.text import (
     HEAP,
+    LINE_BYTES,
+    NUM_BANKS,
     PLACE,
     Lines,
     columns,
     device_functions,
     entry_name,
     heap_of,
+    line_of,
     module,
     prologue,
-    put_signal,
-    wait_lines,
 )
+from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 
 def test_lines_are_indented_by_blocks() -> None:
@@ -49,18 +49,10 @@ def test_a_module_brings_the_device_functions_that_it_uses_and_no_others() -> No
     ast.parse(whole)
 
 
-@pytest.mark.parametrize("reach", ["peer", "nvshmem", "mixed"])
-@pytest.mark.parametrize("bounded", [False, True])
-def test_waits_by_reach(reach: str, bounded: bool) -> None:
-    text = "\n".join(wait_lines(reach, bounded, "at", "epoch", "slot"))
-    ast.parse(text)
-    assert ("signal_wait_until" in text) == (reach != "peer")
-    assert ("wait_word" in text) == (reach != "nvshmem" or bounded)
-    assert ("report_ptr" in text) == bounded
-    if bounded and reach != "peer":  # whoever gave up must not wait for ever in NVSHMEM
-        assert text.index("wait_word_bounded") < text.index("if tl.atomic_add(report_ptr") < text.index("signal_wait")
-
-
-def test_heads_and_puts_are_code() -> None:
-    ast.parse("\n".join([*prologue(), *put_signal("dst", "bank", "bank_at + 1", "nbytes", "signals_at + 2")]))
+def test_heads_are_code_and_know_the_heap() -> None:
+    ast.parse("\n".join(prologue()))
     assert entry_name("put", "peer") == "put" and entry_name("put", "mixed") == "put_nvshmem"
+    size = HeapSize(3, 128, 2)
+    assert size.signals_of(1) - size.signals_of(0) == 3 * LINE_BYTES and line_of("slot") == f"slot * {LINE_BYTES}"
+    assert size.credits_at - size.signals_at == 3 * LINE_BYTES * NUM_BANKS
+    assert len(size.places) + 1 == len(PLACE)

@@ -1,0 +1,148 @@
+"""How ranks reach each other, and the text of a kernel that does: rows put to a destination, signals raised, slots
+awaited.
+
+The algorithms (attend.py, moves.py, chunks.py) say what happens; how it is written for each reach stands here and
+nowhere else. A destination is *near* if its segment is mapped into this process, *far* if only NVSHMEM gets there:
+
+            rows are written to         what raises the signal
+    near    the slot itself             a store of the epoch, with release
+    far     the staging area here       the put that carries the chunk as a whole
+
+In a "peer" kernel all destinations are near, in an "nvshmem" kernel all are far, and a "mixed" kernel asks the column
+``net`` of its tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from sfcompile.codegen.kernels.text import (
+    HEAP,
+    NUM_BANKS,
+    PLACE,
+    Lines,
+    columns,
+    entry_name,
+    heap_of,
+    line_of,
+    prologue,
+)
+
+_SCALARS = ("rank", "num_puts", "num_collects", "num_receivers", "num_ranks", "batch", "nbytes")
+"""Arguments that no kernel is specialised to: their values change from rank to rank."""
+
+
+def reach_of(machine_of: Sequence[int]) -> str:
+    """How the ranks of some machines reach each other: "peer", "nvshmem" or "mixed"."""
+    machines = len(set(machine_of))
+    return "peer" if machines == 1 else "nvshmem" if machines == len(machine_of) else "mixed"
+
+
+class KernelText(Lines):
+    """Lines of a kernel of some reach.
+
+    Args:
+        reach: "peer", "nvshmem" or "mixed".
+        bounded: debug build: waits give up after a while and report.
+    """
+
+    def __init__(self, reach: str, bounded: bool = False) -> None:
+        super().__init__()
+        self.reach, self.bounded = reach, bounded
+
+    @contextmanager
+    def kernel(self, name: str, arguments: Sequence[str]) -> Iterator[None]:
+        """A kernel's head and its first lines; what is added inside is its body."""
+        scalars = ", ".join(f'"{argument}"' for argument in arguments if argument in _SCALARS)
+        self(f"@triton.jit(do_not_specialize=[{scalars}])")
+        with self.block(f"def {entry_name(name, self.reach)}({', '.join(arguments)}):"):
+            self("program = tl.program_id(0)", "programs = tl.num_programs(0)", *prologue())
+            yield
+
+    def read(self, row: str, table: tuple[str, ...]) -> None:
+        """Load every column of a table's row into a variable of its name; ``net`` where somebody asks for it."""
+        self(*columns(row, table, {name: name for name in table if name != "net" or self.reach == "mixed"}))
+
+    def fork(self, near: Sequence[str], far: Sequence[str], if_near: str = "", revise: bool = False) -> None:
+        """Lines for near destinations, or for far ones, or both and the test between them.
+
+        Args:
+            if_near: a test for near ones, whose lines then come first; "": the far ones come first.
+            revise: let the second lines stand before the test, and the first ones change what they did (no else).
+        """
+        if self.reach != "mixed":
+            self(*(near if self.reach == "peer" else far))
+            return
+        test, first, second = (if_near, near, far) if if_near else ("net != 0", far, near)
+        if revise:
+            self(*second)
+        with self.block(f"if {test}:"):
+            self(*first)
+        if not revise:
+            with self.block("else:"):
+                self(*second)
+
+    def target(self, slot_at: str, heap: str = "", if_near: str = "", revise: bool = False) -> None:
+        """Set ``target``: where this rank writes what goes to ``slot_at`` (bytes in the bank) of ``dst``.
+
+        Args:
+            heap: the address of the destination's segment, if it has been loaded.
+        """
+        slot = f"target = {heap or heap_of('dst')} + bank_at + {slot_at}"
+        self.fork([slot], ["target = bank + staging"], if_near, revise)
+
+    def announce(self, slot: str, slot_at: str, heap: str = "", if_near: str = "") -> None:
+        """Tell ``dst`` that its slot is filled; far away the staged chunk of ``nbytes`` goes with it."""
+        signal = f"signals_at + {line_of(slot)}"
+        near = f"raise_signal({heap or heap_of('dst')} + {signal}, epoch)"
+        self.fork([near], put_signal("dst", "bank + staging", f"bank_at + {slot_at}", "nbytes", signal), if_near)
+
+    def wait(self, slot: str) -> None:
+        """Wait until a slot of this rank is filled."""
+        self.wait_word(f"signals + {line_of(slot)}", "epoch", slot)
+
+    def wait_for_credits(self) -> None:
+        """Wait until the bank is free on every rank of ``receivers_ptr`` (numbers of the job)."""
+        self(
+            f"before = tl.maximum(epoch - {NUM_BANKS}, 0)  # NVSHMEM compares without a sign",
+            f"credits = heap + tl.load(place_ptr + {PLACE.index('credits_at')})",
+            "r = 0",
+        )
+        with self.block("while r < num_receivers:"):
+            self("receiver = tl.load(receivers_ptr + r)", f"credit = credits + {line_of('receiver')}")
+            self.wait_word("credit", "before", "-1 - receiver")
+            self("r += 1")
+
+    def wait_word(self, address: str, epoch: str, reported: str) -> None:
+        """Wait until a word of this rank's segment holds an epoch.
+
+        What a peer stored is ordered by the acquire of our own loop, what a network card wrote by NVSHMEM's wait; where
+        both may come, both are done: the second finds the word already there. What gave up must not wait in NVSHMEM.
+
+        Args:
+            reported: what a bounded wait that gives up reports: the slot, or -1 - rank for a credit.
+        """
+        if self.bounded:
+            self(f"wait_word_bounded({address}, {epoch}, report_ptr, {reported})")
+        elif self.reach != "nvshmem":
+            self(f"wait_word({address}, {epoch})")
+        theirs = f"signal_wait_until({address}, CMP_GE, {epoch})"
+        if self.reach != "peer" and self.bounded:
+            with self.block('if tl.atomic_add(report_ptr, 0, sem="relaxed", scope="gpu") == 0:'):
+                self(theirs)
+        elif self.reach != "peer":
+            self(theirs)
+
+
+def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str) -> list[str]:
+    """Lines that put bytes from an address to ``to_at`` in a rank's segment by NVSHMEM, then raise a signal there."""
+    columns_of = {name: f"tl.load(heaps_ptr + {len(HEAP)} * {dst} + {i})" for i, name in enumerate(HEAP)}
+    return [
+        f"pe = {columns_of['pe']}.to(tl.int32)",
+        f"named = {columns_of['name']}",
+        "putmem_signal_nbi_block(",
+        f"    named + {to_at}, {source}, {nbytes},",
+        f"    named + {signal_at}, epoch, SIGNAL_SET, pe,",
+        ")",
+    ]

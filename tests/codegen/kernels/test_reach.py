@@ -1,0 +1,75 @@
+"""Text that reaches other ranks: what each reach writes, and when."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from sfcompile.codegen.kernels.reach import KernelText, put_signal, reach_of
+
+REACHES = ("peer", "nvshmem", "mixed")
+
+
+def test_reach_follows_the_machines() -> None:
+    assert [reach_of(machines) for machines in ((0, 0), (0, 1), (0, 0, 1))] == list(REACHES)
+
+
+@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("bounded", [False, True])
+def test_waits_by_reach(reach: str, bounded: bool) -> None:
+    out = KernelText(reach, bounded)
+    out.wait_word("at", "epoch", "slot")
+    ast.parse(out.text)
+    assert ("signal_wait_until" in out.text) == (reach != "peer")
+    assert ("wait_word" in out.text) == (reach != "nvshmem" or bounded)
+    assert ("report_ptr" in out.text) == bounded
+    if bounded and reach != "peer":  # whoever gave up must not wait for ever in NVSHMEM
+        give_up = out.text.index("if tl.atomic_add(report_ptr")
+        assert out.text.index("wait_word_bounded") < give_up < out.text.index("signal_wait")
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_credits_are_compared_without_a_sign(bounded: bool) -> None:
+    out = KernelText("mixed", bounded)
+    out.wait_for_credits()
+    ast.parse(out.text)
+    assert "tl.maximum(epoch - 2, 0)" in out.text and ("-1 - receiver" in out.text) == bounded
+
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_near_destinations_by_store_and_far_ones_by_nvshmem(reach: str) -> None:
+    out = KernelText(reach)
+    out.target("at")
+    out.announce("slot", "at")
+    ast.parse(out.text)
+    near, far = reach != "nvshmem", reach != "peer"
+    assert ("raise_signal(" in out.text) == ("+ bank_at + at\n" in out.text) == near
+    assert ("putmem_signal_nbi_block(" in out.text) == ("target = bank + staging" in out.text) == far
+    assert ("if net != 0:" in out.text) == (near and far)
+
+
+def test_a_fork_may_be_an_if_with_an_else_or_second_thoughts() -> None:
+    texts = {}
+    for name, changes in {"plain": {}, "near": {"if_near": "t"}, "revised": {"if_near": "t", "revise": True}}.items():
+        out = KernelText("mixed")
+        out.fork(["x = 1"], ["x = 2"], **changes)  # type: ignore[arg-type]
+        texts[name] = out.text
+    assert texts["plain"] == "if net != 0:\n    x = 2\nelse:\n    x = 1\n"
+    assert texts["near"] == "if t:\n    x = 1\nelse:\n    x = 2\n"
+    assert texts["revised"] == "x = 2\nif t:\n    x = 1\n"
+
+
+@pytest.mark.parametrize("reach", REACHES)
+def test_kernels_have_heads_and_read_what_they_need(reach: str) -> None:
+    out = KernelText(reach)
+    with out.kernel("move", ("x_ptr", "rank", "num_puts")):
+        out.read("row", ("slot", "net"))
+    (kernel,) = ast.parse(out.text).body
+    assert isinstance(kernel, ast.FunctionDef) and kernel.name == ("move" if reach == "peer" else "move_nvshmem")
+    assert 'do_not_specialize=["rank", "num_puts"]' in out.text
+    assert ("net = tl.load(row + 1)" in out.text) == (reach == "mixed")
+
+
+def test_puts_are_code() -> None:
+    ast.parse("\n".join(put_signal("dst", "bank", "bank_at + 1", "nbytes", "signals_at + 2")))
