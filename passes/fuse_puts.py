@@ -13,7 +13,8 @@ import heapq
 
 from torch import fx
 
-from sfcompile.codegen.rows.row_ops import FREE, OPS, POINTWISE, VIEWS, compile_rows
+from sfcompile.codegen.rows.op_table import OPS, POINTWISE, VIEWS
+from sfcompile.codegen.rows.row_ops import FREE, compile_rows
 from sfcompile.codegen.rows.rows import CannotFollowError, RowProgram, name_of
 from sfcompile.runtime.rank.ops import PUT_FUSED, ROW_PROGRAMS
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from sfcompile.codegen.kernels.spec import DTYPES, MAX_HEAD_DIM, cannot_generate
+from sfcompile.codegen.kernels.spec import MAX_HEAD_DIM, cannot_generate
+from sfcompile.codegen.rows.elements import DTYPES
 from sfcompile.errors import CodegenError, UnsupportedError
 from sfcompile.runtime.program.sites import AttentionSite
 

@@ -14,7 +14,7 @@ from sfcompile.codegen.kernels.moves import MoveSpec, collect_source, move_argum
 from sfcompile.codegen.kernels.spec import KernelSpec, spec_of
 from sfcompile.codegen.kernels.tables import KernelTables, make_tables
 from sfcompile.codegen.kernels.text import entry_name
-from sfcompile.codegen.rows.indices import block_of
+from sfcompile.codegen.rows.elements import block_of
 from sfcompile.codegen.rows.rows import FUSED_OPTIONS, RowProgram
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.loader import link_options, load_source, resident_programs

@@ -15,13 +15,16 @@ the inner loop would be overtaken by the prefetched loads of later iterations.
 
 from __future__ import annotations
 
+import math
+
 from sfcompile.codegen.kernels.reach import KernelText, put_signal
 from sfcompile.codegen.kernels.spec import KernelSpec
 from sfcompile.codegen.kernels.tables import FORWARD, KEY, QUERY, UNIT
 from sfcompile.codegen.kernels.text import columns, entry_name, heap_of, line_of, module, prologue, wrapped
-from sfcompile.codegen.rows.indices import block_of
+from sfcompile.codegen.rows.elements import block_of, is_padded
 
-LOG2E = 1.4426950408889634
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
 VIRTUAL_ROW = (
     "out", "state", "counters", "units", "queries", "keys", "forwards", "q_positions", "k_positions", "lse",
     "report", "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
@@ -35,19 +38,19 @@ _INTEGERS = (
 
 def arguments(spec: KernelSpec) -> list[str]:
     """The kernel's arguments in order."""
-    found = ["out_ptr", "out_sb", "out_sh", "out_sr"]
+    names = ["out_ptr", "out_sb", "out_sh", "out_sr"]
     if spec.mask != "none":
-        found += ["mask_ptr", "mask_sb", "mask_sh", "mask_sr", "mask_sc"]
+        names += ["mask_ptr", "mask_sb", "mask_sh", "mask_sr", "mask_sc"]
     if _positions(spec):
-        found += ["q_positions_ptr", "k_positions_ptr"]
-    found += ["lse_ptr"] if spec.lse else []
-    found += ["state_ptr"] if spec.carry else []
-    found += ["heaps_ptr", "place_ptr", "units_ptr", "queries_ptr", "keys_ptr"]
-    found += ["forwards_ptr"] if spec.forwards else []
-    found += ["counters_ptr"] if spec.forwards or spec.pushes else []
-    found += ["report_ptr"] if spec.bounded else []
-    found += ["virtual_ptr"] if spec.virtual > 1 else []
-    return [*found, *_INTEGERS]
+        names += ["q_positions_ptr", "k_positions_ptr"]
+    names += ["lse_ptr"] if spec.lse else []
+    names += ["state_ptr"] if spec.carry else []
+    names += ["heaps_ptr", "place_ptr", "units_ptr", "queries_ptr", "keys_ptr"]
+    names += ["forwards_ptr"] if spec.forwards else []
+    names += ["counters_ptr"] if spec.forwards or spec.pushes else []
+    names += ["report_ptr"] if spec.bounded else []
+    names += ["virtual_ptr"] if spec.virtual > 1 else []
+    return [*names, *_INTEGERS]
 
 
 def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
@@ -91,7 +94,7 @@ def _positions(spec: KernelSpec) -> bool:
 
 def _virtual(out: KernelText, spec: KernelSpec) -> None:
     """Several ranks in one launch: the low programs are all ranks' copy programs, hop by hop."""
-    given = arguments(spec)
+    names = arguments(spec)
     out(
         f"rank = program % {spec.virtual}",
         f"program = program // {spec.virtual}",
@@ -101,15 +104,11 @@ def _virtual(out: KernelText, spec: KernelSpec) -> None:
     kinds = {"out": "ELEMENT", "state": "tl.float32", "lse": "tl.float32"}
     kinds |= {"q_positions": "tl.int32", "k_positions": "tl.int32", "counters": "tl.int32"}
     for i, name in enumerate(VIRTUAL_ROW):
-        if f"{name}_ptr" in given:
-            kind = kinds.get(name, "tl.int64").replace("ELEMENT", _element(spec))
+        if f"{name}_ptr" in names:
+            kind = kinds.get(name, "tl.int64").replace("ELEMENT", spec.element)
             out(f"{name}_ptr = tl.multiple_of(tl.load(mine + {i}).to(tl.pointer_type({kind})), 16)")
-        elif name in given:
+        elif name in names:
             out(f"{name} = tl.load(mine + {i}).to(tl.int32)")
-
-
-def _element(spec: KernelSpec) -> str:
-    return {"fp32": "tl.float32", "fp16": "tl.float16", "bf16": "tl.bfloat16"}[spec.dtype]
 
 
 def _wait(out: KernelText, slot: str) -> None:
@@ -166,7 +165,7 @@ def _tile(out: KernelText, spec: KernelSpec) -> None:
     _wait(out, "q_slot")
     out(f"q_ptr = {_pointer(spec, 'bank + q_at', spec.head_dim)}")
     out("q_ptr += (bh * pitch).to(tl.int64) * D")
-    limits = ["inside[:, None]"] + (["(d < D)[None, :]"] if _padded(spec.head_dim) else [])
+    limits = ["inside[:, None]"] + (["(d < D)[None, :]"] if is_padded(spec.head_dim) else [])
     out(f"q = tl.load(q_ptr + row[:, None] * D + d[None, :]{_masked(limits)})")
     if _positions(spec):
         out("q_place = tl.load(q_positions_ptr + q_position + row, mask=inside, other=0)")
@@ -229,13 +228,13 @@ def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
 
 def _block(out: KernelText, spec: KernelSpec, tail: bool) -> None:
     """One block of keys: scores, softmax state, weighted values."""
-    element = _element(spec)
+    element = spec.element
     # Three products of TF32 give nearly fp32's precision on tensor cores; the interpreter computes in fp32 anyway.
     precision = ', input_precision="tf32x3"' if spec.dtype == "fp32" else ""
     out("col = n + tl.arange(0, BN)")
     limits = ["col < columns"] if tail else []
-    k_mask = [f"({limit})[None, :]" for limit in limits] + (["(d < D)[:, None]"] if _padded(spec.head_dim) else [])
-    v_mask = [f"({limit})[:, None]" for limit in limits] + (["(e < E)[None, :]"] if _padded(spec.v_head_dim) else [])
+    k_mask = [f"({limit})[None, :]" for limit in limits] + (["(d < D)[:, None]"] if is_padded(spec.head_dim) else [])
+    v_mask = [f"({limit})[:, None]" for limit in limits] + (["(e < E)[None, :]"] if is_padded(spec.v_head_dim) else [])
     out(f"k = tl.load(k_ptr + col[None, :] * D + d[:, None]{_masked(k_mask)})")
     out(f"v = tl.load(v_ptr + col[:, None] * E + e[None, :]{_masked(v_mask)})")
     hidden = _hidden(out, spec, tail)
@@ -265,15 +264,15 @@ def _block(out: KernelText, spec: KernelSpec, tail: bool) -> None:
 
 def _hidden(out: KernelText, spec: KernelSpec, tail: bool) -> list[str]:
     """Loads what hides keys; conditions under which a score stays."""
-    found = ["(col < columns)[None, :]"] if tail else []
+    conditions = ["(col < columns)[None, :]"] if tail else []
     if not _positions(spec):
-        return found
+        return conditions
     limit = ", mask=col < columns, other=0" if tail else ""
     out(f"k_place = tl.load(k_positions_ptr + k_position + col{limit})")
     if spec.causal:
-        found.append("k_place[None, :] <= q_place[:, None]")
+        conditions.append("k_place[None, :] <= q_place[:, None]")
     if spec.mask == "none":
-        return found
+        return conditions
     if spec.mask == "key":
         where, stays = "mask_ptr + b.to(tl.int64) * mask_sb + k_place.to(tl.int64) * mask_sc", "[None, :]"
         limits = ["col < columns"] if tail else []
@@ -286,16 +285,16 @@ def _hidden(out: KernelText, spec: KernelSpec, tail: bool) -> list[str]:
         limits = ["inside[:, None]"] + (["(col < columns)[None, :]"] if tail else [])
     out(f"bias = tl.load({where}{_masked(limits, '0')})")
     if spec.mask_is_bool:
-        found.append(f"(bias != 0){stays}")
+        conditions.append(f"(bias != 0){stays}")
     else:
         out(f"bias = bias.to(tl.float32){stays}")
-    return found
+    return conditions
 
 
 def _finish(out: KernelText, spec: KernelSpec) -> None:
     """A query's last unit: its output goes to the caller's tensor, or home."""
-    out(f"o = (acc / {'tl.where(l == 0.0, 1.0, l)' if _positions(spec) else 'l'}[:, None]).to({_element(spec)})")
-    stores = f"mask=inside[:, None]{' & (e < E)[None, :]' if _padded(spec.v_head_dim) else ''}"
+    out(f"o = (acc / {'tl.where(l == 0.0, 1.0, l)' if _positions(spec) else 'l'}[:, None]).to({spec.element})")
+    stores = f"mask=inside[:, None]{' & (e < E)[None, :]' if is_padded(spec.v_head_dim) else ''}"
 
     def own() -> None:
         if not needs_split:
@@ -308,7 +307,7 @@ def _finish(out: KernelText, spec: KernelSpec) -> None:
         )
         if spec.lse:
             out(
-                "lse = m * 0.6931471805599453 + tl.log(l)",
+                f"lse = m * {LN2!r} + tl.log(l)",
                 "tl.store(lse_ptr + bh.to(tl.int64) * own_rows + first_row + row, lse, mask=inside)",
             )
 
@@ -343,13 +342,9 @@ def _push(out: KernelText, spec: KernelSpec, stores: str) -> None:
 
 def _pointer(spec: KernelSpec, address: str, width: int) -> str:
     """A pointer to elements; an integer carries no alignment, and without it every load is of one element."""
-    pointer = f"({address}).to(tl.pointer_type({_element(spec)}))"
+    pointer = f"({address}).to(tl.pointer_type({spec.element}))"
     return f"tl.multiple_of({pointer}, 16)" if width * spec.element_bytes % 16 == 0 else pointer
 
 
 def _masked(limits: list[str], other: str = "0.0") -> str:
     return f", mask={' & '.join(limits)}, other={other}" if limits else ""
-
-
-def _padded(width: int) -> bool:
-    return block_of(width) != width

@@ -24,13 +24,13 @@ class ChunkSpec:
 
 def chunk_arguments(name: str, spec: ChunkSpec) -> tuple[str, ...]:
     """Arguments of "send", "receive" or "release", in order."""
-    given: tuple[str, ...] = {
+    names: tuple[str, ...] = {
         "send": ("x_ptr", "heaps_ptr", "place_ptr", "sends_ptr", "receivers_ptr", "counters_ptr", "rank",
                  "num_puts", "num_receivers"),
         "receive": ("x_ptr", "heaps_ptr", "place_ptr", "receives_ptr", "rank", "num_collects"),
         "release": ("heaps_ptr", "place_ptr", "rank", "num_ranks"),
     }[name]  # fmt: skip
-    return (*given, "report_ptr") if spec.bounded and name != "release" else given
+    return (*names, "report_ptr") if spec.bounded and name != "release" else names
 
 
 def send_source(spec: ChunkSpec) -> str:

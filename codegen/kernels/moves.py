@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from sfcompile.codegen.kernels.reach import KernelText
 from sfcompile.codegen.kernels.tables import COLLECT, PUT
 from sfcompile.codegen.kernels.text import module
-from sfcompile.codegen.rows.indices import block_of
+from sfcompile.codegen.rows.elements import TRITON_TYPES, block_of, element_bytes, is_padded
 from sfcompile.codegen.rows.rows import RowProgram
 
-ELEMENTS = {"fp32": "tl.float32", "fp16": "tl.float16", "bf16": "tl.bfloat16"}
 PUT_ARGUMENTS = (
     "x_ptr", "x_sb", "x_sh", "x_sr", "heaps_ptr", "place_ptr", "puts_ptr", "receivers_ptr", "counters_ptr", "rank",
     "num_puts", "num_receivers", "batch",
@@ -69,8 +68,8 @@ def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
                 with out.block("if last_of(counters_ptr + slot, programs):"):
                     out.announce("slot", "at")
             out("p += 1")
-    made = "" if rows is None else f" computed from {len(rows.dims)} tensors"
-    return module(f"Sends rows of {spec.width} {spec.dtype}{made}.", _constants(spec, rows) + out.text)
+    computed = "" if rows is None else f" computed from {len(rows.dims)} tensors"
+    return module(f"Sends rows of {spec.width} {spec.dtype}{computed}.", _constants(spec, rows) + out.text)
 
 
 def collect_source(spec: MoveSpec) -> str:
@@ -90,10 +89,10 @@ def collect_source(spec: MoveSpec) -> str:
 
 def move_arguments(name: str, spec: MoveSpec, rows: RowProgram | None = None) -> tuple[str, ...]:
     """Arguments of "put" (that computes ``rows``) or "collect", in order."""
-    given = {"put": PUT_ARGUMENTS, "collect": COLLECT_ARGUMENTS}[name]
+    names = {"put": PUT_ARGUMENTS, "collect": COLLECT_ARGUMENTS}[name]
     if rows is not None:
-        given = (*rows.arguments, *(entry for entry in given if not entry.startswith("x_")))
-    return (*given, "report_ptr") if spec.bounded else given
+        names = (*rows.arguments, *(entry for entry in names if not entry.startswith("x_")))
+    return (*names, "report_ptr") if spec.bounded else names
 
 
 def _constants(spec: MoveSpec, rows: RowProgram | None = None) -> str:
@@ -105,8 +104,8 @@ def _constants(spec: MoveSpec, rows: RowProgram | None = None) -> str:
 
 def _copy_lines(out: KernelText, spec: MoveSpec, home: bool, program: RowProgram | None = None) -> None:
     """Rows (batch, head, token) of W elements between a strided tensor, or what computes it, and a packed chunk."""
-    element = ELEMENTS[spec.dtype]
-    bytes_of_row = spec.width * (4 if spec.dtype == "fp32" else 2)
+    element = TRITON_TYPES[spec.dtype]
+    bytes_of_row = spec.width * element_bytes(spec.dtype)
     packed = f"({'source' if home else 'target'}).to(tl.pointer_type({element}))"
     packed = f"tl.multiple_of({packed}, 16)" if bytes_of_row % 16 == 0 else packed
     out(f"packed_ptr = {packed}", "lines = batch * heads * rows", "w = tl.arange(0, W_BLOCK)")
@@ -114,7 +113,7 @@ def _copy_lines(out: KernelText, spec: MoveSpec, home: bool, program: RowProgram
         out(*program.head)
     out("line = program * LINES")
     with out.block("while line < lines:"):
-        padded = "" if block_of(spec.width) == spec.width else " & (w < W)[None, :]"
+        padded = " & (w < W)[None, :]" if is_padded(spec.width) else ""
         out(
             "i = line + tl.arange(0, LINES)",
             "bh = i // rows",

@@ -6,14 +6,12 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
+from sfcompile.codegen.rows.elements import DTYPES, TRITON_TYPES, element_bytes
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.instructions import Forward, Push
 from sfcompile.runtime.program.sites import AttentionSite
 
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MAX_HEAD_DIM = 256
 
 
@@ -68,7 +66,12 @@ class KernelSpec:
     @property
     def element_bytes(self) -> int:
         """Bytes of an element."""
-        return 4 if self.dtype == "fp32" else 2
+        return element_bytes(self.dtype)
+
+    @property
+    def element(self) -> str:
+        """Triton's name of an element's type."""
+        return TRITON_TYPES[self.dtype]
 
     @property
     def key(self) -> str:

@@ -140,7 +140,7 @@ class Index:
 
     def put(self, values: Mapping[Atom, Index]) -> Index:
         """The index with atoms replaced."""
-        found = Index((), self.start)
+        total = Index((), self.start)
         for factor, times in self.terms:
             if isinstance(factor, Atom):
                 value = values.get(factor, Index(((factor, 1),)))
@@ -150,8 +150,8 @@ class Index:
                 value = factor.index.put(values) // factor.by
             else:
                 value = factor.index.put(values) % factor.by
-            found = found + value * times
-        return found
+            total = total + value * times
+        return total
 
     def where(self, keep: Callable[[Factor], bool]) -> Index:
         """The terms whose factors are kept, without the constant."""
@@ -177,10 +177,7 @@ def reshaped(index: Sequence[Index], shape: Sequence[int], before: Sequence[int]
     at = Index()
     for entry, size in zip(index, shape, strict=True):
         at = at * size + entry
-    found = []
-    for dim, size in enumerate(before):
-        found.append(at // prod(before[dim + 1 :]) % size if size > 1 else Index())
-    return tuple(found)
+    return tuple(at // prod(before[dim + 1 :]) % size if size > 1 else Index() for dim, size in enumerate(before))
 
 
 def parity_of(indices: Iterable[Index]) -> Atom | None:
@@ -219,23 +216,23 @@ def _quotient(index: Index, by: int) -> Index:
 def _sum(terms: Sequence[tuple[Factor, int]], start: int) -> Index:
     """Equal factors together, in one order; ``i // n * n + i % n`` is ``i`` again, ``i // n % m * n + i % n`` is
     ``i % (n * m)``."""
-    found: dict[Factor, int] = {}
+    summed: dict[Factor, int] = {}
     for factor, times in terms:
-        found[factor] = found.get(factor, 0) + times
-    for low, times in list(found.items()):
+        summed[factor] = summed.get(factor, 0) + times
+    for low, times in list(summed.items()):
         if not isinstance(low, Remainder) or not times:
             continue
         quotient = Quotient(low.index, low.by)
-        for high, more in list(found.items()):
+        for high, more in list(summed.items()):
             joined: Index | None = None
             if more == times * low.by and high == quotient:
                 joined = low.index * times
             elif more == times * low.by and isinstance(high, Remainder) and high.index == Index(((quotient, 1),)):
                 joined = Index(((Remainder(low.index, low.by * high.by), times),))
             if joined is not None:
-                del found[low], found[high]
-                return _sum([*found.items(), *joined.terms], start + joined.start)
-    kept = [(factor, times) for factor, times in found.items() if times]
+                del summed[low], summed[high]
+                return _sum([*summed.items(), *joined.terms], start + joined.start)
+    kept = [(factor, times) for factor, times in summed.items() if times]
     return Index(tuple(sorted(kept, key=lambda entry: _text(entry[0]))), start)
 
 
@@ -247,8 +244,3 @@ def _text(factor: Factor) -> str:
     if isinstance(factor, Within):
         return inner
     return f"({inner} {'//' if isinstance(factor, Quotient) else '%'} {factor.by})"
-
-
-def block_of(size: int) -> int:
-    """The block that holds a head: a power of two of at least 16, which tensor cores need."""
-    return max(16, 1 << (size - 1).bit_length())

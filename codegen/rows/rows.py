@@ -19,11 +19,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from sfcompile.codegen.rows.indices import Atom, Index, Quotient, block_of, is_column, is_mixed, parity_of
+from sfcompile.codegen.rows.elements import DTYPES, TRITON_TYPES, block_of
+from sfcompile.codegen.rows.indices import Atom, Index, Quotient, is_column, is_mixed, parity_of
 
-ELEMENTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-"""What sources, and values between, may be."""
-TYPES = {"fp32": "tl.float32", "fp16": "tl.float16", "bf16": "tl.bfloat16"}
 FUSED_OPTIONS: dict[str, Any] = {"maxnreg": 168}
 """Triton's options for kernels that compute rows: left alone, ptxas spills a value to get below a step of registers."""
 MAX_SOURCES = 16
@@ -69,10 +67,10 @@ class RowProgram:
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the kernel's arguments for the sources, in order."""
-        found: list[str] = []
+        names: list[str] = []
         for i, dims in enumerate(self.dims):
-            found += [f"s{i}_ptr", *(f"s{i}_{dim}_sr" for dim in dims)]
-        return tuple(found)
+            names += [f"s{i}_ptr", *(f"s{i}_{dim}_sr" for dim in dims)]
+        return tuple(names)
 
     @property
     def key(self) -> str:
@@ -81,13 +79,13 @@ class RowProgram:
 
     def bind(self, sources: Sequence[torch.Tensor]) -> dict[str, Any]:
         """Arguments for some tensors; those whose last dim has gaps are copied."""
-        found: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         for i, (x, dims) in enumerate(zip(sources, self.dims, strict=True)):
             if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
                 x = x.contiguous()
-            found[f"s{i}_ptr"] = x
-            found |= {f"s{i}_{dim}_sr": x.stride(dim) for dim in dims}
-        return found
+            arguments[f"s{i}_ptr"] = x
+            arguments |= {f"s{i}_{dim}_sr": x.stride(dim) for dim in dims}
+        return arguments
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class RowText:
         self.head: list[str] = []
         self.lines: list[str] = []
         self._names: dict[str, str] = {}
-        self._found: dict[Any, Value] = {}
+        self._values: dict[Any, Value] = {}
         self.root = root
 
     def result(self) -> Value:
@@ -160,25 +158,25 @@ class RowText:
         batch, heads, tokens, width = self.root.meta["val"].shape
         rows = [Index.of(Atom(name, int(n))) for name, n in zip(("b", "h", "row"), (batch, heads, tokens), strict=True)]
         w = Atom("w", int(width), block_of(int(width)))
-        made = self.at(self.root, (*rows, Index.of(w)), ())
-        if not made.rows or made.columns is None:
-            made = Value(self.emit(f"{made.name} + tl.zeros([LINES, W_BLOCK], tl.float32)"), True, w)
-        return made
+        value = self.at(self.root, (*rows, Index.of(w)), ())
+        if not value.rows or value.columns is None:
+            value = Value(self.emit(f"{value.name} + tl.zeros([LINES, W_BLOCK], tl.float32)"), True, w)
+        return value
 
     # ------------------------------------------------------------------ values
 
-    def at(self, node: fx.Node, place: Place, given: Conditions) -> Value:
+    def at(self, node: fx.Node, place: Place, conditions: Conditions) -> Value:
         """A node's value at a place, where some conditions hold (elsewhere it may be anything)."""
-        key = (node, place, given)
-        if key not in self._found:
+        key = (node, place, conditions)
+        if key not in self._values:
             op = self._ops.get(name_of(node)) if node in self._inline else None
-            self._found[key] = self._load(node, place, given) if op is None else op(self, node, place, given)
-        return self._found[key]
+            self._values[key] = self._load(node, place, conditions) if op is None else op(self, node, place, conditions)
+        return self._values[key]
 
-    def by_parity(self, node: fx.Node, place: Place, given: Conditions, atom: Atom) -> Value:
+    def by_parity(self, node: fx.Node, place: Place, conditions: Conditions, atom: Atom) -> Value:
         """A node's value from its even and odd columns, each asked for by itself."""
         half = atom.half()
-        parts = [self.at(node, *_put(place, given, atom, Index.of(half) * 2 + odd)) for odd in (0, 1)]
+        parts = [self.at(node, *_put(place, conditions, atom, Index.of(half) * 2 + odd)) for odd in (0, 1)]
         return self.joined(parts[0], parts[1], atom)
 
     def joined(self, even: Value, odd: Value, atom: Atom) -> Value:
@@ -205,11 +203,13 @@ class RowText:
 
     def rounded(self, value: Value, dtype: torch.dtype, node: fx.Node) -> Value:
         """An fp32 value as a node's dtype holds it."""
-        if dtype not in ELEMENTS:
+        if dtype not in DTYPES:
             raise CannotFollowError(node, f"{dtype} is not computed in a kernel")
         if dtype == torch.float32:
             return value
-        return Value(self.emit(f"{value.name}.to({TYPES[ELEMENTS[dtype]]}).to(tl.float32)"), value.rows, value.columns)
+        return Value(
+            self.emit(f"{value.name}.to({TRITON_TYPES[DTYPES[dtype]]}).to(tl.float32)"), value.rows, value.columns
+        )
 
     def combined(self, node: fx.Node, text: str, values: Sequence[Value]) -> Value:
         """The expression of some values; ``text`` has a {} for each."""
@@ -257,20 +257,22 @@ class RowText:
 
     # ------------------------------------------------------------------ loads
 
-    def _load(self, node: fx.Node, place: Place, given: Conditions) -> Value:
+    def _load(self, node: fx.Node, place: Place, conditions: Conditions) -> Value:
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype not in ELEMENTS:
+        if not isinstance(value, torch.Tensor) or value.dtype not in DTYPES:
             reader = next((user for user in node.users if user in self._inline), self.root)
             raise CannotFollowError(reader, f"{node} is no tensor that a kernel loads")
         _, column = self._along(node, *place)
         if column is not None and column.size % 2 == 0 and column.block > 1:
             pair = parity_of(place)
             if pair is not None:  # both of a pair of columns are the same element, or two that lie apart
-                return self.by_parity(node, place, given, pair)
-        every = self._every_other(node, place)
-        if every is not None and not any(is_column(factor) for entry in given for factor, _ in entry.index.terms):
-            return self._half_of(node, place, given, *every)
-        return self._loaded(node, place, given)
+                return self.by_parity(node, place, conditions, pair)
+        every_other = self._every_other(node, place)
+        by_column = any(is_column(factor) for entry in conditions for factor, _ in entry.index.terms)
+        if every_other is not None and not by_column:
+            half, every, odd = every_other
+            return self._half_of(self._loaded(node, (*place[:-1], every), conditions), half, odd)
+        return self._loaded(node, place, conditions)
 
     def _every_other(self, node: fx.Node, place: Place) -> tuple[Atom, Index, int] | None:
         """If the last index takes every other column: the columns' half, the index that takes all, and which."""
@@ -284,14 +286,13 @@ class RowText:
         every = rest + Index.of(half.whole())
         return (half, every, odd) if every.range[1] < int(node.meta["val"].shape[-1]) else None
 
-    def _half_of(self, node: fx.Node, place: Place, given: Conditions, half: Atom, every: Index, odd: int) -> Value:
-        """Every other element: of one load of all, which stays wide."""
-        value = self._loaded(node, (*place[:-1], every), given)
+    def _half_of(self, value: Value, half: Atom, odd: int) -> Value:
+        """Every other column: of one load of all, which stays wide."""
         shape = f"[{'LINES' if value.rows else 1}, {half.block}, 2]"
         pair = self.emit(f"tl.split(tl.reshape({value.name}, {shape}))")
         return Value(self.emit(f"{pair}[{odd}]"), value.rows, half)
 
-    def _loaded(self, node: fx.Node, place: Place, given: Conditions) -> Value:
+    def _loaded(self, node: fx.Node, place: Place, conditions: Conditions) -> Value:
         shape = node.meta["val"].shape
         if node not in self.sources:
             if len(self.sources) >= MAX_SOURCES:
@@ -315,7 +316,7 @@ class RowText:
         if column is not None and column.block != column.size:
             masks.append((f"({column.name} < {column.size})", False))
         touched = frozenset().union(*(index.atoms for index in place))
-        for entry in given:
+        for entry in conditions:
             text, by_row, _ = self.condition(node, entry)
             if touched & entry.index.atoms:  # elsewhere the load could be out of bounds
                 masks.append((text.rsplit("[", 1)[0], by_row))
@@ -351,7 +352,7 @@ def name_of(node: fx.Node) -> str:
     return name.removeprefix("aten.") if node.op == "call_function" and name.startswith("aten.") else ""
 
 
-def _put(place: Place, given: Conditions, atom: Atom, value: Index) -> tuple[Place, Conditions]:
+def _put(place: Place, conditions: Conditions, atom: Atom, value: Index) -> tuple[Place, Conditions]:
     values = {atom: value}
-    kept = [entry.put(values) for entry in given]
+    kept = [entry.put(values) for entry in conditions]
     return tuple(entry.put(values) for entry in place), tuple(entry for entry in kept if entry.known is None)

@@ -9,7 +9,6 @@ import torch
 from kernel_ranks import Job, make_site
 
 from sfcompile.codegen.kernels.spec import KernelSpec, cannot_generate, spec_of, tiles_for
-from sfcompile.codegen.rows.indices import block_of
 from sfcompile.errors import UnsupportedError
 
 
@@ -45,10 +44,6 @@ def test_there_are_tiles_for_everything(arch: int, dtype: str, head_dim: int) ->
     tiles = tiles_for(arch, dtype, head_dim, head_dim)
     assert tiles["block_m"] >= 16 and tiles["block_n"] >= 16
     KernelSpec(dtype, head_dim, head_dim, 1.0, **tiles)
-
-
-def test_blocks_are_powers_of_two_that_tensor_cores_take() -> None:
-    assert [block_of(size) for size in (1, 16, 17, 64, 72, 256)] == [16, 16, 32, 64, 128, 256]
 
 
 def test_what_cannot_be_generated_is_refused() -> None:
