@@ -34,6 +34,7 @@ from sfcompile.passes.rewrite_batch import rewrite_batch
 from sfcompile.passes.rewrite_local import CannotSplit, rewrite_local
 from sfcompile.passes.state import State
 from sfcompile.runtime.rank.ops import ATTEND, PUT_FUSED
+from sfcompile.torch_private import autocast_off
 
 
 @dataclass
@@ -262,7 +263,8 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
     for name, run, why in passes_of(state):
         start = time.perf_counter()
         try:
-            run(state)
+            with autocast_off():  # values of rewritten calls are those of the casts that the capture wrote
+                run(state)
         except AssertionError as error:
             raise OptionError(
                 f"pass {name} lacks what an earlier pass finds",

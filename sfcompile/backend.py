@@ -26,6 +26,7 @@ from sfcompile.passes.report.history import last_report, remember, reports
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.process_group import ProcessWorld, check_ranks
 from sfcompile.runtime.rank.session import Session, get_session
+from sfcompile.torch_private import autocast_off
 from sfcompile.tracing.trace import follow_environment
 
 log = logging.getLogger("sfcompile")
@@ -103,7 +104,9 @@ def _compile_rank(
         session.load(program, schedules, engines[program])
     _announce(compiled, session, time.perf_counter() - began)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
-    local = run_inner(compiled.gm, inputs, captured.mode, asked)
+    # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
+    with autocast_off():
+        local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
     return _as_called(local, captured, len(example_inputs)), False
 
@@ -112,10 +115,16 @@ def _as_called(local: Callable[..., Any], captured: Captured, count: int) -> Cal
     """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
     tensors, written = captured.tensor_inputs, captured.written
     if tensors == tuple(range(count)) and not written:
-        return local
+
+        def as_it_is(*args: Any) -> Any:
+            with autocast_off():
+                return local(*args)
+
+        return as_it_is
 
     def run(*args: Any) -> Any:
-        out = local(*(args[i] for i in tensors))
+        with autocast_off():
+            out = local(*(args[i] for i in tensors))
         for i, value in zip(written, out[len(out) - len(written) :], strict=True):
             args[i].copy_(value)
         return out[: len(out) - len(written)]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import distributed_c10d
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 if TYPE_CHECKING:
@@ -31,14 +33,20 @@ __all__ = [
     "FunctionalTensorMode",
     "GraphBreak",
     "HigherOrderOperator",
+    "AutocastState",
     "OpOverload",
+    "TorchDispatchMode",
     "TracingContext",
     "aoti_compile",
     "aoti_load",
+    "autocast_as",
+    "autocast_off",
+    "autocast_state",
     "compile_fx",
     "dispatch_functionalize",
     "fused_attention",
     "fused_encoder_layer",
+    "has_autocast_kernel",
     "has_data_mutation",
     "inductor_mode_options",
     "job_store",
@@ -71,6 +79,39 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _LATER[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+AutocastState = dict[str, tuple[bool, torch.dtype]]
+"""Per type of device, whether autocast is on and to which dtype."""
+
+
+def autocast_state() -> AutocastState:
+    """The autocast state of this thread."""
+    devices = ("cpu", "cuda")
+    return {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices}
+
+
+@contextmanager
+def autocast_as(state: AutocastState) -> Iterator[None]:
+    """Autocast as in ``state`` and nowhere else; casts are not kept, so that none outlives its graph."""
+    with ExitStack() as stack:
+        for device, before in autocast_state().items():
+            enabled, dtype = state.get(device, (False, before[1]))
+            if enabled or before[0]:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+        yield
+
+
+def autocast_off() -> AbstractContextManager[None]:
+    """No autocast on any device."""
+    return autocast_as({})
+
+
+def has_autocast_kernel(op: OpOverload, device: str) -> bool:
+    """Whether autocast on a type of device does anything to an op."""
+    schema = op._schema
+    name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device.upper()}"))
 
 
 def symbol_hint(size: Any) -> Any:

@@ -224,7 +224,8 @@ class Session:
         if self._transport is not None:
             self._transport.close()
         self._generation += 1
-        self._segments = self._world.make_segments(self._size, self._generation)
+        with torch.inference_mode(False):  # a heap made in it could be written in it only
+            self._segments = self._world.make_segments(self._size, self._generation)
         own = self._segments[self.rank]
         assert own is not None
         own.done = self._finished

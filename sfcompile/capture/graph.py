@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture.attention import recognise_attention
+from sfcompile.capture.autocast import ENTER, EXIT, Regions, bake_autocast
 from sfcompile.capture.expand import expand_calls
 from sfcompile.capture.opaque import hide_opaque
 from sfcompile.errors import TrainingGraphError, UnsupportedError
@@ -24,6 +25,7 @@ from sfcompile.torch_private import (
     FakeTensorMode,
     FunctionalTensorMode,
     TracingContext,
+    autocast_state,
     compile_fx,
     dispatch_functionalize,
     has_data_mutation,
@@ -97,14 +99,19 @@ def numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, float]:
 class _Replay(fx.Interpreter):
     """Runs a Dynamo graph; what it reads from tensors that are numbers is known."""
 
-    def __init__(self, gm: fx.GraphModule, known: dict[int, float]) -> None:
+    def __init__(self, gm: fx.GraphModule, known: dict[int, float], regions: Regions) -> None:
         super().__init__(gm)
+        self._regions = regions
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._known = {placeholders[i]: value for i, value in known.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_method" and n.target == "item" and n.args[0] in self._known:
             return self._known[n.args[0]]
+        if n.target is ENTER:
+            return self._regions.enter(*n.args)
+        if n.target is EXIT:
+            return self._regions.exit(self.env[n.args[0]])
         return super().run_node(n)
 
 
@@ -136,12 +143,16 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     known = numbers(gm, inputs)
     gm = hide_opaque(expand_calls(gm))
     written: list[int] = []
+    regions, before = Regions(), autocast_state()
 
     def run(*args: torch.Tensor) -> Any:
         full = list(values)
         for i, arg in zip(tensors, args, strict=True):
             full[i] = arg
-        out = _Replay(gm, known).run(*full)
+        try:
+            out = _Replay(gm, known, regions).run(*full)
+        finally:
+            regions.close()
         written[:] = [i for i, arg in zip(tensors, args, strict=True) if has_data_mutation(arg)]
         made = out if isinstance(out, (tuple, list)) else (out,)
         return (*made, *(full[i] for i in written))
@@ -153,6 +164,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*(values[i] for i in tensors))
+    bake_autocast(traced.graph, mode, before)
     _clean(traced, mode)
     recognise_attention(traced.graph)
     traced.graph.eliminate_dead_code()

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from sfcompile.runtime.rank.ops import OPAQUE, Opaque
-from sfcompile.torch_private import FakeTensorMode, HigherOrderOperator, no_modes
+from sfcompile.torch_private import FakeTensorMode, HigherOrderOperator, autocast_as, autocast_state, no_modes
 
 _serial = itertools.count()
 
@@ -101,11 +101,14 @@ class _Region:
         tensors = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
         rest = [None if isinstance(value, torch.Tensor) else value for value in values]
 
+        around = autocast_state()  # that of the region which is being replayed; none is on when the graph runs
+
         def run(*given: torch.Tensor) -> list[torch.Tensor]:
             full = list(rest)
             for i, tensor in zip(tensors, given, strict=True):
                 full[i] = tensor
-            return list(self._body(*full))
+            with autocast_as(around):
+                return list(self._body(*full))
 
         key = f"opaque{next(_serial)}"
         given = [values[i] for i in tensors]

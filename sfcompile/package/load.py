@@ -28,6 +28,7 @@ from sfcompile.package.schedules import schedule_from_json
 from sfcompile.package.tensors import map_file, read_tensors
 from sfcompile.runtime.rank.process_group import ProcessWorld
 from sfcompile.runtime.rank.session import existing_session, get_session
+from sfcompile.torch_private import autocast_off
 
 INNERS = ("auto", "inductor", "eager", "aoti")
 
@@ -70,7 +71,8 @@ class LoadedModel:
         values = list(self._values)
         for place, source in self._slots:
             values[place] = _with_strides(tensors[source], self._strides[source])
-        outputs = list(self.run(*values))
+        with autocast_off():  # the casts of autocast stand in the graph
+            outputs = list(self.run(*values))
         kept = len(outputs) - len(self._written)
         for place, value in zip(self._written, outputs[kept:], strict=True):
             target = dict(self._slots).get(place)

@@ -1,0 +1,177 @@
+"""Autocast regions become casts: what autocast would do at each call stands in the graph, and the regions go.
+
+The trace records ops above the autocast kernels, so a captured ``linear`` still reads fp32 operands though its value is
+bf16; a graph that lost the region would compute another thing without a word. What autocast does to a call is not
+looked up in a list: the call is made once on fake values with autocast on, and the casts of its operands are watched.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from sfcompile.errors import UnsupportedError, source_line
+from sfcompile.torch_private import (
+    AutocastState,
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    autocast_as,
+    autocast_off,
+    has_autocast_kernel,
+)
+
+Casts = dict[tuple[fx.Node, torch.dtype], fx.Node]
+"""The casts written so far, by operand and dtype."""
+
+ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+
+
+@dataclass
+class Regions:
+    """Autocast regions that a replay of a Dynamo graph has entered; they are really on while it runs."""
+
+    _open: list[torch.autocast] = field(default_factory=list)
+
+    def enter(self, *arguments: Any) -> torch.autocast:
+        """Enter a region with the arguments of :data:`ENTER`."""
+        region = torch.autocast(*arguments)
+        region.__enter__()
+        self._open.append(region)
+        return region
+
+    def exit(self, region: torch.autocast) -> None:
+        """Leave a region."""
+        self._open.remove(region)
+        region.__exit__(None, None, None)
+
+    def close(self) -> None:
+        """Leave what is still open: the replay failed, or the graph ends inside a region."""
+        while self._open:
+            self.exit(self._open[-1])
+
+
+def bake_autocast(graph: fx.Graph, mode: FakeTensorMode, before: AutocastState) -> None:
+    """Write the casts of autocast into a captured graph and drop the marks of its regions.
+
+    Args:
+        mode: the fake mode of the graph's values, which were computed with autocast on where it was.
+        before: the state outside the graph.
+
+    Raises:
+        UnsupportedError: autocast does more to some call than to cast its operands or choose its dtype.
+    """
+    states = [before]
+    casts: Casts = {}
+    for node in list(graph.nodes):
+        if node.target is ENTER:
+            device, dtype, enabled = node.args[0], node.args[1], node.args[2]
+            current = states[-1].get(device, (False, torch.bfloat16))
+            states.append({**states[-1], device: (enabled, dtype if dtype is not None else current[1])})
+        elif node.target is EXIT:
+            states.pop()
+        elif isinstance(node.target, OpOverload):
+            _bake_call(graph, node, mode, states[-1], casts)
+    for node in reversed(list(graph.nodes)):
+        if node.target in (ENTER, EXIT):
+            graph.erase_node(node)
+
+
+def _bake_call(
+    graph: fx.Graph,
+    node: fx.Node,
+    mode: FakeTensorMode,
+    state: AutocastState,
+    casts: dict[tuple[fx.Node, torch.dtype], fx.Node],
+) -> None:
+    devices = {n.meta["val"].device.type for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    on = [device for device in devices if state.get(device, (False, None))[0]]
+    if not any(has_autocast_kernel(node.target, device) for device in on):
+        return
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    dtypes = _casts_of(node.target, args, kwargs, mode, {device: state[device] for device in on})
+
+    def cast(operand: fx.Node) -> fx.Node:
+        dtype = dtypes.get(id(operand.meta["val"]))
+        if dtype is None:
+            return operand
+        if (operand, dtype) not in casts:
+            # At its first use: cast once, and no copy of a weight lives longer than it must.
+            with graph.inserting_before(node):
+                made = graph.call_function(torch.ops.aten._to_copy.default, (operand,), {"dtype": dtype})
+            with mode:
+                made.meta = {**node.meta, "val": operand.meta["val"].to(dtype)}
+            casts[operand, dtype] = made
+        return casts[operand, dtype]
+
+    new_args, new_kwargs = fx.map_arg((node.args, dict(node.kwargs)), cast)
+    want = node.meta["val"]
+    got = _plain(node.target, new_args, new_kwargs, mode)
+    if _facts(got) != _facts(want) and _takes_dtype(node) and isinstance(want, torch.Tensor):
+        new_kwargs = {**new_kwargs, "dtype": want.dtype}
+        got = _plain(node.target, new_args, new_kwargs, mode)
+    if _facts(got) != _facts(want):
+        raise UnsupportedError(
+            f"autocast makes {_facts(want)} of {node.target}, and casts of its operands make {_facts(got)}",
+            "what autocast does to a call is written into the graph as casts",
+            "cast the operands in the model, or leave this call out of the autocast region",
+            node=node.name,
+            source=source_line(node.stack_trace),
+        )
+    node.args, node.kwargs = new_args, new_kwargs
+
+
+def _plain(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+    values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with mode, autocast_off(), torch.no_grad():
+        return target(*values[0], **values[1])
+
+
+def _facts(value: Any) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    return [(leaf.dtype, tuple(leaf.shape)) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _takes_dtype(node: fx.Node) -> bool:
+    schema = node.target._schema  # type: ignore[union-attr]
+    names = [argument.name for argument in schema.arguments]
+    if "dtype" not in names or node.kwargs.get("dtype") is not None:
+        return False
+    place = names.index("dtype")
+    return place >= len(node.args) or node.args[place] is None
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the casts of the operands that stand before anything else."""
+
+    def __init__(self, operands: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._operands = {id(operand) for operand in operands}
+        self._casting = True
+        self.dtypes: dict[int, torch.dtype] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._casting and func is torch.ops.aten._to_copy.default and id(args[0]) in self._operands:
+            self.dtypes[id(args[0])] = (kwargs or {})["dtype"]
+        elif func.namespace != "prim":  # questions such as a tensor's device
+            self._casting = False
+        return func(*args, **(kwargs or {}))
+
+
+def _casts_of(
+    target: Any, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState
+) -> dict[int, torch.dtype]:
+    """By ``id`` of an operand, the dtype to which autocast casts it."""
+    operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    watch = _Watch(operands)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(autocast_as(state))
+        stack.enter_context(mode)
+        stack.enter_context(watch)
+        target(*args, **kwargs)
+    return watch.dtypes
