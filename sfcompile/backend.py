@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.device import device_of, engines_for, start, topology_for
@@ -83,6 +84,8 @@ def _compile_rank(
     check_ranks(topology, session.topology.num_ranks)
     try:
         captured = capture(gm, example_inputs)
+        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        refuse_overlap(example_inputs, captured.written, names)
     except UnsupportedError as error:
         session.agree("unsharded", _describe(gm, example_inputs, asked))
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
@@ -108,13 +111,13 @@ def _compile_rank(
     with autocast_off():
         local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
-    return _as_called(local, captured, len(example_inputs)), False
+    return _as_called(local, captured, names), False
 
 
-def _as_called(local: Callable[..., Any], captured: Captured, count: int) -> Callable[..., Any]:
+def _as_called(local: Callable[..., Any], captured: Captured, names: Sequence[str]) -> Callable[..., Any]:
     """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
     tensors, written = captured.tensor_inputs, captured.written
-    if tensors == tuple(range(count)) and not written:
+    if tensors == tuple(range(len(names))) and not written:
 
         def as_it_is(*args: Any) -> Any:
             with autocast_off():
@@ -123,6 +126,7 @@ def _as_called(local: Callable[..., Any], captured: Captured, count: int) -> Cal
         return as_it_is
 
     def run(*args: Any) -> Any:
+        refuse_overlap(args, written, names)  # Dynamo has no guard on it
         with autocast_off():
             out = local(*(args[i] for i in tensors))
         for i, value in zip(written, out[len(out) - len(written) :], strict=True):

@@ -52,6 +52,7 @@ __all__ = [
     "job_store",
     "make_fx",
     "no_modes",
+    "same_storage",
     "symbol_hint",
     "tracing",
 ]
@@ -112,6 +113,11 @@ def has_autocast_kernel(op: OpOverload, device: str) -> bool:
     schema = op._schema
     name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device.upper()}"))
+
+
+def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are views of one piece of memory; fake tensors too."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def symbol_hint(size: Any) -> Any:

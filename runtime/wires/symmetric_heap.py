@@ -130,7 +130,8 @@ class Segment:
         key = (bank, offset, tuple(shape), dtype)
         view = self._views.get(key)
         if view is None:
-            view = self._views[key] = self._view(bank, offset, shape, dtype)
+            with torch.inference_mode(False):  # a view made in it could be written in it only, and it is kept
+                view = self._views[key] = self._view(bank, offset, shape, dtype)
         return view
 
     def _view(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

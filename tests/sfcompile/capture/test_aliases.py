@@ -1,0 +1,41 @@
+"""Inputs that share memory, by hand and against the bytes that they really cover."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sfcompile.capture.aliases import overlap, refuse_overlap
+from sfcompile.errors import UnsupportedError
+from sfcompile.torch_private import FakeTensorMode
+
+views = st.tuples(st.integers(0, 8), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3), st.integers(0, 3))
+
+
+@given(views, views)
+@settings(max_examples=200, deadline=None)
+def test_no_shared_byte_is_missed(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    buffer = torch.arange(40)
+    one, two = (buffer.as_strided((n, m), (s, t), at) for at, n, s, m, t in (a, b))
+    if set(one.flatten().tolist()) & set(two.flatten().tolist()):
+        assert overlap([one, two], [0]) == (0, 1)
+    else:
+        assert overlap([one, buffer.clone()], [0]) is None
+
+
+def test_halves_of_one_buffer_do_not_overlap() -> None:
+    cache = torch.zeros(2, 3, 4)
+    assert overlap([cache[0], cache[1], 7], [0, 1]) is None
+    assert overlap([cache[:, :2], cache[:, 1:]], [0]) == (0, 1)
+    assert overlap([cache[:, :2], cache[:, 1:]], []) is None
+    with FakeTensorMode():
+        fake = torch.zeros(6)
+        assert overlap([fake[:4], fake[3:]], [1]) == (1, 0)
+
+
+def test_the_refusal_names_both_inputs() -> None:
+    x = torch.zeros(4)
+    with pytest.raises(UnsupportedError, match="input 'k_cache' is written to in place.*with input 'window'"):
+        refuse_overlap([x, x[1:3]], [0], ["k_cache", "window"])
