@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from torch._dynamo.exc import Unsupported as GraphBreak
@@ -44,6 +47,8 @@ __all__ = [
     "autocast_state",
     "compile_fx",
     "dispatch_functionalize",
+    "enter_autocast",
+    "exit_autocast",
     "fused_attention",
     "fused_encoder_layer",
     "has_autocast_kernel",
@@ -55,6 +60,7 @@ __all__ = [
     "same_storage",
     "symbol_hint",
     "tracing",
+    "tree_leaves",
 ]
 
 fused_attention: Any = torch._native_multi_head_attention
@@ -117,7 +123,7 @@ def has_autocast_kernel(op: OpOverload, device: str) -> bool:
 
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are views of one piece of memory; fake tensors too."""
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def symbol_hint(size: Any) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from sfcompile.errors import UnsupportedError, source_line
 from sfcompile.torch_private import (
@@ -23,13 +22,14 @@ from sfcompile.torch_private import (
     TorchDispatchMode,
     autocast_as,
     autocast_off,
+    enter_autocast,
+    exit_autocast,
     has_autocast_kernel,
+    tree_leaves,
 )
 
 Casts = dict[tuple[fx.Node, torch.dtype], fx.Node]
 """The casts written so far, by operand and dtype."""
-
-ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Regions:
     _open: list[torch.autocast] = field(default_factory=list)
 
     def enter(self, *arguments: Any) -> torch.autocast:
-        """Enter a region with the arguments of :data:`ENTER`."""
+        """Enter a region with the arguments of torch's own call."""
         region = torch.autocast(*arguments)
         region.__enter__()
         self._open.append(region)
@@ -69,16 +69,16 @@ def bake_autocast(graph: fx.Graph, mode: FakeTensorMode, before: AutocastState) 
     states = [before]
     casts: Casts = {}
     for node in list(graph.nodes):
-        if node.target is ENTER:
+        if node.target is enter_autocast:
             device, dtype, enabled = node.args[0], node.args[1], node.args[2]
             current = states[-1].get(device, (False, torch.bfloat16))
             states.append({**states[-1], device: (enabled, dtype if dtype is not None else current[1])})
-        elif node.target is EXIT:
+        elif node.target is exit_autocast:
             states.pop()
         elif isinstance(node.target, OpOverload):
             _bake_call(graph, node, mode, states[-1], casts)
     for node in reversed(list(graph.nodes)):
-        if node.target in (ENTER, EXIT):
+        if node.target in (enter_autocast, exit_autocast):
             graph.erase_node(node)
 
 
@@ -91,6 +91,7 @@ def _bake_call(
 ) -> None:
     devices = {n.meta["val"].device.type for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
     on = [device for device in devices if state.get(device, (False, None))[0]]
+    assert isinstance(node.target, OpOverload)
     if not any(has_autocast_kernel(node.target, device) for device in on):
         return
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])

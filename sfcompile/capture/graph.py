@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture.attention import recognise_attention
-from sfcompile.capture.autocast import ENTER, EXIT, Regions, bake_autocast
+from sfcompile.capture.autocast import Regions, bake_autocast
 from sfcompile.capture.expand import expand_calls
 from sfcompile.capture.opaque import hide_opaque
 from sfcompile.errors import TrainingGraphError, UnsupportedError
@@ -28,6 +28,8 @@ from sfcompile.torch_private import (
     autocast_state,
     compile_fx,
     dispatch_functionalize,
+    enter_autocast,
+    exit_autocast,
     has_data_mutation,
     make_fx,
     symbol_hint,
@@ -108,10 +110,11 @@ class _Replay(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_method" and n.target == "item" and n.args[0] in self._known:
             return self._known[n.args[0]]
-        if n.target is ENTER:
+        if n.target is enter_autocast:
             return self._regions.enter(*n.args)
-        if n.target is EXIT:
-            return self._regions.exit(self.env[n.args[0]])
+        if n.target is exit_autocast:
+            (region,) = n.all_input_nodes
+            return self._regions.exit(self.env[region])
         return super().run_node(n)
 
 

@@ -11,9 +11,8 @@ from helpers import run_sharded
 from torch import nn
 from torch.nn import functional as F
 
-from sfcompile.capture.autocast import ENTER, EXIT
 from sfcompile.capture.graph import Captured, capture
-from sfcompile.torch_private import autocast_off, autocast_state
+from sfcompile.torch_private import autocast_off, autocast_state, enter_autocast, exit_autocast
 
 LOW = torch.bfloat16
 
@@ -73,7 +72,7 @@ REGIONS = ("island", "off inside", "whole")
 @torch.no_grad()
 def test_regions_inside_a_model_become_casts(region: str) -> None:
     graph = captured(Blocks(region), torch.randn(2, 12, 16)).gm.graph
-    assert not [node for node in graph.nodes if node.target in (ENTER, EXIT)]
+    assert not [node for node in graph.nodes if node.target in (enter_autocast, exit_autocast)]
     casts = [node for node in graph.nodes if node.target is torch.ops.aten._to_copy.default]
     assert len(casts) == len({(node.args[0], node.kwargs["dtype"]) for node in casts}), "a value is cast twice"
 
