@@ -1,8 +1,8 @@
 """From text to a loaded kernel: module, cubin, table of facts.
 
-loader.py makes a Triton module of a text, compiler.py compiles for an architecture without a GPU and reads the machine
-code back, listing.py and files.py show and ship it. nvshmem_bitcode.py cuts NVSHMEM's device library to what kernels
-call, nvshmem_calls.py declares these calls, interpreter.py runs kernels on the CPU.
+loader.py makes a Triton module of a text, compiler.py compiles it for an architecture without a GPU, machine_code.py
+reads the result back, listing.py and files.py show and ship it. nvshmem_bitcode.py cuts NVSHMEM's device library to
+what kernels call, nvshmem_calls.py declares these calls, interpreter.py runs kernels on the CPU.
 
 May import: the leaves, runtime/program/, codegen/schedule/, codegen/rows/ and codegen/kernels/.
 """

@@ -24,7 +24,7 @@ def kernel_files(
 
     Args:
         machine_of: machine of each rank of the job.
-        mask: kind of the site's mask (kernel_launch.mask_kind).
+        mask: kind of the site's mask (codegen/engines/launch.py mask_kind).
         compile: make cubins, if Triton is there.
 
     Raises:
@@ -35,12 +35,12 @@ def kernel_files(
         return {}
     members = schedule.groups[0] if schedule.groups else tuple(range(schedule.mesh.num_ranks))
     homes = tuple(machine_of[rank] for rank in members)
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     for arch in architectures:
         spec = spec_of(schedule, arch, homes, mask)
         stem = f"attend-{spec.key}-sm{arch}"
-        found[f"{stem}.py"] = attend_source(spec).encode()
+        files[f"{stem}.py"] = attend_source(spec).encode()
         if compile and importlib.util.find_spec("triton") is not None:
             library = None if spec.reach == "peer" else slim_library(arch)
-            found[f"{stem}.cubin"] = compile_attend(spec, arch, library).cubin
-    return found
+            files[f"{stem}.cubin"] = compile_attend(spec, arch, library).cubin
+    return files

@@ -54,24 +54,24 @@ def interpreting(poll: Poll) -> Iterator[None]:
         return dot(self, _widened(a), _widened(b), *rest)
 
     def create_atomic_rmw(self: Any, op: Any, pointer: Any, value: Any, *rest: Any) -> Any:
-        found = rmw(self, op, pointer, value, *rest)
+        before = rmw(self, op, pointer, value, *rest)
         if value.data.any():
             arrived()
         else:  # an add of 0 is a poll
-            seen = [int(pointer.data.flat[0]), int(found.data.flat[0])]
+            seen = [int(pointer.data.flat[0]), int(before.data.flat[0])]
             if seen == last:
                 poll()
             else:
                 arrived()
             last[:] = seen
-        return found
+        return before
 
     def cast_impl(self: Any, value: Any, target: Any) -> Any:
         return (
             _rounded(value) if (value.dtype, target.scalar) == (tl.float32, tl.bfloat16) else cast(self, value, target)
         )
 
-    before = [(owner, dict(vars(owner))) for owner in _language()]
+    language = [(owner, dict(vars(owner))) for owner in _language()]
     # What triton.language defines with @jit (max, sum, zeros, ...) was compiled for a GPU when it was imported.
     for module in _MODULES:
         for name, value in list(vars(module).items()):
@@ -86,7 +86,7 @@ def interpreting(poll: Poll) -> Iterator[None]:
         InterpreterBuilder.cast_impl = cast
         # Triton swaps parts of its language for each launch, and for every call of a device function without putting
         # them back: nothing could be compiled in this process any more.
-        for owner, entries in before:
+        for owner, entries in language:
             _put_back(owner, entries)
 
 

@@ -13,16 +13,8 @@ from sfcompile.codegen.kernels.reach import reach_of
 from sfcompile.codegen.kernels.spec import spec_of
 from sfcompile.codegen.kernels.tables import make_tables
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.codegen.toolchain.compiler import (
-    Compiled,
-    Resources,
-    compile_attend,
-    compile_chunks,
-    compile_move,
-    hoisted_loads,
-    order,
-    resources,
-)
+from sfcompile.codegen.toolchain.compiler import CompiledKernel, compile_attend, compile_chunks, compile_move
+from sfcompile.codegen.toolchain.machine_code import Resources, hoisted_loads, order, resources
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.errors import CodegenError
 from sfcompile.runtime.program.sites import AttentionSite
@@ -32,7 +24,7 @@ _LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelRow:
     """One kernel for one architecture: what the table says of it.
 
     Attributes:
@@ -52,19 +44,19 @@ class Row:
 HEAD = f"{'kernel':<22}{'arch':<8}{'regs':>5}{'stack':>6}{'spills':>7}{'shared':>8}{'cubin':>9}  order in the code"
 
 
-def line(row: Row) -> str:
+def line(row: KernelRow) -> str:
     """A row of the table."""
     shown = " ".join(name if count == 1 else f"{name}x{count}" for name, count in row.order)
-    found = row.resources
+    used = row.resources
     return (
-        f"{row.kernel:<22}sm_{row.arch:<5}{found.registers:>5}{found.stack:>6}{found.spill_stores:>7}{found.shared:>8}"
+        f"{row.kernel:<22}sm_{row.arch:<5}{used.registers:>5}{used.stack:>6}{used.spill_stores:>7}{used.shared:>8}"
         f"{row.cubin_bytes:>9}  {shown or '-'}{'' if row.linked else '  (NVSHMEM not linked)'}"
     )
 
 
 def compiled_kernels(
     schedule: Schedule, arch: int, machine_of: Sequence[int], mask: tuple[str, bool] | None = None, link: bool = True
-) -> Iterator[tuple[str, Compiled]]:
+) -> Iterator[tuple[str, CompiledKernel]]:
     """``(name, kernel)`` of everything that a schedule's ranks launch on an architecture.
 
     Args:
@@ -97,7 +89,7 @@ def compiled_kernels(
 
 def write_kernels(
     schedule: Schedule, machine_of: Sequence[int], archs: Sequence[int], folder: Path, link: bool = True
-) -> list[Row]:
+) -> list[KernelRow]:
     """Write source, PTX, TTGIR and cubin of every kernel, the schedule as text and ``table.txt``/``table.json``.
 
     Raises:
@@ -119,7 +111,7 @@ def write_kernels(
                         "report it with the Triton version",
                     )
                 # Linking dissolves NVSHMEM's calls into the code around them: look at them before.
-                rows.append(_write(folder, name, kernel, order(kernel.again() if kernel.linked else kernel)))
+                rows.append(_write(folder, name, kernel, order(kernel.unlinked())))
         (folder / "table.txt").write_text("\n".join([HEAD, *map(line, rows)]) + "\n")
         (folder / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     except OSError as error:
@@ -134,21 +126,21 @@ def reach_waits(schedule: Schedule) -> bool:
     return any(arrival.tensor in ("q", "k", "v") for arrival in schedule.origin.arrivals)
 
 
-def _write(folder: Path, name: str, kernel: Compiled, found: list[tuple[str, int]]) -> Row:
+def _write(folder: Path, name: str, kernel: CompiledKernel, in_order: list[tuple[str, int]]) -> KernelRow:
     files = {
-        f"{name}.py": kernel.source.encode(),
+        f"{name}.py": kernel.source.text.encode(),
         f"{name}.sm_{kernel.arch}.ttgir": kernel.ttgir.encode(),
         f"{name}.sm_{kernel.arch}.ptx": kernel.ptx.encode(),
         f"{name}.sm_{kernel.arch}.cubin": kernel.cubin,
     }
     for file, content in files.items():
         (folder / file).write_bytes(content)
-    return Row(
+    return KernelRow(
         name,
         kernel.arch,
         resources(kernel),
-        tuple(found),
-        kernel.linked or "nvshmem" not in kernel.source,
+        tuple(in_order),
+        kernel.linked or kernel.source.reach == "peer",
         len(kernel.cubin),
         tuple(files),
     )

@@ -32,12 +32,12 @@ def wheel() -> tuple[str, str, Path] | None:
     """``(name, version, folder)`` of the installed NVSHMEM wheel, or None."""
     for name in _WHEELS:
         try:
-            found = distribution(name)
+            installed = distribution(name)
         except PackageNotFoundError:
             continue
-        folder = Path(str(found.locate_file("nvidia/nvshmem")))
+        folder = Path(str(installed.locate_file("nvidia/nvshmem")))
         if folder.is_dir():
-            return name, found.version, folder
+            return name, installed.version, folder
     return None
 
 
@@ -47,14 +47,14 @@ def device_library(arch: int) -> Path:
     Raises:
         CodegenError: it is not installed, or a version that the installed Triton cannot read.
     """
-    found = wheel()
-    if found is None:
+    installed = wheel()
+    if installed is None:
         raise CodegenError(
             f"NVSHMEM's device library is not installed (looked for {' and '.join(_WHEELS)})",
             "kernels that put between machines are linked with it",
             "pip install nvidia-nvshmem-cu13==3.4.5",
         )
-    name, version, folder = found
+    name, version, folder = installed
     import triton
 
     refuse_pair(triton.__version__, version)
@@ -189,5 +189,5 @@ def _digest(library: Path) -> str:
 
 
 def _numbers(version: str) -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    first_two = re.match(r"(\d+)\.(\d+)", version)
+    return (int(first_two[1]), int(first_two[2])) if first_two else (0, 0)

@@ -14,15 +14,12 @@ from sfcompile.codegen.kernels.spec import KernelSpec, tiles_for
 from sfcompile.codegen.rows.row_ops import compile_rows
 from sfcompile.codegen.toolchain.compiler import (
     ARCHITECTURES,
-    Compiled,
+    CompiledKernel,
     compile_attend,
     compile_chunks,
     compile_move,
-    disassembly,
-    hoisted_loads,
-    order,
-    resources,
 )
+from sfcompile.codegen.toolchain.machine_code import disassembly, hoisted_loads, resources
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 
 MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
@@ -35,7 +32,7 @@ def spec_for(arch: int, head_dim: int, reach: str, dtype: str = "bf16", **change
     ).with_(**changes)
 
 
-def made(arch: int, head_dim: int, reach: str, **changes: object) -> Compiled:
+def compiled(arch: int, head_dim: int, reach: str, **changes: object) -> CompiledKernel:
     library = None if reach == "peer" else slim_library(arch)
     return compile_attend(spec_for(arch, head_dim, reach, **changes), arch, library)  # type: ignore[arg-type]
 
@@ -46,11 +43,11 @@ def made(arch: int, head_dim: int, reach: str, **changes: object) -> Compiled:
 def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
     arch: int, head_dim: int, reach: str
 ) -> None:
-    kernel = made(arch, head_dim, reach)
-    found = resources(kernel)
-    assert found.spill_stores == 0 and found.spill_loads == 0
-    assert found.stack == 0 or reach != "peer"
-    assert found.shared <= {80: 163, 90: 227, 100: 227}[arch] * 1024
+    kernel = compiled(arch, head_dim, reach)
+    used = resources(kernel)
+    assert used.spill_stores == 0 and used.spill_loads == 0
+    assert used.stack == 0 or reach != "peer"
+    assert used.shared <= {80: 163, 90: 227, 100: 227}[arch] * 1024
     assert hoisted_loads(kernel) == []
     code = disassembly(kernel)
     assert re.search(MATRIX[arch], code)
@@ -64,32 +61,7 @@ def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
 def test_debug_builds_masks_and_grouped_heads_fit_too() -> None:
     for arch in ARCHITECTURES:
         for changes in ({"bounded": True}, {"causal": True, "group": 4}, {"mask": "key"}):
-            assert resources(made(arch, 128, "peer", **changes)).spill_stores == 0, (arch, changes)
-
-
-def test_order_of_waits_puts_and_matrix_products_is_the_schedules() -> None:
-    """Without NVSHMEM's code its calls stay visible: wait for K and V, copy, multiply; then put the output."""
-    kernel = compile_attend(spec_for(90, 64, "nvshmem"), 90)
-    assert not kernel.linked
-    names = [name for name, _ in order(kernel)]
-    multiplied = names.index("mma")
-    before, after = names[:multiplied], names[multiplied:]
-    assert before[-1] == "copy" and "wait" in before and "put" not in before
-    assert "copy" not in before[: before.index("wait")]
-    assert "put" in after
-
-
-def test_a_wait_inside_the_loop_over_blocks_is_found() -> None:
-    """Mutant: the waits move into the loop that Triton pipelines, which then prefetches above them."""
-    kernel = made(90, 64, "peer")
-    lines = kernel.ttgir.splitlines()
-    poll = next(line for line in lines if "tt.atomic_rmw" in line and "acquire" in line)
-    loop = max(i for i, line in enumerate(lines) if "scf.for" in line)
-    hoisted = [*lines[: loop + 1], poll, *lines[loop + 1 :]]
-    broken = Compiled(**{**vars(kernel), "ttgir": "\n".join(hoisted)})
-    assert hoisted_loads(broken) != []
-    without = "\n".join(line for line in lines if not ("tt.atomic_rmw" in line and "acquire" in line))
-    assert hoisted_loads(Compiled(**{**vars(kernel), "ttgir": without})) == ["no wait at all in kernel attend"]
+            assert resources(compiled(arch, 128, "peer", **changes)).spill_stores == 0, (arch, changes)
 
 
 @pytest.mark.parametrize("reach", ["peer", "mixed"])
@@ -99,6 +71,7 @@ def test_small_kernels(reach: str) -> None:
     kernels += [compile_chunks(name, ChunkSpec(reach), 90, library) for name in ("send", "receive", "release")]
     for kernel in kernels:
         assert resources(kernel).spill_stores == 0 and kernel.linked == (reach != "peer")
+    assert kernels[0].unlinked().linked is False and (reach == "mixed" or kernels[0].unlinked() is kernels[0])
     put = kernels[0].ptx
     assert re.search(r"st\.global(\.\w+)*\.v4\.b32", put) and not re.search(r"ld\.global(\.\w+)*\.b16\b", put)
 
@@ -111,8 +84,8 @@ def test_puts_that_compute_load_wide_and_do_not_spill(arch: int, width: int) -> 
         gm, root = traced(*forms(torch.bfloat16, width)[name])
         rows, _ = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))
         kernel = compile_move("put", MoveSpec("bf16", width), arch, rows=rows)
-        found = resources(kernel)
-        assert (found.spill_stores, found.spill_loads, found.stack) == (0, 0, 0), (name, found)
+        used = resources(kernel)
+        assert (used.spill_stores, used.spill_loads, used.stack) == (0, 0, 0), (name, used)
         assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", kernel.ptx)
         assert re.search(r"st\.global(\.\w+)*\.v4\.b32", kernel.ptx)
         assert not re.search(r"ld\.global(\.\w+)*\.b16\b", kernel.ptx), name  # nothing element by element

@@ -39,9 +39,9 @@ def test_files_and_table_of_a_schedule_between_machines(tmp_path: Path) -> None:
 
 def test_gathers_are_listed_too_and_calls_can_stay_open() -> None:
     gather = build_gather(gather_site(2), Mesh.of(Topology.grid(2, 1), 2, 1))
-    made = dict(compiled_kernels(gather, 90, (0, 1), link=False))
-    assert set(made) == {"send", "receive", "release"}
-    assert not made["send"].linked and "nvshmemx_putmem_signal_nbi_block" in made["send"].ptx
+    kernels = dict(compiled_kernels(gather, 90, (0, 1), link=False))
+    assert set(kernels) == {"send", "receive", "release"}
+    assert not kernels["send"].linked and "nvshmemx_putmem_signal_nbi_block" in kernels["send"].ptx
     assert not reach_waits(gather) and reach_waits(Job("torus", 2, 1, 2, 1, SITE).schedule())
 
 

@@ -1,0 +1,131 @@
+"""Reads compiled kernels back: registers and spills, the order of waits and products, loads before their wait."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfcompile.codegen.toolchain.compiler import CompiledKernel
+from sfcompile.errors import CodegenError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas and the disassembler say of a cubin: per thread, but ``shared`` (bytes of a program)."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+def resources(compiled: CompiledKernel) -> Resources:
+    """Registers, stack, spills and shared memory.
+
+    Raises:
+        CodegenError: the tools that Triton brings are missing.
+    """
+    usage = _run(_tool("cuobjdump"), "--dump-resource-usage", compiled.cubin)
+    counts = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
+    sass = disassembly(compiled)
+    return Resources(
+        counts.get("REG", 0),
+        counts.get("STACK", 0),
+        len(re.findall(r"\bSTL\b", sass)),
+        len(re.findall(r"\bLDL\b", sass)),
+        max(compiled.shared_bytes, counts.get("SHARED", 0)),
+    )
+
+
+def disassembly(compiled: CompiledKernel) -> str:
+    """SASS of the kernel; calls of an unlinked one by name."""
+    return _run(_tool("nvdisasm"), "-c", compiled.cubin)
+
+
+_EVENTS = (
+    ("wait", r"CALL\.\S+ \S*nvshmem_signal_wait_until|LDG\.E\.64\.STRONG\.SYS"),
+    ("put", r"CALL\.\S+ \S*nvshmemx_putmem_signal_nbi_block"),
+    ("release", r"ATOMG?\S*\.EXCH\S*\.STRONG\.SYS|\bREDG?\S*\.STRONG\.SYS"),
+    ("copy", r"\bLDGSTS|\bUBLKCP|\bUTMALDG"),
+    ("mma", r"\bHGMMA|\bHMMA|\bUTCHMMA|\bUTCQMMA|\bUTCMMA"),
+)
+"""Instructions of SASS that tell the order of communication and compute: name, pattern."""
+
+
+def order(compiled: CompiledKernel) -> list[tuple[str, int]]:
+    """Waits, puts, releases, asynchronous copies and matrix products as they stand in the code, runs counted.
+
+    NVSHMEM's waits and puts are calls in an unlinked kernel; linking dissolves them.
+    """
+    events: list[tuple[str, int]] = []
+    for line in disassembly(compiled).splitlines():
+        for name, pattern in _EVENTS:
+            if re.search(pattern, line):
+                if events and events[-1][0] == name:
+                    events[-1] = (name, events[-1][1] + 1)
+                else:
+                    events.append((name, 1))
+    return events
+
+
+def hoisted_loads(compiled: CompiledKernel) -> list[str]:
+    """Loads of keys or values that stand before their wait in Triton's GPU IR: there must be none.
+
+    A chunk's loads follow its waits inside the loop over chunks; a load between that loop's head and the first wait
+    would read what has not arrived.
+    """
+    lines = compiled.ttgir.splitlines()
+    waits = [i for i, line in enumerate(lines) if "nvshmem_signal_wait_until" in line or _is_poll(line)]
+    loads = [i for i, line in enumerate(lines) if _is_tile_load(line)]
+    inner = [i for i, line in enumerate(lines) if "scf.for" in line and any(i < at < _end(lines, i) for at in loads)]
+    if not waits:
+        return [f"no wait at all in kernel {compiled.name}"]
+    early = []
+    for head in inner:
+        body = range(head, _end(lines, head))
+        early += [lines[i].strip() for i in body if i in waits]
+    first = min(waits)
+    early += [lines[i].strip() for i in loads if i < first]
+    return early
+
+
+def _is_poll(line: str) -> bool:
+    return "tt.atomic_rmw" in line and "add" in line and "acquire" in line and "sys" in line
+
+
+def _is_tile_load(line: str) -> bool:
+    loads = "ttg.async_copy_global_to_local" in line or "tt.load" in line
+    return loads and re.search(r"tensor<\d+x\d+x", line) is not None
+
+
+def _end(lines: list[str], head: int) -> int:
+    """The line that closes a region which a line opens."""
+    indent = len(lines[head]) - len(lines[head].lstrip())
+    for i in range(head + 1, len(lines)):
+        if lines[i].strip().startswith("}") and len(lines[i]) - len(lines[i].lstrip()) == indent:
+            return i
+    return len(lines)
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.is_file():
+        raise CodegenError(
+            f"{name} is missing from Triton's folder {path.parent}",
+            "cubins are inspected with the tools in Triton's wheel",
+            "reinstall triton: pip install --force-reinstall triton",
+        )
+    return str(path)
+
+
+def _run(tool: str, option: str, cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([tool, option, str(path)], check=True, capture_output=True, text=True).stdout
