@@ -179,3 +179,15 @@ def test_python_parses_and_links_lead_on(page: Path) -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text] == []
+
+
+def test_files_that_are_named_are_there() -> None:
+    rooms = r"`((?:codegen|passes|runtime|sfcompile|benchmarks|tests|examples)/[\w/]+(?:\.py|/))`"
+    named = [(page.name, path) for page in PAGES for path in re.findall(rooms, page.read_text(encoding="utf-8"))]
+    assert [entry for entry in named if not (ROOT / entry[1]).exists()] == []
+
+
+def test_the_page_of_kernels_names_every_file_on_their_way() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    files = [p for room in ("kernels", "toolchain", "engines") for p in (ROOT / "codegen" / room).glob("*.py")]
+    assert [path.name for path in files if path.name != "__init__.py" and path.name not in text] == []
