@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from virtual_ranks import VirtualRanks
 
-from sfcompile.codegen.kernels.attend import arguments
+from sfcompile.codegen.kernels.attend import attend_arguments
 from sfcompile.codegen.kernels.tables import QUERY
 
 LENGTHS = (4096, 16384, 36864)
@@ -81,7 +81,7 @@ class Call:
         """Registers, spills and shared memory of the kernel as the driver loaded it."""
         kernel = self.ranks.kernels[0]
         given = kernel.given(self.out, self.ranks.everyone, None)
-        values = [given[name] for name in arguments(kernel.spec)]
+        values = [given[name] for name in attend_arguments(kernel.spec)]
         compiled = kernel.kernel.warmup(*values, grid=(1,), **kernel.options)
         compiled._init_handles()
         return f"{compiled.n_regs} registers, {compiled.n_spills} spilled, {compiled.metadata.shared} bytes shared"

@@ -15,7 +15,7 @@ import torch
 
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView
 from sfcompile.codegen.engines.transfers import ReleaseKernel
-from sfcompile.codegen.kernels.attend import VIRTUAL_ROW, arguments, attend_source
+from sfcompile.codegen.kernels.attend import VIRTUAL_ROW, attend_arguments, attend_source
 from sfcompile.codegen.kernels.text import entry_name
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.loader import load_source, resident_programs
@@ -92,7 +92,7 @@ class VirtualAttend:
             for rank, (kernel, out) in enumerate(zip(self.kernels, outs, strict=True))
         ]
         given["virtual_ptr"] = torch.tensor(rows, dtype=torch.int64, device=first.device)
-        values = [given[name] for name in arguments(self.spec)]
+        values = [given[name] for name in attend_arguments(self.spec)]
         workers = self._workers or self._fitting(values)
         self.kernel[(len(self.kernels) * (workers + self.copiers),)](*values, **first.options)
 

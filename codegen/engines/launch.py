@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sfcompile.codegen.kernels.attend import arguments, attend_source
+from sfcompile.codegen.kernels.attend import attend_arguments, attend_source
 from sfcompile.codegen.kernels.moves import MoveSpec, collect_source, move_arguments, put_source
 from sfcompile.codegen.kernels.spec import KernelSpec, spec_of
 from sfcompile.codegen.kernels.tables import KernelTables, make_tables
@@ -130,7 +130,7 @@ class AttendKernel:
     def programs(self, given: Mapping[str, Any]) -> int:
         """Attending programs of a launch with some arguments: as many as are on the device together, less copiers."""
         if self._programs == 0:
-            values = [given[name] for name in arguments(self.spec)]
+            values = [given[name] for name in attend_arguments(self.spec)]
             fitting = resident_programs(self.kernel, values, self.options, self.device)
             self._programs = fitting - self.copiers
         return self._programs
@@ -205,7 +205,7 @@ class AttendKernel:
         """
         given = self.given(out, heap, mask, lse)
         grid = self.programs(given) + self.copiers
-        self.kernel[(grid,)](*(given[name] for name in arguments(self.spec)), **self.options)
+        self.kernel[(grid,)](*(given[name] for name in attend_arguments(self.spec)), **self.options)
 
     def given(
         self, out: torch.Tensor, heap: HeapView, mask: torch.Tensor | None, lse: torch.Tensor | None = None

@@ -34,10 +34,11 @@ _INTEGERS = (
     "rank", "num_units", "num_forwards", "batch", "heads", "first_head", "kv_heads",
     "first_kv", "own_rows",
 )  # fmt: skip
+"""Arguments that the kernel is not specialised to: they differ from rank to rank."""
 
 
-def arguments(spec: KernelSpec) -> list[str]:
-    """The kernel's arguments in order."""
+def attend_arguments(spec: KernelSpec) -> tuple[str, ...]:
+    """Arguments of the kernel, in order."""
     names = ["out_ptr", "out_sb", "out_sh", "out_sr"]
     if spec.mask != "none":
         names += ["mask_ptr", "mask_sb", "mask_sh", "mask_sr", "mask_sc"]
@@ -50,7 +51,7 @@ def arguments(spec: KernelSpec) -> list[str]:
     names += ["counters_ptr"] if spec.forwards or spec.pushes else []
     names += ["report_ptr"] if spec.bounded else []
     names += ["virtual_ptr"] if spec.virtual > 1 else []
-    return [*names, *_INTEGERS]
+    return (*names, *_INTEGERS)
 
 
 def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
@@ -61,7 +62,7 @@ def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
     """
     out = KernelText(spec.reach, spec.bounded)
     out(wrapped("@triton.jit(do_not_specialize=[", [f'"{name}"' for name in _INTEGERS], "])"))
-    with out.block(wrapped(f"def {entry_name('attend', spec.reach)}(", arguments(spec), "):")):
+    with out.block(wrapped(f"def {entry_name('attend', spec.reach)}(", attend_arguments(spec), "):")):
         out("program = tl.program_id(0)", "programs = tl.num_programs(0)")
         if spec.virtual > 1:
             _virtual(out, spec)
@@ -89,12 +90,18 @@ def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
 
 
 def _positions(spec: KernelSpec) -> bool:
+    """Whether global positions of tokens matter: to causal order, or to find the mask's entry."""
     return spec.causal or spec.mask != "none"
+
+
+def _split_early(spec: KernelSpec) -> bool:
+    """Whether batch and head are needed to attend; else only to store the output."""
+    return spec.group > 1 or spec.mask != "none"
 
 
 def _virtual(out: KernelText, spec: KernelSpec) -> None:
     """Several ranks in one launch: the low programs are all ranks' copy programs, hop by hop."""
-    names = arguments(spec)
+    names = attend_arguments(spec)
     out(
         f"rank = program % {spec.virtual}",
         f"program = program // {spec.virtual}",
@@ -118,7 +125,7 @@ def _wait(out: KernelText, slot: str) -> None:
 
 
 def _forward(out: KernelText) -> None:
-    """Copy programs: hop ``f`` waits for its chunk and sends it on. Hops go in the schedule's order."""
+    """Copy programs: a hop waits for its chunk and sends it on. Hops go in the schedule's order."""
     out("hop = program")
     with out.block("while hop < num_forwards:"):
         out(f"forward = forwards_ptr + hop * {len(FORWARD)}")
@@ -137,6 +144,7 @@ def _forward(out: KernelText) -> None:
 
 
 def _attend(out: KernelText, spec: KernelSpec) -> None:
+    """Attending programs: every ``workers``-th tile of each unit, in the order of the units."""
     out("me = program - COPY_PROGRAMS", "workers = programs - COPY_PROGRAMS")
     out("d = tl.arange(0, D_BLOCK)", "e = tl.arange(0, E_BLOCK)")
     out("u = 0")
@@ -157,9 +165,9 @@ def _attend(out: KernelText, spec: KernelSpec) -> None:
 
 
 def _tile(out: KernelText, spec: KernelSpec) -> None:
+    """A block of BM queries of one batch and head against a unit's run of key chunks."""
     out("bh = tile // blocks", "row = (tile % blocks) * BM + tl.arange(0, BM)", "inside = row < rows")
-    needs_split = spec.group > 1 or spec.mask == "full" or spec.mask == "key"
-    if needs_split:
+    if _split_early(spec):
         out("b = bh // heads", "h = first_head + bh % heads")
     out(f"kv_bh = b * kv_heads + h // {spec.group} - first_kv" if spec.group > 1 else "kv_bh = bh")
     _wait(out, "q_slot")
@@ -175,15 +183,7 @@ def _tile(out: KernelText, spec: KernelSpec) -> None:
         "acc = tl.zeros([BM, E_BLOCK], tl.float32)",
     )
     if spec.carry:
-        out("lane = tl.arange(0, BM)")
-        out("state = state_ptr + (first_tile + tile).to(tl.int64) * (BM * (E_BLOCK + 2))")
-        with out.block("if fresh == 0:"):
-            out("tl.debug_barrier()  # another thread of this program may have stored what this one loads")
-            out(
-                "m = tl.load(state + lane)",
-                "l = tl.load(state + BM + lane)",
-                "acc = tl.load(state + 2 * BM + lane[:, None] * E_BLOCK + e[None, :])",
-            )
+        _load_state(out)
     out("j = first_key")
     with out.block("while j < last_key:"):
         _key_chunk(out, spec)
@@ -192,16 +192,35 @@ def _tile(out: KernelText, spec: KernelSpec) -> None:
         _finish(out, spec)
     if spec.carry:
         with out.block("else:"):
-            out(
-                "# The same place, worked out anew (j is last_key): addresses kept through the loop cost registers.",
-                "again = lane + (j - last_key).to(tl.int32)",
-                "tl.store(state + again, m)",
-                "tl.store(state + BM + again, l)",
-                "tl.store(state + 2 * BM + again[:, None] * E_BLOCK + e[None, :], acc)",
-            )
+            _store_state(out)
+
+
+def _load_state(out: KernelText) -> None:
+    """Softmax state of an earlier unit: BM maxima, BM sums, BM rows of E_BLOCK values, all fp32, by tile."""
+    out("lane = tl.arange(0, BM)")
+    out("state = state_ptr + (first_tile + tile).to(tl.int64) * (BM * (E_BLOCK + 2))")
+    with out.block("if fresh == 0:"):
+        out(
+            "tl.debug_barrier()  # another thread of this program may have stored what this one loads",
+            "m = tl.load(state + lane)",
+            "l = tl.load(state + BM + lane)",
+            "acc = tl.load(state + 2 * BM + lane[:, None] * E_BLOCK + e[None, :])",
+        )
+
+
+def _store_state(out: KernelText) -> None:
+    """For a later unit."""
+    out(
+        "# The same place, worked out anew (j is last_key): addresses kept through the loop cost registers.",
+        "again = lane + (j - last_key).to(tl.int32)",
+        "tl.store(state + again, m)",
+        "tl.store(state + BM + again, l)",
+        "tl.store(state + 2 * BM + again[:, None] * E_BLOCK + e[None, :], acc)",
+    )
 
 
 def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
+    """Wait for a chunk of keys and values, then attend to it block by block."""
     out(f"key = keys_ptr + j * {len(KEY)}")
     out(*columns("key", KEY, {name: name for name in ("k_slot", "v_slot", "k_at", "v_at")}))
     small = {"columns": "rows", "k_pitch": "pitch"} | ({"k_position": "position"} if _positions(spec) else {})
@@ -211,10 +230,7 @@ def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
     out("head_at = (kv_bh * k_pitch).to(tl.int64)")
     out(f"k_ptr = {_pointer(spec, 'bank + k_at', spec.head_dim)} + head_at * D")
     out(f"v_ptr = {_pointer(spec, 'bank + v_at', spec.v_head_dim)} + head_at * E")
-    if spec.tails == "inside":
-        with out.block("for n in range(0, columns, BN):"):
-            _block(out, spec, tail=True)
-    elif spec.tails == "apart":
+    if spec.tails == "apart":
         out("full = columns // BN * BN")
         with out.block("for n in range(0, full, BN):"):
             _block(out, spec, tail=False)
@@ -223,12 +239,11 @@ def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
             _block(out, spec, tail=True)
     else:
         with out.block("for n in range(0, columns, BN):"):
-            _block(out, spec, tail=False)
+            _block(out, spec, tail=spec.tails == "inside")
 
 
 def _block(out: KernelText, spec: KernelSpec, tail: bool) -> None:
     """One block of keys: scores, softmax state, weighted values."""
-    element = spec.element
     # Three products of TF32 give nearly fp32's precision on tensor cores; the interpreter computes in fp32 anyway.
     precision = ', input_precision="tf32x3"' if spec.dtype == "fp32" else ""
     out("col = n + tl.arange(0, BN)")
@@ -237,33 +252,28 @@ def _block(out: KernelText, spec: KernelSpec, tail: bool) -> None:
     v_mask = [f"({limit})[:, None]" for limit in limits] + (["(e < E)[None, :]"] if is_padded(spec.v_head_dim) else [])
     out(f"k = tl.load(k_ptr + col[None, :] * D + d[:, None]{_masked(k_mask)})")
     out(f"v = tl.load(v_ptr + col[:, None] * E + e[None, :]{_masked(v_mask)})")
-    hidden = _hidden(out, spec, tail)
-    if spec.mask != "none" and not spec.mask_is_bool:
-        out(f"s = tl.dot(q, k{precision}) * QK_SCALE + bias * {LOG2E!r}")
-    else:
-        out(f"s = tl.dot(q, k{precision})")
-    for condition in hidden:
+    visible = _visible(out, spec, tail)
+    # A bias is added in powers of two; else scores are scaled when they are subtracted, which saves a product.
+    biased = spec.mask != "none" and not spec.mask_is_bool
+    out(f"s = tl.dot(q, k{precision}){f' * QK_SCALE + bias * {LOG2E!r}' if biased else ''}")
+    for condition in visible:
         out(f's = tl.where({condition}, s, float("-inf"))')
-    scaled = spec.mask != "none" and not spec.mask_is_bool
-    if scaled:
-        out("m_new = tl.maximum(m, tl.max(s, 1))")
-    else:
-        out("m_new = tl.maximum(m, tl.max(s, 1) * QK_SCALE)")
+    out(f"m_new = tl.maximum(m, tl.max(s, 1){'' if biased else ' * QK_SCALE'})")
     reference = "m_new"
     if _positions(spec):  # a query may have seen no key yet
         out('m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)')
         reference = "m_safe"
-    out(f"p = tl.exp2({'s' if scaled else 's * QK_SCALE'} - {reference}[:, None])")
-    out(f"alpha = tl.exp2(m - {reference})")
     out(
+        f"p = tl.exp2({'s' if biased else 's * QK_SCALE'} - {reference}[:, None])",
+        f"alpha = tl.exp2(m - {reference})",
         "l = l * alpha + tl.sum(p, 1)",
-        f"acc = tl.dot(p.to({element}), v, acc * alpha[:, None]{precision})",
+        f"acc = tl.dot(p.to({spec.element}), v, acc * alpha[:, None]{precision})",
         "m = m_new",
     )
 
 
-def _hidden(out: KernelText, spec: KernelSpec, tail: bool) -> list[str]:
-    """Loads what hides keys; conditions under which a score stays."""
+def _visible(out: KernelText, spec: KernelSpec, tail: bool) -> list[str]:
+    """Loads what hides keys from queries; the conditions under which a score counts."""
     conditions = ["(col < columns)[None, :]"] if tail else []
     if not _positions(spec):
         return conditions
@@ -296,30 +306,31 @@ def _finish(out: KernelText, spec: KernelSpec) -> None:
     out(f"o = (acc / {'tl.where(l == 0.0, 1.0, l)' if _positions(spec) else 'l'}[:, None]).to({spec.element})")
     stores = f"mask=inside[:, None]{' & (e < E)[None, :]' if is_padded(spec.v_head_dim) else ''}"
 
-    def own() -> None:
-        if not needs_split:
-            out("b = bh // heads", "h = first_head + bh % heads")
-        out(
-            f"first_row = tl.load(query + {QUERY.index('out_at')})",
-            "own_ptr = out_ptr + b.to(tl.int64) * out_sb + h.to(tl.int64) * out_sh + first_row * out_sr",
-            "own_ptr += row.to(tl.int64)[:, None] * out_sr + e[None, :]",
-            f"tl.store(own_ptr, o, {stores})",
-        )
-        if spec.lse:
-            out(
-                f"lse = m * {LN2!r} + tl.log(l)",
-                "tl.store(lse_ptr + bh.to(tl.int64) * own_rows + first_row + row, lse, mask=inside)",
-            )
-
-    needs_split = spec.group > 1 or spec.mask != "none"
     if not spec.pushes:
-        own()
+        _store_own(out, spec, stores)
         return
     out(*columns("query", QUERY, {"dst": "dst"}))
     with out.block("if dst < 0:"):
-        own()
+        _store_own(out, spec, stores)
     with out.block("else:"):
         _push(out, spec, stores)
+
+
+def _store_own(out: KernelText, spec: KernelSpec, stores: str) -> None:
+    """This rank's own queries: into the caller's tensor, at their heads and rows."""
+    if not _split_early(spec):
+        out("b = bh // heads", "h = first_head + bh % heads")
+    out(
+        f"first_row = tl.load(query + {QUERY.index('out_at')})",
+        "own_ptr = out_ptr + b.to(tl.int64) * out_sb + h.to(tl.int64) * out_sh + first_row * out_sr",
+        "own_ptr += row.to(tl.int64)[:, None] * out_sr + e[None, :]",
+        f"tl.store(own_ptr, o, {stores})",
+    )
+    if spec.lse:
+        out(
+            f"lse = m * {LN2!r} + tl.log(l)",
+            "tl.store(lse_ptr + bh.to(tl.int64) * own_rows + first_row + row, lse, mask=inside)",
+        )
 
 
 def _push(out: KernelText, spec: KernelSpec, stores: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfcompile.codegen.kernels.attend import arguments, attend_source
+from sfcompile.codegen.kernels.attend import attend_arguments, attend_source
 from sfcompile.codegen.kernels.chunks import ChunkSpec, chunk_arguments, receive_source, release_source, send_source
 from sfcompile.codegen.kernels.moves import MoveSpec, collect_source, move_arguments, put_source
 from sfcompile.codegen.kernels.spec import KernelSpec
@@ -78,7 +78,7 @@ def compile_attend(spec: KernelSpec, arch: int, library: Path | None = None) -> 
     """The attention kernel of a spec; see :func:`compile_source`."""
     types = {"out_ptr": f"*{spec.dtype}"} | ({"mask_ptr": "*fp32"} if not spec.mask_is_bool else {})
     options = {"num_warps": spec.warps, "num_stages": spec.stages, "launch_cooperative_grid": True}
-    text, names = attend_source(spec), tuple(arguments(spec))
+    text, names = attend_source(spec), attend_arguments(spec)
     return compile_source(KernelSource("attend", text, names, spec.reach, types, options), arch, library)
 
 

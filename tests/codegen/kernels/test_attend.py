@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_ranks import Job, Pool, error_of, make_site
 
-from sfcompile.codegen.kernels.attend import arguments, attend_source
+from sfcompile.codegen.kernels.attend import attend_arguments, attend_source
 from sfcompile.codegen.kernels.spec import KernelSpec
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import ScheduleError
@@ -108,5 +108,5 @@ def test_the_text_depends_on_the_spec_alone() -> None:
     assert attend_source(spec) == attend_source(replace(spec))
     assert attend_source(spec) != attend_source(spec.with_(causal=True))
     assert all(len(line) <= 120 for line in attend_source(spec).splitlines())
-    assert "state_ptr" not in arguments(spec.with_(carry=False))
+    assert "state_ptr" not in attend_arguments(spec.with_(carry=False))
     compile(attend_source(spec), "attend", "exec")
