@@ -38,7 +38,7 @@ class NvshmemTransport:
     def __init__(self, nvshmem: Nvshmem, heap: NvshmemHeap, staging_at: int) -> None:
         self._nvshmem, self._heap, self._staging_at = nvshmem, heap, staging_at
 
-    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """Nothing to prepare: senders store when they like.
 
         Raises:

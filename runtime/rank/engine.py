@@ -58,8 +58,8 @@ class KernelAccess:
         self.heaps = torch.tensor([(address, pe, address) for pe, address in enumerate(addresses)], dtype=torch.int64)
 
     def place(self, epoch: int) -> torch.Tensor:
-        """The epoch, and where things lie in a segment (PLACE in codegen/kernels/text.py)."""
-        return torch.tensor([epoch, *self.size.places])
+        """The epoch with the call's tag, and where things lie in a segment (PLACE in codegen/kernels/text.py)."""
+        return torch.tensor([self._transport.word(epoch), *self.size.places])
 
     def await_banks(self, sends: Sequence[tuple[int, int]], epoch: int) -> None:
         """Wait until every bank that a kernel will write to has been read."""
@@ -70,6 +70,14 @@ class KernelAccess:
         """Wake ranks that sleep on a signal that a kernel raised."""
         for dst, slot in sends:
             self._transport.wake(self._members[dst], slot, epoch)
+
+    def check_tag(self, src: int, slot: int, epoch: int) -> None:
+        """Whether a chunk that a kernel waited for is of this rank's call: the kernel looks at the epoch only.
+
+        Raises:
+            RankMismatchError: it is of another.
+        """
+        self._transport.check_tag(self._members[src], slot, epoch)
 
     def watch(self) -> Callable[[], None]:
         """What a kernel's waits call: gives the core away; raises when a rank failed, or nothing came for too long."""

@@ -73,6 +73,7 @@ class SiteRun:
 
     Args:
         kernel: runs the attend phase, and what it sees of the heaps; None: instruction by instruction, here.
+        tag: of the call (calls.py).
 
     Attributes:
         blocked_s: seconds spent waiting for peers (waits inside a kernel are not told apart).
@@ -87,6 +88,7 @@ class SiteRun:
         heap: BankView,
         transport: Transport,
         kernel: tuple[Engine, KernelAccess] | None = None,
+        tag: int = 0,
     ) -> None:
         self.plan = plan
         self.epoch = epoch
@@ -106,7 +108,7 @@ class SiteRun:
         self._bank, self._heap = bank, heap
         self._own: torch.Tensor | None = None
         self._joined: dict[tuple[str, tuple[int | None, ...], tuple[Chunk, ...]], torch.Tensor] = {}
-        transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()])
+        transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()], tag)
 
     # ------------------------------------------------------------------ phases
 
@@ -164,6 +166,9 @@ class SiteRun:
         self._own = torch.zeros(site.batch, site.heads, rows, site.v_head_dim, dtype=site.dtype)
         access.await_banks(engine.sends, self.epoch)
         engine.run(self._own, access, self.epoch, mask)
+        for slot, arrival in self._arrivals.items():
+            if arrival.tensor != "o" and self._views[slot].numel():
+                access.check_tag(arrival.src, slot, self.epoch)
         access.wake(engine.sends, self.epoch)
 
     def collect(self, out: torch.Tensor, part: int = -1) -> bool:

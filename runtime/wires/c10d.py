@@ -2,6 +2,7 @@
 
 Two-sided messages match by (sender, tag) in order. The tag is the bank and the slot, so the message of epoch e + 2 can
 only be taken by the receive posted for e + 2, which the receiver posts after it has finished e: that is the credit.
+Bits of the call's tag stand in it too: a message of another call matches no receive, and the wait ends by its time-out.
 A chunk sent on from a slot is read by gloo until its message is gone; ``finish`` waits for that before the bank is
 free.
 """
@@ -22,6 +23,7 @@ from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 from sfcompile.runtime.wires.transport import Source, connection_lost, peer_failed, too_late
 
 _ABORT_TAG = 2**30
+_SLOT_BITS, _CALL_BITS = 16, 0x3FFF
 _GLOO_PLACE = re.compile(r"^\[[^\]]*\] *")  # "[/path/of/gloo.cc:553] "
 
 
@@ -49,15 +51,16 @@ class C10dTransport:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._notice = notice
         self._delay = delay
+        self._tags = [0] * NUM_BANKS
         self._receives: dict[tuple[int, int], Any] = {}
         self._sends: dict[int, list[tuple[Any, torch.Tensor, int, int]]] = {}
 
-    @staticmethod
-    def _tag(epoch: int, slot: int) -> int:
-        return slot * NUM_BANKS + epoch % NUM_BANKS
+    def _tag(self, epoch: int, slot: int) -> int:
+        return (self._tags[epoch % NUM_BANKS] & _CALL_BITS) << _SLOT_BITS | slot * NUM_BANKS + epoch % NUM_BANKS
 
-    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """Post every receive of the site."""
+        self._tags[epoch % NUM_BANKS] = tag
         for arrival, view in arrivals:
             if view.numel():
                 work = dist.irecv(_raw(view), arrival.src, group=self._group, tag=self._tag(epoch, arrival.slot))

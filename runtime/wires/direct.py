@@ -1,9 +1,9 @@
 """One-sided stores into a peer's mapped heap: ranks of one machine (shared memory), or threads of one process.
 
 Why a reader never sees half a chunk. The sender runs
-    copy bytes into the peer's bank;  store signal[bank][slot] = epoch
+    copy bytes into the peer's bank;  store signal[bank][slot] = epoch and the call's tag
 and the reader
-    load signal until it is >= epoch;  read the bytes.
+    load signal until its epoch is reached;  compare the tag;  read the bytes.
 x86-64 keeps stores in program order and loads in program order (TSO), and the copy and the signal store are separate
 calls into native code, which no compiler reorders. A copy cut over threads ends in a join, which orders their stores
 before the caller's next one; memcpy's non-temporal stores, which TSO does not order, end in a fence of its own. Signals
@@ -27,7 +27,7 @@ from sfcompile.errors import PeerDiedError, RuntimeTimeoutError, UnsupportedErro
 from sfcompile.runtime.program.instructions import Arrival
 from sfcompile.runtime.wires import futex
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, Segment
-from sfcompile.runtime.wires.transport import Source, peer_failed
+from sfcompile.runtime.wires.transport import TAG_BITS, Source, out_of_step, peer_failed, word_of
 
 _YIELDS = 16
 _LOOK_AROUND_S = 0.2
@@ -104,9 +104,15 @@ class DirectTransport:
         mine = segments[rank]
         assert mine is not None
         self._mine = mine
+        self._tags = [0] * NUM_BANKS
 
-    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
-        """Nothing to prepare: senders store when they like."""
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
+        """Only the tag is kept: senders store when they like."""
+        self._tags[epoch % NUM_BANKS] = tag
+
+    def word(self, epoch: int) -> int:
+        """What signals of an open epoch hold."""
+        return word_of(epoch, self._tags[epoch % NUM_BANKS])
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -119,7 +125,7 @@ class DirectTransport:
         assert segment is not None
         bank = epoch % NUM_BANKS
         segment.chunk(bank, offset, chunk.shape, chunk.dtype).copy_(chunk)
-        segment.signals[bank, slot] = epoch
+        segment.signals[bank, slot] = self.word(epoch)
         self.wake(dst, slot, epoch)
 
     def await_bank(self, dst: int, slot: int, epoch: int) -> None:
@@ -144,7 +150,19 @@ class DirectTransport:
             self._delay(self._rank)
         signals, bank = self._mine.signals, epoch % NUM_BANKS
         address = self._mine.signal_address(bank, slot)
-        self._await(lambda: int(signals[bank, slot]), address, epoch, src, slot, "a chunk")
+        self._await(lambda: int(signals[bank, slot]), address, epoch, src, slot, "a chunk", TAG_BITS)
+        self.check_tag(src, slot, epoch)
+
+    def check_tag(self, src: int, slot: int, epoch: int) -> None:
+        """Whether the chunk that has arrived is of this rank's call.
+
+        Raises:
+            RankMismatchError: it is of another.
+        """
+        seen = int(self._mine.signals[epoch % NUM_BANKS, slot])
+        if seen != self.word(epoch):
+            what = f"rank {src} sent a chunk of another call than rank {self._rank} is in"
+            raise out_of_step(what, self._rank, src, slot, epoch)
 
     def finish(self, epoch: int) -> None:
         """Give the bank back to all senders at once."""
@@ -161,8 +179,11 @@ class DirectTransport:
         """Mappings go with their last reference."""
         self._segments = ()
 
-    def _await(self, read: Callable[[], int], address: int, wanted: int, peer: int, slot: int, what: str) -> None:
-        """Until the word at ``address``, which ``read`` reads, has reached ``wanted``."""
+    def _await(
+        self, read: Callable[[], int], address: int, epoch: int, peer: int, slot: int, what: str, below: int = 0
+    ) -> None:
+        """Until the word at ``address``, which ``read`` reads, has reached an epoch; ``below``: bits under it."""
+        wanted = epoch << below
         for _ in range(_YIELDS):  # there may be more ranks than cores: let the peer run
             if read() >= wanted:
                 return
@@ -174,13 +195,13 @@ class DirectTransport:
             now = time.monotonic()
             if now >= look:
                 look = now + _LOOK_AROUND_S
-                self._look_around(peer, slot, wanted)
+                self._look_around(peer, slot, epoch)
                 if now - start > self._timeout_s and read() < wanted:
                     raise RuntimeTimeoutError(
                         f"rank {self._rank} waited {self._timeout_s:g} s for {what} from rank {peer}",
                         "the peer is slower than timeout_s, or it runs another program",
                         "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
-                        rank=self._rank, peer=peer, slot=slot, epoch=wanted, seen_epoch=read(),
+                        rank=self._rank, peer=peer, slot=slot, epoch=epoch, seen_epoch=read() >> below,
                     )  # fmt: skip
 
     def _look_around_all(self) -> None:

@@ -5,7 +5,7 @@
 
 A chunk of epoch e lives in bank e % 2. Words are written by one side only:
 
-    signal[bank][slot]  by the sender of the slot's chunk: the epoch that has fully arrived
+    signal[bank][slot]  by the sender of the slot's chunk: the epoch that has fully arrived, and its call's tag
     done                by the segment's owner: every epoch up to this one has been read, its bank may be overwritten
     credit[rank]        the same told by that rank to the segment's owner, for GPUs: they look at their own memory only
     abort               by whoever fails first; everyone who waits looks at it

@@ -7,10 +7,10 @@ chunks to the kernel in the order of the puts, across all peers, each connection
 If the first chunk's connection takes no more, those of other peers may go on, but only within _AHEAD_BYTES of it: the
 link stays busy while a connection finds its speed, and nobody gets far ahead of anybody.
 
-What makes which bytes visible. A message is ``epoch, slot, length`` and the chunk; the thread reads the chunk into the
-slot's view and then notes its arrival under the lock that the waiting thread takes, which orders the two. A chunk whose
-epoch is not open here yet stays in the connection, unread, until :meth:`TcpTransport.open`: that is the credit, and so
-a bank is never overwritten before its reader has opened the epoch that uses it next.
+What makes which bytes visible. A message is ``epoch, slot, tag, length`` and the chunk; the thread reads the chunk into
+the slot's view and then notes its arrival under the lock that the waiting thread takes, which orders the two. A chunk
+whose epoch is not open here yet stays in the connection, unread, until :meth:`TcpTransport.open`: that is the credit,
+and so a bank is never overwritten before its reader has opened the epoch that uses it next.
 
 Why waiting for the first chunk cannot block for ever. All ranks run one program (codegen/schedule/schedule.py) in which
 every put stands before its wait. Say rank D waits for Y, and Y stands at its sender behind a chunk H that some rank F
@@ -35,10 +35,19 @@ import torch
 
 from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.program.instructions import Arrival
-from sfcompile.runtime.wires.transport import Source, connection_lost, peer_failed, too_late
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.wires.transport import (
+    TAG_BITS,
+    Source,
+    connection_lost,
+    out_of_step,
+    peer_failed,
+    too_late,
+    word_of,
+)
 
 _HEAD = struct.Struct("<QIIQ")
-"""Epoch, slot, zero, length."""
+"""Epoch, slot, the call's tag, length."""
 _WINDOW_SHARE = 8
 _AHEAD_BYTES = 256 * 1024
 _LINGER_S = 10.0
@@ -55,6 +64,7 @@ class _Link:
     got: int = 0
     place: memoryview | None = None  # where the chunk goes; None: its head is being read
     key: tuple[int, int] = (0, 0)  # epoch and slot of the chunk
+    tag: int = 0  # of its call
     length: int = 0
     wake_at: int = 1  # bytes that the kernel lets come together before it wakes the thread
     most_at: int = 1  # and the most of them
@@ -101,6 +111,9 @@ class TcpTransport:
         self._queue: deque[_Send] = deque()
         self._parked: list[_Link] = []
         self._lost: dict[int, str] = {}
+        self._strayed: dict[int, str] = {}  # peers that are in another call
+        self._tags: dict[int, int] = {}  # by epoch
+        self._opened = 0
         self._closing = self._rung = False
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
@@ -114,9 +127,12 @@ class TcpTransport:
 
     # ------------------------------------------------------------------ the rank's thread
 
-    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """From now on the chunks of the epoch may be read into their slots."""
         with self._changed:
+            self._tags = {open_epoch: its for open_epoch, its in self._tags.items() if open_epoch > epoch - NUM_BANKS}
+            self._tags[epoch] = tag
+            self._opened = max(self._opened, epoch)
             for arrival, view in arrivals:
                 if view.numel():
                     self._places[epoch, arrival.slot] = view
@@ -134,7 +150,7 @@ class TcpTransport:
             return
         whole = chunk.contiguous()
         data = _bytes(whole)
-        parts = [memoryview(_HEAD.pack(epoch, slot, 0, len(data))), data]
+        parts = [memoryview(_HEAD.pack(epoch, slot, self._tag(epoch), len(data))), data]
         with self._changed:
             if not self._queue and dst not in self._lost:  # nothing of ours is before it: no need to wake the thread
                 with contextlib.suppress(OSError):  # what is wrong, the thread finds again
@@ -157,6 +173,8 @@ class TcpTransport:
                 return
             deadline = time.monotonic() + self.timeout_s
             while key not in self._arrived:
+                if src in self._strayed:
+                    raise out_of_step(self._strayed[src], self._rank, src, slot, epoch)
                 if src in self._lost:
                     raise self._why_lost(src, slot, epoch)
                 if time.monotonic() > deadline:
@@ -196,6 +214,7 @@ class TcpTransport:
             self._places.clear()
             self._expected.clear()
             self._arrived.clear()
+            self._tags.clear()
 
     def disconnect(self) -> None:
         """Close the connections, once what was put has left; what cannot leave for a while is given up."""
@@ -209,6 +228,9 @@ class TcpTransport:
         self._bell.close()
         self._ear.close()
         self._selector.close()
+
+    def _tag(self, epoch: int) -> int:
+        return word_of(epoch, self._tags.get(epoch, 0)) & (1 << TAG_BITS) - 1
 
     def _why_lost(self, peer: int, slot: int, epoch: int) -> Exception:
         notice = self._notice()
@@ -299,6 +321,12 @@ class TcpTransport:
         """Start to read a chunk into its slot; False if its epoch is not open here yet."""
         with self._changed:
             view = self._places.pop(link.key, None)
+            epoch = link.key[0]
+            late = view is None and epoch <= self._opened  # its epoch was opened and does not expect it (any more)
+            if late or (view is not None and link.tag != self._tag(epoch)):
+                text = f"rank {link.peer} sent a chunk of another call than rank {self._rank} is in"
+                self._strayed.setdefault(link.peer, text)
+                raise ConnectionAbortedError(text)
             if view is None:
                 self._parked.append(link)
         if view is None:
@@ -327,7 +355,7 @@ class TcpTransport:
                     continue
                 link.got = 0
                 if link.place is None:
-                    epoch, slot, _, link.length = _HEAD.unpack(link.head)
+                    epoch, slot, link.tag, link.length = _HEAD.unpack(link.head)
                     link.key = (epoch, slot)
                     if not self._begin(link):
                         return

@@ -15,16 +15,32 @@ from typing import Protocol
 
 import torch
 
-from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError, StreamFusionError
+from sfcompile.errors import PeerDiedError, PeerFailedError, RankMismatchError, RuntimeTimeoutError, StreamFusionError
 from sfcompile.runtime.program.instructions import Arrival
 
 _FIRST = "another rank failed first: "
+_OUT_OF_STEP = "the ranks are not in the same call: "
+
+
+def out_of_step(
+    what: str, rank: int, peer: int | None = None, slot: int | None = None, epoch: int | None = None
+) -> RankMismatchError:
+    """Ranks run different calls, or one call with different inputs; ``what`` says which."""
+    return RankMismatchError(
+        f"{_OUT_OF_STEP}{what}",
+        "every rank must make the same calls in the same order with equal inputs, or chunks of different calls meet",
+        "seed the inputs alike on all ranks, let no rank skip a call, and give ranks that work on other inputs a group "
+        "of their own: options={'mesh': a process group or DeviceMesh}",
+        rank=rank, peer=peer, slot=slot, epoch=epoch,
+    )  # fmt: skip
 
 
 def peer_failed(
     rank: int, notice: str, peer: int | None = None, slot: int | None = None, epoch: int | None = None
-) -> PeerFailedError:
-    """The error of a rank that reads another rank's failure notice."""
+) -> StreamFusionError:
+    """The error of a rank that reads another rank's failure notice; out of step is everybody's own error."""
+    if _OUT_OF_STEP in notice:
+        return out_of_step(notice.split(_OUT_OF_STEP, 1)[1], rank, peer, slot, epoch)
     return PeerFailedError(
         f"{_FIRST}{notice}",
         "the ranks compute one model together",
@@ -59,6 +75,15 @@ def connection_lost(rank: int, peer: int, reason: str, slot: int, epoch: int) ->
     )  # fmt: skip
 
 
+TAG_BITS = 24
+"""A signal is the epoch and, below it, so many bits of the call's tag."""
+
+
+def word_of(epoch: int, tag: int) -> int:
+    """What a signal word holds for an epoch of a call. It is as odd as the epoch: kernels find the bank by it."""
+    return epoch << TAG_BITS | (tag & (1 << TAG_BITS) - 2) | (epoch & 1)
+
+
 class Source(Enum):
     """What becomes of a chunk's memory after it was put."""
 
@@ -70,8 +95,13 @@ class Source(Enum):
 class Transport(Protocol):
     """One rank's way to the others."""
 
-    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
-        """A site begins: chunks of this epoch may arrive into the given slot views from now on."""
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
+        """A site begins: chunks of this epoch may arrive into the given slot views from now on.
+
+        Args:
+            tag: of the call (calls.py), below 2**TAG_BITS. It goes out with every chunk of the epoch; a chunk that
+                comes with another one is of another call, and its wait raises a RankMismatchError.
+        """
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -101,9 +131,9 @@ class GroupTransport:
         self._transport = transport
         self._members = members
 
-    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """As the whole job's."""
-        self._transport.open(epoch, [(a._replace(src=self._members[a.src]), view) for a, view in arrivals])
+        self._transport.open(epoch, [(a._replace(src=self._members[a.src]), view) for a, view in arrivals], tag)
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -144,10 +174,10 @@ class RoutedTransport:
     def _all(self) -> list[Transport]:
         return [transport for transport in (self._messages, self._direct) if transport is not None]
 
-    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
-        """Messages need their receives posted; direct stores need nothing."""
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
+        """Messages need their receives posted; direct stores need the tag."""
         for transport in self._all():
-            transport.open(epoch, [pair for pair in arrivals if self._to(pair[0].src) is transport])
+            transport.open(epoch, [pair for pair in arrivals if self._to(pair[0].src) is transport], tag)
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError, UnsupportedError
+from sfcompile.errors import PeerDiedError, PeerFailedError, RankMismatchError, RuntimeTimeoutError, UnsupportedError
 from sfcompile.runtime.wires.direct import DirectTransport, require_x86
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
 
@@ -98,6 +98,22 @@ def test_a_timeout_says_whom_and_what() -> None:
     text = str(caught.value)
     for part in ("[rank 1]", "waited 0.3 s for a chunk from rank 0", "slot 1", "wanted epoch 3", "seen epoch 0"):
         assert part in text
+
+
+def test_a_chunk_of_another_call_is_an_error_and_ends_everybodys_call() -> None:
+    first, second, _ = pair(timeout_s=30.0)
+    first.open(1, [], tag=6)
+    second.open(1, [], tag=6)
+    first.put(1, 0, 0, torch.ones(2), 1)
+    second.wait(0, 0, 1)
+    first.open(2, [], tag=8)
+    second.open(2, [], tag=10)
+    first.put(1, 1, 0, torch.ones(2), 2)
+    with pytest.raises(RankMismatchError, match="rank 0 sent a chunk of another call than rank 1 is in") as caught:
+        second.wait(0, 1, 2)
+    second.abort(f"rank 1: {caught.value.what}")
+    with pytest.raises(RankMismatchError, match="not in the same call"):
+        first.wait(1, 0, 2)
 
 
 def test_a_notice_ends_the_wait() -> None:

@@ -14,7 +14,7 @@ import tcp_ranks
 import torch
 from threads import run_outcomes, run_processes
 
-from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError
+from sfcompile.errors import PeerDiedError, PeerFailedError, RankMismatchError, RuntimeTimeoutError
 from sfcompile.runtime.program.instructions import Arrival, Chunk
 from sfcompile.runtime.wires.tcp import TcpTransport
 from sfcompile.runtime.wires.transport import Source
@@ -49,6 +49,32 @@ def test_chunks_arrive_whole_and_the_callers_memory_is_free_at_once() -> None:
             for slot in (1, 0, 2):
                 b.wait(0, slot, epoch)
             assert torch.equal(views[0], want) and torch.equal(views[1], small)
+
+
+@pytest.mark.parametrize("opened_first", [True, False])
+def test_a_chunk_of_another_call_is_an_error(opened_first: bool) -> None:
+    with ranks(2) as (a, b):
+        place = torch.zeros(3)
+        a.open(1, [], tag=4)
+        if opened_first:
+            b.open(1, [(arrival(0, 0), place)], tag=6)
+        a.put(1, 0, 0, torch.ones(3), 1)
+        if not opened_first:
+            time.sleep(0.05)
+            b.open(1, [(arrival(0, 0), place)], tag=6)
+        with pytest.raises(RankMismatchError, match="rank 0 sent a chunk of another call than rank 1 is in"):
+            b.wait(0, 0, 1)
+        assert not place.any()
+
+
+def test_a_chunk_of_an_epoch_that_is_over_is_an_error() -> None:
+    with ranks(2) as (a, b):
+        b.open(1, [])
+        b.open(2, [(arrival(1, 0), torch.zeros(3))])
+        a.open(1, [])
+        a.put(1, 0, 0, torch.ones(3), 1)
+        with pytest.raises(RankMismatchError):
+            b.wait(0, 1, 2)
 
 
 def test_a_chunk_waits_in_the_connection_until_its_epoch_is_open() -> None:

@@ -18,8 +18,8 @@ class Recorder:
         self.name = name
         self.calls = calls
 
-    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]]) -> None:
-        self.calls.append((self.name, "open", [arrival.src for arrival, _ in arrivals]))
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
+        self.calls.append((self.name, "open", [arrival.src for arrival, _ in arrivals], tag))
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -43,7 +43,7 @@ def test_each_rank_has_its_way() -> None:
     calls: list[tuple[object, ...]] = []
     routed = RoutedTransport(Recorder("direct", calls), Recorder("messages", calls), [True, True, False])
     chunk = torch.zeros(1)
-    routed.open(1, [(Arrival(0, 1, "x", Chunk(1)), chunk), (Arrival(1, 2, "x", Chunk(2)), chunk)])
+    routed.open(1, [(Arrival(0, 1, "x", Chunk(1)), chunk), (Arrival(1, 2, "x", Chunk(2)), chunk)], tag=5)
     routed.put(1, 0, 0, chunk, 1)
     routed.put(2, 0, 0, chunk, 1)
     routed.wait(2, 1, 1)
@@ -51,8 +51,8 @@ def test_each_rank_has_its_way() -> None:
     # Messages first: a slot that is still being sent on must not be declared free to direct writers.
     routed.finish(1)
     assert calls == [
-        ("messages", "open", [2]),
-        ("direct", "open", [1]),
+        ("messages", "open", [2], 5),
+        ("direct", "open", [1], 5),
         ("direct", "put", 1),
         ("messages", "put", 2),
         ("messages", "wait", 2),
@@ -84,14 +84,14 @@ def test_a_group_numbers_its_own_ranks() -> None:
     calls: list[tuple[object, ...]] = []
     group = GroupTransport(Recorder("all", calls), (4, 2, 7))
     chunk = torch.zeros(1)
-    group.open(3, [(Arrival(0, 1, "x", Chunk(1)), chunk), (Arrival(1, 2, "x", Chunk(2)), chunk)])
+    group.open(3, [(Arrival(0, 1, "x", Chunk(1)), chunk), (Arrival(1, 2, "x", Chunk(2)), chunk)], tag=5)
     group.put(0, 0, 0, chunk, 3)
     group.wait(2, 1, 3)
     group.finish(3)
     group.abort("why")
     group.close()
     assert calls == [
-        ("all", "open", [2, 7]),
+        ("all", "open", [2, 7], 5),
         ("all", "put", 4),
         ("all", "wait", 7),
         ("all", "finish", 3),

@@ -1,0 +1,108 @@
+"""Calls have names: which program a rank runs for the how-manieth time, and with which inputs.
+
+A call's *tag* goes out with every chunk (runtime/wires/transport.py), so that chunks of different calls never meet in
+silence: ranks that make their calls in another order, skip one, or are given other inputs find out at the first chunk.
+Calls of one process queue: threads take turns, and if they take them differently on different ranks the tags say so.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from sfcompile.runtime.wires.transport import TAG_BITS
+
+SAMPLES = 64
+"""So many elements of each input make its fingerprint."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a program on this rank.
+
+    Attributes:
+        number: how many calls this rank has begun.
+        inputs: fingerprint of the inputs; 0 where they are not looked at.
+    """
+
+    program: str
+    number: int
+    inputs: int
+
+    def tag(self, site: int) -> int:
+        """What tells a chunk of this call's ``site`` from others, below 2**TAG_BITS."""
+        return zlib.crc32(f"{self.program}/{self.number}/{self.inputs}/{site}".encode()) & (1 << TAG_BITS) - 1
+
+    def __str__(self) -> str:
+        return f"call {self.number} of program {self.program[:8]} with inputs {self.inputs:08x}"
+
+
+def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
+    """A number that differs, nearly always, between inputs that differ: up to SAMPLES elements of each, and its shape.
+
+    Elements are taken at equal steps along the flattened tensor, the first and the last among them, so that other
+    noise, another timestep or another prompt is seen. Cost: some microseconds a tensor, whatever its size.
+    """
+    mark = 0
+    for tensor in tensors:
+        places, span, geometry = _places(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        mark = zlib.crc32(geometry, mark)
+        if places.numel():
+            flat = tensor.detach().as_strided((span,), (1,))
+            taken = flat.index_select(0, places.to(tensor.device)).cpu()
+            mark = zlib.crc32(taken.view(torch.uint8).numpy().data, mark)
+    return mark
+
+
+@lru_cache(maxsize=1024)
+def _places(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, int, bytes]:
+    """Where the sampled elements lie behind the first one, how far the last reaches, and the geometry as bytes."""
+    total = math.prod(shape)
+    offsets = []
+    for i in range(min(SAMPLES, total)):
+        left, place = i * (total - 1) // max(1, min(SAMPLES, total) - 1), 0
+        for size, step in zip(reversed(shape), reversed(stride), strict=True):
+            left, index = divmod(left, size)
+            place += index * step
+        offsets.append(place)
+    return torch.tensor(offsets, dtype=torch.int64), max(offsets, default=0) + 1, f"{shape}{dtype}".encode()
+
+
+class Calls:
+    """The calls of one rank, one at a time.
+
+    Attributes:
+        current: the call under way, from its first op to its last; None between calls.
+    """
+
+    def __init__(self) -> None:
+        self.current: Call | None = None
+        self._count = 0
+        self._turn = threading.Lock()
+
+    @contextmanager
+    def under_way(self, program: str, inputs: int) -> Iterator[Call]:
+        """One call; waits for the call of another thread to end."""
+        with self._turn:
+            self._count += 1
+            self.current = Call(program, self._count, inputs)
+            try:
+                yield self.current
+            finally:
+                self.current = None
+
+    @property
+    def count(self) -> int:
+        """How many calls this rank has begun."""
+        return self._count
+
+    def restart(self, count: int) -> None:
+        """Go on from a number that all ranks agreed on."""
+        self._count = count

@@ -1,0 +1,67 @@
+"""Names of calls: what makes two calls different, and that threads take turns."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from sfcompile.runtime.rank.calls import SAMPLES, Call, Calls, fingerprint
+from sfcompile.runtime.wires.transport import TAG_BITS, word_of
+
+
+def test_every_part_of_a_call_is_in_its_tag() -> None:
+    call = Call("program", 3, 7)
+    others = [Call("other", 3, 7), Call("program", 4, 7), Call("program", 3, 8)]
+    assert len({call.tag(0), call.tag(1), *(other.tag(0) for other in others)}) == 5
+    assert call.tag(0) == Call("program", 3, 7).tag(0) < 2**TAG_BITS
+
+
+def test_a_signal_word_grows_with_the_epoch_and_is_as_odd() -> None:
+    words = [word_of(epoch, tag) for epoch, tag in ((1, 2**TAG_BITS - 1), (2, 0), (3, 5), (4, 5))]
+    assert words == sorted(words) and [word % 2 for word in words] == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+def test_equal_values_have_one_fingerprint_however_they_lie(dtype: torch.dtype) -> None:
+    value = torch.randn(2, 3, 50).mul(3).to(dtype)
+    assert fingerprint([value]) == fingerprint([value.mT.contiguous().mT]) == fingerprint([value.clone()])
+    assert fingerprint([value, value]) != fingerprint([value])
+
+
+def test_other_noise_another_step_and_another_shape_are_seen() -> None:
+    noise, step = torch.randn(1, 4096, 64), torch.tensor([0.3])
+    mark = fingerprint([noise, step])
+    assert mark != fingerprint([torch.randn_like(noise), step]) and mark != fingerprint([noise, step + 1e-6])
+    assert mark != fingerprint([noise.view(1, 64, 4096), step])
+    small = torch.zeros(SAMPLES)
+    for i in range(SAMPLES):  # of a small tensor every element counts
+        one = small.clone()
+        one[i] = 1
+        assert fingerprint([one]) != fingerprint([small])
+    assert fingerprint([torch.zeros(0, 3)]) != fingerprint([torch.zeros(3, 0)])
+
+
+def test_calls_of_threads_queue_and_are_counted() -> None:
+    calls, seen, inside = Calls(), [], []
+
+    def work() -> None:
+        with calls.under_way("p", 0) as call:
+            inside.append(call)
+            time.sleep(0.01)
+            assert inside == [call] and calls.current is call
+            inside.clear()
+            seen.append(call.number)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1, 2, 3, 4] and calls.current is None
+    calls.restart(9)
+    with pytest.raises(ValueError), calls.under_way("p", 0) as call:
+        raise ValueError(call.number)
+    assert calls.count == 10 and calls.current is None
