@@ -17,7 +17,8 @@ import time
 import torch
 
 from sfcompile.codegen.plan.choose_plan import Candidate, plan_site
-from sfcompile.codegen.plan.simulator import layer, simulate
+from sfcompile.codegen.plan.simulator import simulate
+from sfcompile.codegen.plan.step import layer
 from sfcompile.codegen.proof.checker import check
 from sfcompile.commands.measure import measure, table
 from sfcompile.commands.paper import even_positions

@@ -10,6 +10,7 @@ from sfcompile.errors import source_line
 from sfcompile.passes.graph.cost import flops, is_view, nbytes, reshard_fraction
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import is_getitem
+from sfcompile.passes.graph.stages import stages_of
 from sfcompile.passes.report.report import GraphReport, Left, short_source
 from sfcompile.passes.state import State
 from sfcompile.runtime.program.sites import AttentionSite
@@ -31,6 +32,7 @@ def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
         programs={state.local.program: [site.name for site in state.local.sites]},
         topology=state.topology,
         other_s=state.choices.other_s,
+        stages=stages_of(state.local.graph, state.topology),
         fused_puts=state.fused_puts,
     )
     per_rank = [0.0 for _ in ranks]

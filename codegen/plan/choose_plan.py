@@ -16,7 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from sfcompile.codegen.plan.simulator import Timeline, price
+from sfcompile.codegen.plan.simulator import Timeline
+from sfcompile.codegen.plan.step import price
 from sfcompile.codegen.proof.checker import check
 from sfcompile.codegen.schedule.builders import REGISTERED, build
 from sfcompile.codegen.schedule.mesh import Mesh

@@ -24,19 +24,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sfcompile.codegen.plan.links import Links, Vector
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Instruction, Push, Put, Wait
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.spans import Span
 from sfcompile.runtime.program.topology import Topology
-
-Vector = NDArray[np.float64]
-T = TypeVar("T", float, Vector)
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,16 @@ class Phase:
         return chunk.piece == self.part
 
 
-Step = Compute | Phase
+Work = Compute | Phase
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where all ranks are after one piece of work: their clocks, and what they have computed and waited so far."""
+
+    clock: Vector
+    compute_s: Vector
+    exposed_s: Vector
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Timeline:
         inside_bytes, across_bytes: bytes moved inside machines and between machines, all ranks.
         limit_s: no schedule of this work and these bytes ends sooner: the larger of the busiest rank's compute alone
             and the busiest link's bytes over its bandwidth.
+        marks: after each piece of work.
         spans: every event, if asked for.
     """
 
@@ -91,6 +99,7 @@ class Timeline:
     inside_bytes: int
     across_bytes: int
     limit_s: float
+    marks: tuple[Mark, ...] = field(default=(), repr=False)
     spans: list[Span] = field(default_factory=list, repr=False)
 
     @property
@@ -99,152 +108,55 @@ class Timeline:
         return float(self.exposed_s.max(initial=0.0))
 
 
-def layer(schedule: Schedule, epoch: int, before_s: float = 0.0, under_s: float = 0.0) -> list[Step]:
-    """One transformer layer around an attention site.
+def simulate(
+    line: Sequence[Work], topology: Topology, two_sided: bool = False, record: bool | range = False
+) -> Timeline:
+    """Run pieces of work on every rank.
 
     Args:
-        before_s: compute before q, k and v exist.
-        under_s: compute between the puts and the attention (projections of another stream, norms, an MLP).
-    """
-    phases = [Phase(schedule, epoch, name) for name in schedule.origin.phases]
-    puts = [phase for phase in phases if phase.phase.startswith("put_") or phase.phase == "gather_start"]
-    steps: list[Step] = [Compute(before_s, "layer"), *puts, Compute(under_s, "under the puts"), *phases[len(puts) :]]
-    return [step for step in steps if not (isinstance(step, Compute) and step.seconds == 0.0)]
-
-
-def pipelined(schedule: Schedule, layers: int, before_s: float) -> list[Step]:
-    """Layers whose tokens come in parts: a part's outputs are collected and its next q, k and v computed and sent
-    while the other parts are still on their way.
-
-    Args:
-        before_s: compute between two attentions, all parts together.
-    """
-    parts = schedule.site.parts if isinstance(schedule.site, AttentionSite) else 1
-    steps: list[Step] = []
-    for epoch in range(1, layers + 1):
-        for part in range(parts):
-            if epoch > 1:
-                steps.append(Phase(schedule, epoch - 1, "collect", part))
-            if before_s:
-                steps.append(Compute(before_s / parts, "layer"))
-            steps += [Phase(schedule, epoch, name, part) for name in ("put_k", "put_v", "put_q")]
-        steps.append(Phase(schedule, epoch, "attend"))
-    return [*steps, *(Phase(schedule, layers, "collect", part) for part in range(parts))]
-
-
-def price(schedule: Schedule, topology: Topology, before_s: float, layers: int = 1) -> Timeline:
-    """One layer of so many, on average. If tokens come in parts, layers overlap: the first is simulated alone, all
-    others are what the second of two adds, so that few layers pay for filling and draining and many hardly do.
-    """
-    if not isinstance(schedule.site, AttentionSite) or schedule.site.parts == 1:
-        return simulate(layer(schedule, 1, before_s), topology)
-    one = simulate(pipelined(schedule, 1, before_s), topology)
-    if layers == 1:
-        return one
-    two = simulate(pipelined(schedule, 2, before_s), topology)
-
-    def mean(first: T, both: T) -> T:
-        made: T = (first + (layers - 1) * (both - first)) / layers
-        return made
-
-    return replace(
-        two, seconds=mean(one.seconds, two.seconds), compute_s=mean(one.compute_s, two.compute_s),
-        exposed_s=mean(one.exposed_s, two.exposed_s), busy_s=mean(one.busy_s, two.busy_s),
-        inside_bytes=one.inside_bytes, across_bytes=one.across_bytes, limit_s=mean(one.limit_s, two.limit_s),
-    )  # fmt: skip
-
-
-def simulate(steps: Sequence[Step], topology: Topology, two_sided: bool = False, record: bool = False) -> Timeline:
-    """Run steps on every rank.
-
-    Args:
-        steps: in program order, the same on every rank; schedules must have passed the checker.
+        line: in program order, the same on every rank; schedules must have passed the checker.
         topology: ranks, links and rates.
         two_sided: messages pair sender and receiver (NCCL) instead of one-sided puts.
-        record: keep every event as a span (slower).
+        record: keep every event as a span (slower); a range: only those of this stretch of the line.
     """
-    sweep = _Sweep(topology, two_sided, record)
-    for step in steps:
-        if isinstance(step, Compute):
-            sweep.compute(np.full(topology.num_ranks, step.seconds), step.name)
+    sweep = _Sweep(topology, two_sided)
+    marks = []
+    for at, work in enumerate(line):
+        sweep.recording = record if isinstance(record, bool) else at in record
+        if isinstance(work, Compute):
+            sweep.compute(np.full(topology.num_ranks, work.seconds), work.name)
         else:
-            sweep.phase(step)
-    return sweep.timeline()
-
-
-class _Links:
-    """Ports and cards: when each is free, and how many bytes went through."""
-
-    def __init__(self, topology: Topology, two_sided: bool) -> None:
-        ranks = topology.num_ranks
-        self.topology = topology
-        self.machine = np.array(topology.machine_of)
-        cards = np.unique(np.array(topology.nic_of()), return_inverse=True)[1]
-        self.cards = cards
-        count = int(cards.max(initial=0)) + 1
-        self.port_out, self.port_in = np.zeros(ranks), np.zeros(ranks)
-        self.card_out, self.card_in = np.zeros(count), np.zeros(count)
-        self.port_bytes = np.zeros((2, ranks))
-        self.card_bytes = np.zeros((2, count))
-        rate = topology.two_sided_rate if two_sided else 1.0
-        self.local_rate = topology.local_bytes_per_s * rate
-        self.network_rate = topology.network_bytes_per_s * rate
-
-    def send(self, ready: Vector, dst: NDArray[np.int64], nbytes: Vector) -> tuple[Vector, Vector, NDArray[np.bool_]]:
-        """``(start, end, crosses)`` of one message per sender; ``dst`` is a permutation of the ranks."""
-        crosses = self.machine[dst] != self.machine
-        start, end = ready.copy(), ready.copy()
-        local = np.flatnonzero(~crosses)
-        if local.size:
-            to = dst[local]
-            start[local] = np.maximum(ready[local], np.maximum(self.port_out[local], self.port_in[to]))
-            end[local] = start[local] + nbytes[local] / self.local_rate
-            self.port_out[local] = end[local]
-            self.port_in[to] = end[local]
-            self.port_bytes[0, local] += nbytes[local]
-            self.port_bytes[1, to] += nbytes[local]
-        far = np.flatnonzero(crosses)
-        if far.size:
-            self._cross(far, ready, dst, nbytes, start, end)
-        return start, end, crosses
-
-    def _cross(
-        self, far: NDArray[np.int64], ready: Vector, dst: NDArray[np.int64], nbytes: Vector, start: Vector, end: Vector
-    ) -> None:
-        order = far[np.lexsort((ready[far], self.cards[far]))]
-        cards = self.cards[order]
-        first = np.flatnonzero(np.diff(cards, prepend=-1))
-        turn = np.arange(order.size) - np.repeat(first, np.diff(np.append(first, order.size)))
-        for k in range(int(turn.max()) + 1):
-            senders = order[turn == k]
-            out, to = self.cards[senders], self.cards[dst[senders]]
-            # Two senders of one turn may meet at one card: then one after the other, by readiness.
-            groups = [senders] if np.unique(to).size == to.size else [
-                np.array([who]) for who in senders[np.argsort(ready[senders], kind="stable")]
-            ]  # fmt: skip
-            for who in groups:
-                out, to = self.cards[who], self.cards[dst[who]]
-                start[who] = np.maximum(ready[who], np.maximum(self.card_out[out], self.card_in[to]))
-                end[who] = start[who] + nbytes[who] / self.network_rate
-                self.card_out[out] = end[who]
-                self.card_in[to] = end[who]
-        np.add.at(self.card_bytes[0], self.cards[far], nbytes[far])
-        np.add.at(self.card_bytes[1], self.cards[dst[far]], nbytes[far])
-
-    def least_s(self) -> float:
-        """Seconds that the busiest link needs for its bytes at full bandwidth."""
-        local = self.port_bytes.max(initial=0.0) / self.topology.local_bytes_per_s
-        return float(max(local, self.card_bytes.max(initial=0.0) / self.topology.network_bytes_per_s))
+            sweep.phase(work)
+        marks.append(Mark(sweep.clock, sweep.compute_s, sweep.exposed_s))
+    return sweep.timeline(tuple(marks))
 
 
 class _Facts:
-    """Sizes of one schedule for all ranks, computed once."""
+    """Sizes of one schedule, computed once. Vectors are by rank of the job, whose groups all run the schedule."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.arrivals = {arrival.slot: arrival for arrival in schedule.origin.arrivals}
-        self.nbytes = {slot: schedule.arrival_bytes(a).astype(np.float64) for slot, a in self.arrivals.items()}
+        ranks = range(sum(map(len, schedule.groups)))
+        members = [schedule.members(rank) for rank in ranks]
+        # Of each rank of the job: its place in the mesh, and the rank at every place of its group's mesh.
+        self._place = np.array([place for place, _ in members], dtype=np.int64)
+        self._group = np.array([group for _, group in members], dtype=np.int64)
+        self.nbytes = {
+            slot: self._of_job(schedule.arrival_bytes(a)).astype(np.float64) for slot, a in self.arrivals.items()
+        }
+        self.heads = self._of_job(schedule.head_counts("q")) if isinstance(schedule.site, AttentionSite) else None
         self._rows: dict[tuple[str, tuple[Chunk, ...]], Vector] = {}
+
+    def _of_job(self, by_place: NDArray[Any]) -> NDArray[Any]:
+        return by_place[self._place] if self._place.size else by_place
+
+    def ranks_after(self, offset: int) -> NDArray[np.int64]:
+        """Where an offset leads, for every rank of the job."""
+        after = self.schedule.mesh.ranks_after(offset)
+        if not self._place.size:
+            return after
+        return np.take_along_axis(self._group, after[self._place][:, None], axis=1)[:, 0]
 
     def rows(self, tensor: str, chunks: tuple[Chunk, ...]) -> Vector:
         """Tokens of some chunks together, at every rank."""
@@ -252,19 +164,19 @@ class _Facts:
         if key not in self._rows:
             mesh = self.schedule.mesh
             counts = [self.schedule.row_counts(tensor, c.piece)[mesh.ranks_after(c.src)] for c in chunks]
-            self._rows[key] = np.sum(counts, axis=0).astype(np.float64)
+            self._rows[key] = self._of_job(np.sum(counts, axis=0)).astype(np.float64)
         return self._rows[key]
 
     def own_bytes(self, tensor: str) -> Vector:
         """Bytes of the part of a tensor that stays with its rank."""
         site = self.schedule.site
         if not isinstance(site, AttentionSite):
-            return np.zeros(self.schedule.mesh.num_ranks)
+            return self._of_job(np.zeros(self.schedule.mesh.num_ranks))
         pieces = self.schedule.q_pieces if tensor == "q" else self.schedule.kv_pieces
         rows = np.sum([self.schedule.row_counts(tensor, p) for p in range(pieces)], axis=0)
         width = site.v_head_dim if tensor == "v" else site.head_dim
         sizes: Vector = site.batch * self.schedule.head_counts(tensor) * rows * float(width * site.dtype.itemsize)
-        return sizes
+        return self._of_job(sizes)
 
 
 @dataclass(frozen=True)
@@ -279,7 +191,7 @@ class _Message:
 
 
 class _Sweep:
-    def __init__(self, topology: Topology, two_sided: bool, record: bool) -> None:
+    def __init__(self, topology: Topology, two_sided: bool) -> None:
         self.topology = topology
         self.two_sided = two_sided
         ranks = topology.num_ranks
@@ -288,25 +200,26 @@ class _Sweep:
         self.alone_s = np.zeros(ranks)
         self.flying_until = np.zeros(ranks)
         self.streams = np.zeros(ranks)  # when each rank's lone two-sided message between machines ends
-        self.links = _Links(topology, two_sided)
+        self.links = Links(topology, two_sided)
         self.unposted: dict[tuple[int, int], _Message] = {}
         self.posts: list[Vector] = []  # clocks at the start of the last two attention calls
         self.arrived: dict[tuple[int, int], Vector] = {}
         self.crossed: dict[tuple[int, int], NDArray[np.bool_]] = {}
         self.touched: set[tuple[int, Chunk]] = set()
         self.bytes = [0, 0]
-        self.spans: list[Span] | None = [] if record else None
+        self.recording = False
+        self.spans: list[Span] = []
         self._facts: dict[int, _Facts] = {}
 
-    def timeline(self) -> Timeline:
+    def timeline(self, marks: tuple[Mark, ...]) -> Timeline:
         limit = max(float(self.alone_s.max(initial=0.0)), self.links.least_s())
         seconds = float(self.clock.max(initial=0.0))
         inside, across = self.bytes
         return Timeline(
-            seconds, self.compute_s, self.exposed_s, self.busy_s, inside, across, min(limit, seconds), self.spans or []
+            seconds, self.compute_s, self.exposed_s, self.busy_s, inside, across, min(limit, seconds), marks, self.spans
         )
 
-    # ------------------------------------------------------------------ steps
+    # ------------------------------------------------------------------ work
 
     def compute(self, seconds: Vector, name: str, alone: Vector | None = None) -> None:
         self.alone_s += seconds if alone is None else alone
@@ -315,11 +228,13 @@ class _Sweep:
             seconds = seconds + under * self.topology.slowdown / (1.0 - self.topology.slowdown)
         self._record("compute", name, self.clock, self.clock + seconds)
         self.clock = self.clock + seconds
-        self.compute_s += seconds
+        self.compute_s = self.compute_s + seconds  # marks keep the vectors of before
 
     def phase(self, call: Phase) -> None:
         schedule = call.schedule
-        facts = self._facts.setdefault(id(schedule), _Facts(schedule))
+        if id(schedule) not in self._facts:
+            self._facts[id(schedule)] = _Facts(schedule)
+        facts = self._facts[id(schedule)]
         top = self.topology
         if call.phase.startswith("put_") and top.copy_bytes_per_s is not None:
             share = 1 if call.part == -1 else getattr(schedule.site, "parts", 1)
@@ -345,7 +260,7 @@ class _Sweep:
 
     def _send(self, facts: _Facts, epoch: int, offset: int, slot: int, name: str, first: bool, alone: bool) -> None:
         top = self.topology
-        dst = facts.schedule.mesh.ranks_after(offset)
+        dst = facts.ranks_after(offset)
         nbytes = facts.nbytes[slot][dst]
         crosses = self.links.machine[dst] != self.links.machine
         if self.two_sided and first:
@@ -392,7 +307,7 @@ class _Sweep:
         self.arrived[epoch, slot], self.crossed[epoch, slot] = arrival, came
         self.bytes[0] += int(nbytes[~crosses].sum())
         self.bytes[1] += int(nbytes[crosses].sum())
-        if self.spans is not None:
+        if self.recording:
             for rank in range(top.num_ranks):
                 lane = "network" if crosses[rank] else "send"
                 what = Span(rank, lane, message.name, start[rank], end[rank], int(nbytes[rank]), int(dst[rank]))
@@ -408,9 +323,9 @@ class _Sweep:
             self._transfer(epoch, slot, replace(late, ready=ready))
         arrival = self.arrived.pop((epoch, slot))
         blocked = np.maximum(0.0, arrival - self.clock)
-        if self.spans is not None:
+        if self.recording:
             self._record("wait", f"wait {facts.schedule.slots[slot].name}", self.clock, self.clock + blocked)
-        self.exposed_s += blocked
+        self.exposed_s = self.exposed_s + blocked
         self.clock = self.clock + blocked
         cost = np.full(top.num_ranks, top.wait_s)
         if top.touch_bytes_per_s is not None:
@@ -421,9 +336,9 @@ class _Sweep:
 
     def _attend(self, facts: _Facts, epoch: int, step: Attend) -> None:
         top, site = self.topology, facts.schedule.site
-        assert isinstance(site, AttentionSite)
+        assert isinstance(site, AttentionSite) and facts.heads is not None
         self.posts = [*self.posts[-1:], self.clock]
-        heads = site.batch * facts.schedule.head_counts("q")
+        heads = site.batch * facts.heads
         queries = facts.rows("q", step.q)
         flops = 2.0 * heads * queries * facts.rows("k", step.kv) * (site.head_dim + site.v_head_dim)
         if site.causal:
@@ -439,7 +354,7 @@ class _Sweep:
         self.compute(seconds, str(step), alone)
 
     def _record(self, lane: str, name: str, start: Vector, stop: Vector) -> None:
-        if self.spans is not None:
+        if self.recording:
             self.spans += [
                 Span(rank, lane, name, float(a), float(b))
                 for rank, (a, b) in enumerate(zip(start, stop, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sfcompile.runtime.program.stages import GraphStages
 from sfcompile.runtime.program.topology import Topology
 
 PLAN_ROWS = 10
@@ -46,6 +47,7 @@ class GraphReport:
         programs: keys of the graph's programs in the session, and the names of their sites.
         topology: that the plan was made for, of this rank's group.
         other_s: seconds of compute that the plan assumes between two attentions.
+        stages: what this rank's graph computes and when it talks to others: what a prediction of its step is made of.
         graph: number of the graph in this process, from 1; break_reason: what made Dynamo end it before the model did
             (a graph break, with the user's line), or "".
         fused_puts: puts whose kernels compute what they send, and all puts of q, k and v; None: puts are no kernels.
@@ -79,6 +81,7 @@ class GraphReport:
     programs: dict[str, list[str]] = field(default_factory=dict)
     topology: Topology | None = None
     other_s: float = 0.0
+    stages: GraphStages | None = None
     graph: int = 0
     break_reason: str = ""
     fused_puts: tuple[int, int] | None = None

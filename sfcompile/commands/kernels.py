@@ -109,7 +109,7 @@ def sites_of(args: argparse.Namespace, topology: Topology) -> list[tuple[str, At
         return [("attention", site, plan_site(site, topology, schedule=args.schedule).best, topology)]
     from sfcompile.commands.models import predicted
 
-    args.model = args.what
+    args.model, args.placement = args.what, "auto"
     choices = predicted(args).choices
     found = [(choices.sites[key], choices.plans[key]) for key in choices.counts]
     if not found:

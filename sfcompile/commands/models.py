@@ -53,10 +53,15 @@ def add_model(parser: argparse.ArgumentParser, named: bool = True) -> None:
     parser.add_argument("--schedule", choices=SCHEDULES, default="auto", help="only plans of this kind")
 
 
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--placement", choices=PLACEMENTS, default="auto", help="as in the backend's options")
+
+
 def add_simulate(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``sfcompile simulate``."""
     parser.add_argument("--paper", action="store_true", help="the StreamFusion paper's table, predicted and published")
     add_model(parser)
+    _add_placement(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("."), help="folder for the picture and the trace (default: here)"
     )
@@ -69,7 +74,7 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
         "plan with rejected candidates, bytes, predicted time, memory, what stays whole and why, this rank's graph."
     )
     add_model(parser)
-    parser.add_argument("--placement", choices=PLACEMENTS, default="auto", help="as in the backend's options")
+    _add_placement(parser)
     parser.add_argument("--rank", type=int, default=0, help="whose graph is shown (default 0)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the explanation as one page that needs no net")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it for tools")
@@ -105,7 +110,7 @@ def predicted(args: argparse.Namespace) -> Prediction:
 
     topology = Topology.parse(args.topology)
     name, model, kwargs = _built(args)
-    return simulate(model, topology=topology, schedule=args.schedule, name=name, **kwargs)
+    return simulate(model, topology=topology, schedule=args.schedule, placement=args.placement, name=name, **kwargs)
 
 
 def run_explain(args: argparse.Namespace) -> int:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sfcompile.codegen.plan.simulator import layer, simulate
+from sfcompile.codegen.plan.simulator import simulate
+from sfcompile.codegen.plan.step import layer
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.runtime.program.sites import AttentionSite, Positions

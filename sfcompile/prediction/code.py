@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from sfcompile.codegen.plan.simulator import Timeline, layer, simulate
+from sfcompile.codegen.plan.simulator import Phase
+from sfcompile.codegen.plan.step import StageTimes, Step
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import source_line
-from sfcompile.passes.graph.cost import flops, is_view, seconds
+from sfcompile.passes.graph.cost import flops, is_view
 from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.graph.op_view import OpView, is_getitem
+from sfcompile.passes.graph.stages import compute_seconds, steps_of
 from sfcompile.runtime.program.instructions import Forward, Push, Put
+from sfcompile.runtime.program.sites import ReshardSite
+from sfcompile.runtime.program.stages import Stage
 from sfcompile.runtime.program.topology import Topology
 
 _BLOCK = re.compile(r"^.*?\.\d+(?=\.|$)")
@@ -81,54 +85,41 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """What the phases of one schedule cost a rank: ``phases[name]`` is ``(seconds, waits, sent, sent across)``."""
+class Wire:
+    """What a stage costs a rank: ``nbytes`` are sent in it, ``across`` of them to other machines."""
 
-    phases: dict[str, tuple[float, float, int, int]]
-    what: str
+    times: StageTimes
+    nbytes: int
+    across: int
 
-    @classmethod
-    def of(cls, schedule: Schedule, rank: int, topology: Topology, before_s: float) -> Exchange:
-        """Simulate a schedule phase by phase on its group's topology; ``rank`` counts in the group.
-
-        Args:
-            before_s: compute before its first put, in seconds.
-        """
-        steps = layer(schedule, 1, before_s)
-        lead = len(steps) - len(schedule.origin.phases)
-        phases: dict[str, tuple[float, float, int, int]] = {}
-        last = simulate(steps[:lead], topology)
-        for at, name in enumerate(schedule.origin.phases, start=lead + 1):
-            line = simulate(steps[:at], topology)
-            sent, across = _sent(schedule, rank, name, topology)
-            phases[name] = (
-                _clock(line, rank) - _clock(last, rank),
-                _waits(line, rank) - _waits(last, rank),
-                sent,
-                across,
-            )
-            last = line
-        return cls(phases, _what(schedule))
+    @property
+    def kind(self) -> str:
+        """The kind of its line."""
+        phase = self.times.stage.phase
+        if self.times.is_attention:
+            return "put" if phase.startswith("put_") else phase
+        return "exchange" if isinstance(self.times.schedule.site, ReshardSite) else "gather"
 
 
-def _clock(line: Timeline, rank: int) -> float:
-    return float(line.compute_s[rank] + line.exposed_s[rank] + line.busy_s[rank])
+def wires_of(step: Step) -> list[Wire]:
+    """The stages of a step in their order, with what its rank sends in each."""
+    known: dict[tuple[int, str, int], tuple[int, int]] = {}  # layers repeat
+    wires = []
+    for times in step.stages:
+        key = id(times.schedule), times.stage.phase, times.stage.part
+        if key not in known:
+            known[key] = _sent(times.schedule, times.stage, step.rank, step.job)
+        wires.append(Wire(times, *known[key]))
+    return wires
 
 
-def _waits(line: Timeline, rank: int) -> float:
-    return float(line.exposed_s[rank])
-
-
-def _what(schedule: Schedule) -> str:
-    kind = type(schedule.site).__name__.removesuffix("Site").lower()
-    return "exchange" if kind == "reshard" else kind
-
-
-def _sent(schedule: Schedule, rank: int, phase: str, topology: Topology) -> tuple[int, int]:
-    """Bytes that a rank sends in a phase, and how many of them to other machines."""
+def _sent(schedule: Schedule, stage: Stage, rank: int, job: Topology) -> tuple[int, int]:
+    """Bytes that a rank sends in a stage, and how many of them to other machines."""
+    place, members = schedule.members(rank)
     arrivals = {arrival.slot: schedule.arrival_bytes(arrival) for arrival in schedule.origin.arrivals}
+    phase = Phase(schedule, 1, stage.phase, stage.part)
     sent = across = 0
-    for step in schedule.program(rank).phases[phase]:
+    for step in schedule.program(place).phases[stage.phase]:
         match step:
             case Put(_, _, dst, slot) | Forward(_, dst, slot):
                 pass
@@ -136,9 +127,10 @@ def _sent(schedule: Schedule, rank: int, phase: str, topology: Topology) -> tupl
                 dst = q.src
             case _:
                 continue
-        nbytes = int(arrivals[slot][dst])
-        sent += nbytes
-        across += 0 if topology.same_machine(rank, dst) else nbytes
+        if phase.has(step):
+            nbytes = int(arrivals[slot][dst])
+            sent += nbytes
+            across += 0 if job.same_machine(rank, members[dst]) else nbytes
     return sent, across
 
 
@@ -151,44 +143,47 @@ class Facts:
         names: readable names of the graph's inputs, in order.
         sharded: captured nodes that were placed on shards.
         reasons: captured nodes that touch tokens and were left whole, and why.
-        exchange: of ``(program, site)``.
+        step: that the graph's lines add up to; None if it talks to nobody.
     """
 
     topology: Topology
     names: Sequence[str]
     sharded: frozenset[str]
     reasons: dict[str, str]
-    exchange: Callable[[str, int], Exchange]
+    step: Step | None = None
 
 
 def blocks_of(graph: fx.Graph, facts: Facts) -> tuple[Block, ...]:
     """The graph's lines by block, in the order in which blocks begin; blocks alike are counted once."""
     names = _names(graph, facts.names)
+    wires = iter(wires_of(facts.step) if facts.step is not None else ())
     where, runs = "", 0
     order: dict[tuple[str, int], list[Line]] = {}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output") or is_getitem(node) or _is_start_ticket(node):
-            continue
+    for node in steps_of(graph):
         before, where = where, _layer(node) if node.meta.get("nn_module_stack") else where
         runs += where != before
+        line = _wire(node, names, next(wires)) if node.target in COMMUNICATION else _line(node, names, facts)
         # A layer is one block wherever its lines are; what lies between layers is a block of its own.
-        order.setdefault((where, 0 if where else runs), []).append(_line(node, names, facts))
-    found: dict[tuple[Any, ...], list[Any]] = {}
+        order.setdefault((where, 0 if where else runs), []).append(line)
+    kinds: dict[tuple[Any, ...], list[tuple[str, list[Line]]]] = {}
     for (name, _), lines in order.items():
-        key = re.sub(r"\d+$", "", name), *((line.kind, line.placement, line.value, line.seconds) for line in lines)
-        found.setdefault(key, [name, 0, tuple(lines)])[1] += 1
-    return tuple(Block(*entry) for entry in found.values())
+        # What talks to others takes a little longer here than there, as ranks come at different times.
+        same = ((x.kind, x.placement, x.value, x.nbytes, x.placement == "wire" or x.seconds) for x in lines)
+        kinds.setdefault((re.sub(r"\d+$", "", name), *same), []).append((name, lines))
+    return tuple(Block(alike[0][0], len(alike), _mean([lines for _, lines in alike])) for alike in kinds.values())
 
 
-def _is_start_ticket(node: fx.Node) -> bool:
-    """The graph's first ticket: an order, not a value (runtime/rank/ops.py)."""
-    return bool(node.users) and all(user.target in COMMUNICATION for user in node.users) and not node.all_input_nodes
+def _mean(blocks: Sequence[Sequence[Line]]) -> tuple[Line, ...]:
+    """The lines of the first of blocks that are alike, with the mean times of all."""
+    count = len(blocks)
+    return tuple(
+        replace(lines[0], seconds=sum(x.seconds for x in lines) / count, waits_s=sum(x.waits_s for x in lines) / count)
+        for lines in zip(*blocks, strict=True)
+    )
 
 
 def _line(node: fx.Node, names: dict[fx.Node, str], facts: Facts) -> Line:
     source = source_line(node.stack_trace) or ""
-    if node.target in COMMUNICATION:
-        return _wire(node, names, facts, source)
     op = OpView.of(node)
     origin = str(node.meta.get("origin", node.name))
     sharded = origin in facts.sharded
@@ -202,27 +197,31 @@ def _line(node: fx.Node, names: dict[fx.Node, str], facts: Facts) -> Line:
     reason = "" if sharded else facts.reasons.get(origin, "")
     placement = "sharded" if sharded else "whole"
     return Line(
-        text, value, kind, placement, seconds(op, facts.topology), flops=flops(op), source=source, reason=reason
+        text,
+        value,
+        kind,
+        placement,
+        compute_seconds(node, facts.topology),
+        flops=flops(op),
+        source=source,
+        reason=reason,
     )
 
 
-def _wire(node: fx.Node, names: dict[fx.Node, str], facts: Facts, source: str) -> Line:
-    op = OpView.of(node)
+def _wire(node: fx.Node, names: dict[fx.Node, str], wire: Wire) -> Line:
+    op, times = OpView.of(node), wire.times
     assert op is not None
-    exchange = facts.exchange(str(op.args["program"]), int(op.args["site"]))
-    took, waits, sent, across = exchange.phases[op.name]
     tensor = next((operand.node for operand in op.operands if not _is_ticket(operand.node)), None)
-    args = [*([] if tensor is None else [names[tensor]]), f"site={op.args['site']}"]
-    kind = {"attend": "attend", "collect": "collect"}.get(
-        op.name, "put" if op.name.startswith("put_") else exchange.what
-    )
+    args = [*([] if tensor is None else [names[tensor]]), f"site={times.stage.site}"]
+    args += [f"part={times.stage.part}"] if times.stage.part >= 0 else []
     text = f"{op.name}({', '.join(args)})"
     value = ""
     if op.name in _ENDS:
         text, value = f"{names[node]} = {text}", _value(node.meta["val"][0])
     elif tensor is not None and op.name != "attend":
         value = _value(tensor.meta["val"])
-    return Line(text, value, kind, "wire", took, waits, sent, across, source=source)
+    source = source_line(node.stack_trace) or ""
+    return Line(text, value, wire.kind, "wire", times.seconds, times.waits_s, wire.nbytes, wire.across, source=source)
 
 
 def _is_ticket(node: fx.Node) -> bool:

@@ -15,16 +15,16 @@ import torch
 from torch import fx
 
 from sfcompile.capture.graph import Captured, break_reason
+from sfcompile.codegen.plan.step import Step
 from sfcompile.codegen.plan.volumes import volume
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import OptionError, StreamFusionError, UnsupportedError
-from sfcompile.passes.pipeline import run_pipeline
-from sfcompile.passes.report.report import GraphReport
+from sfcompile.passes.pipeline import Compiled, run_pipeline
 from sfcompile.passes.state import State
-from sfcompile.prediction.code import Exchange, Facts, blocks_of, input_names
+from sfcompile.prediction.code import Facts, blocks_of, input_names
 from sfcompile.prediction.explained import Attentions, Axis, Explained, Part, written
 from sfcompile.prediction.html import page
-from sfcompile.prediction.predict import each_graph
+from sfcompile.prediction.predict import each_graph, step_of
 from sfcompile.prediction.text import text_of
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
@@ -89,10 +89,14 @@ def explain(
         state = State(
             captured.gm, captured.mode, where, rank, mesh, schedule, shard_everything=placement == "shard"
         )  # fmt: skip
-        report = run_pipeline(state).report
-        report.graph, report.break_reason = len(parts) + 1, break_reason(gm)
+        compiled = run_pipeline(state)
+        compiled.report.graph, compiled.report.break_reason = len(parts) + 1, break_reason(gm)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-        parts.append(_part(state, report, input_names([names[i] for i in captured.tensor_inputs]), rank, where))
+        parts.append(
+            _part(
+                state, compiled, input_names([names[i] for i in captured.tensor_inputs]), step_of(compiled, rank, where)
+            )
+        )
 
     def refused(gm: fx.GraphModule, error: UnsupportedError) -> None:
         parts.append(Part(len(parts) + 1, None, break_reason=break_reason(gm), refused=str(error)))
@@ -114,29 +118,18 @@ def explain(
     )  # fmt: skip
 
 
-def _part(state: State, report: GraphReport, names: list[str], rank: int, job: Topology) -> Part:
-    """What is to be said about a graph whose passes have run; ``job`` is the topology of all ranks."""
+def _part(state: State, compiled: Compiled, names: list[str], step: Step) -> Part:
+    """What is to be said about a graph whose passes have run."""
     assert state.placement is not None and state.choices is not None and state.local is not None
-    programs = {state.local.program: state.schedules}
     reasons = {node.name: reason for node, reason in state.placement.reasons.items()}
     if state.part is not None:
-        programs[state.part.program] = state.part.schedules
         reasons |= {node.name: f"batch: {why}" for node, (_, why) in state.part.left.items()}
-    known: dict[int, Exchange] = {}  # layers repeat: simulate each distinct schedule once
-
-    def exchange(program: str, site: int) -> Exchange:
-        schedule = programs[program][site]
-        if id(schedule) not in known:
-            place, members = schedule.members(rank)
-            before_s = state.choices.other_s if isinstance(schedule.site, AttentionSite) else 0.0  # type: ignore[union-attr]
-            known[id(schedule)] = Exchange.of(schedule, place, job.subset(members), before_s)
-        return known[id(schedule)]
-
     sharded = frozenset(node.name for node in state.placement.needs)
-    facts = Facts(state.topology, names, sharded, reasons, exchange)
+    blocks = blocks_of(state.local.graph, Facts(state.topology, names, sharded, reasons, step))
+    report = compiled.report
     return Part(
-        report.graph, report, _axes(state, names), _attentions(state), blocks_of(state.local.graph, facts),
-        state.choices, report.break_reason, groups=max(1, len(state.groups)),
+        report.graph, report, _axes(state, names), _attentions(state), blocks, state.choices, step,
+        report.break_reason, groups=max(1, len(state.groups)),
     )  # fmt: skip
 
 

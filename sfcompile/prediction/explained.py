@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sfcompile.codegen.plan.choose_plan import SitePlan
-from sfcompile.codegen.plan.simulator import Timeline, layer, simulate
+from sfcompile.codegen.plan.step import Drawn, Step, draw
 from sfcompile.passes.choose_schedules import Choices
 from sfcompile.passes.report.report import GraphReport
 from sfcompile.prediction.code import Block
+from sfcompile.prediction.predict import caption
 from sfcompile.prediction.timeline import write_text
 from sfcompile.runtime.program.topology import Topology
-
-DRAWN_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ class Part:
         axes: the sequence axes, most attention first.
         attentions: by kind.
         blocks: this rank's graph.
-        choices: the planner's, for one group of ranks; None if the graph was refused.
+        choices: the planner's, for one group of ranks; None if the graph was refused, as is ``step``.
+        step: this rank's; the lines of ``blocks`` add up to it.
         groups: how many groups of ranks take a part of the batch each.
         refused: why the graph cannot be sharded at all; "" if it can.
     """
@@ -79,12 +78,15 @@ class Part:
     attentions: tuple[Attentions, ...] = ()
     blocks: tuple[Block, ...] = ()
     choices: Choices | None = None
+    step: Step | None = None
     break_reason: str = ""
     refused: str = ""
     groups: int = 1
 
     def seconds(self, *kinds: str, placement: str = "") -> float:
-        """Predicted seconds of this rank's lines of some kinds (all, if none are named)."""
+        """Predicted seconds of this rank's lines of some kinds; if none are named, of a step, which all lines are."""
+        if not kinds and not placement:
+            return 0.0 if self.step is None else self.step.seconds
         lines = ((block.alike, line) for block in self.blocks for line in block.lines)
         return sum(
             n * line.seconds
@@ -95,7 +97,7 @@ class Part:
     @property
     def exposed_s(self) -> float:
         """Predicted seconds in which this rank is blocked in waits."""
-        return sum(block.alike * line.waits_s for block in self.blocks for line in block.lines)
+        return 0.0 if self.step is None else self.step.exposed_s
 
     @property
     def sent(self) -> tuple[int, int]:
@@ -105,10 +107,8 @@ class Part:
 
     @property
     def limit_s(self) -> float:
-        """No schedule of these bytes and this compute is faster: per attention, the larger of the two."""
-        if not self.attentions:
-            return self.seconds()
-        return sum(entry.count * entry.plan.price.limit_s for entry in self.attentions)
+        """No order of this work and these bytes is faster: the larger of compute alone and bytes / bandwidth."""
+        return 0.0 if self.step is None else self.step.limit_s
 
 
 @dataclass(frozen=True)
@@ -147,32 +147,24 @@ class Explained:
 
     @property
     def limit_s(self) -> float:
-        """No schedule of these bytes and this compute is faster."""
-        return min(self.step_s, sum(part.limit_s for part in self.parts))
+        """No order of this work and these bytes is faster; graphs run one after the other."""
+        return sum(part.limit_s for part in self.parts)
 
     @property
     def heap_bytes(self) -> int:
         """Symmetric memory per rank, shared by all layers and graphs."""
         return max((part.report.heap_bytes for part in self.parts if part.report is not None), default=0)
 
-    @cached_property
-    def _main(self) -> tuple[Part, Attentions] | None:
-        kinds = [(part, kind) for part in self.parts for kind in part.attentions]
-        return max(kinds, key=lambda pair: pair[1].count * (pair[1].plan.price.seconds or 0.0), default=None)
-
-    def timeline(self) -> tuple[Timeline, Topology, str] | None:
-        """Two layers around the attention on which the model spends most: events, ranks, title; None without one."""
-        if self._main is None:
+    def timeline(self) -> tuple[Drawn, str] | None:
+        """Two layers around the attention on which the model spends most, and a title; None without one."""
+        graphs = [part for part in self.parts if part.step is not None]
+        drawn = draw([part.step for part in graphs if part.step is not None])
+        if drawn is None:
             return None
-        part, kind = self._main
+        key = drawn.schedule.site.geometry()
+        part = next(p for p in graphs if p.choices is not None and key in p.choices.plans)
         assert part.choices is not None
-        site = next(s for key, s in part.choices.sites.items() if part.choices.plans[key] is kind.plan)
-        topology = part.choices.topology
-        schedule = kind.plan.best.schedule(site, topology)
-        steps = [step for epoch in range(1, DRAWN_LAYERS + 1) for step in layer(schedule, epoch, part.choices.other_s)]
-        group = f"; one of {part.groups} groups that share the batch" if part.groups > 1 else ""
-        title = f"{DRAWN_LAYERS} layers of {kind.plan.best}, predicted{group}"
-        return simulate(steps, topology, record=True), topology, title
+        return drawn, caption(drawn, part.choices, part.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values. Times are in seconds, sizes in bytes."""
@@ -241,7 +233,7 @@ def _plain_part(part: Part) -> dict[str, Any]:
     }
     if part.report is not None:
         report = asdict(part.report)
-        for name in ("plans", "axes", "graph", "break_reason"):
+        for name in ("plans", "axes", "graph", "break_reason", "stages"):
             report.pop(name)
         found["report"] = report
     return found

@@ -107,15 +107,15 @@ def _timeline(found: Explained) -> str:
     drawn = found.timeline()
     if drawn is None:
         return ""
-    line, topology, title = drawn
+    layers, title = drawn
+    topology, end = layers.topology, layers.seconds
     shown = shown_ranks(topology.machine_of, MAX_RANKS)
-    end = max((span.stop_s for span in line.spans), default=0.0)
     if not end:
         return ""
     rows = {rank: row for row, rank in enumerate(shown)}
     lanes = {lane: at for at, lane in enumerate(LANES)}
     marks = []
-    for span in line.spans:
+    for span in layers.spans:
         if span.rank not in rows:
             continue
         top = rows[span.rank] * _ROW + 3 + lanes[span.lane] * (_LANE + 1)

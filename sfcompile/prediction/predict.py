@@ -13,19 +13,16 @@ from torch import fx
 
 from sfcompile.capture.graph import Captured, capture
 from sfcompile.codegen.plan.choose_plan import SitePlan
-from sfcompile.codegen.plan.simulator import Step, Timeline, layer, pipelined
-from sfcompile.codegen.plan.simulator import simulate as run_simulator
+from sfcompile.codegen.plan.step import DRAWN_LAYERS, Drawn, Step, draw
 from sfcompile.codegen.plan.volumes import volume
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import UnsupportedError
 from sfcompile.passes.choose_schedules import Choices
-from sfcompile.passes.pipeline import run_until
+from sfcompile.passes.pipeline import Compiled, run_pipeline
 from sfcompile.passes.state import State
 from sfcompile.prediction.timeline import write_perfetto, write_png
 from sfcompile.runtime.program.sites import AttentionSite, count
 from sfcompile.runtime.program.topology import Topology
-
-DRAWN_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -36,47 +33,54 @@ class Prediction:
         name: of the model.
         topology: what it was planned for.
         choices: plans, counts, sites.
+        steps: one per graph, as rank 0 runs it; what the model takes is their sum.
         seconds: how long tracing and planning took.
+        warnings: what the passes would have a user know, e.g. that nothing is sharded because that would not pay.
     """
 
     name: str
     topology: Topology
     choices: Choices
+    steps: tuple[Step, ...]
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def _parts(self) -> list[tuple[int, AttentionSite, SitePlan]]:
         return [(n, self.choices.sites[key], self.choices.plans[key]) for key, n in self.choices.counts.items()]
 
     @property
     def step_s(self) -> float:
-        """Predicted seconds of a step: every attention and the compute before it."""
-        return sum(n * (plan.price.seconds or 0.0) for n, _, plan in self._parts())
+        """Predicted seconds of a step on rank 0: what it computes, and every attention and exchange."""
+        return sum(step.seconds for step in self.steps)
 
     @property
     def exposed_s(self) -> float:
-        """Predicted seconds a step in which the most blocked rank waits."""
-        return sum(n * plan.price.exposed_s for n, _, plan in self._parts())
+        """Predicted seconds of it in which the rank is blocked in waits."""
+        return sum(step.exposed_s for step in self.steps)
 
     @property
     def limit_s(self) -> float:
-        """No schedule of these bytes and this compute is faster: per attention, the larger of the two."""
-        return sum(n * plan.price.limit_s for n, _, plan in self._parts())
+        """No order of this work and these bytes is faster: the larger of compute alone and bytes / bandwidth."""
+        return sum(step.limit_s for step in self.steps)
 
-    def timeline(self, layers: int = DRAWN_LAYERS) -> Timeline:
-        """Every event of a few layers around the attention on which the model spends most."""
-        main = self.choices.main
-        if main is None:
+    def timeline(self, layers: int = DRAWN_LAYERS) -> Drawn:
+        """Every event of a few layers of the step, around the attention on which the model spends most.
+
+        Raises:
+            UnsupportedError: no attention is sharded over tokens; says why.
+        """
+        drawn = draw(self.steps, layers)
+        if drawn is None:
+            if self.choices.counts:
+                raise UnsupportedError(
+                    f"{self.name} is not sharded on this topology, so there are no layers to draw",
+                    "every rank computing the whole model is predicted to take less",
+                    'ask for placement="shard", or for another topology',
+                )
             raise UnsupportedError(
                 f"{self.name} has no attention that can be sharded over tokens", "there is nothing to simulate"
             )
-        site = next(site for _, site, plan in self._parts() if plan is main)
-        schedule = main.best.schedule(site, self.choices.topology)
-        steps: list[Step] = []
-        if site.parts > 1:
-            steps += pipelined(schedule, layers, self.choices.other_s)
-        for epoch in range(1, layers + 1) if site.parts == 1 else ():
-            steps += layer(schedule, epoch, self.choices.other_s)
-        return run_simulator(steps, self.choices.topology, record=True)
+        return drawn
 
     def write(self, stem: Path) -> list[Path]:
         """Write ``STEM.png`` (a picture) and ``STEM.json`` (a Perfetto trace) of two layers; the paths.
@@ -84,20 +88,16 @@ class Prediction:
         Raises:
             OptionError: a file cannot be written, or matplotlib is missing.
         """
-        line = self.timeline()
-        main = self.choices.main
-        assert main is not None
-        title = f"{self.name}, {DRAWN_LAYERS} layers, predicted: {main.best} on {_words(self.topology)}"
-        if self.choices.batch > 1:
-            title += f"; one of {self.choices.batch} groups that share the batch"
+        drawn = self.timeline()
+        title = f"{self.name} on {_words(self.topology)}, {caption(drawn, self.choices, self.choices.batch)}"
         paths = [stem.with_suffix(".png"), stem.with_suffix(".json")]
-        write_png(paths[0], line.spans, self.choices.topology.machine_of, title)
-        write_perfetto(paths[1], line.spans, self.choices.topology.machine_of, title)
+        write_png(paths[0], drawn.spans, drawn.topology.machine_of, title)
+        write_perfetto(paths[1], drawn.spans, drawn.topology.machine_of, title)
         return paths
 
     def __str__(self) -> str:
         lines = [f"{self.name} on {_words(self.topology)}, traced and planned in {self.seconds:.1f} s"]
-        lines += self.choices.notes
+        lines += [*self.choices.notes, *self.warnings]
         if self.choices.batch > 1:
             lines.append(
                 f"{self.choices.batch} groups of {_words(self.choices.topology)} take a part of the batch each:"
@@ -115,7 +115,12 @@ class Prediction:
                 "bytes of one attention over all ranks, in closed form:",
                 *(f"  {text}" for text in str(volume(schedule, self.choices.topology)).splitlines()),
             ]
-        if self.choices.counts:
+        if not self.choices.counts:
+            alone = "groups of one rank share no attention" if self.choices.batch > 1 else (
+                "no attention can be sharded over tokens: every rank would compute the whole model"
+            )  # fmt: skip
+            lines.append(alone)
+        if self.step_s:
             lines += [
                 "",
                 f"step       {self.step_s * 1e3:10.2f} ms predicted",
@@ -123,9 +128,14 @@ class Prediction:
                 f"limit      {self.limit_s * 1e3:10.2f} ms: the larger of compute alone and bytes / bandwidth",
                 f"efficiency {self.limit_s / self.step_s:10.1%} of the limit",
             ]
-        else:
-            lines.append("no attention can be sharded over tokens: every rank would compute the whole model")
         return "\n".join(lines)
+
+
+def caption(drawn: Drawn, choices: Choices, groups: int) -> str:
+    """What a picture of layers shows: how many, of which plan, on which ranks of ``groups`` groups."""
+    best = choices.plans[drawn.schedule.site.geometry()].best
+    layers = f"{drawn.layers} layer{'s' * (drawn.layers > 1)} of {best}, predicted"
+    return layers + (f"; one of {groups} groups that share the batch" if groups > 1 else "")
 
 
 def _words(topology: Topology) -> str:
@@ -139,6 +149,7 @@ def simulate(
     topology: Topology | str,
     mesh: Mapping[str, int] | None = None,
     schedule: str = "auto",
+    placement: str = "auto",
     name: str = "",
     **kwargs: Any,
 ) -> Prediction:
@@ -147,7 +158,7 @@ def simulate(
     Args:
         model: may be on the meta device; ``args`` and ``kwargs`` are what it is called with.
         topology: as in the backend's option: "4x8:a100-efa", a file, or a Topology.
-        mesh, schedule: as in the backend's options.
+        mesh, schedule, placement: as in the backend's options.
 
     Raises:
         TopologyError: it cannot be read.
@@ -156,17 +167,28 @@ def simulate(
     """
     where = topology if isinstance(topology, Topology) else Topology.parse(topology)
     begun = time.perf_counter()
-    found: list[Choices] = []
+    planned: list[Choices] = []
+    steps: list[Step] = []
+    warnings: list[str] = []
 
-    def plan(gm: fx.GraphModule, captured: Captured) -> None:
-        state = State(captured.gm, captured.mode, where, 0, mesh, schedule)
-        run_until(state, "choose_schedules")
+    def visit(gm: fx.GraphModule, captured: Captured) -> None:
+        state = State(captured.gm, captured.mode, where, 0, mesh, schedule, shard_everything=placement == "shard")
+        compiled = run_pipeline(state)
+        steps.append(step_of(compiled, 0, where))
+        warnings.extend(compiled.report.warnings)
         assert state.choices is not None
-        found.append(state.choices)
+        planned.append(replace(state.choices, batch=max(1, len(state.groups))))
 
-    each_graph(model, args, kwargs, plan)
+    each_graph(model, args, kwargs, visit)
+    taken_s = time.perf_counter() - begun
     # Several graphs: the one with most attention stands for the model; the others add their own.
-    return Prediction(name or type(model).__name__, where, _joined(found), time.perf_counter() - begun)
+    return Prediction(name or type(model).__name__, where, _joined(planned), tuple(steps), taken_s, tuple(warnings))
+
+
+def step_of(compiled: Compiled, rank: int, job: Topology) -> Step:
+    """The step of a graph whose passes have run for a rank of a job."""
+    assert compiled.report.stages is not None
+    return Step(compiled.report.stages, compiled.programs, rank, job)
 
 
 def each_graph(
@@ -232,12 +254,12 @@ def _zeros(value: Any, meta: bool) -> Any:
     return torch.zeros(tuple(map(int, value.shape)), dtype=value.dtype, device=device)
 
 
-def _joined(found: Sequence[Choices]) -> Choices:
-    first = max(found, key=lambda choices: sum(choices.counts.values()))
+def _joined(planned: Sequence[Choices]) -> Choices:
+    first = max(planned, key=lambda choices: sum(choices.counts.values()))
     counts: dict[tuple[Any, ...], int] = {}
     plans: dict[tuple[Any, ...], SitePlan] = {}
     sites: dict[tuple[Any, ...], AttentionSite] = {}
-    for choices in found:
+    for choices in planned:
         for key, n in choices.counts.items():
             counts[key] = counts.get(key, 0) + n
             plans.setdefault(key, choices.plans[key])

@@ -106,8 +106,8 @@ def text_of(found: Explained, full: bool = False) -> str:
     if step:
         lines += [
             f"exposed    {found.exposed_s * 1e3:10.2f} ms of it in waits ({found.exposed_s / step:.1%})",
-            f"limit      {found.limit_s * 1e3:10.2f} ms ({found.limit_s / step:.0%} of the step): per attention the "
-            "larger of compute alone and bytes / bandwidth",
+            f"limit      {found.limit_s * 1e3:10.2f} ms ({found.limit_s / step:.0%} of the step): the larger of "
+            "compute alone and bytes / bandwidth",
         ]
     lines += [f"{name:<11}{amount:>10}     {words}" for name, amount, words in memory_rows(found)]
     if found.stopped:

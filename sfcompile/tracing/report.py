@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sfcompile.codegen.plan.simulator import Timeline, layer, pipelined, simulate
-from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.codegen.plan.step import Drawn, StageTimes, Step, draw, in_order
 from sfcompile.passes.report.report import GraphReport
 from sfcompile.prediction.text import duration
-from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.spans import Span
 from sfcompile.runtime.rank.recorder import Event
 from sfcompile.runtime.rank.session import Session
@@ -75,12 +73,14 @@ class TraceReport:
         ranks, steps: how many were recorded.
         step_s: seconds from a step's first put to the next step's, mean over ranks; None with a single step.
         rows: one per layer, in the order in which they run.
+        predicted_step_s: predicted seconds of a step's graphs (of rank 0); None if nothing is predicted.
     """
 
     ranks: int
     steps: int
     step_s: float | None
     rows: tuple[LayerRow, ...]
+    predicted_step_s: float | None = None
 
     def total(self, predicted: bool = False) -> Times | None:
         """Sums over a step's layers; None if some layer has no prediction."""
@@ -112,6 +112,8 @@ class TraceReport:
             return lines[0]
         if self.step_s is not None:
             lines.append(f"a step takes {duration(self.step_s)}, from its first put to the next step's")
+        if self.predicted_step_s is not None:
+            lines.append(f"its graphs are predicted to take {duration(self.predicted_step_s)}")
         lines += [
             "means over ranks and calls; predicted = the simulator on the topology that the plan was made for",
             "",
@@ -137,8 +139,16 @@ def _line(name: str, calls: int, measured: Times, slowest_s: float, predicted: T
     )
 
 
-def report_of(events: Sequence[Event], predicted: Mapping[Key, Predicted]) -> TraceReport:
-    """The table of some recorded events (of all ranks, on one clock)."""
+def report_of(
+    events: Sequence[Event],
+    predicted: Mapping[Key, Predicted],
+    graphs: Sequence[tuple[tuple[int, ...], float]] = (),
+) -> TraceReport:
+    """The table of some recorded events (of all ranks, on one clock).
+
+    Args:
+        predicted: by layer; ``graphs``: of every graph, the numbers of its programs and the seconds of its step.
+    """
     calls: dict[tuple[Key, int, int], list[Event]] = {}
     for event in events:
         calls.setdefault(((event.program, event.site), event.rank, event.epoch), []).append(event)
@@ -152,19 +162,22 @@ def report_of(events: Sequence[Event], predicted: Mapping[Key, Predicted]) -> Tr
     rows = []
     for key in sorted(times, key=lambda key: first[key]):
         ranks = {rank: _mean(of_rank) for rank, of_rank in times[key].items()}
-        known = predicted.get(key)
-        name = known.name if known is not None else f"program {key[0]} site {key[1]}"
+        layer = predicted.get(key)
+        name = layer.name if layer is not None else f"program {key[0]} site {key[1]}"
         rows.append(
             LayerRow(
-                key, name, known.attention if known is not None else False,
+                key, name, layer.attention if layer is not None else False,
                 max(len(of_rank) for of_rank in times[key].values()), _mean(ranks.values()),
-                max(t.blocked_s for t in ranks.values()), None if known is None else known.times,
+                max(t.blocked_s for t in ranks.values()), None if layer is None else layer.times,
             )
         )  # fmt: skip
     starts = steps_of(events)
     steps = max((len(of_rank) for of_rank in starts.values()), default=0)
     periods = [(s[-1] - s[0]) / (len(s) - 1) for s in starts.values() if len(s) > 1]
-    return TraceReport(len(starts), steps, sum(periods) / len(periods) if periods else None, tuple(rows))
+    ran = {event.program for event in events}
+    known = [seconds for programs, seconds in graphs if ran & set(programs)]
+    step_s = sum(periods) / len(periods) if periods else None
+    return TraceReport(len(starts), steps, step_s, tuple(rows), sum(known) if known else None)
 
 
 def _ended(stages: Sequence[Event]) -> bool:
@@ -234,54 +247,73 @@ def last_layers(events: Sequence[Event], report: TraceReport, count: int = 2) ->
 # ---------------------------------------------------------------------- predictions
 
 
-def predict_layers(session: Session, reports: Sequence[GraphReport]) -> tuple[dict[Key, Predicted], list[Span]]:
-    """The simulator's times for every layer of a session's programs, and its events around the heaviest attention.
+@dataclass(frozen=True)
+class Expected:
+    """What the simulator says of the graphs of a session.
 
-    On the topology that the plan was made for; on the session's own where no report of the program is left.
+    Attributes:
+        layers: the times of every layer.
+        steps: per graph, the numbers of its programs and the seconds of its step on this rank.
+        spans: the events of two layers of the heaviest attention.
     """
+
+    layers: dict[Key, Predicted]
+    steps: list[tuple[tuple[int, ...], float]]
+    spans: list[Span]
+
+
+def predict_layers(session: Session, reports: Sequence[GraphReport]) -> Expected:
+    """Predict the graphs of a session as explain and simulate do: what a report says of its order, played.
+
+    On the topology that the plan was made for. Where no report of a program is left, its sites are taken to follow one
+    another on the session's own topology, with nothing between them.
+    """
+    programs: dict[str, list[Any]] = {**session.programs}  # the runtime knows schedules as what it runs, no more
+    number = {program: i for i, program in enumerate(programs)}
     plans = {program: report for report in reports for program in report.programs}
-    found: dict[Key, Predicted] = {}
-    made: dict[int, tuple[Predicted, list[Span]]] = {}  # layers repeat: simulate each distinct schedule once
-    for number, (program, schedules) in enumerate(session.programs.items()):
+    graphs: dict[int, Step] = {}  # by the number of one of the graph's programs
+    for program, schedules in programs.items():
         plan = plans.get(program)
         job = session.topology
         if plan is not None and plan.topology is not None:
             job = plan.topology.on(session.topology.machine_of)
-        for site, schedule in enumerate(schedules):
-            if id(schedule) not in made:
-                made[id(schedule)] = _predict(schedule, session.rank, job, 0.0 if plan is None else plan.other_s)
-            known = made[id(schedule)][0]
+        if plan is None or plan.stages is None:
+            alone = in_order(program, schedules, 0.0 if plan is None else plan.other_s)
+            graphs[number[program]] = Step(alone, {program: schedules}, session.rank, job)
+        elif all(other in number for other in plan.programs):
+            mine = {other: programs[other] for other in plan.programs}
+            graphs[min(number[other] for other in mine)] = Step(plan.stages, mine, session.rank, job)
+    layers: dict[Key, Predicted] = {}
+    for step in graphs.values():
+        for (program, site), stages in _by_site(step).items():
+            plan = plans.get(program)
             names = [] if plan is None else plan.programs[program]
-            name = names[site] if site < len(names) else schedule.site.name
-            found[number, site] = Predicted(name, known.attention, known.times)
-    main = max(made.values(), key=lambda entry: (entry[0].attention, entry[0].times.window_s), default=None)
-    return found, [] if main is None else main[1]
+            name = names[site] if site < len(names) else stages[0].schedule.site.name
+            layers[number[program], site] = Predicted(name, stages[0].is_attention, _predicted(stages))
+    drawn = draw(list(graphs.values()))
+    seconds = [(tuple(number[program] for program in step.schedules), step.seconds) for step in graphs.values()]
+    return Expected(layers, seconds, [] if drawn is None else _of_job(drawn))
 
 
-def _predict(schedule: Any, rank: int, job: Any, before_s: float) -> tuple[Predicted, list[Span]]:
-    assert isinstance(schedule, Schedule)
-    members = schedule.members(rank)[1]
-    attention = isinstance(schedule.site, AttentionSite)
-    topology, lead = job.subset(members), before_s if attention else 0.0
-    parts = schedule.site.parts if isinstance(schedule.site, AttentionSite) else 1
-    if parts > 1:
-        # Calls overlap: two of them, of which each is half; a window is that of one by itself.
-        line = simulate(pipelined(schedule, 2, lead), topology, record=True)
-        one = simulate(pipelined(schedule, 1, lead), topology)
-        calls, window_s = 2, _ends(one) - lead / parts
-    else:
-        line = simulate(layer(schedule, 1, lead), topology, record=True)
-        calls, window_s = 1, _ends(line) - lead
-    times = Times(float(line.exposed_s.mean()) / calls, float(line.compute_s.mean()) / calls - lead, window_s)
-    spans = [
-        Span(
-            members[s.rank], s.lane, s.name, s.start_s, s.stop_s, s.nbytes, None if s.peer is None else members[s.peer]
-        )
-        for s in line.spans
+def _by_site(step: Step) -> dict[tuple[str, int], list[StageTimes]]:
+    sites: dict[tuple[str, int], list[StageTimes]] = {}
+    for times in step.stages:
+        sites.setdefault((times.stage.program, times.stage.site), []).append(times)
+    return sites
+
+
+def _predicted(stages: Sequence[StageTimes]) -> Times:
+    """Means over ranks of one layer, by the definitions that recorded events are read with."""
+    return Times(
+        sum(float(times.blocked_s.mean()) for times in stages),
+        sum(float(times.attend_s.mean()) for times in stages),
+        float((stages[-1].stop_s - stages[0].start_s).mean()),
+    )
+
+
+def _of_job(drawn: Drawn) -> list[Span]:
+    """The drawn events with the job's numbers of their ranks."""
+    return [
+        replace(span, rank=drawn.members[span.rank], peer=None if span.peer is None else drawn.members[span.peer])
+        for span in drawn.spans
     ]
-    return Predicted(schedule.site.name, attention, times), spans
-
-
-def _ends(line: Timeline) -> float:
-    """When the ranks end, on average."""
-    return float((line.compute_s + line.exposed_s + line.busy_s).mean())

@@ -76,6 +76,7 @@ class RankTrace:
     met_s: float
     events: list[Event]
     predicted: dict[Key, Predicted] = field(default_factory=dict)
+    predicted_steps: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
     predicted_spans: list[Span] = field(default_factory=list)
 
     def dump(self) -> dict[str, Any]:
@@ -94,7 +95,9 @@ class RankTrace:
         }
         events = [Event(*event) for event in plain["events"]]
         spans = [Span(**span) for span in plain["predicted_spans"]]
-        return cls(plain["rank"], tuple(plain["machine_of"]), plain["host"], plain["met_s"], events, predicted, spans)
+        steps = [(tuple(programs), seconds) for programs, seconds in plain["predicted_steps"]]
+        machine_of = tuple(plain["machine_of"])
+        return cls(plain["rank"], machine_of, plain["host"], plain["met_s"], events, predicted, steps, spans)
 
 
 @contextmanager
@@ -218,8 +221,8 @@ def merge(records: Sequence[RankTrace], folder: Path) -> TraceReport:
     predicted = {key: value for record in records for key, value in record.predicted.items()}
     beside = next((record.predicted_spans for record in records if record.predicted_spans), [])
     machine_of = records[0].machine_of
-    report = report_of(events, predicted)
-    title = f"{report.steps} steps of {report.ranks} ranks, measured; predicted: one layer of the heaviest attention"
+    report = report_of(events, predicted, [step for record in records for step in record.predicted_steps])
+    title = f"{report.steps} steps of {report.ranks} ranks, measured; predicted: layers of the heaviest attention"
     write_perfetto(folder / "trace.json", spans_of(events), machine_of, title, beside)
     pictures = ""
     if report.rows:
@@ -227,7 +230,7 @@ def merge(records: Sequence[RankTrace], folder: Path) -> TraceReport:
             shown = spans_of(last_layers(events, report))
             write_png(folder / "measured.png", shown, machine_of, "two attentions and what lies between, measured")
             if beside:
-                write_png(folder / "predicted.png", beside, machine_of, "the heaviest attention, predicted")
+                write_png(folder / "predicted.png", beside, machine_of, "layers of the heaviest attention, predicted")
         except OptionError as error:
             pictures = f"\nno pictures: {error}"
     write_text(folder / "summary.txt", f"{report}{pictures}\n")
@@ -238,7 +241,8 @@ def _rank_trace(session: Session, mine: Recorder, met_s: float) -> RankTrace:
     events = [event for event in mine.events if event.rank == session.rank]
     made = RankTrace(session.rank, session.topology.machine_of, _host(), met_s, events)
     if session.rank == 0:
-        made.predicted, made.predicted_spans = predict_layers(session, reports())
+        expected = predict_layers(session, reports())
+        made.predicted, made.predicted_steps, made.predicted_spans = expected.layers, expected.steps, expected.spans
     return made
 
 

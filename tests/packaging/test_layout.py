@@ -64,7 +64,6 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "sfcompile/tracing": (
         "runtime/program",
         "runtime/rank",
-        "codegen/schedule",
         "codegen/plan",
         "passes/report",
         "sfcompile/prediction",

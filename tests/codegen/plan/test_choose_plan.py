@@ -11,7 +11,8 @@ import torch
 from random_sites import attention_site, even
 
 from sfcompile.codegen.plan.choose_plan import Candidate, candidates, least_seconds, plan_site
-from sfcompile.codegen.plan.simulator import layer, simulate
+from sfcompile.codegen.plan.simulator import simulate
+from sfcompile.codegen.plan.step import layer
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import MeshError
 from sfcompile.runtime.program.sites import AttentionSite

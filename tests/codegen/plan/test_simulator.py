@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from random_sites import attention_site, gather_site, random_case
 
-from sfcompile.codegen.plan.simulator import Compute, Phase, Step, layer, pipelined, price, simulate
+from sfcompile.codegen.plan.simulator import Compute, Phase, Work, simulate
+from sfcompile.codegen.plan.step import layer
 from sfcompile.codegen.schedule.builders import BUILDERS, build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
@@ -275,7 +276,7 @@ def test_spans_tell_the_whole_story() -> None:
 def test_layers_in_a_row_reuse_slots() -> None:
     top = topology(2, 1)
     schedule = build("torus", site(2), mesh(top, 2))
-    steps: list[Step] = [step for epoch in (1, 2, 3) for step in layer(schedule, epoch, before_s=2.0)]
+    steps: list[Work] = [step for epoch in (1, 2, 3) for step in layer(schedule, epoch, before_s=2.0)]
     assert [type(step) for step in steps[:2]] == [Compute, Phase]
     one, three = simulate(steps[: len(steps) // 3], top), simulate(steps, top)
     assert three.seconds == pytest.approx(3 * one.seconds) and three.across_bytes == 3 * one.across_bytes
@@ -289,19 +290,3 @@ def test_a_thousand_ranks() -> None:
     line = simulate(layer(schedule, 1), top)
     print(f"{schedule.title}: {time.perf_counter() - start:.2f} s to simulate 1024 ranks")
     assert line.seconds >= line.limit_s > 0 and line.compute_s.shape == (1024,)
-
-
-def test_parts_hide_the_compute_between_attentions() -> None:
-    """Two machines, free attention: whole, a layer is compute and then traffic; in parts, they overlap."""
-    top = topology(2, 1, flops_per_s=1e18)
-    whole = build("torus", site(2), mesh(top, 2))
-    cut = build("torus", replace(site(2), parts=2), mesh(top, 2), 2, 2)
-    sent = whole.bytes_by_link(top)[1] / 2
-    assert cut.bytes_by_link(top) == whole.bytes_by_link(top)
-    assert price(whole, top, sent).seconds == pytest.approx(2 * sent)
-    line, alone = price(cut, top, sent, layers=1000), price(cut, top, sent, layers=1)
-    assert sent <= line.seconds <= 1.51 * sent
-    assert line.seconds < alone.seconds <= 2 * sent, "a single layer fills and drains"
-    assert line.across_bytes == 2 * sent and line.compute_s[0] == pytest.approx(sent)
-    both = simulate(pipelined(cut, 3, sent), top)
-    assert both.across_bytes == 3 * 2 * sent, "every part of every layer is sent once"

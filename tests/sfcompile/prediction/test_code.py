@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import captured
 from random_sites import attention_site, gather_site
 from torch import fx
 
-from sfcompile.codegen.plan.simulator import layer, simulate
+from sfcompile.codegen.plan.simulator import simulate
+from sfcompile.codegen.plan.step import Step, in_order, layer
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.prediction.code import Block, Exchange, Facts, blocks_of, input_names, module_of
+from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.prediction.code import Block, Facts, blocks_of, input_names, module_of, wires_of
 from sfcompile.runtime.program.topology import Topology
 
 
-def no_exchange(program: str, site: int) -> Exchange:
-    raise AssertionError("there is no communication here")
-
-
 def listed(graph: fx.Graph, names: list[str], sharded: frozenset[str] = frozenset()) -> tuple[Block, ...]:
-    return blocks_of(graph, Facts(Topology((0, 0)), names, sharded, {"cumsum": "no rule for this op"}, no_exchange))
+    return blocks_of(graph, Facts(Topology((0, 0)), names, sharded, {"cumsum": "no rule for this op"}))
 
 
 def test_calls_read_like_code() -> None:
@@ -77,23 +77,37 @@ def test_modules_are_named_as_a_user_does(path: str, name: str) -> None:
     assert module_of(node) == name
 
 
+def listed_step(schedule: Schedule, rank: int, top: Topology, before_s: float) -> Step:
+    return Step(in_order("p", [schedule], before_s), {"p": [schedule]}, rank, top)
+
+
 @pytest.mark.parametrize("across", ["ulysses", "ring"])
-def test_phases_add_up_to_the_layer(across: str) -> None:
+def test_stages_add_up_to_the_layer(across: str) -> None:
     top = Topology.grid(2, 2)
     schedule = build("torus", attention_site(4), Mesh.of(top, 2, 2, across))
     whole = simulate(layer(schedule, 1, 1e-3), top)
-    costs = [Exchange.of(schedule, rank, top, 1e-3).phases for rank in range(4)]
-    assert max(sum(cost[0] for cost in phases.values()) for phases in costs) == pytest.approx(whole.seconds - 1e-3)
-    for rank, phases in enumerate(costs):
-        assert sum(cost[1] for cost in phases.values()) == pytest.approx(float(whole.exposed_s[rank]))
-    sent = sum(cost[2] for phases in costs for cost in phases.values())
-    across_sent = sum(cost[3] for phases in costs for cost in phases.values())
+    wires = [wires_of(listed_step(schedule, rank, top, 1e-3)) for rank in range(4)]
+    slowest = max(sum(wire.times.seconds for wire in of_rank) for of_rank in wires)
+    assert slowest == pytest.approx(whole.seconds - 1e-3)
+    for rank, of_rank in enumerate(wires):
+        assert sum(wire.times.waits_s for wire in of_rank) == pytest.approx(float(whole.exposed_s[rank]))
+    sent = sum(wire.nbytes for of_rank in wires for wire in of_rank)
+    across_sent = sum(wire.across for of_rank in wires for wire in of_rank)
     assert (sent - across_sent, across_sent) == schedule.bytes_by_link(top) and across_sent > 0
+
+
+def test_parts_send_together_what_the_whole_sends() -> None:
+    top = Topology.grid(2, 2)
+    site = replace(attention_site(4, tokens=64), parts=2)
+    schedule = build("torus", site, Mesh.of(top, 4, 1), 2, 2)
+    wires = [wires_of(listed_step(schedule, rank, top, 0.0)) for rank in range(4)]
+    assert [wire.times.stage.part for wire in wires[0] if wire.kind == "put"] == [0, 0, 0, 1, 1, 1]
+    assert sum(wire.nbytes for of_rank in wires for wire in of_rank) == sum(schedule.bytes_by_link(top))
 
 
 def test_a_gather_costs_what_it_sends() -> None:
     top = Topology.grid(1, 2)
     schedule = build("", gather_site(2), Mesh.of(top, 1, 2))
-    found = Exchange.of(schedule, 0, top, 0.0)
-    assert found.what == "gather" and found.phases["gather_start"][2:] == (2 * 5 * 3 * 4, 0)
-    assert found.phases["gather_finish"][1] > 0.0 and found.phases["gather_finish"][2] == 0
+    start, finish = wires_of(listed_step(schedule, 0, top, 0.0))
+    assert (start.kind, start.nbytes, start.across) == ("gather", 2 * 5 * 3 * 4, 0)
+    assert finish.times.waits_s > 0.0 and finish.nbytes == 0

@@ -17,7 +17,7 @@ from sfcompile.runtime.program.topology import Topology
 
 def predicted(name: str = "joint", topology: str = "2x2", schedule: str = "auto") -> Prediction:
     model, inputs = build(name)
-    return simulate(model, *inputs, topology=topology, schedule=schedule)
+    return simulate(model, *inputs, topology=topology, schedule=schedule, placement="shard")
 
 
 def test_a_step_is_the_sum_of_its_attentions() -> None:
@@ -70,14 +70,23 @@ def test_it_is_found_on_the_package() -> None:
 
 def test_a_guidance_pair_on_two_machines_is_split() -> None:
     model, inputs = build("self")
-    inputs = tuple(torch.cat([x, x]) for x in inputs)
-    found = simulate(model, *inputs, topology=Topology.grid(2, 2, network_bytes_per_s=1e5))
+    assert len(inputs[0]) == 2
+    found = simulate(model, *inputs, topology=Topology.grid(2, 2, network_bytes_per_s=1e5), placement="shard")
     assert found.choices.batch > 1 and "groups of" in str(found)
-    assert len(found.timeline().compute_s) == 4 // found.choices.batch
+    assert found.timeline().topology.num_ranks == 4 // found.choices.batch
+
+
+def test_what_is_cheaper_whole_is_said() -> None:
+    model, inputs = build("self")
+    found = simulate(model, *inputs, topology="2x2")
+    assert "nothing was sharded" in str(found) and found.step_s > 0.0 and found.exposed_s == 0.0
+    with pytest.raises(UnsupportedError, match="not sharded on this topology"):
+        found.timeline()
 
 
 def test_no_attention_is_said() -> None:
     found = simulate(torch.nn.Linear(4, 4), torch.zeros(2, 4), topology="2x2")
-    assert "no attention can be sharded" in str(found) and found.step_s == 0.0
+    assert "no attention can be sharded" in str(found) and found.exposed_s == 0.0
+    assert found.step_s > 0.0  # every rank computes the whole model
     with pytest.raises(UnsupportedError, match="no attention that can be sharded"):
         found.timeline()

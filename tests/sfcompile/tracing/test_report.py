@@ -8,14 +8,17 @@ import pytest
 from random_sites import attention_site, gather_site
 from threads import run_threads
 
-from sfcompile.codegen.plan.simulator import layer, pipelined, simulate
+from sfcompile.codegen.plan.simulator import simulate
+from sfcompile.codegen.plan.step import in_order, layer, pipelined
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.passes.report.report import GraphReport
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.recorder import Event
 from sfcompile.runtime.rank.session import Session, current_session
 from sfcompile.tracing.report import (
+    Expected,
     Predicted,
     Times,
     last_layers,
@@ -100,22 +103,30 @@ def test_the_last_layers_are_drawn() -> None:
     assert min(event.start_s for event in shown) == 200.0 and max(event.stop_s for event in shown) == 230.0
 
 
+def predicted(schedules: list[Schedule], plan: GraphReport | None, top: Topology) -> Expected:
+    """What rank 0 of a session with these schedules says; ``plan`` is the report of their program "p"."""
+
+    def work(rank: int) -> Expected:
+        session: Session = current_session()
+        session.load("p", schedules)
+        return predict_layers(session, [] if plan is None else [plan])
+
+    return run_threads(top.num_ranks, work, top.machine_of)[0]
+
+
 def test_predictions_in_parts_overlap_layers() -> None:
     top = Topology.grid(2, 2, network_bytes_per_s=1e6)
     site = replace(attention_site(4, tokens=64), parts=2)
     schedule = build("torus", site, Mesh.of(top, 4, 1), 2, 2)
-    plan = GraphReport(4, 1, 1, 1, programs={"p": ["first"]}, topology=top, other_s=1e-3)
-
-    def work(rank: int) -> dict[tuple[int, int], Predicted]:
-        session = current_session()
-        session.load("p", [schedule])
-        return predict_layers(session, [plan])[0]
-
-    times = run_threads(4, work, top.machine_of)[0][0, 0].times
+    plan = GraphReport(4, 1, 1, 1, programs={"p": ["first", "second"]}, topology=top, other_s=1e-3)
+    found = predicted([schedule] * 2, plan, top)
+    times = [found.layers[0, site].times for site in range(2)]
     line = simulate(pipelined(schedule, 2, 1e-3), top)
-    assert times.blocked_s == pytest.approx(float(line.exposed_s.mean()) / 2)
-    assert times.attend_s == pytest.approx(float(line.compute_s.mean()) / 2 - 1e-3)
-    assert times.blocked_s < times.window_s < line.seconds
+    assert sum(t.blocked_s for t in times) == pytest.approx(float(line.exposed_s.mean()))
+    assert sum(t.attend_s for t in times) == pytest.approx(float(line.compute_s.mean()) - 2e-3)
+    assert all(t.blocked_s < t.window_s < line.seconds for t in times)
+    assert sum(t.window_s for t in times) > line.seconds - 1e-3  # windows of layers overlap
+    assert found.steps == [((0,), pytest.approx(float(line.marks[-1].clock[0])))]
 
 
 def test_predictions_are_the_simulators() -> None:
@@ -123,17 +134,29 @@ def test_predictions_are_the_simulators() -> None:
     mesh = Mesh.of(top, 2, 2)
     attention, gather = build("torus", attention_site(4), mesh), build("gather", gather_site(4), Mesh.of(top, 1, 4))
     plan = GraphReport(4, 2, 2, 2, programs={"p": ["first", "second", "out"]}, topology=top, other_s=1e-3)
-
-    def work(rank: int) -> tuple[dict[tuple[int, int], Predicted], int]:
-        session: Session = current_session()
-        session.load("p", [attention, attention, gather])
-        found, spans = predict_layers(session, [plan])
-        return found, len(spans)
-
-    found, spans = run_threads(4, work, top.machine_of)[0]
-    assert [value.name for value in found.values()] == ["first", "second", "out"] and spans > 0
+    found = predicted([attention, attention, gather], plan, top)
+    assert [value.name for value in found.layers.values()] == ["first", "second", "out"] and found.spans
     line = simulate(layer(attention, 1, 1e-3), top)
-    assert found[0, 0].times.blocked_s == pytest.approx(float(line.exposed_s.mean()))
-    assert found[0, 0].times.attend_s == pytest.approx(float(line.compute_s.mean()) - 1e-3)
-    assert 0.0 < found[0, 0].times.window_s <= line.seconds - 1e-3 + 1e-12
-    assert not found[0, 2].attention and found[0, 2].times.attend_s == 0.0
+    first = found.layers[0, 0].times
+    assert first.blocked_s == pytest.approx(float(line.exposed_s.mean()))
+    assert first.attend_s == pytest.approx(float(line.compute_s.mean()) - 1e-3)
+    assert 0.0 < first.window_s <= line.seconds - 1e-3 + 1e-12
+    assert not found.layers[0, 2].attention and found.layers[0, 2].times.attend_s == 0.0
+    every = [*layer(attention, 1, 1e-3), *layer(attention, 2, 1e-3), *layer(gather, 3)]
+    assert found.steps == [((0,), pytest.approx(float(simulate(every, top).marks[-1].clock[0])))]
+
+
+def test_what_a_graph_computes_between_stages_counts() -> None:
+    top = Topology.grid(1, 2)
+    attention = build("ulysses", attention_site(2), Mesh.of(top, 2, 1))
+    stages = in_order("p", [attention], 1e-3)
+    plan = GraphReport(2, 1, 2, 1, programs={"p": ["first"]}, topology=top, stages=replace(stages, after_s=2e-3))
+    ((_, seconds),) = predicted([attention], plan, top).steps
+    ((_, alone),) = predicted([attention], None, top).steps
+    assert seconds == pytest.approx(alone + 3e-3)
+
+
+def test_the_predicted_step_is_of_the_graphs_that_ran() -> None:
+    report = report_of(EVENTS, KNOWN, [((0, 3), 90.0), ((1,), 5.0)])
+    assert report.predicted_step_s == 90.0 and "predicted to take 90.00 s" in str(report)
+    assert report_of(EVENTS, KNOWN).predicted_step_s is None
