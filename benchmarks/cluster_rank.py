@@ -28,7 +28,8 @@ import sfcompile
 from sfcompile.backend import last_report, streamfusion_backend
 from sfcompile.commands.measure import measure, table
 from sfcompile.errors import StreamFusionError
-from sfcompile.passes import choose_schedules, pipeline
+from sfcompile.passes import choose_schedules
+from sfcompile.passes.state import Asked
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.process_group import ProcessWorld
 from sfcompile.runtime.rank.session import get_session
@@ -107,7 +108,7 @@ class Rank:
 
         self.session.load = noted  # type: ignore[method-assign]
         if config["parts"]:  # an experiment: other cuts than the planner's own
-            pipeline.State.parts = tuple(config["parts"])
+            Asked.parts = tuple(config["parts"])
         if config["peers"]:
             cluster_peers.prepare()
             topology = self.session.topology
@@ -354,7 +355,7 @@ class Rank:
         # The same graph and plan with so little in every tensor that what is left is Python, dispatch and messages.
         loaded: Any = [one for program in self.loaded for one in self.session._programs[program]]
         parts = max(getattr(schedule.site, "parts", 1) for schedule in loaded)
-        pipeline.State.parts = (parts,) if parts > 1 else ()
+        Asked.parts = (parts,) if parts > 1 else ()
         choose_schedules._WORTH = float("inf")
         few, small = cluster_models.build(name, 1 / 256, config["blocks"], head_dim=12)
         tiny = next(self.ours(few, small, topology, ["ours torus"]))

@@ -21,8 +21,8 @@ from torch._inductor.utils import fresh_cache
 from zoo import FOLDER, known
 
 from sfcompile.capture.graph import capture, compile_with_inductor
-from sfcompile.passes.pipeline import run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 
 NAMES = (
@@ -43,7 +43,7 @@ def seconds_of(model: torch.nn.Module, kwargs: dict[str, Any], topology: Topolog
         start = time.perf_counter()
         captured = capture(gm, inputs)
         add("capture", time.perf_counter() - start)
-        state = State(captured.gm, captured.mode, topology, 0, shard_everything=True)
+        state = State(captured.gm, captured.mode, topology, 0, Asked(shard_everything=True))
         start = time.perf_counter()
         compiled = run_pipeline(state)
         add("passes", time.perf_counter() - start)

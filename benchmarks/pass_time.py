@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture.graph import capture
-from sfcompile.passes.pipeline import Compiled, run_pipeline
+from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import State
 from sfcompile.runtime.program.topology import Topology
 

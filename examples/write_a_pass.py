@@ -2,7 +2,7 @@
 
     sfcompile run --ranks 2 examples/write_a_pass.py
 
-The pass stands after ``rewrite_local``, which wrote this rank's graph, and before ``schedule_sites``, which builds the
+The pass stands after ``rewrite_local``, which wrote this rank's graph, and before ``build_schedules``, which builds the
 schedules of what it finds there. ``dump`` writes the graph after every pass; look at what ours changed.
 """
 
@@ -25,7 +25,6 @@ ops, aten = torch.ops.streamfusion, torch.ops.aten
 
 def gathers_in_bf16(state: extend.State) -> None:
     """Cast a shard before it is gathered, and the whole value after: the site's dtype follows, so its schedule does."""
-    assert state.local is not None
     graph, sites = state.local.graph, state.local.sites
     for start in list(graph.nodes):
         if start.target is not ops.gather_start.default or not isinstance(sites[start.args[3]], GatherSite):
@@ -55,7 +54,7 @@ def main() -> None:
     extend.register_pass(gathers_in_bf16, why="before schedules are built for the dtypes it leaves")
     order = extend.passes()
     order.remove("choose_axes")  # nothing to choose in this model: one attention axis
-    order.insert(order.index("schedule_sites"), "gathers_in_bf16")
+    order.insert(order.index("build_schedules"), "gathers_in_bf16")
 
     torch.manual_seed(0)
     model = DiT(width=128, depth=2).eval()

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import fx
 
-from sfcompile.passes.graph.op_view import OpView, shape_of
+from sfcompile.passes.graph.op_view import OpView
+from sfcompile.passes.state import Site, State
 
 
-@dataclass(frozen=True)
-class Site:
-    """One softmax attention: ``q [..., Lq, D]``, ``k [..., Lk, D]``, ``v [..., Lk, E]``."""
-
-    node: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-
-    @property
-    def flops(self) -> float:
-        """Multiply-adds counted twice: ``2 * heads * Lq * Lk * (D + E)``."""
-        q, k, v = shape_of(self.q), shape_of(self.k), shape_of(self.v)
-        rows = 1.0
-        for size in q[:-1]:
-            rows *= size
-        return 2.0 * rows * k[-2] * (q[-1] + v[-1])
+def run(state: State) -> None:
+    """The pass: fills ``sites``."""
+    state.sites = analyse_attention(state.gm.graph)
 
 
 def analyse_attention(graph: fx.Graph) -> list[Site]:

@@ -9,34 +9,22 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from torch import fx
 
-from sfcompile.passes.analyse_attention import Site
 from sfcompile.passes.graph.cost import flops
-from sfcompile.passes.graph.labels import LabelSpace
-from sfcompile.passes.graph.layout import Key, Layout
+from sfcompile.passes.graph.layout import Layout
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.passes.rules.rule import Rule, Side, find_rule
+from sfcompile.passes.rules.rule import Side, find_rule
+from sfcompile.passes.state import Site, State, Tokens
 from sfcompile.runtime.rank.ops import COMMUNICATION
 
 
-@dataclass
-class Tokens:
-    """What the analysis found.
-
-    ``layouts[value][key]`` are the places where tokens sit in a value; ``ops`` the calls that have a rule;
-    ``clashes`` the ops at which two vectors could not be united (a shifted copy of the same tokens); ``rows`` the seeds
-    beyond the given ones, with the FLOPs of the op.
-    """
-
-    space: LabelSpace = field(default_factory=LabelSpace)
-    layouts: dict[fx.Node, dict[Key, Layout]] = field(default_factory=dict)
-    views: dict[fx.Node, OpView] = field(default_factory=dict)
-    rules: dict[fx.Node, Rule] = field(default_factory=dict)
-    clashes: list[fx.Node] = field(default_factory=list)
-    rows: list[tuple[fx.Node, int, float]] = field(default_factory=list)
+def run(state: State) -> None:
+    """The pass: fills ``tokens`` from the attentions' queries, keys and folded batches, and from rows of products."""
+    graph = state.gm.graph
+    seeds = [*seeds_of(state.sites), *folded_seeds(graph, state.sites)]
+    state.tokens = analyse_tokens(graph, seeds, state.topology.num_ranks)
 
 
 def seeds_of(sites: Sequence[Site], axis: str = "tokens") -> list[tuple[fx.Node, int]]:

@@ -9,43 +9,35 @@ between a spatial and a temporal block, by an all-to-all. What is tried:
 * for every attention its batch axis: a value then goes with the attention that alone it feeds, else with the last one
   before it, so that the hidden states are switched once between two blocks.
 
-Each is planned and cut (choose_schedules.py, place_min_cut.py), and the cheapest in seconds is taken.
+This file proposes the ways; pipeline.py says what prices them: each is planned and cut (choose_schedules.py,
+place_min_cut.py), and the cheapest in seconds is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from sfcompile.passes.analyse_attention import Site
-from sfcompile.passes.analyse_tokens import Tokens, folded_seeds
-from sfcompile.passes.choose_layouts import Layouts
+from sfcompile.passes.analyse_tokens import folded_seeds
+from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.graph.layout import Layout
+from sfcompile.passes.state import Layouts, Site, State, Tokens
 
 Preference = Mapping[fx.Node, Layout]
 """Per value the layout that it shall have, of those that it can have."""
 
 
-def choose_axes(
-    graph: fx.Graph,
-    tokens: Tokens,
-    sites: Sequence[Site],
-    layouts: Layouts,
-    make: Callable[[Preference], Layouts],
-    price: Callable[[Layouts], float],
-) -> Layouts:
-    """The cheapest layouts of the ways in the head of the file.
+def ways(state: State) -> list[Layouts]:
+    """The layouts to choose from: first those that are chosen already, then one for each preference.
 
-    Args:
-        layouts: those without a preference.
-        make: lays values out with a preference.
-        price: predicted seconds of the graph.
+    Only the first where the batch shall be split: the rest is chosen for the part of the batch that a group gets.
     """
-    tried = [make(preference) for preference in preferences(graph, tokens, sites, layouts)]
-    if not tried:
-        return layouts
-    return min([layouts, *tried], key=price)
+    if state.asked.split_batch and state.asked.batch > 1:
+        return [state.layouts]
+    tokens, sites, ranks = state.tokens, state.sites, state.topology.num_ranks
+    preferred = preferences(state.gm.graph, tokens, sites, state.layouts)
+    return [state.layouts, *(choose_layouts(tokens, sites, ranks, prefer=preference) for preference in preferred)]
 
 
 def preferences(graph: fx.Graph, tokens: Tokens, sites: Sequence[Site], layouts: Layouts) -> list[Preference]:

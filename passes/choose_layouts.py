@@ -8,24 +8,18 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import fx
 
-from sfcompile.passes.analyse_attention import Site
-from sfcompile.passes.analyse_tokens import Tokens
 from sfcompile.passes.graph.cost import flops
 from sfcompile.passes.graph.labels import Runs
 from sfcompile.passes.graph.layout import Layout, Ownership
+from sfcompile.passes.state import Layouts, Site, State, Tokens
 
 
-@dataclass(frozen=True)
-class Layouts:
-    """The chosen layout per value, the ownership of labels, and the axes found: ``(tokens, segments, flops)``."""
-
-    chosen: dict[fx.Node, Layout]
-    owners: Ownership
-    axes: tuple[tuple[int, int, float], ...]
+def run(state: State) -> None:
+    """The pass: fills ``layouts``."""
+    state.layouts = choose_layouts(state.tokens, state.sites, state.topology.num_ranks)
 
 
 def choose_layouts(

@@ -16,12 +16,19 @@ from torch import fx
 from sfcompile.codegen.rows.op_table import OPS, POINTWISE, VIEWS
 from sfcompile.codegen.rows.row_ops import FREE, compile_rows
 from sfcompile.codegen.rows.rows import CannotFollowError, RowProgram, name_of
+from sfcompile.passes.state import State
 from sfcompile.runtime.rank.ops import PUT_FUSED, ROW_PROGRAMS
 
 _PUTS = ("put_q", "put_k", "put_v")
 
 
-def schedule_fused_puts(graph: fx.Graph) -> tuple[int, int]:
+def run(state: State) -> None:
+    """The pass: edits ``local``, this rank's graph, where puts are kernels; counts in ``fused_puts``."""
+    if state.asked.fuse_puts:
+        state.fused_puts = fuse_puts(state.local.graph)
+
+
+def fuse_puts(graph: fx.Graph) -> tuple[int, int]:
     """Fuse what can be fused. Returns the number of fused puts and of all puts of q, k and v."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     puts = [node for node in graph.nodes if _phase(node) in _PUTS]

@@ -15,13 +15,19 @@ from torch import fx
 
 from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.graph.op_view import is_getitem
+from sfcompile.passes.state import State
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
 _STARTS = ("put_q", "put_k", "put_v", "gather_start")
 _ENDS = ("collect", "gather_finish")
 
 
-def schedule_puts(graph: fx.Graph) -> int:
+def run(state: State) -> None:
+    """The pass: reorders ``local``, this rank's graph."""
+    order_puts(state.local.graph)
+
+
+def order_puts(graph: fx.Graph) -> int:
     """Move puts up and collects down, then thread the ticket. Returns the number of communication nodes."""
     nodes = [node for node in graph.nodes if node.target in COMMUNICATION]
     if not nodes:

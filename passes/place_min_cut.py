@@ -34,16 +34,16 @@ early and gather as late as costs nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import networkx as nx
 from torch import fx
 
-from sfcompile.passes.analyse_tokens import Tokens
-from sfcompile.passes.choose_layouts import Layouts
+from sfcompile.passes.choose_schedules import choose_schedules
 from sfcompile.passes.graph.cost import flops, gather_seconds, reshard_fraction, seconds
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Ownership, Window
-from sfcompile.passes.graph.op_view import OpView, is_tensor
+from sfcompile.passes.graph.op_view import OpView, is_getitem, is_tensor
+from sfcompile.passes.state import Layouts, Placement, State, Tokens, maker_of
 from sfcompile.runtime.program.topology import Topology
 
 Needs = list[Need]
@@ -54,35 +54,25 @@ _UNEVEN = 1.25
 """The busiest rank's part of the tokens, over an even part, that still counts as even then."""
 
 
-@dataclass
-class Placement:
-    """The ops computed on shards, what they need of their operands, and what the cut cost.
+def run(state: State) -> None:
+    """The pass: fills ``placement``. A group of one rank computes its part of the batch whole."""
+    if state.topology.num_ranks == 1:
+        state.placement = Placement()
+        return
+    forced, exchange_s = state.asked.shard_everything, state.choices.exchange_s
+    state.placement = place_min_cut(state.gm.graph, state.tokens, state.layouts, state.topology, forced, exchange_s)
 
-    An op in ``needs`` whose ``chosen.outs`` are all None sums over tokens: its outputs are all-reduced and whole.
 
-    ``reasons`` says, for every op that touches tokens and is nevertheless replicated, why.
+def price(state: State, layouts: Layouts) -> float:
+    """Predicted seconds of a step with other layouts: every attention planned for them, every op placed.
+
+    Products must be sharded if the user says so; the small ops around them go where traffic is least.
     """
-
-    needs: dict[fx.Node, Needs]
-    chosen: dict[fx.Node, OpLayouts]
-    reasons: dict[fx.Node, str]
-    gathers: list[fx.Node] = field(default_factory=list)
-    moves: list[tuple[fx.Node, Layout | Window]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def sharded(self, node: fx.Node) -> bool:
-        """Whether this value is made as shards."""
-        maker = _maker(node)
-        return maker in self.needs and any(self.chosen[maker].outs)
-
-
-def _maker(value: fx.Node) -> fx.Node:
-    """The op that computes a value (a getitem's source)."""
-    if value.op == "call_function" and getattr(value.target, "__name__", "") == "getitem":
-        source = value.args[0]
-        assert isinstance(source, fx.Node)
-        return source
-    return value
+    asked = replace(state.asked, split_batch=False, parts=())
+    choices = choose_schedules(state.tokens, layouts, state.sites, state.topology, asked)
+    forced, exchange_s = asked.shard_everything, choices.exchange_s
+    graph, tokens = state.gm.graph, state.tokens
+    return place_min_cut(graph, tokens, layouts, state.topology, forced, exchange_s, force_s=0.0).seconds
 
 
 def place_min_cut(
@@ -101,17 +91,12 @@ def place_min_cut(
         force_s: how high, in seconds for every op; products are always too dear to replicate then.
         exchange_s: what sharding an attention costs beyond its share of the compute, by node (choose_schedules.py).
     """
-    placement = Placement({}, {}, {})
+    placement = Placement()
     candidates: dict[fx.Node, Needs] = {}
     for node, op in tokens.views.items():
         if not any(value in layouts.chosen for value in (*op.outputs, *(operand.node for operand in op.operands))):
             continue
-        chosen = OpLayouts(
-            [layouts.chosen.get(operand.node) for operand in op.operands],
-            [layouts.chosen.get(output) if output is not None else None for output in op.outputs],
-            layouts.owners,
-        )
-        placement.chosen[node] = chosen
+        placement.chosen[node] = chosen = layouts.of(op)
         rule = tokens.rules.get(node)
         needs = rule.needs(op, chosen) if rule is not None and any(chosen.outs) else None
         if needs is None and rule is not None and not any(chosen.outs):
@@ -125,7 +110,7 @@ def place_min_cut(
     for node in candidates:
         net.add_op(node, tokens.views[node], placement.chosen[node])
     for value in graph.nodes:
-        if is_tensor(value) and _maker(value) in candidates and any(placement.chosen[_maker(value)].outs):
+        if is_tensor(value) and maker_of(value) in candidates and any(placement.chosen[maker_of(value)].outs):
             net.add_reads(value, tokens, placement)
     sharded, cut_s = net.solve()
     placement.seconds = cut_s + sum(net.whole_s(op) for node, op in tokens.views.items() if node not in candidates)
@@ -204,7 +189,7 @@ class _Network:
 
     def add_reads(self, value: fx.Node, tokens: Tokens, placement: Placement) -> None:
         """Edges of the value's all-gather: who reads it whole; and what moving it to another layout costs."""
-        maker = self._ids[_maker(value)]
+        maker = self._ids[maker_of(value)]
         gather = self._next
         read = False
         for user in value.users:
@@ -220,7 +205,7 @@ class _Network:
                                 value, self._topology, reshard_fraction(chosen.owners, made, need)
                             )
                         read = True
-            elif not (user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem"):
+            elif not is_getitem(user):
                 self._edge(gather, 1, None)
                 read = True
         if read:

@@ -16,87 +16,101 @@ from sfcompile.passes.state import State
 from sfcompile.runtime.program.sites import AttentionSite
 
 
-def report_graph(state: State, timings: dict[str, float]) -> GraphReport:
-    """The report of a finished pipeline run."""
-    assert state.layouts is not None and state.placement is not None
-    assert state.choices is not None and state.local is not None
-    owners, placement, layouts = state.layouts.owners, state.placement, state.layouts.chosen
-    ranks = range(state.topology.num_ranks)
-    main = state.choices.main
+def run(state: State) -> None:
+    """The pass: fills ``report``. The runner adds how long every pass took."""
+    state.report = report_graph(state)
+
+
+def report_graph(state: State) -> GraphReport:
+    """What was decided, counted. Where the batch was split, the passes saw one group's part: the report is of all."""
+    main, group, schedules = state.choices.main, state.group, state.programs[state.local.program]
     report = GraphReport(
         state.topology.num_ranks,
         state.topology.num_machines,
         *(main.best.degrees if main is not None else (1, state.topology.num_ranks)),
         state.layouts.axes,
-        pass_seconds=dict(timings),
         programs={state.local.program: [site.name for site in state.local.sites]},
         topology=state.topology,
         other_s=state.choices.other_s,
         stages=stages_of(state.local.graph, state.topology),
         fused_puts=state.fused_puts,
     )
-    per_rank = [0.0 for _ in ranks]
-    for node, op in state.tokens.views.items():
-        cost = flops(op)
-        report.total_flops += cost
-        if node in placement.needs:
-            report.sharded_ops += 1
-            layout = next(
-                cut for cut in (*placement.chosen[node].outs, *placement.needs[node]) if isinstance(cut, Layout)
-            )
-            for rank in ranks:
-                per_rank[rank] += cost * _share(owners, layout, rank)
-        else:
-            report.replicated_ops += 1
-            for rank in ranks:
-                per_rank[rank] += cost
-    if state.part is not None:  # what was counted is one group's part
-        report.programs[state.part.program] = [schedule.site.name for schedule in state.part.schedules]
-        parts = len(state.groups)
-        report.batch = parts
-        report.num_ranks *= parts
-        report.num_machines = state.part.num_machines
-        report.total_flops *= parts / state.part.share
-        per_rank = per_rank * parts
-    report.plans = list(state.choices.notes)
-    report.rank_flops = tuple(per_rank)
-    schedules = [*state.schedules, *(state.part.schedules if state.part is not None else [])]
+    _count_work(state, report)
+    if group is not None:
+        report.batch = len(group.groups)
+        report.num_ranks *= report.batch
+        report.num_machines = group.num_machines
+        report.total_flops *= report.batch / group.share
+        report.rank_flops *= report.batch
+        report.programs[group.program] = [site.name for site in group.sites]
+        schedules = [*schedules, *state.programs[group.program]]
     report.schedules = len(set(map(id, schedules)))
-    names = {site.name for site in state.local.sites if isinstance(site, AttentionSite)}
+    report.heap_bytes = 2 * max((schedule.heap_bytes for schedule in schedules), default=0)
+    report.plans = [*state.choices.notes]
     report.plans += [
         f"{count} attention{'s' * (count > 1)} like this\n{state.choices.plans[key]}"
         for key, count in state.choices.counts.items()
     ]
     if main is not None and main.price.seconds is not None:
-        report.schedule = str(main.best) if state.part is None else f"batch {len(state.groups)} x {main.best}"
+        report.schedule = str(main.best) if group is None else f"batch {report.batch} x {main.best}"
         report.predicted_s = main.price.seconds
         report.exposed_s, report.limit_s = main.price.exposed_s, main.price.limit_s
+    names = {site.name for site in state.local.sites if isinstance(site, AttentionSite)}
     report.sharded_sites = sum(site.node.name in names for site in state.sites)
     report.local_sites = len(state.sites) - report.sharded_sites
-    report.heap_bytes = 2 * max((schedule.heap_bytes for schedule in schedules), default=0)
-    outputs = set(state.gm.graph.output_node().all_input_nodes)
-    report.gathered = [
-        _left(value, "model output" if value in outputs else _reader(value, placement.reasons), 0.0)
-        for value in placement.gathers
-    ]
-    report.moved = [_moved(value, need, owners, layouts[value]) for value, need in placement.moves]
-    report.gathered += [
-        Left(schedule.site.name, "batch gather", "", "every rank returns all samples", 0.0, schedule.heap_bytes)
-        for schedule in (state.part.schedules if state.part is not None else [])
-    ]
-    left = [
-        _left(node, reason, flops(state.tokens.views[node]), is_view(state.tokens.views[node]))
-        for node, reason in placement.reasons.items()
-        if node in state.tokens.views
-    ]
-    if state.part is not None:
-        left += [_left(node, f"batch: {why}", flops(op), is_view(op)) for node, (op, why) in state.part.left.items()]
-    report.replicated = sorted(left, key=lambda row: (-row.flops, -row.nbytes))
-    if not state.sites and not placement.needs:
+    _list_traffic(state, report)
+    _list_whole_ops(state, report)
+    if not state.sites and not state.placement.needs:
         report.warnings.append("no attention found: nothing was sharded, every rank computes the whole graph")
-    elif not placement.needs and state.part is None:
+    elif not state.placement.needs and group is None:
         report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
     return report
+
+
+def _count_work(state: State, report: GraphReport) -> None:
+    """Ops and FLOPs of the graph that the token passes saw, and each rank's share of them."""
+    owners, placement = state.layouts.owners, state.placement
+    per_rank = [0.0] * state.topology.num_ranks
+    for node, op in state.tokens.views.items():
+        cost = flops(op)
+        report.total_flops += cost
+        layout = None
+        if node in placement.needs:
+            cuts = (*placement.chosen[node].outs, *placement.needs[node])
+            layout = next(cut for cut in cuts if isinstance(cut, Layout))
+            report.sharded_ops += 1
+        else:
+            report.replicated_ops += 1
+        for rank in range(len(per_rank)):
+            per_rank[rank] += cost if layout is None else cost * _share(owners, layout, rank)
+    report.rank_flops = tuple(per_rank)
+
+
+def _list_traffic(state: State, report: GraphReport) -> None:
+    """What moves between ranks beside attention, and why."""
+    outputs = set(state.gm.graph.output_node().all_input_nodes)
+    report.gathered = [
+        _left(value, "model output" if value in outputs else _reader(value, state.placement.reasons), 0.0)
+        for value in state.traffic.gathers
+    ]
+    if state.group is not None:
+        report.gathered += [
+            Left(schedule.site.name, "batch gather", "", "every rank returns all samples", 0.0, schedule.heap_bytes)
+            for schedule in state.programs[state.group.program]
+        ]
+    report.moved = [
+        _moved(value, need, state.layouts.owners, state.layouts.chosen[value]) for value, need in state.traffic.moves
+    ]
+
+
+def _list_whole_ops(state: State, report: GraphReport) -> None:
+    """The ops that touch tokens and are computed whole, the costliest first."""
+    views, reasons = state.tokens.views, state.placement.reasons
+    ops = [(node, views[node], why) for node, why in reasons.items() if node in views]
+    if state.group is not None:
+        ops += [(node, op, f"batch: {why}") for node, (op, why) in state.group.left.items()]
+    left = [_left(node, why, flops(op), is_view(op)) for node, op, why in ops]
+    report.replicated = sorted(left, key=lambda row: (-row.flops, -row.nbytes))
 
 
 def _moved(value: fx.Node, need: Layout | Window, owners: Ownership, made: Layout) -> Left:

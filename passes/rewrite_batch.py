@@ -7,81 +7,74 @@ its end; the token passes then shard that over the ranks of the group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import fx
 
-from sfcompile.codegen.schedule.builders import build
-from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
+from sfcompile.passes.choose_schedules import groups_of
 from sfcompile.passes.graph.cost import flops
 from sfcompile.passes.graph.local_graph import LocalGraph
-from sfcompile.passes.graph.op_view import FakeMode, OpView
 from sfcompile.passes.place_min_cut import place_min_cut
 from sfcompile.passes.rewrite_local import rewrite_local
-from sfcompile.runtime.program.topology import Topology
+from sfcompile.passes.state import Group, Layouts, Placement, State, Tokens
 
 
-@dataclass(frozen=True)
-class BatchPart:
-    """One group's graph, the name and schedules of its gathers, and how evenly the work was split.
+def run(state: State) -> bool:
+    """The pass: if the plan splits the batch, fills ``group`` and puts its graph, topology and rank into the state.
 
-    ``share`` is a group's FLOPs over an equal part: 1.0 is perfect. ``num_machines`` are those of the whole job.
-    ``left`` are the ops that mix samples, or have no rule, with the reason: every group computes them for all samples.
+    Returns:
+        Whether the passes above shall run once more: for the group's graph, or, where it turns out that splitting the
+        batch costs more than that all compute everything, to plan without.
     """
+    if state.choices.batch == 1:
+        return False
+    groups = groups_of(state.topology, state.choices.batch)
+    group = _split(state, groups)
+    state.asked = replace(state.asked, split_batch=False)
+    if group is not None:
+        # From here on the job is this group and the model is its part of the batch.
+        mine = next(ranks for ranks in groups if state.rank in ranks)
+        state.group = group
+        state.gm, state.topology, state.rank = group.gm, state.topology.subset(mine), mine.index(state.rank)
+    return True
 
-    gm: fx.GraphModule
-    program: str
-    schedules: list[Schedule]
-    share: float
-    num_machines: int
-    left: dict[fx.Node, tuple[OpView, str]]
 
-
-def rewrite_batch(
-    gm: fx.GraphModule,
-    mode: FakeMode,
-    topology: Topology,
-    groups: list[tuple[int, ...]],
-    rank: int,
-    program: str,
-    shard_everything: bool,
-) -> BatchPart | None:
-    """The part of the batch that ``rank``'s group computes; None if it costs less that all compute everything.
-
-    Args:
-        groups: the ranks of each group, all of one size.
-        shard_everything: see place_min_cut.py.
-    """
-    parts = len(groups)
-    part = next(g for g, group in enumerate(groups) if rank in group)
-    sites = analyse_attention(gm.graph)
-    tokens = analyse_tokens(gm.graph, seeds_of(sites, "batch"))
-    layouts = choose_layouts(tokens, sites, parts, "batch")
+def _split(state: State, groups: list[tuple[int, ...]]) -> Group | None:
+    """The part of the batch of this rank's group; None if it costs less that all compute everything."""
+    graph, count = state.gm.graph, len(groups)
+    sites = analyse_attention(graph)
+    tokens = analyse_tokens(graph, seeds_of(sites, "batch"))
+    layouts = choose_layouts(tokens, sites, count, "batch")
     for value, layout in list(layouts.chosen.items()):
         # Every group must get a graph of the same shapes: one sample for two groups stays with both.
-        if len({layouts.owners.count(layout.runs, p) for p in range(parts)}) > 1:
+        if len({layouts.owners.count(layout.runs, g) for g in range(count)}) > 1:
             del layouts.chosen[value]
-    heads = topology.subset(tuple(group[0] for group in groups))
-    placement = place_min_cut(gm.graph, tokens, layouts, heads, shard_everything)
+    heads = state.topology.subset(tuple(ranks[0] for ranks in groups))
+    forced = state.asked.shard_everything or state.asked.batch > 1
+    placement = place_min_cut(graph, tokens, layouts, heads, forced)
     if not placement.needs:
         return None
-    local = LocalGraph(mode, layouts.owners, part, program)
-    rewrite_local(gm, tokens, layouts, placement, local)
+    return _group(state, groups, tokens, layouts, placement)
+
+
+def _group(
+    state: State, groups: list[tuple[int, ...]], tokens: Tokens, layouts: Layouts, placement: Placement
+) -> Group:
+    mine = next(g for g, ranks in enumerate(groups) if state.rank in ranks)
+    local = LocalGraph(state.mode, layouts.owners, mine, f"{state.program}-batch")
+    rewrite_local(state.gm, tokens, layouts, placement, local)
     total = sum(flops(op) for op in tokens.views.values())
-    mine = sum(flops(op) / (parts if node in placement.needs else 1) for node, op in tokens.views.items())
-    # Ranks of equal place in their groups hold equal shards: they exchange samples among themselves.
-    peers = tuple(zip(*groups, strict=True))
-    mesh = Mesh(1, parts, tuple(range(parts)))
-    schedules = [replace(build("gather", site, mesh), groups=peers) for site in local.sites]
-    return BatchPart(
-        fx.GraphModule(local.root, local.graph, "StreamFusionBatch"),
-        program,
-        schedules,
-        mine * parts / max(total, 1.0),
-        topology.num_machines,
-        {node: (tokens.views[node], reason) for node, reason in placement.reasons.items() if node in tokens.views},
+    own = sum(flops(op) / (len(groups) if node in placement.needs else 1) for node, op in tokens.views.items())
+    return Group(
+        gm=fx.GraphModule(local.root, local.graph, "StreamFusionBatch"),
+        program=local.program,
+        sites=tuple(local.sites),
+        groups=tuple(groups),
+        share=own * len(groups) / max(total, 1.0),
+        num_machines=state.topology.num_machines,
+        left={node: (tokens.views[node], why) for node, why in placement.reasons.items() if node in tokens.views},
+        notes=state.choices.notes,
     )

@@ -8,18 +8,17 @@ a reshard (halos, other cuts, another dim), each at most once.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from sfcompile.errors import InternalError
-from sfcompile.passes.analyse_tokens import Tokens
-from sfcompile.passes.choose_layouts import Layouts
 from sfcompile.passes.graph.layout import Key, Layout, Owners, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import is_getitem, is_tensor, shape_of
-from sfcompile.passes.place_min_cut import Placement
 from sfcompile.passes.rules.attention import Attention
+from sfcompile.passes.state import Layouts, Placement, State, Tokens, Traffic
 from sfcompile.torch_private import OpOverload
 
 Key4 = tuple[fx.Node, tuple[Key, Owners] | Window, int]
@@ -27,6 +26,28 @@ Key4 = tuple[fx.Node, tuple[Key, Owners] | Window, int]
 
 class CannotSplit(Exception):
     """Something in this graph cannot be computed part by part; the message says what."""
+
+
+def run(state: State) -> None:
+    """The pass: fills ``local`` and ``traffic``.
+
+    Tokens are written in parts if the plan says so. Whether every op allows that is only seen here: if one does not,
+    the graph is written anew with tokens whole, and ``choices`` become those that were planned for that.
+    """
+    try:
+        _write(state)
+    except CannotSplit as why:
+        whole = state.choices.whole
+        assert whole is not None, "one part can always be written"
+        state.choices = replace(whole, notes=(*state.choices.notes, f"tokens stay whole: {why}"))
+        _write(state)
+
+
+def _write(state: State) -> None:
+    local = LocalGraph(state.mode, state.layouts.owners, state.rank, state.program)
+    parts = state.choices.parts
+    state.traffic = rewrite_local(state.gm, state.tokens, state.layouts, state.placement, local, parts)
+    state.local = local
 
 
 class _Rewriter:
@@ -37,6 +58,7 @@ class _Rewriter:
         self._layouts = layouts
         self._owners = layouts.owners if parts == 1 else layouts.owners.split(parts)
         self._placement = placement
+        self.traffic = Traffic()
         self._local = local
         self._views = [local.of_part(part, parts) for part in range(parts)]
         self._whole: dict[fx.Node, fx.Node] = {}
@@ -48,7 +70,7 @@ class _Rewriter:
         """The value on every rank in full, gathering it if only shards exist."""
         if value not in self._whole:
             layout = self._layouts.chosen[value]
-            self._placement.gathers.append(value)
+            self.traffic.gathers.append(value)
             made = self._made[value]
             if len(made) == 1:
                 self._whole[value] = self._local.gather(made[0], layout, shape_of(value))
@@ -70,7 +92,7 @@ class _Rewriter:
                     raise CannotSplit(f"{value.name} changes hands, or neighbours' rows of it are needed")
             if value in self._made and value not in self._whole:
                 assert made is not None
-                self._placement.moves.append((value, need))
+                self.traffic.moves.append((value, need))
                 self._cuts[key] = self._local.reshard(self._made[value][0], made, need, shape_of(value))
             elif isinstance(need, Window):
                 self._cuts[key] = self._local.window(self.whole(value), need)
@@ -165,8 +187,8 @@ class _Rewriter:
 
 def rewrite_local(
     gm: fx.GraphModule, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph, parts: int = 1
-) -> None:
-    """Fill ``local`` with this rank's graph. Fills ``placement.gathers`` with the values that had to be gathered.
+) -> Traffic:
+    """Fill ``local`` with this rank's graph. Returns the values that had to be gathered or exchanged.
 
     Args:
         parts: every op on tokens is written so many times, each for a part of this rank's tokens: order_puts.py then
@@ -178,9 +200,11 @@ def rewrite_local(
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             setattr(local.root, str(node.target), getattr(gm, str(node.target)))
-    _Rewriter(tokens, layouts, placement, local, parts).run(gm.graph)
+    rewriter = _Rewriter(tokens, layouts, placement, local, parts)
+    rewriter.run(gm.graph)
     local.origin = None
     _drop_dead(local.graph)
+    return rewriter.traffic
 
 
 def _drop_dead(graph: fx.Graph) -> None:

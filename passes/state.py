@@ -1,60 +1,273 @@
-"""What the passes hand on to each other."""
+"""What the passes hand on to each other: what was asked for, and what each pass makes.
+
+Read :class:`State` first. Its fields below ``asked`` are those that passes make (the table in pipeline.py says which);
+until then they are not there, and the runner (runner.py) says which pass should have made them.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx
 
+from sfcompile.codegen.plan.choose_plan import SitePlan
+from sfcompile.codegen.schedule.builders import build
+from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.passes.analyse_attention import Site
-from sfcompile.passes.analyse_tokens import Tokens
-from sfcompile.passes.choose_layouts import Layouts
-from sfcompile.passes.choose_schedules import Agree, Choices
+from sfcompile.passes.graph.labels import LabelSpace
+from sfcompile.passes.graph.layout import Key, Layout, Need, OpLayouts, Ownership, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
-from sfcompile.passes.graph.op_view import FakeMode
-from sfcompile.passes.place_min_cut import Placement
-from sfcompile.passes.rewrite_batch import BatchPart
+from sfcompile.passes.graph.op_view import FakeMode, OpView, is_getitem, shape_of
+from sfcompile.passes.report.report import GraphReport
+from sfcompile.passes.rules.rule import Rule
+from sfcompile.runtime.program.sites import AttentionSite, GatherSite, ReshardSite
 from sfcompile.runtime.program.topology import Topology
+
+Agree = Callable[[Callable[[], Any]], Any]
+"""Calls its argument on one rank and gives every rank the result, so that all run one plan."""
+
+Geometry = tuple[Any, ...]
+"""What tells sites apart (AttentionSite.geometry): attentions of one geometry share a plan and a schedule."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a compile was asked for (sfcompile/options.py), as far as the passes read it.
+
+    Attributes:
+        mesh: sizes of the mesh's axes "batch", "ulysses", "ring"; None: the planner's choice.
+        schedule: the kind of schedule of every attention; "auto": the planner's choice.
+        agree: see :data:`Agree`.
+        shard_everything: shard whatever has a rule, whatever traffic that takes (place_min_cut.py).
+        order: names of passes, to run instead of PIPELINE.
+        kernels: attention runs as generated kernels.
+        fuse_puts: puts are kernels too, and may compute what they send.
+        split_batch: groups of ranks may take whole samples each; not if the batch was split before.
+        parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
+    """
+
+    mesh: Mapping[str, int] | None = None
+    schedule: str = "auto"
+    agree: Agree = lambda plan: plan()  # noqa: E731
+    shard_everything: bool = False
+    order: tuple[str, ...] = ()
+    kernels: bool = False
+    fuse_puts: bool = False
+    split_batch: bool = True
+    parts: tuple[int, ...] = (2, 3)
+
+    @property
+    def batch(self) -> int:
+        """The "batch" degree of the mesh that was asked for; 1 if none was."""
+        return int((self.mesh or {}).get("batch", 1))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One softmax attention of the captured graph: ``q [..., Lq, D]``, ``k [..., Lk, D]``, ``v [..., Lk, E]``."""
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+
+    @property
+    def flops(self) -> float:
+        """Multiply-adds counted twice: ``2 * heads * Lq * Lk * (D + E)``."""
+        q, k, v = shape_of(self.q), shape_of(self.k), shape_of(self.v)
+        rows = 1.0
+        for size in q[:-1]:
+            rows *= size
+        return 2.0 * rows * k[-2] * (q[-1] + v[-1])
 
 
 @dataclass
-class State:
-    """What the passes hand on. Inputs first; each pass fills the field named in its line of ``PIPELINE``.
+class Tokens:
+    """Where tokens sit (analyse_tokens.py).
 
-    ``mesh_asked``, ``schedule_asked`` and ``agree`` are those of choose_schedules.py.
+    ``layouts[value][key]`` are the places where tokens sit in a value; ``views`` all calls, ``rules`` those that have
+    a rule; ``clashes`` the ops at which two vectors could not be united (a shifted copy of the same tokens); ``rows``
+    the seeds beyond the given ones, with the FLOPs of the op.
+    """
+
+    space: LabelSpace = field(default_factory=LabelSpace)
+    layouts: dict[fx.Node, dict[Key, Layout]] = field(default_factory=dict)
+    views: dict[fx.Node, OpView] = field(default_factory=dict)
+    rules: dict[fx.Node, Rule] = field(default_factory=dict)
+    clashes: list[fx.Node] = field(default_factory=list)
+    rows: list[tuple[fx.Node, int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The chosen layout per value, the ownership of labels, and the token axes: ``(tokens, segments, flops)``."""
+
+    chosen: dict[fx.Node, Layout]
+    owners: Ownership
+    axes: tuple[tuple[int, int, float], ...]
+
+    def of(self, op: OpView) -> OpLayouts:
+        """The layouts of an op's operands and outputs."""
+        return OpLayouts(
+            [self.chosen.get(operand.node) for operand in op.operands],
+            [self.chosen.get(output) if output is not None else None for output in op.outputs],
+            self.owners,
+        )
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How the attentions of a graph run (choose_schedules.py).
+
+    Attributes:
+        topology: of one group, where the batch is split.
+        plans: per geometry of a site.
+        counts: how many attentions share it.
+        exchange_s: per attention node, predicted seconds beyond its share of the compute.
+        sites: one site per geometry, with the name of the first attention of that kind.
+        other_s: what a rank computes between two attentions.
+        batch: into how many parts the batch is split, each for a group of ranks.
+        notes: prices of other splits of the batch, and why some are not possible.
+        parts: into how many parts a rank's tokens are cut, so that one is computed while another travels.
+        whole: what to do if this graph cannot be cut into parts.
+    """
+
+    topology: Topology
+    plans: Mapping[Geometry, SitePlan] = field(default_factory=dict)
+    counts: Mapping[Geometry, int] = field(default_factory=dict)
+    exchange_s: Mapping[fx.Node, float] = field(default_factory=dict)
+    sites: Mapping[Geometry, AttentionSite] = field(default_factory=dict)
+    other_s: float = 0.0
+    batch: int = 1
+    notes: tuple[str, ...] = ()
+    parts: int = 1
+    whole: Choices | None = None
+
+    def schedule(self, site: AttentionSite | GatherSite | ReshardSite) -> Schedule:
+        """The schedule of a site of this graph."""
+        if not isinstance(site, AttentionSite):
+            return build("gather", site, Mesh.of(self.topology, 1, self.topology.num_ranks))
+        return self.plans[site.geometry()].best.schedule(site, self.topology)
+
+    @property
+    def main(self) -> SitePlan | None:
+        """The plan on which the graph spends most."""
+        if not self.plans:
+            return None
+        return self.plans[max(self.plans, key=lambda key: self.counts[key] * (self.plans[key].price.seconds or 0.0))]
+
+    def __str__(self) -> str:
+        halves = f" in {self.parts} parts" if self.parts > 1 else ""
+        return "\n".join(f"{self.counts[key]} x {plan.best}{halves}" for key, plan in self.plans.items())
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of the groups of ranks that share out the batch (rewrite_batch.py): its graph, and the exchanges at its end.
+
+    Attributes:
+        gm: the group's part of the batch as a captured graph.
+        program: key of the program that gathers the samples of all groups; ``sites`` are its exchanges.
+        groups: the ranks of each group, all of one size.
+        share: a group's FLOPs over an equal part: 1.0 is perfect.
+        num_machines: those of the whole job.
+        left: the ops that mix samples, or have no rule, with the reason: every group computes them for all samples.
+        notes: prices of other splits of the batch.
+    """
+
+    gm: fx.GraphModule
+    program: str
+    sites: tuple[AttentionSite | GatherSite | ReshardSite, ...]
+    groups: tuple[tuple[int, ...], ...]
+    share: float
+    num_machines: int
+    left: dict[fx.Node, tuple[OpView, str]]
+    notes: tuple[str, ...]
+
+    def schedule(self, site: AttentionSite | GatherSite | ReshardSite) -> Schedule:
+        """The schedule of one of ``sites``: ranks of equal place in their groups hold equal shards."""
+        count = len(self.groups)
+        peers = tuple(zip(*self.groups, strict=True))
+        return replace(build("gather", site, Mesh(1, count, tuple(range(count)))), groups=peers)
+
+
+@dataclass
+class Placement:
+    """The ops computed on shards, what they need of their operands, and what the cut cost (place_min_cut.py).
+
+    An op in ``needs`` whose ``chosen.outs`` are all None sums over tokens: its outputs are all-reduced and whole.
+
+    ``reasons`` says, for every op that touches tokens and is nevertheless replicated, why.
+    """
+
+    needs: dict[fx.Node, list[Need]] = field(default_factory=dict)
+    chosen: dict[fx.Node, OpLayouts] = field(default_factory=dict)
+    reasons: dict[fx.Node, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def sharded(self, node: fx.Node) -> bool:
+        """Whether this value is made as shards."""
+        maker = maker_of(node)
+        return maker in self.needs and any(self.chosen[maker].outs)
+
+
+def maker_of(value: fx.Node) -> fx.Node:
+    """The op that computes a value (a getitem's source)."""
+    if is_getitem(value):
+        source = value.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+    return value
+
+
+@dataclass
+class Traffic:
+    """What rewrite_local.py moved beside attention: values gathered whole, and values that ranks exchange in part."""
+
+    gathers: list[fx.Node] = field(default_factory=list)
+    moves: list[tuple[fx.Node, Layout | Window]] = field(default_factory=list)
+
+
+def _made() -> Any:
+    """A field that a pass makes: to read it before is an AttributeError, which the runner puts into words."""
+    return field(init=False, repr=False)
+
+
+@dataclass(eq=False)
+class State:
+    """One graph on its way through the passes: a captured graph for a rank of a topology, and what was asked for.
+
+    When the batch is split, ``gm``, ``topology`` and ``rank`` become those of this rank's group, and ``group`` says so.
     """
 
     gm: fx.GraphModule
     mode: FakeMode
     topology: Topology
     rank: int
-    mesh_asked: Mapping[str, int] | None = None
-    schedule_asked: str = "auto"
-    agree: Agree = lambda plan: plan()  # noqa: E731
-    shard_everything: bool = False
-    order: tuple[str, ...] = ()  # names of passes; none: PIPELINE
-    kernels: bool = False  # attention runs as generated kernels
-    fuse_puts: bool = False  # puts are kernels too, and may compute what they send
-    sites: list[Site] = field(default_factory=list)
-    tokens: Tokens = field(default_factory=Tokens)
-    layouts: Layouts | None = None
-    choices: Choices | None = None
-    part: BatchPart | None = None
-    groups: tuple[tuple[int, ...], ...] = ()
-    split_batch: bool = True
-    parts: tuple[int, ...] = (2, 3)
-    placement: Placement | None = None
-    local: LocalGraph | None = None
-    fused_puts: tuple[int, int] | None = None  # how many, of how many
-    schedules: list[Schedule] = field(default_factory=list)
+    asked: Asked = Asked()
+    sites: list[Site] = _made()
+    tokens: Tokens = _made()
+    layouts: Layouts = _made()
+    choices: Choices = _made()
+    group: Group | None = field(default=None, init=False)
+    placement: Placement = _made()
+    local: LocalGraph = _made()  # this rank's graph
+    traffic: Traffic = field(default_factory=Traffic, init=False)
+    fused_puts: tuple[int, int] | None = field(default=None, init=False)  # how many, of how many; None: no kernels
+    programs: dict[str, list[Schedule]] = _made()  # one proved schedule per site, by program
+    report: GraphReport = _made()
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups of ranks share out the batch; 1: it is not split."""
+        return 1 if self.group is None else len(self.group.groups)
 
     @property
     def program(self) -> str:
         """Key of this program: the same on every rank, different for another graph, topology or option."""
-        assert self.choices is not None
-        text = f"{self.gm.code}|{self.topology}|{self.choices}|{self.shard_everything}"
+        text = f"{self.gm.code}|{self.topology}|{self.choices}|{self.asked.shard_everything}"
         shapes = [tuple(n.meta["val"].shape) for n in self.gm.graph.nodes if n.op == "placeholder"]
         return hashlib.sha256(f"{text}|{shapes}".encode()).hexdigest()[:16]

@@ -22,8 +22,8 @@ from sfcompile.errors import StreamFusionError, UnsupportedError
 from sfcompile.lowering.inner import run_inner
 from sfcompile.lowering.rank_graph import run_passes
 from sfcompile.options import Options
-from sfcompile.passes.pipeline import Compiled
 from sfcompile.passes.report.history import last_report, remember, reports
+from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.process_group import ProcessWorld, check_ranks
 from sfcompile.runtime.rank.session import Session, get_session

@@ -2,10 +2,11 @@
 
 * A **pass** is a function of one argument, the :class:`State` that all passes share. Name it with
   :func:`register_pass`, and run it with ``options={"passes": [...]}``: a list of names, from which built-in passes may
-  be left out or moved too. :func:`passes` is the compiler's own list to start from.
+  be left out or moved too. :func:`passes` is the compiler's own list to start from. Names that passes had once are
+  other names of the same passes: ``schedule_puts`` is ``order_puts``, ``schedule_fused_puts`` is ``fuse_puts``,
+  ``schedule_sites`` is ``build_schedules``.
 * An **op rule** says how an op behaves on shards (passes/rules/rule.py). ``@register_op_rule("my_op")`` adds or
-replaces
-  one. An op without a rule is computed whole on every rank, never guessed.
+  replaces one. An op without a rule is computed whole on every rank, never guessed.
 * A **schedule** is a function that builds what one attention does on all ranks. Registered, it is a candidate of the
   planner on every mesh, and can be asked for with ``options={"schedule": name}``. The checker proves it before it is
   priced, and again before it runs: a wrong one is refused with its reason, it cannot give a wrong answer or hang.
@@ -16,7 +17,7 @@ Register on every rank, before the model is compiled: ranks compare the options 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +27,10 @@ from sfcompile.codegen.schedule import builders
 from sfcompile.codegen.schedule.builders import BUILDERS, Builder
 from sfcompile.errors import OptionError
 from sfcompile.passes import pipeline
-from sfcompile.passes.pipeline import PIPELINE
+from sfcompile.passes.pipeline import OLD_NAMES, PIPELINE, Pass
 from sfcompile.passes.rules import rule as op_rules
 from sfcompile.passes.rules.rule import register_rule as register_op_rule
+from sfcompile.passes.runner import FIELDS
 from sfcompile.passes.state import State
 from sfcompile.runtime.program import presets as topology_presets
 from sfcompile.runtime.program.topology import Topology
@@ -44,12 +46,27 @@ __all__ = [
 ]
 
 
+class _Order(list[str]):
+    """Names of passes; finds them by the names that they had once, too."""
+
+    def index(self, name: str, *span: Any) -> int:
+        return super().index(OLD_NAMES.get(name, name), *span)
+
+    def remove(self, name: str) -> None:
+        super().remove(OLD_NAMES.get(name, name))
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(OLD_NAMES.get(str(name), name))
+
+
 def passes() -> list[str]:
     """Names of the compiler's own passes in their order, to copy and edit."""
-    return [name for name, _, _ in PIPELINE]
+    return _Order(entry.name for entry in PIPELINE)
 
 
-def register_pass(run: Callable[[State], None], name: str = "", why: str = "") -> str:
+def register_pass(
+    run: Callable[[State], None], name: str = "", why: str = "", needs: Sequence[str] = (), makes: Sequence[str] = ()
+) -> str:
     """Make a pass known by name; it runs where ``options={"passes": [...]}`` names it.
 
     Before ``rewrite_local`` a pass may put another graph into ``state.gm`` (the old one must stay as it is); after it,
@@ -58,19 +75,28 @@ def register_pass(run: Callable[[State], None], name: str = "", why: str = "") -
     Args:
         name: default: the function's.
         why: why it stands where it does, for dumps.
+        needs, makes: fields of the state that must be there before it runs, and those that it fills. An order that
+            lacks one is then refused before the pass runs, with the name of the pass that makes it.
 
     Returns:
         The name.
 
     Raises:
-        OptionError: a built-in pass has that name.
+        OptionError: a built-in pass has that name, or the state has no such field.
     """
     name = name or getattr(run, "__name__", "")
     if not name or name in passes():
         raise OptionError(
             f"a pass cannot be named {name!r}", "it is one of the compiler's own, or empty", "give it another name"
         )
-    pipeline.REGISTERED[name] = (name, run, why or "from outside")
+    unknown = sorted({*needs, *makes} - {*FIELDS})
+    if unknown:
+        raise OptionError(
+            f"pass {name!r} needs or makes {unknown[0]!r}, which is no field that passes make",
+            f"there are {', '.join(FIELDS)}",
+            "name some of these; what the state starts with (gm, topology, asked, ...) is always there",
+        )
+    pipeline.REGISTERED[name] = Pass(name, run, " ".join(needs), " ".join(makes), why or "from outside")
     return name
 
 

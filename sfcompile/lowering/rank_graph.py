@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from sfcompile.capture.graph import Captured
 from sfcompile.options import Options
-from sfcompile.passes.choose_schedules import Agree
-from sfcompile.passes.pipeline import Compiled, run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import Compiled, run_pipeline
+from sfcompile.passes.state import Agree, Asked, State
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -22,25 +21,22 @@ def run_passes(
     """All passes over a captured graph for one rank.
 
     Args:
-        agree: see choose_schedules.py.
+        agree: see passes/state.py.
         dump: write what ``asked.dump`` asks for.
     """
     values = [node.meta["val"] for node in captured.gm.graph.nodes if node.op == "placeholder"]
     on_gpu = any(value.device.type == "cuda" for value in values)
     kernels = asked.attention == "triton" or (on_gpu and asked.attention == "auto")
-    state = State(
-        captured.gm,
-        captured.mode,
-        topology,
-        rank,
-        asked.mesh,
-        asked.schedule,
-        agree,
+    wish = Asked(
+        mesh=asked.mesh,
+        schedule=asked.schedule,
+        agree=agree,
         shard_everything=asked.placement == "shard",
-        split_batch=split_batch,
         order=asked.passes,
         kernels=kernels,
         fuse_puts=kernels and on_gpu,
-        parts=() if kernels else State.parts,  # kernels take all tokens at a time: they overlap inside
+        split_batch=split_batch,
+        parts=() if kernels else Asked.parts,  # kernels take all tokens at a time: they overlap inside
     )
+    state = State(captured.gm, captured.mode, topology, rank, wish)
     return run_pipeline(state, strict=asked.strict, dump=asked.dump if dump else None)

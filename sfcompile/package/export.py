@@ -30,7 +30,7 @@ from sfcompile.package.file import PackageWriter, file_hash, processor, to_json
 from sfcompile.package.graph import empty_of, graph_to_json, tensor_facts
 from sfcompile.package.schedules import schedule_to_json
 from sfcompile.package.tensors import map_file, read_tensors, write_tensors
-from sfcompile.passes.pipeline import Compiled
+from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.torch_private import GraphBreak, aoti_compile
 

@@ -19,8 +19,8 @@ from sfcompile.codegen.plan.step import Step
 from sfcompile.codegen.plan.volumes import volume
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import OptionError, StreamFusionError, UnsupportedError
-from sfcompile.passes.pipeline import Compiled, run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import Compiled, run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.prediction.code import Facts, blocks_of, input_names
 from sfcompile.prediction.explained import Attentions, Axis, Explained, Part, written
 from sfcompile.prediction.html import page
@@ -86,9 +86,8 @@ def explain(
     parts: list[Part] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        state = State(
-            captured.gm, captured.mode, where, rank, mesh, schedule, shard_everything=placement == "shard"
-        )  # fmt: skip
+        wish = Asked(mesh, schedule, shard_everything=placement == "shard")
+        state = State(captured.gm, captured.mode, where, rank, wish)
         compiled = run_pipeline(state)
         compiled.report.graph, compiled.report.break_reason = len(parts) + 1, break_reason(gm)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
@@ -120,21 +119,19 @@ def explain(
 
 def _part(state: State, compiled: Compiled, names: list[str], step: Step) -> Part:
     """What is to be said about a graph whose passes have run."""
-    assert state.placement is not None and state.choices is not None and state.local is not None
     reasons = {node.name: reason for node, reason in state.placement.reasons.items()}
-    if state.part is not None:
-        reasons |= {node.name: f"batch: {why}" for node, (_, why) in state.part.left.items()}
+    if state.group is not None:
+        reasons |= {node.name: f"batch: {why}" for node, (_, why) in state.group.left.items()}
     sharded = frozenset(node.name for node in state.placement.needs)
     blocks = blocks_of(state.local.graph, Facts(state.topology, names, sharded, reasons, step))
     report = compiled.report
     return Part(
         report.graph, report, _axes(state, names), _attentions(state), blocks, state.choices, step,
-        report.break_reason, groups=max(1, len(state.groups)),
+        report.break_reason, groups=state.num_groups,
     )  # fmt: skip
 
 
 def _axes(state: State, names: list[str]) -> tuple[Axis, ...]:
-    assert state.layouts is not None
     owners, chosen = state.layouts.owners, state.layouts.chosen
     segments: dict[int, list[int]] = {}
     for first, length in owners.segments:
@@ -155,7 +152,6 @@ def _axes(state: State, names: list[str]) -> tuple[Axis, ...]:
 
 def _attentions(state: State) -> tuple[Attentions, ...]:
     """The kinds of attention that ranks share, and how often each occurs in this rank's graph."""
-    assert state.choices is not None and state.local is not None
     found = []
     for key, plan in state.choices.plans.items():
         count = sum(isinstance(s, AttentionSite) and s.geometry() == key for s in state.local.sites)

@@ -9,8 +9,8 @@ from typing import Any
 
 from sfcompile.codegen.plan.choose_plan import SitePlan
 from sfcompile.codegen.plan.step import Drawn, Step, draw
-from sfcompile.passes.choose_schedules import Choices
 from sfcompile.passes.report.report import GraphReport
+from sfcompile.passes.state import Choices
 from sfcompile.prediction.code import Block
 from sfcompile.prediction.predict import caption
 from sfcompile.prediction.timeline import write_text

@@ -17,9 +17,8 @@ from sfcompile.codegen.plan.step import DRAWN_LAYERS, Drawn, Step, draw
 from sfcompile.codegen.plan.volumes import volume
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import UnsupportedError
-from sfcompile.passes.choose_schedules import Choices
-from sfcompile.passes.pipeline import Compiled, run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import Compiled, run_pipeline
+from sfcompile.passes.state import Asked, Choices, State
 from sfcompile.prediction.timeline import write_perfetto, write_png
 from sfcompile.runtime.program.sites import AttentionSite, count
 from sfcompile.runtime.program.topology import Topology
@@ -172,12 +171,12 @@ def simulate(
     warnings: list[str] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        state = State(captured.gm, captured.mode, where, 0, mesh, schedule, shard_everything=placement == "shard")
+        wish = Asked(mesh, schedule, shard_everything=placement == "shard")
+        state = State(captured.gm, captured.mode, where, 0, wish)
         compiled = run_pipeline(state)
         steps.append(step_of(compiled, 0, where))
         warnings.extend(compiled.report.warnings)
-        assert state.choices is not None
-        planned.append(replace(state.choices, batch=max(1, len(state.groups))))
+        planned.append(replace(state.choices, batch=state.num_groups))
 
     each_graph(model, args, kwargs, visit)
     taken_s = time.perf_counter() - begun

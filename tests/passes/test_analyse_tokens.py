@@ -9,8 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from sfcompile.capture.graph import Captured
 from sfcompile.passes.analyse_attention import analyse_attention
-from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens, seeds_of
+from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.graph.layout import Key
+from sfcompile.passes.state import Tokens
 
 
 def analysed(fn: Callable[..., Any], *args: torch.Tensor) -> tuple[Captured, Tokens]:

@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from sfcompile.capture.graph import Captured
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.choose_axes import regions
-from sfcompile.passes.pipeline import run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 
 BATCH, FRAMES, SPACE, WIDTH = 2, 8, 24, 32
@@ -49,8 +49,8 @@ class ByTurns(nn.Module):
 
 
 def states(got: Captured, ranks: int, shard: bool = True) -> list[State]:
-    topology = Topology.grid(1, ranks)
-    return [State(got.gm, got.mode, topology, rank, shard_everything=shard, split_batch=False) for rank in range(ranks)]
+    topology, asked = Topology.grid(1, ranks), Asked(shard_everything=shard, split_batch=False)
+    return [State(got.gm, got.mode, topology, rank, asked) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -84,9 +84,9 @@ def test_an_ordinary_model_has_no_choice() -> None:
 
 def test_a_value_goes_with_the_attention_that_alone_it_feeds() -> None:
     got = captured(ByTurns("st"), torch.zeros(BATCH, FRAMES, SPACE, WIDTH))
-    found = regions(got.gm.graph, analyse_attention(got.gm.graph))
+    region = regions(got.gm.graph, analyse_attention(got.gm.graph))
     first, second = (site.node for site in analyse_attention(got.gm.graph))
     norms = [node for node in got.gm.graph.nodes if "layer_norm" in str(node.target)]
     adds = [node for node in got.gm.graph.nodes if str(node.target) == "aten.add.Tensor"]
-    assert [found[node] for node in norms] == [first, second]
-    assert [found[node] for node in adds] == [first, second], "the residual is read by both blocks"
+    assert [region[node] for node in norms] == [first, second]
+    assert [region[node] for node in adds] == [first, second], "the residual is read by both blocks"

@@ -6,7 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
-from sfcompile.passes.choose_layouts import Layouts, choose_layouts
+from sfcompile.passes.choose_layouts import choose_layouts
+from sfcompile.passes.state import Layouts
 
 
 def chosen(fn: object, *args: torch.Tensor) -> tuple[Layouts, list[torch.fx.Node]]:

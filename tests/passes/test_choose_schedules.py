@@ -8,11 +8,11 @@ import torch
 from helpers import captured
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from sfcompile.codegen.plan.choose_plan import SitePlan
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
-from sfcompile.passes.choose_schedules import Choices, choose_schedules
+from sfcompile.passes.choose_schedules import choose_schedules
+from sfcompile.passes.state import Asked, Choices
 from sfcompile.runtime.program.sites import GatherSite
 from sfcompile.runtime.program.topology import Topology
 
@@ -22,33 +22,33 @@ def choices(*shapes: tuple[int, ...], ranks: int = 4, **asked: Any) -> Choices:
     sites = analyse_attention(graph)
     tokens = analyse_tokens(graph, seeds_of(sites))
     topology = Topology.grid(2, ranks // 2)
-    return choose_schedules(tokens, choose_layouts(tokens, sites, ranks), sites, topology, **asked)
+    return choose_schedules(tokens, choose_layouts(tokens, sites, ranks), sites, topology, Asked(**asked))
 
 
 def test_equal_attentions_share_a_plan() -> None:
-    found = choices((1, 4, 64, 8), (1, 4, 64, 8), (1, 8, 4096, 8))
-    assert sorted(found.counts.values()) == [1, 2] and len(found.exchange_s) == 3
-    assert found.main is not None and "2 x " in str(found)
-    assert all(seconds >= 0.0 for seconds in found.exchange_s.values())
-    key = max(found.plans, key=lambda key: found.plans[key].price.seconds or 0.0)
-    assert found.main is found.plans[key]
+    planned = choices((1, 4, 64, 8), (1, 4, 64, 8), (1, 8, 4096, 8))
+    assert sorted(planned.counts.values()) == [1, 2] and len(planned.exchange_s) == 3
+    assert planned.main is not None and "2 x " in str(planned)
+    assert all(seconds >= 0.0 for seconds in planned.exchange_s.values())
+    key = max(planned.plans, key=lambda key: planned.plans[key].price.seconds or 0.0)
+    assert planned.main is planned.plans[key]
 
 
 def test_one_rank_plans_for_all() -> None:
     calls = []
 
-    def agree(plan: Any) -> list[SitePlan]:
+    def agree(plan: Any) -> Any:
         calls.append(plan())
         return calls[-1]
 
-    found = choices((1, 4, 64, 8), agree=agree, schedule="ring")
-    assert len(calls) == 1 and [plan.best.kind for plan in found.plans.values()] == ["ring"]
+    planned = choices((1, 4, 64, 8), agree=agree, schedule="ring")
+    assert len(calls) == 1 and [plan.best.kind for plan in planned.plans.values()] == ["ring"]
 
 
 def test_gathers_need_no_plan() -> None:
-    found = choices((1, 4, 64, 8))
+    planned = choices((1, 4, 64, 8))
     site = GatherSite("g", (4, 8), torch.float32, 0, 1, 1, tuple(((r, 1),) for r in range(4)))
-    assert found.schedule(site).kind == "gather"
+    assert planned.schedule(site).kind == "gather"
 
 
 def test_no_attention_no_plan() -> None:

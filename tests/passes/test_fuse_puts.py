@@ -12,9 +12,9 @@ from row_forms import halves, normed, pairs
 from torch import fx
 from torch.nn import functional as F
 
-from sfcompile.passes.fuse_puts import schedule_fused_puts
-from sfcompile.passes.pipeline import Compiled, run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.fuse_puts import fuse_puts
+from sfcompile.passes.runner import Compiled, run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.ops import PUT_FUSED, ROW_PROGRAMS
 
@@ -52,9 +52,8 @@ def ranks_of(fn: Callable[..., Any], fuse: bool = True) -> tuple[list[Compiled],
     got = captured(fn, X, WEIGHT, TABLE, NORM)
     compiled = []
     for rank in range(2):
-        state = State(got.gm, got.mode, Topology.grid(1, 2), rank, shard_everything=True, parts=(), kernels=True)
-        state.fuse_puts = fuse
-        compiled.append(run_pipeline(state))
+        asked = Asked(shard_everything=True, parts=(), kernels=True, fuse_puts=fuse)
+        compiled.append(run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), rank, asked)))
     return compiled, got
 
 
@@ -103,4 +102,4 @@ def test_equal_layers_share_their_programs() -> None:
 def test_nothing_to_fuse() -> None:
     graph = fx.Graph()
     graph.output(graph.placeholder("x"))
-    assert schedule_fused_puts(graph) == (0, 0)
+    assert fuse_puts(graph) == (0, 0)

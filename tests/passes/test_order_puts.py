@@ -9,16 +9,16 @@ from models import build
 from torch import fx
 
 from sfcompile.passes.graph.local_graph import COMMUNICATION
-from sfcompile.passes.order_puts import schedule_puts
-from sfcompile.passes.pipeline import run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.order_puts import order_puts
+from sfcompile.passes.runner import run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
 
 def rank_graph(fn: Any, *args: torch.Tensor) -> fx.Graph:
     got = captured(fn, *args)
-    state = State(got.gm, got.mode, Topology.grid(1, 3), 1, shard_everything=True)
+    state = State(got.gm, got.mode, Topology.grid(1, 3), 1, Asked(shard_everything=True))
     return run_pipeline(state).gm.graph
 
 
@@ -91,7 +91,7 @@ def test_many_independent_sites_never_open_a_third() -> None:
 def test_nothing_to_order() -> None:
     graph = fx.Graph()
     graph.output(graph.placeholder("x"))
-    assert schedule_puts(graph) == 0
+    assert order_puts(graph) == 0
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,10 @@ def test_tokens_in_parts_give_the_same(name: str, ranks: int, parts: int, monkey
     got = captured(model, *inputs)
     compiled = []
     for rank in range(topology.num_ranks):
-        state = State(got.gm, got.mode, topology, rank, shard_everything=True, split_batch=False, parts=(parts,))
+        asked = Asked(shard_everything=True, split_batch=False, parts=(parts,))
+        state = State(got.gm, got.mode, topology, rank, asked)
         compiled.append(run_pipeline(state))
-        assert state.choices is not None and state.choices.parts == parts, state.choices.notes
+        assert state.choices.parts == parts, state.choices.notes
         check_banks(compiled[-1].gm.graph)
     assert len({tuple(rank.order) for rank in compiled}) == 1
     order = kinds(compiled[0].gm.graph)
@@ -129,6 +130,7 @@ def test_tokens_that_do_not_suffice_for_parts_stay_whole(monkeypatch: pytest.Mon
     monkeypatch.setattr("sfcompile.passes.choose_schedules._WORTH", float("inf"))
     model, inputs = build("self")  # two rows a rank
     got = captured(model, *inputs)
-    state = State(got.gm, got.mode, Topology.grid(2, 1), 0, shard_everything=True, split_batch=False, parts=(3,))
+    asked = Asked(shard_everything=True, split_batch=False, parts=(3,))
+    state = State(got.gm, got.mode, Topology.grid(2, 1), 0, asked)
     run_pipeline(state)
-    assert state.choices is not None and state.choices.parts == 1
+    assert state.choices.parts == 1

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from sfcompile.passes.analyse_tokens import Tokens, analyse_tokens
-from sfcompile.passes.choose_layouts import Layouts, choose_layouts
+from sfcompile.passes.analyse_tokens import analyse_tokens
+from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.graph.cost import gather_seconds, seconds
 from sfcompile.passes.graph.layout import Ownership
 from sfcompile.passes.graph.op_view import is_tensor
-from sfcompile.passes.place_min_cut import Placement, place_min_cut
+from sfcompile.passes.place_min_cut import place_min_cut
+from sfcompile.passes.state import Layouts, Placement, Tokens
 from sfcompile.runtime.program.topology import Topology
 
 

@@ -4,9 +4,9 @@ import torch
 from helpers import captured
 from models import build
 
-from sfcompile.passes.pipeline import run_pipeline
 from sfcompile.passes.report.report import GraphReport
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -14,7 +14,7 @@ def report(name: str, ranks: int, shard: bool = True) -> GraphReport:
     model, inputs = build(name)
     got = captured(model, *inputs)
     mesh = {"ulysses": ranks, "ring": 1} if shard else None
-    return run_pipeline(State(got.gm, got.mode, Topology.grid(1, ranks), 0, mesh, shard_everything=shard)).report
+    return run_pipeline(State(got.gm, got.mode, Topology.grid(1, ranks), 0, Asked(mesh, shard_everything=shard))).report
 
 
 def test_attention_is_counted_by_kind_and_the_output_gather_named() -> None:
@@ -35,11 +35,16 @@ def test_a_small_model_on_slow_links_is_left_alone_with_a_warning() -> None:
     assert plan.sharded_ops == 0 and "nothing was sharded" in plan.warnings[0]
 
 
+def test_every_site_of_a_program_is_named_after_its_own_attention() -> None:
+    (names,) = report("self", 2).programs.values()
+    assert len(names) == len(set(names)) and sum("scaled_dot_product" in name for name in names) == 2
+
+
 def test_source_lines_are_short() -> None:
     got = captured(
         lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x).sort(2)[0], torch.zeros(1, 1, 8, 4)
     )
-    plan = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0, shard_everything=True)).report
+    plan = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0, Asked(shard_everything=True))).report
     assert plan.replicated[0].source.startswith("test_report_graph.py:")
 
 
@@ -49,7 +54,7 @@ def test_halos_are_listed_with_their_bytes() -> None:
         return torch.nn.functional.conv2d(x.transpose(1, 2).unflatten(2, (8, 6)), w, padding=1)
 
     got = captured(mix, torch.zeros(1, 1, 48, 4), torch.zeros(4, 4, 3, 3))
-    plan = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 4), 0, shard_everything=True)).report
+    plan = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 4), 0, Asked(shard_everything=True))).report
     (halo,) = plan.moved
     assert "halo" in halo.reason and halo.nbytes == 6 * 6 * 4 * 4, "six rows of six positions of four floats"
     assert "exchanged in part" in str(plan)

@@ -14,8 +14,8 @@ from sfcompile.capture.graph import Captured
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import MeshError, NotShardedError
 from sfcompile.passes.choose_schedules import groups_of
-from sfcompile.passes.pipeline import Compiled, run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import Compiled, run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 
@@ -46,7 +46,7 @@ def guided(batch: int = 2) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 
 
 def compile_rank(got: Captured, rank: int, topology: Topology, mesh: Mapping[str, int] | None) -> Compiled:
-    return run_pipeline(State(got.gm, got.mode, topology, rank, mesh, shard_everything=True))
+    return run_pipeline(State(got.gm, got.mode, topology, rank, Asked(mesh, shard_everything=True)))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_mixes_samples_is_listed_and_strict_objects() -> None:
 
     model, inputs = Mean(), guided()[1]
     got = captured(model, *inputs)
-    state = State(got.gm, got.mode, Topology.grid(2, 1), 0, {"batch": 2, "ulysses": 1, "ring": 1})
+    state = State(got.gm, got.mode, Topology.grid(2, 1), 0, Asked({"batch": 2, "ulysses": 1, "ring": 1}))
     with pytest.raises(NotShardedError, match="sort"):
         run_pipeline(state, strict=True)
 

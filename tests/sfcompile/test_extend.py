@@ -18,9 +18,10 @@ from sfcompile.errors import MeshError, OptionError, TopologyError
 from sfcompile.options import Options
 from sfcompile.passes import pipeline
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.passes.pipeline import Compiled, run_pipeline
 from sfcompile.passes.rules import rule as op_rules
 from sfcompile.passes.rules.rule import find_rule
+from sfcompile.passes.runner import Compiled, run_pipeline
+from sfcompile.passes.state import Asked
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 
@@ -30,12 +31,8 @@ def compiled(name: str, **options: object) -> tuple[list[Compiled], Callable[[],
     model, inputs = build_model(name)
     got = captured(model, *inputs)
     topology = Topology.grid(1, 2)
-    ranks = [
-        run_pipeline(
-            extend.State(got.gm, got.mode, topology, rank, shard_everything=True, split_batch=False, **options)
-        )  # type: ignore[arg-type]
-        for rank in range(2)
-    ]
+    asked = Asked(shard_everything=True, split_batch=False, **options)  # type: ignore[arg-type]
+    ranks = [run_pipeline(extend.State(got.gm, got.mode, topology, rank, asked)) for rank in range(2)]
 
     def right() -> bool:
         values = placeholder_values(got)
@@ -50,12 +47,11 @@ def test_passes_are_added_dropped_and_moved() -> None:
     seen: list[str] = []
 
     def count(state: extend.State) -> None:
-        assert state.local is not None
         seen.append(f"{len(state.local.graph.nodes)} nodes")
 
     with extend.scope():
         name = extend.register_pass(count, why="counts")
-        order = [entry for entry in extend.passes() if entry not in ("choose_axes", "schedule_puts")] + [name]
+        order = [entry for entry in extend.passes() if entry not in ("choose_axes", "order_puts")] + [name]
         ranks, right = compiled("joint", order=tuple(order))
         assert len(seen) == 2 and right()
         assert list(ranks[0].report.pass_seconds) == order
@@ -74,10 +70,8 @@ def test_a_pass_before_the_batch_split_runs_for_the_part_too() -> None:
         order = ["look", *extend.passes()]
         model, inputs = build_model("self")
         got = captured(model, *inputs)
-        state = extend.State(
-            got.gm, got.mode, Topology.grid(1, 4), 0, {"batch": 2, "ulysses": 2, "ring": 1}, order=tuple(order)
-        )
-        run_pipeline(state)
+        asked = Asked({"batch": 2, "ulysses": 2, "ring": 1}, order=tuple(order))
+        run_pipeline(extend.State(got.gm, got.mode, Topology.grid(1, 4), 0, asked))
     assert parts == [4, 2]
 
 
@@ -102,7 +96,7 @@ def test_a_schedule_is_planned_asked_for_and_run() -> None:
     with extend.scope():
         extend.register_schedule("lazy", lazy)
         assert Options.from_dict({"schedule": "lazy"}).schedule == "lazy"
-        ranks, right = compiled("joint", schedule_asked="lazy")
+        ranks, right = compiled("joint", schedule="lazy")
         assert ranks[0].report.schedule.startswith("lazy 2x1") and right()
         ranks, _ = compiled("joint")
         assert any("lazy 2x1" in table for table in ranks[0].report.plans)
@@ -118,7 +112,7 @@ def test_a_wrong_schedule_never_runs() -> None:
     with extend.scope():
         extend.register_schedule("deaf", deaf)
         with pytest.raises(MeshError, match="schedule='deaf' is not possible"):
-            compiled("joint", schedule_asked="deaf")
+            compiled("joint", schedule="deaf")
 
 
 def test_a_rule_is_for_one_library() -> None:

@@ -20,8 +20,8 @@ from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
-from sfcompile.passes.pipeline import run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
 from sfcompile.runtime.rank.session import Session
@@ -85,7 +85,7 @@ def fused(rank: int) -> dict[str, Any]:
     session = session_of()
     topology, ranks = session.topology, session.topology.num_ranks
     side, calls = _side_of(session, rank)
-    state = State(got.gm, got.mode, topology, rank, shard_everything=True, split_batch=False, parts=())
+    state = State(got.gm, got.mode, topology, rank, Asked(shard_everything=True, split_batch=False, parts=()))
     state.kernels = state.fuse_puts = True
     with torch.no_grad(), interpreting(Deadline(20.0)):
         compiled = run_pipeline(state)

@@ -16,11 +16,11 @@ from sfcompile.passes.analyse_tokens import analyse_tokens
 from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.graph.layout import Layout
 from sfcompile.passes.graph.local_graph import LocalGraph
-from sfcompile.passes.pipeline import Compiled, run_pipeline
 from sfcompile.passes.place_min_cut import place_min_cut
 from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.rewrite_local import rewrite_local
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import Compiled, run_pipeline
+from sfcompile.passes.state import Asked, Placement, State, Traffic
 from sfcompile.runtime.program.sites import AttentionSite, GatherSite, ReshardSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
@@ -181,17 +181,18 @@ def shard_of(value: torch.Tensor, layout: Layout, local: LocalGraph) -> torch.Te
     return taken.reshape(local.owners.local_shape(tuple(shape), layout, local.rank))
 
 
-def rewritten(got: Captured, seeds: Sequence[tuple[int, int]], ranks: int) -> tuple[Any, Any, list[LocalGraph]]:
-    """Shard a captured graph from seeds ``(input, dim)`` wherever a rule allows: placement, layouts, local graphs."""
+def rewritten(got: Captured, seeds: Sequence[tuple[int, int]], ranks: int) -> tuple[
+    Placement, list[Traffic], list[LocalGraph]
+]:  # fmt: skip
+    """Shard a captured graph from seeds ``(input, dim)`` wherever a rule allows; traffic and graph by rank."""
     inputs = [node for node in got.gm.graph.nodes if node.op == "placeholder"]
     tokens = analyse_tokens(got.gm.graph, [(inputs[i], dim) for i, dim in seeds])
     layouts = choose_layouts(tokens, [], ranks)
     topology = Topology.grid(1, ranks)
     placement = place_min_cut(got.gm.graph, tokens, layouts, topology, shard_everything=True)
     locals_ = [LocalGraph(got.mode, layouts.owners, rank, "test") for rank in range(ranks)]
-    for local in locals_:
-        rewrite_local(got.gm, tokens, layouts, placement, local)
-    return placement, layouts, locals_
+    traffic = [rewrite_local(got.gm, tokens, layouts, placement, local) for local in locals_]
+    return placement, traffic, locals_
 
 
 ANY: Sequence[str] = ("any op may be computed whole",)
@@ -234,13 +235,13 @@ def run_sharded(model: torch.nn.Module, inputs: Sequence[torch.Tensor], ranks: i
     def backend(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
         got = capture(gm, example)
         states = [
-            State(got.gm, got.mode, Topology.grid(1, ranks), rank, shard_everything=True, split_batch=False)
+            State(got.gm, got.mode, Topology.grid(1, ranks), rank, Asked(shard_everything=True, split_batch=False))
             for rank in range(ranks)
         ]
         compiled = [run_pipeline(state) for state in states]
         assert all(mine.order == compiled[0].order for mine in compiled)
         reports.append(compiled[0].report)
-        locals_ = [(mine.gm, state.local.sites) for mine, state in zip(compiled, states, strict=True) if state.local]
+        locals_ = [(mine.gm, state.local.sites) for mine, state in zip(compiled, states, strict=True)]
 
         def call(*full: Any) -> Any:
             given = [full[i] for i in got.tensor_inputs]

@@ -10,8 +10,8 @@ from sfcompile.passes.graph.cost import seconds
 from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.graph.stages import stages_of
-from sfcompile.passes.pipeline import run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -19,10 +19,8 @@ from sfcompile.runtime.program.topology import Topology
 def test_stages_are_the_nodes_that_talk(kernels: bool) -> None:
     model, inputs = build("joint")
     got, top = captured(model, *inputs), Topology.grid(1, 2)
-    state = State(
-        got.gm, got.mode, top, 0, shard_everything=True, split_batch=False, kernels=kernels, fuse_puts=kernels
-    )
-    compiled = run_pipeline(state)
+    asked = Asked(shard_everything=True, split_batch=False, kernels=kernels, fuse_puts=kernels)
+    compiled = run_pipeline(State(got.gm, got.mode, top, 0, asked))
     nodes = [node for node in compiled.gm.graph.nodes if node.target in COMMUNICATION]
     graph = stages_of(compiled.gm.graph, top)
     assert len(graph.stages) == len(nodes) > 0 and graph == compiled.report.stages

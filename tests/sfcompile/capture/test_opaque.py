@@ -8,8 +8,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sfcompile.passes.graph.cost import flops
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.passes.pipeline import run_pipeline
-from sfcompile.passes.state import State
+from sfcompile.passes.runner import run_pipeline
+from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -42,7 +42,7 @@ def test_its_work_is_counted_and_reported_as_replicated() -> None:
     got = captured(blockwise, *inputs())
     views = [view for view in map(OpView.of, got.gm.graph.nodes) if view is not None and view.name == "opaque"]
     assert sum(flops(view) for view in views) == 2 * 2 * 256 * 256 * 32
-    report = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0, shard_everything=True)).report
+    report = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0, Asked(shard_everything=True))).report
     assert any(left.op.startswith("streamfusion.opaque") and left.flops for left in report.left_behind)
     assert report.rank_flops[0] > 2 * 2 * 256 * 256 * 32
 
