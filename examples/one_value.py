@@ -18,7 +18,7 @@ from sfcompile.capture.graph import Captured, capture
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.lowering.rank_graph import run_passes
 from sfcompile.options import Options
-from sfcompile.passes.pipeline import Compiled
+from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
