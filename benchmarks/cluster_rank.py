@@ -31,8 +31,10 @@ from sfcompile.errors import StreamFusionError
 from sfcompile.passes import choose_schedules
 from sfcompile.passes.state import Asked
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.process_group import ProcessWorld
 from sfcompile.runtime.rank.session import get_session
+from sfcompile.runtime.rank.sides import Wires
 
 FORCED = ("torus", "ulysses", "ring", "usp")
 PAYLOAD = 1448 / 1514
@@ -153,7 +155,7 @@ class Rank:
                 continue
             report = last_report()
             assert report is not None
-            schedules: Any = [one for program in self.loaded for one in self.session._programs[program]]
+            schedules: Any = [one for program in self.loaded for one in self.session.programs[program]]
             across = sum(one.bytes_by_link(topology)[1] for one in schedules)
             key = repr([(one.title, one.mesh, one.site.geometry()) for one in schedules])
             yield Contender(name, run, key, report.schedule, across)
@@ -209,14 +211,15 @@ class Rank:
     @contextmanager
     def silence(self) -> Iterator[None]:
         """Communication replaced by nothing, on all ranks at once."""
-        session = self.session
+        session, side = self.session, self.session.side
+        assert isinstance(side, CpuSide)
         session.meet()
-        wires, session._transport = session._transport, Silence()
+        wires, side._wires = side._wires, Wires(Silence(), None)
         try:
             yield
         finally:
-            session._transport = wires
-            own = session._segments[session.rank]
+            side._wires = wires
+            own = side._segments[session.rank]
             assert own is not None
             own.done = session._finished  # what the epochs in between would have left behind
             session.meet()
@@ -353,7 +356,7 @@ class Rank:
         if contender != "ours":
             return
         # The same graph and plan with so little in every tensor that what is left is Python, dispatch and messages.
-        loaded: Any = [one for program in self.loaded for one in self.session._programs[program]]
+        loaded: Any = [one for program in self.loaded for one in self.session.programs[program]]
         parts = max(getattr(schedule.site, "parts", 1) for schedule in loaded)
         Asked.parts = (parts,) if parts > 1 else ()
         choose_schedules._WORTH = float("inf")

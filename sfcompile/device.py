@@ -74,7 +74,7 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
             "GPU ranks store into each other's memory through NVSHMEM; shared memory and TCP serve CPU ranks",
             "use transport='auto' or 'nvshmem'",
         )
-    if session.device_side is None:
+    if session.side.device.type == "cpu":
         nvshmem = Nvshmem(session.rank, session.topology.num_ranks, device, session.exchange)
         fill_device_state(nvshmem.bindings.cumodule_init)
 
@@ -82,7 +82,7 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
             library = _library(device, domains)
             return ReleaseKernel(session.rank, session.topology.num_ranks, device, domains, library=library)
 
-        session.use_device(NvshmemSide(nvshmem, session.topology, session.exchange, make_release))
+        session.use_side(NvshmemSide(nvshmem, session.topology, session.exchange, make_release))
 
 
 def engines_for(
@@ -97,16 +97,15 @@ def engines_for(
     sites = [schedule.site for schedule in every if isinstance(schedule.site, AttentionSite)]
     chosen, why = choose_attention(asked.attention, sites, device.type)
     line = f"{chosen} ({why})"
-    side = session.device_side
     made: dict[Schedule, KernelEngine] = {}
 
     def engine(schedule: Schedule) -> Engine | DeviceEngine | None:
         if chosen == "aten":
             return None
-        if side is None or device.type == "cpu":
+        if device.type == "cpu":
             rank = schedule.members(session.rank)[0]
             return InterpreterEngine(schedule, rank) if isinstance(schedule.site, AttentionSite) else None
-        domains = side.domains
+        domains = session.side.domains
         bounded = os.environ.get(DEBUG_KERNELS) == "1"
         # Sites of one geometry share their kernels and workspace: calls of a stream follow each other.
         if schedule not in made:

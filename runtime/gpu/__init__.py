@@ -1,7 +1,7 @@
 """One door for GPU ranks: NVSHMEM, streams, epochs that live on the device.
 
-Start in device_side.py: the GPU's half of the session's protocol. device_run.py is one call of
-one site, nvshmem.py the library's host side, transport.py puts by its host calls.
+Start in device_side.py: what runtime/rank/sides.py asks of the place where sites run, for GPUs. device_run.py is one
+call of one site by kernels, nvshmem.py the library's host side, transport.py puts by its host calls.
 
 May import: the leaves, runtime/program/, runtime/wires/ and runtime/rank/.
 """

@@ -18,7 +18,6 @@ import torch
 
 from sfcompile.runtime.rank.executor import BankView
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize
-from sfcompile.runtime.wires.transport import Transport
 
 
 class DeviceHeap(Protocol):
@@ -79,23 +78,6 @@ class Release(Protocol):
         """Every rank may overwrite the bank of the epoch in ``place`` and of those before."""
 
 
-class DeviceSide(Protocol):
-    """What a session needs of a GPU and of the ranks' way to each other's memory."""
-
-    @property
-    def domains(self) -> Sequence[int]:
-        """By rank of the job: ranks of equal number reach each other's memory by load and store."""
-
-    def make_runs(self, size: HeapSize, opened: int) -> tuple[DeviceRuns, Transport]:
-        """Collective: a new heap; what was open on the old one has ended. ``opened``: epochs so far.
-
-        The transport is for programs whose attention is ATen's.
-        """
-
-    def close(self, failed: bool) -> None:
-        """Leave; collective unless something failed."""
-
-
 class DeviceRuns:
     """The open calls of one rank, the device's epoch counter, and the stream of the puts.
 
@@ -146,7 +128,7 @@ class DeviceRuns:
 
 
 class DeviceRun:
-    """One call of one site; the phases are those of runtime/rank/executor.py's SiteRun.
+    """One call of one site; see Run in runtime/rank/sides.py.
 
     Attributes:
         blocked_s: 0: the host never waits.
@@ -185,3 +167,7 @@ class DeviceRun:
         """Fill ``out``."""
         self._runs.join()
         self._engine.gather(out, self._view)
+
+    def finish(self, epoch: int) -> None:
+        """Everything up to ``epoch`` has been read, as far as the main stream goes."""
+        self._runs.finish(epoch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -13,6 +13,7 @@ from sfcompile.runtime.program.instructions import Arrival, Attend, Chunk, Forwa
 from sfcompile.runtime.program.parts import cut_part, place_part
 from sfcompile.runtime.rank.attention_aten import Partial, attend, merge
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 from sfcompile.runtime.wires.transport import Source, Transport
 
 
@@ -68,31 +69,45 @@ class BankView(Protocol):
         """A view of a chunk."""
 
 
+class SiteCall(NamedTuple):
+    """A site begins, in a call of its program (calls.py).
+
+    Attributes:
+        program, site: numbers: which program of the session, which of its sites.
+        epoch: how-manieth site of the job this is to begin.
+        tag: of the program's call.
+    """
+
+    job_rank: int
+    program: int
+    site: int
+    plan: SchedulePlan
+    epoch: int
+    tag: int = 0
+
+
 class SiteRun:
     """One call of one site: its epoch, the local tensors, what was accumulated so far.
 
     Args:
+        transport: to the ranks of the schedule, numbered as there.
         kernel: runs the attend phase, and what it sees of the heaps; None: instruction by instruction, here.
-        tag: of the call (calls.py).
 
     Attributes:
         blocked_s: seconds spent waiting for peers (waits inside a kernel are not told apart).
+        output: None: what :meth:`collect` fills has no part yet.
     """
 
     def __init__(
-        self,
-        plan: SchedulePlan,
-        rank: int,
-        epoch: int,
-        bank: int,
-        heap: BankView,
-        transport: Transport,
-        kernel: tuple[Engine, KernelAccess] | None = None,
-        tag: int = 0,
+        self, call: SiteCall, heap: BankView, transport: Transport, kernel: tuple[Engine, KernelAccess] | None = None
     ) -> None:
+        plan, epoch = call.plan, call.epoch
+        rank, _ = plan.members(call.job_rank)
+        bank = epoch % NUM_BANKS
         self.plan = plan
         self.epoch = epoch
         self.blocked_s = 0.0
+        self.output: torch.Tensor | None = None
         self._rank = rank
         self._transport = transport
         self._program = plan.program(rank)
@@ -108,7 +123,7 @@ class SiteRun:
         self._bank, self._heap = bank, heap
         self._own: torch.Tensor | None = None
         self._joined: dict[tuple[str, tuple[int | None, ...], tuple[Chunk, ...]], torch.Tensor] = {}
-        transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()], tag)
+        transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()], call.tag)
 
     # ------------------------------------------------------------------ phases
 
@@ -138,6 +153,10 @@ class SiteRun:
         else:
             self._heap.chunk(self._bank, self._kernel[0].own_at[name], stays.shape, stays.dtype).copy_(stays)
             self._tensors[name, part] = stays[:0]
+
+    def put_fused(self, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
+        """:meth:`put` of what a row program makes of its sources: made before, no kernel does it here."""
+        self.put(phase, rows.compute(*sources))
 
     def attend(self, mask: torch.Tensor | None) -> None:
         """Run the attend phase: waits, ring hops, (Q, KV) pairs in their fixed order, outputs pushed home."""
@@ -206,6 +225,10 @@ class SiteRun:
             assert isinstance(step, Wait)
             self._wait(step)
             place_part(self.plan.site, out, self._views[step.slot], step.src, self._rank)
+
+    def finish(self, epoch: int) -> None:
+        """This rank has read everything of ``epoch`` and of all epochs before."""
+        self._transport.finish(epoch)
 
     # ------------------------------------------------------------------ steps
 

@@ -28,6 +28,7 @@ from sfcompile.errors import (
     UnsupportedError,
 )
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.sides import Wires
 from sfcompile.runtime.wires.c10d import C10dTransport
 from sfcompile.runtime.wires.direct import DirectTransport, require_x86
 from sfcompile.runtime.wires.symmetric_heap import (
@@ -40,7 +41,7 @@ from sfcompile.runtime.wires.symmetric_heap import (
 )
 from sfcompile.runtime.wires.tcp import TcpTransport
 from sfcompile.runtime.wires.tcp_links import connect
-from sfcompile.runtime.wires.transport import RoutedTransport, Transport, peer_failed
+from sfcompile.runtime.wires.transport import RoutedTransport, peer_failed
 from sfcompile.torch_private import job_store
 
 _log = logging.getLogger("sfcompile")
@@ -285,14 +286,14 @@ class ProcessWorld:
             unlink_shared(names[self.rank])
         return segments
 
-    def make_transport(self, segments: Sequence[Segment | None]) -> Transport:
+    def make_wires(self, segments: Sequence[Segment | None]) -> Wires:
         """Stores where memory is shared, messages elsewhere."""
         direct = [segment is not None and not self._messages_only for segment in segments]
         stores = None
         if any(direct):
             stores = DirectTransport(self.rank, segments, self._timeout_s, self._pids)
         messages = None if all(direct) else self._messages()
-        return RoutedTransport(stores, messages, direct)
+        return Wires(RoutedTransport(stores, messages, direct), stores)
 
     def close(self) -> None:
         """Close the wires, and the default group if it was made here."""

@@ -8,14 +8,15 @@ nothing of it, and without a recorder nothing is slower.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from sfcompile.runtime.program.instructions import Arrival, Attend
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.rank.executor import SiteRun
+from sfcompile.runtime.rank.engine import Engine, KernelAccess
+from sfcompile.runtime.rank.executor import BankView, SiteCall, SiteRun
 from sfcompile.runtime.wires.transport import Source, Transport
 
 
@@ -48,14 +49,6 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[Event] = []
 
-    def run_of(self, rank: int, topology: Topology, program: int, site: int) -> Callable[..., SiteRun]:
-        """Makes runs of a site that are recorded; takes what :class:`SiteRun` takes."""
-
-        def make(*args: Any) -> SiteRun:
-            return RecordedRun(self, rank, topology, program, site, *args)
-
-        return make
-
 
 active: Recorder | None = None
 """The recorder of this process, or None: nothing is recorded."""
@@ -67,24 +60,18 @@ class RecordedRun(SiteRun):
     def __init__(
         self,
         recorder: Recorder,
-        rank: int,
         topology: Topology,
-        program: int,
-        site: int,
-        plan: Any,
-        place: int,
-        epoch: int,
-        bank: int,
-        heap: Any,
-        wires: Transport,
-        *rest: Any,
+        call: SiteCall,
+        heap: BankView,
+        transport: Transport,
+        kernel: tuple[Engine, KernelAccess] | None,
     ) -> None:
         self._recorder = recorder
-        self._where = (program, site, epoch)
-        self._job_rank = rank
-        arrivals = {arrival.slot: arrival for arrival in plan.program(place).arrivals}
-        clocked = _Clocked(wires, self, arrivals, plan.members(rank)[1], topology)
-        super().__init__(plan, place, epoch, bank, heap, clocked, *rest)
+        self._where = (call.program, call.site, call.epoch)
+        self._job_rank = call.job_rank
+        rank, members = call.plan.members(call.job_rank)
+        arrivals = {arrival.slot: arrival for arrival in call.plan.program(rank).arrivals}
+        super().__init__(call, heap, _Clocked(transport, self, arrivals, members, topology), kernel)
 
     def note(self, lane: str, name: str, start_s: float, nbytes: int = 0, peer: int | None = None) -> None:
         """Record something that began at ``start_s`` and ends now."""
@@ -140,8 +127,9 @@ class _Clocked:
         self._members = members
         self._topology = topology
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._wires, name)
+    def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
+        """As the wires."""
+        self._wires.open(epoch, arrivals, tag)
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -160,3 +148,15 @@ class _Clocked:
         self._wires.wait(src, slot, epoch)
         peer = self._members[src]
         self._run.note("wait", f"{self._arrivals[slot].tensor} from rank {peer}", start, peer=peer)
+
+    def finish(self, epoch: int) -> None:
+        """As the wires."""
+        self._wires.finish(epoch)
+
+    def abort(self, text: str) -> None:
+        """As the wires."""
+        self._wires.abort(text)
+
+    def close(self) -> None:
+        """As the wires."""
+        self._wires.close()

@@ -162,7 +162,7 @@ class RoutedTransport:
     """Direct stores to ranks of this machine, messages to the others."""
 
     def __init__(self, direct: Transport | None, messages: Transport | None, is_direct: Sequence[bool]) -> None:
-        self.direct = self._direct = direct
+        self._direct = direct
         self._messages = messages
         self._is_direct = is_direct
 

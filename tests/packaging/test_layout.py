@@ -29,7 +29,7 @@ LEAVES = ("sfcompile/errors.py", "sfcompile/options.py", PRIVATE_TORCH)
 ROOMS: dict[str, tuple[str, ...]] = {
     "runtime/program": (),
     "runtime/wires": ("runtime/program",),
-    "runtime/rank": ("runtime/program", "runtime/wires", "runtime/gpu"),
+    "runtime/rank": ("runtime/program", "runtime/wires"),
     "runtime/gpu": ("runtime/program", "runtime/wires", "runtime/rank"),
     "codegen/schedule": ("runtime/program",),
     "codegen/proof": ("runtime/program", "runtime/wires", "codegen/schedule"),

@@ -56,7 +56,7 @@ def test_the_device_of_a_graph() -> None:
 
 
 def test_transports_that_do_not_reach_are_refused() -> None:
-    session: Any = SimpleNamespace(device_side=None)
+    session: Any = SimpleNamespace(side=SimpleNamespace(device=CPU))
     start(CPU, session, Options())
     with pytest.raises(OptionError, match="transport='nvshmem' with CPU ranks"):
         start(CPU, session, Options(transport="nvshmem"))
@@ -67,12 +67,11 @@ def test_transports_that_do_not_reach_are_refused() -> None:
 
 def test_engines_by_device_and_option() -> None:
     programs = {"p": [TORUS, GATHER, replace(TORUS)]}
-    session: Any = SimpleNamespace(rank=1, device_side=None)
+    session: Any = SimpleNamespace(rank=1, side=SimpleNamespace(domains=(0, 0)))
     found, line = engines_for(programs, CPU, session, Options())
     assert found == {"p": [None, None, None]} and line.startswith("aten (on CPU ranks")
     found, line = engines_for(programs, CPU, session, Options(attention="triton"))
     assert isinstance(found["p"][0], InterpreterEngine) and found["p"][1] is None and line == "triton (asked for)"
-    session.device_side = SimpleNamespace(domains=(0, 0))
     found, line = engines_for(programs, torch.device("cuda"), session, Options(attention="aten"))
     assert found == {"p": [None, None, None]}
 
@@ -86,7 +85,7 @@ def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(device, "KernelEngine", engine)
     monkeypatch.setenv(device.DEBUG_KERNELS, "1")
-    session: Any = SimpleNamespace(rank=0, device_side=SimpleNamespace(domains=(0, 0)))
+    session: Any = SimpleNamespace(rank=0, side=SimpleNamespace(domains=(0, 0)))
     found, line = engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options())
     assert found["p"][0] is found["p"][2] and len(made) == 2 and line.startswith("triton (puts, waits")
     assert all(kwargs == {"bounded": True} for _, kwargs in made)

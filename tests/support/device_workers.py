@@ -40,7 +40,7 @@ def _side_of(session: Session, rank: int) -> tuple[NvshmemSide, dict[str, Any]]:
         return ReleaseKernel(rank, topology.num_ranks, CPU, domains, calls)
 
     side = NvshmemSide(nvshmem, topology, session.exchange, make_release)
-    session.use_device(side)
+    session.use_side(side)
     return side, calls
 
 

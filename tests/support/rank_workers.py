@@ -94,7 +94,7 @@ def without_connections(rank: int, seed: int) -> dict[str, Any]:
     if rank == 1:
         tcp_links.own_address = no_address
     found = attention(rank, seed, "auto", 2)
-    found["wires"] = type(session_of()._transport._messages).__name__  # type: ignore[union-attr]
+    found["wires"] = type(session_of().side._wires.transport._messages).__name__  # type: ignore[attr-defined]
     return found
 
 

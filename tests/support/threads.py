@@ -17,9 +17,9 @@ import torch
 from sfcompile.errors import PeerFailedError, RuntimeTimeoutError
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import Session, close_session, use_session
+from sfcompile.runtime.rank.sides import Wires
 from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
-from sfcompile.runtime.wires.transport import Transport
 
 T = TypeVar("T")
 
@@ -70,9 +70,10 @@ class ThreadWorld:
         """Plain memory."""
         return self.exchange(local_segment(size), "make the heap")
 
-    def make_transport(self, segments: Sequence[Segment | None]) -> Transport:
+    def make_wires(self, segments: Sequence[Segment | None]) -> Wires:
         """Direct stores."""
-        return DirectTransport(self.rank, segments, self._meeting.timeout_s, None, self._delay)
+        stores = DirectTransport(self.rank, segments, self._meeting.timeout_s, None, self._delay)
+        return Wires(stores, stores)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -1,0 +1,118 @@
+"""Sites on CPU ranks: segments of memory, transports over them, and the executor (or a kernel in the interpreter)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sfcompile.errors import UnsupportedError
+from sfcompile.runtime.rank.engine import Engine, KernelAccess
+from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall, SiteRun
+from sfcompile.runtime.rank.sides import Wires, World, bank_room, run_on_host
+from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
+
+
+class CpuSide:
+    """A session's CPU. Of every world there is one: a process has one heap and one set of connections."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._generation = 0
+        self._size: HeapSize | None = None
+        self._segments: Sequence[Segment | None] = ()
+        self._wires: Wires | None = None
+        self._access: dict[tuple[int, ...], KernelAccess] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    @property
+    def domains(self) -> Sequence[int]:
+        """Ranks of a machine may share memory; none do with transport='c10d'."""
+        return self._world.topology.machine_of
+
+    @property
+    def size(self) -> HeapSize | None:
+        """Of every rank's segment."""
+        return self._size
+
+    def room(self, schedules: Sequence[SchedulePlan], engines: Sequence[Engine | None]) -> HeapSize:
+        """Slots and banks; nobody needs credits, who writes to a rank reads its ``done`` word."""
+        return bank_room(schedules, engines)
+
+    def make_heap(self, size: HeapSize, epoch: int) -> None:
+        """Collective: new segments, and wires over them.
+
+        Raises:
+            HeapError: no room for them; the old ones stay.
+        """
+        if self._wires is not None:
+            self._wires.transport.finish(epoch)
+        self._make_heap(size, epoch)
+
+    def _make_heap(self, size: HeapSize, epoch: int) -> None:
+        if self._wires is not None:
+            self._wires.transport.close()
+        self._generation += 1
+        with torch.inference_mode(False):  # a heap made in it could be written in it only
+            self._segments = self._world.make_segments(size, self._generation)
+        self._size = size
+        own = self._segments[self._world.rank]
+        assert own is not None
+        own.done = epoch
+        self._connect()
+
+    def _connect(self) -> None:
+        self._access.clear()
+        self._wires = self._world.make_wires(self._segments)
+
+    def open(self, call: SiteCall, engine: Engine | None) -> SiteRun:
+        """Begin a call: the host runs it, or ``engine`` its attend phase.
+
+        Raises:
+            UnsupportedError: an engine, and heaps that its kernels cannot reach.
+        """
+        own = self._segments[self._world.rank]
+        assert own is not None and self._wires is not None
+        _, members = call.plan.members(call.job_rank)
+        kernel = None if engine is None else (engine, self._kernel_access(members))
+        return run_on_host(call, self._world.topology, own, self._wires.transport, kernel)
+
+    def _kernel_access(self, members: tuple[int, ...]) -> KernelAccess:
+        assert self._wires is not None
+        if self._wires.stores is None:
+            raise UnsupportedError(
+                "attention='triton' runs on CPU ranks with transport='c10d'",
+                "generated kernels store straight into the heaps of other ranks",
+                "use transport='auto' or 'shm', or attention='aten'",
+                rank=self._world.rank,
+            )
+        if members not in self._access:
+            self._access[members] = KernelAccess(members, self._segments, self._wires.stores)
+        return self._access[members]
+
+    def restart(self, epoch: int) -> None:
+        """Collective: new connections, and segments that no failed call has written to and that carry no notice."""
+        self._world.reset()
+        if self._size is not None:
+            self._make_heap(self._size, epoch)
+
+    def rewire(self) -> None:
+        """New wires over the same segments."""
+        if self._wires is not None:
+            self._wires.transport.close()
+            self._connect()
+
+    def abort(self, notice: str) -> None:
+        """Write the notice into every segment in reach, close connections to the others."""
+        if self._wires is not None:
+            self._wires.transport.abort(notice)
+
+    def close(self, failed: bool) -> None:
+        """Never blocks on a peer."""
+        if self._wires is not None:
+            self._wires.transport.close()
+        self._wires, self._segments, self._size = None, (), None

@@ -1,0 +1,184 @@
+"""What a session stands on: how its ranks meet (a world), and where its sites run (a side: CPUs, or a GPU).
+
+The session counts epochs and knows which calls are open; a side owns the heap and makes the runs of single calls. Both
+sides are behind these protocols: cpu_side.py, and runtime/gpu/device_side.py for GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank import recorder
+from sfcompile.runtime.rank.engine import Engine, KernelAccess
+from sfcompile.runtime.rank.executor import BankView, SchedulePlan, SiteCall, SiteRun
+from sfcompile.runtime.wires.direct import DirectTransport
+from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
+from sfcompile.runtime.wires.transport import GroupTransport, Transport
+
+_ALIGN = 4096
+
+
+class Wires(NamedTuple):
+    """What carries chunks on CPUs.
+
+    Attributes:
+        transport: reaches every rank.
+        stores: the part of it that stores into other ranks' heaps, as kernels do; None: messages only.
+    """
+
+    transport: Transport
+    stores: DirectTransport | None
+
+
+class World(Protocol):
+    """How ranks find each other: processes of a job, or threads of a test."""
+
+    rank: int
+    topology: Topology
+
+    def make_segments(self, size: HeapSize, generation: int) -> Sequence[Segment | None]:
+        """Collective: a new segment on every rank; those this rank can reach, by rank."""
+
+    def make_wires(self, segments: Sequence[Segment | None]) -> Wires:
+        """What carries chunks between the segments."""
+
+    def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
+        """Collective: every rank's value, by rank; ``doing`` says in an error what the ranks do together."""
+
+    def reconfigure(self, transport: str, timeout_s: float) -> bool:
+        """Take the options of a later compile; whether the wires must be made anew for them."""
+
+    def announce(self, text: str) -> None:
+        """Leave a failure notice where ranks of every machine find it."""
+
+    def reset(self) -> None:
+        """Collective: forget failure notices and make new connections."""
+
+    def close(self) -> None:
+        """Release what the world holds."""
+
+
+class SiteEngine(Protocol):
+    """What runs phases of a site as kernels. The rest of it is between the side and who made the engine for it."""
+
+    @property
+    def bank_bytes(self) -> int:
+        """Bytes of a bank: the schedule's slots and what the kernels keep beside them."""
+
+
+EngineT = TypeVar("EngineT", bound=SiteEngine, contravariant=True)
+
+
+class Run(Protocol):
+    """One call of one site, phase by phase.
+
+    Attributes:
+        epoch: of the call.
+        blocked_s: seconds that the host has spent waiting for peers.
+        output: the tensor that :meth:`collect` completes, if there is one already: kernels wrote a part of it.
+    """
+
+    epoch: int
+    blocked_s: float
+    output: torch.Tensor | None
+
+    def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
+        """A put phase, of one part of the tokens or (-1) of all."""
+
+    def put_fused(self, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
+        """:meth:`put` of what a row program (codegen/rows/rows.py) makes of its sources."""
+
+    def attend(self, mask: torch.Tensor | None) -> None:
+        """The attend phase."""
+
+    def collect(self, out: torch.Tensor, part: int = -1) -> bool:
+        """The collect phase, of one part of the tokens or (-1) of all; whether everything has been collected."""
+
+    def gather(self, out: torch.Tensor) -> None:
+        """The end of an all-gather."""
+
+    def finish(self, epoch: int) -> None:
+        """Tell all ranks that this one has read everything of ``epoch`` and of all epochs before."""
+
+
+class Side(Protocol[EngineT]):
+    """Where a rank's sites run: its heap, and calls on it. At most two calls are open at a time.
+
+    Epochs are given to a side because it may have to write them into a new heap: nothing of them lies there any more.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors of sites lie."""
+
+    @property
+    def domains(self) -> Sequence[int]:
+        """By rank of the job: only ranks of equal number may reach each other's memory by load and store."""
+
+    @property
+    def size(self) -> HeapSize | None:
+        """Of the heap; None: there is none yet, or no longer."""
+
+    def room(self, schedules: Sequence[SchedulePlan], engines: Sequence[EngineT | None]) -> HeapSize:
+        """The heap that a program needs; ``engines`` by site, None: the executor runs it."""
+
+    def make_heap(self, size: HeapSize, epoch: int) -> None:
+        """Collective: a heap in place of the old one; all calls up to ``epoch`` have ended and no other is open."""
+
+    def open(self, call: SiteCall, engine: EngineT | None) -> Run:
+        """Begin a call."""
+
+    def restart(self, epoch: int) -> None:
+        """Collective: after a failure drop all calls, which had epochs up to ``epoch``, and connect anew.
+
+        Raises:
+            UnsupportedError: this side cannot.
+        """
+
+    def rewire(self) -> None:
+        """The world's options have changed: make anew what depends on them."""
+
+    def abort(self, notice: str) -> None:
+        """This rank failed: wake whoever waits for it."""
+
+    def close(self, failed: bool) -> None:
+        """Release heap and wires; nothing collective if something ``failed``."""
+
+
+def aligned(nbytes: int) -> int:
+    """Up to whole pages."""
+    return -(-nbytes // _ALIGN) * _ALIGN
+
+
+def bank_room(schedules: Sequence[SchedulePlan], engines: Sequence[SiteEngine | None]) -> HeapSize:
+    """What every side needs for a program: slots for each site, bytes for its chunks and for what its kernels keep."""
+    slots = max((len(schedule.slots) for schedule in schedules), default=0)
+    sizes = [schedule.heap_bytes for schedule in schedules]
+    sizes += [engine.bank_bytes for engine in engines if engine is not None]
+    return HeapSize(slots, aligned(max(sizes, default=0)))
+
+
+def run_on_host(
+    call: SiteCall,
+    topology: Topology,
+    heap: BankView,
+    transport: Transport,
+    kernel: tuple[Engine, KernelAccess] | None = None,
+) -> SiteRun:
+    """A call whose steps the host takes one by one; it is recorded if a recorder is active.
+
+    Args:
+        heap: this rank's own segment.
+        transport: of the job.
+        kernel: runs the attend phase, and what it sees of the heaps.
+    """
+    _, members = call.plan.members(call.job_rank)
+    everyone = members == tuple(range(topology.num_ranks))
+    wires = transport if everyone else GroupTransport(transport, members)
+    if recorder.active is not None:
+        return recorder.RecordedRun(recorder.active, topology, call, heap, wires, kernel)
+    return SiteRun(call, heap, wires, kernel)
