@@ -155,4 +155,4 @@ def without_last_put(schedule: Schedule) -> Schedule:
     """The same, but nobody sends its last part of V."""
     phases = dict(schedule.origin.phases)
     phases["put_v"] = phases["put_v"][:-1]
-    return replace(schedule, origin=RankProgram(0, phases, schedule.origin.arrivals), _programs={}, _counts={})
+    return replace(schedule, origin=RankProgram(0, phases, schedule.origin.arrivals))

@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from sfcompile.runtime.program.sites import AttentionSite, Positions
+from sfcompile.runtime.program.intervals import Positions
+from sfcompile.runtime.program.sites import AttentionSite
 
 T = TypeVar("T")
 KINDS = ("ok", "FAIL", "skip", "MISS", "note")

@@ -20,7 +20,8 @@ from sfcompile.codegen.kernels.text import entry_name
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.loader import load_source, resident_programs
 from sfcompile.errors import CodegenError
-from sfcompile.runtime.program.sites import AttentionSite, Positions, count
+from sfcompile.runtime.program.intervals import Positions, count
+from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 _ALIGN = 256

@@ -18,7 +18,6 @@ import torch
 from hello import DiT
 
 from sfcompile import extend
-from sfcompile.runtime.program.sites import GatherSite
 
 ops, aten = torch.ops.streamfusion, torch.ops.aten
 
@@ -27,12 +26,12 @@ def gathers_in_bf16(state: extend.State) -> None:
     """Cast a shard before it is gathered, and the whole value after: the site's dtype follows, so its schedule does."""
     graph, sites = state.local.graph, state.local.sites
     for start in list(graph.nodes):
-        if start.target is not ops.gather_start.default or not isinstance(sites[start.args[3]], GatherSite):
+        if start.target is not ops.exchange_start.default or not sites[start.args[3]].is_gather:
             continue
         shard, ticket, program, site = start.args
         if sites[site].dtype is not torch.float32:
             continue
-        finish = next(user for user in start.users if user.target is ops.gather_finish.default)
+        finish = next(user for user in start.users if user.target is ops.exchange_finish.default)
         whole = next(user for user in finish.users if user.args[1] == 0)
         with graph.inserting_before(start):
             small = graph.call_function(aten._to_copy.default, (shard,), {"dtype": torch.bfloat16})

@@ -16,20 +16,20 @@ from hello import DiT
 
 from sfcompile import extend
 from sfcompile.codegen.proof.checker import check
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.chunk_flow import ChunkFlow
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import MeshError, ScheduleError
 from sfcompile.runtime.program.instructions import Wait
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 
 
-def prompt(site: AttentionSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:
+def prompt(site: AttentionSite, mesh: Mesh, q_parts: int = 1, kv_parts: int = 1) -> AttentionSchedule:
     """The attend phase is ours; which chunks travel where is ChunkFlow's."""
     if mesh.ring > 1:
         raise MeshError(f"prompt splits heads only, and the mesh has a ring of {mesh.ring}")
-    flow = ChunkFlow(site, mesh, q_pieces, kv_pieces)
+    flow = ChunkFlow(site, mesh, q_parts, kv_parts)
     queries = flow.all_queries()  # own first
     *early, last = flow.keys(range(flow.groups), hops=[0])
     steps = [flow.wait_query(q) for q in queries if q.src != 0]
@@ -43,7 +43,7 @@ def prompt(site: AttentionSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 
     return flow.schedule("prompt", steps, staged=True)
 
 
-def hasty(site: AttentionSite, mesh: Mesh) -> Schedule:
+def hasty(site: AttentionSite, mesh: Mesh) -> AttentionSchedule:
     """The same with a mistake: it does not wait for the last chunk of keys."""
     made = prompt(site, mesh)
     attend = list(made.origin.phases["attend"])

@@ -17,9 +17,8 @@ from sfcompile.codegen.rows.op_table import OPS, POINTWISE, VIEWS
 from sfcompile.codegen.rows.row_ops import FREE, compile_rows
 from sfcompile.codegen.rows.rows import CannotFollowError, RowProgram, name_of
 from sfcompile.passes.state import State
+from sfcompile.runtime.program.phases import PUTS
 from sfcompile.runtime.rank.ops import PUT_FUSED, ROW_PROGRAMS
-
-_PUTS = ("put_q", "put_k", "put_v")
 
 
 def run(state: State) -> None:
@@ -31,7 +30,7 @@ def run(state: State) -> None:
 def fuse_puts(graph: fx.Graph) -> tuple[int, int]:
     """Fuse what can be fused. Returns the number of fused puts and of all puts of q, k and v."""
     position = {node: i for i, node in enumerate(graph.nodes)}
-    puts = [node for node in graph.nodes if _phase(node) in _PUTS]
+    puts = [node for node in graph.nodes if _phase(node) in PUTS.values()]
     fused = 0
     for put in puts:
         root, ticket, program, site, *part = put.args

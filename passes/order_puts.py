@@ -16,10 +16,8 @@ from torch import fx
 from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.graph.op_view import is_getitem
 from sfcompile.passes.state import State
+from sfcompile.runtime.program.phases import ENDS, STARTS
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
-
-_STARTS = ("put_q", "put_k", "put_v", "gather_start")
-_ENDS = ("collect", "gather_finish")
 
 
 def run(state: State) -> None:
@@ -43,7 +41,7 @@ def order_puts(graph: fx.Graph) -> int:
     opened: fx.Node = start
     for i, site in enumerate(sites):
         free = _last_pick(sites[i - NUM_BANKS][-1]) if i >= NUM_BANKS else start
-        moved = [_hoist(graph, node, max(free, opened)) for node in site if _kind(node) in _STARTS]
+        moved = [_hoist(graph, node, max(free, opened)) for node in site if _kind(node) in STARTS]
         opened = min(moved)
     _tie(graph, nodes, start)
     return len(nodes)
@@ -65,7 +63,7 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
       site i has been read.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
-    ends = {node: i + 1 for i, node in enumerate(node for node in nodes if _kind(node) in _ENDS)}
+    ends = {node: i + 1 for i, node in enumerate(node for node in nodes if _kind(node) in ENDS)}
     closed = [max(ends[node] for node in site if node in ends) for site in sites]
     site_of = {node: i for i, site in enumerate(sites) for node in site}
     opened = [(0, 0)] * len(sites)
@@ -79,7 +77,7 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
         elif node in site_of:
             i = site_of[node]
             earlier = [group[other] for other in sites[i] if other in group]
-            if _kind(node) in _STARTS:
+            if _kind(node) in STARTS:
                 free = (closed[i - NUM_BANKS], 0) if i >= NUM_BANKS else (0, 0)
                 mine = max(mine, free, opened[i - 1] if i else (0, 0))
                 opened[i] = min([mine, *earlier])
@@ -108,10 +106,10 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
                 placed.add(node)
                 order.append(node)
 
-    urgency = {"put_v": 0, "put_k": 1, "put_q": 2, "gather_start": 3}
+    urgency = {"put_v": 0, "put_k": 1, "put_q": 2, "exchange_start": 3}
     pending: list[fx.Node] = []
     for key in sorted(members):
-        starts = [node for node in members[key] if node in site_of and _kind(node) in _STARTS]
+        starts = [node for node in members[key] if node in site_of and _kind(node) in STARTS]
         starts.sort(key=lambda node: (site_of[node], urgency[_kind(node)], position[node]))
         attends = [node for node in members[key] if node in site_of and _kind(node) == "attend"]
         for node in [*(node for node in members[key] if node in ends), *starts]:
@@ -193,7 +191,7 @@ def _tie(graph: fx.Graph, nodes: list[fx.Node], start: fx.Node) -> None:
     for node in sorted(nodes):
         node.update_arg(_argument(node, "ticket"), current)
         current = node
-        if _kind(node) in _ENDS:
+        if _kind(node) in ENDS:
             with graph.inserting_after(node):
                 current = graph.call_function(operator.getitem, (node, 1))
             current.meta["val"] = node.meta["val"][1]

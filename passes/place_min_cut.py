@@ -20,8 +20,8 @@ optimum and not a heuristic:
     g(v) -> u    infinite                 a reader u on R forces "read whole"
     g(v) -> sink infinite                 some reader needs v whole whatever its side
 
-A reader on S that needs v under another layout, or a window of it (the halo of a convolution), gets it by a reshard of
-its maker's shards; its seconds are added to t(maker). If the reader ends on R they were counted in vain: an upper
+A reader on S that needs v under another layout, or a window of it (the halo of a convolution), gets it by an exchange
+of its maker's shards; its seconds are added to t(maker). If the reader ends on R they were counted in vain: an upper
 bound, so that a halo is taken only where it is cheaper than the gather.
 
 If everything shall be sharded, c(w) is out of reach for products, and so is the part of them that the busiest rank
@@ -40,7 +40,7 @@ import networkx as nx
 from torch import fx
 
 from sfcompile.passes.choose_schedules import choose_schedules
-from sfcompile.passes.graph.cost import flops, gather_seconds, reshard_fraction, seconds
+from sfcompile.passes.graph.cost import exchange_fraction, flops, gather_seconds, seconds
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Ownership, Window
 from sfcompile.passes.graph.op_view import OpView, is_getitem, is_tensor
 from sfcompile.passes.state import Layouts, Placement, State, Tokens, maker_of
@@ -202,7 +202,7 @@ class _Network:
                         self._edge(gather, self._ids[user] if movable else 1, None)
                         if need is not None and made is not None and not _agree(chosen.owners, need, made):
                             self._share[maker] += gather_seconds(
-                                value, self._topology, reshard_fraction(chosen.owners, made, need)
+                                value, self._topology, exchange_fraction(chosen.owners, made, need)
                             )
                         read = True
             elif not is_getitem(user):

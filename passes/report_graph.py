@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import fx
 
 from sfcompile.errors import source_line
-from sfcompile.passes.graph.cost import flops, is_view, nbytes, reshard_fraction
+from sfcompile.passes.graph.cost import exchange_fraction, flops, is_view, nbytes
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import is_getitem
 from sfcompile.passes.graph.stages import stages_of
@@ -116,7 +116,7 @@ def _list_whole_ops(state: State, report: GraphReport) -> None:
 def _moved(value: fx.Node, need: Layout | Window, owners: Ownership, made: Layout) -> Left:
     kind = "halo" if isinstance(need, Window) else "another cut" if need.dim == made.dim else "another dim"
     row = _left(value, f"{kind}, read by {', '.join(user.name for user in list(value.users)[:3])}", 0.0)
-    return replace(row, nbytes=int(nbytes(value) * reshard_fraction(owners, made, need) * (owners.num_ranks - 1)))
+    return replace(row, nbytes=int(nbytes(value) * exchange_fraction(owners, made, need) * (owners.num_ranks - 1)))
 
 
 def _share(owners: Ownership, layout: Layout, rank: int) -> float:

@@ -3,7 +3,7 @@
 Constants are not patched in place: every sharded op is written anew by its rule, from this rank's operands, so view
 sizes, expands and slice bounds are this rank's own and uneven shards are exact. Values are kept whole, as shards, or
 both; a whole value is made from shards by an all-gather, a shard from a whole value by slicing or from other shards by
-a reshard (halos, other cuts, another dim), each at most once.
+an exchange (halos, other cuts, another dim), each at most once.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _Rewriter:
             if value in self._made and value not in self._whole:
                 assert made is not None
                 self.traffic.moves.append((value, need))
-                self._cuts[key] = self._local.reshard(self._made[value][0], made, need, shape_of(value))
+                self._cuts[key] = self._local.exchange(self._made[value][0], made, need, shape_of(value))
             elif isinstance(need, Window):
                 self._cuts[key] = self._local.window(self.whole(value), need)
             else:
@@ -114,14 +114,14 @@ class _Rewriter:
             elif node in self._placement.needs:
                 self._sharded(node)
             elif is_getitem(node) and node.args[0] in self._made:
-                pieces = [
+                outputs = [
                     view.getitem(made, node.args[1])
                     for view, made in zip(self._views, self._made[node.args[0]], strict=True)
                 ]
                 if 0 in shape_of(node):  # no tokens: the same empty value on every rank
-                    self._whole[node] = pieces[0]
+                    self._whole[node] = outputs[0]
                 else:
-                    self._made[node] = pieces
+                    self._made[node] = outputs
                     self._check(node)
             else:
                 self._copy(node)

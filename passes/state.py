@@ -23,7 +23,7 @@ from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import FakeMode, OpView, is_getitem, shape_of
 from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.rules.rule import Rule
-from sfcompile.runtime.program.sites import AttentionSite, GatherSite, ReshardSite
+from sfcompile.runtime.program.sites import AnySite, AttentionSite
 from sfcompile.runtime.program.topology import Topology
 
 Agree = Callable[[Callable[[], Any]], Any]
@@ -146,10 +146,10 @@ class Choices:
     parts: int = 1
     whole: Choices | None = None
 
-    def schedule(self, site: AttentionSite | GatherSite | ReshardSite) -> Schedule:
+    def schedule(self, site: AnySite) -> Schedule:
         """The schedule of a site of this graph."""
         if not isinstance(site, AttentionSite):
-            return build("gather", site, Mesh.of(self.topology, 1, self.topology.num_ranks))
+            return build("exchange", site, Mesh.of(self.topology, 1, self.topology.num_ranks))
         return self.plans[site.geometry()].best.schedule(site, self.topology)
 
     @property
@@ -180,18 +180,18 @@ class Group:
 
     gm: fx.GraphModule
     program: str
-    sites: tuple[AttentionSite | GatherSite | ReshardSite, ...]
+    sites: tuple[AnySite, ...]
     groups: tuple[tuple[int, ...], ...]
     share: float
     num_machines: int
     left: dict[fx.Node, tuple[OpView, str]]
     notes: tuple[str, ...]
 
-    def schedule(self, site: AttentionSite | GatherSite | ReshardSite) -> Schedule:
+    def schedule(self, site: AnySite) -> Schedule:
         """The schedule of one of ``sites``: ranks of equal place in their groups hold equal shards."""
         count = len(self.groups)
         peers = tuple(zip(*self.groups, strict=True))
-        return replace(build("gather", site, Mesh(1, count, tuple(range(count)))), groups=peers)
+        return replace(build("exchange", site, Mesh(1, count, tuple(range(count)))), groups=peers)
 
 
 @dataclass

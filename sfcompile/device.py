@@ -14,6 +14,7 @@ from sfcompile.codegen.engines.choice import choose_attention
 from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.loader import fill_device_state
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
@@ -22,7 +23,6 @@ from sfcompile.options import Options
 from sfcompile.runtime.gpu.device_run import DeviceEngine
 from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
-from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.engine import Engine
 from sfcompile.runtime.rank.session import Session
@@ -94,7 +94,7 @@ def engines_for(
         CodegenError, UnsupportedError: generated kernels were asked for and cannot be had.
     """
     every = [schedule for schedules in programs.values() for schedule in schedules]
-    sites = [schedule.site for schedule in every if isinstance(schedule.site, AttentionSite)]
+    sites = [schedule.site for schedule in every if isinstance(schedule, AttentionSchedule)]
     chosen, why = choose_attention(asked.attention, sites, device.type)
     line = f"{chosen} ({why})"
     made: dict[Schedule, KernelEngine] = {}
@@ -104,7 +104,7 @@ def engines_for(
             return None
         if device.type == "cpu":
             rank = schedule.members(session.rank)[0]
-            return InterpreterEngine(schedule, rank) if isinstance(schedule.site, AttentionSite) else None
+            return InterpreterEngine(schedule, rank) if isinstance(schedule, AttentionSchedule) else None
         domains = session.side.domains
         bounded = os.environ.get(DEBUG_KERNELS) == "1"
         # Sites of one geometry share their kernels and workspace: calls of a stream follow each other.

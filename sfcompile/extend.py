@@ -104,7 +104,7 @@ def register_schedule(name: str, builder: Builder) -> None:
     """Make a schedule a candidate of the planner, and a value of the option ``schedule``.
 
     Args:
-        builder: ``(site, mesh, q_pieces, kv_pieces) -> Schedule``; raises MeshError for what it cannot do. The
+        builder: ``(site, mesh, q_parts, kv_parts) -> Schedule``; raises MeshError for what it cannot do. The
             schedule's ``kind`` must be ``name``.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 
 from sfcompile.codegen.kernels.spec import tiles_for
 from sfcompile.codegen.kernels.tables import make_tables
-from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.errors import CodegenError, StreamFusionError
 from sfcompile.runtime.program.instructions import Forward, Push
 from sfcompile.runtime.rank.engine import KernelAccess
@@ -27,7 +27,7 @@ class InterpreterEngine:
         CodegenError: Triton is not installed.
     """
 
-    def __init__(self, schedule: Schedule, rank: int) -> None:
+    def __init__(self, schedule: AttentionSchedule, rank: int) -> None:
         try:
             import triton  # noqa: F401
         except ImportError as error:

@@ -12,13 +12,14 @@ from sfcompile.codegen.engines.launch import AttendKernel, HeapView, mask_kind
 from sfcompile.codegen.engines.transfers import TransferKernels
 from sfcompile.codegen.kernels.tables import make_tables
 from sfcompile.codegen.rows.rows import RowProgram
+from sfcompile.codegen.schedule.attention import AttentionSchedule
+from sfcompile.codegen.schedule.exchange import ExchangeSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.instructions import Forward, Push, Put
-from sfcompile.runtime.program.sites import AttentionSite
 
 
 class KernelEngine:
-    """Puts, attention, collects and gathers of a site as generated kernels.
+    """Puts, attention, collects and exchanges of a site as generated kernels.
 
     Args:
         job_rank: rank of the job; a schedule that runs in several groups is seen from its group.
@@ -44,9 +45,10 @@ class KernelEngine:
         self._library, self._calls = library, calls
         self._attention: dict[tuple[str, bool], AttendKernel] = {}
         self._transfer: TransferKernels | None = None
-        if isinstance(schedule.site, AttentionSite):
+        if isinstance(schedule, AttentionSchedule):
             self._bank_bytes = make_tables(schedule, self._rank, 64, self._domains).bank_bytes
         else:
+            assert isinstance(schedule, ExchangeSchedule)
             self._transfer = TransferKernels(schedule, self._rank, device, self._domains, calls, library, bounded)
             self._bank_bytes = self._transfer.bank_bytes
         receivers = sorted({self._members[dst] for dst in self._receivers()})
@@ -79,7 +81,7 @@ class KernelEngine:
         return HeapView(table, place, self._receivers_table)
 
     def put(self, name: str, tensor: torch.Tensor, view: HeapView) -> None:
-        """Send "q", "k", "v", or "x" of a gather."""
+        """Send "q", "k", "v", or "x" of an exchange."""
         if self._transfer is not None:
             self._transfer.put(tensor, view)
         else:
@@ -102,10 +104,10 @@ class KernelEngine:
         """Fill in the other ranks' heads as they come home."""
         self._kernel(("none", True)).collect(out, view)
 
-    def gather(self, out: torch.Tensor, view: HeapView) -> None:
-        """The end of a gather or reshard."""
+    def receive(self, out: torch.Tensor, view: HeapView) -> None:
+        """The end of an exchange."""
         assert self._transfer is not None
-        self._transfer.gather(out, view)
+        self._transfer.receive(out, view)
 
     def check(self) -> None:
         """Raise what a debug build's waits reported; synchronises with the device.
@@ -120,6 +122,7 @@ class KernelEngine:
 
     def _kernel(self, kind: tuple[str, bool]) -> AttendKernel:
         if kind not in self._attention:
+            assert isinstance(self._schedule, AttentionSchedule)
             changes = {"bounded": self._bounded}
             self._attention[kind] = AttendKernel(
                 self._schedule, self._rank, self._device, self._domains, kind, calls=self._calls,

@@ -16,10 +16,10 @@ from sfcompile.codegen.kernels.tables import KernelTables, make_tables
 from sfcompile.codegen.kernels.text import entry_name
 from sfcompile.codegen.rows.elements import block_of
 from sfcompile.codegen.rows.rows import FUSED_OPTIONS, RowProgram
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.loader import link_options, load_source, resident_programs
 from sfcompile.errors import RuntimeTimeoutError
-from sfcompile.runtime.program.sites import AttentionSite
 
 MASK_KINDS = {False: "key", True: "full"}
 MOVE_PROGRAMS = 32
@@ -64,7 +64,7 @@ class AttendKernel:
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: AttentionSchedule,
         rank: int,
         device: torch.device,
         machine_of: tuple[int, ...] | None = None,
@@ -75,7 +75,6 @@ class AttendKernel:
         library: Path | None = None,
         **changes: Any,
     ) -> None:
-        assert isinstance(schedule.site, AttentionSite)
         self.schedule, self.rank, self.site = schedule, rank, schedule.site
         arch = architecture(device)
         spec = spec_of(schedule, arch, machine_of, mask, **changes)

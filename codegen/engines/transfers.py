@@ -1,8 +1,7 @@
-"""A rank's generated kernels for gathers and reshards, and for credits, ready to launch."""
+"""A rank's generated kernels for exchanges, and for credits, ready to launch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,18 @@ from sfcompile.codegen.kernels.chunks import (
 )
 from sfcompile.codegen.kernels.reach import reach_of
 from sfcompile.codegen.kernels.text import entry_name
-from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.codegen.schedule.exchange import ExchangeSchedule
 from sfcompile.codegen.toolchain.loader import link_options, load_source
+from sfcompile.runtime.program.chunks import cut_chunk, place_chunk
 from sfcompile.runtime.program.instructions import Put, Wait
-from sfcompile.runtime.program.parts import cut_part, place_part
-from sfcompile.runtime.program.sites import GatherSite, ReshardSite
+from sfcompile.runtime.program.phases import EXCHANGE_FINISH, EXCHANGE_START
+from sfcompile.runtime.program.sites import align, nbytes
 
 _ALIGN = 128
 
 
 class TransferKernels:
-    """One rank's side of a gather or a reshard: parts are packed and placed by torch, bytes moved by kernels.
+    """One rank's side of an exchange: chunks are packed and placed by torch, bytes moved by kernels.
 
     Args:
         rank: of the mesh.
@@ -42,7 +42,7 @@ class TransferKernels:
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: ExchangeSchedule,
         rank: int,
         device: torch.device,
         machine_of: Sequence[int] | None = None,
@@ -50,7 +50,6 @@ class TransferKernels:
         library: Path | None = None,
         bounded: bool = False,
     ) -> None:
-        assert isinstance(schedule.site, GatherSite | ReshardSite)
         self.schedule, self.rank, self.site, self._device = schedule, rank, schedule.site, device
         machines = machine_of or (0,) * schedule.mesh.num_ranks
         self.spec = ChunkSpec(reach_of(machines), bounded)
@@ -59,33 +58,33 @@ class TransferKernels:
         self._receive = _kernel("receive", receive_source(self.spec), self.spec, device, calls)
         program = schedule.program(rank)
         # As in codegen/kernels/tables.py: what has no bytes is neither sent nor awaited.
-        steps, waits = program.phases["gather_start"], program.phases["gather_finish"]
+        steps, waits = program.phases[EXCHANGE_START], program.phases[EXCHANGE_FINISH]
         self._puts = [step for step in steps if isinstance(step, Put) and 0 not in self._shape(rank, step.dst)]
         self._waits = [step for step in waits if isinstance(step, Wait) and 0 not in self._shape(step.src, rank)]
         self._own: torch.Tensor | None = None
-        sends, end = [], _align(schedule.heap_bytes)
+        sends, end = [], align(schedule.heap_bytes, _ALIGN)
         staged: dict[int, int] = {}  # the same on every rank, whatever it sends
         if self.spec.reach != "peer":
             for step in steps:
                 assert isinstance(step, Put)
                 staged[step.slot] = end
-                end += _align(schedule.slots[step.slot].nbytes)
+                end += align(schedule.slots[step.slot].nbytes, _ALIGN)
         self._outgoing, at = [], 0
         for step in self._puts:
             shape = self._shape(rank, step.dst)
-            nbytes = _nbytes(shape, self.site.dtype)
+            size = nbytes(shape, self.site.dtype)
             staging = staged.get(step.slot, 0)
             net = int(machines[step.dst] != machines[rank])
-            sends.append([step.dst, step.slot, at, schedule.slots[step.slot].offset, nbytes, net, staging])
+            sends.append([step.dst, step.slot, at, schedule.slots[step.slot].offset, size, net, staging])
             self._outgoing.append((at, shape))
-            at += _align(nbytes)
+            at += align(size, _ALIGN)
         self._out_bytes, self.bank_bytes = at, end
         receives, self._incoming, at = [], [], 0
         for wait in self._waits:
             shape = self._shape(wait.src, rank)
-            receives.append([wait.slot, schedule.slots[wait.slot].offset, at, _nbytes(shape, self.site.dtype)])
+            receives.append([wait.slot, schedule.slots[wait.slot].offset, at, nbytes(shape, self.site.dtype)])
             self._incoming.append((at, shape))
-            at += _align(receives[-1][-1])
+            at += align(receives[-1][-1], _ALIGN)
         self._in_bytes = at
         self._fixed = {
             "sends_ptr": _table(sends, SEND, device),
@@ -95,22 +94,22 @@ class TransferKernels:
         }
 
     def put(self, shard: torch.Tensor, heap: HeapView) -> None:
-        """Send this rank's shard, or its parts, to who wants them."""
-        self._own = cut_part(self.site, shard, self.rank, self.rank).clone(memory_format=torch.contiguous_format)
+        """Send every other rank what it wants of this rank's shard."""
+        self._own = cut_chunk(self.site, shard, self.rank, self.rank).clone(memory_format=torch.contiguous_format)
         buffer = torch.empty(max(self._out_bytes, 16), dtype=torch.uint8, device=shard.device)
         for step, (at, shape) in zip(self._puts, self._outgoing, strict=True):
-            _view(buffer, at, shape, shard.dtype).copy_(cut_part(self.site, shard, self.rank, step.dst))
+            _view(buffer, at, shape, shard.dtype).copy_(cut_chunk(self.site, shard, self.rank, step.dst))
         self._launch("send", self._send, buffer, heap)
 
-    def gather(self, out: torch.Tensor, heap: HeapView) -> None:
-        """Fill ``out`` with every rank's shard, or the part of it that this rank wants, at its positions."""
+    def receive(self, out: torch.Tensor, heap: HeapView) -> None:
+        """Fill ``out`` with what this rank wants, from every rank's shard, at its positions."""
         buffer = torch.empty(max(self._in_bytes, 16), dtype=torch.uint8, device=out.device)
         self._launch("receive", self._receive, buffer, heap)
         assert self._own is not None
-        place_part(self.site, out, self._own, self.rank, self.rank)
+        place_chunk(self.site, out, self._own, self.rank, self.rank)
         self._own = None
         for wait, (at, shape) in zip(self._waits, self._incoming, strict=True):
-            place_part(self.site, out, _view(buffer, at, shape, out.dtype), wait.src, self.rank)
+            place_chunk(self.site, out, _view(buffer, at, shape, out.dtype), wait.src, self.rank)
 
     def check(self) -> None:
         """Raise what a debug build reported; synchronises with the device.
@@ -132,7 +131,7 @@ class TransferKernels:
         )
 
     def _shape(self, src: int, dst: int) -> tuple[int, ...]:
-        return self.site.part_shape(src, dst) if isinstance(self.site, ReshardSite) else self.site.local_shape(src)
+        return self.site.chunk_shape(src, dst)
 
 
 class ReleaseKernel:
@@ -176,16 +175,8 @@ def _run(kernel: Any, values: Sequence[Any], device: torch.device, library: Path
         kernel[(MOVE_PROGRAMS,)](*values, **link_options(library, spec.reach))
 
 
-def _view(buffer: torch.Tensor, at: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return buffer[at : at + _nbytes(shape, dtype)].view(dtype).view(tuple(shape))
-
-
-def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _align(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN
+def _view(buffer: torch.Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return buffer[at : at + nbytes(shape, dtype)].view(dtype).view(shape)
 
 
 def _table(rows: list[list[int]], columns: tuple[str, ...], device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Writes the kernels that move whole chunks as bytes: send, receive (gathers, reshards), and release (credits)."""
+"""Writes the kernels that move whole chunks as bytes: send, receive (exchanges), and release (credits)."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sfcompile.codegen.rows.elements import DTYPES, TRITON_TYPES, element_bytes
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.instructions import Forward, Push
@@ -136,7 +137,7 @@ def cannot_generate(site: AttentionSite) -> str:
 
 
 def spec_of(
-    schedule: Schedule,
+    schedule: AttentionSchedule,
     arch: int,
     machine_of: tuple[int, ...] | None = None,
     mask: tuple[str, bool] = ("none", True),
@@ -154,7 +155,6 @@ def spec_of(
         UnsupportedError: a dtype or head size that no kernel is generated for.
     """
     site = schedule.site
-    assert isinstance(site, AttentionSite)
     hindrance = cannot_generate(site)
     if hindrance:
         raise UnsupportedError(
@@ -168,8 +168,8 @@ def spec_of(
     tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full", more)
     rows = {
         int(n)
-        for piece in range(schedule.kv_pieces)
-        for n in schedule.row_counts("k", piece)
+        for part in range(schedule.kv_parts)
+        for n in schedule.row_counts("k", part)
     }  # fmt: skip
     spec = KernelSpec(
         DTYPES[site.dtype],

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Push, Put, Wait
-from sfcompile.runtime.program.sites import AttentionSite, Positions, count
+from sfcompile.runtime.program.intervals import Positions, count
+from sfcompile.runtime.program.sites import align, nbytes
 
 Table = NDArray[np.int64]
 
@@ -81,7 +82,7 @@ class _Pass:
 
 
 def make_tables(
-    schedule: Schedule, rank: int, block_m: int, machine_of: Sequence[int] | None = None, merge: bool = True
+    schedule: AttentionSchedule, rank: int, block_m: int, machine_of: Sequence[int] | None = None, merge: bool = True
 ) -> KernelTables:
     """Tables of a rank of the mesh.
 
@@ -94,14 +95,13 @@ def make_tables(
 
 
 class _Maker:
-    def __init__(self, schedule: Schedule, rank: int, block_m: int, machine_of: Sequence[int]) -> None:
-        assert isinstance(schedule.site, AttentionSite)
+    def __init__(self, schedule: AttentionSchedule, rank: int, block_m: int, machine_of: Sequence[int]) -> None:
         self.schedule, self.rank, self.block_m, self.machine_of = schedule, rank, block_m, machine_of
         self.site = schedule.site
         self.program = schedule.program(rank)
         self.waited: set[int] = set()
-        self.end = _align(schedule.heap_bytes)
-        self.own_at = {name: self._reserve(nbytes) for name, nbytes in self._own_bytes().items()}
+        self.end = align(schedule.heap_bytes, _ALIGN)
+        self.own_at = {name: self._reserve(size) for name, size in self._own_bytes().items()}
         self.arrivals = {arrival.slot: arrival for arrival in self.program.arrivals}
 
     def make(self, merge: bool) -> KernelTables:
@@ -219,9 +219,9 @@ class _Maker:
 
     def _forward(self, step: Forward) -> list[int]:
         slots = self.schedule.slots
-        nbytes = self._arrival_bytes(step.slot)
+        size = self._arrival_bytes(step.slot)
         place = [slots[step.slot].offset, step.dst, step.to_slot, slots[step.to_slot].offset]
-        return [self._wait(step.slot), *place, nbytes, int(self._net(step.dst))]
+        return [self._wait(step.slot), *place, size, int(self._net(step.dst))]
 
     def _puts(self, tensor: str) -> list[list[int]]:
         heads_of = self.schedule.heads if tensor == "q" else self.schedule.kv_heads
@@ -230,15 +230,15 @@ class _Maker:
 
         def entry(dst: int, slot: int, at: int, part: tuple[int, int], span: tuple[int, int]) -> list[int]:
             heads, rows = part[1] - part[0], span[1] - span[0]
-            nbytes = _nbytes((self.site.batch, heads, rows, width), self.site)
+            size = nbytes((self.site.batch, heads, rows, width), self.site.dtype)
             net = dst >= 0 and self._net(dst)
             staging = self._stage(slot) if dst >= 0 else 0
-            return [dst, slot, at, part[0], heads, span[0], rows, int(net), staging, nbytes]
+            return [dst, slot, at, part[0], heads, span[0], rows, int(net), staging, size]
 
         rows = []
         for step in self.program.phases[f"put_{tensor}"]:
             assert isinstance(step, Put)
-            span = self.schedule.rows(tensor, Chunk(self.rank, step.piece))
+            span = self.schedule.rows(tensor, Chunk(self.rank, step.part))
             row = entry(step.dst, step.slot, self.schedule.slots[step.slot].offset, heads_of(step.dst), span)
             rows += [row] if row[-1] else []
         rows.append(entry(-1, -1, self.own_at[tensor], heads_of(self.rank), (0, count(places[self.rank]))))
@@ -270,7 +270,7 @@ class _Maker:
         return slot if slot is not None and slot in self.waited and self._arrival_bytes(slot) else -1
 
     def _arrival_bytes(self, slot: int) -> int:
-        return _nbytes(self.schedule.shape(self.rank, self.arrivals[slot]), self.site)
+        return nbytes(self.schedule.shape(self.rank, self.arrivals[slot]), self.site.dtype)
 
     def _attends(self, queries: Chunk, keys: Chunk) -> bool:
         """Whether some key may be seen: it exists, and no causal mask hides all of them."""
@@ -290,10 +290,10 @@ class _Maker:
         """Room for what leaves by NVSHMEM; reserved for every put if there are several machines, so that all agree."""
         return self._reserve(self.schedule.slots[slot].nbytes) if len(set(self.machine_of)) > 1 else 0
 
-    def _reserve(self, nbytes: int) -> int:
-        found = self.end
-        self.end += _align(nbytes)
-        return found
+    def _reserve(self, size: int) -> int:
+        at = self.end
+        self.end += align(size, _ALIGN)
+        return at
 
     def _own_bytes(self) -> dict[str, int]:
         """The most that any rank may need."""
@@ -302,7 +302,7 @@ class _Maker:
             heads = int(self.schedule.head_counts(name).max())
             rows = max(count(owned) for owned in (self.site.q_positions if name == "q" else self.site.kv_positions))
             width = self.site.v_head_dim if name == "v" else self.site.head_dim
-            found[name] = _nbytes((self.site.batch, heads, rows, width), self.site)
+            found[name] = nbytes((self.site.batch, heads, rows, width), self.site.dtype)
         return found
 
 
@@ -314,11 +314,3 @@ def _positions(chunks: object) -> NDArray[np.int32]:
 
 def _table(rows: list[list[int]], columns: tuple[str, ...]) -> Table:
     return np.array(rows, dtype=np.int64).reshape(-1, len(columns))
-
-
-def _nbytes(shape: tuple[int, ...], site: AttentionSite) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * site.dtype.itemsize
-
-
-def _align(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN

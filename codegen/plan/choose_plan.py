@@ -19,17 +19,17 @@ import numpy as np
 from sfcompile.codegen.plan.simulator import Timeline
 from sfcompile.codegen.plan.step import price
 from sfcompile.codegen.proof.checker import check
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.builders import REGISTERED, build
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import MeshError, ScheduleError
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 
-PIECES = ((1, 2), (2, 1), (2, 2), (1, 4), (4, 4))
-"""Chunkings tried on the best candidates: (Q pieces, KV pieces)."""
+PARTS = ((1, 2), (2, 1), (2, 2), (1, 4), (4, 4))
+"""Chunkings tried on the best candidates: (Q parts, KV parts)."""
 REFINED = 3
-"""How many of the best candidates are cut into pieces."""
+"""How many of the best candidates are cut into parts."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Candidate:
     ring: int
     across: str = "ulysses"
     lanes: int = 1
-    q_pieces: int = 1
-    kv_pieces: int = 1
+    q_parts: int = 1
+    kv_parts: int = 1
 
     def mesh(self, topology: Topology) -> Mesh:
         """The mesh on a topology."""
         return Mesh.of(topology, self.ulysses, self.ring, self.across, self.lanes)
 
-    def schedule(self, site: AttentionSite, topology: Topology) -> Schedule:
+    def schedule(self, site: AttentionSite, topology: Topology) -> AttentionSchedule:
         """The schedule of a site."""
-        return build(self.kind, site, self.mesh(topology), self.q_pieces, self.kv_pieces)
+        return build(self.kind, site, self.mesh(topology), self.q_parts, self.kv_parts)
 
     @property
     def degrees(self) -> tuple[int, int]:
@@ -66,8 +66,8 @@ class Candidate:
             text += " by machine"
         if self.lanes > 1:
             text += f" by {self.lanes}"
-        if (self.q_pieces, self.kv_pieces) != (1, 1):
-            text += f" {self.q_pieces}Q {self.kv_pieces}KV"
+        if (self.q_parts, self.kv_parts) != (1, 1):
+            text += f" {self.q_parts}Q {self.kv_parts}KV"
         return text
 
 
@@ -154,13 +154,13 @@ def _plan(
     layers: int,
 ) -> SitePlan:
     refused: list[Priced] = []
-    legal: list[tuple[float, Candidate, Schedule]] = []
+    legal: list[tuple[float, Candidate, AttentionSchedule]] = []
     for candidate in candidates(topology):
         reason = _refuse(candidate, site, topology, asked, schedule)
         if reason:
             refused.append(Priced(candidate, reason))
             continue
-        candidate = replace(candidate, q_pieces=site.parts, kv_pieces=site.parts)
+        candidate = replace(candidate, q_parts=site.parts, kv_parts=site.parts)
         try:
             built = _built(candidate, site, topology)
         except (MeshError, ScheduleError) as error:
@@ -171,7 +171,7 @@ def _plan(
         legal.append((before_s + least_seconds(built, topology), candidate, built))
     if not legal:
         raise _nothing_left(site, topology, asked, schedule, refused)
-    priced: list[tuple[Timeline, Candidate, Schedule]] = []
+    priced: list[tuple[Timeline, Candidate, AttentionSchedule]] = []
     for bound, candidate, built in sorted(legal, key=lambda entry: entry[0]):
         best = min((line.seconds for line, _, _ in priced), default=float("inf"))
         if bound > best:
@@ -182,9 +182,9 @@ def _plan(
     for _, candidate, _ in priced[:REFINED]:
         if topology.num_ranks == 1 or site.parts > 1:
             break
-        for q_pieces, kv_pieces in PIECES:
-            cut = replace(candidate, q_pieces=q_pieces, kv_pieces=kv_pieces)
-            if cut.kind == "allgather" and q_pieces > 1:
+        for q_parts, kv_parts in PARTS:
+            cut = replace(candidate, q_parts=q_parts, kv_parts=kv_parts)
+            if cut.kind == "allgather" and q_parts > 1:
                 continue
             try:
                 built = _built(cut, site, topology)
@@ -199,7 +199,7 @@ def _plan(
     return SitePlan(priced[0][1], (*rows, *refused))
 
 
-def _built(candidate: Candidate, site: AttentionSite, topology: Topology) -> Schedule:
+def _built(candidate: Candidate, site: AttentionSite, topology: Topology) -> AttentionSchedule:
     """The candidate's schedule; one of a builder from outside is proved before it is priced."""
     built = candidate.schedule(site, topology)
     if candidate.kind in REGISTERED:
@@ -277,17 +277,16 @@ def _nothing_left(
     )
 
 
-def least_seconds(schedule: Schedule, topology: Topology) -> float:
+def least_seconds(schedule: AttentionSchedule, topology: Topology) -> float:
     """No run of a schedule ends before its busiest rank has computed and its busiest link has carried its bytes."""
     site = schedule.site
-    assert isinstance(site, AttentionSite)
-    pieces = range(schedule.q_pieces)
+    parts = range(schedule.q_parts)
     queries = np.zeros(topology.num_ranks)
     groups = range(schedule.mesh.ulysses) if schedule.split_heads else range(1)
     for a in groups:
         origin = schedule.mesh.ranks_after(schedule.mesh.offset(a, 0))
-        queries += np.sum([schedule.row_counts("q", piece) for piece in pieces], axis=0)[origin]
-    keys = sum(int(schedule.row_counts("k", piece).sum()) for piece in range(schedule.kv_pieces))
+        queries += np.sum([schedule.row_counts("q", part) for part in parts], axis=0)[origin]
+    keys = sum(int(schedule.row_counts("k", part).sum()) for part in range(schedule.kv_parts))
     flops = 2.0 * site.batch * schedule.head_counts("q") * queries * keys * (site.head_dim + site.v_head_dim)
     compute = float(flops.max(initial=0.0)) / (topology.attention_flops_per_s or topology.flops_per_s)
     if site.causal:
@@ -298,7 +297,7 @@ def least_seconds(schedule: Schedule, topology: Topology) -> float:
     return max(compute, links)
 
 
-def _priced(line: Timeline, candidate: Candidate, built: Schedule, best: float) -> Priced:
+def _priced(line: Timeline, candidate: Candidate, built: AttentionSchedule, best: float) -> Priced:
     reason = f"{line.seconds / best:.2f} x the best"
     if line.exposed > 0.25 * line.seconds:
         reason += f", {line.exposed / line.seconds:.0%} of it exposed"

@@ -30,9 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfcompile.codegen.plan.links import Links, Vector
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Instruction, Push, Put, Wait
-from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.spans import Span
 from sfcompile.runtime.program.topology import Topology
 
@@ -59,9 +59,9 @@ class Phase:
         if self.part == -1:
             return True
         if isinstance(step, Put):
-            return step.piece == self.part
+            return step.part == self.part
         chunk = next(a.chunk for a in self.schedule.origin.arrivals if isinstance(step, Wait) and a.slot == step.slot)
-        return chunk.piece == self.part
+        return chunk.part == self.part
 
 
 Work = Compute | Phase
@@ -69,7 +69,7 @@ Work = Compute | Phase
 
 @dataclass(frozen=True)
 class Mark:
-    """Where all ranks are after one piece of work: their clocks, and what they have computed and waited so far."""
+    """Where all ranks are after one stretch of work: their clocks, and what they have computed and waited so far."""
 
     clock: Vector
     compute_s: Vector
@@ -88,7 +88,7 @@ class Timeline:
         inside_bytes, across_bytes: bytes moved inside machines and between machines, all ranks.
         limit_s: no schedule of this work and these bytes ends sooner: the larger of the busiest rank's compute alone
             and the busiest link's bytes over its bandwidth.
-        marks: after each piece of work.
+        marks: after each stretch of work.
         spans: every event, if asked for.
     """
 
@@ -111,7 +111,7 @@ class Timeline:
 def simulate(
     line: Sequence[Work], topology: Topology, two_sided: bool = False, record: bool | range = False
 ) -> Timeline:
-    """Run pieces of work on every rank.
+    """Run stretches of work on every rank.
 
     Args:
         line: in program order, the same on every rank; schedules must have passed the checker.
@@ -145,7 +145,9 @@ class _Facts:
         self.nbytes = {
             slot: self._of_job(schedule.arrival_bytes(a)).astype(np.float64) for slot, a in self.arrivals.items()
         }
-        self.heads = self._of_job(schedule.head_counts("q")) if isinstance(schedule.site, AttentionSite) else None
+        self.attention = schedule if isinstance(schedule, AttentionSchedule) else None
+        self.staged = self.attention is not None and self.attention.staged
+        self.heads = None if self.attention is None else self._of_job(self.attention.head_counts("q"))
         self._rows: dict[tuple[str, tuple[Chunk, ...]], Vector] = {}
 
     def _of_job(self, by_place: NDArray[Any]) -> NDArray[Any]:
@@ -162,20 +164,21 @@ class _Facts:
         """Tokens of some chunks together, at every rank."""
         key = tensor, chunks
         if key not in self._rows:
+            assert self.attention is not None
             mesh = self.schedule.mesh
-            counts = [self.schedule.row_counts(tensor, c.piece)[mesh.ranks_after(c.src)] for c in chunks]
+            counts = [self.attention.row_counts(tensor, c.part)[mesh.ranks_after(c.src)] for c in chunks]
             self._rows[key] = self._of_job(np.sum(counts, axis=0)).astype(np.float64)
         return self._rows[key]
 
     def own_bytes(self, tensor: str) -> Vector:
         """Bytes of the part of a tensor that stays with its rank."""
-        site = self.schedule.site
-        if not isinstance(site, AttentionSite):
+        schedule = self.attention
+        if schedule is None:
             return self._of_job(np.zeros(self.schedule.mesh.num_ranks))
-        pieces = self.schedule.q_pieces if tensor == "q" else self.schedule.kv_pieces
-        rows = np.sum([self.schedule.row_counts(tensor, p) for p in range(pieces)], axis=0)
-        width = site.v_head_dim if tensor == "v" else site.head_dim
-        sizes: Vector = site.batch * self.schedule.head_counts(tensor) * rows * float(width * site.dtype.itemsize)
+        parts = schedule.q_parts if tensor == "q" else schedule.kv_parts
+        rows = np.sum([schedule.row_counts(tensor, p) for p in range(parts)], axis=0)
+        row_bytes = float(schedule.width(tensor) * schedule.site.dtype.itemsize)
+        sizes: Vector = schedule.site.batch * schedule.head_counts(tensor) * rows * row_bytes
         return self._of_job(sizes)
 
 
@@ -245,7 +248,7 @@ class _Sweep:
                 continue
             match step:
                 case Put(_, _, dst, slot) | Forward(_, dst, slot) | Push(Chunk(dst), slot):
-                    alone = schedule.staged or isinstance(step, Forward) or schedule.mesh.step(dst)[0] == 0
+                    alone = facts.staged or isinstance(step, Forward) or schedule.mesh.step(dst)[0] == 0
                     self._send(facts, call.epoch, dst, slot, str(step), dst != peer, alone)
                     peer = dst
                 case Wait(slot, _):
@@ -275,7 +278,7 @@ class _Sweep:
         if top.touch_bytes_per_s is not None:
             ready = ready + np.where(crosses, nbytes / top.touch_bytes_per_s, 0.0)
         message = _Message(ready, dst, nbytes, name, alone)
-        if self.two_sided and facts.schedule.staged:
+        if self.two_sided and facts.staged:
             # Its receive is posted a stage ahead: the transfer is timed at its wait.
             self.unposted[epoch, slot] = message
             self._busy(message_s)
@@ -335,8 +338,8 @@ class _Sweep:
         self._busy(cost)
 
     def _attend(self, facts: _Facts, epoch: int, step: Attend) -> None:
-        top, site = self.topology, facts.schedule.site
-        assert isinstance(site, AttentionSite) and facts.heads is not None
+        assert facts.attention is not None and facts.heads is not None
+        top, site = self.topology, facts.attention.site
         self.posts = [*self.posts[-1:], self.clock]
         heads = site.batch * facts.heads
         queries = facts.rows("q", step.q)

@@ -23,8 +23,9 @@ import numpy as np
 
 from sfcompile.codegen.plan.links import Vector
 from sfcompile.codegen.plan.simulator import Compute, Mark, Phase, Timeline, Work, simulate
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.phases import ATTEND, COLLECT, PUTS, STARTS
 from sfcompile.runtime.program.spans import Span
 from sfcompile.runtime.program.stages import GraphStages, Stage
 from sfcompile.runtime.program.topology import Topology
@@ -66,7 +67,7 @@ class StageTimes:
     @property
     def is_attention(self) -> bool:
         """Whether it is a stage of an attention; else of an exchange."""
-        return isinstance(self.schedule.site, AttentionSite)
+        return isinstance(self.schedule, AttentionSchedule)
 
 
 @dataclass(frozen=True)
@@ -227,8 +228,8 @@ def in_order(program: str, schedules: Sequence[Schedule], before_s: float) -> Gr
     stages: list[Stage] = []
     late: list[Stage] = []  # collects of the attention before, by part
     for site, schedule in enumerate(schedules):
-        attention = isinstance(schedule.site, AttentionSite)
-        parts = schedule.site.parts if isinstance(schedule.site, AttentionSite) else 1
+        attention = isinstance(schedule, AttentionSchedule)
+        parts = schedule.site.parts if isinstance(schedule, AttentionSchedule) else 1
         if parts == 1:
             phases = list(schedule.origin.phases)
             lead = before_s if attention else 0.0
@@ -239,11 +240,11 @@ def in_order(program: str, schedules: Sequence[Schedule], before_s: float) -> Gr
         for part in range(parts):
             stages += late[part : part + 1]
             stages += [
-                Stage(program, site, name, part, before_s / parts if name == "put_k" else 0.0)
-                for name in ("put_k", "put_v", "put_q")
+                Stage(program, site, name, part, before_s / parts if name == PUTS["k"] else 0.0)
+                for name in (PUTS["k"], PUTS["v"], PUTS["q"])
             ]
-        stages += [*late[parts:], Stage(program, site, "attend")]
-        late = [Stage(program, site, "collect", part) for part in range(parts)]
+        stages += [*late[parts:], Stage(program, site, ATTEND)]
+        late = [Stage(program, site, COLLECT, part) for part in range(parts)]
     return GraphStages((*stages, *late))
 
 
@@ -255,7 +256,7 @@ def layer(schedule: Schedule, epoch: int, before_s: float = 0.0, under_s: float 
         under_s: compute between the puts and the attention (projections of another stream, norms, an MLP).
     """
     phases = [Phase(schedule, epoch, name) for name in schedule.origin.phases]
-    puts = [phase for phase in phases if phase.phase.startswith("put_") or phase.phase == "gather_start"]
+    puts = [phase for phase in phases if phase.phase in STARTS]
     line: list[Work] = [Compute(before_s, "layer"), *puts, Compute(under_s, "under the puts"), *phases[len(puts) :]]
     return [work for work in line if not (isinstance(work, Compute) and work.seconds == 0.0)]
 
@@ -270,7 +271,7 @@ def price(schedule: Schedule, topology: Topology, before_s: float, layers: int =
     """One layer of so many, on average. If tokens come in parts, layers overlap: the first is simulated alone, all
     others are what the second of two adds, so that few layers pay for filling and draining and many hardly do.
     """
-    if not isinstance(schedule.site, AttentionSite) or schedule.site.parts == 1:
+    if not isinstance(schedule, AttentionSchedule) or schedule.site.parts == 1:
         return simulate(layer(schedule, 1, before_s), topology)
     one = simulate(pipelined(schedule, 1, before_s), topology)
     if layers == 1:

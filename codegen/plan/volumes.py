@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import sympy as sp
 
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.runtime.program.sites import AttentionSite, count
+from sfcompile.runtime.program.intervals import count
 from sfcompile.runtime.program.topology import Topology
 
 B, H, K, L, D, E, N, M, U, R, w = sp.symbols("B H K L D E N M U R w", positive=True)
@@ -52,7 +52,7 @@ class Volume:
         )
 
 
-def volume(schedule: Schedule, topology: Topology) -> Volume:
+def volume(schedule: AttentionSchedule, topology: Topology) -> Volume:
     """The closed form of an attention schedule, and its numbers."""
     numbers = _numbers(schedule, topology)
     machines, groups, hops = numbers[N], numbers[U], numbers[R]
@@ -86,9 +86,8 @@ def _volume(
     )
 
 
-def _numbers(schedule: Schedule, topology: Topology) -> dict[sp.Symbol, int]:
+def _numbers(schedule: AttentionSchedule, topology: Topology) -> dict[sp.Symbol, int]:
     site, mesh = schedule.site, schedule.mesh
-    assert isinstance(site, AttentionSite)
     return {
         B: site.batch, H: site.heads, K: site.kv_heads, L: sum(count(p) for p in site.q_positions), D: site.head_dim,
         E: site.v_head_dim, N: topology.num_machines, M: topology.num_ranks // topology.num_machines,

@@ -15,12 +15,12 @@ and why it is enough:
     contents   An instruction reads a slot only after its wait, and as what the arrival table says it is. A chunk sent
                on round the ring has the heads of its receiver, who sits in the same group.
     pairs      Each query chunk that the origin attends meets every key chunk exactly once. Heads split: there is just
-               one such query chunk per group (and piece), so over all ranks each pair is computed once per head slice;
+               one such query chunk per group (and part), so over all ranks each pair is computed once per head slice;
                not split: only the rank's own queries. An output is pushed, or stays, after its last pair.
     reuse      No slot is put twice in an epoch, so within an epoch nothing is overwritten. Across epochs: a writer of
                epoch e + 2 first sees ``done >= e`` of the receiver (runtime/wires/transport.py), which sets it after
                collect, that is after all its reads of epoch e. All reads stand in the phases of their epoch.
-    parts      What a rank wants of a reshard is covered once, by its own shard and by arrivals.
+    wanted     What a rank wants of an exchange is covered once, by its own shard and by arrivals.
     sizes      Slots do not overlap; each holds the largest chunk that any rank receives in it.
 
 Programs given by hand for single ranks are not symmetric: those are run explicitly (symbolic_run.py).
@@ -41,11 +41,13 @@ from sfcompile.codegen.proof.symbolic_run import (
     overlapped,
     wrong,
 )
+from sfcompile.codegen.schedule.attention import AttentionSchedule
+from sfcompile.codegen.schedule.exchange import ExchangeSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Instruction, Push, Put, Wait
-from sfcompile.runtime.program.sites import AttentionSite, ReshardSite, count
-
-_PUT_PHASES = ("put_q", "put_k", "put_v", "gather_start")
+from sfcompile.runtime.program.intervals import count
+from sfcompile.runtime.program.phases import STARTS
+from sfcompile.runtime.program.sites import ExchangeSite
 
 
 def check(schedule: Schedule, epochs: int = 4) -> Proof:
@@ -64,9 +66,11 @@ def check(schedule: Schedule, epochs: int = 4) -> Proof:
     line = _Line(schedule)
     line.check_puts()
     line.check_reads()
-    line.check_pairs()
+    if isinstance(schedule, AttentionSchedule):
+        line.check_pairs(schedule)
     line.check_sizes()
-    line.check_parts()
+    if isinstance(schedule, ExchangeSchedule):
+        line.check_wanted(schedule.site)
     ranks = schedule.mesh.num_ranks
     return Proof(ranks, 0, ranks * len(line.puts), ranks * len(line.waits), ranks * line.num_pairs)
 
@@ -96,11 +100,12 @@ class _Line:
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.mesh = schedule.mesh
+        self.split_heads = isinstance(schedule, AttentionSchedule) and schedule.split_heads
         self.arrivals = {arrival.slot: arrival for arrival in schedule.origin.arrivals}
         if len(self.arrivals) != len(schedule.origin.arrivals):
             raise wrong("two arrivals share a slot")
         phases = schedule.origin.phases
-        names = [name for name in phases if name in _PUT_PHASES] + [name for name in phases if name not in _PUT_PHASES]
+        names = [name for name in phases if name in STARTS] + [name for name in phases if name not in STARTS]
         steps = [(name, step) for name in names for step in phases[name]]
         self.steps = [_Step(at, name, step) for at, (name, step) in enumerate(steps)]
         self.puts: dict[int, _Step] = {}  # slot at the receiver -> the put that fills it
@@ -125,7 +130,7 @@ class _Line:
                     if slot in self.waits:
                         raise wrong(f"{step}: the slot is waited for twice")
                     self.waits[slot] = step
-            if isinstance(step.do, Put) != (step.phase in _PUT_PHASES):
+            if isinstance(step.do, Put) != (step.phase in STARTS):
                 raise wrong(f"{step}: put phases hold puts of own tensors and nothing else")
         for slot, arrival in self.arrivals.items():
             if slot not in self.puts:
@@ -142,12 +147,12 @@ class _Line:
             raise wrong(f"{step}: the slot is also filled by {self.puts[slot]}")
         arrival = self.arrivals.get(slot)
         tensor, chunk = self._content(step)
-        seen = Chunk(self.mesh.add(chunk.src, self.mesh.back(dst)), chunk.piece)
+        seen = Chunk(self.mesh.add(chunk.src, self.mesh.back(dst)), chunk.part)
         if arrival is None or (arrival.src, arrival.tensor, arrival.chunk) != (self.mesh.back(dst), tensor, seen):
             raise wrong(f"{step}: sends {tensor}{seen} (seen from the receiver), its arrival table says {arrival}")
         if dst == 0:
             raise wrong(f"{step}: a rank puts into its own slot")
-        same_group = self.mesh.step(dst)[0] == 0 or not self.schedule.split_heads
+        same_group = self.mesh.step(dst)[0] == 0 or not self.split_heads
         if isinstance(step.do, Forward) and not same_group:
             raise wrong(f"{step}: the receiver computes other heads than this rank")
         self.puts[slot] = step
@@ -155,8 +160,8 @@ class _Line:
     def _content(self, step: _Step) -> tuple[str, Chunk]:
         """What a put sends, seen from the sender."""
         match step.do:
-            case Put(tensor, piece, _, _):
-                return tensor, Chunk(0, piece)
+            case Put(tensor, part, _, _):
+                return tensor, Chunk(0, part)
             case Forward(slot, _, _):
                 return self._read(step, slot, ("k", "v"))
             case Push(q, _):
@@ -200,11 +205,9 @@ class _Line:
                     raise wrong(f"{step}: slot {slot} holds {tensor}{found}, not {tensor}{chunk}")
         return used
 
-    def check_pairs(self) -> None:
+    def check_pairs(self, schedule: AttentionSchedule) -> None:
         """Every pair once; outputs complete before they move."""
-        if not isinstance(self.schedule.site, AttentionSite):
-            return
-        keys = [Chunk(src, p) for src in range(self.mesh.num_ranks) for p in range(self.schedule.kv_pieces)]
+        keys = [Chunk(src, p) for src in range(self.mesh.num_ranks) for p in range(schedule.kv_parts)]
         known = set(keys)
         seen: dict[Chunk, set[Chunk]] = {}
         pushed: dict[Chunk, _Step] = {}
@@ -214,7 +217,7 @@ class _Line:
             elif isinstance(step.do, Push):
                 self._complete(f"{step}", step.do.q, seen, keys)
                 pushed[step.do.q] = step
-        for q in self._queries(seen):
+        for q in self._queries(schedule.q_parts, seen):
             self._complete("collect", q, seen, keys)
             if q.src != 0 and q not in pushed:
                 raise wrong(f"the output of Q{q} is never pushed home")
@@ -241,19 +244,19 @@ class _Line:
             missing = next(kv for kv in keys if kv not in met)
             raise wrong(f"{when}: the output of Q{q} is without KV{missing}: that pair is never attended before it")
 
-    def _queries(self, seen: dict[Chunk, set[Chunk]]) -> list[Chunk]:
-        """The query chunks that the origin has to attend: one of every group and piece, its own among them."""
-        groups = range(self.mesh.ulysses) if self.schedule.split_heads else range(1)
-        found = [Chunk(self.mesh.offset(a, 0), p) for a in groups for p in range(self.schedule.q_pieces)]
-        odd = sorted(set(seen) - set(found))
+    def _queries(self, parts: int, seen: dict[Chunk, set[Chunk]]) -> list[Chunk]:
+        """The query chunks that the origin has to attend: one of every group and part, its own among them."""
+        groups = range(self.mesh.ulysses) if self.split_heads else range(1)
+        queries = [Chunk(self.mesh.offset(a, 0), p) for a in groups for p in range(parts)]
+        odd = sorted(set(seen) - set(queries))
         if odd:
             raise wrong(f"Q{odd[0]} is attended here, but another rank of its group already attends it")
         home = {(a.src, a.chunk) for a in self.arrivals.values() if a.tensor == "o"}
         for a in groups:
-            for p in range(self.schedule.q_pieces):
+            for p in range(parts):
                 if a and (self.mesh.offset(a, 0), Chunk(0, p)) not in home:
-                    raise wrong(f"the output of piece {p} for the heads of group {a} never comes home")
-        return found
+                    raise wrong(f"the output of part {p} for the heads of group {a} never comes home")
+        return queries
 
     # ------------------------------------------------------------------ sizes
 
@@ -264,20 +267,19 @@ class _Line:
             if size > slot.nbytes or slot.offset % self.schedule.site.dtype.itemsize:
                 raise wrong(f"a chunk of {size} bytes in slot {slot.name} of {slot.nbytes} bytes")
 
-    # ------------------------------------------------------------------ reshards
+    # ------------------------------------------------------------------ exchanges
 
-    def check_parts(self) -> None:
+    def check_wanted(self, site: ExchangeSite) -> None:
         """What every rank wants comes from somewhere, once."""
-        site = self.schedule.site
-        if not isinstance(site, ReshardSite):
-            return
         sources = [0, *(arrival.src for arrival in self.arrivals.values())]
-        for rank in range(self.mesh.num_ranks):
+        # If everybody wants everything and hears from everybody, one rank stands for all.
+        alike = site.is_gather and len(sources) == self.mesh.num_ranks
+        for rank in range(1 if alike else self.mesh.num_ranks):
             if 0 in site.wanted_shape(rank):
                 continue
-            parts = [site.part(self.mesh.rank_after(rank, offset), rank)[1] for offset in sources]
-            found = sorted(run for part in parts for run in part)
-            whole = site.wanted_shape(rank)[site.dim]
-            apart = all(a + n <= b for (a, n), (b, _) in zip(found, found[1:], strict=False))
-            if not apart or sum(count(part) for part in parts) != whole:
-                raise wrong(f"rank {rank} wants {whole} positions of {site.name}, {sum(map(count, parts))} come")
+            chunks = [site.chunk(self.mesh.rank_after(rank, offset), rank)[1] for offset in sources]
+            runs = sorted(run for placed in chunks for run in placed)
+            whole = site.rows if site.into != site.dim else count(site.wanted[rank])
+            apart = all(a + n <= b for (a, n), (b, _) in zip(runs, runs[1:], strict=False))
+            if not apart or count(tuple(runs)) != whole:
+                raise wrong(f"rank {rank} wants {whole} positions of {site.name}, {count(tuple(runs))} come")

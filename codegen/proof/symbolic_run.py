@@ -29,7 +29,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from sfcompile.codegen.schedule.schedule import Schedule, nbytes
+from sfcompile.codegen.schedule.attention import AttentionSchedule
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import ScheduleError
 from sfcompile.runtime.program.instructions import (
     Arrival,
@@ -43,7 +44,8 @@ from sfcompile.runtime.program.instructions import (
     RankProgram,
     Wait,
 )
-from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.phases import ATTENTION, ENDS, EXCHANGE, STARTS
+from sfcompile.runtime.program.sites import nbytes
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
 Call = tuple[int, str]
@@ -51,9 +53,6 @@ Call = tuple[int, str]
 
 Content = tuple[str, Chunk, Heads | None]
 """What lies in a slot: tensor, chunk, heads."""
-
-_STARTS = ("put_q", "put_k", "put_v", "gather_start")
-_ENDS = ("collect", "gather_finish")
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Proof:
 
 def phases_of(schedule: Schedule) -> tuple[str, ...]:
     """The phases of a site in the order of the graph."""
-    return (*_STARTS[:3], "attend", "collect") if isinstance(schedule.site, AttentionSite) else (_STARTS[3], _ENDS[1])
+    return ATTENTION if isinstance(schedule, AttentionSchedule) else EXCHANGE
 
 
 def in_turn(schedules: Sequence[Schedule]) -> list[Call]:
@@ -89,8 +88,8 @@ def overlapped(schedules: Sequence[Schedule]) -> list[Call]:
     ends: list[list[Call]] = []
     for epoch, schedule in enumerate(schedules, 1):
         phases = phases_of(schedule)
-        starts.append([(epoch, phase) for phase in phases if phase in _STARTS])
-        ends.append([(epoch, phase) for phase in phases if phase not in _STARTS])
+        starts.append([(epoch, phase) for phase in phases if phase in STARTS])
+        ends.append([(epoch, phase) for phase in phases if phase not in STARTS])
     calls = starts[1]
     for end, start in zip(ends, [*starts[2:], []], strict=True):
         calls = calls + start + end
@@ -206,7 +205,7 @@ class _Run:
                 steps.append(_Step(epoch, phase, "open"))
             instructions = self.programs[epoch - 1][rank].phases[phase]
             steps += [_Step(epoch, phase, instruction) for instruction in instructions]
-            if phase in _ENDS:
+            if phase in ENDS:
                 steps.append(_Step(epoch, phase, "finish"))
         return steps
 
@@ -267,18 +266,18 @@ class _Run:
         for arrival in self.programs[step.epoch - 1][rank].arrivals:
             self._read(rank, step, arrival.slot)
         schedule = self.schedules[step.epoch - 1]
-        if isinstance(schedule.site, AttentionSite):
-            missing = {(piece, head) for piece in range(schedule.q_pieces) for head in range(schedule.site.heads)}
-            held = [self._complete_output(rank, step, Chunk(rank, piece)) for piece in range(schedule.q_pieces)]
+        if isinstance(schedule, AttentionSchedule):
+            missing = {(part, head) for part in range(schedule.q_parts) for head in range(schedule.site.heads)}
+            held = [self._complete_output(rank, step, Chunk(rank, part)) for part in range(schedule.q_parts)]
             for arrival in self.programs[step.epoch - 1][rank].arrivals:
                 content = self._place(rank, step.epoch, arrival.slot).content
                 if content is not None and content[0] == "o" and content[1].src == rank:
                     held.append(content)
             for _, chunk, heads in held:
-                missing -= {(chunk.piece, head) for head in range(*(heads or (0, 0)))}
+                missing -= {(chunk.part, head) for head in range(*(heads or (0, 0)))}
             if missing:
-                piece, head = min(missing)
-                raise wrong(f"rank {rank}, {step}: the output of piece {piece}, head {head} has not come back")
+                part, head = min(missing)
+                raise wrong(f"rank {rank}, {step}: the output of part {part}, head {head} has not come back")
         self.early[rank].add(step.epoch)
         while self.done[rank] + 1 in self.early[rank]:
             self.done[rank] += 1
@@ -322,20 +321,19 @@ class _Run:
         self.counts["wait"] += 1
 
     def _attend(self, rank: int, step: _Step, pair: Attend) -> None:
-        site = self.schedules[step.epoch - 1].site
-        assert isinstance(site, AttentionSite)
         schedule = self.schedules[step.epoch - 1]
+        assert isinstance(schedule, AttentionSchedule)
         heads, kv_heads = schedule.heads(rank), schedule.kv_heads(rank)
-        for name, slots, chunks, part in (
+        for name, slots, chunks, mine in (
             ("q", pair.q_slots, pair.q, heads),
             ("k", pair.k_slots, pair.kv, kv_heads),
             ("v", pair.v_slots, pair.kv, kv_heads),
         ):
             for slot, chunk in zip(slots, chunks, strict=True):
-                own = (name, Chunk(rank, chunk.piece), part)
+                own = (name, Chunk(rank, chunk.part), mine)
                 found = own if slot is None else self._read(rank, step, slot)
-                if found != (name, chunk, part):
-                    raise wrong(f"rank {rank}, {step}: slot {slot} holds {found}, not {(name, chunk, part)}")
+                if found != (name, chunk, mine):
+                    raise wrong(f"rank {rank}, {step}: slot {slot} holds {found}, not {(name, chunk, mine)}")
         done = self.attended.setdefault((rank, step.epoch), Counter())
         for q, kv in itertools.product(pair.q, pair.kv):
             done[q, kv] += 1
@@ -344,6 +342,7 @@ class _Run:
     def _complete_output(self, rank: int, step: _Step, q: Chunk) -> Content:
         done = self.attended.get((rank, step.epoch), Counter())
         schedule = self.schedules[step.epoch - 1]
+        assert isinstance(schedule, AttentionSchedule)
         missing = [kv for kv in _key_chunks(schedule) if done[q, kv] != 1]
         if missing:
             raise wrong(f"rank {rank}, {step}: output of Q{q} without, or not once with, KV{missing[0]}")
@@ -366,13 +365,13 @@ class _Run:
 
     def _own(self, epoch: int, rank: int, put: Put) -> Content:
         schedule = self.schedules[epoch - 1]
-        if not isinstance(schedule.site, AttentionSite):
+        if not isinstance(schedule, AttentionSchedule):
             return put.tensor, Chunk(rank), None
         heads = schedule.heads(put.dst) if put.tensor == "q" else schedule.kv_heads(put.dst)
-        return put.tensor, Chunk(rank, put.piece), heads
+        return put.tensor, Chunk(rank, put.part), heads
 
     def _means(self, schedule: Schedule, rank: int, arrival: Arrival) -> Content:
-        if not isinstance(schedule.site, AttentionSite):
+        if not isinstance(schedule, AttentionSchedule):
             return arrival.tensor, arrival.chunk, None
         heads = {"q": schedule.heads(rank), "o": schedule.heads(arrival.src)}.get(
             arrival.tensor, schedule.kv_heads(rank)
@@ -382,22 +381,22 @@ class _Run:
     def check_pairs(self) -> None:
         """Over all ranks: every pair once for every head."""
         for epoch, schedule in enumerate(self.schedules, 1):
-            if not isinstance(schedule.site, AttentionSite):
+            if not isinstance(schedule, AttentionSchedule):
                 continue
             times: Counter[tuple[Chunk, Chunk]] = Counter()
             for rank in range(self.num_ranks):
                 start, stop = schedule.heads(rank)
                 for pair, n in self.attended.get((rank, epoch), Counter()).items():
                     times[pair] += n * (stop - start)
-            queries = [Chunk(rank, p) for rank in range(self.num_ranks) for p in range(schedule.q_pieces)]
+            queries = [Chunk(rank, p) for rank in range(self.num_ranks) for p in range(schedule.q_parts)]
             for q, kv in itertools.product(queries, _key_chunks(schedule)):
                 done, heads = times[q, kv], schedule.site.heads
                 if done != heads:
                     raise wrong(f"epoch {epoch}: Q{q} x KV{kv} is attended for {done} heads of {heads}")
 
 
-def _key_chunks(schedule: Schedule) -> list[Chunk]:
-    return [Chunk(rank, p) for rank in range(schedule.mesh.num_ranks) for p in range(schedule.kv_pieces)]
+def _key_chunks(schedule: AttentionSchedule) -> list[Chunk]:
+    return [Chunk(rank, p) for rank in range(schedule.mesh.num_ranks) for p in range(schedule.kv_parts)]
 
 
 def _steps(program: RankProgram) -> Iterator[tuple[str, Instruction]]:

@@ -5,7 +5,7 @@ visited as 1, 2, ... from every rank, so every pair of bundles is used evenly:
 
     1. stationary: Q x KV of the own bundle, its ring chunks as they come round (own first)
     2. pull Q:     Q of bundle 1, 2, ... as each lands, against the own bundle's KV in one call
-    3. pull KV:    all Q x KV of bundle 1, 2, ..., ring hop by ring hop, piece by piece
+    3. pull KV:    all Q x KV of bundle 1, 2, ..., ring hop by ring hop, part by part
     4. push O:     in the last KV bundle the remote outputs are finished first and sent home one by one while the next
                    is computed; the stationary output is finished last
 
@@ -14,24 +14,24 @@ Every (Q, KV) pair is attended exactly once, in one fixed order: results are the
 
 from __future__ import annotations
 
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.chunk_flow import ChunkFlow
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.instructions import Chunk, Instruction
 from sfcompile.runtime.program.sites import AttentionSite
 
 
-def build_torus(site: AttentionSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:
+def build_torus(site: AttentionSite, mesh: Mesh, q_parts: int = 1, kv_parts: int = 1) -> AttentionSchedule:
     """Schedule of Torus Attention. Phases ``put_q``, ``put_k``, ``put_v``, ``attend``, ``collect``.
 
-    Heads that do not divide are split unevenly, tokens lie as the site says; nothing is padded. More pieces let
+    Heads that do not divide are split unevenly, tokens lie as the site says; nothing is padded. More parts let
     compute start on a part of a chunk and outputs leave earlier, for one more launch each.
 
     Raises:
         MeshError: fewer heads than Ulysses ranks.
-        OptionError: less than one piece.
+        OptionError: less than one part.
     """
-    flow = ChunkFlow(site, mesh, q_pieces, kv_pieces)
+    flow = ChunkFlow(site, mesh, q_parts, kv_parts)
     return flow.schedule("torus", staged(flow), staged=True)
 
 
@@ -44,8 +44,8 @@ def staged(flow: ChunkFlow) -> list[Instruction]:
     # Without split heads queries stay at home: the own ones are all there are.
     own, *remote = [flow.queries(bundle if flow.split_heads else range(1)) for bundle in bundles]
     remote = remote if flow.split_heads else []
-    home = [q for piece in own for q in piece]
-    everything = home + [q for pieces in remote for piece in pieces for q in piece]
+    home = [q for part in own for q in part]
+    everything = home + [q for parts in remote for part in parts for q in part]
     hops = range(flow.ring)
     out: list[Instruction] = [flow.wait_query(q) for q in home if q.src != 0]
 
@@ -54,10 +54,10 @@ def staged(flow: ChunkFlow) -> list[Instruction]:
         for chunk in chunks:
             out += flow.arrive(chunk)
         out.append(flow.attend(home, chunks))
-    for pieces in remote:
-        for piece in pieces:
-            out += [flow.wait_query(q) for q in piece]
-            out.append(flow.attend(piece, flow.keys(bundles[0], hops)))
+    for parts in remote:
+        for part in parts:
+            out += [flow.wait_query(q) for q in part]
+            out.append(flow.attend(part, flow.keys(bundles[0], hops)))
 
     for bundle in bundles[1:-1]:
         for chunks in _arrivals(flow, bundle):
@@ -65,7 +65,7 @@ def staged(flow: ChunkFlow) -> list[Instruction]:
                 out += flow.arrive(chunk)
             out.append(flow.attend(everything, chunks))
     for bundle in bundles[1:][-1:]:
-        first, *rest = [piece for pieces in remote for piece in pieces] + (own if lanes > 1 else [home])
+        first, *rest = [part for parts in remote for part in parts] + (own if lanes > 1 else [home])
         for chunks in _arrivals(flow, bundle):
             for chunk in chunks:
                 out += flow.arrive(chunk)
@@ -92,8 +92,8 @@ def in_parts(flow: ChunkFlow) -> list[Instruction]:
     hops = range(flow.ring)
     lanes = flow.mesh.lanes
     near, *far = [range(n, n + lanes) for n in range(0, flow.groups, lanes)]
-    here = [q for piece in flow.queries(near if flow.split_heads else range(1)) for q in piece]
-    waiting = {p: [flow.queries(bundle)[p] for bundle in far] if flow.split_heads else [] for p in flow.q_pieces}
+    here = [q for part in flow.queries(near if flow.split_heads else range(1)) for q in part]
+    waiting = {p: [flow.queries(bundle)[p] for bundle in far] if flow.split_heads else [] for p in flow.q_parts}
     out: list[Instruction] = [flow.wait_query(q) for q in here if q.src != 0]
     keys: list[tuple[int, int, int]] = []
     for hop in hops:
@@ -103,8 +103,8 @@ def in_parts(flow: ChunkFlow) -> list[Instruction]:
         out.append(flow.attend(here, chunks))
         keys += chunks
     remote: list[Chunk] = []
-    last = flow.kv_pieces[-1]
-    for part in flow.kv_pieces:
+    last = flow.kv_parts[-1]
+    for part in flow.kv_parts:
         for bundle in far:
             chunks = [(a, h, part) for h in hops for a in bundle]
             for chunk in chunks:
@@ -126,6 +126,6 @@ def in_parts(flow: ChunkFlow) -> list[Instruction]:
 
 
 def _arrivals(flow: ChunkFlow, bundle: range) -> list[list[tuple[int, int, int]]]:
-    """The key chunks of a bundle in the order in which they are attended: by hop and piece, its lanes together."""
+    """The key chunks of a bundle in the order in which they are attended: by hop and part, its lanes together."""
     chunks = flow.keys(bundle, range(flow.ring))
     return [chunks[at : at + len(bundle)] for at in range(0, len(chunks), len(bundle))]

@@ -10,25 +10,27 @@ One dataflow, four names, by the mesh it is laid on (mesh.py):
 
 from __future__ import annotations
 
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.chunk_flow import ChunkFlow
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.instructions import Instruction
 from sfcompile.runtime.program.sites import AttentionSite
 
 
-def build_usp(site: AttentionSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1, kind: str = "usp") -> Schedule:
+def build_usp(
+    site: AttentionSite, mesh: Mesh, q_parts: int = 1, kv_parts: int = 1, kind: str = "usp"
+) -> AttentionSchedule:
     """Schedule of unstaged Ulysses x ring. Phases ``put_q``, ``put_k``, ``put_v``, ``attend``, ``collect``.
 
     All chunks of the first all-to-all are waited for before anything is computed; each ring hop is sent on before it is
-    attended, so the ring does overlap; outputs leave when all is done. With several pieces of Q, each piece's output
+    attended, so the ring does overlap; outputs leave when all is done. With several parts of Q, each part's output
     leaves as soon as its last hop is done.
 
     Raises:
         MeshError: fewer heads than Ulysses ranks.
-        OptionError: less than one piece.
+        OptionError: less than one part.
     """
-    flow = ChunkFlow(site, mesh, q_pieces, kv_pieces)
+    flow = ChunkFlow(site, mesh, q_parts, kv_parts)
     return flow.schedule(kind, unstaged(flow))
 
 
@@ -40,13 +42,13 @@ def unstaged(flow: ChunkFlow) -> list[Instruction]:
         chunks = flow.keys(range(flow.groups), [hop])
         for chunk in chunks:
             out += flow.arrive(chunk)
-        if hop < flow.ring - 1 or len(flow.q_pieces) == 1:
+        if hop < flow.ring - 1 or len(flow.q_parts) == 1:
             out.append(flow.attend(queries, chunks))
             continue
-        for piece in flow.q_pieces:
-            now = [q for q in queries if q.piece == piece]
+        for part in flow.q_parts:
+            now = [q for q in queries if q.part == part]
             out.append(flow.attend(now, chunks))
             out += [flow.push(q) for q in now if q.src != 0]
-    if len(flow.q_pieces) == 1:
+    if len(flow.q_parts) == 1:
         out += [flow.push(q) for q in queries if q.src != 0]
     return out

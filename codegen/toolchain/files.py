@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from sfcompile.codegen.kernels.attend import attend_source
 from sfcompile.codegen.kernels.spec import spec_of
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.compiler import ARCHITECTURES, compile_attend
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
-from sfcompile.runtime.program.sites import AttentionSite
 
 
 def kernel_files(
@@ -31,7 +31,7 @@ def kernel_files(
         UnsupportedError: no kernel is generated for this dtype or head size.
         CodegenError: the compiler refuses a kernel.
     """
-    if not isinstance(schedule.site, AttentionSite):
+    if not isinstance(schedule, AttentionSchedule):
         return {}
     members = schedule.groups[0] if schedule.groups else tuple(range(schedule.mesh.num_ranks))
     homes = tuple(machine_of[rank] for rank in members)

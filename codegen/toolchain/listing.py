@@ -12,12 +12,12 @@ from sfcompile.codegen.kernels.moves import MoveSpec
 from sfcompile.codegen.kernels.reach import reach_of
 from sfcompile.codegen.kernels.spec import spec_of
 from sfcompile.codegen.kernels.tables import make_tables
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.compiler import CompiledKernel, compile_attend, compile_chunks, compile_move
 from sfcompile.codegen.toolchain.machine_code import Resources, hoisted_loads, order, resources
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.errors import CodegenError
-from sfcompile.runtime.program.sites import AttentionSite
 
 _LOOKED_AT = 8
 """Ranks whose tables are looked at for differences in the text: whether softmax state is carried."""
@@ -68,11 +68,11 @@ def compiled_kernels(
         CodegenError: the compiler refuses, or NVSHMEM's device library is needed and missing.
         UnsupportedError: no kernel is generated for such a site.
     """
-    site = schedule.site
     machines = tuple(machine_of)
     reach = reach_of(machines)
     library = slim_library(arch) if link and reach != "peer" else None
-    if isinstance(site, AttentionSite):
+    if isinstance(schedule, AttentionSchedule):
+        site = schedule.site
         spec = spec_of(schedule, arch, machines, mask or ("full" if site.mask else "none", True))
         ranks = range(min(schedule.mesh.num_ranks, _LOOKED_AT))
         for carry in sorted({make_tables(schedule, rank, spec.block_m, machines).carry for rank in ranks}):

@@ -7,7 +7,8 @@ import torch
 from sfcompile.passes.graph.labels import Runs
 from sfcompile.passes.graph.layout import OpLayouts
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.runtime.program.sites import AttentionSite, Positions, slice_of
+from sfcompile.runtime.program.intervals import Positions, slice_of
+from sfcompile.runtime.program.sites import AttentionSite
 
 
 def attention_site(op: OpView, chosen: OpLayouts, dtype: torch.dtype, parts: int = 1) -> AttentionSite:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.runtime.program.sites import count, overlap
+from sfcompile.runtime.program.intervals import count, overlap
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.ops import OPAQUE
 
@@ -84,7 +84,7 @@ def gather_seconds(node: fx.Node, topology: Topology, fraction: float = 1.0) -> 
     """Time to all-gather a sharded value to every rank: what must cross the slower link, plus one latency.
 
     Args:
-        fraction: how much of an all-gather's bytes a reshard moves (:func:`reshard_fraction`).
+        fraction: how much of an all-gather's bytes an exchange moves (:func:`exchange_fraction`).
     """
     ranks = topology.num_ranks
     if ranks == 1:
@@ -98,8 +98,8 @@ def gather_seconds(node: fx.Node, topology: Topology, fraction: float = 1.0) -> 
     return max(local, crossing / topology.network_bytes_per_s + topology.network_latency_s)
 
 
-def reshard_fraction(owners: Ownership, made: Layout, need: Layout | Window) -> float:
-    """Bytes that a reshard moves, over those of an all-gather of the same value."""
+def exchange_fraction(owners: Ownership, made: Layout, need: Layout | Window) -> float:
+    """Bytes that an exchange moves, over those of an all-gather of the same value."""
     ranks = range(owners.num_ranks)
     if need.dim != made.dim:
         return 1.0 / len(ranks)

@@ -16,7 +16,7 @@ from torch import fx
 from sfcompile.passes.graph.attention_site import attention_site
 from sfcompile.passes.graph.layout import Layout, OpLayouts, Ownership, Shape, Window
 from sfcompile.passes.graph.op_view import FakeMode, OpView
-from sfcompile.runtime.program.sites import AttentionSite, GatherSite, ReshardSite
+from sfcompile.runtime.program.sites import AnySite, ExchangeSite
 from sfcompile.runtime.rank import ops as runtime_ops  # registers torch.ops.streamfusion
 
 _MAX_SLICES = 8
@@ -42,7 +42,7 @@ class LocalGraph:
         self.owners = owners
         self.rank = rank
         self.program = program
-        self.sites: list[AttentionSite | GatherSite | ReshardSite] = []
+        self.sites: list[AnySite] = []
         self.origin: fx.Node | None = None  # the captured node being rewritten, for names and stack traces
         self.part: int | None = None  # which part of this rank's tokens is being written, if they come in several
         self._mode = mode
@@ -184,7 +184,7 @@ class LocalGraph:
         site = len(self.sites)
         runs = tuple(self.owners.row_runs(layout, r) for r in range(self.owners.num_ranks))
         name = f"{self.origin.name if self.origin else 'value'}"
-        self.sites.append(GatherSite(name, shape, dtype, layout.dim, layout.outer, layout.inner, runs))
+        self.sites.append(ExchangeSite.gather(name, shape, dtype, layout.dim, runs, layout.outer, layout.inner))
         return self._exchange(node, site, shape, dtype)
 
     def gather_parts(self, parts: Sequence[fx.Node], layout: Layout, shape: Shape, owners: Ownership) -> fx.Node:
@@ -194,7 +194,7 @@ class LocalGraph:
             owners: of the parts (Ownership.split).
         """
         count, ranks = len(parts), self.owners.num_ranks
-        dtype, pieces = parts[0].meta["val"].dtype, []
+        dtype, gathers = parts[0].meta["val"].dtype, []
         name = f"{self.origin.name if self.origin else 'value'}"
         found: list[tuple[int, fx.Node, int, int]] = []  # position, where it was gathered, place there, length
         for part, made in enumerate(parts):
@@ -204,16 +204,17 @@ class LocalGraph:
                 compact.append(((at, sum(n for _, n in mine)),) if mine else ())
                 at += sum(n for _, n in mine)
             size = (*shape[: layout.dim], at * layout.inner, *shape[layout.dim + 1 :])
-            self.sites.append(GatherSite(f"{name}.{part}", size, dtype, layout.dim, 1, layout.inner, tuple(compact)))
+            site_name, owned = f"{name}.{part}", tuple(compact)
+            self.sites.append(ExchangeSite.gather(site_name, size, dtype, layout.dim, owned, inner=layout.inner))
             site = len(self.sites) - 1
             ops = torch.ops.streamfusion
-            start = self._communicate(ops.gather_start.default, [made, self.ticket(), self.program, site])
+            start = self._communicate(ops.exchange_start.default, [made, self.ticket(), self.program, site])
             start.meta["part"] = part
-            pieces.append((site, size, runs))
-        for site, size, runs in pieces:
+            gathers.append((site, size, runs))
+        for site, size, runs in gathers:
             ops = torch.ops.streamfusion
             args = [self.ticket(), self.program, site, list(size), dtype]
-            gathered = self.getitem(self._communicate(ops.gather_finish.default, args), 0)
+            gathered = self.getitem(self._communicate(ops.exchange_finish.default, args), 0)
             at = 0
             for mine in runs:
                 for first, n in mine:
@@ -229,7 +230,7 @@ class LocalGraph:
         positions = np.concatenate([np.arange(first, first + n) for first, n in wanted] or [np.zeros(0, np.int64)])
         return self.take(node, window.dim, positions)
 
-    def reshard(self, node: fx.Node, layout: Layout, need: Layout | Window, shape: Shape) -> fx.Node:
+    def exchange(self, node: fx.Node, layout: Layout, need: Layout | Window, shape: Shape) -> fx.Node:
         """Another shard of the value than the one that was made, from those who own it."""
         ranks = range(self.owners.num_ranks)
         owned = tuple(self.owners.dim_runs(layout, rank) for rank in ranks)
@@ -239,7 +240,7 @@ class LocalGraph:
             wanted = tuple(self.owners.dim_runs(need, rank) for rank in ranks)
         dtype = node.meta["val"].dtype
         name = f"{self.origin.name if self.origin else 'value'}"
-        site = ReshardSite(name, shape, dtype, layout.dim, owned, need.dim, wanted)
+        site = ExchangeSite(name, shape, dtype, layout.dim, 1, 1, owned, need.dim, wanted)
         self.sites.append(site)
         return self._exchange(node, len(self.sites) - 1, site.wanted_shape(self.rank), dtype)
 
@@ -251,7 +252,7 @@ class LocalGraph:
         name = f"{self.origin.name if self.origin else 'value'}"
         runs = tuple(((rank, 1),) for rank in range(ranks))
         shape = (ranks, *(int(size) for size in value.shape))
-        self.sites.append(GatherSite(name, shape, value.dtype, 0, 1, 1, runs))
+        self.sites.append(ExchangeSite.gather(name, shape, value.dtype, 0, runs))
         part = self.call(torch.ops.aten.unsqueeze.default, [node, 0], {})
         parts = self._exchange(part, site, shape, value.dtype)
         narrow = value.dtype in (torch.float16, torch.bfloat16)
@@ -261,8 +262,8 @@ class LocalGraph:
 
     def _exchange(self, node: fx.Node, site: int, shape: Shape, dtype: torch.dtype) -> fx.Node:
         ops = torch.ops.streamfusion
-        self._communicate(ops.gather_start.default, [node, self.ticket(), self.program, site])
-        finish = self._communicate(ops.gather_finish.default, [self.ticket(), self.program, site, list(shape), dtype])
+        self._communicate(ops.exchange_start.default, [node, self.ticket(), self.program, site])
+        finish = self._communicate(ops.exchange_finish.default, [self.ticket(), self.program, site, list(shape), dtype])
         return self.getitem(finish, 0)
 
     def attention(self, op: OpView, chosen: OpLayouts, operands: Sequence[fx.Node]) -> fx.Node:

@@ -64,8 +64,8 @@ class DeviceEngine(Protocol):
     def collect(self, out: torch.Tensor, view: Any) -> None:
         """Fill in the other heads as they come home."""
 
-    def gather(self, out: torch.Tensor, view: Any) -> None:
-        """The end of a gather or reshard."""
+    def receive(self, out: torch.Tensor, view: Any) -> None:
+        """The end of an exchange."""
 
     def check(self) -> None:
         """Raise what a debug build's waits reported."""
@@ -163,10 +163,10 @@ class DeviceRun:
         self._engine.collect(out, self._view)
         return True
 
-    def gather(self, out: torch.Tensor) -> None:
+    def receive(self, out: torch.Tensor) -> None:
         """Fill ``out``."""
         self._runs.join()
-        self._engine.gather(out, self._view)
+        self._engine.receive(out, self._view)
 
     def finish(self, epoch: int) -> None:
         """Everything up to ``epoch`` has been read, as far as the main stream goes."""

@@ -15,30 +15,30 @@ Heads = tuple[int, int]
 
 
 class Chunk(NamedTuple):
-    """Piece ``piece`` of the tokens that rank ``src`` owns (cut as its site says, or one).
+    """Part ``part`` of the tokens that rank ``src`` owns, as its schedule cuts them.
 
     A tuple, for the sake of its hash: chunks are the keys of most tables that a step looks into.
     """
 
     src: int
-    piece: int = 0
+    part: int = 0
 
     def __str__(self) -> str:
-        return f"{self.src}" if self.piece == 0 else f"{self.src}.{self.piece}"
+        return f"{self.src}" if self.part == 0 else f"{self.src}.{self.part}"
 
 
 @dataclass(frozen=True)
 class Put:
-    """Copy a piece of this rank's own ``tensor`` (the heads that ``dst`` computes) into ``slot`` of ``dst``; signal."""
+    """Copy a part of this rank's own ``tensor`` (the heads that ``dst`` computes) into ``slot`` of ``dst``; signal."""
 
     tensor: str
-    piece: int
+    part: int
     dst: int
     slot: int
 
     def __str__(self) -> str:
-        part = f".{self.piece}" if self.piece else ""
-        return f"put {self.tensor}{part} -> rank {self.dst} slot {self.slot}"
+        suffix = f".{self.part}" if self.part else ""
+        return f"put {self.tensor}{suffix} -> rank {self.dst} slot {self.slot}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ Instruction = Put | Forward | Wait | Attend | Push
 class Arrival(NamedTuple):
     """A chunk that this rank receives once per epoch: in which slot, from whom, and what it is.
 
-    ``tensor`` is "q", "k", "v", "o" (an output coming home) or "x" (a gather's shard).
+    ``tensor`` is "q", "k", "v", "o" (an output coming home) or "x" (what an exchange moves).
     """
 
     slot: int
@@ -121,5 +121,5 @@ class RankProgram:
     def __str__(self) -> str:
         lines = [f"rank {self.rank}"]
         for phase, instructions in self.phases.items():
-            lines += [f"  {phase:<13} {instruction}" for instruction in instructions]
+            lines += [f"  {phase:<15} {instruction}" for instruction in instructions]
         return "\n".join(lines)

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 
-Positions = tuple[tuple[int, int], ...]
-"""Global token positions one rank owns: runs ``(first, length)`` in local order."""
+from sfcompile.runtime.program.intervals import Positions, count, overlap, places, slice_of
 
-
-def count(positions: Positions) -> int:
-    """Number of tokens in some positions."""
-    return sum(length for _, length in positions)
-
-
-def cut(positions: Positions, start: int, stop: int) -> Positions:
-    """The ``start``-th to ``stop``-th of some positions."""
-    found = []
-    at = 0
-    for first, length in positions:
-        low, high = max(start - at, 0), min(stop - at, length)
-        if low < high:
-            found.append((first + low, high - low))
-        at += length
-    return tuple(found)
-
-
-def slice_of(total: int, parts: int, index: int) -> tuple[int, int]:
-    """The ``index``-th of ``parts`` contiguous slices of ``total`` things, sizes within one of each other."""
-    base, extra = divmod(total, parts)
-    start = index * base + min(index, extra)
-    return start, start + base + (index < extra)
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,21 +44,21 @@ class AttentionSite:
     kv_sizes: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        for places, sizes in ((self.q_positions, self.q_sizes), (self.kv_positions, self.kv_sizes)):
-            want = [(count(runs), self.parts) for runs in places] if sizes else []
+        for positions, sizes in ((self.q_positions, self.q_sizes), (self.kv_positions, self.kv_sizes)):
+            want = [(count(runs), self.parts) for runs in positions] if sizes else []
             if [(sum(each), len(each)) for each in sizes] != want or any(size < 0 for each in sizes for size in each):
                 raise ValueError(f"site {self.name} has {want} tokens and parts by rank, and parts of {sizes}")
 
-    def rows(self, queries: bool, rank: int, pieces: int, piece: int) -> tuple[int, int]:
-        """Which of a rank's local query (or key) tokens one of ``pieces`` pieces is: ``[start, stop)``.
+    def rows(self, queries: bool, rank: int, parts: int, part: int) -> tuple[int, int]:
+        """Which of a rank's local query (or key) tokens are the ``part``-th of ``parts``: ``[start, stop)``.
 
-        It is the rank's part, if there are as many pieces as parts.
+        A schedule may cut them otherwise than they come; cut into as many parts as they come in, it is those.
         """
-        places, sizes = (self.q_positions, self.q_sizes) if queries else (self.kv_positions, self.kv_sizes)
-        if not sizes or pieces != self.parts:
-            return slice_of(count(places[rank]), pieces, piece)
-        start = sum(sizes[rank][:piece])
-        return start, start + sizes[rank][piece]
+        positions, sizes = (self.q_positions, self.q_sizes) if queries else (self.kv_positions, self.kv_sizes)
+        if not sizes or parts != self.parts:
+            return slice_of(count(positions[rank]), parts, part)
+        start = sum(sizes[rank][:part])
+        return start, start + sizes[rank][part]
 
     def geometry(self) -> tuple[Any, ...]:
         """Everything but the name: sites of equal geometry share a schedule."""
@@ -93,94 +72,96 @@ def kv_slice(site: AttentionSite, heads: tuple[int, int]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class GatherSite:
-    """All-gather of a value of global ``shape``: dim ``dim`` is ``outer x n x inner``, ``owners[r]`` of n on rank r."""
+class ExchangeSite:
+    """A sharded value of global ``shape`` changes hands: every rank gets what it wants of it.
+
+    Dim ``dim`` is ``outer x rows x inner``; rank r holds ``owned[r]`` of its rows, and wants ``wanted[r]`` of dim
+    ``into``, all of the other dims. With ``into == dim`` both are rows of it: an all-gather if every rank wants all
+    of them, else a halo exchange or another cut. With another ``into`` the sharded dim is switched.
+    """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: torch.dtype
     dim: int
     outer: int
     inner: int
-    owners: tuple[Positions, ...]
-
-    def geometry(self) -> tuple[Any, ...]:
-        """Everything but the name: sites of equal geometry share a schedule."""
-        return _geometry(self)
-
-    def local_shape(self, rank: int) -> tuple[int, ...]:
-        """Shape of ``rank``'s shard."""
-        tokens = self.outer * count(self.owners[rank]) * self.inner
-        return (*self.shape[: self.dim], tokens, *self.shape[self.dim + 1 :])
-
-
-@dataclass(frozen=True)
-class ReshardSite:
-    """A sharded value of global ``shape`` changes hands: every rank gathers the part of it that it wants.
-
-    Rank r holds ``owned[r]`` of dim ``dim`` and wants ``wanted[r]`` of dim ``into``, all of the other dims. With
-    ``into == dim`` that is a halo exchange or another cut of the same dim; else the sharded dim is switched.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    dim: int
     owned: tuple[Positions, ...]
     into: int
     wanted: tuple[Positions, ...]
 
+    @classmethod
+    def gather(
+        cls, name: str, shape: Shape, dtype: torch.dtype, dim: int, owned: tuple[Positions, ...], outer: int = 1,
+        inner: int = 1,
+    ) -> ExchangeSite:  # fmt: skip
+        """The exchange in which every rank wants everything."""
+        everything = ((0, shape[dim] // (outer * inner)),)
+        return cls(name, shape, dtype, dim, outer, inner, owned, dim, (everything,) * len(owned))
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of ``dim``, on all ranks together."""
+        return self.shape[self.dim] // (self.outer * self.inner)
+
+    @cached_property
+    def is_gather(self) -> bool:
+        """Whether every rank wants everything."""
+        return all(self._wants_all(rank) for rank in range(len(self.wanted)))
+
+    def _wants_all(self, rank: int) -> bool:
+        return self.into == self.dim and self.wanted[rank] == ((0, self.rows),)
+
     def geometry(self) -> tuple[Any, ...]:
         """Everything but the name: sites of equal geometry share a schedule."""
         return _geometry(self)
 
-    def local_shape(self, rank: int) -> tuple[int, ...]:
+    @cached_property
+    def local_bytes(self) -> tuple[int, ...]:
+        """Bytes of every rank's shard."""
+        return tuple(nbytes(self.local_shape(rank), self.dtype) for rank in range(len(self.owned)))
+
+    def local_shape(self, rank: int) -> Shape:
         """Shape of what ``rank`` holds."""
-        return _resized(self.shape, {self.dim: count(self.owned[rank])})
+        return self._resized(count(self.owned[rank]))
 
-    def wanted_shape(self, rank: int) -> tuple[int, ...]:
+    def wanted_shape(self, rank: int) -> Shape:
         """Shape of what ``rank`` wants."""
-        return _resized(self.shape, {self.into: count(self.wanted[rank])})
+        number = count(self.wanted[rank])
+        return self._resized(number) if self.into == self.dim else self._resized(self.rows, number)
 
-    def part(self, src: int, dst: int) -> tuple[Positions, Positions]:
+    def chunk(self, src: int, dst: int) -> tuple[Positions, Positions]:
         """What ``src`` gives ``dst``: places in its shard along ``into``, and in what ``dst`` makes along ``dim``."""
         if self.into != self.dim:
             return self.wanted[dst], self.owned[src]
+        if self._wants_all(dst):  # the shard as it is
+            return ((0, count(self.owned[src])),), self.owned[src]
         common = overlap(self.owned[src], self.wanted[dst])
         return places(common, self.owned[src]), places(common, self.wanted[dst])
 
-    def part_shape(self, src: int, dst: int) -> tuple[int, ...]:
+    def chunk_shape(self, src: int, dst: int) -> Shape:
         """Shape of what ``src`` gives ``dst``."""
-        given, placed = self.part(src, dst)
-        return _resized(self.shape, {self.dim: count(placed), self.into: count(given)})
+        given, placed = self.chunk(src, dst)
+        return self._resized(count(placed), count(given))
+
+    def _resized(self, rows: int, into: int | None = None) -> Shape:
+        """The shape with so many rows of ``dim`` and, if that is another dim, so much of ``into``."""
+        sizes = {} if into is None else {self.into: into}
+        sizes[self.dim] = self.outer * rows * self.inner
+        return tuple(sizes.get(dim, size) for dim, size in enumerate(self.shape))
 
 
-def overlap(a: Positions, b: Positions) -> Positions:
-    """Positions of both; each ascending."""
-    found = []
-    i = j = 0
-    while i < len(a) and j < len(b):
-        low, high = max(a[i][0], b[j][0]), min(sum(a[i]), sum(b[j]))
-        if low < high:
-            found.append((low, high - low))
-        i, j = (i + 1, j) if sum(a[i]) < sum(b[j]) else (i, j + 1)
-    return tuple(found)
+AnySite = AttentionSite | ExchangeSite
 
 
-def places(some: Positions, within: Positions) -> Positions:
-    """Where ``some`` of the positions ``within`` lie among them; both ascending."""
-    found = []
-    before = i = 0
-    for first, length in some:
-        while sum(within[i]) <= first:
-            before += within[i][1]
-            i += 1
-        found.append((before + first - within[i][0], length))
-    return tuple(found)
+def nbytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * dtype.itemsize
 
 
-def _resized(shape: tuple[int, ...], sizes: dict[int, int]) -> tuple[int, ...]:
-    return tuple(sizes.get(dim, size) for dim, size in enumerate(shape))
+def align(nbytes: int, to: int) -> int:
+    """``nbytes``, or the next multiple of ``to``."""
+    return -(-nbytes // to) * to
 
 
 def _geometry(site: Any) -> tuple[Any, ...]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 
+from sfcompile.runtime.program.chunks import cut_chunk, place_chunk
 from sfcompile.runtime.program.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
-from sfcompile.runtime.program.parts import cut_part, place_part
+from sfcompile.runtime.program.phases import ATTEND, COLLECT, EXCHANGE_FINISH
 from sfcompile.runtime.rank.attention_aten import Partial, attend, merge
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
@@ -48,6 +49,10 @@ class SchedulePlan(Protocol):
 
     def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
         """Shape of what arrives at a rank."""
+
+
+class AttentionPlan(SchedulePlan, Protocol):
+    """What it reads of an attention's schedule beyond that."""
 
     def heads(self, rank: int) -> Heads:
         """The query heads that a rank computes."""
@@ -105,6 +110,8 @@ class SiteRun:
         rank, _ = plan.members(call.job_rank)
         bank = epoch % NUM_BANKS
         self.plan = plan
+        # The graph attends and collects only at attentions.
+        self._attention = cast(AttentionPlan, plan)
         self.epoch = epoch
         self.blocked_s = 0.0
         self.output: torch.Tensor | None = None
@@ -128,10 +135,10 @@ class SiteRun:
     # ------------------------------------------------------------------ phases
 
     def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
-        """A phase that sends a local tensor: ``put_q``, ``put_k``, ``put_v``, ``gather_start``.
+        """A phase that sends a local tensor: ``put_q``, ``put_k``, ``put_v``, ``exchange_start``.
 
         Args:
-            part: which piece of the local tokens ``tensor`` holds; -1: all of them.
+            part: which part of the local tokens ``tensor`` holds; -1: all of them.
 
         The part that stays here is copied too: once this call has returned, a compiled graph may reuse the tensor's
         memory for something else, although it is read again later.
@@ -139,15 +146,15 @@ class SiteRun:
         name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
         for step in self._program.phases[phase]:
             assert isinstance(step, Put) and step.tensor == name
-            if part in (-1, step.piece):
+            if part in (-1, step.part):
                 outgoing = self._outgoing(tensor, step, part)
                 self._transport.put(step.dst, step.slot, self.plan.slots[step.slot].offset, outgoing, self.epoch)
         stays = tensor
         if name != "x":
-            first, last = (self.plan.heads if name == "q" else self.plan.kv_heads)(self._rank)
+            first, last = (self._attention.heads if name == "q" else self._attention.kv_heads)(self._rank)
             stays = tensor[:, first:last]
         else:
-            stays = cut_part(self.plan.site, tensor, self._rank, self._rank)
+            stays = cut_chunk(self.plan.site, tensor, self._rank, self._rank)
         if self._kernel is None:
             self._tensors[name, part] = stays.clone(memory_format=torch.contiguous_format)
         else:
@@ -163,7 +170,7 @@ class SiteRun:
         if self._kernel is not None:
             self._run_kernel(*self._kernel, mask)
             return
-        for step in self._program.phases["attend"]:
+        for step in self._program.phases[ATTEND]:
             if isinstance(step, Wait):
                 self._wait(step)
             elif isinstance(step, Forward):
@@ -194,37 +201,37 @@ class SiteRun:
         """Fill ``out`` [B, H, Lq, E] with this rank's queries' outputs, from every head slice.
 
         Args:
-            part: which piece of the local tokens ``out`` is for; -1: all of them.
+            part: which part of the local tokens ``out`` is for; -1: all of them.
 
         Returns:
             Whether everything has now been collected.
         """
-        first, last = self.plan.heads(self._rank)
+        first, last = self._attention.heads(self._rank)
         if self._own is not None:
             out[:, first:last].copy_(self._own[:, first:last])
-        for chunk in [chunk for chunk in self._partials if chunk.src == self._rank and part in (-1, chunk.piece)]:
+        for chunk in [chunk for chunk in self._partials if chunk.src == self._rank and part in (-1, chunk.part)]:
             start, stop = self._rows("o", chunk, part)
             out[:, first:last, start:stop].copy_(self._output(chunk))
-        for step in self._program.phases["collect"]:
+        for step in self._program.phases[COLLECT]:
             assert isinstance(step, Wait)
             chunk = self._arrivals[step.slot].chunk
             if self._kernel is not None and self._views[step.slot].numel() == 0:
                 continue  # kernels send nothing that has no rows
-            if part in (-1, chunk.piece):
+            if part in (-1, chunk.part):
                 self._wait(step)
-                first, last = self.plan.heads(step.src)
+                first, last = self._attention.heads(step.src)
                 start, stop = self._rows("o", chunk, part)
                 out[:, first:last, start:stop].copy_(self._views[step.slot])
         self._parts_left -= 1
         return part == -1 or self._parts_left == 0
 
-    def gather(self, out: torch.Tensor) -> None:
-        """Fill ``out`` with every rank's shard, or the part of it that this rank wants, at its positions."""
-        place_part(self.plan.site, out, self._tensors["x", -1], self._rank, self._rank)
-        for step in self._program.phases["gather_finish"]:
+    def receive(self, out: torch.Tensor) -> None:
+        """Fill ``out`` with what this rank wants, from every rank's shard, at its positions."""
+        place_chunk(self.plan.site, out, self._tensors["x", -1], self._rank, self._rank)
+        for step in self._program.phases[EXCHANGE_FINISH]:
             assert isinstance(step, Wait)
             self._wait(step)
-            place_part(self.plan.site, out, self._views[step.slot], step.src, self._rank)
+            place_chunk(self.plan.site, out, self._views[step.slot], step.src, self._rank)
 
     def finish(self, epoch: int) -> None:
         """This rank has read everything of ``epoch`` and of all epochs before."""
@@ -239,15 +246,15 @@ class SiteRun:
 
     def _rows(self, name: str, chunk: Chunk, part: int) -> tuple[int, int]:
         """Where a chunk's tokens lie in a tensor that holds one part of them, or all."""
-        start, stop = self.plan.rows(name, chunk)
+        start, stop = self._attention.rows(name, chunk)
         return (start, stop) if part == -1 else (0, stop - start)
 
     def _outgoing(self, tensor: torch.Tensor, step: Put, part: int) -> torch.Tensor:
-        """The heads that the receiver computes, of one piece of the tokens."""
+        """The heads that the receiver computes, of one part of the tokens."""
         if step.tensor == "x":
-            return cut_part(self.plan.site, tensor, self._rank, step.dst)
-        first, last = (self.plan.heads if step.tensor == "q" else self.plan.kv_heads)(step.dst)
-        start, stop = self._rows(step.tensor, Chunk(self._rank, step.piece), part)
+            return cut_chunk(self.plan.site, tensor, self._rank, step.dst)
+        first, last = (self._attention.heads if step.tensor == "q" else self._attention.kv_heads)(step.dst)
+        start, stop = self._rows(step.tensor, Chunk(self._rank, step.part), part)
         return tensor[:, first:last, start:stop]
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
@@ -256,16 +263,16 @@ class SiteRun:
         site, bias = self.plan.site, None
         keys, k_slots, v_slots = step.kv, step.k_slots, step.v_slots
         if mask is not None or site.causal:
-            rows = [run for chunk in step.q for run in self.plan.positions("q", chunk)]
+            rows = [run for chunk in step.q for run in self._attention.positions("q", chunk)]
             if site.causal:  # leave out keys that lie after every query
-                seen = [_first(self.plan.positions("k", chunk)) <= _last(rows) for chunk in keys]
+                seen = [_first(self._attention.positions("k", chunk)) <= _last(rows) for chunk in keys]
                 keys = tuple(compress(keys, seen))
                 k_slots, v_slots = tuple(compress(k_slots, seen)), tuple(compress(v_slots, seen))
-            columns = [run for chunk in keys for run in self.plan.positions("k", chunk)]
+            columns = [run for chunk in keys for run in self._attention.positions("k", chunk)]
             if not rows or not columns:
                 return
             if mask is not None:
-                bias = _cut_mask(mask, self.plan.heads(self._rank), rows, columns)
+                bias = _cut_mask(mask, self._attention.heads(self._rank), rows, columns)
             if site.causal and _last(columns) > _first(rows):
                 bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None]
         q, k, v = self._join("q", step.q_slots, step.q), self._join("k", k_slots, keys), self._join("v", v_slots, keys)
@@ -275,7 +282,7 @@ class SiteRun:
         if len(step.q) == 1:
             self._partials[step.q[0]] = merge(self._partials[step.q[0]], done, into_first=True)
             return
-        lengths = [stop - start for start, stop in (self.plan.rows("q", chunk) for chunk in step.q)]
+        lengths = [stop - start for start, stop in (self._attention.rows("q", chunk) for chunk in step.q)]
         for chunk, o, lse in zip(step.q, done[0].split(lengths, 2), done[1].split(lengths, 2), strict=True):
             self._partials[chunk] = merge(self._partials[chunk], (o, lse), into_first=True)
 
@@ -287,8 +294,8 @@ class SiteRun:
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
             group = self.plan.site.heads // self.plan.site.kv_heads
             if name != "q" and group > 1:
-                first = self.plan.kv_heads(self._rank)[0]
-                heads = [head // group - first for head in range(*self.plan.heads(self._rank))]
+                first = self._attention.kv_heads(self._rank)[0]
+                heads = [head // group - first for head in range(*self._attention.heads(self._rank))]
                 whole = whole.index_select(1, torch.tensor(heads, device=whole.device))
             self._joined[key] = whole
         return self._joined[key]
@@ -296,9 +303,9 @@ class SiteRun:
     def _chunk(self, name: str, slot: int | None, chunk: Chunk) -> torch.Tensor:
         if slot is not None:
             return self._views[slot]
-        if (name, chunk.piece) in self._tensors:
-            return self._tensors[name, chunk.piece]
-        start, stop = self.plan.rows(name, chunk)
+        if (name, chunk.part) in self._tensors:
+            return self._tensors[name, chunk.part]
+        start, stop = self._attention.rows(name, chunk)
         return self._tensors[name, -1][:, :, start:stop]
 
     def _output(self, chunk: Chunk) -> torch.Tensor:
@@ -306,7 +313,7 @@ class SiteRun:
         partial = self._partials.get(chunk)
         site = self.plan.site
         if partial is None:
-            (first, last), (start, stop) = self.plan.heads(self._rank), self.plan.rows("q", chunk)
+            (first, last), (start, stop) = self._attention.heads(self._rank), self._attention.rows("q", chunk)
             return torch.zeros(site.batch, last - first, stop - start, site.v_head_dim, dtype=site.dtype)
         return partial[0].to(site.dtype)
 

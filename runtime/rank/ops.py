@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from sfcompile.runtime.program.instructions import Attend, Chunk
-from sfcompile.runtime.rank.executor import SchedulePlan
+from sfcompile.runtime.program.phases import COLLECT, ENDS
+from sfcompile.runtime.rank.executor import AttentionPlan
 from sfcompile.runtime.rank.session import current_session
 
 _library = torch.library.Library("streamfusion", "DEF")
@@ -29,8 +30,8 @@ _OPS = {
     "collect": (
         "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype, int part=-1) -> (Tensor, Tensor)"
     ),
-    "gather_start": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
-    "gather_finish": "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype) -> (Tensor, Tensor)",
+    "exchange_start": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
+    "exchange_finish": "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype) -> (Tensor, Tensor)",
 }
 for _name, _schema in _OPS.items():
     _library.define(_name + _schema)
@@ -83,13 +84,13 @@ def _end(phase: str) -> Any:
         ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         session = current_session()
-        made = session.output(program, site) if phase == "collect" else None
+        made = session.output(program, site) if phase == COLLECT else None
         out = torch.empty(size, dtype=dtype, device=ticket.device) if made is None else made
         with session.guard():
-            if phase == "collect":
+            if phase == COLLECT:
                 session.collect(program, site, out, part)
             else:
-                session.gather(program, site, out)
+                session.receive(program, site, out)
         return out, torch.empty_like(ticket)
 
     return run
@@ -107,7 +108,7 @@ def _fake_end(
 
 
 for _name in _OPS:
-    _ends = _name in ("collect", "gather_finish")
+    _ends = _name in ENDS
     _run = _end(_name) if _ends else {"attend": _attend, "put_fused": _put_fused}.get(_name) or _start(_name)
     _fake = _fake_end if _ends else _fake_put_fused if _name == "put_fused" else _fake_ticket
     _library.impl(_name, _run, "CompositeExplicitAutograd")
@@ -145,7 +146,7 @@ torch.library.register_fake("streamfusion::opaque", _fake_opaque, lib=_library)
 def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, **kwargs: Any) -> int:
     """FLOPs of this rank's pairs: two products of Lq x Lk for every head of its slice."""
     session = current_session()
-    plan = session.schedule(program, site)
+    plan = cast(AttentionPlan, session.schedule(program, site))
     rank = plan.members(session.rank)[0]
     facts, mine = plan.site, plan.program(rank)
     start, stop = plan.heads(rank)
@@ -158,6 +159,6 @@ def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, *
     return per_pair * pairs
 
 
-def _tokens(plan: SchedulePlan, tensor: str, chunks: tuple[Chunk, ...]) -> int:
+def _tokens(plan: AttentionPlan, tensor: str, chunks: tuple[Chunk, ...]) -> int:
     spans = [plan.rows(tensor, chunk) for chunk in chunks]
     return sum(stop - start for start, stop in spans)

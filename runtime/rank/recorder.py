@@ -24,7 +24,7 @@ class Event(NamedTuple):
     """A timed stretch of one rank's work, in seconds of this machine's monotonic clock.
 
     Attributes:
-        lane: "stage" (a node of the graph: a put, attend, collect, an end of a gather), or what happens inside it:
+        lane: "stage" (a node of the graph: a put, attend, collect, an end of an exchange), or what happens inside it:
             "compute" (an attention call), "send", "network" (a message inside the machine, or to another one), "wait".
         name: the stage's name, or for people.
         peer: of a message the receiver, of a wait the sender, as ranks of the job.
@@ -98,11 +98,11 @@ class RecordedRun(SiteRun):
         self.note("stage", "collect" if part == -1 else f"collect part {part}", start)
         return done
 
-    def gather(self, out: torch.Tensor) -> None:
+    def receive(self, out: torch.Tensor) -> None:
         """As the run, recorded."""
         start = time.perf_counter()
-        super().gather(out)
-        self.note("stage", "gather_finish", start)
+        super().receive(out)
+        self.note("stage", "exchange_finish", start)
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
         start = time.perf_counter()

@@ -201,9 +201,9 @@ class Session:
         if self._run(program, site).collect(out, part):
             self._finish(program, site)
 
-    def gather(self, program: str, site: int, out: torch.Tensor) -> None:
-        """The end of an all-gather; ends the site's epoch."""
-        self._run(program, site).gather(out)
+    def receive(self, program: str, site: int, out: torch.Tensor) -> None:
+        """The end of an exchange; ends the site's epoch."""
+        self._run(program, site).receive(out)
         self._finish(program, site)
 
     def _run(self, program: str, site: int) -> Run:

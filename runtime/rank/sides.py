@@ -98,8 +98,8 @@ class Run(Protocol):
     def collect(self, out: torch.Tensor, part: int = -1) -> bool:
         """The collect phase, of one part of the tokens or (-1) of all; whether everything has been collected."""
 
-    def gather(self, out: torch.Tensor) -> None:
-        """The end of an all-gather."""
+    def receive(self, out: torch.Tensor) -> None:
+        """The end of an exchange."""
 
     def finish(self, epoch: int) -> None:
         """Tell all ranks that this one has read everything of ``epoch`` and of all epochs before."""

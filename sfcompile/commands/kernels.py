@@ -96,7 +96,8 @@ def sites_of(args: argparse.Namespace, topology: Topology) -> list[tuple[str, At
     import torch
 
     from sfcompile.codegen.plan.choose_plan import plan_site
-    from sfcompile.runtime.program.sites import AttentionSite, slice_of
+    from sfcompile.runtime.program.intervals import slice_of
+    from sfcompile.runtime.program.sites import AttentionSite
 
     asked = shape(args.what)
     if asked is not None:

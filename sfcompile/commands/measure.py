@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from sfcompile.codegen.proof.checker import check
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import ExchangeSchedule, build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.codegen.schedule.schedule import Schedule, lay_out, nbytes
+from sfcompile.codegen.schedule.schedule import lay_out
 from sfcompile.runtime.program.instructions import Arrival, Chunk, Put, RankProgram, Wait
-from sfcompile.runtime.program.sites import GatherSite
+from sfcompile.runtime.program.phases import EXCHANGE_FINISH, EXCHANGE_START
+from sfcompile.runtime.program.sites import ExchangeSite, nbytes
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.attention_aten import attend
 from sfcompile.runtime.rank.process_group import ProcessWorld
@@ -37,19 +38,19 @@ PATIENCE_S = 0.4
 WAIT_S = 1e-5
 
 
-def shift(topology: Topology, across: bool, floats: int) -> Schedule:
+def shift(topology: Topology, across: bool, floats: int) -> ExchangeSchedule:
     """Every rank sends a chunk to the next rank of its machine, or to its peer on the next machine."""
     machines, ranks = topology.num_machines, topology.num_ranks
     mesh = Mesh.of(topology, machines, ranks // machines)
     step = mesh.offset(1, 0) if across else mesh.offset(0, 1)
-    owners = tuple(((rank, 1),) for rank in range(ranks))
-    site = GatherSite("shift", (ranks, floats), torch.float32, 0, 1, 1, owners)
+    owned = tuple(((rank, 1),) for rank in range(ranks))
+    site = ExchangeSite.gather("shift", (ranks, floats), torch.float32, 0, owned)
     origin = RankProgram(
         0,
-        {"gather_start": (Put("x", 0, mesh.back(step), 0),), "gather_finish": (Wait(0, step),)},
+        {EXCHANGE_START: (Put("x", 0, mesh.back(step), 0),), EXCHANGE_FINISH: (Wait(0, step),)},
         (Arrival(0, step, "x", Chunk(step)),),
     )
-    return Schedule("shift", site, mesh, lay_out([("x", nbytes((floats,), torch.float32))]), origin)
+    return ExchangeSchedule("shift", site, mesh, lay_out([("x", nbytes((floats,), torch.float32))]), origin)
 
 
 def measure(session: Session, say: Callable[[str], None] = lambda text: None) -> Topology:
@@ -138,9 +139,9 @@ class _Bench:
                 if large:
                     self.start_together()
                 start = time.perf_counter()
-                self.session.put(name, 0, "gather_start", chunk)
+                self.session.put(name, 0, EXCHANGE_START, chunk)
                 middle = time.perf_counter()
-                self.session.gather(name, 0, out)
+                self.session.receive(name, 0, out)
                 put_s.append(middle - start)
                 total_s.append(time.perf_counter() - start)
             puts.append(self.slowest(statistics.median(put_s)))
@@ -155,10 +156,12 @@ class _Bench:
         """Collective: returns on all ranks within a message's time (a meeting at the store may take far longer)."""
         ranks = self.topology.num_ranks
         if "start" not in self.session.programs:
-            site = GatherSite("start", (ranks, 1), torch.float32, 0, 1, 1, tuple(((rank, 1),) for rank in range(ranks)))
-            self.session.load("start", [build_gather(site, Mesh.of(self.topology, 1, ranks))])
-        self.session.put("start", 0, "gather_start", torch.zeros(1, 1))
-        self.session.gather("start", 0, torch.empty(ranks, 1))
+            site = ExchangeSite.gather(
+                "start", (ranks, 1), torch.float32, 0, tuple(((rank, 1),) for rank in range(ranks))
+            )
+            self.session.load("start", [build_exchange(site, Mesh.of(self.topology, 1, ranks))])
+        self.session.put("start", 0, EXCHANGE_START, torch.zeros(1, 1))
+        self.session.receive("start", 0, torch.empty(ranks, 1))
 
     def inside(self) -> dict[str, float]:
         """What a put costs its sender, and how soon it is seen."""
@@ -208,9 +211,9 @@ class _Bench:
             self.session.meet()
             alone.append(attends())
             self.session.meet()
-            self.session.put(name, 0, "gather_start", chunk)
+            self.session.put(name, 0, EXCHANGE_START, chunk)
             both.append(attends())
-            self.session.gather(name, 0, out)
+            self.session.receive(name, 0, out)
         lost = self.slowest(statistics.median(both) - statistics.median(alone))
         return 2.0 * 4 * floats / lost if lost > 0.03 * statistics.median(alone) else 0.0
 

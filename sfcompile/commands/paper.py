@@ -17,7 +17,8 @@ from sfcompile.codegen.plan.simulator import simulate
 from sfcompile.codegen.plan.step import layer
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.runtime.program.sites import AttentionSite, Positions
+from sfcompile.runtime.program.intervals import Positions
+from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 
 PRESET = "a100-efa"

@@ -1,6 +1,6 @@
 """Schedules as JSON: what to build, not its instructions. They are built again and proved again where they are loaded.
 
-A schedule follows from its kind, its site, its mesh and its pieces, so that is all a package says of it. What runs has
+A schedule follows from its kind, its site, its mesh and its parts, so that is all a package says of it. What runs has
 passed the checker in the process that runs it, whatever the file holds.
 """
 
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from sfcompile.codegen.proof.checker import check
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import PackageError, StreamFusionError
 from sfcompile.package.graph import dtype_of
-from sfcompile.runtime.program.sites import AttentionSite, GatherSite, ReshardSite
+from sfcompile.runtime.program.sites import AnySite, AttentionSite, ExchangeSite
 
-_SITES = {kind.__name__: kind for kind in (AttentionSite, GatherSite, ReshardSite)}
+_SITES = {kind.__name__: kind for kind in (AttentionSite, ExchangeSite)}
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
         "kind": schedule.kind,
         "site": {"type": type(site).__name__, **facts},
         "mesh": {"ulysses": mesh.ulysses, "ring": mesh.ring, "order": mesh.order, "lanes": mesh.lanes},
-        "pieces": [schedule.q_pieces, schedule.kv_pieces],
+        "parts": [schedule.q_parts, schedule.kv_parts] if isinstance(schedule, AttentionSchedule) else [],
         "groups": schedule.groups,
     }
 
@@ -59,7 +60,7 @@ def schedule_from_json(data: Mapping[str, Any], ranks: int) -> Schedule:
         if any(len(group) != mesh.num_ranks for group in groups):
             raise ValueError(f"groups {groups} for a mesh of {mesh.num_ranks}")
         _check_site(site, mesh.num_ranks)
-        schedule = replace(build(data["kind"], site, mesh, *data["pieces"]), groups=groups)
+        schedule = replace(build(data["kind"], site, mesh, *data["parts"]), groups=groups)
         check(schedule)
     except (StreamFusionError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise PackageError(
@@ -70,10 +71,10 @@ def schedule_from_json(data: Mapping[str, Any], ranks: int) -> Schedule:
     return schedule
 
 
-def _check_site(site: AttentionSite | GatherSite | ReshardSite, ranks: int) -> None:
+def _check_site(site: AnySite, ranks: int) -> None:
     lists = [
         getattr(site, name)
-        for name in ("q_positions", "kv_positions", "q_sizes", "kv_sizes", "owners", "owned", "wanted")
+        for name in ("q_positions", "kv_positions", "q_sizes", "kv_sizes", "owned", "wanted")
         if getattr(site, name, ())
     ]
     if any(len(entry) != ranks for entry in lists) or not isinstance(site.dtype, torch.dtype):

@@ -24,12 +24,12 @@ from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.graph.op_view import OpView, is_getitem
 from sfcompile.passes.graph.stages import compute_seconds, steps_of
 from sfcompile.runtime.program.instructions import Forward, Push, Put
-from sfcompile.runtime.program.sites import ReshardSite
+from sfcompile.runtime.program.phases import ENDS
+from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.stages import Stage
 from sfcompile.runtime.program.topology import Topology
 
 _BLOCK = re.compile(r"^.*?\.\d+(?=\.|$)")
-_ENDS = ("collect", "gather_finish")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Wire:
         phase = self.times.stage.phase
         if self.times.is_attention:
             return "put" if phase.startswith("put_") else phase
-        return "exchange" if isinstance(self.times.schedule.site, ReshardSite) else "gather"
+        site = self.times.schedule.site
+        return "gather" if isinstance(site, ExchangeSite) and site.is_gather else "exchange"
 
 
 def wires_of(step: Step) -> list[Wire]:
@@ -216,7 +217,7 @@ def _wire(node: fx.Node, names: dict[fx.Node, str], wire: Wire) -> Line:
     args += [f"part={times.stage.part}"] if times.stage.part >= 0 else []
     text = f"{op.name}({', '.join(args)})"
     value = ""
-    if op.name in _ENDS:
+    if op.name in ENDS:
         text, value = f"{names[node]} = {text}", _value(node.meta["val"][0])
     elif tensor is not None and op.name != "attend":
         value = _value(tensor.meta["val"])

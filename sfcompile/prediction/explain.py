@@ -17,7 +17,6 @@ from torch import fx
 from sfcompile.capture.graph import Captured, break_reason
 from sfcompile.codegen.plan.step import Step
 from sfcompile.codegen.plan.volumes import volume
-from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import OptionError, StreamFusionError, UnsupportedError
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, State
@@ -158,7 +157,7 @@ def _attentions(state: State) -> tuple[Attentions, ...]:
         if not count:
             continue
         site = state.choices.sites[key]
-        schedule: Schedule = plan.best.schedule(site, state.choices.topology)
+        schedule = plan.best.schedule(site, state.choices.topology)
         forms, sent = volume(schedule, state.choices.topology), schedule.bytes_by_link(state.choices.topology)
         inside, across = (
             (str(form), value, moved)

@@ -86,7 +86,7 @@ def _bar(found: Explained) -> str:
     waits = found.exposed_s
     rows = step_rows(found)
     named = [(name, seconds, words) for name, seconds, words in rows if seconds > 0.0]
-    pieces = "".join(
+    segments = "".join(
         f'<i class="k-{name.replace(" ", "-")}" style="width:{100 * seconds / step:.3f}%" '
         f'title="{escape(f"{name}: {duration(seconds)}")}"></i>'
         for name, seconds, _ in named
@@ -97,7 +97,7 @@ def _bar(found: Explained) -> str:
         for name, seconds, words in named
     )
     extra = f"<li>of all this, <b>{duration(waits)}</b> <span>blocked in waits</span></li>"
-    return f'<h2>A step</h2><div class="bar">{pieces}</div><ul class="legend">{legend}{extra}</ul>'
+    return f'<h2>A step</h2><div class="bar">{segments}</div><ul class="legend">{legend}{extra}</ul>'
 
 
 # ---------------------------------------------------------------------- timeline

@@ -20,7 +20,8 @@ from sfcompile.errors import UnsupportedError
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, Choices, State
 from sfcompile.prediction.timeline import write_perfetto, write_png
-from sfcompile.runtime.program.sites import AttentionSite, count
+from sfcompile.runtime.program.intervals import count
+from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 
 

@@ -185,7 +185,7 @@ def _ended(stages: Sequence[Event]) -> bool:
     names = [event.name for event in stages]
     collected = [name.removeprefix("collect") for name in names if name.startswith("collect")]
     sent = [name.removeprefix("put_q") for name in names if name.startswith("put_q")]
-    return "gather_finish" in names or (bool(collected) and set(collected) >= set(sent))
+    return "exchange_finish" in names or (bool(collected) and set(collected) >= set(sent))
 
 
 def _times(events: Sequence[Event], stages: Sequence[Event]) -> Times:

@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "codegen/plan": ("runtime/program", "codegen/schedule", "codegen/proof"),
     "codegen/rows": (),
     "codegen/kernels": ("runtime/program", "codegen/schedule", "codegen/rows"),
-    "codegen/toolchain": ("runtime/program", "codegen/schedule", "codegen/rows", "codegen/kernels"),
+    "codegen/toolchain": ("codegen/schedule", "codegen/rows", "codegen/kernels"),
     "codegen/engines": (
         "runtime/program",
         "runtime/rank",

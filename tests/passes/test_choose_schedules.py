@@ -13,7 +13,7 @@ from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.choose_schedules import choose_schedules
 from sfcompile.passes.state import Asked, Choices
-from sfcompile.runtime.program.sites import GatherSite
+from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -45,10 +45,10 @@ def test_one_rank_plans_for_all() -> None:
     assert len(calls) == 1 and [plan.best.kind for plan in planned.plans.values()] == ["ring"]
 
 
-def test_gathers_need_no_plan() -> None:
+def test_exchanges_need_no_plan() -> None:
     planned = choices((1, 4, 64, 8))
-    site = GatherSite("g", (4, 8), torch.float32, 0, 1, 1, tuple(((r, 1),) for r in range(4)))
-    assert planned.schedule(site).kind == "gather"
+    site = ExchangeSite.gather("g", (4, 8), torch.float32, 0, tuple(((r, 1),) for r in range(4)))
+    assert planned.schedule(site).kind == "exchange"
 
 
 def test_no_attention_no_plan() -> None:

@@ -39,7 +39,7 @@ def check_banks(graph: fx.Graph) -> None:
         if site not in opened:
             opened.append(site)
             assert set(opened[: max(0, len(opened) - NUM_BANKS)]) <= ended
-        if kind in ("collect", "gather_finish"):
+        if kind in ("collect", "exchange_finish"):
             ended.add(site)
     assert ended == set(opened)
 

@@ -19,7 +19,7 @@ def test_each_value_is_gathered_at_most_once() -> None:
     _, traffic, locals_ = rewritten(got, [(0, 1)], 3)
     assert all(len(of_rank.gathers) == len(set(of_rank.gathers)) for of_rank in traffic), "each rank gathers once"
     names = [str(n.target) for n in locals_[0].graph.nodes]
-    assert names.count("streamfusion.gather_start.default") == len(traffic[0].gathers)
+    assert names.count("streamfusion.exchange_start.default") == len(traffic[0].gathers)
 
 
 def test_literal_sizes_are_this_ranks_own() -> None:

@@ -14,7 +14,7 @@ from random_sites import gather_site
 from sfcompile import device
 from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.device import device_of, engines_for, start, topology_for
 from sfcompile.errors import OptionError, UnsupportedError
@@ -23,7 +23,7 @@ from sfcompile.runtime.program.topology import Topology
 
 CPU = torch.device("cpu")
 TORUS = Job("torus", 2, 1, 2, 1, make_site(8, 2)).schedule()
-GATHER = build_gather(gather_site(2), Mesh.of(Topology.grid(1, 2), 2, 1))
+GATHER = build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 2, 1))
 
 
 def tensor_on(*names: str) -> list[Any]:

@@ -11,9 +11,9 @@ from helpers import captured, placeholder_values, run_compiled
 from models import build as build_model
 
 from sfcompile import extend
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.builders import REGISTERED, build
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import MeshError, OptionError, TopologyError
 from sfcompile.options import Options
 from sfcompile.passes import pipeline
@@ -75,16 +75,16 @@ def test_a_pass_before_the_batch_split_runs_for_the_part_too() -> None:
     assert parts == [4, 2]
 
 
-def lazy(site: AttentionSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:
+def lazy(site: AttentionSite, mesh: Mesh, q_parts: int = 1, kv_parts: int = 1) -> AttentionSchedule:
     """All-gathered keys under another name; on one axis only."""
     if mesh.ring > 1:
         raise MeshError(f"lazy has one axis, the mesh has a ring of {mesh.ring}")
-    return replace(build("allgather", site, mesh, q_pieces, kv_pieces), kind="lazy")
+    return replace(build("allgather", site, mesh, q_parts, kv_parts), kind="lazy")
 
 
-def deaf(site: AttentionSite, mesh: Mesh, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:
+def deaf(site: AttentionSite, mesh: Mesh, q_parts: int = 1, kv_parts: int = 1) -> AttentionSchedule:
     """Attends to what it did not wait for."""
-    made = lazy(site, mesh, q_pieces, kv_pieces)
+    made = lazy(site, mesh, q_parts, kv_parts)
     phases = {
         name: tuple(step for step in steps if type(step).__name__ != "Wait")
         for name, steps in made.origin.phases.items()

@@ -21,7 +21,7 @@ from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.rewrite_local import rewrite_local
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, Placement, State, Traffic
-from sfcompile.runtime.program.sites import AttentionSite, GatherSite, ReshardSite
+from sfcompile.runtime.program.sites import AttentionSite, ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
 
@@ -42,22 +42,22 @@ def captured(fn: Callable[..., Any], *args: torch.Tensor) -> Captured:
 
 
 @dataclass
-class Exchange:
+class Box:
     """Where rank threads leave and find one another's tensors."""
 
     barrier: threading.Barrier
-    box: dict[Any, torch.Tensor]
+    tensors: dict[Any, torch.Tensor]
 
 
 class RankInterpreter(fx.Interpreter):
-    """Runs one rank's graph; communication goes through an Exchange, in the plainest way that can be right."""
+    """Runs one rank's graph; communication goes through a Box, in the plainest way that can be right."""
 
-    def __init__(self, gm: fx.GraphModule, sites: list[Any], rank: int, ranks: int, exchange: Exchange) -> None:
+    def __init__(self, gm: fx.GraphModule, sites: list[Any], rank: int, ranks: int, box: Box) -> None:
         super().__init__(gm)
         self._sites = sites
         self._rank = rank
         self._ranks = ranks
-        self._exchange = exchange
+        self._box = box
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Emulate the communication ops, run the rest."""
@@ -66,24 +66,24 @@ class RankInterpreter(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         ticket = torch.zeros(1, dtype=torch.int64)
         kind = name.split(".")[1]
-        box, rank = self._exchange.box, self._rank
-        if kind in ("put_q", "put_k", "put_v", "gather_start"):
+        box, rank = self._box.tensors, self._rank
+        if kind in ("put_q", "put_k", "put_v", "exchange_start"):
             box[kind, args[3], rank] = args[0]
             return ticket
         if kind == "attend":
             box["mask", args[3], rank] = args[1]
             return ticket
         site = args[2]
-        self._exchange.barrier.wait(60)
-        if kind == "gather_finish":
-            return self._gathered(site), ticket
+        self._box.barrier.wait(60)
+        if kind == "exchange_finish":
+            return self._exchanged(site), ticket
         return self._attended(site), ticket
 
     def _whole(
-        self, kind: str, site: int, shape: Sequence[int], layout: GatherSite | None, runs: Any, dim: int = 2
+        self, kind: str, site: int, shape: Sequence[int], runs: Any, exchange: ExchangeSite | None = None
     ) -> torch.Tensor:
-        parts = [self._exchange.box[kind, site, r] for r in range(self._ranks)]
-        dim, outer, inner = (layout.dim, layout.outer, layout.inner) if layout else (dim, 1, 1)
+        parts = [self._box.tensors[kind, site, r] for r in range(self._ranks)]
+        dim, outer, inner = (exchange.dim, exchange.outer, exchange.inner) if exchange else (2, 1, 1)
         tokens = shape[dim] // (outer * inner)
         full = parts[0].new_full([*shape[:dim], outer, tokens, inner, *shape[dim + 1 :]], 0)
         for part, mine in zip(parts, runs, strict=True):
@@ -93,24 +93,24 @@ class RankInterpreter(fx.Interpreter):
                 full.index_copy_(dim + 1, torch.tensor(rows), split)
         return full.reshape(list(shape))
 
-    def _gathered(self, index: int) -> torch.Tensor:
+    def _exchanged(self, index: int) -> torch.Tensor:
         site = self._sites[index]
-        if isinstance(site, ReshardSite):
-            whole = self._whole("gather_start", index, site.shape, None, site.owned, site.dim)
-            rows = [i for first, n in site.wanted[self._rank] for i in range(first, first + n)]
-            return whole.index_select(site.into, torch.tensor(rows, dtype=torch.int64))
-        return self._whole("gather_start", index, site.shape, site, site.owners)
+        whole = self._whole("exchange_start", index, site.shape, site.owned, site)
+        if site.is_gather:
+            return whole
+        rows = [i for first, n in site.wanted[self._rank] for i in range(first, first + n)]
+        return whole.index_select(site.into, torch.tensor(rows, dtype=torch.int64))
 
     def _attended(self, index: int) -> torch.Tensor:
         site = self._sites[index]
         assert isinstance(site, AttentionSite)
         lq = sum(n for runs in site.q_positions for _, n in runs)
         lk = sum(n for runs in site.kv_positions for _, n in runs)
-        q = self._whole("put_q", index, (site.batch, site.heads, lq, site.head_dim), None, site.q_positions)
-        k = self._whole("put_k", index, (site.batch, site.kv_heads, lk, site.head_dim), None, site.kv_positions)
-        v = self._whole("put_v", index, (site.batch, site.kv_heads, lk, site.v_head_dim), None, site.kv_positions)
+        q = self._whole("put_q", index, (site.batch, site.heads, lq, site.head_dim), site.q_positions)
+        k = self._whole("put_k", index, (site.batch, site.kv_heads, lk, site.head_dim), site.kv_positions)
+        v = self._whole("put_v", index, (site.batch, site.kv_heads, lk, site.v_head_dim), site.kv_positions)
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, self._exchange.box["mask", index, self._rank], is_causal=site.causal, scale=site.scale,
+            q, k, v, self._box.tensors["mask", index, self._rank], is_causal=site.causal, scale=site.scale,
             enable_gqa=site.heads != site.kv_heads,
         )  # fmt: skip
         rows = [i for start, n in site.q_positions[self._rank] for i in range(start, start + n)]
@@ -121,7 +121,7 @@ def run_lockstep(
     make: Callable[[int], tuple[fx.GraphModule, list[Any]]], ranks: int, inputs: Sequence[torch.Tensor]
 ) -> list[Any]:
     """Run every rank's graph on threads; ``make(rank)`` gives its graph and sites."""
-    exchange = Exchange(threading.Barrier(ranks), {})
+    box = Box(threading.Barrier(ranks), {})
     results: list[Any] = [None] * ranks
     errors: list[BaseException] = []
     graphs = [make(rank) for rank in range(ranks)]
@@ -130,10 +130,10 @@ def run_lockstep(
         try:
             gm, sites = graphs[rank]
             with torch.no_grad():
-                results[rank] = RankInterpreter(gm, sites, rank, ranks, exchange).run(*inputs)
+                results[rank] = RankInterpreter(gm, sites, rank, ranks, box).run(*inputs)
         except BaseException as error:
             errors.append(error)
-            exchange.barrier.abort()
+            box.barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
     for thread in threads:

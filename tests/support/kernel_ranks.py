@@ -21,7 +21,8 @@ from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.instructions import Instruction
-from sfcompile.runtime.program.sites import AttentionSite, Positions
+from sfcompile.runtime.program.intervals import Positions
+from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, create_shared, map_shared, unlink_shared
 
@@ -44,7 +45,7 @@ class Job:
     site: AttentionSite
     net: bool = False
     across: str = "ulysses"
-    pieces: tuple[int, int] = (1, 1)
+    parts: tuple[int, int] = (1, 1)
     mask: str = "none"
     mask_is_bool: bool = True
     late: int | None = None
@@ -64,7 +65,7 @@ class Job:
 
     def schedule(self) -> Schedule:
         mesh = Mesh.of(Topology.grid(self.machines, self.inside), self.ulysses, self.ring, self.across)
-        return mutated(build(self.kind, self.site, mesh, *self.pieces), self.drop)
+        return mutated(build(self.kind, self.site, mesh, *self.parts), self.drop)
 
 
 def make_site(
@@ -108,7 +109,7 @@ def mutated(schedule: Schedule, name: str) -> Schedule:
     else:
         raise ValueError(name)
     phases["attend"] = tuple(attend)
-    return replace(schedule, origin=RankProgram(0, phases, schedule.origin.arrivals), _programs={}, _counts={})
+    return replace(schedule, origin=RankProgram(0, phases, schedule.origin.arrivals))
 
 
 def inputs_of(job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -14,7 +14,8 @@ import torch
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import ACROSS, Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.runtime.program.sites import AttentionSite, GatherSite, Positions, count
+from sfcompile.runtime.program.intervals import Positions, count
+from sfcompile.runtime.program.sites import AttentionSite, ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -33,7 +34,7 @@ def cut(tokens: int, ranks: int, rng: random.Random) -> tuple[Positions, ...]:
 
 
 def even(tokens: int, ranks: int) -> tuple[Positions, ...]:
-    """``tokens`` in contiguous pieces, sizes within one of each other."""
+    """``tokens`` in contiguous parts, sizes within one of each other."""
     ends = [rank * tokens // ranks for rank in range(ranks + 1)]
     return tuple(((ends[rank], ends[rank + 1] - ends[rank]),) for rank in range(ranks))
 
@@ -49,9 +50,9 @@ def attention_site(ranks: int, heads: int = 4, tokens: int = 24, head_dim: int =
     return AttentionSite("site", 1, heads, heads, head_dim, head_dim, torch.float32, places, places, head_dim**-0.5)
 
 
-def gather_site(ranks: int, tokens: int = 10) -> GatherSite:
+def gather_site(ranks: int, tokens: int = 10) -> ExchangeSite:
     """A gather along the middle dim."""
-    return GatherSite("gather", (2, tokens, 3), torch.float32, 1, 1, 1, even(tokens, ranks))
+    return ExchangeSite.gather("gather", (2, tokens, 3), torch.float32, 1, even(tokens, ranks))
 
 
 @dataclass
@@ -66,11 +67,11 @@ class Case:
     mask: torch.Tensor | None
     expected: torch.Tensor
     kind: str = "torus"
-    pieces: tuple[int, int] = (1, 1)
+    parts: tuple[int, int] = (1, 1)
 
     def schedule(self) -> Schedule:
         """The attention's schedule."""
-        return build(self.kind, self.site, self.mesh, *self.pieces)
+        return build(self.kind, self.site, self.mesh, *self.parts)
 
     def shard(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This rank's q, k, v; as transposed views, the way projections leave them."""
@@ -104,18 +105,18 @@ def every_case(ranks: int) -> list[Case]:
     for ulysses in (u for u in range(1, min(ranks, 6) + 1) if ranks % u == 0):
         for kind in ("torus", "usp", "allgather"):
             for lanes in {1, max(n for n in (1, 2, 3) if ulysses % n == 0)}:
-                pieces = (1, 1) if lanes == 1 else (2, 3)
+                parts = (1, 1) if lanes == 1 else (2, 3)
                 mesh = Mesh.of(topology, ulysses, ranks // ulysses, ACROSS[len(cases) % 2], lanes)
                 mask = torch.rand(2, 1, 1, 23, generator=generator) < 0.7 if kind == "usp" else None
                 expected = reference(q, k, v, mask, False, site.scale)
                 this = replace(site, mask=None if mask is None else "full")
                 cases.append(replace(base, site=this, mesh=mesh, q=q, k=k, v=v, mask=mask, expected=expected,
-                                     kind=kind, pieces=pieces))  # fmt: skip
+                                     kind=kind, parts=parts))  # fmt: skip
     return cases
 
 
 def random_case(seed: int, dtype: torch.dtype = torch.float32, ranks: int | None = None) -> Case:
-    """Ranks, mesh, machines, heads, lengths, cuts, mask or causal, kind and pieces (or parts), all drawn from
+    """Ranks, mesh, machines, heads, lengths, cuts, mask or causal, kind and parts (or parts), all drawn from
     ``seed``."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -150,13 +151,13 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32, ranks: int | None
     lanes = rng.choice([n for n in range(1, ulysses + 1) if ulysses % n == 0])
     mesh = Mesh.of(Topology(machines), ulysses, ranks // ulysses, rng.choice(ACROSS), lanes)
     expected = reference(q, k, v, mask, causal, site.scale)
-    kind, pieces = rng.choice(["torus", "torus", "usp", "allgather"]), (rng.randint(1, 3), rng.randint(1, 3))
-    if pieces[0] == pieces[1] > 1 and kind == "torus":
+    kind, parts = rng.choice(["torus", "torus", "usp", "allgather"]), (rng.randint(1, 3), rng.randint(1, 3))
+    if parts[0] == parts[1] > 1 and kind == "torus":
         site = replace(
-            site, parts=pieces[0], q_sizes=_sizes(site.q_positions, pieces[0], rng),
-            kv_sizes=_sizes(site.kv_positions, pieces[0], rng),
+            site, parts=parts[0], q_sizes=_sizes(site.q_positions, parts[0], rng),
+            kv_sizes=_sizes(site.kv_positions, parts[0], rng),
         )  # fmt: skip
-    return Case(site, mesh, q, k, v, mask, expected, kind, pieces)
+    return Case(site, mesh, q, k, v, mask, expected, kind, parts)
 
 
 def _sizes(places: tuple[Positions, ...], parts: int, rng: random.Random) -> tuple[tuple[int, ...], ...]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from random_sites import Case, attention_site, every_case, gather_site, random_case
 
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.schedule.torus import build_torus
 from sfcompile.errors import MeshError
-from sfcompile.runtime.program.sites import GatherSite
+from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.rank import ops
 from sfcompile.runtime.rank.process_group import ProcessWorld
 from sfcompile.runtime.rank.session import Session, get_session
@@ -35,8 +35,8 @@ def session_of(transport: str = "auto", timeout_s: float = 20.0) -> Session:
 def schedules_of(case: Case) -> list[Schedule]:
     """The attention of a case, and the gather of its output."""
     site = case.site
-    gather = GatherSite("out", tuple(case.expected.shape), site.dtype, 2, 1, 1, site.q_positions)
-    return [case.schedule(), build_gather(gather, case.mesh)]
+    gather = ExchangeSite.gather("out", tuple(case.expected.shape), site.dtype, 2, site.q_positions)
+    return [case.schedule(), build_exchange(gather, case.mesh)]
 
 
 def attend_and_gather(
@@ -49,8 +49,8 @@ def attend_and_gather(
     ticket = sf.put_v(v, ticket, program, 0)
     ticket = sf.attend(ticket, case.mask, program, 0)
     out, ticket = sf.collect(ticket, program, 0, [*q.shape[:3], v.shape[3]], case.site.dtype)
-    ticket = sf.gather_start(out, ticket, program, 1)
-    whole, ticket = sf.gather_finish(ticket, program, 1, list(case.expected.shape), case.site.dtype)
+    ticket = sf.exchange_start(out, ticket, program, 1)
+    whole, ticket = sf.exchange_finish(ticket, program, 1, list(case.expected.shape), case.site.dtype)
     return whole, ticket
 
 
@@ -129,7 +129,7 @@ def every_schedule(rank: int, transport: str, delayed: bool) -> dict[str, float]
     session, ticket, rng = session_of(transport), torch.zeros(1, dtype=torch.int64), random.Random(rank)
     errors: dict[str, float] = {}
     for case in every_case(ranks):
-        name = f"{case.kind} {case.mesh.ulysses}x{case.mesh.ring} by {case.mesh.lanes}, {case.pieces} pieces"
+        name = f"{case.kind} {case.mesh.ulysses}x{case.mesh.ring} by {case.mesh.lanes}, {case.parts} parts"
         session.load(name, schedules_of(case))
         for _ in range(3):
             if delayed:
@@ -254,8 +254,8 @@ def through_inductor(rank: int) -> dict[str, Any]:
     session = session_of()
     site = attention_site(2, heads=4, tokens=24)
     mesh = Mesh.of(session.topology, 2, 1)
-    gather = GatherSite("out", (1, 4, 24, 8), torch.float32, 2, 1, 1, site.q_positions)
-    session.load("p", [build_torus(site, mesh), build_gather(gather, mesh)])
+    gather = ExchangeSite.gather("out", (1, 4, 24, 8), torch.float32, 2, site.q_positions)
+    session.load("p", [build_torus(site, mesh), build_exchange(gather, mesh)])
 
     def local(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         ticket = torch.zeros(1, dtype=torch.int64)
@@ -267,8 +267,8 @@ def through_inductor(rank: int) -> dict[str, Any]:
         ticket = sf.put_v(v, ticket, "p", 0)
         ticket = sf.attend(ticket, None, "p", 0)
         out, ticket = sf.collect(ticket, "p", 0, [1, 4, 12, 8], torch.float32)
-        ticket = sf.gather_start(out * 0.5, ticket, "p", 1)
-        whole, ticket = sf.gather_finish(ticket, "p", 1, [1, 4, 24, 8], torch.float32)
+        ticket = sf.exchange_start(out * 0.5, ticket, "p", 1)
+        whole, ticket = sf.exchange_finish(ticket, "p", 1, [1, 4, 24, 8], torch.float32)
         return whole + 1
 
     torch.manual_seed(0)
@@ -293,12 +293,12 @@ def gathers(rank: int, calls: int) -> float:
     """Seconds per all-gather of a small value: the price of a wait."""
     session = session_of()
     ranks = session.topology.num_ranks
-    session.load("g", [build_gather(gather_site(ranks), Mesh.of(session.topology, 1, ranks))])
+    session.load("g", [build_exchange(gather_site(ranks), Mesh.of(session.topology, 1, ranks))])
     ticket, x = torch.zeros(1, dtype=torch.int64), torch.randn(gather_site(ranks).local_shape(rank))
     start = time.perf_counter()
     for _ in range(calls):
-        ticket = sf.gather_start(x, ticket, "g", 0)
-        _, ticket = sf.gather_finish(ticket, "g", 0, [2, 10, 3], torch.float32)
+        ticket = sf.exchange_start(x, ticket, "g", 0)
+        _, ticket = sf.exchange_finish(ticket, "g", 0, [2, 10, 3], torch.float32)
     return (time.perf_counter() - start) / calls
 
 

@@ -9,7 +9,7 @@ from kernel_ranks import Job, make_site
 from random_sites import gather_site
 
 from sfcompile.codegen.engines.device_engine import KernelEngine
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.runtime.program.topology import Topology
 
@@ -26,7 +26,7 @@ def test_every_rank_that_is_written_to_gives_credit() -> None:
 
 
 def test_a_group_sees_its_part_of_the_jobs_table() -> None:
-    gather = replace(build_gather(gather_site(2), Mesh.of(Topology.grid(1, 2), 2, 1)), groups=((0, 2), (1, 3)))
+    gather = replace(build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 2, 1)), groups=((0, 2), (1, 3)))
     engine = KernelEngine(gather, 3, CPU, (0, 0, 2, 2), calls={})
     table = torch.arange(12).view(4, 3)
     view = engine.view(table, torch.zeros(7, dtype=torch.int64))

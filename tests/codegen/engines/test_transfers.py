@@ -1,4 +1,4 @@
-"""Gathers, reshards and credits as kernels, all ranks in one process, one after the other."""
+"""Exchanges and credits as kernels, all ranks in one process, one after the other."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from random_sites import even, rows
 
 from sfcompile.codegen.engines.launch import HeapView
 from sfcompile.codegen.engines.transfers import ReleaseKernel, TransferKernels
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.codegen.schedule.reshard import build_reshard
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import RuntimeTimeoutError
-from sfcompile.runtime.program.sites import GatherSite, ReshardSite
+from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
 
@@ -55,28 +54,28 @@ def run(
             for rank in range(RANKS):
                 kernels[rank].put(shards[rank] * (1 if epoch == 3 else -1), views[rank])
             for rank in range(RANKS):
-                kernels[rank].gather(outs[rank], views[rank])
+                kernels[rank].receive(outs[rank], views[rank])
                 releases[rank].run(views[rank].heaps, views[rank].place)
     return outs
 
 
 @pytest.mark.parametrize("machine_of", [(0, 0, 0), (0, 1, 2), (0, 0, 1)], ids=["peer", "nvshmem", "mixed"])
-def test_gather_and_reshard(machine_of: tuple[int, ...]) -> None:
+def test_a_gather_and_a_switch(machine_of: tuple[int, ...]) -> None:
     """Uneven shards, a rank without any, odd bytes at the ends of chunks."""
     whole = torch.randn(2, 11, 5)
     owners = (((0, 4),), (), ((4, 7),))
-    gather = build_gather(GatherSite("g", (2, 11, 5), torch.float32, 1, 1, 1, owners), MESH)
+    gather = build_exchange(ExchangeSite.gather("g", (2, 11, 5), torch.float32, 1, owners), MESH)
     for out in run(gather, [whole[:, rows(owned)] for owned in owners], [(2, 11, 5)] * 3, machine_of):
         assert torch.equal(out, whole)
     wanted = even(5, RANKS)
-    switch = build_reshard(ReshardSite("r", (2, 11, 5), torch.float32, 1, owners, 2, wanted), MESH)
+    switch = build_exchange(ExchangeSite("r", (2, 11, 5), torch.float32, 1, 1, 1, owners, 2, wanted), MESH)
     shapes = [(2, 11, len(rows(want))) for want in wanted]
     for out, want in zip(run(switch, [whole[:, rows(o)] for o in owners], shapes, machine_of), wanted, strict=True):
         assert torch.equal(out, whole[:, :, rows(want)])
 
 
 def test_reports_of_debug_builds() -> None:
-    gather = build_gather(GatherSite("g", (2, 6, 1), torch.float32, 1, 1, 1, even(6, RANKS)), MESH)
+    gather = build_exchange(ExchangeSite.gather("g", (2, 6, 1), torch.float32, 1, even(6, RANKS)), MESH)
     kernels = TransferKernels(gather, 0, CPU, bounded=True)
     kernels.check()
     slot = gather.program(0).arrivals[0].slot

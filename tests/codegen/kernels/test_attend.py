@@ -54,7 +54,7 @@ def test_every_schedule(pool: Pool, kind: str, ranks: int, dtype: torch.dtype, n
 
 
 SITES = {
-    "several blocks and pieces": (make_site([150, 70], 2, 2, torch.float16), {"pieces": (2, 2)}),
+    "several blocks and parts": (make_site([150, 70], 2, 2, torch.float16), {"parts": (2, 2)}),
     "grouped heads": (make_site([40, 70], 2, 4, torch.float32, kv_heads=2), {}),
     "head size 72, values 40": (make_site(40, 2, 2, torch.float16, 72, v_head_dim=40), {}),
     "head size 128, batch 2": (make_site([30, 50], 2, 2, torch.bfloat16, 128, batch=2), {}),

@@ -243,7 +243,7 @@ def test_on_uneven_sites_the_sweep_is_close() -> None:
     for seed in range(40):
         case = random_case(seed)
         top = topology(case.mesh.num_ranks, 1, network_bytes_per_s=300.0, flops_per_s=2e3)
-        schedule = replace(case.schedule(), site=replace(case.site, causal=False), _programs={})
+        schedule = replace(case.schedule(), site=replace(case.site, causal=False))
         errors.append(simulate(layer(schedule, 1), top).seconds / by_event_queue(schedule, top) - 1.0)
     assert np.mean(np.abs(errors)) < 0.05 and np.max(np.abs(errors)) < 0.35, errors
 

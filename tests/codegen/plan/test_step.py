@@ -145,7 +145,7 @@ def test_what_is_computed_between_puts_hides_their_traffic() -> None:
 def test_stages_meet_each_other_without_gaps() -> None:
     top = Topology.grid(2, 2)
     mesh = Mesh.of(top, 2, 2)
-    schedules = [build("torus", attention_site(4), mesh)] * 3 + [build("gather", gather_site(4), Mesh.of(top, 1, 4))]
+    schedules = [build("torus", attention_site(4), mesh)] * 3 + [build("exchange", gather_site(4), Mesh.of(top, 1, 4))]
     graph = replace(in_order("p", schedules, 1e-3), after_s=5e-4)
     step = Step(graph, {"p": schedules}, 2, top)
     clock = 0.0

@@ -25,10 +25,10 @@ from sfcompile.runtime.program.topology import Topology
 Steps = list[Instruction]
 
 
-def torus(ulysses: int = 2, ring: int = 2, pieces: int = 1) -> Schedule:
+def torus(ulysses: int = 2, ring: int = 2, parts: int = 1) -> Schedule:
     ranks = ulysses * ring
     mesh = Mesh.of(Topology.grid(ulysses, ring), ulysses, ring)
-    return build_torus(attention_site(ranks, heads=max(4, ulysses)), mesh, pieces, pieces)
+    return build_torus(attention_site(ranks, heads=max(4, ulysses)), mesh, parts, parts)
 
 
 def runs_right(schedule: Schedule, epochs: int = 3) -> bool:
@@ -63,12 +63,12 @@ def proves(schedule: Schedule) -> bool:
     kv_heads=st.integers(1, 6),
     group=st.integers(1, 3),
     tokens=st.integers(0, 97),
-    pieces=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    parts=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     seed=st.integers(0, 10**6),
 )
 def test_every_builder_is_right_on_every_shape(
     kind: str, machines: int, inside: int, ulysses_pick: int, across: str, lanes_pick: int, kv_heads: int, group: int,
-    tokens: int, pieces: tuple[int, int], seed: int,
+    tokens: int, parts: tuple[int, int], seed: int,
 ) -> None:  # fmt: skip
     """(N, M, H, H_kv, L, chunks) at random: proved, and for up to 6 ranks run explicitly too."""
     ranks = machines * inside
@@ -82,11 +82,11 @@ def test_every_builder_is_right_on_every_shape(
         attention_site(ranks), heads=kv_heads * group, kv_heads=kv_heads, q_positions=places, kv_positions=places
     )
     mesh = Mesh.of(Topology.grid(machines, inside), ulysses, ranks // ulysses, across, lanes)
-    schedule = build(kind, site, mesh, *pieces)
+    schedule = build(kind, site, mesh, *parts)
     proof = check(schedule)
     assert proof.puts == proof.waits == ranks * len(schedule.slots)
     groups = 1 if kind == "allgather" else ulysses
-    assert proof.pairs == ranks * groups * pieces[0] * ranks * pieces[1]
+    assert proof.pairs == ranks * groups * parts[0] * ranks * parts[1]
     if ranks <= 4 and seed % 7 == 0:
         assert runs_right(schedule)
 
@@ -96,7 +96,7 @@ def test_every_builder_is_right_on_every_shape(
 
 def edited(schedule: Schedule, phase: str, edit: Callable[[Steps], Steps]) -> Schedule:
     phases = {**schedule.origin.phases, phase: tuple(edit(list(schedule.origin.phases[phase])))}
-    return replace(schedule, origin=replace(schedule.origin, phases=phases), _programs={})
+    return replace(schedule, origin=replace(schedule.origin, phases=phases))
 
 
 def find(steps: Steps, kind: type, nth: int = 0) -> int:

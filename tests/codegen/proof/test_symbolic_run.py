@@ -12,7 +12,7 @@ from random_sites import attention_site, gather_site, random_case
 from sfcompile.codegen.proof.checker import check
 from sfcompile.codegen.proof.symbolic_run import Proof, check_calls, check_layout, in_turn, overlapped
 from sfcompile.codegen.schedule.builders import build
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.schedule.torus import build_torus
@@ -37,12 +37,12 @@ def mutant(schedule: Schedule, rank: int, phase: str, edit: Edit) -> Schedule:
             return program
         return replace(program, phases={**program.phases, phase: edit(program.phases[phase])})
 
-    return replace(schedule, given=given, _programs={})
+    return replace(schedule, given=given)
 
 
 def run(schedule: Schedule, epochs: int = 4) -> Proof:
     """The explicit run of a schedule, whatever way it was made."""
-    return check(replace(schedule, given=schedule.program, _programs={}), epochs)
+    return check(replace(schedule, given=schedule.program), epochs)
 
 
 def without(kind: type, nth: int = 0) -> Edit:
@@ -87,18 +87,18 @@ def test_torus_is_right(ulysses: int, ring: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_uneven_sites_and_pieces_are_right(seed: int, kind: str) -> None:
     case = random_case(seed)
-    run(build(kind, case.site, case.mesh, *case.pieces), epochs=3)
+    run(build(kind, case.site, case.mesh, *case.parts), epochs=3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_gather_is_right(ranks: int) -> None:
-    proof = run(build_gather(gather_site(ranks), Mesh.of(Topology.grid(1, ranks), 1, ranks)))
+    proof = run(build_exchange(gather_site(ranks), Mesh.of(Topology.grid(1, ranks), 1, ranks)))
     assert proof.puts == proof.epochs * ranks * (ranks - 1)
 
 
 def test_mixed_sites_share_the_banks() -> None:
     attention = torus()
-    gather = build_gather(gather_site(4), attention.mesh)
+    gather = build_exchange(gather_site(4), attention.mesh)
     sites = [attention, gather, gather, attention, attention, gather]
     for calls in (in_turn(sites), overlapped(sites)):
         for direct in (True, False):
@@ -146,7 +146,7 @@ def test_waits_in_a_circle_are_a_deadlock() -> None:
         rest = tuple(step for step in program.phases["attend"] if step not in waits)
         return replace(program, phases={**program.phases, "put_q": waits, "attend": rest})
 
-    broken = replace(good, given=given, _programs={})
+    broken = replace(good, given=given)
     with pytest.raises(ScheduleError, match="rank 0 at epoch 1 put_q: wait slot .* from rank 1; rank 1 at"):
         check_calls([broken], in_turn([broken]))
 
@@ -159,7 +159,7 @@ def test_a_small_slot_is_caught() -> None:
 
 
 def test_without_credits_a_bank_is_overwritten_while_it_is_read() -> None:
-    again = [build_gather(gather_site(3), Mesh.of(Topology.grid(1, 3), 1, 3))] * 4
+    again = [build_exchange(gather_site(3), Mesh.of(Topology.grid(1, 3), 1, 3))] * 4
     check_calls(again, overlapped(again))
     with pytest.raises(ScheduleError, match="may still use"):
         check_calls(again, overlapped(again), credits=False)

@@ -21,8 +21,8 @@ def test_each_builds_a_right_schedule_of_its_name(kind: str) -> None:
     check(schedule)
 
 
-def test_a_gather_has_one_way() -> None:
-    assert build("torus", gather_site(4), MESH).kind == "gather"
+def test_an_exchange_has_one_way() -> None:
+    assert build("torus", gather_site(4), MESH).kind == "exchange"
 
 
 def test_unknown_kinds_are_listed() -> None:

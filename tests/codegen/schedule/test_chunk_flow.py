@@ -31,7 +31,7 @@ def test_grouped_heads_send_only_the_key_heads_they_need() -> None:
 
 
 def test_every_chunk_has_a_slot_of_its_own() -> None:
-    flow = ChunkFlow(attention_site(6), grid(3, 2), q_pieces=2, kv_pieces=3)
+    flow = ChunkFlow(attention_site(6), grid(3, 2), q_parts=2, kv_parts=3)
     schedule = flow.schedule("none", [])
     assert len(schedule.slots) == 2 * 2 + 2 * 5 * 3 + 2 * 2
     assert len({slot.name for slot in schedule.slots}) == len(schedule.slots)
@@ -44,5 +44,5 @@ def test_more_ulysses_ranks_than_heads_is_refused() -> None:
 
 
 def test_less_than_a_piece_is_refused() -> None:
-    with pytest.raises(OptionError, match="0 Q and 1 KV pieces"):
-        ChunkFlow(attention_site(2), grid(2, 1), q_pieces=0)
+    with pytest.raises(OptionError, match="0 Q and 1 KV parts"):
+        ChunkFlow(attention_site(2), grid(2, 1), q_parts=0)

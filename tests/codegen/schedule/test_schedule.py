@@ -1,17 +1,12 @@
-"""The schedule object: one origin, every rank's program, chunks, bytes."""
+"""The schedule object: one origin, every rank's program, bytes."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-import pytest
-from random_sites import attention_site, random_case
+from random_sites import attention_site
 
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import lay_out
 from sfcompile.codegen.schedule.torus import build_torus
-from sfcompile.runtime.program.instructions import Chunk
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -32,29 +27,8 @@ def test_bytes_by_link_of_ulysses_across_machines() -> None:
     assert inside == 2 * (ring - 1) * tokens * heads * dim * 4
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_chunks_of_all_ranks_at_once_are_those_of_each_rank(seed: int) -> None:
-    schedule = random_case(seed).schedule()
-    width = schedule.site.dtype.itemsize
-    for rank in range(schedule.mesh.num_ranks):
-        program = schedule.program(rank)
-        for arrival, general in zip(program.arrivals, schedule.origin.arrivals, strict=True):
-            size = math.prod(schedule.shape(rank, arrival)) * width
-            assert size == schedule.arrival_bytes(general)[rank]
-            assert size <= schedule.slots[arrival.slot].nbytes
-            assert schedule.slots[arrival.slot].offset + size <= schedule.heap_bytes
-    assert schedule.program(0) is schedule.program(0)
-
-
-def test_pieces_cover_the_tokens_of_a_rank() -> None:
-    schedule = build_torus(attention_site(2, tokens=21), Mesh.of(Topology.grid(2, 1), 2, 1), 3, 2)
-    assert [schedule.rows("q", Chunk(1, p)) for p in range(3)] == [(0, 4), (4, 8), (8, 11)]
-    assert [schedule.positions("k", Chunk(1, p)) for p in range(2)] == [((10, 6),), ((16, 5),)]
-    assert np.array_equal(schedule.row_counts("o", 2), [3, 3])
-
-
 def test_it_prints_for_people() -> None:
     text = str(build_torus(attention_site(4), Mesh.of(Topology.grid(2, 2), 2, 2)))
     assert text.startswith("torus ulysses 2 x ring 2 of site: 8 slots, ")
-    assert "  attend        attend Q (+1,+0) x KV here (+0,+1)" in text.splitlines()
-    assert "  collect       wait o(1) from (+1,+0)" in text.splitlines()
+    assert "  attend          attend Q (+1,+0) x KV here (+0,+1)" in text.splitlines()
+    assert "  collect         wait o(1) from (+1,+0)" in text.splitlines()

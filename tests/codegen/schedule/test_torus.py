@@ -15,10 +15,10 @@ from sfcompile.runtime.program.instructions import Attend, Forward, Push, Wait
 from sfcompile.runtime.program.topology import Topology
 
 
-def torus(machines: int, ring: int, heads: int = 8, q_pieces: int = 1, kv_pieces: int = 1) -> Schedule:
+def torus(machines: int, ring: int, heads: int = 8, q_parts: int = 1, kv_parts: int = 1) -> Schedule:
     """Ulysses across machines, ring inside."""
     mesh = Mesh.of(Topology.grid(machines, ring), machines, ring)
-    return build_torus(attention_site(machines * ring, heads), mesh, q_pieces, kv_pieces)
+    return build_torus(attention_site(machines * ring, heads), mesh, q_parts, kv_parts)
 
 
 def test_stages_of_three_groups() -> None:
@@ -68,7 +68,7 @@ def test_who_is_visited_first_is_sent_to_first() -> None:
 
 
 def test_pieces_of_queries_leave_one_by_one() -> None:
-    steps = torus(2, 1, q_pieces=2, kv_pieces=3).program(0).phases["attend"]
+    steps = torus(2, 1, q_parts=2, kv_parts=3).program(0).phases["attend"]
     last = [str(s) for s in steps if isinstance(s, Push | Attend)][-5:]
     assert [text.split()[0] for text in last] == ["attend", "push", "attend", "push", "attend"]
 
@@ -102,11 +102,11 @@ def test_tokens_in_parts_are_attended_as_they_come(machines: int, inside: int, l
     # last part's queries have come.
     arrivals = {a.slot: a for a in schedule.origin.arrivals}
     waits = [arrivals[s.slot] for s in steps if isinstance(s, Wait) and mesh.step(arrivals[s.slot].src)[0] not in near]
-    order = [(a.chunk.piece, a.tensor == "q") for a in waits]
+    order = [(a.chunk.part, a.tensor == "q") for a in waits]
     assert order == sorted(order)
     last_query = max(i for i, s in enumerate(steps) if isinstance(s, Wait) and arrivals[s.slot].tensor == "q")
     early = [s for s in steps[:last_query] if isinstance(s, Push) and mesh.step(s.q.src)[0] not in near]
-    assert {s.q.piece for s in early} >= set(range(parts - 1))
+    assert {s.q.part for s in early} >= set(range(parts - 1))
     assert len({(q, kv) for call in calls for q in call.q for kv in call.kv}) == sum(
         len(call.q) * len(call.kv) for call in calls
     )

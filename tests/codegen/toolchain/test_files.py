@@ -26,4 +26,4 @@ def test_machines_decide_what_it_reaches() -> None:
 
 
 def test_only_attention_has_kernels() -> None:
-    assert kernel_files(build("gather", gather_site(2), MESH), (0, 0)) == {}
+    assert kernel_files(build("exchange", gather_site(2), MESH), (0, 0)) == {}

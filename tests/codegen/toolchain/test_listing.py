@@ -10,7 +10,7 @@ import torch
 from kernel_ranks import Job, make_site
 from random_sites import gather_site
 
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.toolchain.listing import HEAD, compiled_kernels, line, reach_waits, write_kernels
 from sfcompile.errors import CodegenError, UnsupportedError
@@ -38,7 +38,7 @@ def test_files_and_table_of_a_schedule_between_machines(tmp_path: Path) -> None:
 
 
 def test_gathers_are_listed_too_and_calls_can_stay_open() -> None:
-    gather = build_gather(gather_site(2), Mesh.of(Topology.grid(2, 1), 2, 1))
+    gather = build_exchange(gather_site(2), Mesh.of(Topology.grid(2, 1), 2, 1))
     kernels = dict(compiled_kernels(gather, 90, (0, 1), link=False))
     assert set(kernels) == {"send", "receive", "release"}
     assert not kernels["send"].linked and "nvshmemx_putmem_signal_nbi_block" in kernels["send"].ptx

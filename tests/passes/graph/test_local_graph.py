@@ -70,9 +70,9 @@ def test_a_gather_is_a_visible_pair_with_its_site(parts: tuple[LocalGraph, fx.No
     local, node, layout = parts
     whole = local.gather(local.shard(node, layout), layout, (2, 9, 4))
     assert tuple(whole.meta["val"].shape) == (2, 9, 4)
-    assert local.sites[0].owners == (((0, 5),), ((5, 4),))  # type: ignore[union-attr]
+    assert local.sites[0].owned == (((0, 5),), ((5, 4),))  # type: ignore[union-attr]
     names = [str(n.target) for n in local.graph.nodes if "streamfusion" in str(n.target)]
-    assert names == ["streamfusion.gather_start.default", "streamfusion.gather_finish.default"]
+    assert names == ["streamfusion.exchange_start.default", "streamfusion.exchange_finish.default"]
 
 
 def test_a_sum_over_ranks_keeps_its_dtype(parts: tuple[LocalGraph, fx.Node, Layout]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from random_ops import Fn, few, rand, ranks, sizes
 from torch.nn import functional as F
 
-from sfcompile.runtime.program.sites import GatherSite, ReshardSite
+from sfcompile.runtime.program.sites import ExchangeSite
 
 
 def test_pixelwise_convolution_and_batch_of_tokens() -> None:
@@ -61,10 +61,11 @@ def test_a_grid_is_convolved_by_rows(h: int, w: int, p: int, bias: bool) -> None
 def test_a_halo_travels_between_neighbours_only() -> None:
     got = captured(depthwise(8, 6), rand(1, 48, 4), rand(4, 1, 3, 3), rand(4), rand(4, 4))
     _, traffic, locals_ = rewritten(got, [(0, 1)], 4)
-    halos = [site for site in locals_[0].sites if isinstance(site, ReshardSite)]
+    exchanges = [site for site in locals_[0].sites if isinstance(site, ExchangeSite)]
+    halos = [site for site in exchanges if not site.is_gather]
     assert len(halos) == 1
     assert [halos[0].wanted_shape(rank)[2] for rank in range(4)] == [3, 4, 4, 3], "two rows and what lies next to them"
-    assert len([site for site in locals_[0].sites if isinstance(site, GatherSite)]) == 1, "the output"
+    assert len([site for site in exchanges if site.is_gather]) == 1, "the output"
     assert all(len(of_rank.moves) == 1 for of_rank in traffic)
 
 

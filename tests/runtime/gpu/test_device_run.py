@@ -53,8 +53,8 @@ class Told:
     def collect(self, out: torch.Tensor, view: torch.Tensor) -> None:
         self.seen.append(("collect", int(view[0])))
 
-    def gather(self, out: torch.Tensor, view: torch.Tensor) -> None:
-        self.seen.append(("gather", int(view[0])))
+    def receive(self, out: torch.Tensor, view: torch.Tensor) -> None:
+        self.seen.append(("receive", int(view[0])))
 
     def check(self) -> None:
         """Nothing to report."""
@@ -67,12 +67,12 @@ def test_two_open_calls_read_epochs_of_their_own() -> None:
     second = runs.open(told, 8)
     first.put("put_q", torch.zeros(1))
     first.put_fused("put_k", [torch.zeros(1), torch.zeros(2)], "rope")
-    second.put("gather_start", torch.zeros(1))
+    second.put("exchange_start", torch.zeros(1))
     first.attend(None)
     assert first.output is not None
     first.collect(first.output)
-    second.gather(torch.zeros(1))
-    assert told.seen == [("q", 7), ("k as rope of 2", 7), ("x", 8), ("attend", 7), ("collect", 7), ("gather", 8)]
+    second.receive(torch.zeros(1))
+    assert told.seen == [("q", 7), ("k as rope of 2", 7), ("x", 8), ("attend", 7), ("collect", 7), ("receive", 8)]
     runs.finish(8)
     assert told.released == [8]
 

@@ -20,8 +20,8 @@ def test_they_print_for_people() -> None:
     program = RankProgram(5, {"put_q": (Put("q", 0, 0, 0),), "attend": (Wait(1, 0),)})
     assert str(program).splitlines() == [
         "rank 5",
-        "  put_q         put q -> rank 0 slot 0",
-        "  attend        wait slot 1 from rank 0",
+        "  put_q           put q -> rank 0 slot 0",
+        "  attend          wait slot 1 from rank 0",
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from random_sites import gather_site
 
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.errors import RuntimeTimeoutError, UnsupportedError
 from sfcompile.runtime.program.topology import Topology
@@ -19,7 +19,7 @@ from sfcompile.runtime.rank.sides import Wires
 from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
 
-GATHER = build_gather(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
+GATHER = build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
 
 
 class World:

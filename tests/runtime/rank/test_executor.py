@@ -13,12 +13,12 @@ from random_sites import Case, gather_site, random_case, reference, rows
 from rank_workers import attend_and_gather, schedules_of
 from threads import run_threads
 
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.program.instructions import Forward, Push, Put, RankProgram
-from sfcompile.runtime.program.sites import GatherSite
+from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
 
@@ -93,15 +93,15 @@ def test_other_dtypes(dtype: torch.dtype, seed: int) -> None:
 def test_a_gather_of_a_folded_dim() -> None:
     """Tokens inside a dim that is outer x tokens x inner, owned in runs, one rank without any."""
     owners = (((0, 2), (5, 1)), (), ((2, 3),))
-    site = GatherSite("g", (2, 3 * 6 * 2, 4), torch.float32, 1, 3, 2, owners)
+    site = ExchangeSite.gather("g", (2, 3 * 6 * 2, 4), torch.float32, 1, owners, 3, 2)
     whole = torch.randn(site.shape)
-    schedule = build_gather(site, Mesh.of(Topology.grid(1, 3), 1, 3))
+    schedule = build_exchange(site, Mesh.of(Topology.grid(1, 3), 1, 3))
 
     def work(rank: int) -> torch.Tensor:
         current_session().load("g", [schedule])
         own = whole.view(2, 3, 6, 2, 4)[:, :, rows(owners[rank])].reshape(site.local_shape(rank))
-        ticket = sf.gather_start(own, torch.zeros(1, dtype=torch.int64), "g", 0)
-        return sf.gather_finish(ticket, "g", 0, list(site.shape), torch.float32)[0]
+        ticket = sf.exchange_start(own, torch.zeros(1, dtype=torch.int64), "g", 0)
+        return sf.exchange_finish(ticket, "g", 0, list(site.shape), torch.float32)[0]
 
     assert all(torch.equal(out, whole) for out in run_threads(3, work, delay=jitter(1)))
 
@@ -143,7 +143,7 @@ def test_a_lost_signal_is_a_timeout_not_a_hang(kind: type) -> None:
     case.mask, case.q, case.k, case.v = None, *(torch.randn(site.batch, 4, n, d) for n, d in (
         (case.q.shape[2], site.head_dim), (case.k.shape[2], site.head_dim), (case.k.shape[2], site.v_head_dim)
     ))  # fmt: skip
-    case.site, case.mesh, case.kind, case.pieces = site, Mesh.of(Topology.grid(2, 2), 2, 2), "torus", (1, 1)
+    case.site, case.mesh, case.kind, case.parts = site, Mesh.of(Topology.grid(2, 2), 2, 2), "torus", (1, 1)
     case.expected = reference(case.q, case.k, case.v, None, False, site.scale)
     attention, gather = schedules_of(case)
 
@@ -159,7 +159,7 @@ def test_a_lost_signal_is_a_timeout_not_a_hang(kind: type) -> None:
                 break
         return replace(program, phases={name: tuple(steps) for name, steps in phases.items()})
 
-    broken = replace(attention, given=build, _programs={})
+    broken = replace(attention, given=build)
     with pytest.raises(RuntimeTimeoutError, match="waited 0.5 s for (a chunk|its bank to be free)"):
         run(case, [broken, gather], timeout_s=0.5)
 
@@ -183,15 +183,15 @@ def test_flops_are_this_ranks_own() -> None:
 
 
 def test_a_gather_needs_every_rank() -> None:
-    schedule = build_gather(gather_site(3), Mesh.of(Topology.grid(1, 3), 1, 3))
+    schedule = build_exchange(gather_site(3), Mesh.of(Topology.grid(1, 3), 1, 3))
 
     def work(rank: int) -> None:
         current_session().load("g", [schedule])
         if rank == 2:
             return
         x = torch.zeros(gather_site(3).local_shape(rank))
-        ticket = sf.gather_start(x, torch.zeros(1, dtype=torch.int64), "g", 0)
-        sf.gather_finish(ticket, "g", 0, [2, 10, 3], torch.float32)
+        ticket = sf.exchange_start(x, torch.zeros(1, dtype=torch.int64), "g", 0)
+        sf.exchange_finish(ticket, "g", 0, [2, 10, 3], torch.float32)
 
     with pytest.raises(RuntimeTimeoutError, match="from rank 2"):
         run_threads(3, work, timeout_s=0.5)

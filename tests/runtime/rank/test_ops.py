@@ -14,11 +14,11 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.torus import build_torus
 from sfcompile.errors import InternalError
-from sfcompile.runtime.program.sites import GatherSite
+from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import ops
 from sfcompile.runtime.rank.session import current_session
@@ -30,12 +30,12 @@ def test_fakes_have_the_shapes() -> None:
     with FakeTensorMode():
         ticket = torch.zeros(1, dtype=torch.int64)
         x = torch.empty(2, 3, 5, 4, dtype=torch.bfloat16)
-        for op in (sf.put_q, sf.put_k, sf.put_v, sf.gather_start):
+        for op in (sf.put_q, sf.put_k, sf.put_v, sf.exchange_start):
             assert op(x, ticket, "p", 0).shape == (1,)
         assert sf.put_fused([x, x[0]], ticket, "p", 0, "put_q", "key").shape == (1,)
         assert sf.attend(ticket, None, "p", 0).dtype == torch.int64
         assert sf.attend(ticket, torch.ones(1, dtype=torch.bool), "p", 0).dtype == torch.int64
-        for op in (sf.collect, sf.gather_finish):
+        for op in (sf.collect, sf.exchange_finish):
             out, after = op(ticket, "p", 0, [2, 3, 7, 4], torch.bfloat16)
             assert out.shape == (2, 3, 7, 4) and out.dtype == torch.bfloat16 and after.shape == (1,)
 
@@ -46,13 +46,13 @@ def test_a_trace_keeps_every_op_in_its_order() -> None:
             ticket = put(x, ticket, "p", 0)
         ticket = sf.attend(ticket, None, "p", 0)
         out, ticket = sf.collect(ticket, "p", 0, [1, 2, 3, 4], torch.float32)
-        ticket = sf.gather_start(out, ticket, "p", 1)
-        return sf.gather_finish(ticket, "p", 1, [1, 2, 6, 4], torch.float32)[0]  # type: ignore[no-any-return]
+        ticket = sf.exchange_start(out, ticket, "p", 1)
+        return sf.exchange_finish(ticket, "p", 1, [1, 2, 6, 4], torch.float32)[0]  # type: ignore[no-any-return]
 
     gm = make_fx(local, tracing_mode="fake")(torch.zeros(1, 2, 3, 4), torch.zeros(1, dtype=torch.int64))
     gm.graph.eliminate_dead_code()
     names = [str(node.target).split(".")[1] for node in gm.graph.nodes if str(node.target).startswith("streamfusion.")]
-    assert names == ["put_k", "put_q", "put_v", "attend", "collect", "gather_start", "gather_finish"]
+    assert names == ["put_k", "put_q", "put_v", "attend", "collect", "exchange_start", "exchange_finish"]
     assert len(ops.COMMUNICATION) == 8
 
 
@@ -112,16 +112,16 @@ def test_memory_may_be_reused_after_a_put() -> None:
         other = x @ (w + 2) @ w @ w
         ticket = sf.attend(ticket, None, "p", 0)
         out, ticket = sf.collect(ticket, "p", 0, [1, 4, 24, 8], torch.float32)
-        ticket = sf.gather_start(out + 1, ticket, "p", 1)
+        ticket = sf.exchange_start(out + 1, ticket, "p", 1)
         other = other @ (w + 3) @ w @ w
-        return sf.gather_finish(ticket, "p", 1, [1, 4, 24, 8], torch.float32)[0], other
+        return sf.exchange_finish(ticket, "p", 1, [1, 4, 24, 8], torch.float32)[0], other
 
     site = attention_site(1, heads=4, tokens=24)
     mesh = Mesh.of(Topology.grid(1, 1), 1, 1)
-    gather = GatherSite("out", (1, 4, 24, 8), torch.float32, 2, 1, 1, site.q_positions)
+    gather = ExchangeSite.gather("out", (1, 4, 24, 8), torch.float32, 2, site.q_positions)
 
     def work(rank: int) -> float:
-        current_session().load("p", [build_torus(site, mesh), build_gather(gather, mesh)])
+        current_session().load("p", [build_torus(site, mesh), build_exchange(gather, mesh)])
         torch.manual_seed(0)
         x, w = torch.randn(24, 32), torch.randn(32, 32)
         with torch.no_grad():

@@ -53,7 +53,9 @@ def test_bytes_stages_and_results(recording: Recorder, seed: int, machine_of: tu
         for rank in range(len(machine_of)):
             mine = [event for event in events if event.rank == rank]
             stages = [event.name for event in mine if event.lane == "stage"]
-            each = ["put_k", "put_q", "put_v", "attend", "collect"] if site == 0 else ["gather_start", "gather_finish"]
+            each = (
+                ["put_k", "put_q", "put_v", "attend", "collect"] if site == 0 else ["exchange_start", "exchange_finish"]
+            )
             assert stages == each * CALLS and len({event.epoch for event in mine}) == CALLS
             check_nested(mine)
 

@@ -9,7 +9,7 @@ from random_sites import gather_site
 from rank_workers import sf
 from threads import run_outcomes, run_processes, run_threads
 
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.errors import InternalError, PeerDiedError, PeerFailedError, RankMismatchError, RuntimeTimeoutError
 from sfcompile.runtime.program.topology import Topology
@@ -74,20 +74,20 @@ def test_agreement_between_threads() -> None:
 
 
 def test_a_third_open_site_is_our_mistake() -> None:
-    schedule = build_gather(gather_site(1), Mesh.of(Topology.grid(1, 1), 1, 1))
+    schedule = build_exchange(gather_site(1), Mesh.of(Topology.grid(1, 1), 1, 1))
 
     def work(rank: int) -> None:
         current_session().load("g", [schedule] * 3)
         ticket = torch.zeros(1, dtype=torch.int64)
         for site in range(3):
-            ticket = sf.gather_start(torch.zeros(2, 10, 3), ticket, "g", site)
+            ticket = sf.exchange_start(torch.zeros(2, 10, 3), ticket, "g", site)
 
     with pytest.raises(InternalError, match="site 2 opens epoch 3 while epoch 1"):
         run_threads(1, work)
 
 
 def test_sites_may_end_in_another_order() -> None:
-    schedule = build_gather(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
+    schedule = build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
     whole = torch.randn(2, 10, 3)
 
     def work(rank: int) -> bool:
@@ -95,9 +95,9 @@ def test_sites_may_end_in_another_order() -> None:
         ticket, right = torch.zeros(1, dtype=torch.int64), True
         for call in range(5):
             for site in (0, 1):
-                ticket = sf.gather_start(whole[:, 5 * rank : 5 * rank + 5] * (call + site), ticket, "g", site)
+                ticket = sf.exchange_start(whole[:, 5 * rank : 5 * rank + 5] * (call + site), ticket, "g", site)
             for site in (1, 0):
-                out, ticket = sf.gather_finish(ticket, "g", site, [2, 10, 3], torch.float32)
+                out, ticket = sf.exchange_finish(ticket, "g", site, [2, 10, 3], torch.float32)
                 right &= torch.equal(out, whole * (call + site))
         return right
 
@@ -105,7 +105,7 @@ def test_sites_may_end_in_another_order() -> None:
 
 
 def test_the_heap_does_not_grow_with_sites() -> None:
-    schedule = build_gather(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
+    schedule = build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
 
     def work(rank: int) -> tuple[int, int]:
         session = current_session()

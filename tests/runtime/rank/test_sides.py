@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_sites import gather_site
 
-from sfcompile.codegen.schedule.gather import build_gather
+from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import recorder
@@ -18,7 +18,7 @@ from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
 from sfcompile.runtime.wires.transport import GroupTransport
 
-GATHER = build_gather(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
+GATHER = build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
 
 
 class Engine:
@@ -52,7 +52,7 @@ def test_a_group_of_the_job_sees_its_own_ranks(recorded: bool, monkeypatch: pyte
     call = SiteCall(3, 0, 0, InGroup(), 1)
     run = run_on_host(call, Topology((0, 0, 0, 0)), segments[3], DirectTransport(3, segments, 0.2))
     assert (type(run) is SiteRun) is not recorded
-    run.put("gather_start", chunk)
+    run.put("exchange_start", chunk)
     assert [bool(segment.signals.any()) for segment in segments] == [False, False, True, False]
     arrival = GATHER.program(0).arrivals[0]
     got = segments[2].chunk(1, GATHER.slots[arrival.slot].offset, chunk.shape, chunk.dtype)

@@ -35,7 +35,7 @@ def test_the_same_schedule_comes_back(kind: str) -> None:
         (("site", "q_positions"), [[[0, 8]]]),
         (("mesh", "order"), [0, 1, 2, 2]),
         (("mesh", "ring"), 3),
-        (("pieces",), [0, 1]),
+        (("parts",), [0, 1]),
         (("groups",), [[0, 1]]),
         (("groups",), [[0, 1, 2, 9]]),
     ],

@@ -132,7 +132,7 @@ def test_predictions_in_parts_overlap_layers() -> None:
 def test_predictions_are_the_simulators() -> None:
     top = Topology.grid(2, 2, network_bytes_per_s=1e6)
     mesh = Mesh.of(top, 2, 2)
-    attention, gather = build("torus", attention_site(4), mesh), build("gather", gather_site(4), Mesh.of(top, 1, 4))
+    attention, gather = build("torus", attention_site(4), mesh), build("exchange", gather_site(4), Mesh.of(top, 1, 4))
     plan = GraphReport(4, 2, 2, 2, programs={"p": ["first", "second", "out"]}, topology=top, other_s=1e-3)
     found = predicted([attention, attention, gather], plan, top)
     assert [value.name for value in found.layers.values()] == ["first", "second", "out"] and found.spans

@@ -64,7 +64,7 @@ def test_ranks_record_their_steps(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "rank1.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events if event["ph"] == "X"} == {1}
     stages = [event["name"] for event in events if event.get("cat") == "stage"]
-    assert stages.count("attend") == stages.count("collect") == stages.count("gather_start") == 2
+    assert stages.count("attend") == stages.count("collect") == stages.count("exchange_start") == 2
 
 
 def test_the_environment_needs_no_agreement(tmp_path: Path) -> None:

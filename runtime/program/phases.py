@@ -1,0 +1,20 @@
+"""The phases of a site's program, in the order of the graph; the ops of runtime/rank/ops.py have the same names."""
+
+from __future__ import annotations
+
+PUTS = {"q": "put_q", "k": "put_k", "v": "put_v"}
+"""The phase that sends a tensor of an attention."""
+ATTEND = "attend"
+COLLECT = "collect"
+EXCHANGE_START = "exchange_start"
+EXCHANGE_FINISH = "exchange_finish"
+
+ATTENTION = (*PUTS.values(), ATTEND, COLLECT)
+"""The phases of an attention."""
+EXCHANGE = (EXCHANGE_START, EXCHANGE_FINISH)
+"""The phases of an exchange."""
+
+STARTS = (*PUTS.values(), EXCHANGE_START)
+"""Phases that send this rank's own tensors and wait for nothing."""
+ENDS = (COLLECT, EXCHANGE_FINISH)
+"""Phases that end a site's epoch on this rank."""
