@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from graph_text import parse
 from helpers import captured
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -65,3 +66,27 @@ def test_rows_that_have_several_owners_leave_the_value_to_its_next_axis() -> Non
     layouts = choose_layouts(tokens, sites, 3)
     assert all(layouts.owners.fits(layout) for layout in layouts.chosen.values())
     assert {site.node for site in sites} <= set(layouts.chosen), "both attentions can be sharded"
+
+
+def test_a_value_is_cut_along_the_dim_in_which_its_tokens_lie() -> None:
+    graph = parse(
+        """
+        x: f32[2,6,8] = input
+        t: f32[2,8] = input
+        m: f32[2,6,8] = aten.mul.Tensor(x, x)
+        h: f32[2,6,2,4] = aten.view(m, [2, 6, 2, 4])
+        q: f32[2,2,6,4] = aten.transpose.int(h, 1, 2)
+        o: f32[2,2,6,4] = aten.scaled_dot_product_attention(q, q, q)
+        return o, t
+        """
+    ).gm.graph
+    sites = analyse_attention(graph)
+    layouts = choose_layouts(analyse_tokens(graph, seeds_of(sites)), sites, 3)
+    assert {str(node): layout.dim for node, layout in layouts.chosen.items()} == {
+        "x": 1,
+        "m": 1,
+        "h": 1,
+        "q": 2,
+        "o": 2,
+    }
+    assert [layouts.owners.count(layouts.chosen[sites[0].q].runs, rank) for rank in range(3)] == [2, 2, 2]

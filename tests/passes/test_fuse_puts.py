@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_text import parse, same
 from helpers import captured, placeholder_values, run_compiled
 from row_forms import halves, normed, pairs
 from torch import fx
@@ -97,6 +98,37 @@ def test_equal_layers_share_their_programs() -> None:
 
     keys = [node.args[5] for node in ranks_of(twice)[0][0].gm.graph.nodes if node.target is PUT_FUSED]
     assert len(keys) == 4 and len(set(keys)) == 2
+
+
+def test_the_stretch_that_a_put_can_compute_moves_into_it() -> None:
+    """The product is computed by others; what follows it is fused; a put of an input stays as it is."""
+    graph = parse(
+        """
+        x: f32[1,2,6,16] = input
+        n: f32[16] = input
+        t: i64[1] = aten.zeros([1], dtype=torch.int64)
+        a: f32[1,2,6,16] = aten.tanh(x)
+        b: f32[1,2,6,16] = aten.mul.Tensor(a, n)
+        c: f32[1,2,6,16] = aten.add.Tensor(b, x)
+        tq: i64[1] = streamfusion.put_q(c, t, 'p', 0)
+        tk: i64[1] = streamfusion.put_k(x, tq, 'p', 0)
+        return tk, a
+        """
+    ).gm.graph
+    assert fuse_puts(graph) == (1, 2)
+    (key,) = (node.args[5] for node in graph.nodes if node.target is PUT_FUSED)
+    same(
+        graph,
+        f"""
+        x: f32[1,2,6,16] = input
+        n: f32[16] = input
+        t: i64[1] = aten.zeros([1], dtype=torch.int64)
+        a: f32[1,2,6,16] = aten.tanh(x)
+        put_fused_default: i64[1] = streamfusion.put_fused([a, n, x], t, 'p', 0, 'put_q', '{key}')
+        tk: i64[1] = streamfusion.put_k(x, put_fused_default, 'p', 0)
+        return tk, a
+        """,
+    )
 
 
 def test_nothing_to_fuse() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_text import parse, same
 from helpers import captured, placeholder_values, run_compiled
 from models import build
 from torch import fx
@@ -77,6 +78,50 @@ def test_puts_follow_their_tensor_and_collects_precede_their_reader() -> None:
     names = [str(node.target) for node in nodes]
     collect = names.index("streamfusion.collect.default")
     assert names.index("aten.gelu.default") < collect, "the projection beside attention runs before the collect"
+
+
+def test_the_chunks_of_one_tensor_travel_while_the_next_is_computed() -> None:
+    """Puts go up to their tensors; the collect goes down below what does not need it; the ticket follows the order."""
+    graph = parse(
+        """
+        x: f32[1,2,6,16] = input
+        w: f32[16,16] = input
+        t: i64[1] = aten.zeros([1], dtype=torch.int64)
+        v: f32[1,2,6,16] = aten.linear(x, w)
+        k: f32[1,2,6,16] = aten.linear(v, w)
+        q: f32[1,2,6,16] = aten.linear(k, w)
+        tq: i64[1] = streamfusion.put_q(q, t, 'p', 0)
+        tk: i64[1] = streamfusion.put_k(k, tq, 'p', 0)
+        tv: i64[1] = streamfusion.put_v(v, tk, 'p', 0)
+        ta: i64[1] = streamfusion.attend(tv, None, 'p', 0)
+        o: (f32[1,2,6,16], i64[1]) = streamfusion.collect(ta, 'p', 0, [1, 2, 6, 16], torch.float32)
+        y: f32[1,2,6,16] = o[0]
+        g: f32[1,2,6,16] = aten.gelu(x)
+        s: f32[1,2,6,16] = aten.add.Tensor(y, g)
+        return s
+        """
+    ).gm.graph
+    assert order_puts(graph) == 5
+    same(
+        graph,
+        """
+        x: f32[1,2,6,16] = input
+        w: f32[16,16] = input
+        t: i64[1] = aten.zeros([1], dtype=torch.int64)
+        v: f32[1,2,6,16] = aten.linear(x, w)
+        tv: i64[1] = streamfusion.put_v(v, t, 'p', 0)
+        k: f32[1,2,6,16] = aten.linear(v, w)
+        tk: i64[1] = streamfusion.put_k(k, tv, 'p', 0)
+        q: f32[1,2,6,16] = aten.linear(k, w)
+        tq: i64[1] = streamfusion.put_q(q, tk, 'p', 0)
+        ta: i64[1] = streamfusion.attend(tq, None, 'p', 0)
+        g: f32[1,2,6,16] = aten.gelu(x)
+        o: (f32[1,2,6,16], i64[1]) = streamfusion.collect(ta, 'p', 0, [1, 2, 6, 16], torch.float32)
+        y: f32[1,2,6,16] = o[0]
+        s: f32[1,2,6,16] = aten.add.Tensor(y, g)
+        return s
+        """,
+    )
 
 
 def test_many_independent_sites_never_open_a_third() -> None:

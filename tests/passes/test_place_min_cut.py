@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from graph_text import parse
 from helpers import captured
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,6 +107,29 @@ def test_shard_everything_shards_what_has_a_rule_and_says_why_the_rest_is_not() 
     assert names == {"linear", "gelu", "add", "matmul", "relu"}
     assert {tokens.views[node].name for node in placement.reasons} == {"softmax", "amax"}
     assert all("mix" in reason or "differ" in reason for reason in placement.reasons.values())
+
+
+def test_ops_are_sharded_where_that_is_worth_their_gathers() -> None:
+    """The sum mixes tokens and needs y whole; the product reads shards of y, and its result is gathered."""
+    graph = parse(
+        """
+        x: f32[1,12,64] = input
+        w: f32[64,64] = input
+        y: f32[1,12,64] = aten.relu(x)
+        c: f32[1,12,64] = aten.cumsum(y, 1)
+        p: f32[1,12,64] = aten.matmul(y, w)
+        return c, p
+        """
+    ).gm.graph
+    tokens = analyse_tokens(graph, [(next(iter(graph.nodes)), 1)])
+    layouts = choose_layouts(tokens, [], 2)
+    sides = {}
+    for link in (1e3, 1e12):
+        topology = Topology((0, 0), 1e6, 1e9, local_bytes_per_s=link, local_latency_s=0.0)
+        placement = place_min_cut(graph, tokens, layouts, topology, shard_everything=False)
+        sides[link] = {str(node): "shards" if node in placement.needs else "whole" for node in tokens.views}
+    assert sides[1e3] == {"y": "whole", "c": "whole", "p": "whole"}
+    assert sides[1e12] == {"y": "shards", "c": "whole", "p": "shards"}
 
 
 def test_ties_are_sharded() -> None:

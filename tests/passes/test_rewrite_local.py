@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graph_text import parse, same
 from helpers import captured, check_sharded, rewritten
 from torch import fx
 from torch.nn.functional import gelu, linear
@@ -20,6 +21,33 @@ def test_each_value_is_gathered_at_most_once() -> None:
     assert all(len(of_rank.gathers) == len(set(of_rank.gathers)) for of_rank in traffic), "each rank gathers once"
     names = [str(n.target) for n in locals_[0].graph.nodes]
     assert names.count("streamfusion.exchange_start.default") == len(traffic[0].gathers)
+
+
+def test_one_rank_of_three_slices_computes_and_gathers() -> None:
+    """Rank 1 takes its rows of the input (a view, free), computes on them, and gathers them where an op mixes rows."""
+    got = parse(
+        """
+        x: f32[1,9,4] = input
+        y: f32[1,9,4] = aten.relu(x)
+        z: f32[1,9,4] = aten.cumsum(y, 1)
+        return z
+        """
+    )
+    _, _, locals_ = rewritten(got, [(0, 1)], 3)  # type: ignore[arg-type]
+    same(
+        locals_[1].graph,
+        """
+        x: f32[1,9,4] = input
+        slice_tensor: f32[1,3,4] = aten.slice.Tensor(x, 1, 3, 6)
+        relu_default: f32[1,3,4] = aten.relu(slice_tensor)
+        zeros_default: i64[1] = aten.zeros([1], dtype=torch.int64, device='cpu')
+        gather_start_default: i64[1] = streamfusion.gather_start(relu_default, zeros_default, 'test', 0)
+        gather_finish_default: (f32[1,9,4], i64[1]) = streamfusion.gather_finish(gather_start_default, 'test', 0, [1, 9, 4], torch.float32)
+        getitem_1: f32[1,9,4] = gather_finish_default[0]
+        z: f32[1,9,4] = aten.cumsum(getitem_1, 1)
+        return z
+        """,  # noqa: E501
+    )
 
 
 def test_literal_sizes_are_this_ranks_own() -> None:
