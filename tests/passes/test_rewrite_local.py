@@ -41,9 +41,9 @@ def test_one_rank_of_three_slices_computes_and_gathers() -> None:
         slice_tensor: f32[1,3,4] = aten.slice.Tensor(x, 1, 3, 6)
         relu_default: f32[1,3,4] = aten.relu(slice_tensor)
         zeros_default: i64[1] = aten.zeros([1], dtype=torch.int64, device='cpu')
-        gather_start_default: i64[1] = streamfusion.gather_start(relu_default, zeros_default, 'test', 0)
-        gather_finish_default: (f32[1,9,4], i64[1]) = streamfusion.gather_finish(gather_start_default, 'test', 0, [1, 9, 4], torch.float32)
-        getitem_1: f32[1,9,4] = gather_finish_default[0]
+        exchange_start_default: i64[1] = streamfusion.exchange_start(relu_default, zeros_default, 'test', 0)
+        exchange_finish_default: (f32[1,9,4], i64[1]) = streamfusion.exchange_finish(exchange_start_default, 'test', 0, [1, 9, 4], torch.float32)
+        getitem_1: f32[1,9,4] = exchange_finish_default[0]
         z: f32[1,9,4] = aten.cumsum(getitem_1, 1)
         return z
         """,  # noqa: E501
