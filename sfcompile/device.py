@@ -40,9 +40,9 @@ def device_of(inputs: Sequence[Any]) -> torch.device:
     Raises:
         UnsupportedError: several GPUs, or another kind of device.
     """
-    found = {x.device for x in inputs if isinstance(x, torch.Tensor)}
-    others = {device for device in found if device.type not in ("cpu", "meta", "cuda")}
-    gpus = found - others - {device for device in found if device.type != "cuda"}
+    devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+    others = {device for device in devices if device.type not in ("cpu", "meta", "cuda")}
+    gpus = devices - others - {device for device in devices if device.type != "cuda"}
     if others or len(gpus) > 1:
         listed = ", ".join(sorted(map(str, others or gpus)))
         raise UnsupportedError(
@@ -97,7 +97,7 @@ def engines_for(
     sites = [schedule.site for schedule in every if isinstance(schedule, AttentionSchedule)]
     chosen, why = choose_attention(asked.attention, sites, device.type)
     line = f"{chosen} ({why})"
-    made: dict[Schedule, KernelEngine] = {}
+    shared: dict[Schedule, KernelEngine] = {}
 
     def engine(schedule: Schedule) -> Engine | DeviceEngine | None:
         if chosen == "aten":
@@ -108,24 +108,24 @@ def engines_for(
         domains = session.side.domains
         bounded = os.environ.get(DEBUG_KERNELS) == "1"
         # Sites of one geometry share their kernels and workspace: calls of a stream follow each other.
-        if schedule not in made:
+        if schedule not in shared:
             library = _library(device, domains)
-            made[schedule] = KernelEngine(schedule, session.rank, device, domains, library, bounded=bounded)
-        return made[schedule]
+            shared[schedule] = KernelEngine(schedule, session.rank, device, domains, library, bounded=bounded)
+        return shared[schedule]
 
     return {program: [engine(schedule) for schedule in schedules] for program, schedules in programs.items()}, line
 
 
-def topology_for(device: torch.device, found: Topology) -> Topology:
+def topology_for(device: torch.device, job: Topology) -> Topology:
     """The job's machines with constants for the GPU at hand, as far as they are known."""
     if device.type != "cuda":
-        return found
+        return job
     name = torch.cuda.get_device_name(device)
     preset = next((preset for part, preset in PRESET_OF.items() if part in name), None)
     if preset is None:
         preset = "h100-ib"
         log.warning("no constants are known for %s: planned as %s; give options={'topology': ...}", name, preset)
-    return Topology.parse(f"1x1:{preset}").on(found.machine_of)
+    return Topology.parse(f"1x1:{preset}").on(job.machine_of)
 
 
 def _library(device: torch.device, domains: Sequence[int]) -> Path | None:

@@ -128,7 +128,7 @@ class DeviceRuns:
 
 
 class DeviceRun:
-    """One call of one site; see Run in runtime/rank/sides.py.
+    """One call of one site; see RunningSite in runtime/rank/sides.py.
 
     Attributes:
         blocked_s: 0: the host never waits.

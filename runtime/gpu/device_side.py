@@ -12,7 +12,7 @@ from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap, Share
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
-from sfcompile.runtime.rank.sides import Run, aligned, bank_room, run_on_host
+from sfcompile.runtime.rank.sides import RunningSite, aligned, bank_room, run_on_host
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 MakeRelease = Callable[[Sequence[int]], Release]
@@ -76,7 +76,7 @@ class NvshmemSide:
             torch.cuda.synchronize(self.device)
         self._share(None, "start with credit")
 
-    def open(self, call: SiteCall, engine: DeviceEngine | None) -> Run:
+    def open(self, call: SiteCall, engine: DeviceEngine | None) -> RunningSite:
         """Begin a call, on the current stream."""
         assert self._runs is not None and self._transport is not None
         if engine is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sfcompile.errors import HeapError, UnsupportedError
-from sfcompile.runtime.wires.symmetric_heap import HeapSize
+from sfcompile.runtime.wires.symmetric_heap import LINE_BYTES, HeapSize, view_at
 
 SIGNAL_SET = 9
 CMP_GE = 5
@@ -161,16 +161,11 @@ class NvshmemHeap:
 
     def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A view of a bank at ``offset`` bytes."""
-        count = 1
-        for size in shape:
-            count *= size
-        start = self.size.bank_at(bank) + offset
-        return self._memory[start : start + count * dtype.itemsize].view(dtype).view(tuple(shape))
+        return view_at(self._memory, self.size.bank_at(bank) + offset, shape, dtype)
 
     def words(self, offset: int, count: int) -> torch.Tensor:
         """Words of this rank's segment that lie on cache lines of their own: int64 [count]."""
-        lines = self._memory[offset : offset + 64 * count].view(torch.int64)
-        return lines.view(count, 8)[:, 0]
+        return view_at(self._memory, offset, (count, LINE_BYTES // 8), torch.int64)[:, 0]
 
     def close(self) -> None:
         """Collective: give the memory back."""
@@ -186,9 +181,9 @@ def domains_of(reached: Sequence[Sequence[bool]], machine_of: Sequence[int]) -> 
     Args:
         reached: ``reached[a][b]``: whether rank a maps rank b's memory.
     """
-    found = []
+    domains = []
     for rank, machine in enumerate(machine_of):
         together = [other for other, home in enumerate(machine_of) if home == machine]
         whole = all(reached[a][b] for a in together for b in together)
-        found.append(together[0] if whole else rank)
-    return tuple(found)
+        domains.append(together[0] if whole else rank)
+    return tuple(domains)

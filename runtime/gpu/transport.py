@@ -24,8 +24,6 @@ from sfcompile.runtime.program.instructions import Arrival
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 from sfcompile.runtime.wires.transport import Source
 
-_LINE = 64
-
 
 class NvshmemTransport:
     """One rank's puts and waits on the current stream.
@@ -58,22 +56,22 @@ class NvshmemTransport:
         """Pack, send, signal; see the head of the file."""
         b, size, base = self._nvshmem.bindings, self._heap.size, self._heap.address
         bank = epoch % NUM_BANKS
-        self._await(size.credits_at + _LINE * dst, max(epoch - NUM_BANKS, 0))
+        self._await(size.credit_at(dst), max(epoch - NUM_BANKS, 0))
         # Chunks of one slot go to one receiver per epoch: the slot's place in the staging area is this put's own.
         packed = self._heap.chunk(bank, self._staging_at + offset, chunk.shape, chunk.dtype)
         packed.copy_(chunk)
         b.putmem_signal_nbi_on_stream(
-            base + size.bank_at(bank) + offset, packed.data_ptr(), packed.numel() * packed.element_size(),
-            base + size.signals_of(bank) + _LINE * slot, epoch, SIGNAL_SET, dst, self._stream(),
+            base + size.bank_at(bank) + offset, packed.data_ptr(), packed.nbytes,
+            base + size.signal_at(bank, slot), epoch, SIGNAL_SET, dst, self._stream(),
         )  # fmt: skip
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """The stream waits for the chunk."""
-        self._await(self._heap.size.signals_of(epoch % NUM_BANKS) + _LINE * slot, epoch)
+        self._await(self._heap.size.signal_at(epoch % NUM_BANKS, slot), epoch)
 
     def finish(self, epoch: int) -> None:
         """Credit to every rank."""
-        at = self._heap.address + self._heap.size.credits_at + _LINE * self._nvshmem.rank
+        at = self._heap.address + self._heap.size.credit_at(self._nvshmem.rank)
         for rank in range(self._nvshmem.num_ranks):
             self._nvshmem.bindings.signal_op_on_stream(at, epoch, SIGNAL_SET, rank, self._stream())
 

@@ -3,7 +3,7 @@
 Start in session.py. sides.py says what it asks of the place where sites run; cpu_side.py is that place on CPUs,
 runtime/gpu/ has the other. process_group.py is the job that a rank belongs to; executor.py runs a site step by step
 (attention_aten.py computes), engine.py is what a kernel engine must offer; ops.py registers torch.ops.streamfusion;
-recorder.py takes times.
+recorder.py takes times; calls.py tells a program's calls apart.
 
 May import: the leaves, runtime/program/ and runtime/wires/.
 """

@@ -41,7 +41,7 @@ from sfcompile.runtime.wires.symmetric_heap import (
 )
 from sfcompile.runtime.wires.tcp import TcpTransport
 from sfcompile.runtime.wires.tcp_links import connect
-from sfcompile.runtime.wires.transport import RoutedTransport, peer_failed
+from sfcompile.runtime.wires.transport import MessageTransport, RoutedTransport, peer_failed
 from sfcompile.torch_private import job_store
 
 _log = logging.getLogger("sfcompile")
@@ -105,7 +105,7 @@ class ProcessWorld:
         self._lives = 0
         self._announced = False
         self._group: dist.ProcessGroup | None = None
-        self._wires: TcpTransport | C10dTransport | None = None
+        self._messages: MessageTransport | None = None
         facts = self.exchange((machine_identity(), os.getpid(), uuid.uuid4().hex), "start a session")
         identities = [machine for machine, _, _ in facts]
         numbers = {machine: i for i, machine in enumerate(dict.fromkeys(identities))}
@@ -121,9 +121,9 @@ class ProcessWorld:
             )
         self._messages_only = transport == "c10d"
 
-    def _messages(self) -> TcpTransport | C10dTransport:
+    def _connected(self) -> MessageTransport:
         """Collective, at first: the wires to ranks of other machines, one set for all heaps."""
-        if self._wires is None:
+        if self._messages is None:
             problem = "asked for" if self._messages_only else None
             if problem is None:
                 peers = [r for r in range(self._num_ranks) if not self.topology.same_machine(r, self.rank)]
@@ -133,12 +133,12 @@ class ProcessWorld:
                     if self.rank == 0:
                         _log.warning("gloo carries the messages between machines, slower: %s", problem)
                 else:
-                    self._wires = TcpTransport(self.rank, links, self._timeout_s, self.notice)
+                    self._messages = TcpTransport(self.rank, links, self._timeout_s, self.notice)
             if problem is not None:
                 self._group = self._group or self._new_group()
-                self._wires = C10dTransport(self.rank, self._group, self._timeout_s, self.notice)
-        assert self._wires is not None
-        return self._wires
+                self._messages = C10dTransport(self.rank, self._group, self._timeout_s, self.notice)
+        assert self._messages is not None
+        return self._messages
 
     def _new_group(self) -> dist.ProcessGroup:
         timeout = datetime.timedelta(seconds=self._timeout_s)
@@ -162,10 +162,8 @@ class ProcessWorld:
             )
         changed = timeout_s != self._timeout_s
         self._timeout_s = timeout_s
-        if isinstance(self._wires, TcpTransport):
-            self._wires.timeout_s = timeout_s
-        else:
-            self._wires = None
+        if self._messages is not None:
+            self._messages.timeout_s = timeout_s
         return changed
 
     def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
@@ -250,9 +248,9 @@ class ProcessWorld:
         """Collective: forget the failure notices, and make new connections in place of those that a failure closed."""
         self._lives += 1
         self._announced = False
-        if isinstance(self._wires, TcpTransport):
-            self._wires.disconnect()
-        self._wires = self._group = None
+        if self._messages is not None:
+            self._messages.disconnect()
+        self._messages = self._group = None
 
     # ------------------------------------------------------------------ heap and wires
 
@@ -292,14 +290,14 @@ class ProcessWorld:
         stores = None
         if any(direct):
             stores = DirectTransport(self.rank, segments, self._timeout_s, self._pids)
-        messages = None if all(direct) else self._messages()
+        messages = None if all(direct) else self._connected()
         return Wires(RoutedTransport(stores, messages, direct), stores)
 
     def close(self) -> None:
         """Close the wires, and the default group if it was made here."""
-        if isinstance(self._wires, TcpTransport):
-            self._wires.disconnect()
-        self._wires = None
+        if self._messages is not None:
+            self._messages.disconnect()
+        self._messages = None
         if self._own_group and self._announced and self.rank == 0:
             with contextlib.suppress(dist.DistError):
                 self._keep_store(f"told/{self._lives}")

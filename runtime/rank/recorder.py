@@ -140,7 +140,7 @@ class _Clocked:
         peer = self._members[dst]
         near = self._topology.same_machine(self._run._job_rank, peer)
         name = f"{self._arrivals[slot].tensor} -> rank {peer}"
-        self._run.note("send" if near else "network", name, start, chunk.numel() * chunk.element_size(), peer)
+        self._run.note("send" if near else "network", name, start, chunk.nbytes, peer)
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Wait, recorded."""

@@ -22,7 +22,7 @@ from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
 from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
 from sfcompile.runtime.rank.process_group import compare
-from sfcompile.runtime.rank.sides import Run, Side, SiteEngine, World
+from sfcompile.runtime.rank.sides import RunningSite, Side, SiteEngine, World
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 from sfcompile.runtime.wires.transport import notice_of
 
@@ -46,10 +46,10 @@ class Session:
         self.rank = world.rank
         self.topology = world.topology
         self._world = world
-        # Any: engines are made for the side that the session has then (sfcompile/device.py).
+        # Any: who loads a program makes its engines for the side that the session has then (sfcompile/device.py).
         self._side: Side[Any] = CpuSide(world)
         self._programs: dict[str, _Loaded] = {}
-        self._runs: dict[tuple[str, int], Run] = {}
+        self._runs: dict[tuple[str, int], RunningSite] = {}
         self._opened = 0
         self._finished = 0
         self._done_early: set[int] = set()
@@ -100,11 +100,11 @@ class Session:
 
         Searches end alike on all ranks that way, and one core works where all would do the same.
         """
-        made: list[T] = []
+        first: list[T] = []
         if self.rank == 0:
             with suppress(StreamFusionError):
-                made.append(make())
-        shared: list[T] = self._world.exchange(made, "choose a plan", _COMPILE_PATIENCE)[0]
+                first.append(make())
+        shared: list[T] = self._world.exchange(first, "choose a plan", _COMPILE_PATIENCE)[0]
         if shared:
             return shared[0]
         try:
@@ -206,11 +206,11 @@ class Session:
         self._run(program, site).receive(out)
         self._finish(program, site)
 
-    def _run(self, program: str, site: int) -> Run:
+    def _run(self, program: str, site: int) -> RunningSite:
         run = self._runs.get((program, site))
         return self._open(program, site) if run is None else run
 
-    def _open(self, program: str, site: int) -> Run:
+    def _open(self, program: str, site: int) -> RunningSite:
         loaded = self._programs.get(program)
         if loaded is None or self._side.size is None:
             raise InternalError(

@@ -73,7 +73,7 @@ class SiteEngine(Protocol):
 EngineT = TypeVar("EngineT", bound=SiteEngine, contravariant=True)
 
 
-class Run(Protocol):
+class RunningSite(Protocol):
     """One call of one site, phase by phase.
 
     Attributes:
@@ -129,7 +129,7 @@ class Side(Protocol[EngineT]):
     def make_heap(self, size: HeapSize, epoch: int) -> None:
         """Collective: a heap in place of the old one; all calls up to ``epoch`` have ended and no other is open."""
 
-    def open(self, call: SiteCall, engine: EngineT | None) -> Run:
+    def open(self, call: SiteCall, engine: EngineT | None) -> RunningSite:
         """Begin a call."""
 
     def restart(self, epoch: int) -> None:

@@ -48,7 +48,7 @@ class C10dTransport:
     ) -> None:
         self._rank = rank
         self._group = group
-        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self.timeout_s = timeout_s
         self._notice = notice
         self._delay = delay
         self._tags = [0] * NUM_BANKS
@@ -97,14 +97,14 @@ class C10dTransport:
 
     def _complete(self, work: Any, peer: int, slot: int, epoch: int) -> None:
         try:
-            work.wait(self._timeout)
+            work.wait(datetime.timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
             notice = self._notice()
             if notice is not None:
                 raise peer_failed(self._rank, notice, peer, slot, epoch) from error
             reason = _GLOO_PLACE.sub("", str(error)).split(". ")[0]
             if "imed out" in reason:
-                what = f"rank {self._rank} waited {self._timeout.total_seconds():g} s for its message with rank {peer}"
+                what = f"rank {self._rank} waited {self.timeout_s:g} s for its message with rank {peer}"
                 raise too_late(what, self._rank, peer, slot, epoch) from error
             raise connection_lost(self._rank, peer, reason, slot, epoch) from error
 
@@ -124,6 +124,9 @@ class C10dTransport:
         """Forget what is under way."""
         self._receives.clear()
         self._sends.clear()
+
+    def disconnect(self) -> None:
+        """The connections are the group's and end with it."""
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:

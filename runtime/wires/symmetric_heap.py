@@ -16,6 +16,7 @@ even SIGKILL leaves nothing in /dev/shm.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -31,7 +32,9 @@ NUM_BANKS = 2
 _HEADER_BYTES = 4096
 _ABORT_TEXT = 64
 _SCRATCH_BYTES = 64
-_WORDS_PER_LINE = 8
+LINE_BYTES = 64
+"""Words that different ranks write lie on cache lines of their own."""
+_WORDS_PER_LINE = LINE_BYTES // 8
 _DONE, _ABORT = 0, 1
 
 
@@ -61,11 +64,19 @@ class HeapSize:
     @property
     def banks_at(self) -> int:
         """Offset of bank 0."""
-        return self.credits_at + self.num_credits * 8 * _WORDS_PER_LINE
+        return self.credits_at + self.num_credits * LINE_BYTES
 
     def signals_of(self, bank: int) -> int:
         """Offset of a bank's signal words."""
-        return self.signals_at + bank * self.num_slots * 8 * _WORDS_PER_LINE
+        return self.signals_at + bank * self.num_slots * LINE_BYTES
+
+    def signal_at(self, bank: int, slot: int) -> int:
+        """Offset of the signal word of a slot."""
+        return self.signals_of(bank) + slot * LINE_BYTES
+
+    def credit_at(self, rank: int) -> int:
+        """Offset of the word in which ``rank`` gives credit."""
+        return self.credits_at + rank * LINE_BYTES
 
     def bank_at(self, bank: int) -> int:
         """Offset of a bank."""
@@ -96,6 +107,11 @@ class HeapSize:
         )
 
 
+def view_at(memory: torch.Tensor, start: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that lies ``start`` bytes behind the beginning of ``memory`` (uint8)."""
+    return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+
+
 class Segment:
     """One rank's memory as this process sees it."""
 
@@ -122,8 +138,7 @@ class Segment:
 
     def signal_address(self, bank: int, slot: int) -> int:
         """Where a signal lies in this process."""
-        line = bank * self.size.num_slots + slot
-        return self._bytes.data_ptr() + self.size.signals_at + 8 * _WORDS_PER_LINE * line
+        return self._bytes.data_ptr() + self.size.signal_at(bank, slot)
 
     def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A view of the bank at ``offset`` bytes; kept, for every step asks for the same ones."""
@@ -131,15 +146,9 @@ class Segment:
         view = self._views.get(key)
         if view is None:
             with torch.inference_mode(False):  # a view made in it could be written in it only, and it is kept
-                view = self._views[key] = self._view(bank, offset, shape, dtype)
+                view = view_at(self._bytes, self.size.bank_at(bank) + offset, shape, dtype)
+                self._views[key] = view
         return view
-
-    def _view(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        count = 1
-        for size in shape:
-            count *= size
-        start = self.size.banks_at + bank * self.size.bank_bytes + offset
-        return self._bytes[start : start + count * dtype.itemsize].view(dtype).view(tuple(shape))
 
     @property
     def done(self) -> int:

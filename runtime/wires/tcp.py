@@ -273,14 +273,14 @@ class TcpTransport:
 
     def _next(self) -> list[_Send]:
         """The first queued chunk of every peer, as long as it is not far behind the first of all (lock held)."""
-        found: dict[int, _Send] = {}
+        firsts: dict[int, _Send] = {}
         ahead = 0
         for send in self._queue:
-            found.setdefault(send.peer, send)
+            firsts.setdefault(send.peer, send)
             ahead += sum(map(len, send.parts))
             if ahead >= _AHEAD_BYTES:
                 break
-        return list(found.values())
+        return list(firsts.values())
 
     def _aim(self) -> None:
         """Be woken when a connection that has something to send can take more."""

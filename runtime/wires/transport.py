@@ -124,6 +124,19 @@ class Transport(Protocol):
         """Release what is held; never blocks on a peer."""
 
 
+class MessageTransport(Transport, Protocol):
+    """A transport to ranks that share no memory. It serves one heap after the other: close() forgets the calls only.
+
+    Attributes:
+        timeout_s: longest wait on a peer; may be changed.
+    """
+
+    timeout_s: float
+
+    def disconnect(self) -> None:
+        """The end: close the connections, once what was put has left."""
+
+
 class GroupTransport:
     """A transport seen by one group: ranks are numbered inside the group."""
 

@@ -28,8 +28,7 @@ GATHER = build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 2, 1))
 
 def tensor_on(*names: str) -> list[Any]:
     """What lies on devices that are not here."""
-    found = [torch.empty(1) for _ in names]
-    return [SimpleTensor(x, name) for x, name in zip(found, names, strict=True)]
+    return [SimpleTensor(torch.empty(1), name) for name in names]
 
 
 class SimpleTensor(torch.Tensor):
@@ -37,9 +36,9 @@ class SimpleTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls: type[SimpleTensor], data: torch.Tensor, name: str) -> SimpleTensor:
-        made = torch.Tensor._make_subclass(cls, data)
-        made.place = torch.device(name)  # type: ignore[attr-defined]
-        return made
+        elsewhere = torch.Tensor._make_subclass(cls, data)
+        elsewhere.place = torch.device(name)  # type: ignore[attr-defined]
+        return elsewhere
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -68,35 +67,35 @@ def test_transports_that_do_not_reach_are_refused() -> None:
 def test_engines_by_device_and_option() -> None:
     programs = {"p": [TORUS, GATHER, replace(TORUS)]}
     session: Any = SimpleNamespace(rank=1, side=SimpleNamespace(domains=(0, 0)))
-    found, line = engines_for(programs, CPU, session, Options())
-    assert found == {"p": [None, None, None]} and line.startswith("aten (on CPU ranks")
-    found, line = engines_for(programs, CPU, session, Options(attention="triton"))
-    assert isinstance(found["p"][0], InterpreterEngine) and found["p"][1] is None and line == "triton (asked for)"
-    found, line = engines_for(programs, torch.device("cuda"), session, Options(attention="aten"))
-    assert found == {"p": [None, None, None]}
+    engines, line = engines_for(programs, CPU, session, Options())
+    assert engines == {"p": [None, None, None]} and line.startswith("aten (on CPU ranks")
+    engines, line = engines_for(programs, CPU, session, Options(attention="triton"))
+    assert isinstance(engines["p"][0], InterpreterEngine) and engines["p"][1] is None and line == "triton (asked for)"
+    engines, line = engines_for(programs, torch.device("cuda"), session, Options(attention="aten"))
+    assert engines == {"p": [None, None, None]}
 
 
 def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    built = []
 
     def engine(schedule: Any, *args: Any, **kwargs: Any) -> KernelEngine:
-        made.append((args, kwargs))
+        built.append((args, kwargs))
         return KernelEngine(schedule, 0, CPU, (0, 0))
 
     monkeypatch.setattr(device, "KernelEngine", engine)
     monkeypatch.setenv(device.DEBUG_KERNELS, "1")
     session: Any = SimpleNamespace(rank=0, side=SimpleNamespace(domains=(0, 0)))
-    found, line = engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options())
-    assert found["p"][0] is found["p"][2] and len(made) == 2 and line.startswith("triton (puts, waits")
-    assert all(kwargs == {"bounded": True} for _, kwargs in made)
+    engines, line = engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options())
+    assert engines["p"][0] is engines["p"][2] and len(built) == 2 and line.startswith("triton (puts, waits")
+    assert all(kwargs == {"bounded": True} for _, kwargs in built)
 
 
 def test_constants_follow_the_gpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Topology((0, 0, 1, 1))
-    assert topology_for(CPU, found) is found
+    job = Topology((0, 0, 1, 1))
+    assert topology_for(CPU, job) is job
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA A100-SXM4-40GB")
-    known = topology_for(torch.device("cuda"), found)
-    assert known.machine_of == found.machine_of
-    assert known == Topology.parse("1x1:a100-efa").on(found.machine_of)
+    known = topology_for(torch.device("cuda"), job)
+    assert known.machine_of == job.machine_of
+    assert known == Topology.parse("1x1:a100-efa").on(job.machine_of)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "Some GPU")
-    assert topology_for(torch.device("cuda"), found).flops_per_s > 1e13
+    assert topology_for(torch.device("cuda"), job).flops_per_s > 1e13

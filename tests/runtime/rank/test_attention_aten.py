@@ -85,9 +85,9 @@ def test_merge_into_the_first_is_the_same_to_the_last_bit() -> None:
     torch.manual_seed(0)
     a, b = ((torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5)) for _ in range(2))
     want, kept = merge(a, b), b[0].clone()
-    found = merge(a, b, into_first=True)
-    assert want is not None and found is not None
-    assert found[0] is a[0] and torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    merged = merge(a, b, into_first=True)
+    assert want is not None and merged is not None
+    assert merged[0] is a[0] and torch.equal(merged[0], want[0]) and torch.equal(merged[1], want[1])
     assert torch.equal(b[0], kept)
 
 

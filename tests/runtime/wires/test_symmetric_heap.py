@@ -10,6 +10,7 @@ import torch
 
 from sfcompile.errors import HeapError
 from sfcompile.runtime.wires.symmetric_heap import (
+    LINE_BYTES,
     NUM_BANKS,
     HeapSize,
     Segment,
@@ -17,6 +18,7 @@ from sfcompile.runtime.wires.symmetric_heap import (
     local_segment,
     map_shared,
     unlink_shared,
+    view_at,
 )
 
 SIZE = HeapSize(num_slots=5, bank_bytes=4096)
@@ -91,3 +93,19 @@ def test_no_room_is_said_at_once() -> None:
     with pytest.raises(HeapError, match="does not fit in /dev/shm"):
         create_shared(name, HeapSize(1, 2**50))
     assert not os.path.exists(f"/dev/shm/{name}")
+
+
+def test_words_of_different_ranks_lie_on_lines_of_their_own() -> None:
+    size = HeapSize(num_slots=3, bank_bytes=128, num_credits=2)
+    words = [size.signal_at(bank, slot) for bank in range(NUM_BANKS) for slot in range(3)]
+    words += [size.credit_at(rank) for rank in range(2)]
+    assert words == [size.signals_at + LINE_BYTES * i for i in range(8)]
+    assert words[-1] + LINE_BYTES == size.banks_at
+
+
+def test_a_view_lies_where_it_should() -> None:
+    memory = torch.arange(32, dtype=torch.uint8)
+    assert view_at(memory, 8, (2, 3), torch.uint8).tolist() == [[8, 9, 10], [11, 12, 13]]
+    view_at(memory, 16, (2,), torch.int64).zero_()
+    assert memory.tolist() == [*range(16), *[0] * 16]
+    assert view_at(memory, 0, (0, 4), torch.float32).shape == (0, 4)

@@ -22,12 +22,12 @@ from sfcompile.runtime.wires.transport import Source
 
 @contextlib.contextmanager
 def ranks(count: int, timeout_s: float = 10.0) -> Iterator[list[TcpTransport]]:
-    made = tcp_ranks.transports(count, timeout_s)
+    transports = tcp_ranks.transports(count, timeout_s)
     try:
-        yield made
+        yield transports
     finally:
-        for one in made:
-            one.disconnect()
+        for transport in transports:
+            transport.disconnect()
 
 
 def arrival(slot: int, src: int) -> Arrival:

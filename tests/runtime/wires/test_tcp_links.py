@@ -58,17 +58,17 @@ def test_what_goes_wrong_on_one_rank_is_said_on_all(monkeypatch: pytest.MonkeyPa
         return "127.0.0.1"
 
     monkeypatch.setattr(tcp_links, "own_address", no_address)
-    meeting, found = tcp_ranks.Meeting(3), dict[int, object]()
+    meeting, answers = tcp_ranks.Meeting(3), dict[int, object]()
 
     def body(rank: int) -> None:
-        found[rank] = tcp_links.connect(rank, [p for p in range(3) if p != rank], meeting.of(rank), 5.0)
+        answers[rank] = tcp_links.connect(rank, [p for p in range(3) if p != rank], meeting.of(rank), 5.0)
 
     threads = [threading.Thread(target=body, args=(r,), name=f"{'bad' if r == 2 else 'good'}{r}") for r in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert [found[rank] for rank in range(3)] == ["rank 2 cannot listen: no such interface"] * 3
+    assert [answers[rank] for rank in range(3)] == ["rank 2 cannot listen: no such interface"] * 3
 
 
 def test_the_address_is_that_of_the_named_interface(monkeypatch: pytest.MonkeyPatch) -> None:
