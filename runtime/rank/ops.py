@@ -84,8 +84,8 @@ def _end(phase: str) -> Any:
         ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         session = current_session()
-        made = session.output(program, site) if phase == COLLECT else None
-        out = torch.empty(size, dtype=dtype, device=ticket.device) if made is None else made
+        begun = session.output(program, site) if phase == COLLECT else None
+        out = torch.empty(size, dtype=dtype, device=ticket.device) if begun is None else begun
         with session.guard():
             if phase == COLLECT:
                 session.collect(program, site, out, part)
@@ -120,7 +120,7 @@ class Opaque:
     """A function that a graph calls as it is, the shapes and dtypes that it returns, and its FLOPs."""
 
     run: Callable[..., list[torch.Tensor]]
-    made: list[tuple[list[int], torch.dtype]]
+    outputs: list[tuple[list[int], torch.dtype]]
     flops: float
 
 
@@ -134,7 +134,7 @@ def _opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:
 
 def _fake_opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:
     device = tensors[0].device if tensors else torch.device("cpu")
-    return [torch.empty(size, dtype=dtype, device=device) for size, dtype in OPAQUE[key].made]
+    return [torch.empty(size, dtype=dtype, device=device) for size, dtype in OPAQUE[key].outputs]
 
 
 _library.define("opaque(Tensor[] tensors, str key) -> Tensor[]")
