@@ -72,13 +72,13 @@ class Options:
         Raises:
             OptionError: an unknown key or a bad value; the message lists what is allowed.
         """
-        given = dict(options or {})
-        for key in given:
+        asked = dict(options or {})
+        for key in asked:
             if key not in _VALIDATORS:
                 raise _unknown_key(key)
         if mode is not None and mode not in MODES:
             raise _bad_value("mode", mode, MODES)
-        return cls(**{key: _VALIDATORS[key](key, value) for key, value in given.items()}, mode=mode)
+        return cls(**{key: _VALIDATORS[key](key, value) for key, value in asked.items()}, mode=mode)
 
     def check_world(self, world_size: int) -> None:
         """Check mesh and topology against the number of ranks.

@@ -29,10 +29,10 @@ def attention_site(op: OpView, chosen: OpLayouts, dtype: torch.dtype, parts: int
         )
 
     def sizes(runs: Runs) -> tuple[tuple[int, ...], ...]:
-        found = tuple(tuple(owners.count(runs, r * parts + j) for j in range(parts)) for r in everyone)
-        spans = [[slice_of(sum(each), parts, j) for j in range(parts)] for each in found]
-        even = all(each == tuple(b - a for a, b in span) for each, span in zip(found, spans, strict=True))
-        return () if even else found
+        lengths = tuple(tuple(owners.count(runs, r * parts + j) for j in range(parts)) for r in everyone)
+        spans = [[slice_of(sum(each), parts, j) for j in range(parts)] for each in lengths]
+        even = all(each == tuple(b - a for a, b in span) for each, span in zip(lengths, spans, strict=True))
+        return () if even else lengths
 
     scale = op.args.get("scale")
     return AttentionSite(

@@ -98,14 +98,14 @@ def gather_seconds(node: fx.Node, topology: Topology, fraction: float = 1.0) -> 
     return max(local, crossing / topology.network_bytes_per_s + topology.network_latency_s)
 
 
-def exchange_fraction(owners: Ownership, made: Layout, need: Layout | Window) -> float:
+def exchange_fraction(owners: Ownership, held: Layout, need: Layout | Window) -> float:
     """Bytes that an exchange moves, over those of an all-gather of the same value."""
     ranks = range(owners.num_ranks)
-    if need.dim != made.dim:
+    if need.dim != held.dim:
         return 1.0 / len(ranks)
-    size = max(1, made.size)
+    size = max(1, held.size)
     moved = 0
     for rank in ranks:
         wanted = need.wanted[rank] if isinstance(need, Window) else owners.dim_runs(need, rank)
-        moved += count(wanted) - count(overlap(owners.dim_runs(made, rank), wanted))
+        moved += count(wanted) - count(overlap(owners.dim_runs(held, rank), wanted))
     return moved / size / max(1, len(ranks) - 1)

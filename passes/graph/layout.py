@@ -185,9 +185,9 @@ class Ownership:
         Every piece of a segment is cut, so that parts hold tokens of all streams; odd tokens are dealt over the parts
         in turn.
         """
-        made = copy.copy(self)
-        made.num_ranks = self.num_ranks * parts
-        made._starts, made._pieces, made._owners, made._vectors = [], [], {}, {}
+        finer = copy.copy(self)
+        finer.num_ranks = self.num_ranks * parts
+        finer._starts, finer._pieces, finer._owners, finer._vectors = [], [], {}, {}
         turns = [0] * self.num_ranks
         for start, (end, rank) in zip(self._starts, self._pieces, strict=True):
             home = self._segment_starts[bisect_right(self._segment_starts, start) - 1]
@@ -197,11 +197,11 @@ class Ownership:
             for part in range(parts):
                 count = (base + ((part - turns[rank]) % parts < extra)) * grain
                 if count:
-                    made._starts.append(at)
-                    made._pieces.append((at + count, rank * parts + part))
+                    finer._starts.append(at)
+                    finer._pieces.append((at + count, rank * parts + part))
                 at += count
             turns[rank] = (turns[rank] + extra) % parts
-        return made
+        return finer
 
     def axis_of(self, runs: Runs) -> int:
         """The token axis a vector belongs to: segments that ever appear in one vector share an axis."""

@@ -54,8 +54,8 @@ class LocalGraph:
         """Where the graph's inputs live: all of one rank's tensors are on one device."""
         values = [node.meta["val"] for node in self.graph.nodes if node.op == "placeholder"]
         # A size dressed as a 0-dim tensor may stay on the CPU.
-        found = {value.device for value in values if isinstance(value, torch.Tensor) and value.dim()}
-        return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
+        devices = {value.device for value in values if isinstance(value, torch.Tensor) and value.dim()}
+        return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     # ------------------------------------------------------------------ calls
 
@@ -196,8 +196,8 @@ class LocalGraph:
         count, ranks = len(parts), self.owners.num_ranks
         dtype, gathers = parts[0].meta["val"].dtype, []
         name = f"{self.origin.name if self.origin else 'value'}"
-        found: list[tuple[int, fx.Node, int, int]] = []  # position, where it was gathered, place there, length
-        for part, made in enumerate(parts):
+        stretches: list[tuple[int, fx.Node, int, int]] = []  # position, where it was gathered, place there, length
+        for part, shard in enumerate(parts):
             compact, at = [], 0
             runs = [owners.row_runs(layout, rank * count + part) for rank in range(ranks)]
             for mine in runs:
@@ -208,7 +208,7 @@ class LocalGraph:
             self.sites.append(ExchangeSite.gather(site_name, size, dtype, layout.dim, owned, inner=layout.inner))
             site = len(self.sites) - 1
             ops = torch.ops.streamfusion
-            start = self._communicate(ops.exchange_start.default, [made, self.ticket(), self.program, site])
+            start = self._communicate(ops.exchange_start.default, [shard, self.ticket(), self.program, site])
             start.meta["part"] = part
             gathers.append((site, size, runs))
         for site, size, runs in gathers:
@@ -218,10 +218,10 @@ class LocalGraph:
             at = 0
             for mine in runs:
                 for first, n in mine:
-                    found.append((first, gathered, at * layout.inner, n * layout.inner))
+                    stretches.append((first, gathered, at * layout.inner, n * layout.inner))
                     at += n
-        found.sort(key=lambda entry: entry[0])
-        slices = [self._slice(source, layout.dim, place, place + n) for _, source, place, n in found]
+        stretches.sort(key=lambda entry: entry[0])
+        slices = [self._slice(source, layout.dim, place, place + n) for _, source, place, n in stretches]
         return self.call(torch.ops.aten.cat.default, [slices, layout.dim], {})
 
     def window(self, node: fx.Node, window: Window) -> fx.Node:
@@ -273,9 +273,9 @@ class LocalGraph:
         dtype = operands[0].meta["val"].dtype
         mask = operands[3] if len(operands) > 3 else None
         site = len(self.sites)
-        made = attention_site(op, chosen, dtype)
-        assert made is not None
-        self.sites.append(made)
+        attention = attention_site(op, chosen, dtype)
+        assert attention is not None
+        self.sites.append(attention)
         ops = torch.ops.streamfusion
         for put, operand in zip((ops.put_q, ops.put_k, ops.put_v), operands[:3], strict=True):
             self._communicate(put.default, [operand, self.ticket(), self.program, site])
@@ -297,22 +297,22 @@ class LocalGraph:
         parts = len(views)
         dtype = operands[0][0].meta["val"].dtype
         mask = operands[0][3] if len(operands[0]) > 3 else None
-        made = attention_site(op, chosen, dtype, parts)
-        assert made is not None  # the plan was made for this site (choose_schedules.py)
+        attention = attention_site(op, chosen, dtype, parts)
+        assert attention is not None  # the plan was made for this site (choose_schedules.py)
         site = len(self.sites)
-        self.sites.append(made)
+        self.sites.append(attention)
         ops = torch.ops.streamfusion
         for part, mine in enumerate(operands):
             for put, operand in zip((ops.put_q, ops.put_k, ops.put_v), mine[:3], strict=True):
                 node = self._communicate(put.default, [operand, self.ticket(), self.program, site, part])
                 node.meta["part"] = part
         self._communicate(ops.attend.default, [self.ticket(), mask, self.program, site])
-        found = []
+        outputs = []
         for part, view in enumerate(views):
             size = list(view.owners.local_shape(op.out_shapes[0], out, view.rank))
             args = [self.ticket(), self.program, site, size, dtype, part]
             done = self._communicate(ops.collect.default, args)
-            found.append(self.getitem(done, 0))
+            outputs.append(self.getitem(done, 0))
             for node in (done, *done.users):
                 node.meta["part"] = part
-        return found
+        return outputs

@@ -19,7 +19,7 @@ from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import Operand, OpView
 from sfcompile.passes.rules.linked import Names, aligned
-from sfcompile.passes.rules.rule import Found, Rule, Side, register_rule
+from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
 
 Q, K, V = 0, 1, 2
 
@@ -46,7 +46,7 @@ class Attention:
             self.ins.append(names)
         self.out: Names = [*range(len(batch)), "q", None]
 
-    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
         """Queries tie q, the output and mask rows; keys tie k, v and mask columns; batch dims tie what has them."""
         names = self.ins[side[1]] if side[0] == "in" else self.out
         name = names[layout.dim]
@@ -57,13 +57,13 @@ class Attention:
             (("in", operand.index), self.ins[operand.index], operand.shape) for operand in op.operands
         ]
         sides.append((("out", 0), self.out, op.out_shapes[0]))
-        found: Found = []
+        linked: Spread = []
         for other, other_names, shape in sides:
             if other != side and name in other_names:
                 dim = list(other_names).index(name)
                 if shape[dim] == size:
-                    found.append((other, layout.at(dim)))
-        return found
+                    linked.append((other, layout.at(dim)))
+        return linked
 
     def torus(self, op: OpView, chosen: OpLayouts) -> bool:
         """Whether q, k and v are sharded over one token axis (then chunks travel, nothing is gathered)."""

@@ -22,7 +22,7 @@ from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.rules.linked import Linked, Names
-from sfcompile.passes.rules.rule import Found, Rule, Side, register_rule
+from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Convolution:
             return replace(layout, inner=layout.inner // axis.stride) if layout.inner % axis.stride == 0 else None
         return layout if axis.stride == 1 and x[layout.dim] == out[layout.dim] else None
 
-    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
         """Rows of the output are those of the input, or patches of them."""
         if side not in (("in", 0), ("out", 0)) or layout.dim == 1:
             return []
         if layout.dim == 0:
             return self._batch.spread(op, space, side, layout)
-        found = self._across(op, layout, side[0] == "out")
-        return [(("out", 0) if side[0] == "in" else ("in", 0), found)] if found else []
+        across = self._across(op, layout, side[0] == "out")
+        return [(("out", 0) if side[0] == "in" else ("in", 0), across)] if across else []
 
     def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
         """The same rows of the input, or a window of it; the weights whole."""
@@ -118,10 +118,10 @@ class Convolution:
         pad[-2:] = [max(0, -first), max(0, stop - axis.size)]
         if any(pad):
             args[0] = local.call(torch.ops.aten.constant_pad_nd.default, [args[0], pad], {})
-        given = {**dict(zip(_arguments(op), args, strict=False)), **kwargs}
-        given["padding"] = [0 if d == out.dim - 2 else a.before for d, a in enumerate(self._axes)]
+        arguments = {**dict(zip(_arguments(op), args, strict=False)), **kwargs}
+        arguments["padding"] = [0 if d == out.dim - 2 else a.before for d, a in enumerate(self._axes)]
         # padding="same" is an overload of its own
-        return local.call(op.node.target.overloadpacket.default, [], given)  # type: ignore[union-attr]
+        return local.call(op.node.target.overloadpacket.default, [], arguments)  # type: ignore[union-attr]
 
 
 def _arguments(op: OpView) -> list[str]:

@@ -21,7 +21,7 @@ from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import Operand, OpView
 from sfcompile.passes.rules.linked import Linked, Names
-from sfcompile.passes.rules.rule import Found, Rule, Side, register_rule
+from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
 
 Cut = Callable[[Runs], Runs]
 """Takes the master vector to the vector of one operand or output."""
@@ -46,7 +46,7 @@ class Indexed:
     def _here(self, layout: Layout | None) -> bool:
         return layout is not None and layout.dim == self.dim and layout.outer == layout.inner == 1
 
-    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
         """Give every side its piece of the master vector (and the side we came from, to be united with it)."""
         if layout.dim != self.dim:
             return self.others.spread(op, space, side, layout) if self.others else []
@@ -56,8 +56,8 @@ class Indexed:
         if grain not in self._fresh:
             self._fresh[grain] = space.fresh(self.length * grain)
         whole = self._fresh[grain]
-        found = [(to, Layout(self.dim, _by_rows(cut, whole, grain), grain=grain)) for to, cut in self.pieces.items()]
-        return [(to, piece) for to, piece in found if piece.tokens]
+        layouts = [(to, Layout(self.dim, _by_rows(cut, whole, grain), grain=grain)) for to, cut in self.pieces.items()]
+        return [(to, piece) for to, piece in layouts if piece.tokens]
 
     def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
         """Owners of the pieces must be pieces of the owners of the master."""
@@ -319,7 +319,7 @@ class _Tiled(Linked):
         new = old * times if out else old // times
         return replace(layout, dim=dim, inner=new) if self.inside else replace(layout, dim=dim, outer=new)
 
-    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
         scaled = self._scaled(layout, side[0] == "in")
         return [(("out", 0) if side[0] == "in" else ("in", 0), scaled)] if scaled else []
 

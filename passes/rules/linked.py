@@ -18,7 +18,7 @@ from sfcompile.passes.graph.labels import LabelSpace
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Shape
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.passes.rules.rule import Found, Rule, Side, register_rule
+from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
 
 Names = Sequence[Hashable | None]
 FixArgs = Callable[[list[Any], dict[str, Any], list[Shape]], None]
@@ -40,7 +40,7 @@ class Linked:
         sides += [(("out", j), names, op.out_shapes[j]) for j, names in enumerate(self.outs)]
         return sides
 
-    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
         """Every dim of the same name and size carries the same tokens."""
         names = (self.ins if side[0] == "in" else self.outs)[side[1]]
         name = names[layout.dim]
@@ -51,13 +51,13 @@ class Linked:
         if name is None:
             return []
         size = layout.size
-        found: Found = []
+        linked: Spread = []
         for other, other_names, shape in sides:
             if other != side and name in other_names:
                 dim = list(other_names).index(name)
                 if shape[dim] == size:
-                    found.append((other, layout.at(dim)))
-        return found
+                    linked.append((other, layout.at(dim)))
+        return linked
 
     def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
         """The outputs must agree on one sharded name; operands that have the dim at full size must be cut along it."""

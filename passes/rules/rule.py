@@ -30,13 +30,13 @@ from sfcompile.passes.graph.op_view import OpView
 
 Side = tuple[str, int]
 """``("in", operand index)`` or ``("out", output index)``."""
-Found = list[tuple[Side, Layout]]
+Spread = list[tuple[Side, Layout]]
 
 
 class Rule(Protocol):
     """How one family of ops behaves on shards; see the head of the file."""
 
-    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
         """Where else the op puts the tokens seen at ``side``; may repeat ``side`` itself with labels to unite."""
 
     def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:

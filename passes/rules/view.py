@@ -9,13 +9,13 @@ from sfcompile.passes.graph.labels import LabelSpace
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, map_through_view
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.passes.rules.rule import Found, Rule, Side, register_rule
+from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
 
 
 class Reshape:
     """``view``, ``reshape``, ``flatten``, ``unflatten``: the local call reshapes to this rank's own sizes."""
 
-    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Found:
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
         """Map the tokens to the other shape, if they land in one dim."""
         source, target = op.operands[0].shape, op.out_shapes[0]
         if side[0] == "out":

@@ -51,7 +51,7 @@ class _Product:
 
 def recognise_attention(graph: fx.Graph) -> int:
     """Replace every hand-written attention in place; returns how many were found."""
-    found = 0
+    count = 0
     for node in list(graph.nodes):
         if node.target not in _SOFTMAX or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
@@ -66,8 +66,8 @@ def recognise_attention(graph: fx.Graph) -> int:
         single = ndim == 4 and batches[1] == batches[2] == (batches[0][0], 1)
         if single or batches[0] == batches[1] == batches[2]:
             _replace(graph, scores, product, ndim, batches[0] != batches[1])
-            found += 1
-    return found
+            count += 1
+    return count
 
 
 def _drop_largest(softmax: fx.Node) -> None:
@@ -118,7 +118,7 @@ def _einsum_scores(node: fx.Node) -> tuple[_Operand, _Operand] | None:
         return None
     out, values = letters[2], list(node.args[1])  # type: ignore[arg-type]
     batch, i, j = out[:-2], out[-2], out[-1]
-    found = []
+    operands = []
     for row, other in ((i, j), (j, i)):
         side = next((s for s in (0, 1) if row in letters[s] and other not in letters[s]), None)
         if side is None:
@@ -126,8 +126,8 @@ def _einsum_scores(node: fx.Node) -> tuple[_Operand, _Operand] | None:
         summed = [c for c in letters[side] if c not in (*batch, row)]
         if len(summed) != 1 or len(letters[side]) != len(out):
             return None
-        found.append((values[side], tuple(letters[side].index(c) for c in (*batch, row, summed[0]))))
-    return found[0], found[1]
+        operands.append((values[side], tuple(letters[side].index(c) for c in (*batch, row, summed[0]))))
+    return operands[0], operands[1]
 
 
 def _einsum_product(node: fx.Node, weights: fx.Node) -> _Product | None:
@@ -160,11 +160,11 @@ def _walk_back(node: Any) -> _Scores | None:
                 return None
             return _Scores(_whole(q), _flipped(k_t), scale, masks)
         if target is _aten.einsum.default:
-            found = _einsum_scores(node)
-            return None if found is None else _Scores(*found, scale, masks)
+            operands = _einsum_scores(node)
+            return None if operands is None else _Scores(*operands, scale, masks)
         if target is _aten.baddbmm.default:
-            given: dict[str, Any] = dict(node.kwargs)
-            beta, alpha = float(given.get("beta", 1)), float(given.get("alpha", 1))
+            factors: dict[str, Any] = dict(node.kwargs)
+            beta, alpha = float(factors.get("beta", 1)), float(factors.get("alpha", 1))
             if beta != 0.0:
                 masks.append((args[0], beta * scale, None))  # type: ignore[arg-type]
             return _Scores(_whole(args[1]), _flipped(args[2]), scale * alpha, masks)  # type: ignore[arg-type]

@@ -104,10 +104,10 @@ def _bake_call(
         if (operand, dtype) not in casts:
             # At its first use: cast once, and no copy of a weight lives longer than it must.
             with graph.inserting_before(node):
-                made = graph.call_function(torch.ops.aten._to_copy.default, (operand,), {"dtype": dtype})
+                copy = graph.call_function(torch.ops.aten._to_copy.default, (operand,), {"dtype": dtype})
             with mode:
-                made.meta = {**node.meta, "val": operand.meta["val"].to(dtype)}
-            casts[operand, dtype] = made
+                copy.meta = {**node.meta, "val": operand.meta["val"].to(dtype)}
+            casts[operand, dtype] = copy
         return casts[operand, dtype]
 
     new_args, new_kwargs = fx.map_arg((node.args, dict(node.kwargs)), cast)

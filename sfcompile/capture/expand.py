@@ -29,9 +29,9 @@ def expand_calls(gm: fx.GraphModule) -> fx.GraphModule:
     values: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         values[node] = copied = graph.node_copy(node, lambda n: values[n])
-        found = _replacement(gm, node)
-        if found is not None:
-            copied.target, first = found
+        replacement = _replacement(gm, node)
+        if replacement is not None:
+            copied.target, first = replacement
             copied.args = copied.args[first:]
             copied.kwargs = {} if first else copied.kwargs
     graph.eliminate_dead_code()  # the bodies' get_attr nodes

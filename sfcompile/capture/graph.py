@@ -45,14 +45,12 @@ class Captured:
         gm: the graph; placeholders are the tensor inputs only, in order.
         mode: the fake mode of every ``node.meta["val"]``.
         tensor_inputs: positions of the placeholders among the original inputs (the others are sizes, now constants).
-        specialised: how many symbolic sizes were fixed to their present value.
         written: positions of the inputs that the graph writes to. Their new values follow its own outputs.
     """
 
     gm: fx.GraphModule
     mode: FakeTensorMode
     tensor_inputs: tuple[int, ...]
-    specialised: int
     written: tuple[int, ...] = ()
 
 
@@ -89,13 +87,13 @@ def present(size: Any) -> Any:
 
 def numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, float]:
     """Inputs that are Python floats dressed as 0-dim tensors (Dynamo with dynamic=True), with their present values."""
-    found = {}
+    values = {}
     for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
         items = [user for user in node.users if user.op == "call_method" and user.target == "item"]
         if items and len(items) == len(node.users) and isinstance(inputs[i], torch.Tensor):
             fake = isinstance(inputs[i], FakeTensor)
-            found[i] = float(present(items[0].meta["example_value"]) if fake else inputs[i].item())
-    return found
+            values[i] = float(present(items[0].meta["example_value"]) if fake else inputs[i].item())
+    return values
 
 
 class _Replay(fx.Interpreter):
@@ -157,8 +155,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         finally:
             regions.close()
         written[:] = [i for i, arg in zip(tensors, args, strict=True) if has_data_mutation(arg)]
-        made = out if isinstance(out, (tuple, list)) else (out,)
-        return (*made, *(full[i] for i in written))
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        return (*outputs, *(full[i] for i in written))
 
     with torch.no_grad(), mode, fx.traceback.preserve_node_meta(), _on_cpu(gm, inputs):
         traced = make_fx(
@@ -172,7 +170,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     recognise_attention(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    return Captured(traced, mode, tensors, len(values) - len(tensors), tuple(written))
+    return Captured(traced, mode, tensors, tuple(written))
 
 
 @contextmanager

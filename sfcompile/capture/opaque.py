@@ -83,10 +83,10 @@ def _region(gm: fx.GraphModule, nodes: list[fx.Node]) -> tuple[Callable[..., Any
 
 
 def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    found: Any = gm
+    value: Any = gm
     for name in str(node.target).split("."):
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 class _Region:
@@ -100,23 +100,22 @@ class _Region:
     def __call__(self, *values: Any) -> tuple[Any, ...]:
         tensors = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
         rest = [None if isinstance(value, torch.Tensor) else value for value in values]
-
         around = autocast_state()  # that of the region which is being replayed; none is on when the graph runs
 
-        def run(*given: torch.Tensor) -> list[torch.Tensor]:
+        def run(*arguments: torch.Tensor) -> list[torch.Tensor]:
             full = list(rest)
-            for i, tensor in zip(tensors, given, strict=True):
+            for i, tensor in zip(tensors, arguments, strict=True):
                 full[i] = tensor
             with autocast_as(around):
                 return list(self._body(*full))
 
         key = f"opaque{next(_serial)}"
-        given = [values[i] for i in tensors]
+        inputs = [values[i] for i in tensors]
         with no_modes(), FakeTensorMode(), torch.no_grad():
-            fake = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in given]
-            made = [(list(map(int, out.shape)), out.dtype) for out in run(*fake)]
-        OPAQUE[key] = Opaque(run, made, self._flops(values))
-        return tuple(torch.ops.streamfusion.opaque(given, key))
+            fake = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
+            outputs = [(list(map(int, out.shape)), out.dtype) for out in run(*fake)]
+        OPAQUE[key] = Opaque(run, outputs, self._flops(values))
+        return tuple(torch.ops.streamfusion.opaque(inputs, key))
 
     def _flops(self, values: Sequence[Any]) -> float:
         """Of attentions among the higher-order ops, as if no block were masked."""

@@ -86,14 +86,14 @@ def examine() -> list[Finding]:
     checks: list[Callable[[], list[Finding]]] = [
         versions, processors, gpus, links, memory, shared_memory, nvshmem, environment, choices,
     ]  # fmt: skip
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for check in checks:
         try:
-            found += check()
+            findings += check()
         except Exception as error:  # a broken driver or package must not hide what else there is to say
             name = check.__name__.replace("_", " ")
-            found.append(Finding(name, "check failed", f"{type(error).__name__}: {error}"[:200]))
-    return found
+            findings.append(Finding(name, "check failed", f"{type(error).__name__}: {error}"[:200]))
+    return findings
 
 
 def report(findings: Sequence[Finding]) -> str:
@@ -121,7 +121,7 @@ def report(findings: Sequence[Finding]) -> str:
 def versions() -> list[Finding]:
     """Python and the packages that matter, with the ranges that are supported."""
     area = "versions"
-    found = [Finding(area, "sfcompile", __version__), Finding(area, "python", _python())]
+    findings = [Finding(area, "sfcompile", __version__), Finding(area, "python", _python())]
     wanted = (
         ("torch", (2, 11), (2, 14), "pip install 'torch>=2.11,<2.14'", True),
         ("triton", (3, 6), (3, 10), "pip install 'triton>=3.6,<3.10'", False),
@@ -133,13 +133,13 @@ def versions() -> list[Finding]:
     for name, least, below, cure, needed in wanted:
         installed = _version(name)
         if installed is None:
-            found.append(Finding(area, name, "not installed", cure if needed else ""))
+            findings.append(Finding(area, name, "not installed", cure if needed else ""))
             continue
         numbers = _numbers(installed)
         outside = least is not None and below is not None and not least <= numbers < below
         span = f", supported: {_dots(least)} to below {_dots(below)}" if outside and least and below else ""
-        found.append(Finding(area, name, installed + span, cure if outside else ""))
-    return found
+        findings.append(Finding(area, name, installed + span, cure if outside else ""))
+    return findings
 
 
 def _python() -> str:
@@ -152,14 +152,14 @@ def processors() -> list[Finding]:
     machine = platform.machine()
     direct = machine.lower() in ("x86_64", "amd64")
     more = "" if direct else ": no direct stores between ranks, their ordering rests on x86's"
-    found = [Finding(area, "kind", machine + more), Finding(area, "cores", str(num_cores()))]
+    findings = [Finding(area, "kind", machine + more), Finding(area, "cores", str(num_cores()))]
     compiler = next((path for name in _compilers() if (path := shutil.which(name))), None)
     if compiler is None:
         cure = "apt-get install -y g++    (or conda install -c conda-forge cxx-compiler)"
         text = f"none of {', '.join(_compilers())}: local graphs of CPU ranks would run eagerly"
-        return [*found, Finding(area, "C++ compiler", text, cure)]
+        return [*findings, Finding(area, "C++ compiler", text, cure)]
     said = _output([compiler, "--version"]).splitlines()
-    return [*found, Finding(area, "C++ compiler", f"{compiler}: {said[0] if said else 'says no version'}")]
+    return [*findings, Finding(area, "C++ compiler", f"{compiler}: {said[0] if said else 'says no version'}")]
 
 
 def _compilers() -> list[str]:
@@ -172,12 +172,12 @@ def gpus() -> list[Finding]:
 
     area = "GPUs"
     if torch.cuda.is_available():
-        found = []
+        findings = []
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
             text = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}"
-            found.append(Finding(area, f"GPU {index}", text))
-        return found + _peers(torch)
+            findings.append(Finding(area, f"GPU {index}", text))
+        return findings + _peers(torch)
     there = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
     if not there:
         return [Finding(area, "GPUs", "none: ranks run on the CPU")]
@@ -202,17 +202,17 @@ def _peers(torch: Any) -> list[Finding]:
 def links(system: Path = Path("/sys/class")) -> list[Finding]:
     """Network interfaces and InfiniBand cards, with the speed that they report."""
     area = "links"
-    found = []
+    findings = []
     for path in sorted((system / "net").glob("*")):
         if path.name == "lo" or _read(path / "operstate") == "down":
             continue
         speed = _read(path / "speed")
         known = speed.isdecimal() and int(speed) > 0
-        found.append(Finding(area, path.name, f"{int(speed) / 1000:g} Gbit/s" if known else "speed unknown"))
+        findings.append(Finding(area, path.name, f"{int(speed) / 1000:g} Gbit/s" if known else "speed unknown"))
     for path in sorted((system / "infiniband").glob("*")):
         rates = [_read(port / "rate") for port in sorted(path.glob("ports/*"))]
-        found.append(Finding(area, path.name, ", ".join(filter(None, rates)) or "InfiniBand, rate unknown"))
-    return found or [Finding(area, "network", "no interface besides lo: one machine only")]
+        findings.append(Finding(area, path.name, ", ".join(filter(None, rates)) or "InfiniBand, rate unknown"))
+    return findings or [Finding(area, "network", "no interface besides lo: one machine only")]
 
 
 def memory() -> list[Finding]:
@@ -220,19 +220,19 @@ def memory() -> list[Finding]:
     area = "memory"
     text = _read(Path("/proc/meminfo"))
     sizes = {name: int(kib) for name, kib in re.findall(r"(\w+):\s+(\d+) kB", text)}
-    found = [
+    findings = [
         Finding(area, "RAM", f"{sizes['MemAvailable'] / 2**20:.1f} of {sizes['MemTotal'] / 2**20:.1f} GiB available")
     ] * ({"MemAvailable", "MemTotal"} <= set(sizes))
     if not any(Path("/sys/class/infiniband").glob("*")):
-        return found
+        return findings
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if limit in (resource.RLIM_INFINITY, -1):
-        return [*found, Finding(area, "locked memory", "unlimited")]
+        return [*findings, Finding(area, "locked memory", "unlimited")]
     cure = "ulimit -l unlimited    (in a container: docker run --ulimit memlock=-1)"
     text = f"at most {limit / 2**20:.0f} MiB: InfiniBand cannot register a heap"
-    return [*found, Finding(area, "locked memory", text, cure)]
+    return [*findings, Finding(area, "locked memory", text, cure)]
 
 
 def shared_memory(folder: Path = SHM) -> list[Finding]:
@@ -248,25 +248,27 @@ def shared_memory(folder: Path = SHM) -> list[Finding]:
     if usage.free < ROOM_BYTES:
         text += ": heaps may not fit"
         cure = f"mount -o remount,size=8g {folder}    (in a container: docker run --shm-size=8g)"
-    found = [Finding(area, str(folder), text, cure)]
+    findings = [Finding(area, str(folder), text, cure)]
     stale = [path for path in folder.glob("sfcompile-*") if _age_s(path) > STALE_S]
     if stale:
         size = sum(path.stat().st_size for path in stale) / 2**20
         text = f"{len(stale)} files of ranks that ended by force, {size:.0f} MiB"
-        found.append(Finding(area, "left behind", text, f"rm {folder}/sfcompile-*    (if no job of yours is starting)"))
-    return found
+        findings.append(
+            Finding(area, "left behind", text, f"rm {folder}/sfcompile-*    (if no job of yours is starting)")
+        )
+    return findings
 
 
 def nvshmem() -> list[Finding]:
     """NVSHMEM's packages, whether they fit Triton, and whether they load."""
     from sfcompile.codegen.toolchain.nvshmem_bitcode import refuse_pair, wheel
 
-    area, found = "NVSHMEM", []
+    area, findings = "NVSHMEM", []
     has_gpus = _has_gpus()
     installed = wheel()
     cure = "pip install nvidia-nvshmem-cu13==3.4.5" if has_gpus else ""
     if installed is None:
-        found.append(Finding(area, "device library", "not installed", cure))
+        findings.append(Finding(area, "device library", "not installed", cure))
     else:
         triton = _version("triton")
         text, cure = f"{installed[0]} {installed[1]}", ""
@@ -275,16 +277,16 @@ def nvshmem() -> list[Finding]:
                 refuse_pair(triton, installed[1])
             except StreamFusionError as error:
                 text, cure = f"{text}: {error.what}", error.fix
-        found.append(Finding(area, "device library", text, cure))
+        findings.append(Finding(area, "device library", text, cure))
     try:
         import nvshmem.core  # noqa: F401
     except Exception as error:
         missing = isinstance(error, ImportError)
         text = "nvshmem4py is not installed" if missing else f"nvshmem4py does not load: {error}"[:160]
-        found.append(Finding(area, "host library", text, "pip install nvshmem4py-cu13" if has_gpus else ""))
+        findings.append(Finding(area, "host library", text, "pip install nvshmem4py-cu13" if has_gpus else ""))
     else:
-        found.append(Finding(area, "host library", f"nvshmem4py {_version('nvshmem4py-cu13') or ''} loads"))
-    return found
+        findings.append(Finding(area, "host library", f"nvshmem4py {_version('nvshmem4py-cu13') or ''} loads"))
+    return findings
 
 
 def environment() -> list[Finding]:
@@ -292,18 +294,18 @@ def environment() -> list[Finding]:
     area = "environment"
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR")
     ours = sorted(name for name in os.environ if name.startswith(("SFCOMPILE_", "NVSHMEM_", "GLOO_", "NCCL_")))
-    found = [Finding(area, name, os.environ[name]) for name in (*names, *ours) if name in os.environ]
+    findings = [Finding(area, name, os.environ[name]) for name in (*names, *ours) if name in os.environ]
     if "GLOO_SOCKET_IFNAME" in os.environ:
-        return found
+        return findings
     try:
         address = _address()
         loop = " (loopback: with several machines set GLOO_SOCKET_IFNAME)" if address.startswith("127.") else ""
-        found.append(Finding(area, "host name", f"{socket.gethostname()} is {address}{loop}"))
+        findings.append(Finding(area, "host name", f"{socket.gethostname()} is {address}{loop}"))
     except OSError as error:
         cure = "export GLOO_SOCKET_IFNAME=eth0    (the interface that the other machines reach)"
         text = f"{socket.gethostname()} cannot be resolved ({error}): gloo will not find its address"
-        found.append(Finding(area, "host name", text, cure))
-    return found
+        findings.append(Finding(area, "host name", text, cure))
+    return findings
 
 
 def _address() -> str:
@@ -348,8 +350,8 @@ def _version(name: str) -> str | None:
 
 
 def _numbers(text: str) -> tuple[int, int]:
-    found = _NUMBERS.match(text)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    match = _NUMBERS.match(text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _dots(numbers: tuple[int, int]) -> str:

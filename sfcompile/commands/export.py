@@ -48,14 +48,14 @@ def run(args: argparse.Namespace) -> int:
         return 2
     from sfcompile.package.export import export
 
-    made = find(args.model)()
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
+    returned = find(args.model)()
+    if not isinstance(returned, tuple) or len(returned) not in (2, 3):
         raise OptionError(
-            f"{args.model} returned a {type(made).__name__}",
+            f"{args.model} returned a {type(returned).__name__}",
             "it says what to export and how that is called",
             "return (model, args) or (model, args, kwargs)",
         )
-    model, inputs, kwargs = (*made, {})[:3]
+    model, inputs, kwargs = (*returned, {})[:3]
     path = export(
         model, inputs, kwargs, args.out, topology=args.topology, weights=args.weights, inner=args.inner,
         placement=args.placement,
@@ -80,14 +80,14 @@ def find(text: str) -> Callable[[], Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-        found: Callable[[], Any] = getattr(module, name)
+        factory: Callable[[], Any] = getattr(module, name)
     except (ImportError, AttributeError, ValueError, OSError) as error:
         raise OptionError(
             f"model {text!r} cannot be found: {error}",
             "it names a function",
             "write file.py:function or module:function",
         ) from error
-    return found
+    return factory
 
 
 def show(path: Path) -> int:

@@ -108,9 +108,9 @@ def find_class(name: str) -> type[torch.nn.Module]:
         OptionError: diffusers is missing, or no class has such a name (the message lists close ones).
     """
     classes, typed = _classes(), _plain(name)
-    found = [key for key in classes if typed and _plain(key).startswith(typed)]
-    if found:
-        return classes[min(found, key=lambda key: (len(key), key))]
+    matches = [key for key in classes if typed and _plain(key).startswith(typed)]
+    if matches:
+        return classes[min(matches, key=lambda key: (len(key), key))]
     short = {_plain(re.sub(r"(Transformer)?(\dD)?(Model)?$", "", key)): key for key in classes}
     close = [short[key] for key in difflib.get_close_matches(typed, short, n=3, cutoff=0.5)]
     raise OptionError(
@@ -173,11 +173,11 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:160]
 
 
-def _configs(cls: type[torch.nn.Module], tokens: int, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _configs(cls: type[torch.nn.Module], tokens: int, sizes: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The default config, then what it leaves open filled in; each also with larger tables of positions."""
     defaults = {key: value.default for key, value in inspect.signature(cls.__init__).parameters.items()}
     for fill in ({}, *_FILL_INS):
-        fields = {**{key: value for key, value in fill.items() if defaults.get(key, 0) is None}, **given}
+        fields = {**{key: value for key, value in fill.items() if defaults.get(key, 0) is None}, **sizes}
         wide = max(_grid(tokens, video=False)) * _patch({**defaults, **fields})[1]
         tables = [key for key in ("sample_size", "pos_embed_max_size") if isinstance(defaults.get(key), int)]
         yield fields
@@ -257,11 +257,11 @@ def _candidates(site: _Site, parameters: Mapping[str, inspect.Parameter]) -> Ite
 
 def _repaired(kwargs: Mapping[str, Any], message: str, layout: str) -> dict[str, Any]:
     """The arguments with the width that the error of a linear layer asks for; empty where it asks for none."""
-    found = re.search(r"\[?\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+", message)
-    old, new = (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.search(r"\[?\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+", message)
+    old, new = (int(match[1]), int(match[2])) if match else (0, 0)
     fixed: dict[str, Any] = {}
     for key, value in kwargs.items():
-        if found and isinstance(value, torch.Tensor) and value.ndim > 1:
+        if match and isinstance(value, torch.Tensor) and value.ndim > 1:
             noisy, width = _ALIASES.get(key, key) == "hidden_states", value.shape[-1]
             volume = old // width if noisy and old % width == 0 else 1
             if width * volume == old and new % volume == 0 and (layout[-1] == "C" or not noisy):
@@ -341,8 +341,8 @@ class _Ones(torch.Tensor):
             return _tensor(mask.numel(), mask.ndim, dtype=torch.int64)
         if isinstance(mask, _Ones) and name in ("tolist", "item"):
             return getattr(torch.full(mask.shape, mask.each), name)()
-        made = super().__torch_function__(func, types, args, kwargs or {})
-        if not isinstance(made, _Ones) or not isinstance(mask, _Ones) or name not in _FOLLOWED:
-            return made.as_subclass(torch.Tensor) if isinstance(made, _Ones) else made
-        made.each = mask.each * (mask.numel() // made.numel() if name == "sum" else 1)
-        return made
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if not isinstance(result, _Ones) or not isinstance(mask, _Ones) or name not in _FOLLOWED:
+            return result.as_subclass(torch.Tensor) if isinstance(result, _Ones) else result
+        result.each = mask.each * (mask.numel() // result.numel() if name == "sum" else 1)
+        return result
