@@ -22,14 +22,20 @@ def run_inner(
     gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode | None, asked: Options
 ) -> Callable[..., Any]:
     """What runs a graph: Inductor, or eager where asked for or no compiler is installed."""
-    if asked.inner == "eager" or (asked.inner == "auto" and not _has_compiler(inputs)):
-        if asked.inner == "auto":
-            log.warning("no C++ compiler found: the local graph runs eagerly; install g++ or set inner='eager'")
+    if runs_eagerly(inputs, asked):
         return gm.forward
     config: dict[str, Any] = {}
     if asked.mode and asked.mode != "default":
         config.update(inductor_mode_options(asked.mode))
     return compile_with_inductor(gm, inputs, mode, config)
+
+
+def runs_eagerly(inputs: Sequence[Any], asked: Options) -> bool:
+    """Whether a graph runs call by call: asked for, or, with a line in the log, as no compiler is installed."""
+    if asked.inner == "auto" and not _has_compiler(inputs):
+        log.warning("no C++ compiler found: the local graph runs eagerly; install g++ or set inner='eager'")
+        return True
+    return asked.inner == "eager"
 
 
 def _has_compiler(inputs: Sequence[Any]) -> bool:

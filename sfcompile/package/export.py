@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,18 +25,21 @@ from sfcompile import __version__
 from sfcompile.capture.graph import Captured, capture, refuse_training
 from sfcompile.errors import InternalError, OptionError, PackageError, StreamFusionError, UnsupportedError
 from sfcompile.lowering.rank_graph import run_passes
-from sfcompile.options import INNERS, Options
+from sfcompile.options import Options
 from sfcompile.package.call import bind, describe
-from sfcompile.package.file import PackageWriter, file_hash, processor, to_json
-from sfcompile.package.graph import empty_of, graph_to_json, tensor_facts
+from sfcompile.package.disk import file_hash, open_regular, writing
+from sfcompile.package.file import PackageWriter, processor, to_json
+from sfcompile.package.graph import empty_of, graph_from_json, graph_to_json, libraries_of, tensor_facts
+from sfcompile.package.manifest import INNERS
 from sfcompile.package.schedules import schedule_to_json
-from sfcompile.package.tensors import map_file, read_tensors, write_tensors
+from sfcompile.package.tensors import map_open, read_tensors, write_tensors
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.torch_private import GraphBreak, aoti_compile
 
+log = logging.getLogger("sfcompile")
+
 INSIDE = "inside"
-PACKAGE_INNERS = (*INNERS, "aoti")
 
 
 def export(
@@ -55,8 +59,9 @@ def export(
         args, kwargs: what it is called with; only shapes and dtypes of tensors matter, everything else is a constant.
         path: the file to write.
         topology: "2x4", "4x8:a100-efa", a file or a Topology: as many ranks as will run.
-        weights: "inside", or a safetensors file beside the package: used as it is if it exists (and holds every weight
-            by its name in ``model.state_dict()``), else written.
+        weights: "inside", or a safetensors file: used as it is if it exists (and holds every weight by its name in
+            ``model.state_dict()``), else written. It is found beside the package, under its own name, or where
+            ``sfcompile.load(weights=...)`` says.
         options: those of the backend; ``inner`` may also be "aoti": the local graphs are compiled now, to native code
             for this machine's kind of processor (needs a C++ compiler).
 
@@ -69,9 +74,9 @@ def export(
         PackageError: a file cannot be written, or ``weights`` does not fit the model.
     """
     inner = options.pop("inner", "auto")
-    if inner not in PACKAGE_INNERS:
+    if inner not in INNERS:
         raise OptionError(
-            f"Bad value for option 'inner': got {inner!r}", "", f"Allowed: {', '.join(map(repr, PACKAGE_INNERS))}"
+            f"Bad value for option 'inner': got {inner!r}", "", f"Allowed: {', '.join(map(repr, INNERS))}"
         )
     if isinstance(topology, str) and topology == "auto":
         raise OptionError(
@@ -92,7 +97,7 @@ def export(
             "inner": inner,
             "attention": asked.attention,
             "native": processor() if inner == "aoti" else None,
-            "weights": _write_weights(out, target, traced, weights),
+            "weights": _write_weights(out, traced, weights),
         }
         manifest |= _write_ranks(out, ranks, traced, inner == "aoti")
         if asked.attention == "triton":
@@ -313,6 +318,7 @@ def _write_ranks(out: PackageWriter, ranks: Sequence[Compiled | None], traced: T
         key = to_json([data, {name: hashlib.sha256(_bytes(value)).hexdigest() for name, value in own.items()}])
         if key not in texts:
             index = texts[key] = len(texts)
+            _check_readable(data, own)
             out.add_json(f"graphs/{index}.json", data)
             constants |= {f"{index}/{name}": value for name, value in own.items()}
             if aoti:
@@ -323,10 +329,7 @@ def _write_ranks(out: PackageWriter, ranks: Sequence[Compiled | None], traced: T
             sites = [known.setdefault(to_json(schedule_to_json(schedule)), len(known)) for schedule in schedules]
             if programs.setdefault(program, sites) != sites:
                 raise InternalError(f"ranks disagree about program {program}", "its key should tell them apart")
-    with tempfile.TemporaryFile() as file:
-        write_tensors(file, constants)
-        file.seek(0)
-        out.add_file("constants.safetensors", file)
+    out.add_tensors("constants.safetensors", constants)
     out.add_json("schedules.json", {"schedules": [json.loads(text) for text in known], "programs": programs})
     report = ranks[0].report if ranks[0] is not None else None
     if report is not None:
@@ -339,6 +342,14 @@ def _write_ranks(out: PackageWriter, ranks: Sequence[Compiled | None], traced: T
         "mesh": mesh,
         "plan": report.headline if report else "one rank",
     }
+
+
+def _check_readable(data: Mapping[str, Any], constants: Mapping[str, torch.Tensor]) -> None:
+    """What is written can be loaded; who loads it must name the libraries that it needs."""
+    libraries = libraries_of(data)
+    graph_from_json(json.loads(to_json(data)), constants, libraries)
+    if libraries:
+        log.warning("the package calls operators of %s: load it with libraries=%r", ", ".join(libraries), libraries)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -366,9 +377,7 @@ def _write_kernels(out: PackageWriter, ranks: Sequence[Compiled | None], topolog
 # ---------------------------------------------------------------------- weights
 
 
-def _write_weights(
-    out: PackageWriter, package: Path, traced: Traced, weights: str | os.PathLike[str]
-) -> dict[str, Any]:
+def _write_weights(out: PackageWriter, traced: Traced, weights: str | os.PathLike[str]) -> dict[str, Any]:
     """Weights inside or beside; the manifest's part about them."""
     facts = {name: tensor_facts(tensor) for name, tensor in traced.weights.items()}
     meta = [name for name, tensor in traced.weights.items() if tensor.is_meta]
@@ -379,10 +388,7 @@ def _write_weights(
                 "weights='inside' would have to write them",
                 "name the safetensors file that holds them: weights='model.safetensors'",
             )
-        with tempfile.TemporaryFile() as file:
-            write_tensors(file, traced.weights)
-            file.seek(0)
-            out.add_file("weights.safetensors", file)
+        out.add_tensors("weights.safetensors", traced.weights)
         return {"file": None, "tensors": facts}
     path = Path(weights)
     if not path.exists():
@@ -392,10 +398,10 @@ def _write_weights(
                 "there are no values to write",
                 "name a safetensors file that holds them",
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        with writing(path) as file:
             write_tensors(file, traced.weights)
-    memory = map_file(path)
+    with open_regular(path) as file:
+        memory, digest = map_open(file, path), file_hash(file)
     held = read_tensors(memory, 0, len(memory), str(path))
     for name, tensor in traced.weights.items():
         have = held.get(name)
@@ -411,7 +417,7 @@ def _write_weights(
                 ),
                 "name the file that belongs to this model, or one that does not exist yet: it will be written",
             )
-    return {"file": os.path.relpath(path, package.parent), "sha256": file_hash(path), "tensors": facts}
+    return {"file": path.name, "sha256": digest, "tensors": facts}
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

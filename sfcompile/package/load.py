@@ -1,86 +1,50 @@
 """``sfcompile.load``: a package under torchrun becomes a callable, with no model source, no trace and no pickle.
 
 Every rank reads, checks and builds its own part first; then the ranks tell each other whether that went well, so a file
-that is bad on one machine is an error on every rank and not a hang.
+that is bad on one machine is an error on every rank and not a hang. A package is data from anywhere: nothing in it is
+believed, and nothing of it runs but operators that operators.py allows. Native code (``inner="aoti"``) is another
+matter: it runs what it holds, so it is loaded only when the caller says so.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import fx
 
-import sfcompile.runtime.rank.ops  # noqa: F401  registers the operators that graphs of packages call
 from sfcompile import __version__
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import OptionError, PackageError, StreamFusionError
 from sfcompile.options import Options
-from sfcompile.package.call import Signature, restore
-from sfcompile.package.file import Package, file_hash, processor
+from sfcompile.package.disk import beside, file_hash, open_regular
+from sfcompile.package.file import Package, processor
+from sfcompile.package.fit import Geometry, check_fit
 from sfcompile.package.graph import empty_of, graph_from_json
+from sfcompile.package.limits import SCHEDULES, check_facts, dtype_of, entries, integer, refused, table
+from sfcompile.package.manifest import INNERS, check_manifest, check_tree
+from sfcompile.package.model import LoadedModel, with_strides
 from sfcompile.package.schedules import schedule_from_json
-from sfcompile.package.tensors import map_file, read_tensors
+from sfcompile.package.tensors import map_open, read_tensors
 from sfcompile.runtime.rank.process_group import ProcessWorld
-from sfcompile.runtime.rank.session import existing_session, get_session
-from sfcompile.torch_private import autocast_off
-
-INNERS = ("auto", "inductor", "eager", "aoti")
+from sfcompile.runtime.rank.session import Session, existing_session, get_session
 
 
-class LoadedModel:
-    """A package that is ready to run: call it as the model was called at the export.
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller of :func:`load` asks for."""
 
-    Attributes:
-        manifest: what the package says of itself (JSON): versions, ranks, mesh, signature, members with their hashes.
-        plan: the plan as text.
-        run: the local graph: its placeholders' values to its outputs.
-    """
-
-    run: Callable[..., Any]
-
-    def __init__(self, manifest: Mapping[str, Any], plan: str, weights: Mapping[str, torch.Tensor]) -> None:
-        self.manifest = manifest
-        self.plan = plan
-        self._signature = Signature(manifest["signature"])
-        self._result = manifest["result"]
-        self._strides = [tuple(facts["stride"]) for facts in manifest["signature"]["tensors"]]
-        self._slots = [
-            (place, source) for place, (kind, source) in enumerate(manifest["placeholders"]) if kind == "input"
-        ]
-        self._values: list[Any] = [
-            weights[source] if kind == "weight" else None for kind, source in manifest["placeholders"]
-        ]
-        self._written: list[int] = manifest["written"]
-
-    @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on inputs of the exported shapes. Collective: all ranks call with equal inputs and get all outputs.
-
-        Dataclasses and named tuples of the result come as :class:`sfcompile.package.call.Record`.
-
-        Raises:
-            InputError: other shapes, dtypes, constants or arguments than at the export.
-        """
-        tensors = self._signature.tensors(args, kwargs)
-        values = list(self._values)
-        for place, source in self._slots:
-            values[place] = _with_strides(tensors[source], self._strides[source])
-        with autocast_off():  # the casts of autocast stand in the graph
-            outputs = list(self.run(*values))
-        kept = len(outputs) - len(self._written)
-        for place, value in zip(self._written, outputs[kept:], strict=True):
-            target = dict(self._slots).get(place)
-            (values[place] if target is None else tensors[target]).copy_(value)
-        return restore(self._result, [*outputs[:kept], *tensors])
-
-    def __repr__(self) -> str:
-        return f"LoadedModel({self.manifest['model']}, {self.manifest['ranks']} ranks: {self.manifest['plan']})"
+    path: Path
+    weights: Path | None
+    inner: str | None
+    verify: bool
+    libraries: tuple[str, ...]
 
 
 def load(
@@ -91,14 +55,18 @@ def load(
     transport: str = "auto",
     timeout_s: float = 60.0,
     verify: bool = True,
+    libraries: Sequence[str] = (),
 ) -> LoadedModel:
     """A package that :func:`sfcompile.export` wrote, ready on this rank. Collective.
 
     Args:
-        weights: the safetensors file beside the package, if it was moved since.
-        inner: what runs the local graph: "aoti" (if exported so), "inductor", "eager" or "auto"; None: as exported.
+        weights: the safetensors file, if it is not beside the package under its own name.
+        inner: what runs the local graph: "inductor", "eager", "auto", or "aoti", the native code that the package
+            holds, which runs what it likes: for packages of people you trust. None: as exported, but for "aoti".
         transport, timeout_s: as in the backend's options.
         verify: check the hashes of everything that is read. Without it a damaged weight goes unnoticed.
+        libraries: libraries of operators (namespaces of torch.ops) that you trust: their functional operators may be
+            called too. They must be imported.
 
     Raises:
         PackageError: damaged, changed, of another version, or made for another number of ranks; on every rank.
@@ -106,36 +74,60 @@ def load(
     """
     if inner is not None and inner not in INNERS:
         raise OptionError(f"Bad value for inner: got {inner!r}", "", f"Allowed: {', '.join(map(repr, INNERS))}")
+    if isinstance(libraries, str) or not all(isinstance(name, str) and name.isidentifier() for name in libraries):
+        raise OptionError(
+            f"Bad value for libraries: got {libraries!r}", "it is a list of names", 'write e.g. libraries=("mylib",)'
+        )
     asked = Options.from_dict({"transport": transport, "timeout_s": timeout_s})
+    wanted = Wanted(Path(path), None if weights is None else Path(weights), inner, verify, tuple(libraries))
     session = existing_session()
     ranks = session.topology.num_ranks if session is not None else world_size()
     if ranks == 1:
-        return _open(Path(path), 0, 1, weights, inner, verify).finish(None)
+        part = open_part(wanted, 0, 1)
+        with _only_ours(wanted.path):
+            return part.finish(None)
     session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
     session.reconfigure(asked.transport, asked.timeout_s)
-    part: _Part | None = None
-    problem: StreamFusionError | None = None
-    try:
-        part = _open(Path(path), session.rank, ranks, weights, inner, verify)
-    except StreamFusionError as error:
-        problem = error
-    found = session.exchange("" if problem is None else str(problem), "load a package")
-    if problem is not None:
-        raise problem
-    for other, text in enumerate(found):
-        if text:
-            raise PackageError(
-                f"rank {other} cannot load {path}: {text.splitlines()[0]}",
-                "a package runs on all of its ranks or on none",
-                "mend it there",
-                rank=session.rank,
-            )
-    assert part is not None
-    with session.guard():
+    with session.guard():  # an interrupt while a part is read is told to the other ranks
+        part = _open_with_others(wanted, session)
         session.agree(
             f"package {part.package.digest} {part.inner}", {"package": f"{path} ({part.package.digest[:12]})"}
         )
-        return part.finish(session)
+        with _only_ours(wanted.path):
+            return part.finish(session)
+
+
+def _open_with_others(wanted: Wanted, session: Session) -> Part:
+    """This rank's part, if every rank could open its own and all communicate in one order.
+
+    Raises:
+        PackageError: on every rank.
+    """
+    part: Part | None = None
+    problem: StreamFusionError | None = None
+    try:
+        part = open_part(wanted, session.rank, session.topology.num_ranks)
+    except StreamFusionError as error:
+        problem = error
+        error.on_every_rank = True
+    order = [] if part is None else part.order
+    everyone = session.exchange(("" if problem is None else str(problem), order), "load a package")
+    if problem is not None:
+        raise problem
+    assert part is not None
+    for other, (text, theirs) in enumerate(everyone):
+        what = ""
+        if text:
+            what = f"rank {other} cannot load {wanted.path}: {text.splitlines()[0]}"
+        elif len(theirs) != len(order) or theirs != everyone[0][1]:
+            what = f"the graphs of rank 0 and rank {other} in {wanted.path} do not communicate in the same order"
+        if what:
+            refusal = PackageError(
+                what, "a package runs on all of its ranks or on none", "mend it there", rank=session.rank
+            )
+            refusal.on_every_rank = True
+            raise refusal
+    return part
 
 
 def world_size() -> int:
@@ -145,72 +137,91 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _open(
-    path: Path, rank: int, ranks: int, weights: str | os.PathLike[str] | None, inner: str | None, verify: bool
-) -> _Part:
-    """A part; whatever is wrong with the package is a PackageError."""
+def open_part(wanted: Wanted, rank: int, ranks: int) -> Part:
+    """A rank's part; whatever is wrong with the package is a PackageError."""
+    with _only_ours(wanted.path):
+        return Part(wanted, rank, ranks)
+
+
+@contextmanager
+def _only_ours(path: Path) -> Iterator[None]:
+    """What a package makes others raise is a PackageError."""
     try:
-        return _Part(path, rank, ranks, weights, inner, verify)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        yield
+    except StreamFusionError:
+        raise
+    except Exception as error:
         raise PackageError(
-            f"{path} does not describe itself as a package should ({type(error).__name__}: {error})",
+            f"{path} does not describe itself as a package should ({type(error).__name__}: {str(error)[:500]})",
             "it was changed by hand, or another version wrote it",
             "export the model again",
         ) from error
 
 
-class _Part:
-    """One rank's part of a package, read, checked and built; nothing collective happens here."""
+class Part:
+    """One rank's part of a package, read, checked and built; nothing collective happens before :meth:`finish`."""
 
-    def __init__(
-        self,
-        path: Path,
-        rank: int,
-        ranks: int,
-        weights: str | os.PathLike[str] | None,
-        inner: str | None,
-        verify: bool,
-    ) -> None:
-        self.package = package = Package(path, verify)
+    def __init__(self, wanted: Wanted, rank: int, ranks: int) -> None:
+        self.package = package = Package(wanted.path, wanted.verify)
         self.manifest = manifest = package.manifest
         self.rank = rank
-        _check_versions(path, manifest)
+        _check_versions(wanted.path, manifest)
+        check_manifest(manifest)
         if manifest["ranks"] != ranks:
             raise PackageError(
-                f"{path} is for {manifest['ranks']} ranks, and {ranks} run",
+                f"{wanted.path} is for {manifest['ranks']} ranks, and {ranks} run",
                 "its graphs and schedules are those of that many ranks",
                 f"start {manifest['ranks']} ranks (sfcompile run --ranks {manifest['ranks']} script.py), or export for "
                 f"topology '1x{ranks}'",
             )
-        self.inner = inner or str(manifest["inner"])
         number = manifest["graphs"][rank]
         self._aoti = f"aoti/{number}.pt2"
-        if self.inner == "aoti" and self._aoti not in package.names:
+        self.inner = self._choose_inner(wanted)
+        data = table(package.json(f"graphs/{number}.json"), "a graph")
+        constants = read_tensors(package.memory, *package.place("constants.safetensors"), f"constants of {wanted.path}")
+        prefix = f"{number}/"
+        own = {name.removeprefix(prefix): value for name, value in constants.items() if name.startswith(prefix)}
+        self._facts = entries(data.get("inputs"), "the inputs of a graph")
+        self._check_inputs()
+        self.calls = graph_from_json(data, own, wanted.libraries)
+        self.programs = self._schedules(ranks)
+        outputs, self.order = check_fit(self.calls, self._facts, self.programs, rank)
+        self._check_outputs(outputs)
+        weights = self._read_weights(wanted)
+        self.plan = package.read("plan.txt").decode()
+        self.model = LoadedModel(manifest, self.plan, weights)
+
+    def _choose_inner(self, wanted: Wanted) -> str:
+        """What runs the graph.
+
+        Raises:
+            PackageError: native code that nobody asked for, or that does not run here.
+        """
+        path, inner = wanted.path, wanted.inner or str(self.manifest["inner"])
+        if inner == "aoti" and wanted.inner is None:
+            raise PackageError(
+                f"{path} was exported with inner='aoti': it holds native code, which can do whatever its maker wanted",
+                "a package is data unless you say otherwise, and another way to run it may take minutes to compile",
+                "if you trust its maker: sfcompile.load(path, inner='aoti'); else inner='auto' runs its graph",
+            )
+        if inner == "aoti" and self._aoti not in self.package.names:
             raise PackageError(
                 f"{path} holds no compiled objects", "it was exported without inner='aoti'", "load it with inner='auto'"
             )
-        if self.inner == "aoti" and manifest["native"] != processor():
+        if inner == "aoti" and self.manifest["native"] != processor():
             raise PackageError(
-                f"{path} holds objects compiled for {manifest['native']}, and this is {processor()}",
+                f"{path} holds objects compiled for {self.manifest['native']}, and this is {processor()}",
                 "native code runs on the kind of processor that it was compiled for",
                 "load it with inner='auto' or 'eager', or export it on such a machine",
             )
-        data = package.json(f"graphs/{number}.json")
-        constants = read_tensors(package.memory, *package.place("constants.safetensors"), f"constants of {path}")
-        prefix = f"{number}/"
-        own = {name.removeprefix(prefix): value for name, value in constants.items() if name.startswith(prefix)}
-        self._facts = data["inputs"]
-        self.gm: fx.GraphModule = graph_from_json(data, own)
-        self.programs = self._schedules(ranks)
-        self._weights = self._read_weights(None if weights is None else Path(weights), verify)
-        self.plan = package.read("plan.txt").decode()
-        self.model = LoadedModel(manifest, self.plan, self._weights)
-        self._check_inputs()
+        return inner
 
     def _check_inputs(self) -> None:
         """What the graph takes is what the manifest will give it."""
-        given = {"input": self.manifest["signature"]["tensors"], "weight": self.manifest["weights"]["tensors"]}
-        said = [given[kind][source] for kind, source in self.manifest["placeholders"]]
+        for facts in self._facts:
+            check_facts(facts, "an input of a graph")
+        known = {"input": self.manifest["signature"]["tensors"], "weight": self.manifest["weights"]["tensors"]}
+        said = [known[kind][source] for kind, source in self.manifest["placeholders"]]
         keys = ("shape", "stride", "dtype")
         if [[facts[key] for key in keys] for facts in said] != [[facts[key] for key in keys] for facts in self._facts]:
             raise PackageError(
@@ -218,29 +229,35 @@ class _Part:
                 "export the model again",
             )  # fmt: skip
 
+    def _check_outputs(self, outputs: Sequence[Geometry]) -> None:
+        """What the graph gives is what the manifest will make of it: the result, then the inputs' new values."""
+        written = self.manifest["written"]
+        kept = len(outputs) - len(written)
+        if kept < 0:
+            raise refused(f"a graph gives {len(outputs)} values and {len(written)} are to be written")
+        for place, (shape, dtype) in zip(written, outputs[kept:], strict=True):
+            facts = self._facts[place]
+            if (list(shape), dtype) != (facts["shape"], dtype_of(facts["dtype"])):
+                raise refused(f"a graph writes {dtype}{list(shape)} to {facts['dtype']}{facts['shape']}")
+        tensors = self.manifest["signature"]["tensors"]
+        check_tree(self.manifest.get("result"), kept + len(tensors), "the result")
+
     def _schedules(self, ranks: int) -> dict[str, list[Schedule]]:
-        data = self.package.json("schedules.json")
-        mine = {name: data["programs"][name] for name in self.manifest["programs"][self.rank]}
-        used = {index for sites in mine.values() for index in sites}
-        built = {index: schedule_from_json(data["schedules"][index], ranks) for index in used}
+        data = table(self.package.json("schedules.json"), "the schedules")
+        said, programs = entries(data["schedules"], "the schedules", SCHEDULES), table(data["programs"], "programs")
+        mine = {name: entries(programs[name], "a program", SCHEDULES) for name in self.manifest["programs"][self.rank]}
+        used = {integer(index, "a schedule", 0, len(said) - 1) for sites in mine.values() for index in sites}
+        built = {index: schedule_from_json(said[index], ranks) for index in used}
         return {name: [built[index] for index in sites] for name, sites in mine.items()}
 
-    def _read_weights(self, given: Path | None, verify: bool) -> dict[str, torch.Tensor]:
+    def _read_weights(self, wanted: Wanted) -> dict[str, torch.Tensor]:
         entry = self.manifest["weights"]
-        if entry["file"] is None and given is None:
+        if entry["file"] is None and wanted.weights is None:
             source = f"weights of {self.package.path}"
             held = read_tensors(self.package.memory, *self.package.place("weights.safetensors"), source)
         else:
-            path = given or self.package.path.parent / entry["file"]
-            memory = map_file(path)
-            if verify and "sha256" in entry and file_hash(path) != entry["sha256"]:
-                raise PackageError(
-                    f"{path} is not the file that {self.package.path} was exported with: its hash differs",
-                    "other weights would give other results",
-                    "name the right file, or export again",
-                )
-            held = read_tensors(memory, 0, len(memory), str(path))
-        found = {}
+            held = self._read_beside(wanted, entry)
+        weights = {}
         for name, facts in entry["tensors"].items():
             have = held.get(name)
             said = None if have is None else (str(have.dtype).removeprefix("torch."), list(have.shape))
@@ -250,21 +267,35 @@ class _Part:
                     "it does not belong to this package",
                     "name the right file: sfcompile.load(path, weights=...)",
                 )
-            found[name] = _with_strides(have, tuple(facts["stride"]))
-        return found
+            weights[name] = with_strides(have, tuple(facts["stride"]))
+        return weights
 
-    def finish(self, session: Any) -> LoadedModel:
+    def _read_beside(self, wanted: Wanted, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors of the file that the caller names, or that the package names and that lies beside it."""
+        path = wanted.weights or beside(self.package.path, entry["file"])
+        with open_regular(path, follow=wanted.weights is not None) as file:
+            if wanted.verify and "sha256" in entry and file_hash(file) != entry["sha256"]:
+                raise PackageError(
+                    f"{path} is not the file that {self.package.path} was exported with: its hash differs",
+                    "other weights would give other results",
+                    "name the right file, or export again",
+                )
+            memory = map_open(file, path)
+        return read_tensors(memory, 0, len(memory), str(path))
+
+    def finish(self, session: Session | None) -> LoadedModel:
         """Register the programs and make the local graph's callable; collective."""
         if session is not None:
             engines = self._engines(session)
             for program, schedules in self.programs.items():
                 session.load(program, schedules, engines.get(program))
         self.model.run = self._inner()
+        self.model.session = session
         if session is not None:
             session.meet()
         return self.model
 
-    def _engines(self, session: Any) -> dict[str, list[Any]]:
+    def _engines(self, session: Session) -> dict[str, list[Any]]:
         attention = self.manifest["attention"]
         if attention != "triton":
             return {}
@@ -275,7 +306,7 @@ class _Part:
 
     def _inner(self) -> Callable[..., Any]:
         if self.inner == "eager":
-            return self.gm.forward
+            return self.calls.runner()
         if self.inner == "aoti":
             from sfcompile.torch_private import aoti_load
 
@@ -284,32 +315,30 @@ class _Part:
                 path = Path(folder) / "graph.pt2"
                 path.write_bytes(self.package.read(self._aoti))
                 return aoti_load(path)
-        from sfcompile.lowering.inner import run_inner
+        from sfcompile.lowering.inner import run_inner, runs_eagerly
         from sfcompile.torch_private import FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             inputs = [empty_of(facts) for facts in self._facts]
-        return run_inner(self.gm, inputs, mode, Options.from_dict({"inner": self.inner}))
-
-
-def _with_strides(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """The tensor with the strides that its graph was compiled for; itself if it has them."""
-    same = all(n < 2 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))
-    if same:
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        asked = Options.from_dict({"inner": self.inner})
+        return (
+            self.calls.runner()
+            if runs_eagerly(inputs, asked)
+            else run_inner(self.calls.as_module(), inputs, mode, asked)
+        )
 
 
 def _check_versions(path: Path, manifest: Mapping[str, Any]) -> None:
-    written = manifest["versions"]
+    written = table(table(manifest, "the manifest").get("versions"), "versions")
     here = {"sfcompile": __version__, "torch": _minor(torch.__version__)}
     for name, version in here.items():
-        if (_minor(written[name]) if name == "torch" else written[name]) != version:
+        have = str(written.get(name))
+        if (_minor(have) if name == "torch" else have) != version:
             raise PackageError(
-                f"{path} was exported with {name} {written[name]}, and this is {name} {version}",
+                f"{path} was exported with {name} {have}, and this is {name} {version}",
                 "operators and schedules may differ between versions",
-                f"install {name} {written[name]}, or export the model again",
+                f"install {name} {have}, or export the model again",
             )
 
 

@@ -6,11 +6,10 @@ passed the checker in the process that runs it, whatever the file holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
-
-import torch
 
 from sfcompile.codegen.proof.checker import check
 from sfcompile.codegen.schedule.attention import AttentionSchedule
@@ -18,8 +17,23 @@ from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import PackageError, StreamFusionError
-from sfcompile.package.graph import dtype_of
+from sfcompile.package.limits import (
+    CHUNKS,
+    DIMS,
+    INT,
+    PARTS,
+    dtype_of,
+    entries,
+    fits_memory,
+    integer,
+    nbytes,
+    refused,
+    shown,
+    table,
+    text,
+)
 from sfcompile.runtime.program.sites import AnySite, AttentionSite, ExchangeSite
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
 _SITES = {kind.__name__: kind for kind in (AttentionSite, ExchangeSite)}
 
@@ -38,31 +52,28 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def schedule_from_json(data: Mapping[str, Any], ranks: int) -> Schedule:
-    """Build a schedule and prove it.
+def schedule_from_json(data: Any, ranks: int) -> Schedule:
+    """Build a schedule and prove it. Its facts are looked at before anything is built from them.
 
     Args:
         ranks: of the job: every group lies within.
 
     Raises:
-        PackageError: it cannot be built, or the checker refuses it.
+        PackageError: it cannot be built, is too large for this machine, or the checker refuses it.
     """
     try:
-        given = dict(data["site"])
-        site_type = _SITES[given.pop("type")]
-        given["dtype"] = dtype_of(given["dtype"])
-        site = site_type(**{key: _tuples(value) for key, value in given.items()})
-        mesh = Mesh(**{key: _tuples(value) for key, value in data["mesh"].items()})
-        groups = _tuples(data["groups"])
-        members = sorted(rank for group in groups for rank in group) or list(mesh.order)
-        if sorted(members) != list(range(ranks)) or sorted(mesh.order) != list(range(mesh.ulysses * mesh.ring)):
-            raise ValueError(f"mesh {mesh.ulysses} x {mesh.ring} in groups {groups} for {ranks} ranks")
-        if any(len(group) != mesh.num_ranks for group in groups):
-            raise ValueError(f"groups {groups} for a mesh of {mesh.num_ranks}")
-        _check_site(site, mesh.num_ranks)
-        schedule = replace(build(data["kind"], site, mesh, *data["parts"]), groups=groups)
+        mesh, groups = _mesh(data, ranks)
+        site = _site(data["site"], mesh.num_ranks)
+        parts = [integer(n, "a number of parts", 1, PARTS) for n in entries(data["parts"], "a schedule's parts", 2)]
+        if math.prod(parts) * mesh.num_ranks > CHUNKS:
+            raise refused(f"a schedule cuts {mesh.num_ranks} ranks' tokens into {parts} parts")
+        if isinstance(site, AttentionSite) and site.parts > 1 and set(parts) != {site.parts}:
+            raise refused(f"a site's tokens come in {site.parts} parts, and its schedule has {parts}")
+        schedule = replace(build(text(data["kind"], "a schedule's kind"), site, mesh, *parts), groups=groups)
+        fits_memory(NUM_BANKS * schedule.heap_bytes, f"the heap of site {site.name}")
         check(schedule)
-    except (StreamFusionError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (StreamFusionError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError,
+            MemoryError, RecursionError) as error:  # fmt: skip
         raise PackageError(
             f"a schedule of the package cannot be built: {type(error).__name__}: {error}",
             "it is damaged, or of a kind that this process does not know",
@@ -71,15 +82,108 @@ def schedule_from_json(data: Mapping[str, Any], ranks: int) -> Schedule:
     return schedule
 
 
-def _check_site(site: AnySite, ranks: int) -> None:
-    lists = [
-        getattr(site, name)
-        for name in ("q_positions", "kv_positions", "q_sizes", "kv_sizes", "owned", "wanted")
-        if getattr(site, name, ())
-    ]
-    if any(len(entry) != ranks for entry in lists) or not isinstance(site.dtype, torch.dtype):
-        raise ValueError(f"site {site.name} is for {[len(entry) for entry in lists]} ranks, its mesh has {ranks}")
+def _mesh(data: Any, ranks: int) -> tuple[Mesh, tuple[tuple[int, ...], ...]]:
+    """The mesh of a schedule and its groups: every rank of the job has one place."""
+    facts = table(table(data, "a schedule")["mesh"], "a mesh")
+    order = _numbers(facts["order"], "the order of a mesh", ranks)
+    ulysses, ring, lanes = (integer(facts[name], f"a mesh's {name}", 1, ranks) for name in ("ulysses", "ring", "lanes"))
+    groups = tuple(_numbers(group, "a group", ranks) for group in entries(data["groups"], "groups of ranks", ranks))
+    members = [rank for group in groups for rank in group] if groups else list(order)
+    if sorted(members) != list(range(ranks)) or sorted(order) != list(range(ulysses * ring)):
+        raise refused(f"a mesh {ulysses} x {ring} in groups {groups} for {ranks} ranks")
+    if ulysses % lanes or any(len(group) != len(order) for group in groups):
+        raise refused(f"a mesh of {len(order)} ranks in bundles of {lanes} and groups {groups}")
+    return Mesh(ulysses, ring, order, lanes), groups
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+def _site(data: Any, ranks: int) -> AnySite:
+    """A site whose facts are of the kinds that its class says, and not larger than this machine."""
+    facts = dict(table(data, "a site"))
+    site_type = _SITES[text(facts.pop("type"), "a site's type")]
+    kinds = {entry.name: str(entry.type) for entry in fields(site_type)}
+    if unknown := set(facts) - set(kinds):
+        raise refused(f"a site has a {shown(min(unknown))}")
+    made = {name: _fact(value, name, kinds[name], ranks) for name, value in facts.items()}
+    shapes: tuple[Sequence[int], ...]
+    if site_type is AttentionSite:
+        for name in ("batch", "heads", "kv_heads", "head_dim", "v_head_dim", "parts"):
+            integer(made.get(name, 1), f"a site's {name}", 1, PARTS if name == "parts" else INT)
+        if made["heads"] % made["kv_heads"] or made.get("mask") not in (None, "full"):
+            raise refused(f"a site has {made['heads']} heads, {made['kv_heads']} key heads, mask {made.get('mask')}")
+        tokens = [_total(made[name]) for name in ("q_positions", "kv_positions")]
+        width = max(made["head_dim"], made["v_head_dim"])
+        shapes = ((made["batch"], made["heads"], tokens[0], width), (made["batch"], made["kv_heads"], tokens[1], width))
+    else:
+        dims = len(made["shape"])
+        for name in ("dim", "into"):
+            integer(made[name], f"a site's {name}", 0, dims - 1)
+        outer, inner = (integer(made[name], f"a site's {name}", 1) for name in ("outer", "inner"))
+        if made["shape"][made["dim"]] % (outer * inner):
+            raise refused(f"dim {made['dim']} of {made['shape']} is not {outer} x rows x {inner}")
+        rows = made["shape"][made["dim"]] // (outer * inner)
+        _within(made["owned"], rows)
+        _within(made["wanted"], rows if made["into"] == made["dim"] else made["shape"][made["into"]])
+        shapes = (made["shape"],)
+    for shape in shapes:
+        fits_memory(nbytes(shape, made["dtype"]), f"a value of site {made['name']}")
+    return site_type(**made)
+
+
+def _fact(value: Any, name: str, kind: str, ranks: int) -> Any:
+    """One field of a site, by the annotation of its class."""
+    what = f"a site's {name}"
+    if name in ("q_positions", "kv_positions", "owned", "wanted"):
+        return _of_ranks(
+            [_runs(each, what, name in ("owned", "wanted")) for each in entries(value, what, ranks)], what, ranks
+        )
+    if name in ("q_sizes", "kv_sizes"):
+        return _of_ranks([_numbers(each, what, PARTS) for each in entries(value, what, ranks)], what, ranks, empty=True)
+    match kind:
+        case "int":
+            return integer(value, what)
+        case "str":
+            return text(value, what)
+        case "str | None":
+            return None if value is None else text(value, what)
+        case "torch.dtype":
+            return dtype_of(value)
+        case "bool" if isinstance(value, bool):
+            return value
+        case "float" if type(value) in (int, float):
+            return float(value)
+        case "Shape" | "tuple[int, ...]":
+            return _numbers(value, what, DIMS)
+    raise refused(f"{what} is {shown(value)}")
+
+
+def _of_ranks(lists: list[Any], what: str, ranks: int, empty: bool = False) -> tuple[Any, ...]:
+    if len(lists) != ranks and not (empty and not lists):
+        raise refused(f"{what} is for {len(lists)} ranks, its mesh has {ranks}")
+    return tuple(lists)
+
+
+def _numbers(value: Any, what: str, most: int) -> tuple[int, ...]:
+    return tuple(integer(number, what) for number in entries(value, what, most))
+
+
+def _runs(value: Any, what: str, ascending: bool) -> tuple[tuple[int, int], ...]:
+    """Runs ``(first, length)``: those of an exchange ascend, those of an attention come in the order of its tokens."""
+    runs: list[tuple[int, int]] = []
+    stop = 0
+    for run in entries(value, what):
+        first, length = _numbers(run, what, 2)
+        if ascending and first < stop:
+            raise refused(f"{what} has the run {first}, {length} behind {stop}")
+        stop = first + length
+        runs.append((first, length))
+    return tuple(runs)
+
+
+def _total(ranks: Sequence[Sequence[tuple[int, int]]]) -> int:
+    return sum(length for runs in ranks for _, length in runs)
+
+
+def _within(ranks: Sequence[Sequence[tuple[int, int]]], rows: int) -> None:
+    for runs in ranks:
+        if runs and sum(runs[-1]) > rows:
+            raise refused(f"a site of {rows} rows has one at {sum(runs[-1]) - 1}")

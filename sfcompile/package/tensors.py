@@ -6,6 +6,7 @@ code runs and no pickle is opened.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
@@ -16,6 +17,8 @@ from typing import IO, Any
 import torch
 
 from sfcompile.errors import PackageError
+from sfcompile.package.disk import open_regular
+from sfcompile.package.limits import HEADER_BYTES, integer, parse_json, sizes, table
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -61,15 +64,20 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """The bytes of a file as private memory: writes stay in this process.
+def map_file(path: Path, follow: bool = True) -> mmap.mmap:
+    """The bytes of a regular file as private memory: writes stay in this process.
 
     Raises:
         PackageError: the file cannot be read, or is empty.
     """
+    with open_regular(path, follow) as file:
+        return map_open(file, path)
+
+
+def map_open(file: IO[bytes], path: Path) -> mmap.mmap:
+    """:func:`map_file` of one that is open; ``path`` is for the error."""
     try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         raise PackageError(f"{path} cannot be read: {error}", "", "check the path") from error
 
@@ -82,24 +90,27 @@ def read_tensors(memory: mmap.mmap, start: int, size: int, source: str) -> dict[
     """
     try:
         length = int.from_bytes(memory[start : start + 8], "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, HEADER_BYTES):
             raise ValueError(f"a header of {length} bytes in {size}")
-        header = json.loads(memory[start + 8 : start + 8 + length])
+        header = table(parse_json(memory[start + 8 : start + 8 + length], "its header"), "its header")
         header.pop("__metadata__", None)
         data, room = start + 8 + length, size - 8 - length
+        places = sorted(entry["data_offsets"] for entry in header.values())
+        if any(last > first for (_, last), (first, _) in itertools.pairwise(places)):
+            raise ValueError("two tensors share bytes")
         return {name: _tensor(memory, data, room, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise PackageError(
             f"{source} is not in safetensors' format: {error}", "it is damaged or another kind of file", "write it anew"
         ) from error
 
 
 def _tensor(memory: mmap.mmap, data: int, room: int, entry: Mapping[str, Any]) -> torch.Tensor:
-    dtype, shape = DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]]
-    first, last = entry["data_offsets"]
+    dtype, shape = DTYPES[entry["dtype"]], sizes(entry["shape"], "a tensor")
+    first, last = (integer(place, "a place") for place in entry["data_offsets"])
     count = math.prod(shape)
-    if not 0 <= first <= last <= room or min(shape, default=0) < 0 or last - first != count * dtype.itemsize:
-        raise ValueError(f"{last - first} bytes at {first} for {list(shape)} of {dtype}")
+    if not 0 <= first <= last <= room or last - first != count * dtype.itemsize:
+        raise ValueError(f"{last - first} bytes at {first} for {shape} of {dtype}")
     if count == 0:
         return torch.empty(shape, dtype=dtype)
     if (data + first) % dtype.itemsize:

@@ -71,6 +71,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "sfcompile": ("...",),  # the door
     "sfcompile/package": (
         "runtime/program",
+        "runtime/wires",
         "runtime/rank",
         "codegen/schedule",
         "codegen/proof",

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sfcompile.errors import PackageError
-from sfcompile.package.file import MANIFEST, Package, PackageWriter, file_hash
+from sfcompile.package.disk import file_hash
+from sfcompile.package.file import MANIFEST, Package, PackageWriter
 from sfcompile.package.tensors import ALIGN
 
 
@@ -31,7 +32,7 @@ def test_members_come_back_on_boundaries(tmp_path: Path) -> None:
 
 
 def test_equal_content_gives_equal_files(tmp_path: Path) -> None:
-    assert file_hash(write(tmp_path / "a.sf")) == file_hash(write(tmp_path / "b.sf"))
+    assert file_hash(write(tmp_path / "a.sf").open("rb")) == file_hash(write(tmp_path / "b.sf").open("rb"))
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:

@@ -107,14 +107,17 @@ def test_compiled_objects_run_without_a_compiler(tmp_path: Path, monkeypatch: py
     x = torch.randn(1, 2, 8, 8)
     path = export(Tiny(), (x,), {}, tmp_path / "p.sf", topology="1x1", inner="aoti")
     monkeypatch.setenv("PATH", "/nonexistent")
-    model = load(path)
+    with pytest.raises(PackageError, match="native code.*if you trust its maker"):
+        load(path)
+    torch.testing.assert_close(load(path, inner="auto")(x), Tiny()(x))
+    model = load(path, inner="aoti")
     torch.testing.assert_close(model(x), Tiny()(x))
 
     def other_processor(manifest: dict[str, Any], members: Members) -> None:
         manifest["native"] = "vax, DEFAULT"
 
     with pytest.raises(PackageError, match="compiled for vax, DEFAULT"):
-        load(resealed(path, tmp_path / "q.sf", other_processor))
+        load(resealed(path, tmp_path / "q.sf", other_processor), inner="aoti")
 
 
 def test_wrong_inputs_are_an_error_and_the_next_call_works(package: Path) -> None:

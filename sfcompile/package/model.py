@@ -1,0 +1,103 @@
+"""A package that is ready to run: its inputs are compared with the signature, and its result takes the model's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sfcompile.errors import InputError, PackageError, StreamFusionError
+from sfcompile.package.call import Signature, restore
+from sfcompile.runtime.rank.session import Session
+
+
+class LoadedModel:
+    """A package that is ready to run: call it as the model was called at the export.
+
+    Attributes:
+        manifest: what the package says of itself (JSON): versions, ranks, mesh, signature, members with their hashes.
+        plan: the plan as text.
+        run: the local graph: its placeholders' values to its outputs.
+        session: of this rank; None: one rank.
+    """
+
+    run: Callable[..., Any]
+    session: Session | None = None
+
+    def __init__(self, manifest: Mapping[str, Any], plan: str, weights: Mapping[str, torch.Tensor]) -> None:
+        self.manifest = manifest
+        self.plan = plan
+        self._signature = Signature(manifest["signature"])
+        self._result = manifest["result"]
+        self._strides = [tuple(facts["stride"]) for facts in manifest["signature"]["tensors"]]
+        self._slots = [
+            (place, source) for place, (kind, source) in enumerate(manifest["placeholders"]) if kind == "input"
+        ]
+        self._values: list[Any] = [
+            weights[source] if kind == "weight" else None for kind, source in manifest["placeholders"]
+        ]
+        self._written: list[int] = manifest["written"]
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on inputs of the exported shapes. Collective: all ranks call with equal inputs and get all outputs.
+
+        Dataclasses and named tuples of the result come as :class:`sfcompile.package.call.Record`.
+
+        Raises:
+            InputError: other shapes, dtypes, constants or arguments than at the export.
+            PackageError: an operator of the graph raised; its node is named, and the other ranks are told.
+        """
+        tensors = self._signature.tensors(args, kwargs)
+        values = list(self._values)
+        for place, source in self._slots:
+            values[place] = _laid_out(tensors[source], self._strides[source], f"input {source}")
+        outputs = self._run(values)
+        kept = len(outputs) - len(self._written)
+        for place, value in zip(self._written, outputs[kept:], strict=True):
+            target = dict(self._slots).get(place)
+            (values[place] if target is None else tensors[target]).copy_(value)
+        return restore(self._result, [*outputs[:kept], *tensors])
+
+    def _run(self, values: Sequence[torch.Tensor]) -> list[Any]:
+        """The graph's outputs; whatever it raises is told to the other ranks, which wait for what it would send."""
+        if self.session is None:
+            return _outputs(self.run, values)
+        with self.session.guard():
+            return _outputs(self.run, values)
+
+    def __repr__(self) -> str:
+        return f"LoadedModel({self.manifest['model']}, {self.manifest['ranks']} ranks: {self.manifest['plan']})"
+
+
+def _outputs(run: Callable[..., Any], values: Sequence[torch.Tensor]) -> list[Any]:
+    try:
+        return list(run(*values))
+    except StreamFusionError:
+        raise
+    except Exception as error:
+        raise PackageError(
+            f"the compiled graph of the package failed ({type(error).__name__}: {str(error)[:500]})",
+            "it does not fit the inputs, or this machine has too little memory",
+            "load it with inner='eager' to see the node that fails",
+        ) from error
+
+
+def _laid_out(tensor: torch.Tensor, strides: Sequence[int], name: str) -> torch.Tensor:
+    try:
+        return with_strides(tensor, strides)
+    except RuntimeError as error:
+        raise InputError(
+            f"{name} has strides {list(tensor.stride())}, and at the export it had {list(strides)}",
+            f"it cannot be copied to those ({str(error).splitlines()[0]})",
+            "lay it out as at the export, or export once more with these inputs",
+        ) from error
+
+
+def with_strides(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """The tensor with the strides that its graph was compiled for; itself if it has them."""
+    same = all(n < 2 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))
+    if same:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
