@@ -5,6 +5,7 @@ Dynamo graph -> capture -> passes -> this rank's graph -> Inductor (or eager). O
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -25,12 +26,16 @@ from sfcompile.options import Options
 from sfcompile.passes.report.history import last_report, remember, reports
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.process_group import ProcessWorld, check_ranks
 from sfcompile.runtime.rank.session import Session, get_session
-from sfcompile.torch_private import autocast_off
+from sfcompile.torch_private import autocast_off, is_comparable, is_static_input
 from sfcompile.tracing.trace import follow_environment
 
 log = logging.getLogger("sfcompile")
+
+GPU_CHECKS = 3
+"""At so many calls of a graph ranks compare inputs that lie on a GPU."""
 
 
 def streamfusion_backend(
@@ -60,7 +65,7 @@ def streamfusion_backend(
     session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
     if "SFCOMPILE_TRACE" in os.environ:
         follow_environment()
-    with session.guard():
+    with session.turn(), session.guard():
         session.reconfigure(asked.transport, asked.timeout_s)
         start(device_of(example_inputs), session, asked)
         first, any_size = _compile_rank(gm, example_inputs, asked, session)
@@ -91,7 +96,9 @@ def _compile_rank(
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
         return run_inner(gm, example_inputs, None, asked), True
     capture_s = time.perf_counter() - began
-    session.agree(_digest_text(captured, asked, topology), _describe(gm, example_inputs, asked))
+    digest = _digest_text(captured, asked, topology)
+    described = _describe(gm, example_inputs, asked)
+    session.agree(f"{digest}\n{described}", described)
 
     def passes(split_batch: bool) -> Compiled:
         return run_passes(captured, topology, session.rank, asked, session.from_first, split_batch, dump=True)
@@ -111,24 +118,44 @@ def _compile_rank(
     with autocast_off():
         local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
-    return _as_called(local, captured, names), False
+    name = hashlib.sha256(digest.encode()).hexdigest()
+    return _as_called(local, captured, names, session, name, compared_inputs(example_inputs, asked)), False
 
 
-def _as_called(local: Callable[..., Any], captured: Captured, names: Sequence[str]) -> Callable[..., Any]:
-    """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
+def compared_inputs(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
+    """The inputs whose values ranks compare at every call; weights are compared once, at the compile."""
+    if asked.inputs == "trusted":
+        return ()
+    return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and not is_static_input(value))
+
+
+def _as_called(
+    local: Callable[..., Any],
+    captured: Captured,
+    names: Sequence[str],
+    session: Session,
+    name: str,
+    compared: Sequence[int],
+) -> Callable[..., Any]:
+    """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does.
+
+    Args:
+        name: of the graph, the same on every rank.
+        compared: which inputs must be equal on all ranks.
+    """
     tensors, written = captured.tensor_inputs, captured.written
-    if tensors == tuple(range(len(names))) and not written:
-
-        def as_it_is(*args: Any) -> Any:
-            with autocast_off():
-                return local(*args)
-
-        return as_it_is
+    checks_left = GPU_CHECKS
 
     def run(*args: Any) -> Any:
+        nonlocal checks_left
         refuse_overlap(args, written, names)  # Dynamo has no guard on it
-        with autocast_off():
+        values = [args[i] for i in compared]
+        if any(value.is_cuda for value in values):  # reading them waits for the device
+            values, checks_left = (values, checks_left - 1) if checks_left else ([], 0)
+        with session.call(name, values), autocast_off():
             out = local(*(args[i] for i in tensors))
+        if not written:
+            return out
         for i, value in zip(written, out[len(out) - len(written) :], strict=True):
             args[i].copy_(value)
         return out[: len(out) - len(written)]
@@ -155,6 +182,9 @@ def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options) -> dict
     for name, value in zip(names, inputs, strict=False):
         if isinstance(value, torch.Tensor):
             described[f"input {name}"] = f"{str(value.dtype).removeprefix('torch.')}{list(map(present, value.shape))}"
+    weights = [value for value in inputs if is_comparable(value) and is_static_input(value)]
+    if asked.inputs == "checked" and weights:
+        described["weights (are they seeded or loaded alike?)"] = f"{fingerprint(weights):08x}"
     return described
 
 

@@ -22,6 +22,8 @@ TRANSPORTS = ("auto", "shm", "c10d", "nvshmem")
 ATTENTIONS = ("auto", "aten", "triton")
 INNERS = ("auto", "inductor", "eager")
 PLACEMENTS = ("auto", "shard")
+INPUTS = ("checked", "trusted")
+"""Whether ranks compare samples of their inputs and weights, or trust each other."""
 REGISTERED_SCHEDULES: set[str] = set()
 """Names that sfcompile.extend.register_schedule added to SCHEDULES."""
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
@@ -59,6 +61,7 @@ class Options:
     attention: str = "auto"
     inner: str = "auto"
     placement: str = "auto"
+    inputs: str = "checked"
     strict: bool = False
     timeout_s: float = 60.0
     dump: Path | None = None
@@ -226,6 +229,7 @@ _VALIDATORS: dict[str, Callable[[str, object], Any]] = {
     "attention": _choice(ATTENTIONS),
     "inner": _choice(INNERS),
     "placement": _choice(PLACEMENTS),
+    "inputs": _choice(INPUTS),
     "strict": _strict,
     "timeout_s": _timeout_s,
     "dump": _dump,

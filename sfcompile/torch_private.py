@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
@@ -54,6 +54,8 @@ __all__ = [
     "has_autocast_kernel",
     "has_data_mutation",
     "inductor_mode_options",
+    "is_comparable",
+    "is_static_input",
     "job_store",
     "make_fx",
     "no_modes",
@@ -124,6 +126,18 @@ def has_autocast_kernel(op: OpOverload, device: str) -> bool:
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are views of one piece of memory; fake tensors too."""
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+def is_comparable(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether a value is a plain dense tensor with real data, which can be read."""
+    if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return value.layout is torch.strided and value.device.type != "meta"
+
+
+def is_static_input(tensor: torch.Tensor) -> bool:
+    """Whether an input of a Dynamo graph is a weight or buffer of the model, not an argument of the call."""
+    return isinstance(tensor, torch.nn.Parameter) or hasattr(tensor, "_dynamo_static_input_type")
 
 
 def symbol_hint(size: Any) -> Any:

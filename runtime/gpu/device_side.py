@@ -99,6 +99,10 @@ class NvshmemSide:
     def rewire(self) -> None:
         """Nothing here depends on the world's options."""
 
+    def notice(self) -> str | None:
+        """Kernels in flight tell the host nothing."""
+        return None
+
     def abort(self, notice: str) -> None:
         """Kernels in flight cannot be told; the job's store tells the hosts (runtime/rank/process_group.py)."""
 

@@ -75,6 +75,10 @@ class NvshmemTransport:
         for rank in range(self._nvshmem.num_ranks):
             self._nvshmem.bindings.signal_op_on_stream(at, epoch, SIGNAL_SET, rank, self._stream())
 
+    def notice(self) -> str | None:
+        """Nothing is known on this host."""
+        return None
+
     def abort(self, text: str) -> None:
         """Kernels in flight cannot be told; the job's store tells the hosts (runtime/rank/process_group.py)."""
 

@@ -12,7 +12,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -80,17 +80,18 @@ class Calls:
 
     Attributes:
         current: the call under way, from its first op to its last; None between calls.
+        turn: held while a call is under way.
     """
 
     def __init__(self) -> None:
         self.current: Call | None = None
         self._count = 0
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
 
     @contextmanager
     def under_way(self, program: str, inputs: int) -> Iterator[Call]:
         """One call; waits for the call of another thread to end."""
-        with self._turn:
+        with self.turn:
             self._count += 1
             self.current = Call(program, self._count, inputs)
             try:
@@ -104,5 +105,7 @@ class Calls:
         return self._count
 
     def restart(self, count: int) -> None:
-        """Go on from a number that all ranks agreed on."""
+        """Go on from a number that all ranks agreed on; a call that is under way gets it."""
         self._count = count
+        if self.current is not None:
+            self.current = replace(self.current, number=count)

@@ -106,6 +106,10 @@ class CpuSide:
             self._wires.transport.close()
             self._connect()
 
+    def notice(self) -> str | None:
+        """What the segment's notice or a lost connection says."""
+        return None if self._wires is None else self._wires.transport.notice()
+
     def abort(self, notice: str) -> None:
         """Write the notice into every segment in reach, close connections to the others."""
         if self._wires is not None:

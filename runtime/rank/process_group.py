@@ -179,8 +179,8 @@ class ProcessWorld:
             PeerFailedError: another rank failed before it came.
             PeerDiedError: rank 0 has gone, and the store with it.
         """
-        self._exchanges += 1
-        key = f"{doing}/{self._exchanges}"
+        # A meeting is counted when it has come about: ranks that failed in one, or in different ones, meet at it again.
+        key = f"{doing}/{self._exchanges + 1}"
         try:
             self._store.set(f"{key}/{self.rank}", base64.b64encode(pickle.dumps(value)).decode())
             self._await_all(key, doing, patience * self._timeout_s)
@@ -196,6 +196,11 @@ class ProcessWorld:
                 rank=self.rank,
                 peer=0,
             ) from error
+        except BaseException:
+            with contextlib.suppress(dist.DistError):  # who comes later must not take it for a rank that waits
+                self._store.delete_key(f"{key}/{self.rank}")
+            raise
+        self._exchanges += 1
         return [pickle.loads(base64.b64decode(text)) for text in raw]
 
     def _await_all(self, key: str, doing: str, limit_s: float) -> None:
@@ -258,17 +263,17 @@ class ProcessWorld:
         """Create, map and unlink shared segments; all ranks fail together if one cannot."""
         if self._messages_only:
             return [local_segment(size) if rank == self.rank else None for rank in range(self.topology.num_ranks)]
-        names = [f"sfcompile-{self._job}-{generation}-{rank}" for rank in range(self.topology.num_ranks)]
+        name = f"sfcompile-{self._job}-{generation}-{self.rank}"
         problem: str | None = None
         segments: list[Segment | None] = [None] * self.topology.num_ranks
         try:
             try:
                 require_x86()
-                segments[self.rank] = create_shared(names[self.rank], size)
+                segments[self.rank] = create_shared(name, size)
             except HeapError as error:
                 problem = error.what
-            everyone = self.exchange(problem, "make the heap")
-            failed = {rank: text for rank, text in enumerate(everyone) if text}
+            everyone = self.exchange((problem, name), "make the heap")
+            failed = {rank: text for rank, (text, _) in enumerate(everyone) if text}
             if failed:
                 raise HeapError(
                     "; ".join(f"rank {rank}: {text}" for rank, text in failed.items()),
@@ -278,10 +283,10 @@ class ProcessWorld:
                 )
             for rank in range(self.topology.num_ranks):
                 if rank != self.rank and self.topology.same_machine(rank, self.rank):
-                    segments[rank] = map_shared(names[rank], size)
+                    segments[rank] = map_shared(everyone[rank][1], size)
             self.exchange(None, "map the heap")  # everyone has mapped everything: names may go
         finally:
-            unlink_shared(names[self.rank])
+            unlink_shared(name)
         return segments
 
     def make_wires(self, segments: Sequence[Segment | None]) -> Wires:

@@ -153,6 +153,10 @@ class _Clocked:
         """As the wires."""
         self._wires.finish(epoch)
 
+    def notice(self) -> str | None:
+        """As the wires."""
+        return self._wires.notice()
+
     def abort(self, text: str) -> None:
         """As the wires."""
         self._wires.abort(text)

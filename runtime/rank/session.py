@@ -13,18 +13,19 @@ import atexit
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
+from sfcompile.runtime.rank.calls import Calls, fingerprint
 from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
 from sfcompile.runtime.rank.process_group import compare
 from sfcompile.runtime.rank.sides import RunningSite, Side, SiteEngine, World
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
-from sfcompile.runtime.wires.transport import notice_of
+from sfcompile.runtime.wires.transport import notice_of, peer_failed
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class _Loaded(NamedTuple):
 
 
 class Session:
-    """What this rank knows and holds. Not thread-safe: one model runs at a time on a rank."""
+    """What this rank knows and holds. Calls and compiles of several threads queue (:meth:`call`, :meth:`turn`)."""
 
     def __init__(self, world: World) -> None:
         self.rank = world.rank
@@ -54,6 +55,7 @@ class Session:
         self._finished = 0
         self._done_early: set[int] = set()
         self._failed = False
+        self._calls = Calls()
         self.blocked_s: dict[tuple[str, int], float] = {}
 
     @property
@@ -75,16 +77,20 @@ class Session:
             UnsupportedError: some rank failed before, and this side cannot start afresh.
         """
         digest = hashlib.sha256(text.encode()).hexdigest()
-        everyone = self._world.exchange((digest, description, self._failed, self._opened), "compile a graph")
-        if any(failed for _, _, failed, _ in everyone):
-            # All ranks are here, so none is inside a call: what the failure left half done can go.
-            epoch = max(opened for _, _, _, opened in everyone)
-            self._side.restart(epoch)
-            self._opened = self._finished = epoch
-            self._runs.clear()
-            self._done_early.clear()
-            self._failed = False
-        compare(self.rank, [(digest, words) for digest, words, _, _ in everyone])
+        mine = (digest, description, self._failed, self._opened, self._calls.count)
+        everyone = self._world.exchange(mine, "compile a graph")
+        if any(failed for _, _, failed, _, _ in everyone):
+            self._restart(max(entry[3] for entry in everyone), max(entry[4] for entry in everyone))
+        compare(self.rank, [(digest, words) for digest, words, *_ in everyone])
+
+    def _restart(self, epoch: int, calls: int) -> None:
+        """Collective. All ranks are here, so none is inside a call: what a failure left half done can go."""
+        self._side.restart(epoch)
+        self._opened = self._finished = epoch
+        self._calls.restart(calls)
+        self._runs.clear()
+        self._done_early.clear()
+        self._failed = False
 
     def reconfigure(self, transport: str, timeout_s: float) -> None:
         """Take the options of a later compile in this process.
@@ -177,7 +183,44 @@ class Session:
         """The schedule of a loaded site."""
         return self._programs[program].schedules[site]
 
-    # ------------------------------------------------------------------ calls from the graph
+    # ------------------------------------------------------------------ calls of compiled graphs
+
+    def turn(self) -> AbstractContextManager[object]:
+        """For what must not happen while another thread's call is under way: a compile."""
+        return self._calls.turn
+
+    @contextmanager
+    def call(self, name: str, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+        """One call of a compiled graph, from its first op to its last; if it ends early, it ends for everybody.
+
+        After a failed call this is where ranks meet and start afresh: with new connections, from one epoch.
+
+        Args:
+            name: of what is called, the same on every rank.
+            inputs: those that must be equal on all ranks, or none; see calls.fingerprint.
+
+        Raises:
+            RankMismatchError: (from the body) a rank is in another call, or was given other inputs.
+            PeerFailedError: another rank's call failed since this rank's last one.
+            RuntimeTimeoutError: not every rank came to start afresh.
+            UnsupportedError: some rank failed before, and this side cannot start afresh.
+        """
+        mark = fingerprint(inputs)
+        with self._calls.under_way(name, mark):
+            notice = None if self._failed else self._side.notice()
+            if notice is not None:  # this rank was between calls: it learns of the failure here, as the others did
+                self._failed = True
+                raise peer_failed(self.rank, notice)
+            if self._failed:
+                everyone = self._world.exchange((self._opened, self._calls.count), "start afresh after a failed call")
+                self._restart(max(opened for opened, _ in everyone), max(count for _, count in everyone))
+            with self.guard():
+                yield
+                if self._runs:
+                    sites = ", ".join(f"{site} of {program}" for program, site in self._runs)
+                    raise InternalError(f"a call ended and left sites open: {sites}", "every site that begins must end")
+
+    # ------------------------------------------------------------------ sites, from the graph
 
     def put(self, program: str, site: int, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
         """A put phase, of one part of the tokens or (-1) of all; the first of a site opens its epoch."""
@@ -227,7 +270,8 @@ class Session:
                 rank=self.rank,
             )
         self._opened = epoch
-        call = SiteCall(self.rank, loaded.number, site, loaded.schedules[site], epoch)
+        tag = 0 if self._calls.current is None else self._calls.current.tag(site)
+        call = SiteCall(self.rank, loaded.number, site, loaded.schedules[site], epoch, tag)
         run = self._runs[program, site] = self._side.open(call, loaded.engines[site])
         return run
 
@@ -249,8 +293,8 @@ class Session:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, StreamFusionError) and error.on_every_rank:
-                raise
+            if self._failed or (isinstance(error, StreamFusionError) and error.on_every_rank):
+                raise  # told already, or everybody's own
             self._failed = True
             notice = notice_of(self.rank, error)
             # The notice first: it must be there when a peer finds its connection closed.

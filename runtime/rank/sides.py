@@ -142,6 +142,9 @@ class Side(Protocol[EngineT]):
     def rewire(self) -> None:
         """The world's options have changed: make anew what depends on them."""
 
+    def notice(self) -> str | None:
+        """What is known here of another rank's failure, without asking anyone; None: nothing."""
+
     def abort(self, notice: str) -> None:
         """This rank failed: wake whoever waits for it."""
 

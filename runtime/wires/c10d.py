@@ -108,6 +108,10 @@ class C10dTransport:
                 raise too_late(what, self._rank, peer, slot, epoch) from error
             raise connection_lost(self._rank, peer, reason, slot, epoch) from error
 
+    def notice(self) -> str | None:
+        """gloo tells of a closed connection only to who uses it."""
+        return None
+
     def abort(self, text: str) -> None:
         """Close every connection of the group, so that peers on other machines stop waiting and read the notice.
 

@@ -169,6 +169,10 @@ class DirectTransport:
         self._mine.done = epoch
         futex.wake(self._mine.done_address)
 
+    def notice(self) -> str | None:
+        """What lies in this rank's segment."""
+        return self._mine.aborted
+
     def abort(self, text: str) -> None:
         """Write the notice into every segment in reach."""
         for segment in self._segments:
@@ -196,6 +200,8 @@ class DirectTransport:
             if now >= look:
                 look = now + _LOOK_AROUND_S
                 self._look_around(peer, slot, epoch)
+                if below:
+                    self._look_for_strays(peer, slot, epoch)
                 if now - start > self._timeout_s and read() < wanted:
                     raise RuntimeTimeoutError(
                         f"rank {self._rank} waited {self._timeout_s:g} s for {what} from rank {peer}",
@@ -203,6 +209,13 @@ class DirectTransport:
                         "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
                         rank=self._rank, peer=peer, slot=slot, epoch=epoch, seen_epoch=read() >> below,
                     )  # fmt: skip
+
+    def _look_for_strays(self, peer: int, slot: int, epoch: int) -> None:
+        """A rank in another call may fill other slots than the one that is waited for."""
+        words = self._mine.signals[epoch % NUM_BANKS]
+        if ((words >> TAG_BITS == epoch) & (words != self.word(epoch))).any():
+            what = f"a chunk of another call than rank {self._rank} is in has come"
+            raise out_of_step(what, self._rank, peer, slot, epoch)
 
     def _look_around_all(self) -> None:
         for peer in range(len(self._segments)):

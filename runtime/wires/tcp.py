@@ -202,6 +202,11 @@ class TcpTransport:
                     rank=self._rank, peer=send.peer, epoch=send.epoch,
                 )  # fmt: skip
 
+    def notice(self) -> str | None:
+        """The first connection that ended or that carried a chunk of another call."""
+        with self._changed:
+            return next(iter({**self._lost, **self._strayed}.values()), None)
+
     def abort(self, text: str) -> None:
         """Close every connection, so that peers stop waiting and read the notice."""
         for link in self._links.values():

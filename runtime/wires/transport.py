@@ -29,8 +29,8 @@ def out_of_step(
     return RankMismatchError(
         f"{_OUT_OF_STEP}{what}",
         "every rank must make the same calls in the same order with equal inputs, or chunks of different calls meet",
-        "seed the inputs alike on all ranks, let no rank skip a call, and give ranks that work on other inputs a group "
-        "of their own: options={'mesh': a process group or DeviceMesh}",
+        "seed the inputs alike on all ranks and let no rank skip a call; ranks that work on other inputs need a job of "
+        "their own",
         rank=rank, peer=peer, slot=slot, epoch=epoch,
     )  # fmt: skip
 
@@ -117,6 +117,9 @@ class Transport(Protocol):
     def finish(self, epoch: int) -> None:
         """This rank has read everything of ``epoch`` and of all epochs before."""
 
+    def notice(self) -> str | None:
+        """What is known here of another rank's failure, without asking anyone; None: nothing."""
+
     def abort(self, text: str) -> None:
         """This rank failed: wake whoever waits for it. ``text`` is the notice."""
 
@@ -162,6 +165,10 @@ class GroupTransport:
         """As the whole job's."""
         self._transport.finish(epoch)
 
+    def notice(self) -> str | None:
+        """As the whole job's."""
+        return self._transport.notice()
+
     def abort(self, text: str) -> None:
         """As the whole job's."""
         self._transport.abort(text)
@@ -206,6 +213,10 @@ class RoutedTransport:
         """Messages first: a slot that is still being sent on must not be declared free to direct writers."""
         for transport in self._all():
             transport.finish(epoch)
+
+    def notice(self) -> str | None:
+        """The first of either."""
+        return next((text for text in (transport.notice() for transport in self._all()) if text is not None), None)
 
     def abort(self, text: str) -> None:
         """Tell everyone."""

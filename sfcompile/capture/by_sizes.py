@@ -79,6 +79,6 @@ class BySizes:
         key = self._key(inputs, [float(inputs[i].item()) for i in self._numbers])
         program = self._programs.get(key)
         if program is None:
-            with self._session.guard():
+            with self._session.turn(), self._session.guard():
                 program = self._programs[key] = self._compile(inputs)
         return program(*inputs)

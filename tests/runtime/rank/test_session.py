@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import out_of_step
 import pytest
 import rank_workers
 import torch
@@ -54,6 +55,18 @@ def test_a_rank_that_sleeps_is_a_timeout() -> None:
 @pytest.mark.parametrize("machine_of", [(0, 0), (0, 1)])
 def test_ranks_that_failed_together_start_afresh(machine_of: tuple[int, ...]) -> None:
     assert max(run_processes(2, rank_workers.recovers, (), machine_of)) < 1e-5
+
+
+@pytest.mark.parametrize("machine_of", [(0, 0), (0, 1)])
+@pytest.mark.parametrize("how", out_of_step.WAYS)
+def test_ranks_out_of_step_are_told_and_the_next_call_is_right(how: str, machine_of: tuple[int, ...]) -> None:
+    want = {
+        "interrupted": ["PeerFailedError", "KeyboardInterrupt"],
+        "late": ["KeyboardInterrupt", "PeerFailedError"],
+    }.get(how, ["RankMismatchError"] * 2)
+    outcomes = run_processes(2, out_of_step.falls_out, (how,), machine_of)
+    assert [kind for kind, _, _ in outcomes] == want, outcomes
+    assert max(difference for _, _, difference in outcomes) < 1e-5
 
 
 @pytest.mark.parametrize("machine_of", [(0, 0), (0, 1)])

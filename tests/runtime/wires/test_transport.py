@@ -32,6 +32,9 @@ class Recorder:
     def finish(self, epoch: int) -> None:
         self.calls.append((self.name, "finish", epoch))
 
+    def notice(self) -> str | None:
+        return None
+
     def abort(self, text: str) -> None:
         self.calls.append((self.name, "abort", text))
 
