@@ -2,8 +2,8 @@
 
 All ranks run one program (codegen/schedule/schedule.py), and a schedule that passed the checker has every put before
 its wait on the line. So one sweep along the line, with the clocks of all ranks as one vector, meets every event after
-those it depends
-on: no event queue is needed, and a thousand ranks cost little more than four.
+those it depends on: no event queue is needed, and a thousand ranks cost little more than four. A schedule may have
+groups of ranks: each runs it for itself, beside the others.
 
     rank       one compute stream: attention calls, waits, the sender's part of messages, in program order
     port       each rank's port inside its machine, each way: one message at a time
@@ -248,8 +248,7 @@ class _Sweep:
                 continue
             match step:
                 case Put(_, _, dst, slot) | Forward(_, dst, slot) | Push(Chunk(dst), slot):
-                    alone = facts.staged or isinstance(step, Forward) or schedule.mesh.step(dst)[0] == 0
-                    self._send(facts, call.epoch, dst, slot, str(step), dst != peer, alone)
+                    self._send(facts, call.epoch, step, dst, slot, dst != peer)
                     peer = dst
                 case Wait(slot, _):
                     self._wait(facts, call.epoch, slot)
@@ -261,8 +260,9 @@ class _Sweep:
         self.clock = self.clock + seconds
         self.busy_s += seconds
 
-    def _send(self, facts: _Facts, epoch: int, offset: int, slot: int, name: str, first: bool, alone: bool) -> None:
-        top = self.topology
+    def _send(self, facts: _Facts, epoch: int, step: Put | Forward | Push, offset: int, slot: int, first: bool) -> None:
+        """Issue the message of a step at every rank; ``first``: none to the same peer stands right before it."""
+        top, schedule = self.topology, facts.schedule
         dst = facts.ranks_after(offset)
         nbytes = facts.nbytes[slot][dst]
         crosses = self.links.machine[dst] != self.links.machine
@@ -277,7 +277,9 @@ class _Sweep:
             ready = ready + np.where(crosses, nbytes / top.copy_bytes_per_s, 0.0)
         if top.touch_bytes_per_s is not None:
             ready = ready + np.where(crosses, nbytes / top.touch_bytes_per_s, 0.0)
-        message = _Message(ready, dst, nbytes, name, alone)
+        # Outside an exchange of all with all, a rank sends to one peer at a time.
+        alone = facts.staged or isinstance(step, Forward) or schedule.mesh.step(offset)[0] == 0
+        message = _Message(ready, dst, nbytes, str(step), alone)
         if self.two_sided and facts.staged:
             # Its receive is posted a stage ahead: the transfer is timed at its wait.
             self.unposted[epoch, slot] = message

@@ -112,11 +112,11 @@ def sites_of(args: argparse.Namespace, topology: Topology) -> list[tuple[str, At
 
     args.model, args.placement = args.what, "auto"
     choices = predicted(args).choices
-    found = [(choices.sites[key], choices.plans[key]) for key in choices.counts]
-    if not found:
+    planned = [(choices.sites[key], choices.plans[key]) for key in choices.counts]
+    if not planned:
         raise OptionError(
             f"{args.what} has no attention that is sharded on {args.topology}",
             "kernels are generated for sharded attentions",
             "see sfcompile explain for the reasons",
         )
-    return [(f"attention-{i}", site, plan.best, choices.topology) for i, (site, plan) in enumerate(found, start=1)]
+    return [(f"attention-{i}", site, plan.best, choices.topology) for i, (site, plan) in enumerate(planned, start=1)]

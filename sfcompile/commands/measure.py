@@ -187,10 +187,10 @@ class _Bench:
         start = totals[0]
         sharing = self.topology.num_ranks / self.topology.num_machines
         wire = max(slope - 4.0 / known["copy_bytes_per_s"], 0.1 * slope)
-        found = {"network_bytes_per_s": sharing / wire, "network_latency_s": max(start - _line(puts)[0], 1e-6)}
-        found.setdefault("message_s", known.get("message_s", _line(puts)[0]))
+        constants = {"network_bytes_per_s": sharing / wire, "network_latency_s": max(start - _line(puts)[0], 1e-6)}
+        constants.setdefault("message_s", known.get("message_s", _line(puts)[0]))
         touch = self.lost(totals[-1])
-        return found | ({"touch_bytes_per_s": touch} if touch else {})
+        return constants | ({"touch_bytes_per_s": touch} if touch else {})
 
     def lost(self, transfer_s: float) -> float:
         """Bytes per second of lost compute while messages come and go for so long; 0 if nothing is lost."""
@@ -257,10 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = get_session(lambda: ProcessWorld("auto", 60.0))
     with session.guard(), torch.no_grad():
         first = session.rank == 0
-        found = measure(session, lambda text: print(f"  measuring {text}", flush=True) if first else None)
+        topology = measure(session, lambda text: print(f"  measuring {text}", flush=True) if first else None)
         if first:
-            print(table(found))
-            args.out.write_text("# measured by sfcompile doctor --measure\n" + found.to_toml(), encoding="utf-8")
+            print(table(topology))
+            args.out.write_text("# measured by sfcompile doctor --measure\n" + topology.to_toml(), encoding="utf-8")
             print(f'wrote {args.out}: use it as options={{"topology": "{args.out}"}} or --topology {args.out}')
     close_session()
     return 0

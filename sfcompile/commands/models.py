@@ -126,7 +126,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
     Topology.parse(args.topology)  # a slip here must not cost the time that building the model takes
     name, model, kwargs = _built(args)
-    found = explain(
+    explanation = explain(
         model,
         topology=args.topology,
         schedule=args.schedule,
@@ -135,8 +135,8 @@ def run_explain(args: argparse.Namespace) -> int:
         name=name,
         **kwargs,
     )
-    print(found.full() if args.full else found)
-    for path, write in ((args.html, found.to_html), (args.json, found.to_json)):
+    print(explanation.full() if args.full else explanation)
+    for path, write in ((args.html, explanation.to_html), (args.json, explanation.to_json)):
         if path is not None:
             write(path)
             print(f"wrote {path}")

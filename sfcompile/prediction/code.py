@@ -234,10 +234,10 @@ def _names(graph: fx.Graph, inputs: Sequence[str]) -> dict[fx.Node, str]:
     """Readable names: of inputs, of results without the overload's name, of picked outputs as ``x[1]``."""
     names: dict[fx.Node, str] = {}
     used: Counter[str] = Counter()
-    given = iter(inputs)
+    of_inputs = iter(inputs)
     for node in graph.nodes:
         if node.op == "placeholder":
-            names[node] = next(given, node.name)
+            names[node] = next(of_inputs, node.name)
         elif is_getitem(node):
             source, index = node.args
             assert isinstance(source, fx.Node)
@@ -252,12 +252,12 @@ def _names(graph: fx.Graph, inputs: Sequence[str]) -> dict[fx.Node, str]:
 
 def input_names(placeholders: Sequence[str]) -> list[str]:
     """Names of a Dynamo graph's inputs as a user writes them: ``blocks.0.attn.to_q.weight``, ``hidden_states``."""
-    found = []
+    names = []
     for name in placeholders:
-        parts = re.split(r"_(?:modules|parameters|buffers)_", name.strip("_"))
-        head = re.sub(r"^[lL]_+(self(_+dict)?|kwargs|args)?_*", "", parts[0])
-        found.append(".".join(part.strip("_") for part in (head, *parts[1:]) if part.strip("_")) or name)
-    return found
+        path = re.split(r"_(?:modules|parameters|buffers)_", name.strip("_"))
+        head = re.sub(r"^[lL]_+(self(_+dict)?|kwargs|args)?_*", "", path[0])
+        names.append(".".join(word.strip("_") for word in (head, *path[1:]) if word.strip("_")) or name)
+    return names
 
 
 def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:

@@ -21,7 +21,7 @@ from sfcompile.errors import OptionError, StreamFusionError, UnsupportedError
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, State
 from sfcompile.prediction.code import Facts, blocks_of, input_names
-from sfcompile.prediction.explained import Attentions, Axis, Explained, Part, written
+from sfcompile.prediction.explained import Attentions, Axis, Explained, ExplainedGraph, written
 from sfcompile.prediction.html import page
 from sfcompile.prediction.predict import each_graph, step_of
 from sfcompile.prediction.text import text_of
@@ -75,48 +75,53 @@ def explain(
         MeshError: mesh or schedule are not possible.
         UnsupportedError: torch.compile traces nothing of the model.
     """
-    where = topology if isinstance(topology, Topology) else Topology.parse(topology)
-    if not 0 <= rank < where.num_ranks:
-        raise OptionError(
-            f"There is no rank {rank}", f"The topology has ranks 0 to {where.num_ranks - 1}", "Name one of them"
-        )
-    asked = topology if isinstance(topology, str) else f"{where.num_machines} machines, {where.num_ranks} ranks"
+    where, asked = _topology(topology, rank)
     begun = time.perf_counter()
-    parts: list[Part] = []
+    graphs: list[ExplainedGraph] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
         wish = Asked(mesh, schedule, shard_everything=placement == "shard")
         state = State(captured.gm, captured.mode, where, rank, wish)
         compiled = run_pipeline(state)
-        compiled.report.graph, compiled.report.break_reason = len(parts) + 1, break_reason(gm)
+        compiled.report.graph, compiled.report.break_reason = len(graphs) + 1, break_reason(gm)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-        parts.append(
-            _part(
+        graphs.append(
+            _graph(
                 state, compiled, input_names([names[i] for i in captured.tensor_inputs]), step_of(compiled, rank, where)
             )
         )
 
     def refused(gm: fx.GraphModule, error: UnsupportedError) -> None:
-        parts.append(Part(len(parts) + 1, None, break_reason=break_reason(gm), refused=str(error)))
+        graphs.append(ExplainedGraph(len(graphs) + 1, None, break_reason=break_reason(gm), refused=str(error)))
 
-    stopped = ""
     try:
         each_graph(model, args, kwargs, visit, refused)
+        stopped = ""
     except StreamFusionError:
         raise
     except Exception as error:
         # Code between two graphs looked at values, which nobody computed: what was found so far is still true.
-        if not parts or not parts[-1].break_reason:
+        if not graphs or not graphs[-1].break_reason:
             raise
         stopped = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
     weights = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return Explanation(
-        name or type(model).__name__, asked, where, rank, tuple(parts), sum(weights.values()),
+        name or type(model).__name__, asked, where, rank, tuple(graphs), sum(weights.values()),
         time.perf_counter() - begun, stopped,
     )  # fmt: skip
 
 
-def _part(state: State, compiled: Compiled, names: list[str], step: Step) -> Part:
+def _topology(asked: Topology | str, rank: int) -> tuple[Topology, str]:
+    """The topology that was asked for, and how it is called; it must have the rank."""
+    where = asked if isinstance(asked, Topology) else Topology.parse(asked)
+    if not 0 <= rank < where.num_ranks:
+        raise OptionError(
+            f"There is no rank {rank}", f"The topology has ranks 0 to {where.num_ranks - 1}", "Name one of them"
+        )
+    return where, asked if isinstance(asked, str) else f"{where.num_machines} machines, {where.num_ranks} ranks"
+
+
+def _graph(state: State, compiled: Compiled, names: list[str], step: Step) -> ExplainedGraph:
     """What is to be said about a graph whose passes have run."""
     reasons = {node.name: reason for node, reason in state.placement.reasons.items()}
     if state.group is not None:
@@ -124,7 +129,7 @@ def _part(state: State, compiled: Compiled, names: list[str], step: Step) -> Par
     sharded = frozenset(node.name for node in state.placement.needs)
     blocks = blocks_of(state.local.graph, Facts(state.topology, names, sharded, reasons, step))
     report = compiled.report
-    return Part(
+    return ExplainedGraph(
         report.graph, report, _axes(state, names), _attentions(state), blocks, state.choices, step,
         report.break_reason, groups=state.num_groups,
     )  # fmt: skip
@@ -141,17 +146,17 @@ def _axes(state: State, names: list[str]) -> tuple[Axis, ...]:
         if node in chosen:
             layout = chosen[node]
             inputs.setdefault(owners.axis_of(layout.runs), []).append((name, layout.dim, layout.tokens))
-    found = []
+    axes = []
     left = dict(segments)
     for tokens, count, work in state.layouts.axes:
         axis = next(key for key, parts in left.items() if sum(parts) == tokens and len(parts) == count)
-        found.append(Axis(tokens, tuple(left.pop(axis)), work, tuple(inputs.get(axis, ()))))
-    return tuple(found)
+        axes.append(Axis(tokens, tuple(left.pop(axis)), work, tuple(inputs.get(axis, ()))))
+    return tuple(axes)
 
 
 def _attentions(state: State) -> tuple[Attentions, ...]:
     """The kinds of attention that ranks share, and how often each occurs in this rank's graph."""
-    found = []
+    kinds = []
     for key, plan in state.choices.plans.items():
         count = sum(isinstance(s, AttentionSite) and s.geometry() == key for s in state.local.sites)
         if not count:
@@ -164,8 +169,8 @@ def _attentions(state: State) -> tuple[Attentions, ...]:
             for form, value, moved in zip((forms.inside, forms.across), forms.bytes, sent, strict=True)
         )
         symbols = {str(symbol): value for symbol, value in forms.numbers.items()}
-        found.append(Attentions(count, _what(site), plan, inside, across, symbols, str(schedule)))
-    return tuple(found)
+        kinds.append(Attentions(count, _what(site), plan, inside, across, symbols, str(schedule)))
+    return tuple(kinds)
 
 
 def _what(site: AttentionSite) -> str:

@@ -58,7 +58,7 @@ class Attentions:
 
 
 @dataclass(frozen=True)
-class Part:
+class ExplainedGraph:
     """One graph of the model (a model without graph breaks has one).
 
     Attributes:
@@ -120,7 +120,7 @@ class Explained:
         where: the topology as it was asked for.
         topology: it.
         rank: whose graph is shown.
-        parts: one per graph.
+        graphs: the model's, in the order in which they run.
         weight_bytes: parameters and buffers, which every rank holds whole.
         seconds: how long tracing, planning and rewriting took.
         stopped: why the model's own code did not run to its end (code between graphs that needs values), or "".
@@ -130,41 +130,44 @@ class Explained:
     where: str
     topology: Topology
     rank: int
-    parts: tuple[Part, ...]
+    graphs: tuple[ExplainedGraph, ...]
     weight_bytes: int
     seconds: float
     stopped: str = ""
 
     @property
+    def parts(self) -> tuple[ExplainedGraph, ...]:
+        """The name that ``graphs`` had before."""
+        return self.graphs
+
+    @property
     def step_s(self) -> float:
         """Predicted seconds of a step on this rank."""
-        return sum(part.seconds() for part in self.parts)
+        return sum(graph.seconds() for graph in self.graphs)
 
     @property
     def exposed_s(self) -> float:
         """Predicted seconds of it in which the rank is blocked in waits."""
-        return sum(part.exposed_s for part in self.parts)
+        return sum(graph.exposed_s for graph in self.graphs)
 
     @property
     def limit_s(self) -> float:
         """No order of this work and these bytes is faster; graphs run one after the other."""
-        return sum(part.limit_s for part in self.parts)
+        return sum(graph.limit_s for graph in self.graphs)
 
     @property
     def heap_bytes(self) -> int:
         """Symmetric memory per rank, shared by all layers and graphs."""
-        return max((part.report.heap_bytes for part in self.parts if part.report is not None), default=0)
+        return max((graph.report.heap_bytes for graph in self.graphs if graph.report is not None), default=0)
 
     def timeline(self) -> tuple[Drawn, str] | None:
         """Two layers around the attention on which the model spends most, and a title; None without one."""
-        graphs = [part for part in self.parts if part.step is not None]
-        drawn = draw([part.step for part in graphs if part.step is not None])
+        drawn = draw([graph.step for graph in self.graphs if graph.step is not None])
         if drawn is None:
             return None
         key = drawn.schedule.site.geometry()
-        part = next(p for p in graphs if p.choices is not None and key in p.choices.plans)
-        assert part.choices is not None
-        return drawn, caption(drawn, part.choices, part.groups)
+        planned = [(g.choices, g.groups) for g in self.graphs if g.choices is not None and key in g.choices.plans]
+        return drawn, caption(drawn, *planned[0])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values. Times are in seconds, sizes in bytes."""
@@ -177,7 +180,7 @@ class Explained:
             "stopped": self.stopped,
             "step": {"seconds": self.step_s, "exposed_s": self.exposed_s, "limit_s": self.limit_s},
             "memory": {"heap_bytes": self.heap_bytes, "weight_bytes": self.weight_bytes},
-            "graphs": [_plain_part(part) for part in self.parts],
+            "graphs": [_plain_graph(graph) for graph in self.graphs],
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -195,19 +198,19 @@ def written(text: str, path: str | Path | None) -> str:
     return text
 
 
-def _plain_part(part: Part) -> dict[str, Any]:
-    sent, across = part.sent
-    found: dict[str, Any] = {
-        "graph": part.number,
-        "break_reason": part.break_reason,
-        "refused": part.refused,
-        "groups": part.groups,
-        "notes": list(part.choices.notes) if part.choices is not None else [],
-        "axes": [asdict(axis) for axis in part.axes],
+def _plain_graph(graph: ExplainedGraph) -> dict[str, Any]:
+    sent, across = graph.sent
+    plain: dict[str, Any] = {
+        "graph": graph.number,
+        "break_reason": graph.break_reason,
+        "refused": graph.refused,
+        "groups": graph.groups,
+        "notes": list(graph.choices.notes) if graph.choices is not None else [],
+        "axes": [asdict(axis) for axis in graph.axes],
         "step": {
-            "seconds": part.seconds(),
-            "exposed_s": part.exposed_s,
-            "limit_s": part.limit_s,
+            "seconds": graph.seconds(),
+            "exposed_s": graph.exposed_s,
+            "limit_s": graph.limit_s,
             "sent_bytes": sent,
             "sent_across_bytes": across,
         },
@@ -224,16 +227,16 @@ def _plain_part(part: Part) -> dict[str, Any]:
                 },
                 "schedule": kind.steps.splitlines(),
             }
-            for kind in part.attentions
+            for kind in graph.attentions
         ],
         "code": [
             {"block": block.name, "alike": block.alike, "lines": [asdict(line) for line in block.lines]}
-            for block in part.blocks
+            for block in graph.blocks
         ],
     }
-    if part.report is not None:
-        report = asdict(part.report)
+    if graph.report is not None:
+        report = asdict(graph.report)
         for name in ("plans", "axes", "graph", "break_reason", "stages"):
             report.pop(name)
-        found["report"] = report
-    return found
+        plain["report"] = report
+    return plain

@@ -8,7 +8,7 @@ from html import escape
 
 from sfcompile.passes.report.report import Left, short_source
 from sfcompile.prediction.code import Block, Line
-from sfcompile.prediction.explained import Attentions, Explained, Part
+from sfcompile.prediction.explained import Attentions, Explained, ExplainedGraph
 from sfcompile.prediction.page import SCRIPT, STYLE
 from sfcompile.prediction.text import (
     alike,
@@ -41,50 +41,51 @@ _PLACES = "".join(
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def page(found: Explained) -> str:
+def page(explained: Explained) -> str:
     """The whole page as HTML text."""
-    title = f"{found.name} on {found.where}"
-    data = json.dumps(found.to_dict(), default=str).replace("</", "<\\/")
-    parts = "".join(_part(part, len(found.parts)) for part in found.parts)
+    title = f"{explained.name} on {explained.where}"
+    data = json.dumps(explained.to_dict(), default=str).replace("</", "<\\/")
+    graphs = "".join(_graph(graph, len(explained.graphs)) for graph in explained.graphs)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f"{_head(found, title)}{_timeline(found)}{parts}</main>"
+        f"{_head(explained, title)}{_timeline(explained)}{graphs}</main>"
         f'<script type="application/json" id="explanation">{data}</script><script>{SCRIPT}</script></body></html>\n'
     )
 
 
-def _head(found: Explained, title: str) -> str:
-    step = found.step_s
-    share = f"{found.exposed_s / step:.1%} of the step" if step else ""
-    limit = f"{found.limit_s / step:.0%} of the step" if step else ""
+def _head(explained: Explained, title: str) -> str:
+    step = explained.step_s
+    share = f"{explained.exposed_s / step:.1%} of the step" if step else ""
+    limit = f"{explained.limit_s / step:.0%} of the step" if step else ""
     cards = [
-        ("predicted step", duration(step), f"rank {found.rank}, from the topology's constants"),
-        ("exposed", duration(found.exposed_s), f"blocked in waits; {share}"),
-        ("limit", duration(found.limit_s), f"compute alone or bytes / bandwidth; {limit}"),
-        *((name, amount, words) for name, amount, words in memory_rows(found)),
+        ("predicted step", duration(step), f"rank {explained.rank}, from the topology's constants"),
+        ("exposed", duration(explained.exposed_s), f"blocked in waits; {share}"),
+        ("limit", duration(explained.limit_s), f"compute alone or bytes / bandwidth; {limit}"),
+        *((name, amount, words) for name, amount, words in memory_rows(explained)),
     ]
     boxes = "".join(
         f'<div class="card"><h3>{escape(name)}</h3><b>{escape(value)}</b><p>{escape(words)}</p></div>'
         for name, value, words in cards
     )
-    stopped = f'<p class="warn">The model\'s own code stopped the trace: {escape(found.stopped)}</p>' * bool(
-        found.stopped
+    stopped = f'<p class="warn">The model\'s own code stopped the trace: {escape(explained.stopped)}</p>' * bool(
+        explained.stopped
     )
-    sub = f"{ranks(found)}; explained in {found.seconds:.1f} s in one process. Times are predicted; nothing was run."
+    sub = f"{ranks(explained)}; explained in {explained.seconds:.1f} s in one process. "
+    sub += "Times are predicted; nothing was run."
     head = f'<h1>{escape(title)}</h1><p class="sub">{escape(sub)}</p>'
-    return f'{head}<div class="cards">{boxes}</div>{stopped}{_bar(found)}'
+    return f'{head}<div class="cards">{boxes}</div>{stopped}{_bar(explained)}'
 
 
-def _bar(found: Explained) -> str:
+def _bar(explained: Explained) -> str:
     """What a step is made of, as one bar."""
-    step = found.step_s
+    step = explained.step_s
     if not step:
         return ""
-    waits = found.exposed_s
-    rows = step_rows(found)
+    waits = explained.exposed_s
+    rows = step_rows(explained)
     named = [(name, seconds, words) for name, seconds, words in rows if seconds > 0.0]
     segments = "".join(
         f'<i class="k-{name.replace(" ", "-")}" style="width:{100 * seconds / step:.3f}%" '
@@ -103,8 +104,8 @@ def _bar(found: Explained) -> str:
 # ---------------------------------------------------------------------- timeline
 
 
-def _timeline(found: Explained) -> str:
-    drawn = found.timeline()
+def _timeline(explained: Explained) -> str:
+    drawn = explained.timeline()
     if drawn is None:
         return ""
     layers, title = drawn
@@ -150,28 +151,28 @@ def _timeline(found: Explained) -> str:
 # ---------------------------------------------------------------------- one graph
 
 
-def _part(part: Part, count: int) -> str:
-    head = f"<h2>Graph {part.number} of {count}</h2>" if count > 1 else ""
-    if part.break_reason:
-        head += f'<p class="warn">Ends at a graph break: {escape(part.break_reason)}</p>'
-    if part.refused or part.report is None:
-        return f'<section>{head}<p class="warn">Runs unsharded: {escape(part.refused)}</p></section>'
-    axes = _items(map(axis_words, part.axes)) or "<p>None: no attention was found.</p>"
-    notes = [*(part.choices.notes if part.choices is not None else ()), batch_words(part)]
+def _graph(graph: ExplainedGraph, count: int) -> str:
+    head = f"<h2>Graph {graph.number} of {count}</h2>" if count > 1 else ""
+    if graph.break_reason:
+        head += f'<p class="warn">Ends at a graph break: {escape(graph.break_reason)}</p>'
+    if graph.refused or graph.report is None:
+        return f'<section>{head}<p class="warn">Runs unsharded: {escape(graph.refused)}</p></section>'
+    axes = _items(map(axis_words, graph.axes)) or "<p>None: no attention was found.</p>"
+    notes = [*(graph.choices.notes if graph.choices is not None else ()), batch_words(graph)]
     kinds = (
-        _items(filter(None, notes)) + "".join(map(_attention, part.attentions))
+        _items(filter(None, notes)) + "".join(map(_attention, graph.attentions))
         or "<p>No attention is sharded over tokens.</p>"
     )
-    warnings = "".join(f'<p class="warn">{escape(text)}</p>' for text in part.report.warnings)
-    sent, across = part.sent
-    blocks = "".join(_block(block, part) for block in part.blocks)
+    warnings = "".join(f'<p class="warn">{escape(text)}</p>' for text in graph.report.warnings)
+    sent, across = graph.sent
+    blocks = "".join(_block(block, graph) for block in graph.blocks)
     return (
         f"<section>{head}{warnings}<h2>Sequence axes</h2>{axes}<h2>Plan</h2>{kinds}"
         f"<h2>What stays whole, and why</h2>"
-        f"{_left('Token ops that every rank computes whole', left_of(part))}"
-        f"{_left('Gathered: sharded values that some reader needs whole', part.report.gathered)}"
-        f"{_left('Exchanged in part: halos, other cuts, another dim', part.report.moved)}"
-        f'<h2>This rank\'s graph</h2><p class="sub">{duration(part.seconds())} a step; the rank sends {size(sent)} '
+        f"{_left('Token ops that every rank computes whole', left_of(graph))}"
+        f"{_left('Gathered: sharded values that some reader needs whole', graph.report.gathered)}"
+        f"{_left('Exchanged in part: halos, other cuts, another dim', graph.report.moved)}"
+        f'<h2>This rank\'s graph</h2><p class="sub">{duration(graph.seconds())} a step; the rank sends {size(sent)} '
         f"({size(across)} to other machines). Layers that are alike are shown once. "
         '<label><input type="checkbox" class="views"> views and cuts too</label> '
         '<input class="find" type="search" placeholder="filter lines" aria-label="filter lines"></p>'
@@ -180,8 +181,8 @@ def _part(part: Part, count: int) -> str:
 
 
 def _items(texts: Iterable[str]) -> str:
-    made = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return f"<ul>{made}</ul>" if made else ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def _attention(kind: Attentions) -> str:
@@ -231,7 +232,7 @@ def _attention(kind: Attentions) -> str:
 def _left(title: str, rows: Sequence[Left]) -> str:
     if not rows:
         return f"<h3>{escape(title)}: none</h3>"
-    made = "".join(
+    body = "".join(
         f'<tr><td><code>{escape(row.node)}</code></td><td>{escape(row.op)}</td><td class="n">'
         f"{f'{count} x ' if count > 1 else ''}{cost(row)}</td>"
         f"<td>{escape(row.reason)}</td><td><code>{escape(row.source)}</code></td></tr>"
@@ -240,12 +241,12 @@ def _left(title: str, rows: Sequence[Left]) -> str:
     head = '<th>value</th><th>op</th><th class="n">cost</th><th>why</th><th>your line</th>'
     return (
         f'<h3>{escape(title)}: {len(rows)}</h3><div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{made}</tbody></table></div>"
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def _block(block: Block, part: Part) -> str:
-    whole = part.seconds() or 1.0
+def _block(block: Block, graph: ExplainedGraph) -> str:
+    whole = graph.seconds() or 1.0
     share = 100 * block.alike * block.seconds / whole
     alike = f"{block.alike} alike, " if block.alike > 1 else ""
     head = (

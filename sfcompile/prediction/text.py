@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sfcompile.passes.report.report import Left, short_source
 from sfcompile.prediction.code import Block, Line
-from sfcompile.prediction.explained import Attentions, Axis, Explained, Part
+from sfcompile.prediction.explained import Attentions, Axis, Explained, ExplainedGraph
 
 CANDIDATES, LEFT = 10, 12
 """Rows that a short explanation shows of each table."""
@@ -35,17 +35,17 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us"
 
 
-def ranks(found: Explained) -> str:
+def ranks(explained: Explained) -> str:
     """How many ranks on how many machines."""
-    machines, count = found.topology.num_machines, found.topology.num_ranks
+    machines, count = explained.topology.num_machines, explained.topology.num_ranks
     return f"{count} rank{'s' * (count > 1)} on {machines} machine{'s' * (machines > 1)}"
 
 
-def step_rows(found: Explained) -> list[tuple[str, float, str]]:
+def step_rows(explained: Explained) -> list[tuple[str, float, str]]:
     """What a step is made of, on the rank that is shown: ``(name, seconds, in words)``."""
 
     def total(*kinds: str, placement: str = "") -> float:
-        return sum(part.seconds(*kinds, placement=placement) for part in found.parts)
+        return sum(graph.seconds(*kinds, placement=placement) for graph in explained.graphs)
 
     return [
         ("attention", total(*ATTENTION), "puts, attention with its waits, outputs coming home"),
@@ -64,28 +64,28 @@ def axis_words(axis: Axis) -> str:
     return f"{axis.tokens} tokens{parts}{more}, {axis.flops / 1e9:.1f} GFLOP of attention; {where}"
 
 
-def memory_rows(found: Explained) -> list[tuple[str, str, str]]:
+def memory_rows(explained: Explained) -> list[tuple[str, str, str]]:
     """What a rank must hold: ``(name, size, in words)``."""
     return [
-        ("heap", size(found.heap_bytes), "symmetric memory per rank, two banks shared by all layers and steps"),
-        ("weights", size(found.weight_bytes), "whole on every rank: tokens are split, weights are not"),
+        ("heap", size(explained.heap_bytes), "symmetric memory per rank, two banks shared by all layers and steps"),
+        ("weights", size(explained.weight_bytes), "whole on every rank: tokens are split, weights are not"),
     ]
 
 
-def left_of(part: Part) -> list[Left]:
+def left_of(graph: ExplainedGraph) -> list[Left]:
     """Token ops that every rank computes whole, costliest first, without those that move nothing."""
-    return [] if part.report is None else part.report.left_behind
+    return [] if graph.report is None else graph.report.left_behind
 
 
 def alike(rows: Sequence[Left]) -> list[tuple[Left, int]]:
     """Rows of the same line of source, op, reason and cost once, with how many there are: layers repeat."""
-    found: dict[tuple[object, ...], tuple[Left, int]] = {}
+    kinds: dict[tuple[object, ...], tuple[Left, int]] = {}
     for row in rows:
         # Reasons name the reader, whose number differs from layer to layer.
         key = row.op, row.source, re.sub(r"\w*_\d+\b", "", row.reason), row.flops, row.nbytes
-        first, count = found.get(key, (row, 0))
-        found[key] = first, count + 1
-    return list(found.values())
+        first, count = kinds.get(key, (row, 0))
+        kinds[key] = first, count + 1
+    return list(kinds.values())
 
 
 def cost(row: Left) -> str:
@@ -93,68 +93,70 @@ def cost(row: Left) -> str:
     return f"{row.flops / 1e9:.3f} GFLOP" if row.flops else size(row.nbytes)
 
 
-def text_of(found: Explained, full: bool = False) -> str:
+def text_of(explained: Explained, full: bool = False) -> str:
     """Tables for a terminal; ``full``: every line, candidate and schedule."""
-    step = found.step_s
+    step = explained.step_s
     lines = [
-        f"{found.name} on {found.where}: {ranks(found)}; explained in {found.seconds:.1f} s.",
-        f"Rank {found.rank} is shown. Times are predicted from the topology's constants; nothing was run.",
+        f"{explained.name} on {explained.where}: {ranks(explained)}; explained in {explained.seconds:.1f} s.",
+        f"Rank {explained.rank} is shown. Times are predicted from the topology's constants; nothing was run.",
         "",
         f"step       {step * 1e3:10.2f} ms predicted",
     ]
-    lines += [f"  {name:<9}{seconds * 1e3:10.2f} ms  {words}" for name, seconds, words in step_rows(found)]
+    lines += [f"  {name:<9}{seconds * 1e3:10.2f} ms  {words}" for name, seconds, words in step_rows(explained)]
     if step:
         lines += [
-            f"exposed    {found.exposed_s * 1e3:10.2f} ms of it in waits ({found.exposed_s / step:.1%})",
-            f"limit      {found.limit_s * 1e3:10.2f} ms ({found.limit_s / step:.0%} of the step): the larger of "
-            "compute alone and bytes / bandwidth",
+            f"exposed    {explained.exposed_s * 1e3:10.2f} ms of it in waits ({explained.exposed_s / step:.1%})",
+            f"limit      {explained.limit_s * 1e3:10.2f} ms ({explained.limit_s / step:.0%} of the step): the larger "
+            "of compute alone and bytes / bandwidth",
         ]
-    lines += [f"{name:<11}{amount:>10}     {words}" for name, amount, words in memory_rows(found)]
-    if found.stopped:
-        lines += ["", f"The model's own code stopped the trace: {found.stopped}"]
+    lines += [f"{name:<11}{amount:>10}     {words}" for name, amount, words in memory_rows(explained)]
+    if explained.stopped:
+        lines += ["", f"The model's own code stopped the trace: {explained.stopped}"]
         lines += ["Code between graphs looks at values, and none were computed. Give real tensors, or an earlier cut."]
-    for part in found.parts:
-        lines += ["", *_part(part, found, full)]
+    for graph in explained.graphs:
+        lines += ["", *_graph(graph, explained, full)]
     return "\n".join(lines)
 
 
-def _part(part: Part, found: Explained, full: bool) -> list[str]:
-    several = len(found.parts) > 1
-    lines = [f"==== graph {part.number} of {len(found.parts)}: {duration(part.seconds())} ===="] if several else []
-    if part.break_reason:
-        lines.append(f"ends at a graph break: {part.break_reason}")
-    if part.refused:
-        return [*lines, f"runs unsharded: {part.refused}"]
-    assert part.report is not None
+def _graph(graph: ExplainedGraph, explained: Explained, full: bool) -> list[str]:
+    several = len(explained.graphs) > 1
+    lines = (
+        [f"==== graph {graph.number} of {len(explained.graphs)}: {duration(graph.seconds())} ===="] if several else []
+    )
+    if graph.break_reason:
+        lines.append(f"ends at a graph break: {graph.break_reason}")
+    if graph.refused:
+        return [*lines, f"runs unsharded: {graph.refused}"]
+    assert graph.report is not None
     lines.append("sequence axes")
-    lines += [f"  {axis_words(axis)}" for axis in part.axes] or ["  none: no attention was found"]
-    lines += _notes(part)
-    for kind in part.attentions:
+    lines += [f"  {axis_words(axis)}" for axis in graph.axes] or ["  none: no attention was found"]
+    lines += _notes(graph)
+    for kind in graph.attentions:
         lines += ["", *_attention(kind, full)]
-    if not part.attentions:
+    if not graph.attentions:
         lines.append("no attention is sharded over tokens")
-    lines += ["", *_left("not sharded (token ops that every rank computes whole)", left_of(part), full)]
-    lines += _left("gathered (sharded values that some reader needs whole)", part.report.gathered, full)
-    lines += _left("exchanged in part (halos, other cuts, another dim)", part.report.moved, full)
-    lines += [f"warning: {text}" for text in part.report.warnings]
+    lines += ["", *_left("not sharded (token ops that every rank computes whole)", left_of(graph), full)]
+    lines += _left("gathered (sharded values that some reader needs whole)", graph.report.gathered, full)
+    lines += _left("exchanged in part (halos, other cuts, another dim)", graph.report.moved, full)
+    lines += [f"warning: {text}" for text in graph.report.warnings]
     lines += [
         "",
         "this rank's graph" + ("" if full else f" (lines of {WORTH:.0%} of their block, or that communicate)"),
     ]
-    for block in part.blocks:
+    for block in graph.blocks:
         lines += _block(block, full)
     return lines
 
 
-def batch_words(part: Part) -> str:
+def batch_words(graph: ExplainedGraph) -> str:
     """How the batch is split over groups of ranks, or ""."""
-    if part.groups < 2:
+    if graph.groups < 2:
         return ""
-    return f"{part.groups} groups of ranks take a part of the batch each; what follows is one group's"
+    return f"{graph.groups} groups of ranks take a part of the batch each; what follows is one group's"
 
 
-def _notes(part: Part) -> list[str]:
-    notes = [*(part.choices.notes if part.choices is not None else ()), batch_words(part)]
+def _notes(graph: ExplainedGraph) -> list[str]:
+    notes = [*(graph.choices.notes if graph.choices is not None else ()), batch_words(graph)]
     return ["", *notes] if any(notes) else []
 
 
@@ -178,13 +180,13 @@ def _attention(kind: Attentions, full: bool) -> list[str]:
 def _left(title: str, rows: Sequence[Left], full: bool) -> list[str]:
     if not rows:
         return [f"{title}: none"]
-    found = [(row, 1) for row in rows] if full else alike(rows)
-    shown = found if full else found[:LEFT]
+    kinds = [(row, 1) for row in rows] if full else alike(rows)
+    shown = kinds if full else kinds[:LEFT]
     lines = [f"{title}: {len(rows)}"]
     for row, count in shown:
         times = f"{count} x" if count > 1 else ""
         lines.append(f"  {row.node:<24} {row.op:<24} {times:>5} {cost(row):>13}  {row.source}  -- {row.reason}")
-    hidden = sum(count for _, count in found) - sum(count for _, count in shown)
+    hidden = sum(count for _, count in kinds) - sum(count for _, count in shown)
     return lines + ([f"  ... and {hidden} more"] if hidden else [])
 
 

@@ -110,32 +110,32 @@ def trace(folder: str | Path) -> Iterator[Trace]:
     Raises:
         OptionError: the folder or a file cannot be written.
     """
-    made = Trace(_folder(folder))
+    result = Trace(_folder(folder))
     before, mine = recorder.active, Recorder()
     recorder.active = mine
     try:
-        yield made
+        yield result
     except BaseException:
         # The other ranks may never come: leave what this one did, for whoever looks for the reason.
         session = _session()
         if session is not None:
             with suppress(OptionError):
-                _write_rank(made.folder, _rank_trace(session, mine, time.perf_counter()))
+                _write_rank(result.folder, _rank_trace(session, mine, time.perf_counter()))
         raise
     finally:
         recorder.active = before
     session = _session()
     if session is None:
-        made.report = report_of([], {})
-        log.info("trace: %s", made.report.headline)
+        result.report = report_of([], {})
+        log.info("trace: %s", result.report.headline)
         return
     session.exchange(None, "end a trace")
     own = _rank_trace(session, mine, time.perf_counter())
     everyone = session.exchange(own, "merge their traces")
-    _write_rank(made.folder, own)
+    _write_rank(result.folder, own)
     if session.rank == 0:
-        made.report = merge(everyone, made.folder)
-        log.info("trace in %s: %s", made.folder, made.report.headline)
+        result.report = merge(everyone, result.folder)
+        log.info("trace in %s: %s", result.folder, result.report.headline)
 
 
 def follow_environment() -> None:
@@ -188,15 +188,15 @@ def merge_files(folder: Path) -> TraceReport:
     Raises:
         OptionError: there are none, or one cannot be read.
     """
-    found = sorted(folder.glob("rank*.record.json"))
-    if not found:
+    paths = sorted(folder.glob("rank*.record.json"))
+    if not paths:
         raise OptionError(
             f"{folder} holds no rank*.record.json",
             "ranks leave them at their end",
             f"run the ranks with {VARIABLE} set",
         )
     records = []
-    for path in found:
+    for path in paths:
         try:
             records.append(RankTrace.load(json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -239,11 +239,15 @@ def merge(records: Sequence[RankTrace], folder: Path) -> TraceReport:
 
 def _rank_trace(session: Session, mine: Recorder, met_s: float) -> RankTrace:
     events = [event for event in mine.events if event.rank == session.rank]
-    made = RankTrace(session.rank, session.topology.machine_of, _host(), met_s, events)
+    record = RankTrace(session.rank, session.topology.machine_of, _host(), met_s, events)
     if session.rank == 0:
         expected = predict_layers(session, reports())
-        made.predicted, made.predicted_steps, made.predicted_spans = expected.layers, expected.steps, expected.spans
-    return made
+        record.predicted, record.predicted_steps, record.predicted_spans = (
+            expected.layers,
+            expected.steps,
+            expected.spans,
+        )
+    return record
 
 
 def _write_rank(folder: Path, own: RankTrace) -> None:
@@ -281,12 +285,12 @@ def _folder(folder: str | Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m sfcompile.tracing.trace FOLDER``: merge the files that ranks left, print the table."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if len(given) != 1:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) != 1:
         print("python -m sfcompile.tracing.trace FOLDER: merge the traces that ranks left in it", file=sys.stderr)
         return 2
     try:
-        print(merge_files(Path(given[0])))
+        print(merge_files(Path(arguments[0])))
     except StreamFusionError as error:
         print(f"sfcompile: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from sfcompile.codegen.plan.step import Step, in_order, layer, pipelined, price
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.prediction.explain import explain
-from sfcompile.prediction.explained import Part
+from sfcompile.prediction.explained import ExplainedGraph
 from sfcompile.prediction.predict import simulate as predict
 from sfcompile.runtime.program.stages import GraphStages, Stage
 from sfcompile.runtime.program.topology import Topology
@@ -57,10 +57,10 @@ CASES = {
 }
 
 
-def traced(part: Part, topology: Topology) -> Expected:
+def traced(graph: ExplainedGraph, topology: Topology) -> Expected:
     """What the trace report of rank 0 predicts, in a session that has the graph's programs."""
-    assert part.step is not None and part.report is not None
-    step, report = part.step, part.report
+    assert graph.step is not None and graph.report is not None
+    step, report = graph.step, graph.report
 
     def work(rank: int) -> Expected:
         session = current_session()
@@ -81,15 +81,15 @@ def test_everybody_predicts_the_same_step(name: str, monkeypatch: pytest.MonkeyP
     inputs = [x[: case.samples] for x in inputs]
     options = {"topology": case.topology, "placement": "shard", **case.options}
     simulated, explained = predict(model, *inputs, **options), explain(model, *inputs, **options)
-    (part,) = explained.parts
-    assert part.step is not None and part.choices is not None
+    (graph,) = explained.graphs
+    assert graph.step is not None and graph.choices is not None
 
     # What the case is about.
-    stages = part.step.graph.stages
-    assert part.choices.parts >= case.parts and (case.parts == 1) == all(stage.part < 0 for stage in stages)
-    assert part.groups == simulated.choices.batch == case.groups
-    lines = [(block.alike, line) for block in part.blocks for line in block.lines]
-    assert len(part.step.attention_s) >= case.kinds and len(part.attentions) >= case.kinds
+    stages = graph.step.graph.stages
+    assert graph.choices.parts >= case.parts and (case.parts == 1) == all(stage.part < 0 for stage in stages)
+    assert graph.groups == simulated.choices.batch == case.groups
+    lines = [(block.alike, line) for block in graph.blocks for line in block.lines]
+    assert len(graph.step.attention_s) >= case.kinds and len(graph.attentions) >= case.kinds
     assert case.exchanges == any(line.kind == "exchange" for _, line in lines)
     assert any(line.kind == "gather" for _, line in lines), "the output is gathered"
 
@@ -99,7 +99,7 @@ def test_everybody_predicts_the_same_step(name: str, monkeypatch: pytest.MonkeyP
     assert sum(n * line.seconds for n, line in lines) == pytest.approx(step_s)
     assert sum(n * line.waits_s for n, line in lines) == pytest.approx(explained.exposed_s) == simulated.exposed_s
     assert explained.limit_s == simulated.limit_s <= step_s
-    beside = traced(part, case.topology)
+    beside = traced(graph, case.topology)
     assert sum(seconds for _, seconds in beside.steps) == pytest.approx(step_s)
     assert len(beside.layers) == len({(stage.program, stage.site) for stage in stages})
 
@@ -110,7 +110,7 @@ def test_everybody_predicts_the_same_step(name: str, monkeypatch: pytest.MonkeyP
     assert [replace(s, rank=drawn.members[s.rank], peer=None) for s in drawn.spans] == [
         replace(s, peer=None) for s in beside.spans
     ]
-    everything = simulate(part.step.line, case.topology, record=True).spans
+    everything = simulate(graph.step.line, case.topology, record=True).spans
     assert max(span.stop_s for span in everything if span.rank == 0) <= step_s
     waits = [s for s in drawn.spans if s.lane == "wait"]
     known = {(s.name, round(s.stop_s - s.start_s, 12)) for s in everything if s.lane == "wait"}
@@ -183,7 +183,7 @@ def test_the_expected_order_of_parts() -> None:
     site = replace(attention_site(4, tokens=64), parts=2)
     schedule = build("torus", site, Mesh.of(top, 4, 1), 2, 2)
     order = [(stage.site, stage.phase, stage.part) for stage in in_order("p", [schedule] * 2, 1.0).stages]
-    puts = [[(i, phase, part) for phase in ("put_k", "put_v", "put_q")] for i in (0, 1) for part in (0, 1)]
+    puts = [[(i, phase, graph) for phase in ("put_k", "put_v", "put_q")] for i in (0, 1) for graph in (0, 1)]
     assert order == [
         *puts[0], *puts[1], (0, "attend", -1), (0, "collect", 0), *puts[2], (0, "collect", 1), *puts[3],
         (1, "attend", -1), (1, "collect", 0), (1, "collect", 1),
@@ -201,7 +201,7 @@ PLAIN: dict[str, Any] = {
 
 
 def test_parts_hide_the_compute_between_attentions() -> None:
-    """Two machines, free attention: whole, a layer is compute and then traffic; in parts, they overlap."""
+    """Two machines, free attention: whole, a layer is compute and then traffic; in graphs, they overlap."""
     top = Topology.grid(2, 1, **PLAIN)
     site = attention_site(2, 4, 24, head_dim=8)
     whole = build("torus", site, Mesh.of(top, 2, 1))
@@ -214,4 +214,4 @@ def test_parts_hide_the_compute_between_attentions() -> None:
     assert line.seconds < alone.seconds <= 2 * sent, "a single layer fills and drains"
     assert line.across_bytes == 2 * sent and line.compute_s[0] == pytest.approx(sent)
     both = simulate(pipelined(cut, 3, sent), top)
-    assert both.across_bytes == 3 * 2 * sent, "every part of every layer is sent once"
+    assert both.across_bytes == 3 * 2 * sent, "every graph of every layer is sent once"

@@ -25,8 +25,8 @@ def explained(
 
 
 def test_axes_and_their_carriers() -> None:
-    (part,) = explained().parts
-    (axis,) = part.axes
+    (graph,) = explained().graphs
+    (axis,) = graph.axes
     assert axis.tokens == 27 and axis.segments == (5, 22) and axis.flops > 0
     assert {("image", 1, 22), ("text", 1, 5), ("keep", 1, 5)} == set(axis.inputs)
 
@@ -34,7 +34,7 @@ def test_axes_and_their_carriers() -> None:
 def test_the_plan_is_the_simulators() -> None:
     model, inputs = build("joint")
     found, predicted = explained(), simulate(model, *(x[:1] for x in inputs), topology="1x4")
-    (kind,) = found.parts[0].attentions
+    (kind,) = found.graphs[0].attentions
     (plan,) = predicted.choices.plans.values()
     assert kind.plan == plan and "27 tokens, 4 heads x 4, batch 1, with a mask" in kind.what
     for _, value, sent in (kind.inside, kind.across):
@@ -43,28 +43,28 @@ def test_the_plan_is_the_simulators() -> None:
 
 def test_a_step_is_the_sum_of_its_lines() -> None:
     found = explained()
-    (part,) = found.parts
-    lines = [(block.alike, line) for block in part.blocks for line in block.lines]
+    (graph,) = found.graphs
+    lines = [(block.alike, line) for block in graph.blocks for line in block.lines]
     assert found.step_s == pytest.approx(sum(n * line.seconds for n, line in lines))
     assert 0.0 < found.limit_s <= found.step_s and 0.0 <= found.exposed_s < found.step_s
     # What a layer costs around its attention is what the planner priced, less the compute before it.
-    (kind,) = part.attentions
-    assert part.choices is not None and kind.plan.price.seconds is not None
-    priced = kind.count * (kind.plan.price.seconds - part.choices.other_s)
-    slowest = max(explained(rank=rank).parts[0].seconds("put", "attend", "collect") for rank in range(4))
+    (kind,) = graph.attentions
+    assert graph.choices is not None and kind.plan.price.seconds is not None
+    priced = kind.count * (kind.plan.price.seconds - graph.choices.other_s)
+    slowest = max(explained(rank=rank).graphs[0].seconds("put", "attend", "collect") for rank in range(4))
     assert slowest == pytest.approx(priced, rel=0.02)
 
 
 def test_bytes_of_all_ranks_are_what_the_schedules_send() -> None:
-    parts = [explained(topology="2x2", rank=rank, batch=2).parts[0] for rank in range(4)]
-    (kind,) = parts[0].attentions
-    groups = parts[0].groups
+    graphs = [explained(topology="2x2", rank=rank, batch=2).graphs[0] for rank in range(4)]
+    (kind,) = graphs[0].attentions
+    groups = graphs[0].groups
     assert groups == 2 and "2 groups of ranks" in str(explained(topology="2x2", batch=2))
     sent = [
-        sum(line.nbytes for block in part.blocks for line in block.lines if line.kind in ("put", "attend"))
-        for part in parts
+        sum(line.nbytes for block in graph.blocks for line in block.lines if line.kind in ("put", "attend"))
+        for graph in graphs
     ]
-    copies = [block.alike for block in parts[0].blocks for line in block.lines if line.kind == "attend"]
+    copies = [block.alike for block in graphs[0].blocks for line in block.lines if line.kind == "attend"]
     assert copies == [1] * kind.count  # else the sum above would count blocks once
     assert sum(sent) == kind.count * groups * (kind.inside[2] + kind.across[2])
 
@@ -92,8 +92,8 @@ def test_layers_alike_are_shown_once() -> None:
     with torch.device("meta"):
         model, x = Deep(), torch.empty(1, 4096, 64)
     found = explain(model, x, topology="2x2", placement="shard")
-    (part,) = found.parts
-    layers = [block for block in part.blocks if block.name.startswith("blocks.")]
+    (graph,) = found.graphs
+    layers = [block for block in graph.blocks if block.name.startswith("blocks.")]
     assert sum(block.alike for block in layers) == 6 and len(layers) <= 3
     assert found.weight_bytes == 6 * (64 * 192 + 192) * 4 and found.heap_bytes > 0
     (linear,) = [line for line in layers[-1].lines if line.text.startswith("linear")]
@@ -108,8 +108,8 @@ def test_what_stays_whole_has_a_reason_and_a_line() -> None:
             return torch.cummax(x, 2).values * 2
 
     found = explain(Sorts(), torch.randn(1, 2, 64, 8), topology="1x2", placement="shard")
-    (part,) = found.parts
-    lines = [line for block in part.blocks for line in block.lines if line.text.startswith("cummax")]
+    (graph,) = found.graphs
+    lines = [line for block in graph.blocks for line in block.lines if line.text.startswith("cummax")]
     assert [line.placement for line in lines] == ["whole"] and "mixes the tokens" in lines[0].reason
     assert "torch.cummax(x, 2)" in lines[0].source and "torch.cummax(x, 2)" in str(found)
 
@@ -131,10 +131,10 @@ class Broken(torch.nn.Module):
 
 def test_one_section_per_graph() -> None:
     found = explain(Broken(looks=False), torch.empty(1, 2, 64, 8, device="meta"), topology="1x2", placement="shard")
-    assert len(found.parts) == 2 and not found.stopped
-    assert "graph_break" in found.parts[0].break_reason and "test_explain.py" in found.parts[0].break_reason
-    assert [part.attentions[0].count for part in found.parts] == [1, 1]
-    assert found.step_s == pytest.approx(sum(part.seconds() for part in found.parts))
+    assert len(found.graphs) == 2 and not found.stopped
+    assert "graph_break" in found.graphs[0].break_reason and "test_explain.py" in found.graphs[0].break_reason
+    assert [graph.attentions[0].count for graph in found.graphs] == [1, 1]
+    assert found.step_s == pytest.approx(sum(graph.seconds() for graph in found.graphs))
     text = str(found)
     assert "graph 1 of 2" in text and "graph 2 of 2" in text and "ends at a graph break" in text
 
@@ -142,10 +142,10 @@ def test_one_section_per_graph() -> None:
 def test_a_look_at_values_stops_meta_tensors_only() -> None:
     meta, real = torch.empty(1, 2, 64, 8, device="meta"), torch.randn(1, 2, 64, 8)
     stopped = explain(Broken(looks=True), meta, topology="1x2", placement="shard")
-    assert stopped.parts and stopped.parts[0].attentions and "meta tensors" in stopped.stopped
+    assert stopped.graphs and stopped.graphs[0].attentions and "meta tensors" in stopped.stopped
     assert "Give real tensors" in str(stopped)
     whole = explain(Broken(looks=True), real, topology="1x2", placement="shard")
-    assert not whole.stopped and sum(bool(part.attentions) for part in whole.parts) == 2
+    assert not whole.stopped and sum(bool(graph.attentions) for graph in whole.graphs) == 2
 
 
 def test_a_model_without_attention() -> None:

@@ -13,6 +13,6 @@ def test_the_sums_of_the_parts_are_the_step() -> None:
     model, inputs = build("joint")
     explained = explain(model, *inputs, topology="2x2", placement="shard")
     plain = json.loads(explained.to_json())
-    assert plain["step"]["seconds"] == explained.step_s == sum(part.seconds() for part in explained.parts)
+    assert plain["step"]["seconds"] == explained.step_s == sum(graph.seconds() for graph in explained.graphs)
     assert explained.limit_s <= explained.step_s
     assert plain["memory"]["heap_bytes"] == explained.heap_bytes > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import build
 
-from sfcompile.prediction.explain import Explanation, Part, explain
+from sfcompile.prediction.explain import ExplainedGraph, Explanation, explain
 from sfcompile.prediction.html import page
 
 VOID = {"meta", "link", "br", "input", "rect", "line"}
@@ -71,7 +71,7 @@ def test_the_embedded_json_is_the_explanation(found: Explanation) -> None:
 
 
 def test_plan_timeline_and_graph_are_there(found: Explanation, read: Reader) -> None:
-    (kind,) = found.parts[0].attentions
+    (kind,) = found.graphs[0].attentions
     text = page(found)
     assert text.count('class="taken"') == 1 and all(str(row.candidate) in text for row in kind.plan.rows)
     lanes = {value for tag, name, value in read.attributes if tag == "rect" and name == "class"}
@@ -89,8 +89,8 @@ def test_names_of_users_are_text(found: Explanation) -> None:
 
 
 def test_refused_graphs_and_a_stopped_trace_are_said(found: Explanation) -> None:
-    part = Part(1, None, break_reason="a <break>", refused="no sizes")
-    text = page(Explanation("m", "1x2", found.topology, 0, (part, *found.parts), 0, 0.1, "RuntimeError: item()"))
+    graph = ExplainedGraph(1, None, break_reason="a <break>", refused="no sizes")
+    text = page(Explanation("m", "1x2", found.topology, 0, (graph, *found.graphs), 0, 0.1, "RuntimeError: item()"))
     assert "a &lt;break&gt;" in text and "Runs unsharded: no sizes" in text and "RuntimeError: item()" in text
     assert "Graph 1 of 2" in text
 
