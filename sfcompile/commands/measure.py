@@ -44,7 +44,8 @@ def shift(topology: Topology, across: bool, floats: int) -> ExchangeSchedule:
     mesh = Mesh.of(topology, machines, ranks // machines)
     step = mesh.offset(1, 0) if across else mesh.offset(0, 1)
     owned = tuple(((rank, 1),) for rank in range(ranks))
-    site = ExchangeSite.gather("shift", (ranks, floats), torch.float32, 0, owned)
+    wanted = tuple(tuple((row, 1) for row in sorted({rank, mesh.rank_after(rank, step)})) for rank in range(ranks))
+    site = ExchangeSite("shift", (ranks, floats), torch.float32, 0, 1, 1, owned, 0, wanted)
     origin = RankProgram(
         0,
         {EXCHANGE_START: (Put("x", 0, mesh.back(step), 0),), EXCHANGE_FINISH: (Wait(0, step),)},
@@ -128,7 +129,8 @@ class _Bench:
             name = f"shift {across} {floats}"
             self.session.load(name, [schedule])
             chunk = torch.randn(1, floats)
-            out = torch.empty(self.topology.num_ranks, floats)
+            site = schedule.site
+            out = torch.empty(site.wanted_shape(self.session.rank))
             put_s: list[float] = []
             total_s: list[float] = []
             self.session.meet()
