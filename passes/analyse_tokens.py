@@ -42,13 +42,13 @@ def folded_seeds(graph: fx.Graph, sites: Sequence[Site]) -> list[tuple[fx.Node, 
 
     Attention along them needs no traffic, so they are axes like those of tokens (choose_axes.py).
     """
-    given = {int(n.meta["val"].shape[0]) for n in graph.nodes if n.op == "placeholder" and n.meta["val"].dim()}
-    found: dict[int, tuple[fx.Node, int]] = {}
+    samples = {int(n.meta["val"].shape[0]) for n in graph.nodes if n.op == "placeholder" and n.meta["val"].dim()}
+    seeds: dict[int, tuple[fx.Node, int]] = {}
     for site in sites:
         batch = int(site.q.meta["val"].shape[0])
-        if site.q.meta["val"].dim() == 4 and batch not in given:
-            found.setdefault(batch, (site.q, 0))
-    return list(found.values())
+        if site.q.meta["val"].dim() == 4 and batch not in samples:
+            seeds.setdefault(batch, (site.q, 0))
+    return list(seeds.values())
 
 
 def analyse_tokens(graph: fx.Graph, seeds: Sequence[tuple[fx.Node, int]], rows_from: int = 0) -> Tokens:
@@ -93,10 +93,10 @@ class _Analysis:
             value, layout = self._queue.popleft()
             for node, side in self._readers.get(value, ()):
                 op, rule = self.tokens.views[node], self.tokens.rules[node]
-                for (kind, index), found in rule.spread(op, self.tokens.space, side, layout):
+                for (kind, index), spread in rule.spread(op, self.tokens.space, side, layout):
                     target = op.operands[index].node if kind == "in" else op.outputs[index]
                     if target is not None:
-                        self._add(target, found, node)
+                        self._add(target, spread, node)
 
     def _add(self, value: fx.Node, layout: Layout, origin: fx.Node) -> None:
         if layout.grain > 1 and math.prod(value.meta["val"].shape[layout.dim + 1 :]) % layout.grain:

@@ -49,9 +49,9 @@ def preferences(graph: fx.Graph, tokens: Tokens, sites: Sequence[Site], layouts:
     }
     axes: dict[fx.Node, int] = {}
     for site in sites:
-        found = [axis for axis in _batch_axes(site, tokens, layouts) if axis in allowed]
-        if found:
-            axes[site.node] = max(found, key=lambda axis: (axis in attended, len(having[axis]), axis))
+        possible = [axis for axis in _batch_axes(site, tokens, layouts) if axis in allowed]
+        if possible:
+            axes[site.node] = max(possible, key=lambda axis: (axis in attended, len(having[axis]), axis))
     if not axes:
         return []
     out: list[Preference] = [having[axis] for axis in dict.fromkeys(axes.values())]
@@ -87,14 +87,15 @@ def _token_axis(site: Site, tokens: Tokens, layouts: Layouts) -> int | None:
 
 
 def _by_axis(tokens: Tokens, layouts: Layouts) -> dict[int, dict[fx.Node, Layout]]:
-    found: dict[int, dict[fx.Node, Layout]] = {}
+    """Per axis the values that have it, each with its finest layout along that axis."""
+    having: dict[int, dict[fx.Node, Layout]] = {}
     for value, places in tokens.layouts.items():
         for layout in places.values():
             if layout.runs:
-                there = found.setdefault(layouts.owners.axis_of(layout.runs), {})
+                there = having.setdefault(layouts.owners.axis_of(layout.runs), {})
                 if value not in there or layout.grain < there[value].grain:
                     there[value] = layout
-    return found
+    return having
 
 
 def regions(graph: fx.Graph, sites: Sequence[Site]) -> dict[fx.Node, fx.Node]:
@@ -107,11 +108,11 @@ def regions(graph: fx.Graph, sites: Sequence[Site]) -> dict[fx.Node, fx.Node]:
         fed = {user if user in attentions else feeds.get(user) for user in node.users}
         feeds[node] = next(iter(fed)) if len(fed) == 1 else None
     last = sites[0].node if sites else None
-    found: dict[fx.Node, fx.Node] = {}
+    region: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node in attentions:
             last = node
         goes_with = node if node in attentions else feeds.get(node) or last
         if goes_with is not None:
-            found[node] = goes_with
-    return found
+            region[node] = goes_with
+    return region

@@ -35,50 +35,22 @@ def choose_layouts(
         axis: what the labels of ``tokens`` stand for: "tokens" or "batch" (analyse_tokens.py).
         prefer: layouts to take for some values (choose_axes.py).
     """
-    vectors = {
-        layout.runs: tokens.space.roots(layout.runs)
-        for places in tokens.layouts.values()
-        for layout in places.values()
-        if layout.runs
-    }
-    edges = sorted({edge for runs in vectors.values() for first, n in runs for edge in (first, first + n)})
-    covered = sorted({run for runs in vectors.values() for run in runs})
-    segments = _segments(edges, covered)
-    starts = [first for first, _ in segments]
-    parent = list(range(len(segments)))
-
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    def first_segment(runs: Runs) -> int:
-        return bisect_right(starts, runs[0][0]) - 1
-
-    for runs in vectors.values():
-        home = find(first_segment(runs))
-        for first, n in runs:
-            for i in range(bisect_left(starts, first), bisect_left(starts, first + n)):
-                root = find(i)
-                parent[max(root, home)] = home = min(root, home)
-    weight: dict[int, float] = {}
+    line = _Line(tokens)
+    attention: dict[int, float] = {}
     for site in sites:
         dim = site.q.meta["val"].dim() - 2 if axis == "tokens" else 0
         layout = tokens.layouts[site.q].get((dim, 1, 1, 1))
         if layout is not None and layout.runs:
-            root = find(first_segment(vectors[layout.runs]))
-            weight[root] = weight.get(root, 0.0) + site.flops
-    attention = dict(weight)
+            attention[line.axis(layout)] = attention.get(line.axis(layout), 0.0) + site.flops
+    weight = dict(attention)
     for value, dim, cost in tokens.rows:
         layout = tokens.layouts[value].get((dim, 1, 1, 1))
         if layout is not None and layout.runs:
-            root = find(first_segment(vectors[layout.runs]))
             # Rows of products count only where no attention says which axis to follow.
-            weight[root] = weight.get(root, 0.0) + 1e-9 * cost
+            weight[line.axis(layout)] = weight.get(line.axis(layout), 0.0) + 1e-9 * cost
 
     def rank_of(layout: Layout) -> tuple[float, int, int]:
-        return weight.get(find(first_segment(vectors[layout.runs])), 0.0), -layout.grain, -layout.dim
+        return weight.get(line.axis(layout), 0.0), -layout.grain, -layout.dim
 
     chosen: dict[fx.Node, Layout] = {}
     for value, places in tokens.layouts.items():
@@ -87,9 +59,7 @@ def choose_layouts(
             chosen[value] = prefer[value]
         elif usable:
             chosen[value] = max(usable, key=rank_of)
-    axes = [find(i) for i in range(len(segments))]
-    grains = _grains(tokens, chosen, vectors, segments, num_ranks)
-    owners = Ownership(tokens.space, segments, axes, num_ranks, grains)
+    owners = Ownership(tokens.space, line.segments, line.axes, num_ranks, _grains(tokens, chosen, line, num_ranks))
     for value, layout in list(chosen.items()):
         if not owners.fits(layout):  # rows with several owners: the next best place, or none
             fitting = [place for place in tokens.layouts[value].values() if place.runs and owners.fits(place)]
@@ -98,25 +68,68 @@ def choose_layouts(
             else:
                 del chosen[value]
     summary = tuple(
-        (sum(n for (_, n), a in zip(segments, axes, strict=True) if a == root), axes.count(root), work)
+        (sum(n for (_, n), a in zip(line.segments, line.axes, strict=True) if a == root), line.axes.count(root), work)
         for root, work in sorted(attention.items(), key=lambda item: -item[1])
     )
     return Layouts(chosen, owners, summary)
 
 
-def _grains(
-    tokens: Tokens,
-    chosen: Mapping[fx.Node, Layout],
-    vectors: Mapping[Runs, Runs],
-    segments: Sequence[tuple[int, int]],
-    num_ranks: int,
-) -> dict[int, int]:
+class _Line:
+    """The line of labels, cut into segments wherever the labels of some value begin or end.
+
+    Segments that lie together in one value are of one axis, named after the first of them (union-find).
+
+    Attributes:
+        vectors: the labels of every layout, united ones under one name, by the layout's runs.
+        segments: first label and length of each.
+        axes: the axis of each segment.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.vectors: dict[Runs, Runs] = {
+            layout.runs: tokens.space.roots(layout.runs)
+            for places in tokens.layouts.values()
+            for layout in places.values()
+            if layout.runs
+        }
+        vectors = self.vectors.values()
+        edges = sorted({edge for runs in vectors for first, n in runs for edge in (first, first + n)})
+        covered = sorted({run for runs in vectors for run in runs})
+        self.segments = _segments(edges, covered)
+        self._starts = [first for first, _ in self.segments]
+        self._parent = list(range(len(self.segments)))
+        for runs in vectors:
+            home = self._find(self._first(runs))
+            for i in self.within(runs):
+                root = self._find(i)
+                self._parent[max(root, home)] = home = min(root, home)
+        self.axes = [self._find(i) for i in range(len(self.segments))]
+
+    def _find(self, i: int) -> int:
+        while self._parent[i] != i:
+            self._parent[i] = self._parent[self._parent[i]]
+            i = self._parent[i]
+        return i
+
+    def _first(self, runs: Runs) -> int:
+        return bisect_right(self._starts, runs[0][0]) - 1
+
+    def within(self, runs: Runs) -> list[int]:
+        """The segments that lie in some runs of labels."""
+        spans = ((bisect_left(self._starts, first), bisect_left(self._starts, first + n)) for first, n in runs)
+        return [i for start, stop in spans for i in range(start, stop)]
+
+    def axis(self, layout: Layout) -> int:
+        """The axis that a layout lies on."""
+        return self._find(self._first(self.vectors[layout.runs]))
+
+
+def _grains(tokens: Tokens, chosen: Mapping[fx.Node, Layout], line: _Line, num_ranks: int) -> dict[int, int]:
     """Segments to be cut between rows of a grid only, by first label.
 
     That costs evenness and pays where work (convolutions over the grid) can be sharded in no other way: the FLOPs of
     ops whose value holds the tokens as rows, against the FLOPs that the busiest rank computes more.
     """
-    starts = [first for first, _ in segments]
     gain: dict[tuple[int, int], float] = {}
     total = 0.0
     for op in tokens.views.values():
@@ -125,19 +138,18 @@ def _grains(
         layout = next((chosen[out] for out in op.outputs if out is not None and out in chosen), None)
         if not cost or layout is None or layout.grain == 1:
             continue
-        for first, n in vectors[layout.runs]:
-            for i in range(bisect_left(starts, first), bisect_left(starts, first + n)):
-                key = (i, layout.grain)
-                gain[key] = gain.get(key, 0.0) + cost * segments[i][1] / layout.tokens
-    found: dict[int, int] = {}
+        for i in line.within(line.vectors[layout.runs]):
+            key = (i, layout.grain)
+            gain[key] = gain.get(key, 0.0) + cost * line.segments[i][1] / layout.tokens
+    grains: dict[int, int] = {}
     for (i, grain), saved in sorted(gain.items(), key=lambda item: -item[1]):
-        first, length = segments[i]
+        first, length = line.segments[i]
         rows = -(-(length // grain) // num_ranks) * grain
         waste = (rows - -(-length // num_ranks)) * num_ranks / length
         # In units of an even share: replicated, this work is num_ranks instead of 1; the rest becomes 1 + waste.
-        if first not in found and length % grain == 0 and saved * (num_ranks - 1) > total * waste:
-            found[first] = grain
-    return found
+        if first not in grains and length % grain == 0 and saved * (num_ranks - 1) > total * waste:
+            grains[first] = grain
+    return grains
 
 
 def _segments(edges: Sequence[int], covered: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -35,16 +35,16 @@ def fuse_puts(graph: fx.Graph) -> tuple[int, int]:
     for put in puts:
         root, ticket, program, site, *part = put.args
         assert isinstance(root, fx.Node)
-        found = None if part and part[0] != -1 else _longest(root, position)
-        if found is None:
+        stretch = None if part and part[0] != -1 else _longest(root, position)
+        if stretch is None:
             continue
-        rows, sources = found
+        rows, sources = stretch
         ROW_PROGRAMS[rows.key] = rows
         with graph.inserting_before(put):
-            made = graph.call_function(PUT_FUSED, (sources, ticket, program, site, _phase(put), rows.key))
-        made.meta = dict(put.meta)
-        position[made] = position[put]
-        put.replace_all_uses_with(made)
+            fused_put = graph.call_function(PUT_FUSED, (sources, ticket, program, site, _phase(put), rows.key))
+        fused_put.meta = dict(put.meta)
+        position[fused_put] = position[put]
+        put.replace_all_uses_with(fused_put)
         graph.erase_node(put)
         _erase_unread(graph, root)
         fused += 1

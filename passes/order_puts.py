@@ -9,6 +9,7 @@ which no compiler can undo.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx
@@ -51,7 +52,7 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
     """Order a graph whose tokens come in parts: one part runs up to its next puts before the next part starts.
 
     Every value belongs to a group: that of the latest end (the collect of a part, the end of a gather) that it hangs
-    on, ends numbered in graph order. The ends of an attention's parts follow one another, so all that part 0 needs up
+    on, ends numbered in graph order (``_turns``). The ends of an attention's parts follow one another, so all that part 0 needs up
     to its next puts is computed before the collect of part 1, whose outputs travel meanwhile. In a group the end comes
     first, then puts, each after just what it needs: V (no norm, no RoPE, so the link starts at once), K, and Q last,
     for receivers start on keys. What no put needs (the MLP of a parallel block) waits for the next attend, and runs
@@ -62,68 +63,81 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
     * sites open in their order, and site i in a group no earlier than the last end of site i - 2, so that the bank of
       site i has been read.
     """
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    ends = {node: i + 1 for i, node in enumerate(node for node in nodes if _kind(node) in ENDS)}
-    closed = [max(ends[node] for node in site if node in ends) for site in sites]
     site_of = {node: i for i, site in enumerate(sites) for node in site}
+    ends = {node: i + 1 for i, node in enumerate(node for node in nodes if _kind(node) in ENDS)}
+    members: dict[_Turn, list[fx.Node]] = {}
+    for node, turn in _turns(graph, sites, site_of, ends).items():
+        members.setdefault(turn, []).append(node)
+    order = _Order(graph)
+    urgency = {"put_v": 0, "put_k": 1, "put_q": 2, "exchange_start": 3}
+    pending: list[fx.Node] = []
+    for turn in sorted(members):
+        starts = [node for node in members[turn] if node in site_of and _kind(node) in STARTS]
+        starts.sort(key=lambda node: (site_of[node], urgency[_kind(node)], order.position[node]))
+        attends = [node for node in members[turn] if node in site_of and _kind(node) == "attend"]
+        order.place([node for node in members[turn] if node in ends])
+        order.place(starts)
+        pending += [node for node in members[turn] if node not in attends and node.op != "output"]
+        if attends:
+            order.place([*pending, *attends])
+            pending = []
+    order.place(pending)
+    output = graph.output_node()
+    for node in order.placed:
+        output.prepend(node)
+
+
+_Turn = tuple[int, int]
+"""When a value is computed: after the end of this number (0: before the first), and there the part, in that order."""
+
+
+def _turns(
+    graph: fx.Graph, sites: list[list[fx.Node]], site_of: Mapping[fx.Node, int], ends: Mapping[fx.Node, int]
+) -> dict[fx.Node, _Turn]:
+    """The turn of every node, in graph order (the groups of _order_parts)."""
+    closed = [max(ends[node] for node in site if node in ends) for site in sites]
     opened = [(0, 0)] * len(sites)
-    group: dict[fx.Node, tuple[int, int]] = {}
+    turns: dict[fx.Node, _Turn] = {}
     for node in graph.nodes:
-        mine = max((group[value] for value in node.all_input_nodes), default=(0, 0))
+        mine = max((turns[value] for value in node.all_input_nodes), default=(0, 0))
         if mine[0] == 0:  # before the first end, too, part 0 comes first
             mine = (0, max(mine[1], node.meta.get("part", 0)))
         if node in ends:
             mine = (ends[node], 0)
         elif node in site_of:
             i = site_of[node]
-            earlier = [group[other] for other in sites[i] if other in group]
+            earlier = [turns[other] for other in sites[i] if other in turns]
             if _kind(node) in STARTS:
                 free = (closed[i - NUM_BANKS], 0) if i >= NUM_BANKS else (0, 0)
                 mine = max(mine, free, opened[i - 1] if i else (0, 0))
                 opened[i] = min([mine, *earlier])
             else:
                 mine = max([mine, *earlier])
-        group[node] = mine
+        turns[node] = mine
     for node in reversed(graph.nodes):
         if "part" not in node.meta and node not in site_of and node.op in ("call_function", "get_attr") and node.users:
-            group[node] = max(group[node], min(group[user] for user in node.users))
-    members: dict[tuple[int, int], list[fx.Node]] = {}
-    for node in graph.nodes:
-        members.setdefault(group[node], []).append(node)
+            turns[node] = max(turns[node], min(turns[user] for user in node.users))
+    return turns
 
-    order = [node for node in graph.nodes if node.op == "placeholder"]
-    placed = set(order)
 
-    def place(wanted: fx.Node) -> None:
-        stack = [wanted]
-        while stack:
-            missing = [value for value in stack[-1].all_input_nodes if value not in placed]
-            if missing and stack[-1] not in placed:
-                stack.extend(sorted(missing, key=position.__getitem__, reverse=True))
-                continue
-            node = stack.pop()
-            if node not in placed:
-                placed.add(node)
-                order.append(node)
+class _Order:
+    """A new order of a graph's nodes: each is placed after what it reads, which is placed when it is wanted."""
 
-    urgency = {"put_v": 0, "put_k": 1, "put_q": 2, "exchange_start": 3}
-    pending: list[fx.Node] = []
-    for key in sorted(members):
-        starts = [node for node in members[key] if node in site_of and _kind(node) in STARTS]
-        starts.sort(key=lambda node: (site_of[node], urgency[_kind(node)], position[node]))
-        attends = [node for node in members[key] if node in site_of and _kind(node) == "attend"]
-        for node in [*(node for node in members[key] if node in ends), *starts]:
-            place(node)
-        pending += [node for node in members[key] if node not in attends and node.op != "output"]
-        if attends:
-            for node in [*pending, *attends]:
-                place(node)
-            pending = []
-    for node in pending:
-        place(node)
-    output = next(node for node in graph.nodes if node.op == "output")
-    for node in order:
-        output.prepend(node)
+    def __init__(self, graph: fx.Graph) -> None:
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        # A dict for its order: what is placed, in turn.
+        self.placed = dict.fromkeys(node for node in graph.nodes if node.op == "placeholder")
+
+    def place(self, wanted: Iterable[fx.Node]) -> None:
+        """Place nodes in this order, each with what it needs before it."""
+        for last in wanted:
+            stack = [last]
+            while stack:
+                missing = [value for value in stack[-1].all_input_nodes if value not in self.placed]
+                if missing and stack[-1] not in self.placed:
+                    stack.extend(sorted(missing, key=self.position.__getitem__, reverse=True))
+                    continue
+                self.placed.setdefault(stack.pop())
 
 
 def _kind(node: fx.Node) -> str:

@@ -132,14 +132,15 @@ def _why_whole(has_rule: bool, chosen: OpLayouts) -> str:
         return "no rule for this op"
     if not any(chosen.ins):
         return "the tokens come into being here: before it they fill no single dim"
-    made = next(out for out in chosen.outs if out is not None)
-    if all(chosen.owners.same(operand, made) for operand in chosen.ins if operand is not None):
+    output = next(out for out in chosen.outs if out is not None)
+    if all(chosen.owners.same(operand, output) for operand in chosen.ins if operand is not None):
         return "it mixes the tokens of a sharded value"
     return "its operands hold the tokens in layouts that differ"
 
 
-def _agree(owners: Ownership, need: Layout | Window, made: Layout) -> bool:
-    return isinstance(need, Layout) and owners.same(need, made)
+def _agree(owners: Ownership, need: Layout | Window, own: Layout) -> bool:
+    """Whether shards under a value's own layout are what a reader needs."""
+    return isinstance(need, Layout) and owners.same(need, own)
 
 
 class _Network:
@@ -197,12 +198,12 @@ class _Network:
                 op, chosen = tokens.views[user], placement.chosen[user]
                 for operand, need in zip(op.operands, self._candidates[user], strict=True):
                     if operand.node is value:
-                        made = chosen.ins[operand.index]
-                        movable = need is not None and made is not None
+                        own = chosen.ins[operand.index]
+                        movable = need is not None and own is not None
                         self._edge(gather, self._ids[user] if movable else 1, None)
-                        if need is not None and made is not None and not _agree(chosen.owners, need, made):
+                        if need is not None and own is not None and not _agree(chosen.owners, need, own):
                             self._share[maker] += gather_seconds(
-                                value, self._topology, exchange_fraction(chosen.owners, made, need)
+                                value, self._topology, exchange_fraction(chosen.owners, own, need)
                             )
                         read = True
             elif not is_getitem(user):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from sfcompile.errors import InternalError
-from sfcompile.passes.graph.layout import Key, Layout, Owners, Window
+from sfcompile.passes.graph.layout import Key, Layout, OpLayouts, Owners, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import is_getitem, is_tensor, shape_of
 from sfcompile.passes.rules.attention import Attention
@@ -63,7 +63,7 @@ class _Rewriter:
         self._views = [local.of_part(part, parts) for part in range(parts)]
         self._whole: dict[fx.Node, fx.Node] = {}
         # Shards by part, under the value's own layout; tuples of sharded ops too.
-        self._made: dict[fx.Node, list[fx.Node]] = {}
+        self._shards: dict[fx.Node, list[fx.Node]] = {}
         self._cuts: dict[Key4, fx.Node] = {}
 
     def whole(self, value: fx.Node) -> fx.Node:
@@ -71,29 +71,29 @@ class _Rewriter:
         if value not in self._whole:
             layout = self._layouts.chosen[value]
             self.traffic.gathers.append(value)
-            made = self._made[value]
-            if len(made) == 1:
-                self._whole[value] = self._local.gather(made[0], layout, shape_of(value))
+            shards = self._shards[value]
+            if len(shards) == 1:
+                self._whole[value] = self._local.gather(shards[0], layout, shape_of(value))
             elif layout.outer == 1:
-                self._whole[value] = self._local.gather_parts(made, layout, shape_of(value), self._owners)
+                self._whole[value] = self._local.gather_parts(shards, layout, shape_of(value), self._owners)
             else:
                 raise CannotSplit(f"{value.name} is gathered along a dim that holds more than tokens")
         return self._whole[value]
 
     def shard(self, value: fx.Node, need: Layout | Window, part: int) -> fx.Node:
         """The value as an op needs it: as it was made, cut from the whole, or moved between ranks."""
-        owners, made = self._owners, self._layouts.chosen.get(value)
-        if value in self._made and isinstance(need, Layout) and owners.same(made, need):
-            return self._made[value][part]
+        owners, own = self._owners, self._layouts.chosen.get(value)
+        if value in self._shards and isinstance(need, Layout) and owners.same(own, need):
+            return self._shards[value][part]
         key = (value, need if isinstance(need, Window) else (need.key, owners.owners(need.runs)), part)
         if key not in self._cuts:
-            if (value in self._made and value not in self._whole) or isinstance(need, Window):
+            if (value in self._shards and value not in self._whole) or isinstance(need, Window):
                 if len(self._views) > 1:
                     raise CannotSplit(f"{value.name} changes hands, or neighbours' rows of it are needed")
-            if value in self._made and value not in self._whole:
-                assert made is not None
+            if value in self._shards and value not in self._whole:
+                assert own is not None
                 self.traffic.moves.append((value, need))
-                self._cuts[key] = self._local.exchange(self._made[value][0], made, need, shape_of(value))
+                self._cuts[key] = self._local.exchange(self._shards[value][0], own, need, shape_of(value))
             elif isinstance(need, Window):
                 self._cuts[key] = self._local.window(self.whole(value), need)
             else:
@@ -110,24 +110,21 @@ class _Rewriter:
             for view in self._views:
                 view.origin = node
             if node.op == "output":
-                self._local.graph.output(fx.map_arg(node.args[0], self._result))
+                self._local.graph.output(fx.map_arg(node.args[0], self.whole))
             elif node in self._placement.needs:
                 self._sharded(node)
-            elif is_getitem(node) and node.args[0] in self._made:
+            elif is_getitem(node) and node.args[0] in self._shards:
                 outputs = [
-                    view.getitem(made, node.args[1])
-                    for view, made in zip(self._views, self._made[node.args[0]], strict=True)
+                    view.getitem(several, node.args[1])
+                    for view, several in zip(self._views, self._shards[node.args[0]], strict=True)
                 ]
                 if 0 in shape_of(node):  # no tokens: the same empty value on every rank
                     self._whole[node] = outputs[0]
                 else:
-                    self._made[node] = outputs
+                    self._shards[node] = outputs
                     self._check(node)
             else:
                 self._copy(node)
-
-    def _result(self, value: fx.Node) -> fx.Node:
-        return self.whole(value)
 
     def _sharded(self, node: fx.Node) -> None:
         op, chosen = self._tokens.views[node], self._placement.chosen[node]
@@ -139,19 +136,19 @@ class _Rewriter:
             for part in range(len(self._views))
         ]
         # Rules read the layouts that operands really have, which are those they asked for.
-        given = [need if isinstance(need, Layout) else None for need in self._placement.needs[node]]
-        asked = type(chosen)(given, chosen.outs, self._owners)
+        ins = [need if isinstance(need, Layout) else None for need in self._placement.needs[node]]
+        asked = OpLayouts(ins, chosen.outs, self._owners)
         rule = self._tokens.rules[node]
         if len(self._views) > 1 and isinstance(rule, Attention) and rule.torus(op, asked):
-            made = self._local.attention_in_parts(op, asked, operands, self._views)
+            shards = self._local.attention_in_parts(op, asked, operands, self._views)
         else:
-            made = [rule.emit(op, asked, mine, view) for mine, view in zip(operands, self._views, strict=True)]
+            shards = [rule.emit(op, asked, mine, view) for mine, view in zip(operands, self._views, strict=True)]
         if not any(chosen.outs):
             if len(self._views) > 1:
                 raise CannotSplit(f"{node.name} is a sum over all tokens")
-            self._whole[node] = self._local.all_reduce(made[0])
+            self._whole[node] = self._local.all_reduce(shards[0])
             return
-        self._made[node] = made
+        self._shards[node] = shards
         if is_tensor(node):
             self._check(node)
 
@@ -166,12 +163,12 @@ class _Rewriter:
                     node=node,
                 )
             return
-        for view, value in zip(self._views, self._made[node], strict=True):
-            made = tuple(int(size) for size in value.meta["val"].shape)
+        for view, value in zip(self._views, self._shards[node], strict=True):
+            shape = tuple(int(size) for size in value.meta["val"].shape)
             want = self._owners.local_shape(shape_of(node), layout, view.rank)
-            if made != want:
+            if shape != want:
                 raise InternalError(
-                    f"the local form of {node.name} has shape {list(made)}, its shard has {list(want)}",
+                    f"the local form of {node.name} has shape {list(shape)}, its shard has {list(want)}",
                     f"the rule for {node.target} is wrong for the global shape {list(shape_of(node))}",
                     "report this graph",
                     node=node,

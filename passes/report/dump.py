@@ -29,22 +29,22 @@ class Dump:
         self._passes = 0
         self._last, self._last_name = text, "00_captured.txt"
         self._counts = count_ops(captured)
-        self._found: Mapping[str, str] = {}
+        self._known: Mapping[str, str] = {}
         self.write(self._last_name, text)
 
-    def after(self, name: str, why: str, seconds: float, graph: fx.Graph, found: Mapping[str, str]) -> None:
+    def after(self, name: str, why: str, seconds: float, graph: fx.Graph, known: Mapping[str, str]) -> None:
         """Write one pass's file.
 
         Args:
-            found: all that is known after it, as text; what was known before in the same words is left out.
+            known: all that is known after it, as text; what was known before in the same words is left out.
         """
         self._passes += 1
         file = f"{self._passes:02d}_{name}.txt"
         lines = [f"# pass {self._passes} {name}, {seconds * 1e3:.1f} ms: {why}"]
-        for key, text in found.items():
-            if text and self._found.get(key) != text:
+        for key, text in known.items():
+            if text and self._known.get(key) != text:
                 lines += ["", f"# {key}", *text.splitlines()]
-        self._found = dict(found)
+        self._known = dict(known)
         text, counts = graph_text(graph), count_ops(graph)
         if text == self._last:
             lines += ["", f"# graph as in {self._last_name}"]

@@ -24,12 +24,12 @@ def rank_graph(fn: Any, *args: torch.Tensor) -> fx.Graph:
 
 
 def kinds(graph: fx.Graph) -> list[tuple[str, int]]:
-    found = []
+    calls = []
     for node in graph.nodes:
         if node.target in COMMUNICATION:
             names = [argument.name for argument in node.target._schema.arguments]
-            found.append((str(node.target).split(".")[1], node.args[names.index("site")]))
-    return found
+            calls.append((str(node.target).split(".")[1], node.args[names.index("site")]))
+    return calls
 
 
 def check_banks(graph: fx.Graph) -> None:

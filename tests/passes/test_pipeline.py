@@ -48,8 +48,8 @@ def test_a_wrong_owner_does_not_go_unnoticed(monkeypatch: pytest.MonkeyPatch) ->
     right = Ownership.positions
 
     def off_by_one(self: Ownership, runs: tuple[tuple[int, int], ...], rank: int) -> object:
-        found = right(self, runs, rank)
-        return (found + 1) % len(self.vector(runs)) if rank == 1 and len(found) == 6 else found
+        positions = right(self, runs, rank)
+        return (positions + 1) % len(self.vector(runs)) if rank == 1 and len(positions) == 6 else positions
 
     monkeypatch.setattr(Ownership, "positions", off_by_one)
     with torch.no_grad():
