@@ -51,12 +51,13 @@ def order_puts(graph: fx.Graph) -> int:
 def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node]]) -> None:
     """Order a graph whose tokens come in parts: one part runs up to its next puts before the next part starts.
 
-    Every value belongs to a group: that of the latest end (the collect of a part, the end of a gather) that it hangs
-    on, ends numbered in graph order (``_turns``). The ends of an attention's parts follow one another, so all that part 0 needs up
-    to its next puts is computed before the collect of part 1, whose outputs travel meanwhile. In a group the end comes
-    first, then puts, each after just what it needs: V (no norm, no RoPE, so the link starts at once), K, and Q last,
-    for receivers start on keys. What no put needs (the MLP of a parallel block) waits for the next attend, and runs
-    while chunks travel. Values that belong to no part (modulation, embeddings) are computed for their first reader.
+    Every value belongs to a group (``_turns``): that of the latest end (the collect of a part, the end of a gather)
+    that it hangs on, ends numbered in graph order. The ends of an attention's parts follow one another, so all that
+    part 0 needs up to its next puts is computed before the collect of part 1, whose outputs travel meanwhile. In a
+    group the end comes first, then puts, each after just what it needs: V (no norm, no RoPE, so the link starts at
+    once), K, and Q last, for receivers start on keys. What no put needs (the MLP of a parallel block) waits for the
+    next attend, and runs while chunks travel. Values that belong to no part (modulation, embeddings) are computed for
+    their first reader.
 
     The order of the communication follows from groups, sites and kinds alone, so it is the same on all ranks:
     * an attend is in the group of the last of its puts, and after them; its ends have later numbers;
