@@ -11,6 +11,7 @@ import torch
 from gpu_check_report import Bench, compare, exact, inputs_of, name_of, sdpa, site_of
 from virtual_ranks import VirtualRanks
 
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.builders import BUILDERS, build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
@@ -70,7 +71,7 @@ def _variant(bench: Bench, name: str, dtype: torch.dtype, size: int, variant: st
         mask = mask < 0.5 if kind[1] else mask.to(dtype)
     if variant == "full mask" and mask is not None:
         mask[0, 0, 3] = False  # a query that sees nothing
-    ranks = VirtualRanks(schedule_of(site), bench.device, mask=kind, lse=variant == "lse")
+    ranks = VirtualRanks(schedule_of(site), KernelTarget(bench.device), mask=kind, lse=variant == "lse")
     ranks.put(q, k, v)
     outs = ranks.outputs()
     lse = torch.empty(site.batch, heads, tokens, device=bench.device) if variant == "lse" else None
@@ -96,8 +97,9 @@ def virtual(bench: Bench) -> None:
 
 
 def run_virtual(
-    bench: Bench, name: str, kind: str, ranks: int, dtype: torch.dtype, size: int, **where: Any
-) -> VirtualRanks:
+    bench: Bench, name: str, kind: str, ranks: int, dtype: torch.dtype, size: int,
+    target: KernelTarget | None = None, **where: Any,
+) -> VirtualRanks:  # fmt: skip
     """Three epochs of a schedule on virtual ranks (one in a dry run), each with values of its own.
 
     Args:
@@ -107,7 +109,7 @@ def run_virtual(
     if bench.dry:
         tokens = [n // 20 for n in tokens]
     site = site_of(tokens, 4 if bench.dry else 8, size, dtype)
-    made = VirtualRanks(schedule_of(site, kind), bench.device, **where)
+    made = VirtualRanks(schedule_of(site, kind), target or KernelTarget(bench.device), **where)
     q, k, v = inputs_of(site, bench.device)
     for epoch in range(1, 2 if bench.dry else 4):
         again = v * (-1) ** epoch
@@ -125,7 +127,9 @@ def bounded(bench: Bench) -> None:
     q, k, v = inputs_of(site, bench.device)
     for spins in (20,) if bench.dry else (1 << 14, 1 << 20):
         with bench.case(f"waits give up after {spins} polls"):
-            ranks = VirtualRanks(without_last_put(schedule_of(site)), bench.device, spins=spins, bounded=True)
+            ranks = VirtualRanks(
+                without_last_put(schedule_of(site)), KernelTarget(bench.device), spins=spins, bounded=True
+            )
             assert ranks.attend_kernel is not None
             ranks.put(q, k, v)
             outs = ranks.outputs()

@@ -13,7 +13,7 @@ from gpu_check_kernels import run_virtual, schedule_of
 from gpu_check_report import Bench, Skip, compare, distance, exact, inputs_of, sdpa, site_of
 
 from sfcompile.codegen.engines.device_engine import KernelEngine
-from sfcompile.codegen.engines.launch import architecture
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.toolchain.interpreter import Deadline
 from sfcompile.codegen.toolchain.loader import fill_device_state
@@ -49,14 +49,15 @@ def nvshmem(bench: Bench) -> None:
             joined.bindings.cumodule_init(module)
 
         fill_device_state(fill)
-        library = None if bench.dry else slim_library(architecture(bench.device))
+        library = None if bench.dry else slim_library(KernelTarget(bench.device).architecture)
         calls = Emulated(emulated.address_of, Deadline(20.0)).names() if emulated is not None else None
         for reach, machines in (("nvshmem", (0, 1, 2, 3)), ("mixed", (0, 0, 1, 1))):
             for kind in ("torus",) if bench.dry else ("torus", "ring"):
                 name = f"{reach}, {kind} on 4 virtual ranks of one PE"
                 with bench.case(name):
-                    where = {"allocate": joined.allocate, "calls": calls, "library": library}
-                    made = run_virtual(bench, name, kind, 4, torch.bfloat16, 64, machine_of=machines, **where)
+                    target = KernelTarget(bench.device, library, calls)
+                    where = {"machine_of": machines, "allocate": joined.allocate}
+                    made = run_virtual(bench, name, kind, 4, torch.bfloat16, 64, target, **where)
                     joined.free(made.memory)
         if not bench.dry:
             bench.check(bool(filled), f"the load hook filled NVSHMEM's state into {len(filled)} modules")
@@ -123,13 +124,13 @@ class TwoRanks:
     def __init__(self, bench: Bench) -> None:
         self.site = site_of([40, 24] if bench.dry else [1024, 640], 4, 32 if bench.dry else 64, torch.float16)
         schedule, device = schedule_of(self.site), bench.device
-        self.engines = [KernelEngine(schedule, rank, device, (0, 0)) for rank in range(2)]
+        self.engines = [KernelEngine(schedule, rank, KernelTarget(device), (0, 0)) for rank in range(2)]
         size = HeapSize(len(schedule.slots), max(engine.bank_bytes for engine in self.engines), 2)
         memory = torch.zeros(2, -(-size.segment_bytes // 256) * 256, dtype=torch.uint8, device=device)
         rows = [(part.data_ptr(), 0, part.data_ptr()) for part in memory]
         table = torch.tensor(rows, dtype=torch.int64, device=device)
         self.heaps = [LocalHeap(size, table, (0, 0), part) for part in memory]
-        releases = [ReleaseKernel(rank, 2, device) for rank in range(2)]
+        releases = [ReleaseKernel(rank, 2, KernelTarget(device)) for rank in range(2)]
         self.runs = [DeviceRuns(heap, release, device) for heap, release in zip(self.heaps, releases, strict=True)]
         self.calls = 0
 

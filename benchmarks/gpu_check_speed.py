@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from virtual_ranks import VirtualRanks
 
-from sfcompile.codegen.kernels.attend import attend_arguments
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.kernels.tables import QUERY
 
 LENGTHS = (4096, 16384, 36864)
@@ -80,8 +80,7 @@ class Call:
     def built(self) -> str:
         """Registers, spills and shared memory of the kernel as the driver loaded it."""
         kernel = self.ranks.kernels[0]
-        given = kernel.given(self.out, self.ranks.everyone, None)
-        values = [given[name] for name in attend_arguments(kernel.spec)]
+        values = kernel.values(self.out, self.ranks.everyone, None)
         compiled = kernel.kernel.warmup(*values, grid=(1,), **kernel.options)
         compiled._init_handles()
         return f"{compiled.n_regs} registers, {compiled.n_spills} spilled, {compiled.metadata.shared} bytes shared"
@@ -89,7 +88,7 @@ class Call:
 
 def kernel_of(bench: Bench, length: int, size: int, **tiles: Any) -> Call:
     """A call of the generated kernel on one rank."""
-    ranks = VirtualRanks(schedule_of(_site(bench, length, size)), bench.device, **tiles)
+    ranks = VirtualRanks(schedule_of(_site(bench, length, size)), KernelTarget(bench.device), **tiles)
     ranks.put(*inputs_of(ranks.site, bench.device))
     return Call(ranks, ranks.outputs()[0])
 
@@ -187,7 +186,7 @@ def _pushes(bench: Bench, size: int, length: int) -> None:
     site = site_of([length // 2] * 2, 2 if bench.dry else HEADS, size, torch.bfloat16)
     functions: dict[str, Callable[[], object]] = {}
     for name, changes in (("on", {}), ("off", {}), ("left out of the text", {"pushes": False})):
-        ranks = VirtualRanks(schedule_of(site), bench.device, **changes)
+        ranks = VirtualRanks(schedule_of(site), KernelTarget(bench.device), **changes)
         ranks.put(*inputs_of(site, bench.device))
         first = ranks.kernels[0]
         if name != "on":  # the same work, every output stored to this rank's own tensor

@@ -7,18 +7,17 @@ everything is one device's memory, and nobody is late.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView
+from sfcompile.codegen.engines.target import INTERPRETED_PROGRAMS, KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.kernels.attend import VIRTUAL_ROW, attend_arguments, attend_source
-from sfcompile.codegen.kernels.text import entry_name
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.codegen.toolchain.loader import load_source, resident_programs
+from sfcompile.codegen.toolchain.loader import resident_programs
 from sfcompile.errors import CodegenError
 from sfcompile.runtime.program.intervals import Positions, count
 from sfcompile.runtime.program.sites import AttentionSite
@@ -47,13 +46,11 @@ class VirtualAttend:
             carry=any(kernel.spec.carry for kernel in kernels),
             copy_programs=max(len(kernel.tables.forwards) for kernel in kernels) or 1,
         )
-        calls = first.calls if self.spec.reach != "peer" else None
         self.source = attend_source(self.spec)
         if spins is not None:
             self.source = _SPINS.sub(f"SPINS = tl.constexpr({spins})", self.source)
-        module = load_source(self.source, first.device.type == "cpu", calls)
-        self.kernel = getattr(module, entry_name("attend", self.spec.reach))
-        self._workers = 0 if first.device.type == "cuda" else 2
+        self.kernel = first.target.load(self.source, "attend", self.spec.reach)
+        self._workers = INTERPRETED_PROGRAMS if first.target.interpreted else 0
 
     @property
     def copiers(self) -> int:
@@ -85,22 +82,22 @@ class VirtualAttend:
                 "one launch has one set of strides",
                 "cut them from tensors of one shape",
             )
-        given = first.given(outs[0], heap, mask, None if lses is None else lses[0])
+        named = first.named_values(outs[0], heap, mask, None if lses is None else lses[0])
         strided = next((out for out in outs if out.numel()), outs[0])
-        given |= dict(zip(("out_sb", "out_sh", "out_sr"), strided.stride()[:3], strict=True))
+        named |= dict(zip(("out_sb", "out_sh", "out_sr"), strided.stride()[:3], strict=True))
         rows = [
             self._row(kernel, out, None if lses is None else lses[rank])
             for rank, (kernel, out) in enumerate(zip(self.kernels, outs, strict=True))
         ]
-        given["virtual_ptr"] = torch.tensor(rows, dtype=torch.int64, device=first.device)
-        values = [given[name] for name in attend_arguments(self.spec)]
+        named["virtual_ptr"] = torch.tensor(rows, dtype=torch.int64, device=first.target.device)
+        values = [named[name] for name in attend_arguments(self.spec)]
         workers = self._workers or self._fitting(values)
         self.kernel[(len(self.kernels) * (workers + self.copiers),)](*values, **first.options)
 
     def _fitting(self, values: Sequence[Any]) -> int:
         """Attending programs per rank: as on real ranks, all of them are on the device together."""
         first = self.kernels[0]
-        resident = resident_programs(self.kernel, values, first.options, first.device)
+        resident = resident_programs(self.kernel, values, first.options, first.target.device)
         self._workers = resident // len(self.kernels) - self.copiers
         if self._workers < 1:
             raise CodegenError(
@@ -132,11 +129,9 @@ class VirtualRanks:
     A mesh of one rank runs its kernel as it is.
 
     Args:
-        device: "cpu" runs in Triton's interpreter.
         machine_of: machine of each rank of the mesh: between machines NVSHMEM carries what is sent.
         mask: kind and whether it is boolean.
         allocate: makes zeroed memory of some bytes, uint8; for NVSHMEM it is symmetric memory of PE 0.
-        calls, library: as for AttendKernel.
         spins: see VirtualAttend.
         changes: entries of the kernel's spec.
     """
@@ -144,30 +139,25 @@ class VirtualRanks:
     def __init__(
         self,
         schedule: Schedule,
-        device: torch.device,
+        target: KernelTarget,
         machine_of: tuple[int, ...] | None = None,
         mask: tuple[str, bool] = ("none", True),
         allocate: Callable[[int], torch.Tensor] | None = None,
-        calls: Mapping[str, Callable[..., object]] | None = None,
-        library: Path | None = None,
         spins: int | None = None,
         **changes: Any,
     ) -> None:
         assert isinstance(schedule.site, AttentionSite)
-        self.site, self.device = schedule.site, device
+        self.site, self.device = schedule.site, target.device
         ranks = range(schedule.mesh.num_ranks)
-        self.kernels = [
-            AttendKernel(schedule, rank, device, machine_of, mask, calls=calls, library=library, **changes)
-            for rank in ranks
-        ]
+        self.kernels = [AttendKernel(schedule, rank, target, machine_of, mask, **changes) for rank in ranks]
         self.attend_kernel = VirtualAttend(self.kernels, spins) if len(ranks) > 1 else None
-        self._release = [ReleaseKernel(rank, len(ranks), device, machine_of, calls, library) for rank in ranks]
+        self._release = [ReleaseKernel(rank, len(ranks), target, machine_of) for rank in ranks]
         size = HeapSize(max(len(schedule.slots), 1), self.kernels[0].tables.bank_bytes, len(ranks))
         pitch = -(-size.segment_bytes // _ALIGN) * _ALIGN
         total = pitch * len(ranks)
-        self.memory = allocate(total) if allocate else torch.zeros(total, dtype=torch.uint8, device=device)
+        self.memory = allocate(total) if allocate else torch.zeros(total, dtype=torch.uint8, device=self.device)
         at = [self.memory.data_ptr() + pitch * rank for rank in ranks]
-        self.place = torch.tensor([0, *size.places], dtype=torch.int64, device=device)
+        self.place = torch.tensor([0, *size.places], dtype=torch.int64, device=self.device)
         self.everyone = self._view([(address, 0, address) for address in at], range(0))
         machines = machine_of or (0,) * len(ranks)
         self.heaps = [
@@ -179,7 +169,7 @@ class VirtualRanks:
         ]
         """Each rank's view: what is on another machine is out of reach of loads and stores."""
         self._rows = {
-            name: [_rows(owned, device) for owned in places]
+            name: [_rows(owned, self.device) for owned in places]
             for name, places in (("q", self.site.q_positions), ("k", self.site.kv_positions))
         }
 

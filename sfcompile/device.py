@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ import torch
 from sfcompile.codegen.engines.choice import choose_attention
 from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.loader import fill_device_state
-from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.options import Options
 from sfcompile.runtime.gpu.device_run import DeviceEngine
@@ -79,8 +78,8 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
         fill_device_state(nvshmem.bindings.cumodule_init)
 
         def make_release(domains: Sequence[int]) -> ReleaseKernel:
-            library = _library(device, domains)
-            return ReleaseKernel(session.rank, session.topology.num_ranks, device, domains, library=library)
+            target = KernelTarget.of(device, domains)
+            return ReleaseKernel(session.rank, session.topology.num_ranks, target, domains)
 
         session.use_side(NvshmemSide(nvshmem, session.topology, session.exchange, make_release))
 
@@ -109,8 +108,8 @@ def engines_for(
         bounded = os.environ.get(DEBUG_KERNELS) == "1"
         # Sites of one geometry share their kernels and workspace: calls of a stream follow each other.
         if schedule not in shared:
-            library = _library(device, domains)
-            shared[schedule] = KernelEngine(schedule, session.rank, device, domains, library, bounded=bounded)
+            target = KernelTarget.of(device, domains)
+            shared[schedule] = KernelEngine(schedule, session.rank, target, domains, bounded=bounded)
         return shared[schedule]
 
     return {program: [engine(schedule) for schedule in schedules] for program, schedules in programs.items()}, line
@@ -126,10 +125,3 @@ def topology_for(device: torch.device, job: Topology) -> Topology:
         preset = "h100-ib"
         log.warning("no constants are known for %s: planned as %s; give options={'topology': ...}", name, preset)
     return Topology.parse(f"1x1:{preset}").on(job.machine_of)
-
-
-def _library(device: torch.device, domains: Sequence[int]) -> Path | None:
-    if len(set(domains)) == 1:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return slim_library(10 * major + minor)

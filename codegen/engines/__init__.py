@@ -1,7 +1,8 @@
 """What a rank launches for a site: specs, tables, kernels and their arguments together.
 
-launch.py is the attend kernel, transfers.py the kernels that move; cpu_engine.py drives them in Triton's interpreter on
-CPU ranks, device_engine.py on a GPU. choice.py says whether kernels or ATen run an attention, and why.
+launch.py is an attention's kernels, transfers.py those of exchanges and credits, target.py where they are loaded and
+launched; cpu_engine.py drives them in Triton's interpreter on CPU ranks, device_engine.py on a GPU. choice.py says
+whether kernels or ATen run an attention, and why.
 
 May import: the leaves, runtime/, codegen/schedule/, codegen/rows/, codegen/kernels/ and codegen/toolchain/.
 """

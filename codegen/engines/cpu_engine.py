@@ -65,11 +65,13 @@ class InterpreterEngine:
         from triton.runtime.errors import InterpreterError
 
         from sfcompile.codegen.engines.launch import AttendKernel, HeapView, mask_kind
+        from sfcompile.codegen.engines.target import KernelTarget
         from sfcompile.codegen.toolchain.interpreter import interpreting
 
         kind = mask_kind(mask)
         if kind not in self._kernels:
-            self._kernels[kind] = AttendKernel(self._schedule, self._rank, torch.device("cpu"), mask=kind, programs=1)
+            target = KernelTarget(torch.device("cpu"), programs=1)
+            self._kernels[kind] = AttendKernel(self._schedule, self._rank, target, mask=kind)
         heap = HeapView(access.heaps, access.place(epoch), torch.zeros(0, dtype=torch.int64))
         try:
             with interpreting(access.watch()):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView, mask_kind
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import TransferKernels
 from sfcompile.codegen.kernels.tables import make_tables
 from sfcompile.codegen.rows.rows import RowProgram
@@ -24,8 +24,7 @@ class KernelEngine:
     Args:
         job_rank: rank of the job; a schedule that runs in several groups is seen from its group.
         domains: by rank of the job; ranks of equal number reach each other's memory by load and store.
-        library: NVSHMEM's device code, if there are several domains.
-        calls: stand-ins for NVSHMEM in Triton's interpreter.
+        target: with NVSHMEM's device code, if there are several domains.
         bounded: waits give up after a while and :meth:`check` raises (debug builds).
     """
 
@@ -33,39 +32,36 @@ class KernelEngine:
         self,
         schedule: Schedule,
         job_rank: int,
-        device: torch.device,
+        target: KernelTarget,
         domains: Sequence[int],
-        library: Path | None = None,
-        calls: Mapping[str, Callable[..., object]] | None = None,
         bounded: bool = False,
     ) -> None:
-        self._schedule, self._device, self._bounded = schedule, device, bounded
+        self._schedule, self._target, self._bounded = schedule, target, bounded
         self._rank, self._members = schedule.members(job_rank)
         self._domains = tuple(domains[member] for member in self._members)
-        self._library, self._calls = library, calls
         self._attention: dict[tuple[str, bool], AttendKernel] = {}
         self._transfer: TransferKernels | None = None
         if isinstance(schedule, AttentionSchedule):
             self._bank_bytes = make_tables(schedule, self._rank, 64, self._domains).bank_bytes
         else:
             assert isinstance(schedule, ExchangeSchedule)
-            self._transfer = TransferKernels(schedule, self._rank, device, self._domains, calls, library, bounded)
+            self._transfer = TransferKernels(schedule, self._rank, target, self._domains, bounded)
             self._bank_bytes = self._transfer.bank_bytes
         receivers = sorted({self._members[dst] for dst in self._receivers()})
         self._whole: torch.Tensor | None = None
         self._cut = torch.empty(0)
-        self._receivers_table = torch.tensor(receivers, dtype=torch.int64, device=device)
+        self._receivers_table = torch.tensor(receivers, dtype=torch.int64, device=target.device)
 
     def _receivers(self) -> set[int]:
         """Every rank of the mesh that this one writes to."""
-        found = set()
+        receivers = set()
         for steps in self._schedule.program(self._rank).phases.values():
             for step in steps:
                 if isinstance(step, Put | Forward):
-                    found.add(step.dst)
+                    receivers.add(step.dst)
                 elif isinstance(step, Push):
-                    found.add(step.q.src)
-        return found
+                    receivers.add(step.q.src)
+        return receivers
 
     @property
     def bank_bytes(self) -> int:
@@ -96,7 +92,7 @@ class KernelEngine:
         site: Any = self._schedule.site
         rows = sum(length for _, length in site.q_positions[self._rank])
         # Zeros: queries that no key is there for are not computed.
-        out = torch.zeros(site.batch, site.heads, rows, site.v_head_dim, dtype=site.dtype, device=self._device)
+        out = torch.zeros(site.batch, site.heads, rows, site.v_head_dim, dtype=site.dtype, device=self._target.device)
         self._kernel(mask_kind(mask)).run(out, view, mask=mask)
         return out
 
@@ -123,9 +119,7 @@ class KernelEngine:
     def _kernel(self, kind: tuple[str, bool]) -> AttendKernel:
         if kind not in self._attention:
             assert isinstance(self._schedule, AttentionSchedule)
-            changes = {"bounded": self._bounded}
             self._attention[kind] = AttendKernel(
-                self._schedule, self._rank, self._device, self._domains, kind, calls=self._calls,
-                library=self._library, **changes,
-            )  # fmt: skip
+                self._schedule, self._rank, self._target, self._domains, kind, bounded=self._bounded
+            )
         return self._attention[kind]

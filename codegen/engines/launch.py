@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from sfcompile.codegen.engines.target import INTERPRETED_PROGRAMS, KernelTarget
 from sfcompile.codegen.kernels.attend import attend_arguments, attend_source
 from sfcompile.codegen.kernels.moves import MoveSpec, collect_source, move_arguments, put_source
 from sfcompile.codegen.kernels.spec import KernelSpec, spec_of
-from sfcompile.codegen.kernels.tables import KernelTables, make_tables
-from sfcompile.codegen.kernels.text import entry_name
+from sfcompile.codegen.kernels.tables import QUERY, KernelTables, make_tables
 from sfcompile.codegen.rows.elements import block_of
 from sfcompile.codegen.rows.rows import FUSED_OPTIONS, RowProgram
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.codegen.toolchain.loader import link_options, load_source, resident_programs
+from sfcompile.codegen.toolchain.loader import resident_programs
 from sfcompile.errors import RuntimeTimeoutError
-
-MASK_KINDS = {False: "key", True: "full"}
-MOVE_PROGRAMS = 32
-"""Most programs of a put or collect kernel."""
 
 
 @dataclass(frozen=True)
@@ -47,74 +42,70 @@ def mask_kind(mask: torch.Tensor | None) -> tuple[str, bool]:
     if mask is None:
         return "none", True
     heads, rows = ((1, 1, *mask.shape)[-3], (1, 1, *mask.shape)[-2])
-    return MASK_KINDS[heads > 1 or rows > 1], mask.dtype == torch.bool
+    return "full" if heads > 1 or rows > 1 else "key", mask.dtype == torch.bool
 
 
 class AttendKernel:
-    """One rank's attend phase as one kernel.
+    """One rank's side of an attention as kernels: its attend phase is one, each of its puts and its collect another.
 
     Args:
         rank: of the mesh.
-        device: "cpu" runs in Triton's interpreter.
-        programs: size of the grid for the attention itself; None: what fits on the device at a time.
-        calls: stand-ins for NVSHMEM in the interpreter.
-        library: NVSHMEM's device code (codegen/toolchain/nvshmem_bitcode.py), for ``machine_of`` with several machines
-        on a GPU.
+        machine_of: machine of each rank of the mesh; None: all on one.
+        mask: kind and whether it is boolean (:func:`mask_kind`).
+        merge: see make_tables.
+        changes: entries of the spec, set by hand.
     """
 
     def __init__(
         self,
         schedule: AttentionSchedule,
         rank: int,
-        device: torch.device,
+        target: KernelTarget,
         machine_of: tuple[int, ...] | None = None,
         mask: tuple[str, bool] = ("none", True),
-        programs: int | None = None,
-        calls: Mapping[str, Callable[..., object]] | None = None,
         merge: bool = True,
-        library: Path | None = None,
         **changes: Any,
     ) -> None:
-        self.schedule, self.rank, self.site = schedule, rank, schedule.site
-        arch = architecture(device)
-        spec = spec_of(schedule, arch, machine_of, mask, **changes)
+        self.schedule, self.rank, self.site, self.target = schedule, rank, schedule.site, target
+        spec = spec_of(schedule, target.architecture, machine_of, mask, **changes)
         self.tables: KernelTables = make_tables(schedule, rank, spec.block_m, machine_of, merge)
         self.spec: KernelSpec = spec.with_(carry=self.tables.carry)
         self.source = attend_source(self.spec)
-        name = entry_name("attend", self.spec.reach)
-        self.kernel = getattr(load_source(self.source, arch == 0, calls), name)
-        self._moves: dict[str, Any] = {}
-        for name, width in (("q", self.site.head_dim), ("k", self.site.head_dim), ("v", self.site.v_head_dim)):
-            move = MoveSpec(self.spec.dtype, width, self.spec.reach, self.spec.bounded)
-            self._moves[name] = getattr(load_source(put_source(move), arch == 0, calls), entry_name("put", move.reach))
-        home = MoveSpec(self.spec.dtype, self.site.v_head_dim, self.spec.reach, self.spec.bounded)
-        brings = load_source(collect_source(home), arch == 0, calls)
-        self._moves["o"] = getattr(brings, entry_name("collect", home.reach))
-        self.device, self.calls = device, calls
-        self._library = library
-        self._programs = programs or (0 if arch else 2)
+        self.kernel = target.load(self.source, "attend", self.spec.reach)
+        self._puts: dict[str, Any] = {  # by tensor, or by key of a row program
+            name: target.load(put_source(self._move_spec(width)), "put", self.spec.reach)
+            for name, width in (("q", self.site.head_dim), ("k", self.site.head_dim), ("v", self.site.v_head_dim))
+        }
+        home = collect_source(self._move_spec(self.site.v_head_dim))
+        self._collect = target.load(home, "collect", self.spec.reach)
+        self._programs = target.programs or (INTERPRETED_PROGRAMS if target.interpreted else 0)
         self.fixed = self._tensors()
+
+    def _move_spec(self, width: int) -> MoveSpec:
+        return MoveSpec(self.spec.dtype, width, self.spec.reach, self.spec.bounded)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Tables and workspace on the device."""
-        tables, device = self.tables, self.device
-        found = {
-            name: torch.from_numpy(getattr(tables, name)).to(device)
-            for name in ("units", "queries", "keys", "forwards", "q_positions", "k_positions")
-        }
+        tables, device = self.tables, self.target.device
         state = tables.tiles * self.spec.block_m * (block_of(self.site.v_head_dim) + 2) if tables.carry else 0
-        found["state"] = torch.empty(state, dtype=torch.float32, device=device)
-        found["counters"] = torch.zeros(max(len(self.schedule.slots), 1), dtype=torch.int32, device=device)
-        found |= {f"put_{name}": torch.from_numpy(table).to(device) for name, table in tables.puts.items()}
-        found["collects"] = torch.from_numpy(tables.collects).to(device)
-        found["report"] = torch.zeros(4, dtype=torch.int64, device=device)
-        return found
+        arrays = {
+            name: getattr(tables, name)
+            for name in ("units", "queries", "keys", "forwards", "q_positions", "k_positions", "collects")
+        }
+        arrays |= {f"put_{name}": table for name, table in tables.puts.items()}
+        return {
+            **{name: torch.from_numpy(array).to(device) for name, array in arrays.items()},
+            "state": torch.empty(state, dtype=torch.float32, device=device),
+            "counters": torch.zeros(max(len(self.schedule.slots), 1), dtype=torch.int32, device=device),
+            "report": torch.zeros(4, dtype=torch.int64, device=device),
+        }
 
     @property
     def scalars(self) -> dict[str, int]:
         """Integer arguments that stay the same."""
         heads, kv_heads = self.schedule.heads(self.rank), self.schedule.kv_heads(self.rank)
-        own = self.tables.queries[self.tables.queries[:, 6] < 0]
+        queries = self.tables.queries
+        own = queries[queries[:, QUERY.index("dst")] < 0]
         return {
             "num_units": len(self.tables.units),
             "num_forwards": len(self.tables.forwards),
@@ -123,14 +114,13 @@ class AttendKernel:
             "first_head": heads[0],
             "kv_heads": kv_heads[1] - kv_heads[0],
             "first_kv": kv_heads[0],
-            "own_rows": int(own[:, 2].sum()),
+            "own_rows": int(own[:, QUERY.index("rows")].sum()),
         }
 
-    def programs(self, given: Mapping[str, Any]) -> int:
+    def programs(self, values: Sequence[Any]) -> int:
         """Attending programs of a launch with some arguments: as many as are on the device together, less copiers."""
         if self._programs == 0:
-            values = [given[name] for name in attend_arguments(self.spec)]
-            fitting = resident_programs(self.kernel, values, self.options, self.device)
+            fitting = resident_programs(self.kernel, values, self.options, self.target.device)
             self._programs = fitting - self.copiers
         return self._programs
 
@@ -142,11 +132,10 @@ class AttendKernel:
     @property
     def options(self) -> dict[str, Any]:
         """Triton's options of the launch; none in the interpreter."""
-        if self.device.type == "cpu":
-            return {}
         # Copy programs and attention must be on the device together: one waits for peers that wait for the other.
-        found = {"num_warps": self.spec.warps, "num_stages": self.spec.stages, "launch_cooperative_grid": True}
-        return found | link_options(self._library, self.spec.reach)
+        return self.target.options(
+            self.spec.reach, num_warps=self.spec.warps, num_stages=self.spec.stages, launch_cooperative_grid=True
+        )
 
     def put(self, tensor: str, x: torch.Tensor, heap: HeapView) -> None:
         """Send what others need of "q", "k" or "v" [B, H, L, W], and keep what this rank needs.
@@ -154,40 +143,39 @@ class AttendKernel:
         Heads of ``x`` are all heads, rows the rank's own. Waits for credits of ``heap.receivers`` first.
         """
         x = x if x.stride(-1) == 1 else x.contiguous()
-        given = self._common(heap) | {"x_ptr": x, "puts_ptr": self.fixed[f"put_{tensor}"]}
-        given |= dict(zip(("x_sb", "x_sh", "x_sr"), x.stride()[:3], strict=True))
-        given |= {"num_puts": len(self.tables.puts[tensor])}
-        self._move(tensor, "put", given)
+        values = self._common(heap) | self._puts_of(tensor) | _strided("x", x)
+        names = move_arguments("put", self._move_spec(1))
+        self.target.move(self._puts[tensor], [values[name] for name in names], self.spec.reach)
 
     def put_fused(self, tensor: str, rows: RowProgram, sources: Sequence[torch.Tensor], heap: HeapView) -> None:
         """:meth:`put` of what a row program makes of its sources; the kernel is made at the first call."""
-        if rows.key not in self._moves:
-            move = MoveSpec(self.spec.dtype, rows.width, self.spec.reach, self.spec.bounded)
-            made = load_source(put_source(move, rows), self.device.type == "cpu", self.calls)
-            self._moves[rows.key] = getattr(made, entry_name("put", move.reach))
-        given = self._common(heap) | rows.bind(sources) | {"puts_ptr": self.fixed[f"put_{tensor}"]}
-        self._move(rows.key, "put", given | {"num_puts": len(self.tables.puts[tensor])}, rows)
+        if rows.key not in self._puts:
+            source = put_source(self._move_spec(rows.width), rows)
+            self._puts[rows.key] = self.target.load(source, "put", self.spec.reach)
+        values = self._common(heap) | self._puts_of(tensor) | rows.bind(sources)
+        names = move_arguments("put", self._move_spec(rows.width), rows)
+        self.target.move(self._puts[rows.key], [values[name] for name in names], self.spec.reach, **FUSED_OPTIONS)
 
     def collect(self, out: torch.Tensor, heap: HeapView) -> None:
         """Wait for the outputs that come home and copy them into ``out`` [B, H, Lq, E]."""
-        given = self._common(heap) | {"out_ptr": out}
-        given |= dict(zip(("out_sb", "out_sh", "out_sr"), out.stride()[:3], strict=True))
-        given |= {"collects_ptr": self.fixed["collects"], "num_collects": len(self.tables.collects)}
-        self._move("o", "collect", given)
+        values = self._common(heap) | _strided("out", out) | {"num_collects": len(self.tables.collects)}
+        names = move_arguments("collect", self._move_spec(1))
+        self.target.move(self._collect, [values[name] for name in names], self.spec.reach)
 
-    def _move(self, tensor: str, name: str, given: Mapping[str, Any], rows: RowProgram | None = None) -> None:
-        # Few programs: they run beside the products that make the next tensor.
-        programs = MOVE_PROGRAMS if self.device.type == "cuda" else 2
-        wanted = move_arguments(name, MoveSpec(self.spec.dtype, 1, self.spec.reach, self.spec.bounded), rows)
-        options = {} if self.device.type == "cpu" else link_options(self._library, self.spec.reach)
-        if rows is not None and self.device.type != "cpu":
-            options |= FUSED_OPTIONS
-        self._moves[tensor][(programs,)](*(given[entry] for entry in wanted), **options)
+    def _puts_of(self, tensor: str) -> dict[str, Any]:
+        return {"puts_ptr": self.fixed[f"put_{tensor}"], "num_puts": len(self.tables.puts[tensor])}
 
     def _common(self, heap: HeapView) -> dict[str, Any]:
-        given: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in self.fixed.items()}
-        given |= {"heaps_ptr": heap.heaps, "place_ptr": heap.place, "receivers_ptr": heap.receivers}
-        return given | {"num_receivers": len(heap.receivers), "rank": self.rank, "batch": self.site.batch}
+        """Arguments that several kernels take."""
+        return {
+            **{f"{name}_ptr": tensor for name, tensor in self.fixed.items()},
+            "heaps_ptr": heap.heaps,
+            "place_ptr": heap.place,
+            "receivers_ptr": heap.receivers,
+            "num_receivers": len(heap.receivers),
+            "rank": self.rank,
+            "batch": self.site.batch,
+        }
 
     def run(
         self,
@@ -202,17 +190,21 @@ class AttendKernel:
             mask: as given to the site, broadcastable to [B, H, Lq, Lk].
             lse: fp32 [B, heads of this rank, Lq], natural log-sum-exp of the own queries (spec.lse).
         """
-        given = self.given(out, heap, mask, lse)
-        grid = self.programs(given) + self.copiers
-        self.kernel[(grid,)](*(given[name] for name in attend_arguments(self.spec)), **self.options)
+        values = self.values(out, heap, mask, lse)
+        self.kernel[(self.programs(values) + self.copiers,)](*values, **self.options)
 
-    def given(
+    def values(
+        self, out: torch.Tensor, heap: HeapView, mask: torch.Tensor | None, lse: torch.Tensor | None = None
+    ) -> list[Any]:
+        """What the attention kernel is given, in order; see :meth:`run`."""
+        named = self.named_values(out, heap, mask, lse)
+        return [named[name] for name in attend_arguments(self.spec)]
+
+    def named_values(
         self, out: torch.Tensor, heap: HeapView, mask: torch.Tensor | None, lse: torch.Tensor | None = None
     ) -> dict[str, Any]:
-        """Arguments of the attention kernel by name."""
-        found = self._common(heap) | self.scalars | {"out_ptr": out, "lse_ptr": lse}
-        found |= dict(zip(("out_sb", "out_sh", "out_sr"), out.stride()[:3], strict=True))
-        return found | mask_arguments(mask)
+        """The same by name, and some more."""
+        return self._common(heap) | self.scalars | _strided("out", out) | {"lse_ptr": lse} | mask_arguments(mask)
 
     def check(self) -> None:
         """Raise what a debug build reported; synchronises with the device.
@@ -220,11 +212,20 @@ class AttendKernel:
         Raises:
             RuntimeTimeoutError: a wait gave up.
         """
-        failed, slot, epoch, seen = self.fixed["report"].tolist()
-        if failed:
-            self.fixed["report"].zero_()
-            self.fixed["counters"].zero_()
-            raise gave_up(self.schedule, self.rank, slot, epoch, seen)
+        raise_report(self.schedule, self.rank, self.fixed["report"], self.fixed["counters"])
+
+
+def raise_report(schedule: Schedule, rank: int, report: torch.Tensor, counters: torch.Tensor) -> None:
+    """Raise what a debug build's kernels reported, and make them ready for other launches; see kernels/device.py.
+
+    Raises:
+        RuntimeTimeoutError: a wait gave up.
+    """
+    failed, slot, epoch, seen = report.tolist()
+    if failed:
+        report.zero_()
+        counters.zero_()
+        raise gave_up(schedule, rank, slot, epoch, seen)
 
 
 def gave_up(schedule: Schedule, rank: int, slot: int, epoch: int, seen: int) -> RuntimeTimeoutError:
@@ -256,9 +257,7 @@ def mask_arguments(mask: torch.Tensor | None) -> dict[str, Any]:
     return {"mask_ptr": values} | dict(zip(("mask_sb", "mask_sh", "mask_sr", "mask_sc"), strides, strict=True))
 
 
-def architecture(device: torch.device) -> int:
-    """80, 90, 100, ... of a GPU; 0 for CPUs, where kernels run in the interpreter."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _strided(name: str, x: torch.Tensor) -> dict[str, Any]:
+    """A tensor [B, H, L, W] as a pointer and the strides of its first three dims."""
+    strides = zip((f"{name}_sb", f"{name}_sh", f"{name}_sr"), x.stride()[:3], strict=True)
+    return {f"{name}_ptr": x, **dict(strides)}

@@ -1,9 +1,9 @@
 """What kernel text is written: Triton source from frozen specs.
 
-spec.py says what a kernel is specialised for, tables.py what it reads at run time. attend.py writes fused attention
-with puts inside, moves.py and chunks.py the kernels that only send and receive. reach.py is how they reach other ranks
-(by load and store, by NVSHMEM, or both), text.py what all texts share; device.py is the device code that goes into them
-as it stands.
+spec.py says what a kernel is specialised for, tables.py (chunk_tables.py for exchanges) what it reads at run time.
+attend.py writes fused attention with puts inside, moves.py and chunks.py the kernels that only send and receive.
+reach.py is how they reach other ranks (by load and store, by NVSHMEM, or both), text.py what all texts share; device.py
+is the device code that goes into them as it stands.
 
 May import: the leaves, runtime/program/, codegen/schedule/ and codegen/rows/.
 """

@@ -35,7 +35,8 @@ COLLECT = ("slot", "at", "first_head", "heads", "first_row", "rows")
 """Columns of the tables. A slot of -1: nothing to wait for; a ``dst`` of -1: this rank. ``*_at`` and ``staging`` are
 byte offsets in a bank, ``pitch`` rows from one head to the next, ``position`` places in the list of positions."""
 
-_ALIGN = 128
+BANK_ALIGN = 128
+"""Everything in a bank and in a buffer of chunks lies at a multiple of so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class _Maker:
         self.site = schedule.site
         self.program = schedule.program(rank)
         self.waited: set[int] = set()
-        self.end = align(schedule.heap_bytes, _ALIGN)
+        self.end = align(schedule.heap_bytes, BANK_ALIGN)
         self.own_at = {name: self._reserve(size) for name, size in self._own_bytes().items()}
         self.arrivals = {arrival.slot: arrival for arrival in self.program.arrivals}
 
@@ -143,12 +144,12 @@ class _Maker:
         units, keys, key_chunks = self._units(passes, rows_of, pushes)
         per_query = np.bincount([unit[0] for unit in units], minlength=1)
         return KernelTables(
-            units=_table(units, UNIT),
-            queries=_table(queries, QUERY),
-            keys=_table(keys, KEY),
-            forwards=_table(forwards, FORWARD),
-            puts={name: _table(self._puts(name), PUT) for name in ("q", "k", "v")},
-            collects=_table(self._collects(), COLLECT),
+            units=table_of(units, UNIT),
+            queries=table_of(queries, QUERY),
+            keys=table_of(keys, KEY),
+            forwards=table_of(forwards, FORWARD),
+            puts={name: table_of(self._puts(name), PUT) for name in ("q", "k", "v")},
+            collects=table_of(self._collects(), COLLECT),
             q_positions=_positions(self.schedule.positions("q", chunk) for chunk, _ in chunks),
             k_positions=_positions(self.schedule.positions("k", chunk) for chunk in key_chunks),
             tiles=tile,
@@ -292,7 +293,7 @@ class _Maker:
 
     def _reserve(self, size: int) -> int:
         at = self.end
-        self.end += align(size, _ALIGN)
+        self.end += align(size, BANK_ALIGN)
         return at
 
     def _own_bytes(self) -> dict[str, int]:
@@ -312,5 +313,6 @@ def _positions(chunks: object) -> NDArray[np.int32]:
     return np.concatenate(parts) if parts else np.zeros(1, np.int32)
 
 
-def _table(rows: list[list[int]], columns: tuple[str, ...]) -> Table:
+def table_of(rows: list[list[int]], columns: tuple[str, ...]) -> Table:
+    """Rows as an array, also if there are none."""
     return np.array(rows, dtype=np.int64).reshape(-1, len(columns))

@@ -10,6 +10,7 @@ import torch
 from kernel_ranks import Job, expected, inputs_of, make_site
 from virtual_ranks import VirtualRanks
 
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.builders import BUILDERS
 from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
@@ -35,9 +36,8 @@ def job_of(kind: str, mask: str = "none", drop: str = "") -> Job:
 def ranks_of(job: Job, machine_of: tuple[int, ...] | None = None, spins: int | None = None) -> VirtualRanks:
     calls = Emulated(lambda address, pe: address, POLL).names() if machine_of else None
     kind = (job.mask, job.mask_is_bool)
-    return VirtualRanks(
-        job.schedule(), CPU, machine_of, kind, calls=calls, spins=spins, bounded=spins is not None
-    )  # fmt: skip
+    target = KernelTarget(CPU, calls=calls)
+    return VirtualRanks(job.schedule(), target, machine_of, kind, spins=spins, bounded=spins is not None)
 
 
 def error_of(job: Job, out: torch.Tensor, sign: int = 1) -> float:

@@ -14,6 +14,7 @@ from random_sites import gather_site
 from sfcompile import device
 from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.device import device_of, engines_for, start, topology_for
@@ -80,7 +81,7 @@ def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) 
 
     def engine(schedule: Any, *args: Any, **kwargs: Any) -> KernelEngine:
         built.append((args, kwargs))
-        return KernelEngine(schedule, 0, CPU, (0, 0))
+        return KernelEngine(schedule, 0, KernelTarget(CPU), (0, 0))
 
     monkeypatch.setattr(device, "KernelEngine", engine)
     monkeypatch.setenv(device.DEBUG_KERNELS, "1")

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sfcompile.capture.graph import capture
 from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
@@ -29,19 +30,19 @@ from sfcompile.runtime.rank.session import Session
 CPU = torch.device("cpu")
 
 
-def _side_of(session: Session, rank: int) -> tuple[NvshmemSide, dict[str, Any]]:
-    """The session on an emulated GPU, and stand-ins for what its kernels call."""
+def _side_of(session: Session, rank: int) -> tuple[NvshmemSide, KernelTarget]:
+    """The session on an emulated GPU, and where its kernels run."""
     topology = session.topology
     library = Library(rank, lambda: session.exchange(None, "meet"), lambda pe: topology.same_machine(rank, pe))
     nvshmem = Nvshmem(rank, topology.num_ranks, CPU, session.exchange, (library, library))
-    calls = Emulated(library.address_of, Deadline(20.0)).names()
+    target = KernelTarget(CPU, calls=Emulated(library.address_of, Deadline(20.0)).names())
 
     def make_release(domains: Sequence[int]) -> ReleaseKernel:
-        return ReleaseKernel(rank, topology.num_ranks, CPU, domains, calls)
+        return ReleaseKernel(rank, topology.num_ranks, target, domains)
 
     side = NvshmemSide(nvshmem, topology, session.exchange, make_release)
     session.use_side(side)
-    return side, calls
+    return side, target
 
 
 def run(rank: int, seed: int, kernels: bool, calls: int, late: int = -1) -> dict[str, Any]:
@@ -53,14 +54,14 @@ def run(rank: int, seed: int, kernels: bool, calls: int, late: int = -1) -> dict
     """
     session = session_of()
     topology = session.topology
-    side, calls_of = _side_of(session, rank)
+    side, target = _side_of(session, rank)
     errors, same, sizes = [], True, []
     sleep = random.Random(rank)
     with interpreting(Deadline(20.0)):
         for case_seed in (seed, seed + 1, seed):
             case = random_case(case_seed, ranks=topology.num_ranks)
             schedules = schedules_of(case)
-            engines = [KernelEngine(schedule, rank, CPU, side.domains, None, calls_of) for schedule in schedules]
+            engines = [KernelEngine(schedule, rank, target, side.domains) for schedule in schedules]
             program = f"p{case_seed}"
             session.load(program, schedules, engines if kernels else None)
             sizes.append(session.heap_bytes)
@@ -84,13 +85,13 @@ def fused(rank: int) -> dict[str, Any]:
     got = capture(fx.symbolic_trace(joint_attention), inputs)
     session = session_of()
     topology, ranks = session.topology, session.topology.num_ranks
-    side, calls = _side_of(session, rank)
+    side, target = _side_of(session, rank)
     state = State(got.gm, got.mode, topology, rank, Asked(shard_everything=True, split_batch=False, parts=()))
     state.kernels = state.fuse_puts = True
     with torch.no_grad(), interpreting(Deadline(20.0)):
         compiled = run_pipeline(state)
         (program, schedules), = compiled.programs.items()  # fmt: skip
-        engines = [KernelEngine(schedule, rank, CPU, side.domains, None, calls) for schedule in schedules]
+        engines = [KernelEngine(schedule, rank, target, side.domains) for schedule in schedules]
         session.load(program, schedules, engines)
         want, outs = got.gm(*inputs), [compiled.gm(*inputs) for _ in range(2)]
     errors = [float((out[0] - want[0]).abs().max() / want[0].abs().max()) for out in outs]

@@ -166,6 +166,7 @@ def error_of(job: Job, outs: Sequence[torch.Tensor]) -> float:
 def run_rank(job: Job, rank: int, names: Sequence[str], size: HeapSize) -> torch.Tensor:
     """One rank's part of a job."""
     from sfcompile.codegen.engines.launch import AttendKernel, HeapView
+    from sfcompile.codegen.engines.target import KernelTarget
     from sfcompile.codegen.engines.transfers import ReleaseKernel
     from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
     from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
@@ -174,15 +175,12 @@ def run_rank(job: Job, rank: int, names: Sequence[str], size: HeapSize) -> torch
     own = segments[rank].address
     heaps = torch.tensor([(segment.address, pe, own) for pe, segment in enumerate(segments)])
     poll = Deadline(10.0)
-    calls = None
-    if job.net:
-        emulated = Emulated(lambda address, pe: address - own + segments[pe].address, poll)
-        calls = emulated.names()
+    emulated = Emulated(lambda address, pe: address - own + segments[pe].address, poll)
+    target = KernelTarget(torch.device("cpu"), calls=emulated.names() if job.net else None)
     schedule = job.schedule()
     kernel = AttendKernel(
-        schedule, rank, torch.device("cpu"), job.machine_of, (job.mask, job.mask_is_bool), calls=calls,
-        merge=job.merge, **job.options,
-    )  # fmt: skip
+        schedule, rank, target, job.machine_of, (job.mask, job.mask_is_bool), merge=job.merge, **job.options
+    )
     q, k, v, mask = inputs_of(job)
     site = job.site
     mine = rows_of(site.q_positions[rank]), rows_of(site.kv_positions[rank])
@@ -190,7 +188,7 @@ def run_rank(job: Job, rank: int, names: Sequence[str], size: HeapSize) -> torch
     # Nothing of the last epoch can pass for this one's: every epoch has another sign.
     out = torch.zeros(site.batch, site.heads, len(mine[0]), site.v_head_dim, dtype=site.dtype)
     sleep = random.Random(rank)
-    release = ReleaseKernel(rank, job.ranks, torch.device("cpu"), job.machine_of, calls)
+    release = ReleaseKernel(rank, job.ranks, target, job.machine_of)
     others = torch.tensor([other for other in range(job.ranks) if other != rank], dtype=torch.int64)
     with interpreting(poll):
         for epoch in range(1, job.epochs + 1):

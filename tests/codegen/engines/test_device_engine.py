@@ -9,6 +9,7 @@ from kernel_ranks import Job, make_site
 from random_sites import gather_site
 
 from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.runtime.program.topology import Topology
@@ -19,7 +20,7 @@ TORUS = Job("torus", 2, 2, 2, 2, make_site(16, 4)).schedule()
 
 def test_every_rank_that_is_written_to_gives_credit() -> None:
     for rank in range(4):
-        engine = KernelEngine(TORUS, rank, CPU, (0, 0, 0, 0))
+        engine = KernelEngine(TORUS, rank, KernelTarget(CPU), (0, 0, 0, 0))
         view = engine.view(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(7, dtype=torch.int64))
         senders = {other for other in range(4) if any(arrival.src == rank for arrival in TORUS.program(other).arrivals)}
         assert set(view.receivers.tolist()) == senders and rank not in senders
@@ -27,7 +28,7 @@ def test_every_rank_that_is_written_to_gives_credit() -> None:
 
 def test_a_group_sees_its_part_of_the_jobs_table() -> None:
     gather = replace(build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 2, 1)), groups=((0, 2), (1, 3)))
-    engine = KernelEngine(gather, 3, CPU, (0, 0, 2, 2), calls={})
+    engine = KernelEngine(gather, 3, KernelTarget(CPU, calls={}), (0, 0, 2, 2))
     table = torch.arange(12).view(4, 3)
     view = engine.view(table, torch.zeros(7, dtype=torch.int64))
     assert view.heaps.tolist() == table[[1, 3]].tolist() and view.receivers.tolist() == [1]
@@ -37,6 +38,7 @@ def test_a_group_sees_its_part_of_the_jobs_table() -> None:
 
 
 def test_banks_have_room_for_the_schedule_and_what_lies_beside() -> None:
-    assert KernelEngine(TORUS, 0, CPU, (0, 0, 0, 0)).bank_bytes > TORUS.heap_bytes
-    apart = KernelEngine(TORUS, 0, CPU, (0, 0, 2, 2), calls={}).bank_bytes
-    assert apart > KernelEngine(TORUS, 0, CPU, (0, 0, 0, 0)).bank_bytes  # room to stage what NVSHMEM sends
+    near = KernelEngine(TORUS, 0, KernelTarget(CPU), (0, 0, 0, 0)).bank_bytes
+    assert near > TORUS.heap_bytes
+    apart = KernelEngine(TORUS, 0, KernelTarget(CPU, calls={}), (0, 0, 2, 2)).bank_bytes
+    assert apart > near  # room to stage what NVSHMEM sends

@@ -7,6 +7,7 @@ import torch
 from random_sites import even, rows
 
 from sfcompile.codegen.engines.launch import HeapView
+from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel, TransferKernels
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
@@ -30,16 +31,17 @@ def run(
     segments = []
     poll = Deadline(1.0)
 
-    def calls(rank: int) -> dict[str, object]:
+    def target(rank: int) -> KernelTarget:
         base = [segment.address for segment in segments]
-        return Emulated(lambda address, pe: address - base[rank] + base[pe], poll).names()  # type: ignore[return-value]
+        return KernelTarget(CPU, calls=Emulated(lambda address, pe: address - base[rank] + base[pe], poll).names())
 
-    sizes = {TransferKernels(schedule, rank, CPU, machine_of, {}).bank_bytes for rank in range(RANKS)}
+    unused = KernelTarget(CPU, calls={})
+    sizes = {TransferKernels(schedule, rank, unused, machine_of).bank_bytes for rank in range(RANKS)}
     (bank_bytes,) = sizes
     size = HeapSize(len(schedule.slots), bank_bytes, RANKS)
     segments += [local_segment(size) for _ in range(RANKS)]
-    kernels = [TransferKernels(schedule, rank, CPU, machine_of, calls(rank)) for rank in range(RANKS)]  # type: ignore[arg-type]
-    releases = [ReleaseKernel(rank, RANKS, CPU, machine_of, calls(rank)) for rank in range(RANKS)]  # type: ignore[arg-type]
+    kernels = [TransferKernels(schedule, rank, target(rank), machine_of) for rank in range(RANKS)]
+    releases = [ReleaseKernel(rank, RANKS, target(rank), machine_of) for rank in range(RANKS)]
     outs = [torch.full(shape[rank], -1.0) for rank in range(RANKS)]
     with interpreting(poll):
         for epoch in (1, 2, 3):
@@ -76,7 +78,7 @@ def test_a_gather_and_a_switch(machine_of: tuple[int, ...]) -> None:
 
 def test_reports_of_debug_builds() -> None:
     gather = build_exchange(ExchangeSite.gather("g", (2, 6, 1), torch.float32, 1, even(6, RANKS)), MESH)
-    kernels = TransferKernels(gather, 0, CPU, bounded=True)
+    kernels = TransferKernels(gather, 0, KernelTarget(CPU), bounded=True)
     kernels.check()
     slot = gather.program(0).arrivals[0].slot
     kernels._fixed["report_ptr"].copy_(torch.tensor([1, slot, 4, 3]))

@@ -1,0 +1,65 @@
+"""Where kernels run: what they are linked with, and how many programs move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sfcompile.codegen.engines import target as kernel_target
+from sfcompile.codegen.engines.target import INTERPRETED_PROGRAMS, MOVE_PROGRAMS, KernelTarget
+from sfcompile.codegen.kernels.chunks import ChunkSpec, send_source
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+class Launches:
+    """A kernel that notes its grids and options."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *values, **options: self.seen.append((grid, values, options))
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def test_machines_decide_whether_nvshmem_is_linked(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_target, "slim_library", lambda arch: Path(f"sm_{arch}.bc"))
+    assert KernelTarget.of(GPU, (0, 0)) == KernelTarget(GPU)
+    assert KernelTarget.of(GPU, (0, 1)).library == Path("sm_90.bc")
+    assert KernelTarget(GPU).architecture == 90 and KernelTarget(CPU).architecture == 0
+
+
+def test_launches_have_options_on_gpus_alone() -> None:
+    kernel, library = Launches(), Path("nvshmem.bc")
+    KernelTarget(CPU).move(kernel, [1], "mixed", maxnreg=9)
+    KernelTarget(GPU, library).move(kernel, [1], "mixed", maxnreg=9)
+    KernelTarget(GPU, library).move(kernel, [1], "peer")
+    linked = {"libnvshmem_device": "nvshmem.bc"}
+    assert kernel.seen == [
+        ((INTERPRETED_PROGRAMS,), (1,), {}),
+        ((MOVE_PROGRAMS,), (1,), {"maxnreg": 9, "extern_libs": linked}),
+        ((MOVE_PROGRAMS,), (1,), {}),
+    ]
+
+
+def test_stand_ins_go_to_kernels_that_call_nvshmem(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[tuple[bool, Any]] = []
+
+    def load(source: str, interpret: bool, calls: Any) -> Any:
+        loads.append((interpret, calls))
+        return SimpleNamespace(send="near", send_nvshmem="far")
+
+    monkeypatch.setattr(kernel_target, "load_source", load)
+    target = KernelTarget(CPU, calls={})
+    for reach, want in (("peer", "near"), ("mixed", "far")):
+        assert target.load(send_source(ChunkSpec(reach)), "send", reach) == want
+    assert loads == [(True, None), (True, {})]
