@@ -290,7 +290,7 @@ class Part:
             for program, schedules in self.programs.items():
                 session.load(program, schedules, engines.get(program))
         self.model.run = self._inner()
-        self.model.session = session
+        self.model.session, self.model.name = session, f"package {self.package.digest}"
         if session is not None:
             session.meet()
         return self.model

@@ -10,6 +10,7 @@ import torch
 from sfcompile.errors import InputError, PackageError, StreamFusionError
 from sfcompile.package.call import Signature, restore
 from sfcompile.runtime.rank.session import Session
+from sfcompile.torch_private import autocast_off
 
 
 class LoadedModel:
@@ -20,10 +21,12 @@ class LoadedModel:
         plan: the plan as text.
         run: the local graph: its placeholders' values to its outputs.
         session: of this rank; None: one rank.
+        name: of the package, the same on every rank: calls are told apart by it.
     """
 
     run: Callable[..., Any]
     session: Session | None = None
+    name: str = "package"
 
     def __init__(self, manifest: Mapping[str, Any], plan: str, weights: Mapping[str, torch.Tensor]) -> None:
         self.manifest = manifest
@@ -53,19 +56,20 @@ class LoadedModel:
         values = list(self._values)
         for place, source in self._slots:
             values[place] = _laid_out(tensors[source], self._strides[source], f"input {source}")
-        outputs = self._run(values)
+        outputs = self._run(values, tensors)
         kept = len(outputs) - len(self._written)
         for place, value in zip(self._written, outputs[kept:], strict=True):
             target = dict(self._slots).get(place)
             (values[place] if target is None else tensors[target]).copy_(value)
         return restore(self._result, [*outputs[:kept], *tensors])
 
-    def _run(self, values: Sequence[torch.Tensor]) -> list[Any]:
+    def _run(self, values: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[Any]:
         """The graph's outputs; whatever it raises is told to the other ranks, which wait for what it would send."""
-        if self.session is None:
-            return _outputs(self.run, values)
-        with self.session.guard():
-            return _outputs(self.run, values)
+        with autocast_off():  # the casts of autocast stand in the graph
+            if self.session is None:
+                return _outputs(self.run, values)
+            with self.session.call(self.name, inputs):
+                return _outputs(self.run, values)
 
     def __repr__(self) -> str:
         return f"LoadedModel({self.manifest['model']}, {self.manifest['ranks']} ranks: {self.manifest['plan']})"
