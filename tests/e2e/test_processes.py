@@ -1,87 +1,108 @@
-"""Whole models on real processes: launched as torchrun would, talking through shared memory, TCP and gloo."""
+"""Whole models on real processes, under torchrun's environment, talking through shared memory, TCP and gloo."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import model_cases
 import pytest
+from processes import Outcome, preload, run_outcomes, run_processes
 
-WORKER = str(Path(__file__).with_name("worker.py"))
+MODELS = ("flux", "sd3", "pixart_sigma", "wan_t2v", "cogvideox_rope")
+# ranks of each machine
+LAYOUTS = {"4": (4,), "3": (3,), "2": (2,), "2x2": (2, 2)}
 
-
-def run(tmp_path: Path, ranks: int, *case: str, machines: int = 1, timeout_s: float = 240.0) -> tuple[int, list[str]]:
-    """Exit code, and every rank's output (rank 0's included: it is redirected through a launcher of its own)."""
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; from pathlib import Path; from sfcompile.commands.launch import launch; "
-        f"sys.exit(launch({[WORKER, *case]!r}, {ranks}, {machines}, log_dir=Path({str(tmp_path)!r}), "
-        f"timeout_s={timeout_s}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s + 30, check=False
-    )
-    logs = [done.stdout + done.stderr]
-    logs += [(tmp_path / f"rank{rank}.log").read_text(errors="replace") for rank in range(1, ranks)]
-    return done.returncode, logs
+preload("diffusers_models", "clients", "model_cases")
 
 
-def passes(tmp_path: Path, ranks: int, *case: str, machines: int = 1) -> None:
-    code, logs = run(tmp_path, ranks, *case, machines=machines)
-    assert code == 0, "\n".join(logs)[-6000:]
+def machines(layout: str) -> list[int]:
+    """The machine of every rank."""
+    return [machine for machine, count in enumerate(LAYOUTS[layout]) for _ in range(count)]
+
+
+def passes(layout: str, *case: str) -> None:
+    homes = machines(layout)
+    run_processes(len(homes), model_cases.run, case, homes, timeout_s=240.0)
     assert left_in_shared_memory() == []
+
+
+def outcomes(layout: str, *case: str) -> Iterator[Outcome]:
+    """Of a case that must fail, and not by the time limit."""
+    homes = machines(layout)
+    ended = run_outcomes(len(homes), model_cases.run, case, homes, timeout_s=100.0)
+    assert left_in_shared_memory() == []
+    for outcome in ended:
+        assert outcome.exit_code is not None, f"rank {outcome.rank} still ran:\n{outcome.log[-3000:]}"
+    assert any(outcome.error is not None for outcome in ended)
+    yield from ended
 
 
 def left_in_shared_memory() -> list[str]:
     return [name for name in os.listdir("/dev/shm") if name.startswith("sfcompile-")]
 
 
-MODELS = ("flux", "sd3", "pixart_sigma", "wan_t2v", "cogvideox_rope")
+def thorough(*values: str) -> object:
+    """A cell of a matrix that `make test` takes by its other rows and columns."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
 
 
-@pytest.mark.parametrize(("ranks", "machines"), [(4, 1), (3, 1), (2, 1), (4, 2)])
-def test_diffusers_models(tmp_path: Path, ranks: int, machines: int) -> None:
-    passes(tmp_path, ranks, "models", *MODELS, machines=machines)
+# Every model and every layout once; all pairs in `make test-all`.
+QUICK = dict(zip(MODELS, ("2x2", "4", "3", "2x2", "2"), strict=True))
+PAIRS = [
+    (model, layout) if QUICK[model] == layout else thorough(model, layout) for model in MODELS for layout in LAYOUTS
+]
 
 
-@pytest.mark.parametrize(("ranks", "machines"), [(4, 1), (4, 2), (3, 1)])
-def test_every_mesh(tmp_path: Path, ranks: int, machines: int) -> None:
-    passes(tmp_path, ranks, "meshes", machines=machines)
+@pytest.mark.parametrize(("model", "layout"), PAIRS)
+def test_diffusers_models(model: str, layout: str) -> None:
+    passes(layout, "model", model)
 
 
-@pytest.mark.parametrize("machines", [1, 2])
-def test_every_schedule_and_the_batch_split(tmp_path: Path, machines: int) -> None:
-    passes(tmp_path, 4, "schedules", machines=machines)
+@pytest.mark.parametrize("layout", ["2x2", "3", thorough("4")])
+def test_every_mesh(layout: str) -> None:
+    passes(layout, "meshes")
 
 
-def test_inductor_runs_the_local_graph(tmp_path: Path) -> None:
-    passes(tmp_path, 2, "inductor")
+@pytest.mark.parametrize("layout", ["2x2", thorough("4")])
+def test_every_schedule_and_the_batch_split(layout: str) -> None:
+    passes(layout, "schedules")
+
+
+def test_inductor_runs_the_local_graph() -> None:
+    passes("2", "inductor")
 
 
 @pytest.mark.parametrize("name", ["shm", "c10d"])
-def test_transport_by_name(tmp_path: Path, name: str) -> None:
-    passes(tmp_path, 2, "transport", name)
+def test_transport_by_name(name: str) -> None:
+    passes("2", "transport", name)
 
 
-@pytest.mark.parametrize("case", ["heap", "shapes", "dynamic", "no_attention", "options_of_a_second_model"])
-def test_case_passes(tmp_path: Path, case: str) -> None:
-    passes(tmp_path, 2, case)
+@pytest.mark.parametrize("case", ["heap", "shapes", "no_attention", "options_of_a_second_model"])
+def test_case_passes(case: str) -> None:
+    passes("2", case)
+
+
+@pytest.mark.parametrize("model", ["plain", thorough("sd3")])
+def test_resolutions_are_compiled_once_each(model: str) -> None:
+    passes("2", "dynamic", model)
 
 
 def test_a_package_gives_the_bits_of_the_compile(tmp_path: Path) -> None:
-    passes(tmp_path, 4, "package", str(tmp_path / "plain.sf"))
+    passes("4", "package", str(tmp_path / "plain.sf"))
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_diffusers_pipeline_draws_the_same(tmp_path: Path, kind: str) -> None:
-    passes(tmp_path, 4, "pipeline", kind)
+def test_a_diffusers_pipeline_draws_the_same(kind: str) -> None:
+    passes("4", "pipeline", kind)
 
 
-@pytest.mark.parametrize("ranks", [4, 3])
-def test_a_dit_in_plain_pytorch_at_three_resolutions(tmp_path: Path, ranks: int) -> None:
-    passes(tmp_path, ranks, "own_dit")
+@pytest.mark.parametrize("layout", ["3", thorough("4")])
+def test_a_dit_in_plain_pytorch_at_three_resolutions(layout: str) -> None:
+    passes(layout, "own_dit")
 
 
 @pytest.mark.parametrize(
@@ -94,27 +115,29 @@ def test_a_dit_in_plain_pytorch_at_three_resolutions(tmp_path: Path, ranks: int)
         ("strict", "token ops are not sharded"),
     ],
 )
-def test_wrong_input_is_one_clear_error_on_every_rank(tmp_path: Path, case: str, text: str) -> None:
-    code, logs = run(tmp_path, 2, case)
-    assert code != 0
-    for rank, log in enumerate(logs):
-        assert text in log, f"rank {rank}:\n{log[-3000:]}"
-    assert left_in_shared_memory() == []
+def test_wrong_input_is_one_clear_error_on_every_rank(case: str, text: str) -> None:
+    for outcome in outcomes("2", case):
+        assert text in str(outcome.error), f"rank {outcome.rank}:\n{outcome.log[-3000:]}"
 
 
-def test_other_shapes_later_ends_on_every_rank(tmp_path: Path) -> None:
-    code, logs = run(tmp_path, 2, "other_shapes_later", timeout_s=100)
-    assert code not in (0, 124)
-    assert any("not every rank came along" in log or "waited 4 s" in log for log in logs), logs
+def test_other_shapes_later_ends_on_every_rank() -> None:
+    said = [str(outcome.error) for outcome in outcomes("2", "other_shapes_later")]
+    assert any("not every rank came along" in text or "waited 4 s" in text for text in said), said
 
 
-def test_shm_with_two_machines_is_refused(tmp_path: Path) -> None:
-    code, logs = run(tmp_path, 2, "transport", "shm", machines=2)
-    assert code not in (0, 124)
-    assert all("transport='shm' with 2 machines" in log for log in logs)
+def test_shm_with_two_machines_is_refused() -> None:
+    homes = (0, 1)
+    for outcome in run_outcomes(2, model_cases.run, ("transport", "shm"), homes):
+        assert "transport='shm' with 2 machines" in str(outcome.error), outcome.log[-3000:]
 
 
 def test_killed_rank_is_named_and_nothing_is_left(tmp_path: Path) -> None:
-    code, logs = run(tmp_path, 3, "killed")
-    assert code not in (0, 124)
+    """As a user would see it: ranks that our launcher started, each a program of its own."""
+    argv = [str(model_cases.__file__), "killed"]
+    code = (
+        "import sys; from pathlib import Path; from sfcompile.commands.launch import launch; "
+        f"sys.exit(launch({argv!r}, 3, log_dir=Path({str(tmp_path)!r}), timeout_s=240))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=270, check=False)
+    assert done.returncode not in (0, 124), done.stderr[-3000:]
     assert left_in_shared_memory() == []

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 from random_sites import Case, attention_site, every_case, gather_site, random_case
 
@@ -315,3 +316,21 @@ def divides(rank: int) -> float:
 def hangs(rank: int) -> None:
     """Rank 1 never returns."""
     time.sleep(1000 * rank)
+
+
+def imported_by(rank: int) -> tuple[int, int]:
+    """The process that imported the processes' module, and this one."""
+    return processes.IMPORTED_BY, os.getpid()
+
+
+class Private(Exception):
+    """Pickle makes it anew from one argument, and fails."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"of two arguments: {first}, {second}")
+
+
+def raises_what_cannot_travel(rank: int) -> None:
+    """After it wrote something."""
+    print("on the way")
+    raise Private("a", "b")

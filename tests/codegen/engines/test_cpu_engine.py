@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import device_workers
 import pytest
-from threads import run_outcomes, run_processes
+from processes import run_outcomes, run_processes
 
 from sfcompile.errors import PeerFailedError, RuntimeTimeoutError
 

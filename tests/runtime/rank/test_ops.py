@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import rank_workers
 import torch
+from processes import run_processes
 from random_sites import attention_site, random_case
 from rank_workers import attend_and_gather, schedules_of
-from threads import run_processes, run_threads
+from threads import run_threads
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

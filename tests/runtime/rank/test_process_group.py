@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import rank_workers
-from threads import run_outcomes
+from processes import run_outcomes
 
 from sfcompile.errors import HeapError, RankMismatchError, RuntimeTimeoutError, TopologyError, UnsupportedError
 from sfcompile.runtime.program.topology import Topology

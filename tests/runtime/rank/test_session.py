@@ -6,9 +6,10 @@ import out_of_step
 import pytest
 import rank_workers
 import torch
+from processes import run_outcomes, run_processes
 from random_sites import gather_site
 from rank_workers import sf
-from threads import run_outcomes, run_processes, run_threads
+from threads import run_threads
 
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import rank_workers
 import torch
-from threads import run_outcomes, run_processes
+from processes import run_outcomes, run_processes
 
 from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError
 from sfcompile.runtime.wires import c10d as transport_c10d

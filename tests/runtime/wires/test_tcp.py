@@ -12,7 +12,7 @@ import pytest
 import rank_workers
 import tcp_ranks
 import torch
-from threads import run_outcomes, run_processes
+from processes import run_outcomes, run_processes
 
 from sfcompile.errors import PeerDiedError, PeerFailedError, RankMismatchError, RuntimeTimeoutError
 from sfcompile.runtime.program.instructions import Arrival, Chunk

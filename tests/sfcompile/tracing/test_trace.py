@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import rank_workers
-from threads import run_processes
+from processes import run_processes
 
 import sfcompile
 from sfcompile.errors import OptionError

@@ -1,4 +1,7 @@
-"""One rank of an end-to-end test: ``worker.py CASE [ARGUMENT...]``. Exits 0 if the case holds on this rank."""
+"""What one rank of an end-to-end test does: ``run(rank, CASE, ARGUMENT...)`` ends well if the case holds on this rank.
+
+As a program, under torchrun or our launcher: ``model_cases.py CASE [ARGUMENT...]``.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,28 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import sfcompile  # noqa: F401  before the path changes
+from sfcompile.backend import last_report, reports
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-RANK = int(os.environ["RANK"])
-RANKS = int(os.environ["WORLD_SIZE"])
+def rank() -> int:
+    """Of this process: ranks are forked from one that has imported this file, so it is no constant."""
+    return int(os.environ["RANK"])
+
+
+def ranks() -> int:
+    """How many there are."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def run(rank: int, case: str, *arguments: str) -> None:
+    """One case on one rank."""
+    with torch.no_grad():
+        globals()[f"case_{case}"](*arguments)
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -47,24 +60,16 @@ class Plain(nn.Module):
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     """The fp32 contract."""
     error = float((got - want).abs().max() / want.abs().max())
-    assert error <= 1e-5, f"rank {RANK}: error {error:.2e} of the output's scale"
+    assert error <= 1e-5, f"rank {rank()}: error {error:.2e} of the output's scale"
 
 
 def tokens(count: int = 50) -> torch.Tensor:
     return torch.randn(2, count, 32, generator=torch.Generator().manual_seed(1))
 
 
-def case_models(*names: str) -> None:
-    """Each model in turn, in one set of processes."""
-    for name in names:
-        check_model(name)
-
-
-def check_model(name: str) -> None:
+def case_model(name: str) -> None:
     """A diffusers model equals one-process eager, twice the same bits; its FLOPs are divided."""
     from diffusers_models import build
-
-    from sfcompile.backend import last_report
 
     torch._dynamo.reset()
     model, inputs = build(name)
@@ -75,11 +80,11 @@ def check_model(name: str) -> None:
     close(first, want)
     assert torch.equal(first, second), "not repeatable"
     plan = last_report()
-    assert plan is not None and (plan.sharded_sites > 0 or plan.batch == RANKS), str(plan)
-    share = mine * RANKS / total
-    print(f"{name}: rank {RANK} of {RANKS}: share {share:.3f} of total/{RANKS}, plan says {plan.share:.3f}")
-    if RANKS == 4:
-        assert share <= 1.10, f"rank {RANK} computes {share:.3f} x total/{RANKS}\n{plan}"
+    assert plan is not None and (plan.sharded_sites > 0 or plan.batch == ranks()), str(plan)
+    share = mine * ranks() / total
+    print(f"{name}: rank {rank()} of {ranks()}: share {share:.3f} of total/{ranks()}, plan says {plan.share:.3f}")
+    if ranks() == 4:
+        assert share <= 1.10, f"rank {rank()} computes {share:.3f} x total/{ranks()}\n{plan}"
 
 
 def profiled_flops(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
@@ -107,7 +112,8 @@ def case_two_machines(*names: str) -> None:
     """Models on ranks that a real torchrun placed on two machines."""
     from sfcompile.runtime.rank.session import current_session
 
-    case_models(*names)
+    for name in names:
+        case_model(name)
     assert current_session().topology.machine_of == (0, 0, 1, 1)
 
 
@@ -121,10 +127,10 @@ def case_meshes() -> None:
     """Every mesh of these ranks (heads that do not divide too), uneven tokens, many steps, two programs in turn."""
     model = Plain()
     runs = []
-    for ulysses in range(1, RANKS + 1):
-        if RANKS % ulysses == 0:
+    for ulysses in range(1, ranks() + 1):
+        if ranks() % ulysses == 0:
             torch._dynamo.reset()
-            runs.append(compiled(model, placement="shard", mesh={"ulysses": ulysses, "ring": RANKS // ulysses}))
+            runs.append(compiled(model, placement="shard", mesh={"ulysses": ulysses, "ring": ranks() // ulysses}))
             close(runs[-1](tokens(37)), model(tokens(37)))
     for step in range(5):
         x = tokens(37) + step
@@ -134,8 +140,6 @@ def case_meshes() -> None:
 
 def case_schedules() -> None:
     """Every schedule by name, and the batch split, alone and with each."""
-    from sfcompile.backend import last_report
-
     model, x = Plain(), tokens(37)
     want = model(x)
     for schedule in ("torus", "ulysses", "ring", "usp"):
@@ -143,7 +147,7 @@ def case_schedules() -> None:
         close(compiled(model, placement="shard", schedule=schedule)(x), want)
         plan = last_report()
         assert plan is not None and plan.schedule.split()[0] in (schedule, "ring"), str(plan)
-    for mesh in ({"batch": 2, "ulysses": RANKS // 2}, {"batch": 2, "ring": RANKS // 2}):
+    for mesh in ({"batch": 2, "ulysses": ranks() // 2}, {"batch": 2, "ring": ranks() // 2}):
         torch._dynamo.reset()
         run = compiled(model, placement="shard", mesh=mesh)
         for step in range(3):
@@ -197,39 +201,35 @@ def case_shapes() -> None:
         close(run(tokens(count)), model(tokens(count)))
 
 
-def case_dynamic() -> None:
+def case_dynamic(name: str) -> None:
     """dynamic=True: several resolutions, exact, each compiled once, with as few traces as Inductor alone."""
-    from diffusers_models import build
+    calls: list[dict[str, Any]] = [{"x": tokens(count)} for count in (50, 31, 44)]
+    model: nn.Module = Plain()
+    if name != "plain":
+        from diffusers_models import build
 
-    from sfcompile.backend import reports
-
-    sd3, given = build("sd3")
-    latents = [
-        given | {"hidden_states": tokens(h * w // 8).reshape(2, 4, h, w)} for h, w in ((16, 20), (24, 16), (12, 28))
-    ]
-    plain: list[dict[str, Any]] = [{"x": tokens(count)} for count in (50, 31, 44)]
-    for model, calls in ((Plain(), plain), (sd3, latents)):
-        traces = {}
-        for backend in ("aot_eager", "streamfusion"):
-            torch._dynamo.reset()
-            torch._dynamo.utils.counters.clear()
-            options = {"inner": "eager", "placement": "shard"} if backend == "streamfusion" else None
-            before = len(reports())
-            run = torch.compile(model, backend=backend, dynamic=True, options=options)
-            for kwargs in (*calls, *calls):
-                out, want = run(**kwargs), model(**kwargs)
-                close(*((out[0], want[0]) if isinstance(out, tuple) else (out, want)))
-            traces[backend] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        print(f"rank {RANK}: traces {traces}, sharded programs {len(reports()) - before}")
-        assert traces["streamfusion"] <= traces["aot_eager"]
-        assert len(reports()) - before == 3 * traces["streamfusion"]
+        model, given = build(name)
+        sizes = ((16, 20), (24, 16), (12, 28))
+        calls = [given | {"hidden_states": tokens(h * w // 8).reshape(2, 4, h, w)} for h, w in sizes]
+    traces = {}
+    for backend in ("aot_eager", "streamfusion"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        options = {"inner": "eager", "placement": "shard"} if backend == "streamfusion" else None
+        before = len(reports())
+        run = torch.compile(model, backend=backend, dynamic=True, options=options)
+        for kwargs in (*calls, *calls):
+            out, want = run(**kwargs), model(**kwargs)
+            close(*((out[0], want[0]) if isinstance(out, tuple) else (out, want)))
+        traces[backend] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    print(f"rank {rank()}: traces {traces}, sharded programs {len(reports()) - before}")
+    assert traces["streamfusion"] <= traces["aot_eager"]
+    assert len(reports()) - before == 3 * traces["streamfusion"]
 
 
 def case_pipeline(kind: str) -> None:
     """A diffusers pipeline draws the same picture or video when its transformer is compiled in place."""
     import clients
-
-    from sfcompile.backend import last_report
 
     pipe = {"image": clients.image_pipeline, "video": clients.video_pipeline}[kind]()
     pipe.set_progress_bar_config(disable=True)
@@ -252,8 +252,6 @@ def case_own_dit() -> None:
     """A DiT in plain PyTorch, attention by hand and fused; three resolutions in one process with dynamic=True."""
     import clients
 
-    from sfcompile.backend import reports
-
     model = clients.plain_dit()
     run = torch.compile(model, backend="streamfusion", dynamic=True, options={"inner": "eager", "placement": "shard"})
     time = torch.tensor([0.2, 0.9])
@@ -275,13 +273,13 @@ def case_package(path: str) -> None:
 
     model, x = Plain(), tokens(37)
     want = compiled(model, placement="shard", mesh={"ulysses": 2, "ring": 2})(x)
-    if RANK == 0:
+    if rank() == 0:
         export(
             model,
             (x,),
             {},
             path,
-            topology=f"1x{RANKS}",
+            topology=f"1x{ranks()}",
             placement="shard",
             inner="eager",
             mesh={"ulysses": 2, "ring": 2},
@@ -302,8 +300,6 @@ def case_package(path: str) -> None:
 
 def case_no_attention() -> None:
     """Compiles anyway, with a warning that nothing was sharded."""
-    from sfcompile.backend import reports
-
     model, x = Plain(attention=False), tokens()
     close(compiled(model)(x), model(x))
     assert any("nothing was sharded" in warning for warning in reports()[0].warnings)
@@ -323,14 +319,14 @@ def case_training() -> None:
 
 
 def case_other_shapes() -> None:
-    compiled(Plain())(tokens(50 if RANK == 0 else 48))
+    compiled(Plain())(tokens(50 if rank() == 0 else 48))
 
 
 def case_other_shapes_later() -> None:
     """Rank 1 goes on with another length while the others run the old program."""
     run = compiled(Plain(), placement="shard", timeout_s=4.0)
     run(tokens(50))
-    run(tokens(50 if RANK != 1 else 48))
+    run(tokens(50 if rank() != 1 else 48))
 
 
 def case_strict() -> None:
@@ -339,20 +335,19 @@ def case_strict() -> None:
             x = super().forward(x)
             return torch.linalg.solve(x[0].T @ x[0] + 40 * torch.eye(32), x.transpose(1, 2)).sort(dim=-1).values @ x
 
-    compiled(Mixing(), placement="shard", strict=True, mesh={"ulysses": RANKS})(tokens())
+    compiled(Mixing(), placement="shard", strict=True, mesh={"ulysses": ranks()})(tokens())
 
 
 def case_killed() -> None:
     """Rank 1 dies between two steps."""
     run = compiled(Plain(), placement="shard")
     run(tokens())
-    if RANK == 1:
+    if rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     run(tokens())
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with torch.no_grad():
-        globals()[f"case_{sys.argv[1]}"](*sys.argv[2:])
-    print(f"rank {RANK} passed")
+    run(rank(), *sys.argv[1:])
+    print(f"rank {rank()} passed")

@@ -1,0 +1,88 @@
+"""The tests in two runs of pytest: those that start no ranks, on every core at once; then those that do, one by one.
+
+    python tests/support/run_tests.py [--all] [ARGUMENT OF PYTEST...]
+
+Ranks use all cores and have time limits, so nothing runs beside them. Without ``--all``, what is marked ``thorough`` is
+left out: cells of a matrix whose other rows and columns say the same. Ends with what both runs counted together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+WORKERS = 8  # at most: each imports everything, about 0.6 GB
+NOTHING_RAN = 5  # pytest's exit code when every test was deselected
+INTERRUPTED = 2
+COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed)\b")
+COLOR = re.compile(r"\x1b\[[\d;]*m")
+CLOSING = re.compile(r"^(=+ )?\d+ \w+.* in [\d.]+s")  # with -q it stands without its frame
+PARALLEL, ALONE = "not ranks", "ranks"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Both runs; the exit code of the first that failed."""
+    everything = "--all" in arguments
+    rest = [argument for argument in arguments if argument != "--all"]
+    began = time.monotonic()
+    counts: Counter[str] = Counter()
+    codes = []
+    for group in (PARALLEL, ALONE):
+        code, counted = run(group, everything, rest)
+        codes.append(code)
+        counts.update(counted)
+        if code == INTERRUPTED:
+            break
+    failed = [code for code in codes if code not in (0, NOTHING_RAN)]
+    print("\n".join(closing(counts, time.monotonic() - began)), flush=True)
+    return failed[0] if failed else min(codes)
+
+
+def run(group: str, everything: bool, arguments: Sequence[str]) -> tuple[int, Counter[str]]:
+    """One run of pytest, shown as it goes: its exit code and what it counted."""
+    marks = group if everything else f"{group} and not thorough"
+    command = [sys.executable, "-m", "pytest", "-m", marks, *arguments]
+    env = dict(os.environ)
+    if group == PARALLEL:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        command += ["-n", str(min(cores, WORKERS)), "--dist", "worksteal"]
+        env["OMP_NUM_THREADS"] = "1"
+    if sys.stdout.isatty():
+        command.append("--color=yes")
+    print(f"-- pytest {' '.join(command[3:])}", flush=True)
+    counted: Counter[str] = Counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", env=env) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            counted = counts_of(line) or counted
+    return process.returncode, counted
+
+
+def counts_of(line: str) -> Counter[str]:
+    """What pytest's closing line counts, errors as failures; nothing on any other line."""
+    counted: Counter[str] = Counter()
+    line = COLOR.sub("", line)
+    for number, word in COUNT.findall(line) if CLOSING.match(line) else ():
+        counted["failed" if word.startswith("error") else word] += int(number)
+    return counted
+
+
+def closing(counts: Counter[str], seconds: float) -> list[str]:
+    """In plain words, and as pytest closes a run."""
+    shown = [f"{counts[word]} {word}" for word in ("failed", "passed", "skipped", "xfailed", "xpassed") if counts[word]]
+    whole = f"{seconds:.2f}s ({int(seconds) // 60} min {int(seconds) % 60} s)"
+    return [
+        f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped",
+        f" {', '.join(shown) or 'no tests ran'} in {whole} ".center(100, "="),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
