@@ -1,7 +1,8 @@
 # The commands of this repository. Each one (but gpu-check) sets up .venv by itself; a fresh machine needs
 # python3 >= 3.11 with venv.
 #   make demo       a diffusion transformer on 4 CPU ranks, compared with one process
-#   make test       all tests (make test PYTEST_ARGS="tests/passes -k view")
+#   make test       the tests, in 10 minutes on 2 cores (make test PYTEST_ARGS="tests/passes -k view")
+#   make test-all   those too that `make test` leaves out: whole matrices, every GPU architecture
 #   make check      formatting, lint, types, layout rules
 #   make gpu-check  on a machine with a GPU: are the kernels right, how fast are they (make gpu-check WHEELS=folder)
 #   make clean      remove everything that was built, the venv included
@@ -22,13 +23,16 @@ PACKAGES := sfcompile passes codegen runtime
 SOURCES := $(PACKAGES) tests $(wildcard examples benchmarks)
 LINKS := build/typecheck/sfcompile
 
-.PHONY: demo test check format lint typecheck layout gpu-check clean
+.PHONY: demo test test-all check format lint typecheck layout gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/sfcompile demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python tests/support/run_tests.py $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python tests/support/run_tests.py --all $(PYTEST_ARGS)
 
 check: lint typecheck layout
 

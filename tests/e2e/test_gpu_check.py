@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_check  # noqa: E402
 from gpu_check import SECTIONS, Found, Section, Task  # noqa: E402
 
+pytestmark = pytest.mark.ranks
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["make", "-s", "gpu-check", f"PYTHON={sys.executable}", *arguments]

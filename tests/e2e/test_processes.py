@@ -12,6 +12,8 @@ import model_cases
 import pytest
 from processes import Outcome, preload, run_outcomes, run_processes
 
+pytestmark = pytest.mark.ranks
+
 MODELS = ("flux", "sd3", "pixart_sigma", "wan_t2v", "cogvideox_rope")
 # ranks of each machine
 LAYOUTS = {"4": (4,), "3": (3,), "2": (2,), "2x2": (2, 2)}

@@ -60,7 +60,12 @@ def test_pages_print_commands() -> None:
     assert len(COMMANDS) >= 15, COMMANDS
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
+def marked(command: str) -> object:
+    """A doctor that measures starts ranks."""
+    return pytest.param(command, marks=[pytest.mark.ranks] if "--measure" in command else [], id=command[:60])
+
+
+@pytest.mark.parametrize("command", map(marked, COMMANDS))
 def test_command(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,7 +85,9 @@ def run_make(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     """What make would run, without running it; the demo and the tests run elsewhere in this suite."""
     done = subprocess.run(["make", "-n", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert any(tool in done.stdout for tool in ("sfcompile", "pytest", "ruff", "rm -rf", "gpu_check")), done.stdout
+    assert any(tool in done.stdout for tool in ("sfcompile", "pytest", "run_tests", "ruff", "rm -rf", "gpu_check")), (
+        done.stdout
+    )
 
 
 def run_sfcompile(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,10 @@ def run_outcomes(
 
 def _server() -> Any:
     """What starts processes by forking the server, which is started at the first call."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    assert alone, (
+        "Ranks use every core and have time limits: mark this test with pytest.mark.ranks, so that it runs alone"
+    )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_preloaded)
     path = os.environ.get("PYTHONPATH")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -316,6 +318,13 @@ def divides(rank: int) -> float:
 def hangs(rank: int) -> None:
     """Rank 1 never returns."""
     time.sleep(1000 * rank)
+
+
+def script(rank: int, path: str) -> None:
+    """A program, as python would run it."""
+    sys.argv = [path]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
 
 
 def imported_by(rank: int) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from processes import RankError, run_outcomes, run_processes
 
 from sfcompile.errors import RuntimeTimeoutError
 
+pytestmark = pytest.mark.ranks
+
 
 def test_processes_return_by_rank() -> None:
     assert run_processes(3, rank_workers.environment, machine_of=(0, 1, 1)) == [

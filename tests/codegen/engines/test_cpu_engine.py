@@ -8,6 +8,8 @@ from processes import run_outcomes, run_processes
 
 from sfcompile.errors import PeerFailedError, RuntimeTimeoutError
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.mark.parametrize(("ranks", "seed"), [(2, 3), (3, 8)])
 def test_attention_runs_in_the_interpreter_over_shared_memory(ranks: int, seed: int) -> None:

@@ -14,6 +14,8 @@ from sfcompile.codegen.kernels.spec import KernelSpec
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import ScheduleError
 
+pytestmark = pytest.mark.ranks
+
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 MESHES = {
     "torus": {2: (2, 1), 3: (3, 1), 4: (2, 2)},

@@ -25,6 +25,11 @@ from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
 
 
+# sm_90 has most of its own: its tensor cores read shared memory and are waited for by hand (wgmma), and leave few
+# registers. What fits and keeps its order there is seldom lost on the other two, which `make test-all` compiles.
+EVERY_ARCH = [arch if arch == 90 else pytest.param(arch, marks=pytest.mark.thorough) for arch in ARCHITECTURES]
+
+
 def spec_for(arch: int, head_dim: int, reach: str, dtype: str = "bf16", **changes: object) -> KernelSpec:
     tiles = tiles_for(arch, dtype, head_dim, head_dim, hard=reach != "peer" or bool(changes))
     return KernelSpec(
@@ -37,7 +42,7 @@ def compiled(arch: int, head_dim: int, reach: str, **changes: object) -> Compile
     return compile_attend(spec_for(arch, head_dim, reach, **changes), arch, library)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("reach", ["peer", "nvshmem", "mixed"])
 def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
@@ -58,10 +63,10 @@ def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
         assert "CCTL.IVALL" in code and re.search(r"EXCH\S*\.STRONG\.SYS", code)
 
 
-def test_debug_builds_masks_and_grouped_heads_fit_too() -> None:
-    for arch in ARCHITECTURES:
-        for changes in ({"bounded": True}, {"causal": True, "group": 4}, {"mask": "key"}):
-            assert resources(compiled(arch, 128, "peer", **changes)).spill_stores == 0, (arch, changes)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
+def test_debug_builds_masks_and_grouped_heads_fit_too(arch: int) -> None:
+    for changes in ({"bounded": True}, {"causal": True, "group": 4}, {"mask": "key"}):
+        assert resources(compiled(arch, 128, "peer", **changes)).spill_stores == 0, changes
 
 
 @pytest.mark.parametrize("reach", ["peer", "mixed"])
@@ -76,7 +81,7 @@ def test_small_kernels(reach: str) -> None:
     assert re.search(r"st\.global(\.\w+)*\.v4\.b32", put) and not re.search(r"ld\.global(\.\w+)*\.b16\b", put)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 @pytest.mark.parametrize("width", [64, 128])
 def test_puts_that_compute_load_wide_and_do_not_spill(arch: int, width: int) -> None:
     """Norm and RoPE of a joint attention, over halves, and written into columns: 16 bytes a thread, no spills."""

@@ -6,6 +6,8 @@ import device_workers
 import pytest
 from processes import run_processes
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "host calls"])
 @pytest.mark.parametrize("machine_of", [(0, 0), (0, 1), (0, 0, 1, 1)], ids=["one machine", "two", "two of two"])

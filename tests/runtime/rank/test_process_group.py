@@ -10,6 +10,8 @@ from sfcompile.errors import HeapError, RankMismatchError, RuntimeTimeoutError, 
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.process_group import check_ranks, compare, machine_identity
 
+pytestmark = pytest.mark.ranks
+
 
 def test_the_machine_is_torchruns_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GROUP_RANK", "3")

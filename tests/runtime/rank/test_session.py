@@ -17,6 +17,8 @@ from sfcompile.errors import InternalError, PeerDiedError, PeerFailedError, Rank
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.mark.parametrize(("ranks", "seed"), [(2, 21), (3, 22), (4, 23)])
 def test_attention_through_shared_memory(ranks: int, seed: int) -> None:

@@ -11,6 +11,8 @@ from sfcompile.errors import PeerDiedError, PeerFailedError, RuntimeTimeoutError
 from sfcompile.runtime.wires import c10d as transport_c10d
 from sfcompile.runtime.wires.transport import Source
 
+pytestmark = pytest.mark.ranks
+
 
 class FakeWork:
     """A message that gloo still holds."""

@@ -19,6 +19,8 @@ from sfcompile.runtime.program.instructions import Arrival, Chunk
 from sfcompile.runtime.wires.tcp import TcpTransport
 from sfcompile.runtime.wires.transport import Source
 
+pytestmark = pytest.mark.ranks
+
 
 @contextlib.contextmanager
 def ranks(count: int, timeout_s: float = 10.0) -> Iterator[list[TcpTransport]]:

@@ -64,6 +64,7 @@ def test_progress_of_other_ranks_is_silent(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("machines", [1, 2])
 def test_tiny_demo(machines: int, capfd: pytest.CaptureFixture[str]) -> None:
     code = run_demo(replace(TINY, machines=machines))

@@ -15,6 +15,8 @@ import pytest
 from sfcompile.commands.launch import EXIT_TIMEOUT, launch, num_cores
 from sfcompile.errors import LaunchError
 
+pytestmark = pytest.mark.ranks
+
 NAMES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS"
 )

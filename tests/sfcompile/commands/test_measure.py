@@ -12,6 +12,8 @@ from sfcompile.commands.launch import launch
 from sfcompile.commands.measure import SIZES, _line, shift, table
 from sfcompile.runtime.program.topology import Topology
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.mark.parametrize("across", [False, True])
 def test_a_shift_crosses_machines_or_does_not(across: bool) -> None:

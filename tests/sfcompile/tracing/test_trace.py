@@ -18,6 +18,8 @@ from sfcompile.tracing import trace as tracing
 from sfcompile.tracing.report import Predicted, Times
 from sfcompile.tracing.trace import RankTrace, main, merge, merge_files
 
+pytestmark = pytest.mark.ranks
+
 
 def record(rank: int, host: str, met_s: float) -> RankTrace:
     """Two seconds before all ranks meet a call of one second begins, on a clock of its own."""
