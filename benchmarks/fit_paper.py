@@ -45,7 +45,7 @@ def price(genes: list[float]) -> float:
 
 
 def constants(genes: list[float]) -> dict[str, float]:
-    """Positions in 0..1 to constants; rates and times are searched on a logarithmic scale."""
+    """Runs in 0..1 to constants; rates and times are searched on a logarithmic scale."""
     found = {}
     for gene, (key, (low, high)) in zip(genes, BOUNDS.items(), strict=True):
         found[key] = low * (high / low) ** gene if low > 0 else low + gene * (high - low)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from sfcompile.runtime.program.intervals import Positions
+from sfcompile.runtime.program.intervals import Runs
 from sfcompile.runtime.program.sites import AttentionSite
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ def site_of(
 ) -> AttentionSite:
     """Self-attention of some tokens per rank."""
     starts = [sum(tokens[:rank]) for rank in range(len(tokens))]
-    places: tuple[Positions, ...] = tuple(((start, n),) if n else () for start, n in zip(starts, tokens, strict=True))
+    places: tuple[Runs, ...] = tuple(((start, n),) if n else () for start, n in zip(starts, tokens, strict=True))
     return AttentionSite(
         "site", batch, heads, kv_heads or heads, head_dim, head_dim, dtype, places, places, head_dim**-0.5,
         causal=causal, mask="full" if mask else None,

@@ -19,7 +19,7 @@ from sfcompile.codegen.kernels.attend import VIRTUAL_ROW, attend_arguments, atte
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.loader import resident_programs
 from sfcompile.errors import CodegenError
-from sfcompile.runtime.program.intervals import Positions, count
+from sfcompile.runtime.program.intervals import Runs, count
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
@@ -219,6 +219,6 @@ class VirtualRanks:
         return whole
 
 
-def _rows(owned: Positions, device: torch.device) -> torch.Tensor:
+def _rows(owned: Runs, device: torch.device) -> torch.Tensor:
     runs = [torch.arange(first, first + length, device=device) for first, length in owned]
     return torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int64, device=device)

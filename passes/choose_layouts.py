@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from sfcompile.passes.graph.cost import flops
-from sfcompile.passes.graph.labels import Runs
 from sfcompile.passes.graph.layout import Layout, Ownership
 from sfcompile.passes.state import Layouts, Site, State, Tokens
+from sfcompile.runtime.program.intervals import Runs
 
 
 def run(state: State) -> None:

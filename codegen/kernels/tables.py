@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Push, Put, Wait
-from sfcompile.runtime.program.intervals import Positions, count
+from sfcompile.runtime.program.intervals import Runs, count
 from sfcompile.runtime.program.sites import align, nbytes
 
 Table = NDArray[np.int64]
@@ -308,7 +308,7 @@ class _Maker:
 
 
 def _positions(chunks: object) -> NDArray[np.int32]:
-    runs: list[Positions] = list(chunks)  # type: ignore[call-overload]
+    runs: list[Runs] = list(chunks)  # type: ignore[call-overload]
     parts = [np.arange(first, first + length, dtype=np.int32) for run in runs for first, length in run]
     return np.concatenate(parts) if parts else np.zeros(1, np.int32)
 

@@ -46,7 +46,7 @@ from sfcompile.runtime.program.instructions import (
 )
 from sfcompile.runtime.program.phases import ATTENTION, ENDS, EXCHANGE, STARTS
 from sfcompile.runtime.program.sites import nbytes
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, bank_of
 
 Call = tuple[int, str]
 """``(epoch, phase)``: what the graph calls, in its order."""
@@ -230,7 +230,7 @@ class _Run:
 
     def _ready(self, rank: int, step: _Step) -> bool:
         if isinstance(step.do, Wait):
-            place = self.places.get((rank, step.epoch % NUM_BANKS, step.do.slot))
+            place = self.places.get((rank, bank_of(step.epoch), step.do.slot))
             return place is not None and place.epoch >= step.epoch
         target = _target(step.do)
         if target is None:
@@ -358,7 +358,7 @@ class _Run:
     # ------------------------------------------------------------------ helpers
 
     def _place(self, rank: int, epoch: int, slot: int) -> _Place:
-        return self.places.setdefault((rank, epoch % NUM_BANKS, slot), _Place())
+        return self.places.setdefault((rank, bank_of(epoch), slot), _Place())
 
     def _join(self, rank: int, other: Iterable[int]) -> None:
         self.clocks[rank] = [max(pair) for pair in zip(self.clocks[rank], other, strict=True)]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.instructions import Arrival, Chunk, Heads
-from sfcompile.runtime.program.intervals import Positions, cut, slice_of
+from sfcompile.runtime.program.intervals import Runs, slice_of, stretch
 from sfcompile.runtime.program.sites import AttentionSite, kv_slice
 
 
@@ -60,10 +60,10 @@ class AttentionSchedule(Schedule):
             self._spans[key] = self.site.rows(queries, chunk.src, parts, chunk.part)
         return self._spans[key]
 
-    def positions(self, tensor: str, chunk: Chunk) -> Positions:
+    def positions(self, tensor: str, chunk: Chunk) -> Runs:
         """The global token positions of a chunk."""
         positions = self.site.q_positions if tensor in ("q", "o") else self.site.kv_positions
-        return cut(positions[chunk.src], *self.rows(tensor, chunk))
+        return stretch(positions[chunk.src], *self.rows(tensor, chunk))
 
     def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
         """``[batch, heads, tokens, width]`` of what arrives at ``rank``."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from sfcompile.passes.graph.labels import Runs
 from sfcompile.passes.graph.layout import OpLayouts
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.runtime.program.intervals import Positions, slice_of
+from sfcompile.runtime.program.intervals import Runs, slice_of
 from sfcompile.runtime.program.sites import AttentionSite
 
 
@@ -23,7 +22,7 @@ def attention_site(op: OpView, chosen: OpLayouts, dtype: torch.dtype, parts: int
     owners = chosen.owners
     everyone = range(owners.num_ranks // parts)
 
-    def places(runs: Runs) -> tuple[Positions, ...]:
+    def places(runs: Runs) -> tuple[Runs, ...]:
         return tuple(
             tuple(run for j in range(parts) for run in owners.position_runs(runs, r * parts + j)) for r in everyone
         )

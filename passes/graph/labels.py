@@ -9,48 +9,8 @@ each either a root or a pointer to an equally long interval of smaller labels.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
 
-Runs = tuple[tuple[int, int], ...]
-"""A vector of labels: consecutive runs ``(first label, length)``, in order."""
-
-
-def runs_length(runs: Runs) -> int:
-    """Number of positions in a vector."""
-    return sum(length for _, length in runs)
-
-
-def runs_merge(pieces: Iterable[tuple[int, int]]) -> Runs:
-    """Join neighbouring runs that continue one another and drop empty ones."""
-    merged: list[tuple[int, int]] = []
-    for start, length in pieces:
-        if length == 0:
-            continue
-        if merged and merged[-1][0] + merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], merged[-1][1] + length)
-        else:
-            merged.append((start, length))
-    return tuple(merged)
-
-
-def runs_slice(runs: Runs, start: int, stop: int, step: int = 1) -> Runs:
-    """Positions ``start, start + step, ...`` below ``stop`` (``0 <= start``, ``step >= 1``)."""
-    out: list[tuple[int, int]] = []
-    offset = 0
-    for first, length in runs:
-        lo, hi = max(start, offset), min(stop, offset + length)
-        if step > 1 and lo < hi:
-            lo += -(lo - start) % step
-            out.extend((first + at - offset, 1) for at in range(lo, hi, step))
-        elif lo < hi:
-            out.append((first + lo - offset, hi - lo))
-        offset += length
-    return runs_merge(out)
-
-
-def runs_flip(runs: Runs) -> Runs:
-    """The vector read backwards."""
-    return runs_merge((first + i, 1) for first, length in reversed(runs) for i in reversed(range(length)))
+from sfcompile.runtime.program.intervals import Runs, join
 
 
 class LabelSpace:
@@ -106,7 +66,7 @@ class LabelSpace:
                 root, count = self._find(start + done, length - done)
                 out.append((root, count))
                 done += count
-        return runs_merge(out)
+        return join(out)
 
     def _cut(self, label: int) -> None:
         """Make ``label`` the first of its interval."""

@@ -20,7 +20,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sfcompile.passes.graph.labels import LabelSpace, Runs, runs_length, runs_merge
+from sfcompile.passes.graph.labels import LabelSpace
+from sfcompile.runtime.program import intervals
+from sfcompile.runtime.program.intervals import Runs, join
 
 Shape = tuple[int, ...]
 Owners = tuple[tuple[int, int], ...]
@@ -42,7 +44,7 @@ class Layout:
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return runs_length(self.runs)
+        return intervals.count(self.runs)
 
     @property
     def positions(self) -> int:
@@ -75,7 +77,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Window:
-    """Positions of dim ``dim`` that each rank needs, whoever owns them: its own rows and a halo of its neighbours'."""
+    """Runs of dim ``dim`` that each rank needs, whoever owns them: its own rows and a halo of its neighbours'."""
 
     dim: int
     wanted: tuple[Runs, ...]
@@ -219,7 +221,7 @@ class Ownership:
         return known
 
     def positions(self, runs: Runs, rank: int) -> NDArray[np.int64]:
-        """Positions of the vector that ``rank`` owns, ascending."""
+        """Runs of the vector that ``rank`` owns, ascending."""
         return np.flatnonzero(self.vector(runs) == rank)
 
     def fits(self, layout: Layout) -> bool:
@@ -247,7 +249,7 @@ class Ownership:
         """Which positions of the whole dim ``rank`` owns."""
         rows = [(first * layout.inner, length * layout.inner) for first, length in self.row_runs(layout, rank)]
         period = layout.positions * layout.inner
-        return runs_merge((block * period + first, length) for block in range(layout.outer) for first, length in rows)
+        return join((block * period + first, length) for block in range(layout.outer) for first, length in rows)
 
     def position_runs(self, runs: Runs, rank: int) -> Runs:
         """The same positions as runs ``(first position, length)``."""
@@ -257,7 +259,7 @@ class Ownership:
             if owner == rank:
                 out.append((at, count))
             at += count
-        return runs_merge(out)
+        return join(out)
 
     def count(self, runs: Runs, rank: int) -> int:
         """How many positions ``rank`` owns."""

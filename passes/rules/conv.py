@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from sfcompile.passes.graph.labels import LabelSpace, Runs
+from sfcompile.passes.graph.labels import LabelSpace
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.rules.linked import Linked, Names
 from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
+from sfcompile.runtime.program.intervals import Runs
 
 
 @dataclass(frozen=True)

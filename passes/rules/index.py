@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from sfcompile.passes.graph.labels import LabelSpace, Runs, runs_flip, runs_length, runs_merge, runs_slice
+from sfcompile.passes.graph.labels import LabelSpace
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import Operand, OpView
 from sfcompile.passes.rules.linked import Linked, Names
 from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
+from sfcompile.runtime.program.intervals import Runs, count, flip, join, stretch
 
 Cut = Callable[[Runs], Runs]
 """Takes the master vector to the vector of one operand or output."""
@@ -104,9 +105,9 @@ def _by_rows(cut: Cut, runs: Runs, grain: int) -> Runs:
     """Cut a vector whose positions stand for ``grain`` labels each."""
     if grain == 1:
         return cut(runs)
-    rows = cut(((0, runs_length(runs) // grain),))
-    pieces = [runs_slice(runs, first * grain, (first + n) * grain) for first, n in rows]
-    return runs_merge(run for piece in pieces for run in piece)
+    rows = cut(((0, count(runs) // grain),))
+    pieces = [stretch(runs, first * grain, (first + n) * grain) for first, n in rows]
+    return join(run for piece in pieces for run in piece)
 
 
 def _identity(runs: Runs) -> Runs:
@@ -114,7 +115,7 @@ def _identity(runs: Runs) -> Runs:
 
 
 def _stretch(start: int, stop: int, step: int = 1) -> Cut:
-    return lambda runs: runs_slice(runs, start, stop, step)
+    return lambda runs: stretch(runs, start, stop, step)
 
 
 def _owned(local: LocalGraph, chosen: OpLayouts, layout: Layout | None) -> Any:
@@ -241,7 +242,7 @@ def _flip(op: OpView) -> Rule:
         # The reversed vector is owned by the same ranks: reversing the shard reverses this rank's positions.
         return local.call(torch.ops.aten.flip.default, [operands[0], [dim]], {})
 
-    pieces: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): runs_flip}
+    pieces: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): flip}
     return Indexed(dim, x.shape[dim], ("in", 0), pieces, write, others)
 
 
@@ -262,7 +263,7 @@ def _roll(op: OpView) -> Rule | None:
     shift = int(shifts[0]) % max(size, 1)
 
     def turn(runs: Runs) -> Runs:
-        return runs_merge((*runs_slice(runs, size - shift, size), *runs_slice(runs, 0, size - shift)))
+        return join((*stretch(runs, size - shift, size), *stretch(runs, 0, size - shift)))
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         owned = _owned(local, chosen, chosen.ins[0])

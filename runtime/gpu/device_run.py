@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from sfcompile.runtime.rank.executor import BankView
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize, bank_of
 
 
 class DeviceHeap(Protocol):
@@ -96,7 +96,7 @@ class DeviceRuns:
     def open(self, engine: DeviceEngine, epoch: int) -> DeviceRun:
         """Begin a call; ``epoch`` is the host's count, which tells the two open calls apart."""
         self._counter.add_(1)
-        place = self._places[epoch % NUM_BANKS]
+        place = self._places[bank_of(epoch)]
         place[:1].copy_(self._counter)
         return DeviceRun(self, engine, epoch, engine.view(self._heap.table, place))
 
@@ -107,7 +107,7 @@ class DeviceRuns:
 
     def finish(self, epoch: int) -> None:
         """Everything up to the host's ``epoch`` has been read, as far as the main stream goes."""
-        self._release.run(self._heap.table, self._places[epoch % NUM_BANKS])
+        self._release.run(self._heap.table, self._places[bank_of(epoch)])
 
     @contextmanager
     def side(self, *tensors: torch.Tensor) -> Iterator[None]:

@@ -21,7 +21,7 @@ import torch
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.nvshmem import CMP_GE, SIGNAL_SET, Nvshmem, NvshmemHeap
 from sfcompile.runtime.program.instructions import Arrival
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, bank_of
 from sfcompile.runtime.wires.transport import Source
 
 
@@ -55,7 +55,7 @@ class NvshmemTransport:
     ) -> None:
         """Pack, send, signal; see the head of the file."""
         b, size, base = self._nvshmem.bindings, self._heap.size, self._heap.address
-        bank = epoch % NUM_BANKS
+        bank = bank_of(epoch)
         self._await(size.credit_at(dst), max(epoch - NUM_BANKS, 0))
         # Chunks of one slot go to one receiver per epoch: the slot's place in the staging area is this put's own.
         packed = self._heap.chunk(bank, self._staging_at + offset, chunk.shape, chunk.dtype)
@@ -67,7 +67,7 @@ class NvshmemTransport:
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """The stream waits for the chunk."""
-        self._await(self._heap.size.signal_at(epoch % NUM_BANKS, slot), epoch)
+        self._await(self._heap.size.signal_at(bank_of(epoch), slot), epoch)
 
     def finish(self, epoch: int) -> None:
         """Credit to every rank."""

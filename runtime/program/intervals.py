@@ -1,30 +1,56 @@
-"""Runs of consecutive integers: which tokens of a dim a rank holds or wants, and what two such sets have in common."""
+"""Vectors of integers as runs of consecutive ones: which tokens a rank holds or wants, and which labels they carry.
+
+A sequence has 10^5 tokens and a rank's share of it a handful of runs.
+"""
 
 from __future__ import annotations
 
-Positions = tuple[tuple[int, int], ...]
-"""Global token positions one rank owns: runs ``(first, length)`` in local order."""
+from collections.abc import Iterable
+
+Runs = tuple[tuple[int, int], ...]
+"""A vector of integers: runs ``(first, length)`` of consecutive ones, in order. Ascending only where it is said."""
 
 
-def count(positions: Positions) -> int:
-    """Number of tokens in some positions."""
-    return sum(length for _, length in positions)
+def count(runs: Runs) -> int:
+    """How many integers."""
+    return sum(length for _, length in runs)
 
 
-def cut(positions: Positions, start: int, stop: int) -> Positions:
-    """The ``start``-th to ``stop``-th of some positions."""
-    runs = []
+def join(runs: Iterable[tuple[int, int]]) -> Runs:
+    """The same vector: neighbouring runs that continue one another are one, empty ones are none."""
+    joined: list[tuple[int, int]] = []
+    for first, length in runs:
+        if length == 0:
+            continue
+        if joined and sum(joined[-1]) == first:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        else:
+            joined.append((first, length))
+    return tuple(joined)
+
+
+def stretch(runs: Runs, start: int, stop: int, step: int = 1) -> Runs:
+    """The integers at ``start, start + step, ...`` below ``stop`` (``0 <= start``, ``step >= 1``)."""
+    picked: list[tuple[int, int]] = []
     at = 0
-    for first, length in positions:
-        low, high = max(start - at, 0), min(stop - at, length)
-        if low < high:
-            runs.append((first + low, high - low))
+    for first, length in runs:
+        low, high = max(start, at), min(stop, at + length)
+        if step > 1 and low < high:
+            low += -(low - start) % step
+            picked += [(first + place - at, 1) for place in range(low, high, step)]
+        elif low < high:
+            picked.append((first + low - at, high - low))
         at += length
-    return tuple(runs)
+    return join(picked)
 
 
-def overlap(a: Positions, b: Positions) -> Positions:
-    """Positions of both; each ascending."""
+def flip(runs: Runs) -> Runs:
+    """The vector read backwards."""
+    return join((first + i, 1) for first, length in reversed(runs) for i in reversed(range(length)))
+
+
+def overlap(a: Runs, b: Runs) -> Runs:
+    """What is in both; each ascending."""
     common = []
     i = j = 0
     while i < len(a) and j < len(b):
@@ -35,8 +61,8 @@ def overlap(a: Positions, b: Positions) -> Positions:
     return tuple(common)
 
 
-def places(some: Positions, within: Positions) -> Positions:
-    """Where ``some`` of the positions ``within`` lie among them; both ascending."""
+def places(some: Runs, within: Runs) -> Runs:
+    """Where ``some`` of the integers ``within`` lie among them; both ascending."""
     runs = []
     before = i = 0
     for first, length in some:

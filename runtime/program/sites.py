@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sfcompile.runtime.program.intervals import Positions, count, overlap, places, slice_of
+from sfcompile.runtime.program.intervals import Runs, count, overlap, places, slice_of
 
 Shape = tuple[int, ...]
 
@@ -34,8 +34,8 @@ class AttentionSite:
     head_dim: int
     v_head_dim: int
     dtype: torch.dtype
-    q_positions: tuple[Positions, ...]
-    kv_positions: tuple[Positions, ...]
+    q_positions: tuple[Runs, ...]
+    kv_positions: tuple[Runs, ...]
     scale: float
     causal: bool = False
     mask: str | None = None
@@ -86,13 +86,13 @@ class ExchangeSite:
     dim: int
     outer: int
     inner: int
-    owned: tuple[Positions, ...]
+    owned: tuple[Runs, ...]
     into: int
-    wanted: tuple[Positions, ...]
+    wanted: tuple[Runs, ...]
 
     @classmethod
     def gather(
-        cls, name: str, shape: Shape, dtype: torch.dtype, dim: int, owned: tuple[Positions, ...], outer: int = 1,
+        cls, name: str, shape: Shape, dtype: torch.dtype, dim: int, owned: tuple[Runs, ...], outer: int = 1,
         inner: int = 1,
     ) -> ExchangeSite:  # fmt: skip
         """The exchange in which every rank wants everything."""
@@ -130,7 +130,7 @@ class ExchangeSite:
         number = count(self.wanted[rank])
         return self._resized(number) if self.into == self.dim else self._resized(self.rows, number)
 
-    def chunk(self, src: int, dst: int) -> tuple[Positions, Positions]:
+    def chunk(self, src: int, dst: int) -> tuple[Runs, Runs]:
         """What ``src`` gives ``dst``: places in its shard along ``into``, and in what ``dst`` makes along ``dim``."""
         if self.into != self.dim:
             return self.wanted[dst], self.owned[src]

@@ -14,7 +14,7 @@ from sfcompile.runtime.program.instructions import Arrival, Attend, Chunk, Forwa
 from sfcompile.runtime.program.phases import ATTEND, COLLECT, EXCHANGE_FINISH
 from sfcompile.runtime.rank.attention_aten import Partial, attend, merge
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.wires.symmetric_heap import bank_of
 from sfcompile.runtime.wires.transport import Source, Transport
 
 
@@ -108,7 +108,7 @@ class SiteRun:
     ) -> None:
         plan, epoch = call.plan, call.epoch
         rank, _ = plan.members(call.job_rank)
-        bank = epoch % NUM_BANKS
+        bank = bank_of(epoch)
         self.plan = plan
         # The graph attends and collects only at attentions.
         self._attention = cast(AttentionPlan, plan)

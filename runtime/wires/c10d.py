@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from sfcompile.runtime.program.instructions import Arrival
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, bank_of
 from sfcompile.runtime.wires.transport import Source, connection_lost, peer_failed, too_late
 
 _ABORT_TAG = 2**30
@@ -56,11 +56,11 @@ class C10dTransport:
         self._sends: dict[int, list[tuple[Any, torch.Tensor, int, int]]] = {}
 
     def _tag(self, epoch: int, slot: int) -> int:
-        return (self._tags[epoch % NUM_BANKS] & _CALL_BITS) << _SLOT_BITS | slot * NUM_BANKS + epoch % NUM_BANKS
+        return (self._tags[bank_of(epoch)] & _CALL_BITS) << _SLOT_BITS | slot * NUM_BANKS + bank_of(epoch)
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """Post every receive of the site."""
-        self._tags[epoch % NUM_BANKS] = tag
+        self._tags[bank_of(epoch)] = tag
         for arrival, view in arrivals:
             if view.numel():
                 work = dist.irecv(_raw(view), arrival.src, group=self._group, tag=self._tag(epoch, arrival.slot))

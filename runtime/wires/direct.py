@@ -26,7 +26,7 @@ import torch
 from sfcompile.errors import PeerDiedError, RuntimeTimeoutError, UnsupportedError
 from sfcompile.runtime.program.instructions import Arrival
 from sfcompile.runtime.wires import futex
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, Segment
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, Segment, bank_of
 from sfcompile.runtime.wires.transport import TAG_BITS, Source, out_of_step, peer_failed, word_of
 
 _YIELDS = 16
@@ -108,11 +108,11 @@ class DirectTransport:
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """Only the tag is kept: senders store when they like."""
-        self._tags[epoch % NUM_BANKS] = tag
+        self._tags[bank_of(epoch)] = tag
 
     def word(self, epoch: int) -> int:
         """What signals of an open epoch hold."""
-        return word_of(epoch, self._tags[epoch % NUM_BANKS])
+        return word_of(epoch, self._tags[bank_of(epoch)])
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -123,7 +123,7 @@ class DirectTransport:
         self.await_bank(dst, slot, epoch)
         segment = self._segments[dst]
         assert segment is not None
-        bank = epoch % NUM_BANKS
+        bank = bank_of(epoch)
         segment.chunk(bank, offset, chunk.shape, chunk.dtype).copy_(chunk)
         segment.signals[bank, slot] = self.word(epoch)
         self.wake(dst, slot, epoch)
@@ -138,7 +138,7 @@ class DirectTransport:
         """Wake a receiver that sleeps until the slot's signal moves."""
         segment = self._segments[dst]
         assert segment is not None
-        futex.wake(segment.signal_address(epoch % NUM_BANKS, slot))
+        futex.wake(segment.signal_address(bank_of(epoch), slot))
 
     def watch(self) -> Watch:
         """For waits inside kernels."""
@@ -148,7 +148,7 @@ class DirectTransport:
         """Watch this rank's own signal word."""
         if self._delay is not None:
             self._delay(self._rank)
-        signals, bank = self._mine.signals, epoch % NUM_BANKS
+        signals, bank = self._mine.signals, bank_of(epoch)
         address = self._mine.signal_address(bank, slot)
         self._await(lambda: int(signals[bank, slot]), address, epoch, src, slot, "a chunk", TAG_BITS)
         self.check_tag(src, slot, epoch)
@@ -159,7 +159,7 @@ class DirectTransport:
         Raises:
             RankMismatchError: it is of another.
         """
-        seen = int(self._mine.signals[epoch % NUM_BANKS, slot])
+        seen = int(self._mine.signals[bank_of(epoch), slot])
         if seen != self.word(epoch):
             what = f"rank {src} sent a chunk of another call than rank {self._rank} is in"
             raise out_of_step(what, self._rank, src, slot, epoch)
@@ -212,7 +212,7 @@ class DirectTransport:
 
     def _look_for_strays(self, peer: int, slot: int, epoch: int) -> None:
         """A rank in another call may fill other slots than the one that is waited for."""
-        words = self._mine.signals[epoch % NUM_BANKS]
+        words = self._mine.signals[bank_of(epoch)]
         if ((words >> TAG_BITS == epoch) & (words != self.word(epoch))).any():
             what = f"a chunk of another call than rank {self._rank} is in has come"
             raise out_of_step(what, self._rank, peer, slot, epoch)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from sfcompile.errors import HeapError
 
 NUM_BANKS = 2
+"""How many epochs lie in the heap at a time: one is read while the next is written."""
 _HEADER_BYTES = 4096
 _ABORT_TEXT = 64
 _SCRATCH_BYTES = 64
@@ -36,6 +37,11 @@ LINE_BYTES = 64
 """Words that different ranks write lie on cache lines of their own."""
 _WORDS_PER_LINE = LINE_BYTES // 8
 _DONE, _ABORT = 0, 1
+
+
+def bank_of(epoch: int) -> int:
+    """The bank that an epoch's chunks and signals lie in."""
+    return epoch % NUM_BANKS
 
 
 @dataclass(frozen=True)

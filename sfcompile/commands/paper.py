@@ -17,7 +17,7 @@ from sfcompile.codegen.plan.simulator import simulate
 from sfcompile.codegen.plan.step import layer
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.runtime.program.intervals import Positions
+from sfcompile.runtime.program.intervals import Runs
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 
@@ -70,7 +70,7 @@ class Row:
         return tuple(p / q - 1.0 for p, q in zip(self.predicted, self.workload.published, strict=True))
 
 
-def even_positions(tokens: int, ranks: int) -> tuple[Positions, ...]:
+def even_positions(tokens: int, ranks: int) -> tuple[Runs, ...]:
     """Tokens in contiguous shards, sizes within one of each other."""
     ends = [rank * tokens // ranks for rank in range(ranks + 1)]
     return tuple(((ends[r], ends[r + 1] - ends[r]),) for r in range(ranks))

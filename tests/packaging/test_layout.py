@@ -46,7 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "codegen/toolchain",
     ),
     "passes/graph": ("runtime/program", "runtime/rank"),
-    "passes/rules": ("passes/graph",),
+    "passes/rules": ("runtime/program", "passes/graph"),
     "passes/report": ("runtime/program",),
     "passes": ("...",),
     "sfcompile/capture": ("runtime/rank",),

@@ -21,7 +21,7 @@ from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.instructions import Instruction
-from sfcompile.runtime.program.intervals import Positions
+from sfcompile.runtime.program.intervals import Runs
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, create_shared, map_shared, unlink_shared
@@ -80,7 +80,7 @@ def make_site(
     """Self-attention of some tokens per rank."""
     counts = [tokens] * ranks if isinstance(tokens, int) else list(tokens)
     starts = [sum(counts[:rank]) for rank in range(ranks)]
-    places: tuple[Positions, ...] = tuple(((start, n),) if n else () for start, n in zip(starts, counts, strict=True))
+    places: tuple[Runs, ...] = tuple(((start, n),) if n else () for start, n in zip(starts, counts, strict=True))
     site = AttentionSite("site", batch, heads, heads, head_dim, head_dim, dtype, places, places, head_dim**-0.5)
     return replace(site, **changes)
 
@@ -148,7 +148,7 @@ def expected(job: Job) -> torch.Tensor:
     return torch.softmax(scores, -1).nan_to_num(0.0) @ v
 
 
-def rows_of(places: Positions) -> torch.Tensor:
+def rows_of(places: Runs) -> torch.Tensor:
     return torch.cat([torch.arange(first, first + n) for first, n in places] or [torch.zeros(0, dtype=torch.int64)])
 
 

@@ -14,12 +14,12 @@ import torch
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import ACROSS, Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.runtime.program.intervals import Positions, count
+from sfcompile.runtime.program.intervals import Runs, count
 from sfcompile.runtime.program.sites import AttentionSite, ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 
 
-def cut(tokens: int, ranks: int, rng: random.Random) -> tuple[Positions, ...]:
+def cut(tokens: int, ranks: int, rng: random.Random) -> tuple[Runs, ...]:
     """One or two segments of ``tokens`` cut at random places: uneven, several runs, some ranks with nothing."""
     segments = [tokens] if rng.random() < 0.5 else [tokens // 3, tokens - tokens // 3]
     owned: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
@@ -33,13 +33,13 @@ def cut(tokens: int, ranks: int, rng: random.Random) -> tuple[Positions, ...]:
     return tuple(tuple(runs) for runs in owned)
 
 
-def even(tokens: int, ranks: int) -> tuple[Positions, ...]:
+def even(tokens: int, ranks: int) -> tuple[Runs, ...]:
     """``tokens`` in contiguous parts, sizes within one of each other."""
     ends = [rank * tokens // ranks for rank in range(ranks + 1)]
     return tuple(((ends[rank], ends[rank + 1] - ends[rank]),) for rank in range(ranks))
 
 
-def rows(positions: Positions) -> torch.Tensor:
+def rows(positions: Runs) -> torch.Tensor:
     """The token indices of some positions."""
     return torch.tensor([i for first, length in positions for i in range(first, first + length)], dtype=torch.int64)
 
@@ -160,7 +160,7 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32, ranks: int | None
     return Case(site, mesh, q, k, v, mask, expected, kind, parts)
 
 
-def _sizes(places: tuple[Positions, ...], parts: int, rng: random.Random) -> tuple[tuple[int, ...], ...]:
+def _sizes(places: tuple[Runs, ...], parts: int, rng: random.Random) -> tuple[tuple[int, ...], ...]:
     """Every rank's tokens in so many parts of any size."""
     found = []
     for runs in places:

@@ -3,25 +3,12 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfcompile.passes.graph.labels import LabelSpace, Runs, runs_flip, runs_length, runs_merge, runs_slice
-
-runs_lists = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=5).map(runs_merge)
+from sfcompile.passes.graph.labels import LabelSpace
+from sfcompile.runtime.program.intervals import Runs, count, flip, join, stretch
 
 
 def spelled(runs: Runs) -> list[int]:
     return [label for first, length in runs for label in range(first, first + length)]
-
-
-@given(runs_lists, st.integers(0, 20), st.integers(0, 20), st.integers(1, 4))
-def test_slices_and_flips_are_those_of_lists(runs: Runs, start: int, stop: int, step: int) -> None:
-    plain = spelled(runs)
-    assert runs_length(runs) == len(plain)
-    assert spelled(runs_slice(runs, start, stop, step)) == plain[start:stop:step]
-    assert spelled(runs_flip(runs)) == plain[::-1]
-
-
-def test_merging_joins_what_continues() -> None:
-    assert runs_merge([(0, 2), (2, 3), (9, 0), (4, 1)]) == ((0, 5), (4, 1))
 
 
 class Naive:
@@ -50,10 +37,10 @@ def test_interval_union_find_is_union_find(data: st.DataObject) -> None:
         a, b = data.draw(st.sampled_from(vectors)), data.draw(st.sampled_from(vectors))
         if a is b:
             continue
-        length = data.draw(st.integers(1, min(runs_length(a), runs_length(b))))
-        i = data.draw(st.integers(0, runs_length(a) - length))
-        j = data.draw(st.integers(0, runs_length(b) - length))
-        left, right = runs_slice(a, i, i + length), runs_slice(b, j, j + length)
+        length = data.draw(st.integers(1, min(count(a), count(b))))
+        i = data.draw(st.integers(0, count(a) - length))
+        j = data.draw(st.integers(0, count(b) - length))
+        left, right = stretch(a, i, i + length), stretch(b, j, j + length)
         agreed = space.unite(left, right)
         if agreed:
             for x, y in zip(spelled(left), spelled(right), strict=True):
@@ -71,7 +58,7 @@ def test_interval_union_find_is_union_find(data: st.DataObject) -> None:
 def test_a_shifted_copy_of_itself_is_refused_and_harmless() -> None:
     space = LabelSpace()
     x, other = space.fresh(8), space.fresh(8)
-    assert not space.unite(runs_slice(x, 0, 7), runs_slice(x, 1, 8))
+    assert not space.unite(stretch(x, 0, 7), stretch(x, 1, 8))
     assert space.unite(x, other)
     assert space.roots(other) == x
 
@@ -80,18 +67,18 @@ def test_chains_are_refused_however_the_labels_are_cut_up() -> None:
     space = LabelSpace()
     x = space.fresh(8)
     for i in range(0, 8, 2):  # single labels, each an interval of its own
-        assert space.unite(runs_slice(x, i, i + 1), space.fresh(1))
+        assert space.unite(stretch(x, i, i + 1), space.fresh(1))
     before = space.roots(x)
-    assert not space.unite(runs_slice(x, 0, 7), runs_slice(x, 1, 8)), "all eight would be one"
+    assert not space.unite(stretch(x, 0, 7), stretch(x, 1, 8)), "all eight would be one"
     shifted = space.fresh(7)
-    assert space.unite(runs_slice(x, 1, 8), shifted)
-    assert not space.unite(runs_slice(x, 0, 7), shifted), "nor by way of another vector"
+    assert space.unite(stretch(x, 1, 8), shifted)
+    assert not space.unite(stretch(x, 0, 7), shifted), "nor by way of another vector"
     assert space.roots(x) == before
 
 
 def test_pairs_and_copies_are_no_chains() -> None:
     space = LabelSpace()
     x, twice, y = space.fresh(6), space.fresh(12), space.fresh(6)
-    assert space.unite(x, runs_flip(x)) and len(set(spelled(space.roots(x)))) == 3
-    assert space.unite(runs_merge((*y, *y)), twice), "two copies of each token live with it"
+    assert space.unite(x, flip(x)) and len(set(spelled(space.roots(x)))) == 3
+    assert space.unite(join((*y, *y)), twice), "two copies of each token live with it"
     assert spelled(space.roots(twice)) == spelled(space.roots(y)) * 2

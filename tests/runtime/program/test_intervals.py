@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sfcompile.runtime.program.intervals import count, cut, overlap, places, slice_of
+from sfcompile.runtime.program.intervals import Runs, count, flip, join, overlap, places, slice_of, stretch
+
+runs_lists = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=5).map(join)
+
+
+def spelled(runs: Runs) -> list[int]:
+    return [label for first, length in runs for label in range(first, first + length)]
+
+
+@given(runs_lists, st.integers(0, 20), st.integers(0, 20), st.integers(1, 4))
+def test_slices_and_flips_are_those_of_lists(runs: Runs, start: int, stop: int, step: int) -> None:
+    plain = spelled(runs)
+    assert count(runs) == len(plain)
+    assert spelled(stretch(runs, start, stop, step)) == plain[start:stop:step]
+    assert spelled(flip(runs)) == plain[::-1]
+
+
+def test_merging_joins_what_continues() -> None:
+    assert join([(0, 2), (2, 3), (9, 0), (4, 1)]) == ((0, 5), (4, 1))
 
 
 def test_count() -> None:
@@ -21,11 +41,11 @@ def test_slices_are_even_and_cover(total: int, parts: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_cut_of_positions_keeps_their_order() -> None:
+def test_a_stretch_keeps_the_order() -> None:
     runs = ((10, 3), (20, 4), (40, 1))
-    assert cut(runs, 0, 8) == runs
-    assert cut(runs, 2, 5) == ((12, 1), (20, 2))
-    assert cut(runs, 7, 7) == ()
+    assert stretch(runs, 0, 8) == runs
+    assert stretch(runs, 2, 5) == ((12, 1), (20, 2))
+    assert stretch(runs, 7, 7) == ()
 
 
 def test_overlap_and_places() -> None:
