@@ -88,7 +88,7 @@ def load(
             return part.finish(None)
     session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
     session.reconfigure(asked.transport, asked.timeout_s)
-    with session.guard():  # an interrupt while a part is read is told to the other ranks
+    with session.turn(), session.guard():  # an interrupt while a part is read is told to the other ranks
         part = _open_with_others(wanted, session)
         session.agree(
             f"package {part.package.digest} {part.inner}", {"package": f"{path} ({part.package.digest[:12]})"}

@@ -51,6 +51,7 @@ class LoadedModel:
         Raises:
             InputError: other shapes, dtypes, constants or arguments than at the export.
             PackageError: an operator of the graph raised; its node is named, and the other ranks are told.
+            RankMismatchError: another rank makes another call, or has other inputs.
         """
         tensors = self._signature.tensors(args, kwargs)
         values = list(self._values)
