@@ -35,7 +35,7 @@ def choose_layouts(
         axis: what the labels of ``tokens`` stand for: "tokens" or "batch" (analyse_tokens.py).
         prefer: layouts to take for some values (choose_axes.py).
     """
-    line = _Line(tokens)
+    line = _LabelLine(tokens)
     attention: dict[int, float] = {}
     for site in sites:
         dim = site.q.meta["val"].dim() - 2 if axis == "tokens" else 0
@@ -74,7 +74,7 @@ def choose_layouts(
     return Layouts(chosen, owners, summary)
 
 
-class _Line:
+class _LabelLine:
     """The line of labels, cut into segments wherever the labels of some value begin or end.
 
     Segments that lie together in one value are of one axis, named after the first of them (union-find).
@@ -124,7 +124,7 @@ class _Line:
         return self._find(self._first(self.vectors[layout.runs]))
 
 
-def _grains(tokens: Tokens, chosen: Mapping[fx.Node, Layout], line: _Line, num_ranks: int) -> dict[int, int]:
+def _grains(tokens: Tokens, chosen: Mapping[fx.Node, Layout], line: _LabelLine, num_ranks: int) -> dict[int, int]:
     """Segments to be cut between rows of a grid only, by first label.
 
     That costs evenness and pays where work (convolutions over the grid) can be sharded in no other way: the FLOPs of

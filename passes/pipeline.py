@@ -77,6 +77,3 @@ PIPELINE: list[Pass] = [
 
 REGISTERED: dict[str, Pass] = {}
 """Passes from outside, by name; they run where an order names them."""
-
-OLD_NAMES = {"schedule_puts": "order_puts", "schedule_fused_puts": "fuse_puts", "schedule_sites": "build_schedules"}
-"""What passes were called once: orders may still use these names."""

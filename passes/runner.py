@@ -27,6 +27,9 @@ from sfcompile.passes.state import State
 from sfcompile.runtime.rank.ops import ATTEND, PUT_FUSED
 from sfcompile.torch_private import autocast_off
 
+OLD_NAMES = {"schedule_puts": "order_puts", "schedule_fused_puts": "fuse_puts", "schedule_sites": "build_schedules"}
+"""What passes were called once: orders may still use these names."""
+
 FIELDS = tuple(field.name for field in fields(State) if not field.init)
 """The fields of a state that passes make."""
 
@@ -84,7 +87,7 @@ def passes_of(order: Sequence[str]) -> list[Pass]:
     if not order:
         return list(pipeline.PIPELINE)
     known = {entry.name: entry for entry in pipeline.PIPELINE} | pipeline.REGISTERED
-    names = [pipeline.OLD_NAMES.get(name, name) for name in order]
+    names = [OLD_NAMES.get(name, name) for name in order]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise OptionError(

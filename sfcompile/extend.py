@@ -27,10 +27,10 @@ from sfcompile.codegen.schedule import builders
 from sfcompile.codegen.schedule.builders import BUILDERS, Builder
 from sfcompile.errors import OptionError
 from sfcompile.passes import pipeline
-from sfcompile.passes.pipeline import OLD_NAMES, PIPELINE, Pass
+from sfcompile.passes.pipeline import PIPELINE, Pass
 from sfcompile.passes.rules import rule as op_rules
 from sfcompile.passes.rules.rule import register_rule as register_op_rule
-from sfcompile.passes.runner import FIELDS
+from sfcompile.passes.runner import FIELDS, OLD_NAMES
 from sfcompile.passes.state import State
 from sfcompile.runtime.program import presets as topology_presets
 from sfcompile.runtime.program.topology import Topology
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-class _Order(list[str]):
+class _PassNames(list[str]):
     """Names of passes; finds them by the names that they had once, too."""
 
     def index(self, name: str, *span: Any) -> int:
@@ -61,7 +61,7 @@ class _Order(list[str]):
 
 def passes() -> list[str]:
     """Names of the compiler's own passes in their order, to copy and edit."""
-    return _Order(entry.name for entry in PIPELINE)
+    return _PassNames(entry.name for entry in PIPELINE)
 
 
 def register_pass(

@@ -167,7 +167,7 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Moment:
     """One instruction of one rank, or ``open`` / ``finish`` of an epoch."""
 
     epoch: int
@@ -196,20 +196,20 @@ class _Run:
         self.attended: dict[tuple[int, int], Counter[tuple[Chunk, Chunk]]] = {}
         self.counts: Counter[str] = Counter()
 
-    def steps_of(self, rank: int, calls: Sequence[Call]) -> list[_Step]:
-        steps: list[_Step] = []
+    def steps_of(self, rank: int, calls: Sequence[Call]) -> list[_Moment]:
+        steps: list[_Moment] = []
         begun: set[int] = set()
         for epoch, phase in calls:
             if epoch not in begun:
                 begun.add(epoch)
-                steps.append(_Step(epoch, phase, "open"))
+                steps.append(_Moment(epoch, phase, "open"))
             instructions = self.programs[epoch - 1][rank].phases[phase]
-            steps += [_Step(epoch, phase, instruction) for instruction in instructions]
+            steps += [_Moment(epoch, phase, instruction) for instruction in instructions]
             if phase in ENDS:
-                steps.append(_Step(epoch, phase, "finish"))
+                steps.append(_Moment(epoch, phase, "finish"))
         return steps
 
-    def go(self, steps: Sequence[list[_Step]]) -> None:
+    def go(self, steps: Sequence[list[_Moment]]) -> None:
         at = [0] * self.num_ranks
         moved = True
         while moved:
@@ -228,7 +228,7 @@ class _Run:
 
     # ------------------------------------------------------------------ when a step may run
 
-    def _ready(self, rank: int, step: _Step) -> bool:
+    def _ready(self, rank: int, step: _Moment) -> bool:
         if isinstance(step.do, Wait):
             place = self.places.get((rank, bank_of(step.epoch), step.do.slot))
             return place is not None and place.epoch >= step.epoch
@@ -242,7 +242,7 @@ class _Run:
 
     # ------------------------------------------------------------------ what a step does
 
-    def _do(self, rank: int, step: _Step) -> None:
+    def _do(self, rank: int, step: _Moment) -> None:
         self.clocks[rank][rank] += 1
         match step.do:
             case "open":
@@ -262,7 +262,7 @@ class _Run:
             case Attend():
                 self._attend(rank, step, step.do)
 
-    def _finish(self, rank: int, step: _Step) -> None:
+    def _finish(self, rank: int, step: _Moment) -> None:
         for arrival in self.programs[step.epoch - 1][rank].arrivals:
             self._read(rank, step, arrival.slot)
         schedule = self.schedules[step.epoch - 1]
@@ -283,7 +283,7 @@ class _Run:
             self.done[rank] += 1
             self.done_clocks[rank, self.done[rank]] = list(self.clocks[rank])
 
-    def _put(self, rank: int, step: _Step, content: Content) -> None:
+    def _put(self, rank: int, step: _Moment, content: Content) -> None:
         target = _target(step.do)
         assert target is not None
         dst, slot = target
@@ -304,7 +304,7 @@ class _Run:
         place.written_by, place.released = writer, knows
         self.counts["put"] += 1
 
-    def _wait(self, rank: int, step: _Step, wait: Wait) -> None:
+    def _wait(self, rank: int, step: _Moment, wait: Wait) -> None:
         place = self._place(rank, step.epoch, wait.slot)
         if place.epoch != step.epoch:
             raise wrong(f"rank {rank}, {step}: the slot already holds epoch {place.epoch}")
@@ -320,7 +320,7 @@ class _Run:
         self.waited.add((rank, step.epoch, wait.slot))
         self.counts["wait"] += 1
 
-    def _attend(self, rank: int, step: _Step, pair: Attend) -> None:
+    def _attend(self, rank: int, step: _Moment, pair: Attend) -> None:
         schedule = self.schedules[step.epoch - 1]
         assert isinstance(schedule, AttentionSchedule)
         heads, kv_heads = schedule.heads(rank), schedule.kv_heads(rank)
@@ -339,7 +339,7 @@ class _Run:
             done[q, kv] += 1
             self.counts["pair"] += 1
 
-    def _complete_output(self, rank: int, step: _Step, q: Chunk) -> Content:
+    def _complete_output(self, rank: int, step: _Moment, q: Chunk) -> Content:
         done = self.attended.get((rank, step.epoch), Counter())
         schedule = self.schedules[step.epoch - 1]
         assert isinstance(schedule, AttentionSchedule)
@@ -348,7 +348,7 @@ class _Run:
             raise wrong(f"rank {rank}, {step}: output of Q{q} without, or not once with, KV{missing[0]}")
         return "o", q, schedule.heads(rank)
 
-    def _read(self, rank: int, step: _Step, slot: int) -> Content:
+    def _read(self, rank: int, step: _Moment, slot: int) -> Content:
         place = self._place(rank, step.epoch, slot)
         if (rank, step.epoch, slot) not in self.waited or place.epoch != step.epoch or place.content is None:
             raise wrong(f"rank {rank}, {step}: reads slot {slot} without having waited for it")

@@ -267,6 +267,17 @@ def test_style_that_tools_do_not_check() -> None:
     offenders(bad)
 
 
+def test_the_list_of_passes_is_short_and_no_class_takes_anothers_name() -> None:
+    lines = (ROOT / "passes" / "pipeline.py").read_text(encoding="utf-8").count("\n")
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in parse(path).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name_of(path))
+    bad = [f"class {name} stands in {', '.join(files)}" for name, files in places.items() if len(files) > 1]
+    offenders(bad + [f"passes/pipeline.py has {lines} lines, 80 or more"] * (lines >= 80))
+
+
 def test_no_model_is_named() -> None:
     bad = []
     for path in SOURCES:

@@ -14,8 +14,8 @@ from models import build
 from sfcompile.capture.graph import Captured
 from sfcompile.errors import InternalError, NotShardedError, OptionError
 from sfcompile.passes import pipeline
-from sfcompile.passes.pipeline import OLD_NAMES, PIPELINE, Pass, Restart
-from sfcompile.passes.runner import FIELDS, run_pipeline
+from sfcompile.passes.pipeline import PIPELINE, Pass, Restart
+from sfcompile.passes.runner import FIELDS, OLD_NAMES, run_pipeline
 from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 
