@@ -2,7 +2,7 @@
 
 fx would write Python from its nodes' names and arguments and compile that. Here a call is an operator that was looked
 up (operators.py) and places in a table of values, so there is nothing to escape. A value leaves the table after its
-last use. Inductor needs a graph of fx's; the names in the one that it gets (:meth:`Calls.as_module`) are ours.
+last use. Inductor needs a graph of fx's; the names in the one that it gets (:meth:`CallList.as_module`) are ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """One call: an operator, its arguments with :class:`Ref` where a result stands, and the index of its own result."""
 
     index: int
@@ -59,7 +59,7 @@ def filled(value: Any, values: Sequence[Any]) -> Any:
 
 
 @dataclass
-class Calls:
+class CallList:
     """A rank's graph.
 
     Attributes:
@@ -72,7 +72,7 @@ class Calls:
     names: list[str] = field(default_factory=list)
     inputs: int = 0
     constants: dict[int, torch.Tensor] = field(default_factory=dict)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[OperatorCall] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
 
     def runner(self) -> Callable[..., list[Any]]:
@@ -114,7 +114,7 @@ class Calls:
         return fx.GraphModule(root, graph, "StreamFusionRank")
 
 
-class _Step(NamedTuple):
+class _Prepared(NamedTuple):
     """A call as it is made: ``fetch`` takes its positional arguments out of the table, all at once.
 
     ``lists`` are filled first: places of the table whose value is a list of others; ``keywords`` are those that read
@@ -133,12 +133,12 @@ class _Step(NamedTuple):
 class _Table:
     """Places for results and, behind them, for everything plain that calls are made with."""
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: CallList) -> None:
         self.values: list[Any] = [None] * len(calls.names)
         for index, value in calls.constants.items():
             self.values[index] = value
 
-    def step(self, call: Call, dead: tuple[int, ...]) -> _Step:
+    def step(self, call: OperatorCall, dead: tuple[int, ...]) -> _Prepared:
         """A call, with its plain arguments put into the table."""
         places, lists = [], []
         for value in call.args:
@@ -152,7 +152,7 @@ class _Table:
                 lists.append((places[-1], value))
         plain = {key: value for key, value in call.kwargs.items() if next(refs_of(value), None) is None}
         reading = tuple((key, value) for key, value in call.kwargs.items() if key not in plain)
-        return _Step(call.target, _fetcher(places), plain, call.index, tuple(lists), reading,
+        return _Prepared(call.target, _fetcher(places), plain, call.index, tuple(lists), reading,
                      dead + tuple(place for place, _ in lists))  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def _fetcher(places: Sequence[int]) -> Callable[[Any], Any]:
 
 
 def _running(
-    table: Sequence[Any], inputs: int, steps: Sequence[_Step], outputs: Sequence[Any], names: Sequence[str]
+    table: Sequence[Any], inputs: int, steps: Sequence[_Prepared], outputs: Sequence[Any], names: Sequence[str]
 ) -> Callable[..., list[Any]]:
     def run(*given: Any) -> list[Any]:
         values = list(table)

@@ -18,7 +18,7 @@ import torch
 
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import PackageError
-from sfcompile.package.calls import Call, Calls, Ref, filled, refs_of
+from sfcompile.package.calls import CallList, OperatorCall, Ref, filled, refs_of
 from sfcompile.package.graph import empty_of
 from sfcompile.package.limits import LIST, fits_memory, refused
 from sfcompile.package.operators import OURS
@@ -31,7 +31,7 @@ Geometry = tuple[Shape, torch.dtype]
 
 
 def check_fit(
-    calls: Calls, inputs: Sequence[Mapping[str, Any]], programs: Mapping[str, Sequence[Schedule]], rank: int
+    calls: CallList, inputs: Sequence[Mapping[str, Any]], programs: Mapping[str, Sequence[Schedule]], rank: int
 ) -> tuple[list[Geometry], list[str]]:
     """Make every call on tensors without values.
 
@@ -74,7 +74,7 @@ def check_fit(
     return [(tuple(value.shape), value.dtype) for value in outputs], wire.order
 
 
-def _run(call: Call, values: Sequence[Any]) -> Any:
+def _run(call: OperatorCall, values: Sequence[Any]) -> Any:
     return call.target(*filled(call.args, values), **{key: filled(v, values) for key, v in call.kwargs.items()})
 
 
@@ -91,7 +91,7 @@ def _check_value(value: Any, name: str) -> None:
             raise refused(f"{name} gives a {type(entry).__name__}")
 
 
-def _check_reached(calls: Calls) -> None:
+def _check_reached(calls: CallList) -> None:
     """All communication is needed for the outputs: what is not, a compiler would drop on this rank."""
     live = {ref.index for ref in refs_of(calls.outputs)}
     for call in reversed(calls.calls):
@@ -116,7 +116,7 @@ class _Wire:
         self._tickets: set[int] | None = None  # results that are the last ticket; None: no communication yet
         self._pair: int | None = None  # a call whose second result is the last ticket
 
-    def run(self, call: Call, values: Sequence[Any]) -> Any:
+    def run(self, call: OperatorCall, values: Sequence[Any]) -> Any:
         """A call that talks: check it, and give what it will."""
         given = _bound(call)
         program, site, part = given["program"], given["site"], given.get("part", -1)
@@ -143,12 +143,12 @@ class _Wire:
             raise refused(f"{call.name} is given as {dtype}{list(size)}, and its site plans {want[1]}{list(want[0])}")
         return torch.empty(size, dtype=dtype), ticket
 
-    def follow(self, call: Call) -> None:
+    def follow(self, call: OperatorCall) -> None:
         """The last ticket may be taken out of a pair."""
         if call.target is operator.getitem and call.args == (Ref(-1 if self._pair is None else self._pair), 1):
             self._tickets = (self._tickets or set()) | {call.index}
 
-    def _take_ticket(self, call: Call, ticket: Any, values: Sequence[Any]) -> None:
+    def _take_ticket(self, call: OperatorCall, ticket: Any, values: Sequence[Any]) -> None:
         first = self._tickets is None
         value = filled(ticket, values)
         if (
@@ -193,7 +193,7 @@ class _Wire:
             raise refused("a graph leaves communication unfinished")
 
 
-def _bound(call: Call) -> dict[str, Any]:
+def _bound(call: OperatorCall) -> dict[str, Any]:
     """A call's arguments by name, defaults filled in."""
     schema = call.target._schema.arguments
     given = {entry.name: entry.default_value for entry in schema if entry.has_default_value()}

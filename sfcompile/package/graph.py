@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from sfcompile.errors import PackageError, UnsupportedError
-from sfcompile.package.calls import Call, Calls, Ref
+from sfcompile.package.calls import CallList, OperatorCall, Ref
 from sfcompile.package.limits import dtype_of, entries, is_identifier, refused, shown, table, text
 from sfcompile.package.operators import GETITEM, check_arguments, operator_of, reason_against
 from sfcompile.torch_private import OpOverload
@@ -127,7 +127,7 @@ def libraries_of(data: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(names - {GETITEM, "aten", "streamfusion"}))
 
 
-def graph_from_json(data: Any, constants: Mapping[str, torch.Tensor], libraries: tuple[str, ...] = ()) -> Calls:
+def graph_from_json(data: Any, constants: Mapping[str, torch.Tensor], libraries: tuple[str, ...] = ()) -> CallList:
     """The inverse of :func:`graph_to_json`.
 
     Args:
@@ -152,10 +152,10 @@ class _Reader:
     def __init__(self, constants: Mapping[str, torch.Tensor], libraries: tuple[str, ...]) -> None:
         self._constants = constants
         self._libraries = libraries
-        self._calls = Calls()
+        self._calls = CallList()
         self._known: dict[str, Ref] = {}
 
-    def read(self, data: Any) -> Calls:
+    def read(self, data: Any) -> CallList:
         nodes = entries(table(data, "a graph").get("nodes"), "the nodes of a graph")
         facts = entries(data.get("inputs"), "the inputs of a graph")
         if not nodes or nodes[-1][0] != "output":
@@ -196,7 +196,7 @@ class _Reader:
         named = {key: self._decode(value) for key, value in table(kwargs, f"the keywords of {name}").items()}
         check_arguments(op, decoded, named, Ref)
         self._known[name] = own
-        self._calls.calls.append(Call(own.index, name, op, decoded, named))
+        self._calls.calls.append(OperatorCall(own.index, name, op, decoded, named))
 
     @staticmethod
     def _untupled(value: Any) -> Any:

@@ -12,7 +12,7 @@ from models import build
 from torch.library import Library
 
 from sfcompile.errors import PackageError
-from sfcompile.package.calls import Call, Calls, Ref
+from sfcompile.package.calls import CallList, OperatorCall, Ref
 from sfcompile.package.export import trace
 from sfcompile.package.graph import graph_from_json, graph_to_json
 
@@ -35,20 +35,20 @@ def test_the_runner_and_the_module_give_the_bits_of_fx(name: str) -> None:
 
 
 def test_no_name_of_a_package_is_in_the_code_that_fx_writes() -> None:
-    add = Call(2, "also", ATEN.add.Tensor, (Ref(0), Ref(1)), {})
-    calls = Calls(["evil", "tensor", "also"], 1, {1: torch.ones(1)}, [add], [Ref(2)])
+    add = OperatorCall(2, "also", ATEN.add.Tensor, (Ref(0), Ref(1)), {})
+    calls = CallList(["evil", "tensor", "also"], 1, {1: torch.ones(1)}, [add], [Ref(2)])
     assert "evil" not in calls.as_module().code and "also" not in calls.as_module().code
 
 
 def test_lists_keywords_and_constants() -> None:
-    calls = Calls(
+    calls = CallList(
         ["x", "c", "both", "sum", "like"],
         1,
         {1: torch.ones(2)},
         [
-            Call(2, "both", ATEN.cat.default, ([Ref(0), Ref(1)],), {}),
-            Call(3, "sum", ATEN.sum.default, (Ref(2),), {"dtype": torch.float64}),
-            Call(4, "like", ATEN.full_like.default, (), {"self": Ref(2), "fill_value": 3}),
+            OperatorCall(2, "both", ATEN.cat.default, ([Ref(0), Ref(1)],), {}),
+            OperatorCall(3, "sum", ATEN.sum.default, (Ref(2),), {"dtype": torch.float64}),
+            OperatorCall(4, "like", ATEN.full_like.default, (), {"self": Ref(2), "fill_value": 3}),
         ],
         [Ref(3), Ref(4), Ref(0)],
     )
@@ -72,9 +72,9 @@ def test_a_value_is_freed_after_its_last_use() -> None:
 
     library.impl("watch", watch, "CompositeExplicitAutograd")
     target = torch.ops.sfcallstest.watch.default
-    calls = Calls(
+    calls = CallList(
         ["x", *(f"n{i}" for i in range(1, 7))], 1, {},
-        [Call(i, f"n{i}", target, (Ref(i - 1),), {}) for i in range(1, 7)], [Ref(6)],
+        [OperatorCall(i, f"n{i}", target, (Ref(i - 1),), {}) for i in range(1, 7)], [Ref(6)],
     )  # fmt: skip
     assert calls.runner()(torch.zeros(1))[0].item() == 6
     assert alive == [0, 1, 1, 1, 1, 1]
@@ -82,6 +82,8 @@ def test_a_value_is_freed_after_its_last_use() -> None:
 
 @pytest.mark.parametrize("values", [torch.tensor([9]), torch.zeros(3)])
 def test_a_call_that_fails_is_named(values: Any) -> None:
-    calls = Calls(["x", "pick"], 1, {}, [Call(1, "pick", ATEN.index_select.default, (Ref(0), 0, Ref(0)), {})], [Ref(1)])
+    calls = CallList(
+        ["x", "pick"], 1, {}, [OperatorCall(1, "pick", ATEN.index_select.default, (Ref(0), 0, Ref(0)), {})], [Ref(1)]
+    )
     with pytest.raises(PackageError, match=r"a call of the package failed \((Runtime|Index)Error(.|\n)*at node `pick`"):
         calls.runner()(values)

@@ -14,7 +14,7 @@ from structures import STRUCTURES
 from torch import nn
 
 from sfcompile.errors import PackageError
-from sfcompile.package.calls import Call, Calls, Ref
+from sfcompile.package.calls import CallList, OperatorCall, Ref
 from sfcompile.package.export import export
 from sfcompile.package.file import Package
 from sfcompile.package.fit import check_fit
@@ -148,8 +148,8 @@ def test_communication_that_no_output_needs_is_refused(joint: Path) -> None:
         check_fit(calls, data["inputs"], programs, 0)
 
 
-def one(target: Any, *args: Any, outputs: Any = None) -> Calls:
-    return Calls(["x", "call"], 1, {}, [Call(1, "call", target, args, {})], outputs or [Ref(1)])
+def one(target: Any, *args: Any, outputs: Any = None) -> CallList:
+    return CallList(["x", "call"], 1, {}, [OperatorCall(1, "call", target, args, {})], outputs or [Ref(1)])
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def one(target: Any, *args: Any, outputs: Any = None) -> Calls:
         (one(ATEN.relu.default, Ref(0), outputs=[3]), "no tensor"),
     ],
 )
-def test_calls_that_cannot_run_are_refused(calls: Calls, text: str) -> None:
+def test_calls_that_cannot_run_are_refused(calls: CallList, text: str) -> None:
     with pytest.raises(PackageError, match=text):
         check_fit(calls, [X], {}, 0)
 

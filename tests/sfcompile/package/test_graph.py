@@ -12,11 +12,11 @@ from helpers import captured
 from torch import fx
 
 from sfcompile.errors import PackageError, UnsupportedError
-from sfcompile.package.calls import Calls
+from sfcompile.package.calls import CallList
 from sfcompile.package.graph import graph_from_json, graph_to_json
 
 
-def there_and_back(gm: fx.GraphModule) -> Calls:
+def there_and_back(gm: fx.GraphModule) -> CallList:
     data, constants = graph_to_json(gm)
     return graph_from_json(json.loads(json.dumps(data)), constants)
 
