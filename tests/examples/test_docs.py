@@ -65,7 +65,7 @@ def marked(command: str) -> object:
     return pytest.param(command, marks=[pytest.mark.ranks] if "--measure" in command else [], id=command[:60])
 
 
-@pytest.mark.parametrize("command", map(marked, COMMANDS))
+@pytest.mark.parametrize("command", [marked(command) for command in COMMANDS])
 def test_command(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
