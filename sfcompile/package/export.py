@@ -75,9 +75,8 @@ def export(
     """
     inner = options.pop("inner", "auto")
     if inner not in INNERS:
-        raise OptionError(
-            f"Bad value for option 'inner': got {inner!r}", "", f"Allowed: {', '.join(map(repr, INNERS))}"
-        )
+        allowed = ", ".join(map(repr, INNERS))
+        raise OptionError(f"Bad value for option 'inner': got {inner!r}", "", f"Allowed: {allowed}")
     if isinstance(topology, str) and topology == "auto":
         raise OptionError(
             "export needs a topology, not 'auto'", "no ranks run from which it could be found", 'write e.g. "1x4"'
@@ -85,10 +84,9 @@ def export(
     asked = Options.from_dict({"topology": topology, "inner": "auto" if inner == "aoti" else inner, **options})
     where = topology if isinstance(topology, Topology) else Topology.parse(topology)
     asked.check_world(where.num_ranks)
-    target = Path(path)
     traced = trace(model, args, kwargs or {})
     ranks = compile_ranks(traced.captured, where, asked)
-    with PackageWriter(target) as out:
+    with PackageWriter(Path(path)) as out:
         manifest = traced.as_json(model) | {
             "versions": {"sfcompile": __version__, "torch": torch.__version__},
             "ranks": where.num_ranks,
@@ -103,7 +101,7 @@ def export(
         if asked.attention == "triton":
             _write_kernels(out, ranks, where)
         out.finish(manifest)
-    return target
+    return Path(path)
 
 
 # ---------------------------------------------------------------------- the trace
@@ -204,6 +202,16 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Trace
         raise seen.failed[0]
     if not seen.captured:
         raise UnsupportedError(f"{type(model).__name__} has no graph", "torch.compile traced nothing of it")
+    placeholders, weights = _sources(seen, inputs, names)
+    traced = Traced(seen.captured[0], positional, arguments, inputs, placeholders, weights)
+    traced.result = _describe_result(result, seen.outputs, inputs, type(model).__name__)
+    return traced
+
+
+def _sources(
+    seen: _Seen, inputs: Sequence[torch.Tensor], names: Mapping[int, str]
+) -> tuple[list[tuple[str, Any]], dict[str, torch.Tensor]]:
+    """Where each placeholder of the graph comes from, an input or a weight; and the weights by name."""
     number = {id(tensor): i for i, tensor in enumerate(inputs)}
     weights: dict[str, torch.Tensor] = {}
     placeholders: list[tuple[str, Any]] = []
@@ -215,9 +223,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Trace
         name = names.get(id(value), f"constant.{len(weights)}")
         weights[name] = value
         placeholders.append(("weight", name))
-    traced = Traced(seen.captured[0], positional, arguments, inputs, placeholders, weights)
-    traced.result = _describe_result(result, seen.outputs, inputs, type(model).__name__)
-    return traced
+    return placeholders, weights
 
 
 def _refill(given: Mapping[str, Any], arguments: Mapping[str, Any], inputs: Sequence[torch.Tensor]) -> dict[str, Any]:

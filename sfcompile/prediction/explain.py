@@ -85,11 +85,8 @@ def explain(
         compiled = run_pipeline(state)
         compiled.report.graph, compiled.report.break_reason = len(graphs) + 1, break_reason(gm)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-        graphs.append(
-            _graph(
-                state, compiled, input_names([names[i] for i in captured.tensor_inputs]), step_of(compiled, rank, where)
-            )
-        )
+        tensors = input_names([names[i] for i in captured.tensor_inputs])
+        graphs.append(_graph(state, compiled, tensors, step_of(compiled, rank, where)))
 
     def refused(gm: fx.GraphModule, error: UnsupportedError) -> None:
         graphs.append(ExplainedGraph(len(graphs) + 1, None, break_reason=break_reason(gm), refused=str(error)))
