@@ -52,9 +52,9 @@ PRIVATE = frozenset(
     "_grouped_mm _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex _log_softmax _logcumsumexp "
     "_native_batch_norm_legit_functional _native_batch_norm_legit_no_training _neg_view _pad_circular _pad_enum "
     "_prelu_kernel _reshape_copy _safe_softmax _scaled_dot_product_attention_math "
-    "_scaled_dot_product_flash_attention_for_cpu _softmax _stack _to_copy _trilinear _unsafe_view "
+    "_scaled_dot_product_flash_attention_for_cpu _softmax _to_copy _trilinear _unsafe_view "
     "_upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d "
-    "_upsample_nearest_exact3d _weight_norm".split()
+    "_upsample_nearest_exact3d".split()
 )
 """Names with a leading underscore that captured graphs do hold, each with checks of its own in torch."""
 
