@@ -6,5 +6,6 @@ this rank's graph, order_ and fuse_ move and merge its communication, build_ mak
 tells. state.py is what passes hand on. graph/ is their vocabulary, rules/ how each op behaves on shards, report/ what
 people read.
 
-May import: the leaves, runtime/, codegen/ and its own rooms.
+May import: the leaves, runtime/program, runtime/wires, runtime/rank, codegen/schedule, codegen/proof, codegen/plan,
+codegen/rows, codegen/toolchain, codegen/engines, passes/graph, passes/rules and passes/report.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from torch import fx
@@ -123,6 +123,10 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
             graph = state.local.graph if hasattr(state, "local") else state.gm.graph
             writer.after(entry.name, again + entry.why, seconds, graph, _known(state))
 
+    names = [entry.name for entry in entries]
+    splits = "rewrite_batch" in names[: names.index("place_min_cut")] if "place_min_cut" in names else False
+    if not splits:  # nobody makes a group's part of the batch: plan for whole batches
+        state.asked = replace(state.asked, split_batch=False)
     _run(entries, state, after)
     state.local.graph.lint()
     state.report.pass_seconds = timings

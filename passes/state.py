@@ -255,7 +255,7 @@ class State:
     group: Group | None = field(default=None, init=False)
     placement: Placement = _made()
     local: LocalGraph = _made()  # this rank's graph
-    traffic: Traffic = field(default_factory=Traffic, init=False)
+    traffic: Traffic = _made()
     fused_puts: tuple[int, int] | None = field(default=None, init=False)  # how many, of how many; None: no kernels
     programs: dict[str, list[Schedule]] = _made()  # one proved schedule per site, by program
     report: GraphReport = _made()

@@ -1,7 +1,12 @@
 """sfcompile: `torch.compile(model, backend="streamfusion")` shards a Diffusion Transformer along tokens.
 
-torch finds the backend through the entry point in pyproject.toml, so a user never has to import this package.
-It stays light on purpose: importing it loads neither torch nor any of our phases.
+torch finds the backend through the entry point in pyproject.toml, so a user never has to import this package. It stays
+light on purpose: importing it loads neither torch nor any of our rooms; its functions load theirs on first use.
+
+The files beside this one are the door: backend.py (start there), device.py and extend.py; and the leaves, which every
+room may import: errors.py, options.py, version.py and torch_private.py. The rooms are the folders.
+
+May import: everything; nothing imports this file.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-__version__ = "0.1.0"
+from sfcompile.version import __version__ as __version__
 
 # In a checkout passes/, codegen/ and runtime/ lie beside this folder; in a wheel they lie inside it.
 _root = Path(__file__).resolve().parents[1]

@@ -4,5 +4,6 @@ launch.py is an attention's kernels, transfers.py those of exchanges and credits
 launched; cpu_engine.py drives them in Triton's interpreter on CPU ranks, device_engine.py on a GPU. choice.py says
 whether kernels or ATen run an attention, and why.
 
-May import: the leaves, runtime/, codegen/schedule/, codegen/rows/, codegen/kernels/ and codegen/toolchain/.
+May import: the leaves, runtime/program, runtime/rank, codegen/schedule, codegen/rows, codegen/kernels and
+codegen/toolchain.
 """

@@ -4,5 +4,5 @@ simulator.py plays schedules on a topology (links.py: its ports and cards), volu
 choose_plan.py enumerates meshes, schedules and chunkings, and keeps every price with its reason. step.py adds layers up
 to a step: the one prediction that explain, simulate, the timeline and the trace report share.
 
-May import: the leaves, runtime/program/, codegen/schedule/ and codegen/proof/.
+May import: the leaves, runtime/program, codegen/schedule and codegen/proof.
 """

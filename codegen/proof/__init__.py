@@ -3,5 +3,5 @@
 checker.py proves a schedule from the program of one rank, by symmetry. symbolic_run.py runs all ranks step by step with
 vector clocks; tests hold the two against each other.
 
-May import: the leaves, runtime/program/, runtime/wires/ (constants of the heap) and codegen/schedule/.
+May import: the leaves, runtime/program, runtime/wires and codegen/schedule.
 """

@@ -6,5 +6,5 @@ to build one: torus.py is Torus Attention, usp.py and allgather.py are its peers
 they share. The object is proved by codegen/proof, priced by codegen/plan, run by runtime/rank and turned into kernels
 by codegen/engines: there is no second description.
 
-May import: the leaves and runtime/program/.
+May import: the leaves and runtime/program.
 """

@@ -4,5 +4,5 @@ loader.py makes a Triton module of a text, compiler.py compiles it for an archit
 reads the result back, listing.py and files.py show and ship it. nvshmem_bitcode.py cuts NVSHMEM's device library to
 what kernels call, nvshmem_calls.py declares these calls, interpreter.py runs kernels on the CPU.
 
-May import: the leaves, codegen/schedule/, codegen/rows/ and codegen/kernels/.
+May import: the leaves, codegen/schedule, codegen/rows and codegen/kernels.
 """

@@ -4,5 +4,5 @@ Start in layout.py: which rank owns which token (Ownership), how a value is cut 
 op (OpLayouts). labels.py names token positions, op_view.py reads one call, cost.py counts its FLOPs and bytes,
 attention_site.py reads an attention as a site, local_graph.py writes one rank's graph, stages.py reads it as a step.
 
-May import: the leaves and runtime/. Knows no op by its meaning: that is passes/rules.
+May import: the leaves, runtime/program and runtime/rank. Knows no op by its meaning: that is passes/rules.
 """

@@ -3,5 +3,5 @@
 report.py holds the facts and their text, dump.py writes graphs after each pass, history.py keeps the reports of this
 process. The pass that counts what was decided is passes/report_graph.py.
 
-May import: the leaves, runtime/program/.
+May import: the leaves and runtime/program.
 """

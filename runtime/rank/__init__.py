@@ -5,5 +5,5 @@ runtime/gpu/ has the other. process_group.py is the job that a rank belongs to; 
 (attention_aten.py computes), engine.py is what a kernel engine must offer; ops.py registers torch.ops.streamfusion;
 recorder.py takes times; calls.py tells a program's calls apart.
 
-May import: the leaves, runtime/program/ and runtime/wires/.
+May import: the leaves, runtime/program and runtime/wires.
 """

@@ -4,5 +4,5 @@ Start in transport.py: what put, wait and finish promise. direct.py stores into 
 futex.py to sleep on), tcp.py sends between machines in the order of the puts (over tcp_links.py), c10d.py does it with
 gloo. The head of each file argues which signal makes which put visible.
 
-May import: the leaves and runtime/program/.
+May import: the leaves and runtime/program.
 """

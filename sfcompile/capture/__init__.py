@@ -4,5 +4,5 @@ Start in graph.py: `capture` lowers the graph, refuses what cannot be sharded sa
 writes in the caller's order. attention.py recognises attention written by hand, expand.py unfolds ops that hide tokens,
 opaque.py keeps calls that no trace can enter, by_sizes.py gives every set of input sizes its own program.
 
-May import: the leaves of sfcompile/ and runtime/.
+May import: the leaves and runtime/rank.
 """

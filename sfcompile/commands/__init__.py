@@ -4,5 +4,6 @@ Start in cli.py: it knows the commands, each file holds one or a family. launch.
 model without its weights, measure.py times links and cores, progress_bar.py shows long work. No compile needs this
 room.
 
-May import: everything.
+May import: the leaves, runtime/program, runtime/rank, codegen/schedule, codegen/proof, codegen/plan,
+codegen/toolchain, codegen/engines, passes/report, sfcompile/prediction and sfcompile/package.
 """

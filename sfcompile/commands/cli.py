@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfcompile import __version__
 from sfcompile.commands import export as export_command
 from sfcompile.commands import kernels as kernels_command
 from sfcompile.commands.demo import DemoConfig, run_demo
@@ -24,6 +23,7 @@ from sfcompile.commands.models import (
 )
 from sfcompile.errors import StreamFusionError
 from sfcompile.options import INNERS
+from sfcompile.version import __version__
 
 EXIT_INTERRUPTED = 130
 

@@ -21,10 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sfcompile import __version__
 from sfcompile.commands.launch import launch, num_cores
 from sfcompile.commands.models import positive
 from sfcompile.errors import StreamFusionError
+from sfcompile.version import __version__
 
 SHM = Path("/dev/shm")
 ROOM_BYTES = 1 << 30

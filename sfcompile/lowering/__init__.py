@@ -3,5 +3,5 @@
 Start in rank_graph.py: `run_passes` fills the passes' State from the user's options. inner.py is what runs the graph
 that the passes wrote, and the only place that calls Inductor.
 
-May import: the leaves, runtime/, passes/ and sfcompile/capture/.
+May import: the leaves, runtime/program, passes and sfcompile/capture.
 """

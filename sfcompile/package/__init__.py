@@ -8,5 +8,6 @@ A package is data from anywhere. Before anything is built from it, limits.py bou
 looks at what it says of itself; operators.py lists what its graph may call; fit.py makes every call once on tensors
 without values and compares the communication with its schedules. calls.py then runs the graph, from no source.
 
-May import: the leaves, runtime/, codegen/, passes/, sfcompile/capture/ and sfcompile/lowering/.
+May import: the leaves, runtime/program, runtime/wires, runtime/rank, codegen/schedule, codegen/proof, passes,
+sfcompile/capture, sfcompile/lowering and sfcompile.
 """

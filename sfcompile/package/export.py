@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from sfcompile import __version__
 from sfcompile.capture.graph import Captured, capture, refuse_training
 from sfcompile.errors import InternalError, OptionError, PackageError, StreamFusionError, UnsupportedError
 from sfcompile.lowering.rank_graph import run_passes
@@ -36,6 +35,7 @@ from sfcompile.package.tensors import map_open, read_tensors, write_tensors
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.torch_private import GraphBreak, aoti_compile
+from sfcompile.version import __version__
 
 log = logging.getLogger("sfcompile")
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sfcompile import __version__
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import OptionError, PackageError, StreamFusionError
 from sfcompile.options import Options
@@ -34,6 +33,7 @@ from sfcompile.package.schedules import schedule_from_json
 from sfcompile.package.tensors import map_open, read_tensors
 from sfcompile.runtime.rank.process_group import ProcessWorld
 from sfcompile.runtime.rank.session import Session, existing_session, get_session
+from sfcompile.version import __version__
 
 
 @dataclass(frozen=True)

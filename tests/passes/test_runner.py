@@ -48,6 +48,17 @@ def test_report_and_dump(tmp_path: Path) -> None:
     assert "aten.scaled_dot_product_attention.default: 2 -> 0 (-2)" in (folder / "08_rewrite_local.txt").read_text()
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_an_order_that_never_splits_the_batch_plans_for_whole_batches(late: bool) -> None:
+    model, inputs = build("self")
+    got = captured(model, *inputs)
+    order = [name for name in NAMES if name != "rewrite_batch"]
+    if late:
+        order.insert(order.index("build_schedules") + 1, "rewrite_batch")
+    state = State(got.gm, got.mode, Topology.grid(2, 2), 0, Asked(order=tuple(order), shard_everything=True))
+    assert run_pipeline(state).report.batch == 1
+
+
 def test_a_failing_pass_leaves_the_dump_up_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(state: State) -> None:
         raise ValueError
