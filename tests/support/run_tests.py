@@ -62,6 +62,9 @@ def run(group: str, everything: bool, arguments: Sequence[str]) -> tuple[int, Co
             sys.stdout.write(line)
             sys.stdout.flush()
             counted = counts_of(line) or counted
+    if process.returncode not in (0, 1, INTERRUPTED, NOTHING_RAN):
+        print(f"-- pytest ended with exit code {process.returncode}: tests that it had not run count as one failure")
+        counted["failed"] += 1
     return process.returncode, counted
 
 
