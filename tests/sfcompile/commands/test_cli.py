@@ -84,12 +84,21 @@ def test_simulate_prints_the_papers_table(capsys: pytest.CaptureFixture[str]) ->
     assert "predicted" in out and "published" in out and "image 3072, 4 machines" in out
 
 
-def test_simulate_plans_a_full_size_model_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        ("sd3", "18 attentions: 4608 tokens, 18 heads x 64"),
+        pytest.param("flux", "57 attentions: 4608 tokens, 24 heads x 128", marks=pytest.mark.thorough),
+    ],
+)
+def test_simulate_plans_a_full_size_model_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, found: str
+) -> None:
     """The class is found among those of diffusers; weights stay on the meta device."""
-    flags = "--model flux --tokens 4096 --topology 2x4:h100-ib --out"
+    flags = f"--model {model} --tokens 4096 --topology 2x4:h100-ib --out"
     assert main(["simulate", *flags.split(), str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "57 attentions: 4608 tokens, 24 heads x 128" in out and "<- taken" in out and "of the limit" in out
+    assert found in out and "<- taken" in out and "of the limit" in out
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png"]
 
 
