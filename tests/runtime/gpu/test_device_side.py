@@ -9,8 +9,19 @@ from processes import run_processes
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "host calls"])
-@pytest.mark.parametrize("machine_of", [(0, 0), (0, 1), (0, 0, 1, 1)], ids=["one machine", "two", "two of two"])
+# Peer stores alone, and beside them calls; the host's calls alone: the others follow from these.
+QUICK = [((0, 0), True), ((0, 0, 1, 1), True), ((0, 1), False)]
+CELLS = [
+    pytest.param(
+        machine_of, kernels, id=f"{name}-{'kernels' if kernels else 'host calls'}",
+        marks=[] if (machine_of, kernels) in QUICK else pytest.mark.thorough,
+    )
+    for name, machine_of in {"one machine": (0, 0), "two": (0, 1), "two of two": (0, 0, 1, 1)}.items()
+    for kernels in (True, False)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("machine_of", "kernels"), CELLS)
 def test_attention_and_gather_on_a_symmetric_heap(machine_of: tuple[int, ...], kernels: bool) -> None:
     """Uneven chunks, masks or causal, one rank late; the heap grows in between, and an older program runs again."""
     results = run_processes(len(machine_of), device_workers.run, (5, kernels, 3, 1), machine_of)

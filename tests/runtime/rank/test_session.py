@@ -134,7 +134,10 @@ def test_the_heap_does_not_grow_with_sites() -> None:
         assert few == many > 0
 
 
-@pytest.mark.parametrize(("ranks", "transport"), [(4, "auto"), (4, "c10d"), (3, "auto"), (6, "auto")])
+# Four ranks on "auto": tests/runtime/wires/test_tcp.py.
+@pytest.mark.parametrize(
+    ("ranks", "transport"), [(4, "c10d"), (3, "auto"), pytest.param(6, "auto", marks=pytest.mark.thorough)]
+)
 def test_every_schedule_is_exact_on_real_processes(ranks: int, transport: str) -> None:
     """Ranks on two machines, late by turns: shared memory inside, messages between (or messages only)."""
     machines = tuple(rank * 2 // ranks for rank in range(ranks))

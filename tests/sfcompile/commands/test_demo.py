@@ -65,7 +65,7 @@ def test_progress_of_other_ranks_is_silent(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("machines", [2, pytest.param(1, marks=pytest.mark.thorough)])
 def test_tiny_demo(machines: int, capfd: pytest.CaptureFixture[str]) -> None:
     code = run_demo(replace(TINY, machines=machines))
     out = capfd.readouterr().out
