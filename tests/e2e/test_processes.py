@@ -74,6 +74,7 @@ def test_every_schedule_and_the_batch_split(layout: str) -> None:
     passes(layout, "schedules")
 
 
+@pytest.mark.thorough  # examples/hello.py runs through Inductor too
 def test_inductor_runs_the_local_graph() -> None:
     passes("2", "inductor")
 

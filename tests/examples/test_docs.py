@@ -61,8 +61,11 @@ def test_pages_print_commands() -> None:
 
 
 def marked(command: str) -> object:
-    """A doctor that measures starts ranks."""
-    return pytest.param(command, marks=[pytest.mark.ranks] if "--measure" in command else [], id=command[:60])
+    """A doctor that measures starts ranks: once in ``make test``, with everything that it takes."""
+    measures = "--measure" in command
+    marks = [pytest.mark.ranks] if measures else []
+    marks += [pytest.mark.thorough] if measures and "--out" not in command else []
+    return pytest.param(command, marks=marks, id=command[:60])
 
 
 @pytest.mark.parametrize("command", [marked(command) for command in COMMANDS])
