@@ -15,7 +15,7 @@ from emulated_machines import CannotEmulate, emulated_machines  # noqa: E402
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("models", [["cogvideox_rope"], pytest.param(["flux", "wan_t2v"], marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("models", [["plain"], pytest.param(["flux", "wan_t2v"], marks=pytest.mark.thorough)])
 def test_models_over_shaped_links_and_machines_found_by_themselves(models: list[str]) -> None:
     try:
         with emulated_machines(2, "200mbit") as cluster:

@@ -89,7 +89,13 @@ def test_a_mesh_with_more_ulysses_ranks_than_heads_is_refused() -> None:
 THREE = ("three_streams", "shifted_windows", "space_and_time", "sums_over_tokens", "neighbours_differ", "experts")
 
 
-@pytest.mark.parametrize(("name", "ranks"), [*((name, 4) for name in sorted(STRUCTURES)), *((n, 3) for n in THREE)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        *((name, 4) for name in sorted(STRUCTURES)),
+        *(pytest.param(name, 3, marks=pytest.mark.thorough) for name in THREE),
+    ],
+)
 def test_every_structure_is_exact_and_its_work_divided(name: str, ranks: int) -> None:
     model, inputs = STRUCTURES[name]()
     (report,) = run_sharded(model, inputs, ranks)

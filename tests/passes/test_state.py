@@ -40,10 +40,10 @@ def test_what_no_pass_has_made_is_not_there() -> None:
     got = captured(double, torch.zeros(2, 3))
     state = State(got.gm, got.mode, Topology.grid(1, 2), 0)
     absent = {field.name for field in fields(State) if not hasattr(state, field.name)}
-    assert absent == {"sites", "tokens", "layouts", "choices", "placement", "local", "programs", "report"}
+    assert absent == {"sites", "tokens", "layouts", "choices", "placement", "local", "traffic", "programs", "report"}
     with pytest.raises(AttributeError, match="layouts"):
         _ = state.layouts
-    assert state.group is None and state.fused_puts is None and not state.traffic.gathers
+    assert state.group is None and state.fused_puts is None
 
 
 def test_the_batch_of_a_mesh_is_one_where_none_was_asked_for() -> None:

@@ -113,7 +113,7 @@ def case_two_machines(*names: str) -> None:
     from sfcompile.runtime.rank.session import current_session
 
     for name in names:
-        case_model(name)
+        case_meshes() if name == "plain" else case_model(name)
     assert current_session().topology.machine_of == (0, 0, 1, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,17 @@ from hypothesis import strategies as st
 sizes = st.integers(1, 7)
 tokens = st.integers(2, 11)
 ranks = st.integers(2, 5)
-few = settings(max_examples=12, deadline=None)
+
+# What `make test` sets: half of the examples, which are drawn anew on every run.
+QUICK = os.environ.get("SFCOMPILE_TESTS") == "quick"
+
+
+def examples(count: int) -> settings:
+    """So many random examples, half of them in `make test`."""
+    return settings(max_examples=count // 2 if QUICK else count, deadline=None)
+
+
+few = examples(12)
 Fn = Callable[..., Any]
 
 

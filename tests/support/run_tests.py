@@ -47,7 +47,7 @@ def run(group: str, everything: bool, arguments: Sequence[str]) -> tuple[int, Co
     """One run of pytest, shown as it goes: its exit code and what it counted."""
     marks = group if everything else f"{group} and not thorough"
     command = [sys.executable, "-m", "pytest", "-m", marks, *arguments]
-    env = dict(os.environ)
+    env = dict(os.environ) | {"SFCOMPILE_TESTS": "all" if everything else "quick"}
     if group == PARALLEL:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         command += ["-n", str(min(cores, WORKERS)), "--dist", "worksteal"]

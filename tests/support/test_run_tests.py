@@ -45,8 +45,10 @@ def folder(tmp_path: Path) -> Path:
     [
         (["test_some.py"], 0, "2 passed, 0 failed, 0 skipped"),
         (["--all", "-q"], 1, "4 passed, 1 failed, 0 skipped"),
-        (["test_some.py", "--no-such-flag"], 4, "0 passed, 2 failed, 0 skipped"),
-        (["test_some.py", "-k", "nothing"], 5, "0 passed, 0 failed, 0 skipped"),
+        pytest.param(
+            ["test_some.py", "--no-such-flag"], 4, "0 passed, 2 failed, 0 skipped", marks=pytest.mark.thorough
+        ),
+        pytest.param(["test_some.py", "-k", "nothing"], 5, "0 passed, 0 failed, 0 skipped", marks=pytest.mark.thorough),
     ],
 )
 def test_every_test_is_in_one_of_two_runs(

@@ -119,7 +119,7 @@ def test_mutants_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "put" else pytest.param(name, marks=pytest.mark.thorough) for name in MUTANTS]
+    "name", [name if name == "wait" else pytest.param(name, marks=pytest.mark.thorough) for name in MUTANTS]
 )
 def test_kernels_follow_the_schedule_mistakes_included(pool: Pool, name: str) -> None:
     this = mutant(name)

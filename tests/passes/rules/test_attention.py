@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import check_sharded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_ops import examples
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-few = settings(max_examples=10, deadline=None)
+few = examples(10)
 ranks = st.integers(2, 5)
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import check_sharded
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from random_ops import examples
 from torch.nn import functional as F
 
 tokens = st.integers(4, 13)
 ranks = st.integers(2, 5)
-few = settings(max_examples=15, deadline=None)
+few = examples(15)
 
 
 def rand(*shape: int) -> torch.Tensor:

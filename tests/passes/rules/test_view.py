@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import ANY, check_sharded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_ops import examples
 
-few = settings(max_examples=12, deadline=None)
+few = examples(12)
 
 
 def rand(*shape: int) -> torch.Tensor:

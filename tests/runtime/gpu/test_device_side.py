@@ -9,8 +9,8 @@ from processes import run_processes
 pytestmark = pytest.mark.ranks
 
 
-# Peer stores alone, and beside them calls; the host's calls alone: the others follow from these.
-QUICK = [((0, 0), True), ((0, 0, 1, 1), True), ((0, 1), False)]
+# Peer stores and calls beside each other, from kernels and from the host: each alone follows from these.
+QUICK = [((0, 0, 1, 1), True), ((0, 0, 1, 1), False)]
 CELLS = [
     pytest.param(
         machine_of, kernels, id=f"{name}-{'kernels' if kernels else 'host calls'}",

@@ -31,7 +31,7 @@ def test_a_line_through_times() -> None:
     assert start == pytest.approx(2e-3) and 1.0 / slope == pytest.approx(1e9)
 
 
-@pytest.mark.parametrize(("ranks", "machines"), [(2, 1), (2, 2)])
+@pytest.mark.parametrize(("ranks", "machines"), [pytest.param(2, 1, marks=pytest.mark.thorough), (2, 2)])
 def test_ranks_measure_themselves(tmp_path: Path, ranks: int, machines: int) -> None:
     path = tmp_path / "cluster.toml"
     assert launch(["-m", "sfcompile.commands.measure", "--out", str(path)], ranks, machines, timeout_s=120) == 0
