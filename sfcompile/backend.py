@@ -34,9 +34,6 @@ from sfcompile.tracing.trace import follow_environment
 
 log = logging.getLogger("sfcompile")
 
-GPU_CHECKS = 3
-"""At so many calls of a graph ranks compare inputs that lie on a GPU."""
-
 
 def streamfusion_backend(
     gm: fx.GraphModule,
@@ -123,8 +120,11 @@ def _compile_rank(
 
 
 def compared_inputs(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
-    """The inputs whose values ranks compare at every call; weights are compared once, at the compile."""
-    if asked.inputs == "trusted":
+    """The inputs whose values ranks compare at every call; weights are compared once, at the compile.
+
+    None on GPUs: signals there hold the epoch alone, so nothing would carry what was read.
+    """
+    if asked.inputs == "trusted" or device_of(inputs).type == "cuda":
         return ()
     return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and not is_static_input(value))
 
@@ -144,15 +144,10 @@ def _as_called(
         compared: which inputs must be equal on all ranks.
     """
     tensors, written = captured.tensor_inputs, captured.written
-    checks_left = GPU_CHECKS
 
     def run(*args: Any) -> Any:
-        nonlocal checks_left
         refuse_overlap(args, written, names)  # Dynamo has no guard on it
-        values = [args[i] for i in compared]
-        if any(value.is_cuda for value in values):  # reading them waits for the device
-            values, checks_left = (values, checks_left - 1) if checks_left else ([], 0)
-        with session.call(name, values), autocast_off():
+        with session.call(name, [args[i] for i in compared]), autocast_off():
             out = local(*(args[i] for i in tensors))
         if not written:
             return out

@@ -19,6 +19,9 @@ import torch
 
 from sfcompile.runtime.wires.transport import TAG_BITS
 
+_LIKE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+"""For torch's dtypes that cannot be indexed, one of the same bytes that can."""
+
 SAMPLES = 64
 """So many elements of each input make its fingerprint."""
 
@@ -55,7 +58,9 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
         places, span, geometry = _places(tuple(tensor.shape), tensor.stride(), tensor.dtype)
         mark = zlib.crc32(geometry, mark)
         if places.numel():
-            flat = tensor.detach().as_strided((span,), (1,))
+            flat = tensor.detach().resolve_conj().resolve_neg().as_strided((span,), (1,))
+            if tensor.dtype in _LIKE:
+                flat = flat.view(_LIKE[tensor.dtype])
             taken = flat.index_select(0, places.to(tensor.device)).cpu()
             mark = zlib.crc32(taken.view(torch.uint8).numpy().data, mark)
     return mark

@@ -84,7 +84,9 @@ def test_transport_by_name(name: str) -> None:
     passes("2", "transport", name)
 
 
-@pytest.mark.parametrize("case", ["heap", "shapes", "no_attention", "options_of_a_second_model"])
+@pytest.mark.parametrize(
+    "case", ["heap", "shapes", "no_attention", "options_of_a_second_model", "own_inputs_again", "autocast"]
+)
 def test_case_passes(case: str) -> None:
     passes("2", case)
 
@@ -116,6 +118,8 @@ def test_a_dit_in_plain_pytorch_at_three_resolutions(layout: str) -> None:
         ("bad_mesh", "but 2 ranks run"),
         ("training", "require gradients"),
         ("other_shapes", "compile something else than rank 0"),
+        ("other_weights", "weights (are they seeded or loaded alike?) is"),
+        ("other_noise", "the ranks are not in the same call"),
         ("strict", "token ops are not sharded"),
     ],
 )

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sfcompile.backend import last_report, reports
+from sfcompile.errors import RankMismatchError
 
 
 def rank() -> int:
@@ -327,6 +328,56 @@ def case_other_shapes_later() -> None:
     run = compiled(Plain(), placement="shard", timeout_s=4.0)
     run(tokens(50))
     run(tokens(50 if rank() != 1 else 48))
+
+
+def case_other_weights() -> None:
+    model = Plain()
+    with torch.no_grad():
+        model.out[1].bias += rank()
+    compiled(model)(tokens())
+
+
+def case_other_noise() -> None:
+    """The first call is right; then each rank draws its own."""
+    model, x = Plain(), tokens()
+    run = compiled(model, placement="shard")
+    close(run(x), model(x))
+    run(x + rank())
+
+
+def case_own_inputs_again() -> None:
+    """After a call with inputs of each rank's own the next one, with equal inputs, is right without a new compile."""
+    model, x = Plain(), tokens()
+    run = compiled(model, placement="shard")
+    run(x)
+    try:
+        run(x + rank())
+    except RankMismatchError:
+        close(run(x), model(x))
+        assert len(reports()) == 1
+    else:
+        raise AssertionError("ranks with other inputs were not told")
+
+
+def case_autocast() -> None:
+    """A region inside forward, and one around the call, then inference mode and back: dtypes and values of eager."""
+
+    class Region(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    model, plain, x = Region(), Plain(), tokens()
+    run, around = compiled(model, placement="shard"), compiled(plain, placement="shard")
+    reference = plain(x)
+    limit = 1.2 * float((model(x) - reference).abs().max())  # of single-device attention against fp32
+    with torch.inference_mode():
+        run(x)
+    got = run(x)
+    assert got.dtype == model(x).dtype and float((got - reference).abs().max()) <= limit
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = around(x), plain(x)
+    assert got.dtype == want.dtype and float((got - reference).abs().max()) <= limit
 
 
 def case_strict() -> None:

@@ -24,9 +24,12 @@ def test_a_signal_word_grows_with_the_epoch_and_is_as_odd() -> None:
     assert words == sorted(words) and [word % 2 for word in words] == [1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint16, torch.bool, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_values_have_one_fingerprint_however_they_lie(dtype: torch.dtype) -> None:
-    value = torch.randn(2, 3, 50).mul(3).to(dtype)
+    value = torch.randn(2, 3, 50).abs().mul(3).to(dtype)
     assert fingerprint([value]) == fingerprint([value.mT.contiguous().mT]) == fingerprint([value.clone()])
     assert fingerprint([value, value]) != fingerprint([value])
 
