@@ -18,7 +18,6 @@ class CpuSide:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._generation = 0
         self._size: HeapSize | None = None
         self._segments: Sequence[Segment | None] = ()
         self._wires: Wires | None = None
@@ -54,20 +53,20 @@ class CpuSide:
         self._make_heap(size, epoch)
 
     def _make_heap(self, size: HeapSize, epoch: int) -> None:
-        if self._wires is not None:
-            self._wires.transport.close()
-        self._generation += 1
         with torch.inference_mode(False):  # a heap made in it could be written in it only
-            self._segments = self._world.make_segments(size, self._generation)
-        self._size = size
-        own = self._segments[self._world.rank]
+            segments = self._world.make_segments(size)
+        own = segments[self._world.rank]
         assert own is not None
         own.done = epoch
-        self._connect()
+        self._connect(segments)
+        self._size = size
 
-    def _connect(self) -> None:
+    def _connect(self, segments: Sequence[Segment | None]) -> None:
+        wires = self._world.make_wires(segments)
+        if self._wires is not None:  # not before: where the new heap or its wires cannot be made, the old ones go on
+            self._wires.transport.close()
         self._access.clear()
-        self._wires = self._world.make_wires(self._segments)
+        self._segments, self._wires = segments, wires
 
     def open(self, call: SiteCall, engine: Engine | None) -> SiteRun:
         """Begin a call: the host runs it, or ``engine`` its attend phase.
@@ -103,8 +102,7 @@ class CpuSide:
     def rewire(self) -> None:
         """New wires over the same segments."""
         if self._wires is not None:
-            self._wires.transport.close()
-            self._connect()
+            self._connect(self._segments)
 
     def notice(self) -> str | None:
         """What the segment's notice or a lost connection says."""

@@ -11,7 +11,6 @@ import os
 import pickle
 import socket
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from sfcompile.errors import (
-    HeapError,
     OptionError,
     PeerDiedError,
     RankMismatchError,
@@ -31,14 +29,8 @@ from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.sides import Wires
 from sfcompile.runtime.wires.c10d import C10dTransport
 from sfcompile.runtime.wires.direct import DirectTransport, require_x86
-from sfcompile.runtime.wires.symmetric_heap import (
-    HeapSize,
-    Segment,
-    create_shared,
-    local_segment,
-    map_shared,
-    unlink_shared,
-)
+from sfcompile.runtime.wires.shared_segments import share
+from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
 from sfcompile.runtime.wires.tcp import TcpTransport
 from sfcompile.runtime.wires.tcp_links import connect
 from sfcompile.runtime.wires.transport import MessageTransport, RoutedTransport, peer_failed
@@ -106,12 +98,11 @@ class ProcessWorld:
         self._announced = False
         self._group: dist.ProcessGroup | None = None
         self._messages: MessageTransport | None = None
-        facts = self.exchange((machine_identity(), os.getpid(), uuid.uuid4().hex), "start a session")
-        identities = [machine for machine, _, _ in facts]
+        facts = self.exchange((machine_identity(), os.getpid()), "start a session")
+        identities = [machine for machine, _ in facts]
         numbers = {machine: i for i, machine in enumerate(dict.fromkeys(identities))}
         self.topology = Topology(tuple(numbers[machine] for machine in identities))
-        self._pids = [pid for _, pid, _ in facts]
-        self._job = facts[0][2][:12]
+        self._pids = [pid for _, pid in facts]
         if transport == "shm" and self.topology.num_machines > 1:
             raise UnsupportedError(
                 f"transport='shm' with {self.topology.num_machines} machines",
@@ -259,35 +250,15 @@ class ProcessWorld:
 
     # ------------------------------------------------------------------ heap and wires
 
-    def make_segments(self, size: HeapSize, generation: int) -> Sequence[Segment | None]:
-        """Create, map and unlink shared segments; all ranks fail together if one cannot."""
+    def make_segments(self, size: HeapSize) -> Sequence[Segment | None]:
+        """Shared segments of this machine's ranks; all ranks fail together if one cannot."""
+        ranks = range(self.topology.num_ranks)
         if self._messages_only:
-            return [local_segment(size) if rank == self.rank else None for rank in range(self.topology.num_ranks)]
-        name = f"sfcompile-{self._job}-{generation}-{self.rank}"
-        problem: str | None = None
-        segments: list[Segment | None] = [None] * self.topology.num_ranks
-        try:
-            try:
-                require_x86()
-                segments[self.rank] = create_shared(name, size)
-            except HeapError as error:
-                problem = error.what
-            everyone = self.exchange((problem, name), "make the heap")
-            failed = {rank: text for rank, (text, _) in enumerate(everyone) if text}
-            if failed:
-                raise HeapError(
-                    "; ".join(f"rank {rank}: {text}" for rank, text in failed.items()),
-                    "every rank keeps two banks of chunk buffers in shared memory",
-                    "enlarge /dev/shm (docker: --shm-size), use fewer tokens per call, or transport='c10d'",
-                    rank=self.rank,
-                )
-            for rank in range(self.topology.num_ranks):
-                if rank != self.rank and self.topology.same_machine(rank, self.rank):
-                    segments[rank] = map_shared(everyone[rank][1], size)
-            self.exchange(None, "map the heap")  # everyone has mapped everything: names may go
-        finally:
-            unlink_shared(name)
-        return segments
+            return [local_segment(size) if rank == self.rank else None for rank in ranks]
+        require_x86()
+        neighbours = [rank for rank in ranks if rank != self.rank and self.topology.same_machine(rank, self.rank)]
+        segments = share(self.rank, neighbours, size, self.exchange)
+        return [segments.get(rank) for rank in ranks]
 
     def make_wires(self, segments: Sequence[Segment | None]) -> Wires:
         """Stores where memory is shared, messages elsewhere."""

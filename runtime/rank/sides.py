@@ -40,7 +40,7 @@ class World(Protocol):
     rank: int
     topology: Topology
 
-    def make_segments(self, size: HeapSize, generation: int) -> Sequence[Segment | None]:
+    def make_segments(self, size: HeapSize) -> Sequence[Segment | None]:
         """Collective: a new segment on every rank; those this rank can reach, by rank."""
 
     def make_wires(self, segments: Sequence[Segment | None]) -> Wires:

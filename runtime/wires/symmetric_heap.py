@@ -10,23 +10,19 @@ A chunk of epoch e lives in bank e % 2. Words are written by one side only:
     credit[rank]        the same told by that rank to the segment's owner, for GPUs: they look at their own memory only
     abort               by whoever fails first; everyone who waits looks at it
 
-Shared segments are POSIX shared memory, mapped by all ranks of a machine and unlinked as soon as all have mapped them:
-even SIGKILL leaves nothing in /dev/shm.
+Segments that ranks of a machine share are made in shared_segments.py.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from sfcompile.errors import HeapError
 
 NUM_BANKS = 2
 """How many epochs lie in the heap at a time: one is read while the next is written."""
@@ -184,52 +180,3 @@ class Segment:
 def local_segment(size: HeapSize) -> Segment:
     """A segment in this process's own memory, for ranks that are threads."""
     return Segment(bytearray(size.segment_bytes), size)
-
-
-def create_shared(name: str, size: HeapSize) -> Segment:
-    """Create this rank's shared segment; peers map it by name, then the owner calls :func:`unlink_shared`.
-
-    Raises:
-        HeapError: no room in shared memory. The space is reserved now, so that no later store can fail.
-    """
-    path = _path(name)
-    try:
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, size.segment_bytes)
-            return Segment(mmap.mmap(fd, size.segment_bytes), size)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        unlink_shared(name)
-        raise HeapError(
-            f"a symmetric heap of {size.segment_bytes / 2**20:.1f} MiB per rank does not fit in /dev/shm ({error})",
-            "every rank keeps two banks of chunk buffers in shared memory",
-            "enlarge /dev/shm (docker: --shm-size), use fewer tokens per call, or transport='c10d'",
-        ) from error
-
-
-def map_shared(name: str, size: HeapSize) -> Segment:
-    """Map a peer's segment."""
-    return Segment(map_file(_path(name), size.segment_bytes), size)
-
-
-def map_file(path: str, nbytes: int) -> mmap.mmap:
-    """Memory that is shared with every other process that maps the file."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        return mmap.mmap(fd, nbytes)
-    finally:
-        os.close(fd)
-
-
-def unlink_shared(name: str) -> None:
-    """Remove the name; the memory lives on until the last process unmaps it."""
-    try:
-        os.unlink(_path(name))
-    except FileNotFoundError:
-        pass
-
-
-def _path(name: str) -> str:
-    return f"/dev/shm/{name}"

@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +28,6 @@ from sfcompile.version import __version__
 SHM = Path("/dev/shm")
 ROOM_BYTES = 1 << 30
 """Less room than this in /dev/shm is a problem: heaps of a few ranks and the loaders of a training job share it."""
-STALE_S = 60.0
 TIMEOUT_S = 5.0
 """Longest wait for a helper program, in seconds: the checks together must stay quick."""
 _NUMBERS = re.compile(r"(\d+)\.(\d+)")
@@ -236,7 +234,7 @@ def memory() -> list[Finding]:
 
 
 def shared_memory(folder: Path = SHM) -> list[Finding]:
-    """Room for the heaps of CPU ranks, and what dead ranks left."""
+    """Room for the heaps of CPU ranks."""
     area = "shared memory"
     try:
         usage = shutil.disk_usage(folder)
@@ -248,15 +246,7 @@ def shared_memory(folder: Path = SHM) -> list[Finding]:
     if usage.free < ROOM_BYTES:
         text += ": heaps may not fit"
         cure = f"mount -o remount,size=8g {folder}    (in a container: docker run --shm-size=8g)"
-    findings = [Finding(area, str(folder), text, cure)]
-    stale = [path for path in folder.glob("sfcompile-*") if _age_s(path) > STALE_S]
-    if stale:
-        size = sum(path.stat().st_size for path in stale) / 2**20
-        text = f"{len(stale)} files of ranks that ended by force, {size:.0f} MiB"
-        findings.append(
-            Finding(area, "left behind", text, f"rm {folder}/sfcompile-*    (if no job of yours is starting)")
-        )
-    return findings
+    return [Finding(area, str(folder), text, cure)]
 
 
 def nvshmem() -> list[Finding]:
@@ -372,10 +362,3 @@ def _output(command: Sequence[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _age_s(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return 0.0

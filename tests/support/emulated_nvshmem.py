@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 
 from sfcompile.runtime.gpu.nvshmem import CMP_GE, SIGNAL_SET
-from sfcompile.runtime.wires.symmetric_heap import map_file, unlink_shared
 
 
 class Library:
@@ -56,9 +56,9 @@ class Library:
         with open(made, "wb") as file:
             file.write(os.urandom(nbytes))  # what the last owner left there
         self._meet()
-        copies = [torch.frombuffer(map_file(f"/dev/shm/{name}", nbytes), dtype=torch.uint8) for name in names]
+        copies = [torch.frombuffer(_map_file(f"/dev/shm/{name}", nbytes), dtype=torch.uint8) for name in names]
         self._meet()
-        unlink_shared(names[self.rank])
+        os.unlink(made)
         own = copies[self.rank]
         self._mapped[own.data_ptr()] = copies
         return own.view(dtype)
@@ -109,3 +109,8 @@ class Library:
             if time.monotonic() > end:
                 raise TimeoutError(f"{what} did not come")
             time.sleep(0)
+
+
+def _map_file(path: str, nbytes: int) -> mmap.mmap:
+    with open(path, "r+b") as file:
+        return mmap.mmap(file.fileno(), nbytes)

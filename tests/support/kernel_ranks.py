@@ -6,6 +6,7 @@ long, from put to collect with nothing but generated code; one rank may be late.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import random
 import time
@@ -24,7 +25,8 @@ from sfcompile.runtime.program.instructions import Instruction
 from sfcompile.runtime.program.intervals import Runs
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.wires.symmetric_heap import HeapSize, create_shared, map_shared, unlink_shared
+from sfcompile.runtime.wires.shared_segments import Place, map_shared, shared_segment
+from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 Change = Callable[[str, tuple[Instruction, ...]], tuple[Instruction, ...]]
 
@@ -163,7 +165,7 @@ def error_of(job: Job, outs: Sequence[torch.Tensor]) -> float:
     return worst
 
 
-def run_rank(job: Job, rank: int, names: Sequence[str], size: HeapSize) -> torch.Tensor:
+def run_rank(job: Job, rank: int, places: Sequence[Place], size: HeapSize) -> torch.Tensor:
     """One rank's part of a job."""
     from sfcompile.codegen.engines.launch import AttendKernel, HeapView
     from sfcompile.codegen.engines.target import KernelTarget
@@ -171,7 +173,7 @@ def run_rank(job: Job, rank: int, names: Sequence[str], size: HeapSize) -> torch
     from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
     from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 
-    segments = [map_shared(name, size) for name in names]
+    segments = [map_shared(place, size) for place in places]
     own = segments[rank].address
     heaps = torch.tensor([(segment.address, pe, own) for pe, segment in enumerate(segments)])
     poll = Deadline(10.0)
@@ -224,7 +226,6 @@ class Pool:
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "triton", "kernel_ranks"])
         self._ranks: list[tuple[Any, Connection]] = []
-        self._jobs = 0
 
     def run(self, job: Job) -> list[torch.Tensor]:
         """Every rank's output.
@@ -241,17 +242,11 @@ class Pool:
             self._ranks.append((process, here))
         schedule = job.schedule()
         size = HeapSize(len(schedule.slots), make_tables(schedule, 0, 64, job.machine_of).bank_bytes, job.ranks)
-        self._jobs += 1
-        names = [f"sfkernels-{mp.current_process().pid}-{self._jobs}-{rank}" for rank in range(job.ranks)]
-        segments = [create_shared(name, size) for name in names]
-        try:
+        with contextlib.ExitStack() as held:
+            places = [held.enter_context(shared_segment(size))[1] for _ in range(job.ranks)]
             for rank in range(job.ranks):
-                self._ranks[rank][1].send((job, rank, names, size))
+                self._ranks[rank][1].send((job, rank, places, size))
             results = [self._ranks[rank][1].recv() for rank in range(job.ranks)]
-        finally:
-            for name in names:
-                unlink_shared(name)
-            del segments
         failures = [text for fine, text in results if not fine]
         if failures:
             raise RuntimeError("\n".join(failures))

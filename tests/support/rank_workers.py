@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import runpy
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.schedule.torus import build_torus
-from sfcompile.errors import MeshError
+from sfcompile.errors import HeapError, MeshError
 from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.rank import ops
 from sfcompile.runtime.rank.process_group import ProcessWorld
@@ -58,15 +61,8 @@ def attend_and_gather(
 
 
 def shared_memory_names() -> list[str]:
-    """Names of ours that stay in /dev/shm; those of another job that is just starting are gone in a moment."""
-
-    def names() -> set[str]:
-        return {path.name for path in Path("/dev/shm").glob("sfcompile-*")}
-
-    found = names()
-    if found:
-        time.sleep(1.0)
-    return sorted(found & names())
+    """Names of ours in /dev/shm; there must be none at any time."""
+    return sorted(path.name for path in Path("/dev/shm").glob("sfcompile-*"))
 
 
 def attention(rank: int, seed: int, transport: str, calls: int) -> dict[str, Any]:
@@ -208,6 +204,31 @@ def heap_does_not_fit(rank: int) -> None:
     """More than any /dev/shm, on rank 1 only in effect: both must say so."""
     site = attention_site(2, heads=2, tokens=2**34, head_dim=64)
     session_of().load("huge", [build_torus(site, Mesh.of(session_of().topology, 2, 1))])
+
+
+def goes_on_without_the_huge_one(rank: int) -> float:
+    """A heap that does not fit, and then the program from before."""
+    session = session_of()
+    case, ticket = random_case(5, ranks=2), torch.zeros(1, dtype=torch.int64)
+    session.load("p", schedules_of(case))
+    _, ticket = attend_and_gather(case, rank, ticket)
+    try:
+        with session.guard():
+            heap_does_not_fit(rank)
+    except HeapError:
+        whole, _ = attend_and_gather(case, rank, ticket)
+        return float((whole.double() - case.expected).abs().max())
+    raise AssertionError("a heap of terabytes was made")
+
+
+def own_shm(rank: int, sizes: Sequence[str]) -> dict[str, Any]:
+    """Every rank with a /dev/shm of its own, as containers have; root only."""
+    new_mounts = 0x00020000  # CLONE_NEWNS
+    if ctypes.CDLL(None, use_errno=True).unshare(new_mounts) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sizes[rank]}", "tmpfs", "/dev/shm"], check=True)
+    return attention(rank, 3, "shm", 2)
 
 
 def recovers(rank: int) -> float:

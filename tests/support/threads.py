@@ -58,7 +58,7 @@ class ThreadWorld:
     def reset(self) -> None:
         """New segments carry no notice."""
 
-    def make_segments(self, size: HeapSize, generation: int) -> Sequence[Segment | None]:
+    def make_segments(self, size: HeapSize) -> Sequence[Segment | None]:
         """Plain memory."""
         return self.exchange(local_segment(size), "make the heap")
 

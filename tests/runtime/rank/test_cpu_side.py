@@ -32,8 +32,8 @@ class World:
         self.stores = stores
         self.told: list[str] = []
 
-    def make_segments(self, size: HeapSize, generation: int) -> Sequence[Segment | None]:
-        self.told.append(f"generation {generation}")
+    def make_segments(self, size: HeapSize) -> Sequence[Segment | None]:
+        self.told.append("new heap")
         return [local_segment(size) for _ in range(2)]
 
     def make_wires(self, segments: Sequence[Segment | None]) -> Wires:
@@ -81,7 +81,7 @@ def test_a_heap_is_made_outgrown_and_given_back() -> None:
     side.make_heap(small, 0)
     large = small.grown(HeapSize(9, 0))
     side.make_heap(large, 4)
-    assert side.size == large and world.told == ["generation 1", "generation 2"]
+    assert side.size == large and world.told == ["new heap", "new heap"]
     assert heap_of(side).done == 4, "what was read on the old heap is read"
     side.close(failed=False)
     assert side.size is None
@@ -104,7 +104,7 @@ def test_a_restart_connects_anew_and_forgets_the_notice() -> None:
     assert heap_of(side).aborted == "rank 0: it broke"
     side.restart(6)
     assert heap_of(side).aborted is None and heap_of(side).done == 6
-    assert world.told == ["reset", "generation 1", "reset", "generation 2"]
+    assert world.told == ["reset", "new heap", "reset", "new heap"]
 
 
 def test_wires_follow_the_options() -> None:
@@ -117,7 +117,7 @@ def test_wires_follow_the_options() -> None:
     side.open(SiteCall(0, 0, 0, GATHER, 1), KernelEngine())
     world.timeout_s = 0.3
     side.rewire()
-    assert heap_of(side) is before and world.told == ["generation 1"]
+    assert heap_of(side) is before and world.told == ["new heap"]
     run = side.open(SiteCall(0, 0, 0, GATHER, 2), KernelEngine())
     with pytest.raises(RuntimeTimeoutError, match=r"waited 0\.3 s for a chunk from rank 1"):
         run._transport.wait(1, 0, 2)

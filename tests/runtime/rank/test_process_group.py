@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import rank_workers
-from processes import run_outcomes
+from processes import run_outcomes, run_processes
 
 from sfcompile.errors import HeapError, RankMismatchError, RuntimeTimeoutError, TopologyError, UnsupportedError
 from sfcompile.runtime.program.topology import Topology
@@ -40,6 +42,23 @@ def test_a_heap_that_does_not_fit_is_an_error_on_every_rank() -> None:
         assert isinstance(outcome.error, HeapError)
         assert "does not fit in /dev/shm" in str(outcome.error)
     assert rank_workers.shared_memory_names() == []
+
+
+def test_what_ran_before_goes_on_after_a_heap_that_does_not_fit() -> None:
+    assert max(run_processes(2, rank_workers.goes_on_without_the_huge_one)) < 1e-5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_ranks_with_a_shm_of_their_own_share_memory_all_the_same() -> None:
+    for result in run_processes(2, rank_workers.own_shm, (("16m", "16m"),)):
+        assert result["error"] < 1e-5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_shm_that_is_full_on_one_rank_is_an_error_on_every_rank() -> None:
+    for outcome in run_outcomes(2, rank_workers.own_shm, (("16m", "8k"),)):
+        assert isinstance(outcome.error, HeapError)
+        assert "rank 1: a symmetric heap" in str(outcome.error) and "8.0 KiB are free" in str(outcome.error)
 
 
 def test_shared_memory_between_machines_is_refused() -> None:

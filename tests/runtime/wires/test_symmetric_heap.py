@@ -1,23 +1,14 @@
-"""Segments: layout, notices, shared memory that leaves nothing behind."""
+"""Segments: layout, words, notices."""
 
 from __future__ import annotations
 
-import errno
-import os
-
-import pytest
 import torch
 
-from sfcompile.errors import HeapError
 from sfcompile.runtime.wires.symmetric_heap import (
     LINE_BYTES,
     NUM_BANKS,
     HeapSize,
-    Segment,
-    create_shared,
     local_segment,
-    map_shared,
-    unlink_shared,
     view_at,
 )
 
@@ -59,40 +50,6 @@ def test_sizes_grow() -> None:
     other = HeapSize(9, 64)
     assert not SIZE.holds(other) and SIZE.holds(HeapSize(5, 64))
     assert SIZE.grown(other) == HeapSize(9, 4096)
-
-
-def test_shared_segments_are_one_memory_after_unlinking() -> None:
-    name = f"sftest-{os.getpid()}"
-    mine = create_shared(name, SIZE)
-    theirs: Segment = map_shared(name, SIZE)
-    unlink_shared(name)
-    unlink_shared(name)
-    assert not os.path.exists(f"/dev/shm/{name}")
-    theirs.chunk(1, 0, (4,), torch.int32).copy_(torch.arange(4))
-    theirs.signals[1, 2] = 3
-    assert mine.chunk(1, 0, (4,), torch.int32).tolist() == [0, 1, 2, 3]
-    assert int(mine.signals[1, 2]) == 3
-
-
-def test_room_is_reserved_before_anything_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sparse file would be made happily, and a later store would die of SIGBUS."""
-
-    def full(fd: int, offset: int, length: int) -> None:
-        assert length == SIZE.segment_bytes
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    name = f"sftest-{os.getpid()}"
-    with pytest.raises(HeapError, match="No space left on device"):
-        create_shared(name, SIZE)
-    assert not os.path.exists(f"/dev/shm/{name}")
-
-
-def test_no_room_is_said_at_once() -> None:
-    name = f"sftest-{os.getpid()}"
-    with pytest.raises(HeapError, match="does not fit in /dev/shm"):
-        create_shared(name, HeapSize(1, 2**50))
-    assert not os.path.exists(f"/dev/shm/{name}")
 
 
 def test_words_of_different_ranks_lie_on_lines_of_their_own() -> None:
