@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from sfcompile.errors import StreamFusionError
 from sfcompile.runtime.wires import tcp_links
 from sfcompile.runtime.wires.tcp import TcpTransport
 
@@ -29,20 +30,30 @@ class Meeting:
         return exchange
 
 
-def connected(ranks: int, timeout_s: float = 10.0) -> list[dict[int, socket.socket] | str]:
-    """What every rank's ``connect`` returns."""
+def connected(ranks: int, timeout_s: float = 10.0, join_s: float = 20.0) -> list[Any]:
+    """What every rank's ``connect`` returns, or raises; threads are named after their ranks."""
     meeting, found = Meeting(ranks), [None] * ranks
 
     def body(rank: int) -> None:
         peers = [peer for peer in range(ranks) if peer != rank]
-        found[rank] = tcp_links.connect(rank, peers, meeting.of(rank), timeout_s)  # type: ignore[call-overload]
+        try:
+            found[rank] = tcp_links.connect(rank, peers, meeting.of(rank), timeout_s)  # type: ignore[call-overload]
+        except StreamFusionError as error:
+            found[rank] = error  # type: ignore[call-overload]
 
-    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(ranks)]
+    threads = [threading.Thread(target=body, args=(rank,), name=str(rank), daemon=True) for rank in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
-    return found  # type: ignore[return-value]
+        thread.join(join_s)
+    return found
+
+
+def close(links: Sequence[dict[int, socket.socket]]) -> None:
+    """Every connection of every rank."""
+    for mine in links:
+        for link in mine.values():
+            link.close()
 
 
 def transports(ranks: int, timeout_s: float = 10.0) -> list[TcpTransport]:
