@@ -27,7 +27,7 @@ from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.rank import ops
 from sfcompile.runtime.rank.process_group import ProcessWorld
 from sfcompile.runtime.rank.session import Session, get_session
-from sfcompile.runtime.wires import tcp_links
+from sfcompile.runtime.wires import handshake, tcp_links
 
 sf = torch.ops.streamfusion
 assert ops.COMMUNICATION
@@ -219,6 +219,12 @@ def goes_on_without_the_huge_one(rank: int) -> float:
         whole, _ = attend_and_gather(case, rank, ticket)
         return float((whole.double() - case.expected).abs().max())
     raise AssertionError("a heap of terabytes was made")
+
+
+def with_secrets(rank: int, secrets: Sequence[str]) -> dict[str, Any]:
+    """Ranks that were given these secrets."""
+    os.environ[handshake.SECRET] = secrets[rank]
+    return attention(rank, 4, "auto", 2)
 
 
 def own_shm(rank: int, sizes: Sequence[str]) -> dict[str, Any]:

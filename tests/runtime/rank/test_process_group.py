@@ -61,6 +61,17 @@ def test_a_shm_that_is_full_on_one_rank_is_an_error_on_every_rank() -> None:
         assert "rank 1: a symmetric heap" in str(outcome.error) and "8.0 KiB are free" in str(outcome.error)
 
 
+def test_ranks_of_two_machines_with_one_secret() -> None:
+    for result in run_processes(3, rank_workers.with_secrets, (["s" * 32] * 3,), (0, 0, 1)):
+        assert result["error"] < 1e-5
+
+
+def test_another_secret_on_one_machine_is_an_error_on_every_rank() -> None:
+    for outcome in run_outcomes(3, rank_workers.with_secrets, (["s" * 32, "s" * 32, "x" * 32],), (0, 0, 1)):
+        assert isinstance(outcome.error, RankMismatchError), outcome.log[-3000:]
+        assert "SFCOMPILE_SECRET is another one on rank" in str(outcome.error)
+
+
 def test_shared_memory_between_machines_is_refused() -> None:
     for outcome in run_outcomes(2, rank_workers.attention, (1, "shm", 1), (0, 1)):
         assert isinstance(outcome.error, UnsupportedError) and "with 2 machines" in str(outcome.error)
