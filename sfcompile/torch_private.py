@@ -20,7 +20,7 @@ from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from torch._dynamo.exc import Unsupported as GraphBreak
@@ -55,6 +55,7 @@ __all__ = [
     "has_data_mutation",
     "inductor_mode_options",
     "is_comparable",
+    "is_composite",
     "is_static_input",
     "job_store",
     "make_fx",
@@ -63,6 +64,7 @@ __all__ = [
     "symbol_hint",
     "tracing",
     "tree_leaves",
+    "tree_map",
 ]
 
 fused_attention: Any = torch._native_multi_head_attention
@@ -121,6 +123,11 @@ def has_autocast_kernel(op: OpOverload, device: str) -> bool:
     schema = op._schema
     name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device.upper()}"))
+
+
+def is_composite(op: OpOverload) -> bool:
+    """Whether an op is written as calls of others, all of which can be seen."""
+    return bool(op._can_decompose())
 
 
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -49,6 +49,21 @@ class AttentionSite:
             if [(sum(each), len(each)) for each in sizes] != want or any(size < 0 for each in sizes for size in each):
                 raise ValueError(f"site {self.name} has {want} tokens and parts by rank, and parts of {sizes}")
 
+    @cached_property
+    def tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Every rank's number of queries, and of keys."""
+        return tuple(map(count, self.q_positions)), tuple(map(count, self.kv_positions))
+
+    def local_shape(self, tensor: str, rank: int, part: int = -1) -> Shape:
+        """Shape of a rank's "q", "k", "v" or "o" [B, heads, tokens, width], of one of its parts or (-1) of all."""
+        queries = tensor in ("q", "o")
+        tokens = self.tokens[0 if queries else 1][rank]
+        if part != -1:
+            start, stop = self.rows(queries, rank, self.parts, part)
+            tokens = stop - start
+        width = self.head_dim if tensor in ("q", "k") else self.v_head_dim
+        return self.batch, self.heads if queries else self.kv_heads, tokens, width
+
     def rows(self, queries: bool, rank: int, parts: int, part: int) -> tuple[int, int]:
         """Which of a rank's local query (or key) tokens are the ``part``-th of ``parts``: ``[start, stop)``.
 
@@ -121,9 +136,13 @@ class ExchangeSite:
         """Bytes of every rank's shard."""
         return tuple(nbytes(self.local_shape(rank), self.dtype) for rank in range(len(self.owned)))
 
+    @cached_property
+    def _held(self) -> tuple[int, ...]:
+        return tuple(map(count, self.owned))
+
     def local_shape(self, rank: int) -> Shape:
         """Shape of what ``rank`` holds."""
-        return self._resized(count(self.owned[rank]))
+        return self._resized(self._held[rank])
 
     def wanted_shape(self, rank: int) -> Shape:
         """Shape of what ``rank`` wants."""

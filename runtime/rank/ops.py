@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.instructions import Attend, Chunk
 from sfcompile.runtime.program.phases import COLLECT, ENDS
 from sfcompile.runtime.rank.executor import AttentionPlan
@@ -129,7 +130,17 @@ OPAQUE: dict[str, Opaque] = {}
 
 
 def _opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:
-    return [out.clone(memory_format=torch.contiguous_format) for out in OPAQUE[key].run(*tensors)]
+    opaque = OPAQUE[key]
+    outputs = opaque.run(*tensors)
+    facts = [(list(out.shape), out.dtype) for out in outputs]
+    if facts != opaque.outputs:
+        raise UnsupportedError(
+            f"a call that the graph runs as it is returned {facts} and was captured as returning {opaque.outputs}",
+            "what follows in the graph was compiled for that: an operator whose fake implementation does not know what "
+            "autocast does inside it is the usual reason",
+            "cast what the operator returns to a dtype of its own choice, or give it torch.library.register_autocast",
+        )
+    return [out.clone(memory_format=torch.contiguous_format) for out in outputs]
 
 
 def _fake_opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
 from sfcompile.runtime.rank.calls import Calls, fingerprint
 from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
+from sfcompile.runtime.rank.fit import check_end, check_fused, check_put
 from sfcompile.runtime.rank.process_group import compare
 from sfcompile.runtime.rank.sides import RunningSite, Side, SiteEngine, World
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
@@ -224,11 +225,13 @@ class Session:
 
     def put(self, program: str, site: int, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
         """A put phase, of one part of the tokens or (-1) of all; the first of a site opens its epoch."""
+        check_put(self._loaded(program).schedules[site], self.rank, phase, tensor, part)
         self._run(program, site).put(phase, tensor, part)
 
     def put_fused(self, program: str, site: int, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
         """:meth:`put` of what a row program (codegen/rows/rows.py) makes of its sources: in the kernel that sends it,
         or before, where no kernel does."""
+        check_fused(self._loaded(program).schedules[site], self.rank, phase, sources, rows)
         self._run(program, site).put_fused(phase, sources, rows)
 
     def attend(self, program: str, site: int, mask: torch.Tensor | None) -> None:
@@ -241,11 +244,13 @@ class Session:
 
     def collect(self, program: str, site: int, out: torch.Tensor, part: int = -1) -> None:
         """The collect phase, of one part of the tokens or (-1) of all; the last part ends the site's epoch."""
+        check_end(self._loaded(program).schedules[site], self.rank, out, part)
         if self._run(program, site).collect(out, part):
             self._finish(program, site)
 
     def receive(self, program: str, site: int, out: torch.Tensor) -> None:
         """The end of an exchange; ends the site's epoch."""
+        check_end(self._loaded(program).schedules[site], self.rank, out)
         self._run(program, site).receive(out)
         self._finish(program, site)
 
@@ -253,7 +258,7 @@ class Session:
         run = self._runs.get((program, site))
         return self._open(program, site) if run is None else run
 
-    def _open(self, program: str, site: int) -> RunningSite:
+    def _loaded(self, program: str) -> _Loaded:
         loaded = self._programs.get(program)
         if loaded is None or self._side.size is None:
             raise InternalError(
@@ -261,6 +266,10 @@ class Session:
                 "a compiled graph outlived the session that compiled it",
                 "compile the model again in this process",
             )
+        return loaded
+
+    def _open(self, program: str, site: int) -> RunningSite:
+        loaded = self._loaded(program)
         epoch = self._opened + 1
         if epoch - NUM_BANKS > self._finished:
             raise InternalError(

@@ -3,6 +3,10 @@
 The trace records ops above the autocast kernels, so a captured ``linear`` still reads fp32 operands though its value is
 bf16; a graph that lost the region would compute another thing without a word. What autocast does to a call is not
 looked up in a list: the call is made once on fake values with autocast on, and the casts of its operands are watched.
+
+Autocast may know nothing of an op and yet change what is computed inside it: an ``einsum`` calls ``bmm``, an op of the
+user's own may call anything. Where casts of the operands make the same calls inside, those are written; else the call
+becomes an opaque one, which runs under the state of its region.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from sfcompile.capture.opaque import hide_call
 from sfcompile.errors import UnsupportedError, source_line
 from sfcompile.torch_private import (
     AutocastState,
     FakeTensorMode,
+    HigherOrderOperator,
     OpOverload,
     TorchDispatchMode,
     autocast_as,
@@ -25,7 +31,9 @@ from sfcompile.torch_private import (
     enter_autocast,
     exit_autocast,
     has_autocast_kernel,
+    is_composite,
     tree_leaves,
+    tree_map,
 )
 
 Casts = dict[tuple[fx.Node, torch.dtype], fx.Node]
@@ -75,27 +83,44 @@ def bake_autocast(graph: fx.Graph, mode: FakeTensorMode, before: AutocastState) 
             states.append({**states[-1], device: (enabled, dtype if dtype is not None else current[1])})
         elif node.target is exit_autocast:
             states.pop()
-        elif isinstance(node.target, OpOverload):
-            _bake_call(graph, node, mode, states[-1], casts)
+        elif isinstance(node.target, OpOverload | HigherOrderOperator) and _regions_of(node, states[-1]):
+            _bake_call(graph, node, mode, _regions_of(node, states[-1]), casts)
     for node in reversed(list(graph.nodes)):
         if node.target in (enter_autocast, exit_autocast):
             graph.erase_node(node)
 
 
-def _bake_call(
-    graph: fx.Graph,
-    node: fx.Node,
-    mode: FakeTensorMode,
-    state: AutocastState,
-    casts: dict[tuple[fx.Node, torch.dtype], fx.Node],
-) -> None:
+def _regions_of(node: fx.Node, state: AutocastState) -> AutocastState:
+    """What of a state concerns a call: the devices of its operands on which autocast is on."""
     devices = {n.meta["val"].device.type for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
-    on = [device for device in devices if state.get(device, (False, None))[0]]
-    assert isinstance(node.target, OpOverload)
-    if not any(has_autocast_kernel(node.target, device) for device in on):
+    return {device: state[device] for device in devices if state.get(device, (False, None))[0]}
+
+
+def _bake_call(graph: fx.Graph, node: fx.Node, mode: FakeTensorMode, state: AutocastState, casts: Casts) -> None:
+    """One call under a ``state`` in which autocast is on."""
+    if not isinstance(node.target, OpOverload):
+        hide_call(graph, node, state)  # an op of the user's that writes to its operands, made functional
         return
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    dtypes = _casts_of(node.target, args, kwargs, mode, {device: state[device] for device in on})
+    if any(has_autocast_kernel(node.target, device) for device in state):
+        _write_casts(graph, node, mode, _casts_of(node.target, args, kwargs, mode, state), casts)
+    elif node.target.namespace not in _OWN and not _is_transparent(node.target, args, kwargs, mode, state):
+        dtypes = _casts_to_lower(node.target, args, kwargs, mode, state)
+        if dtypes is None:
+            hide_call(graph, node, state)
+        else:
+            _write_casts(graph, node, mode, dtypes, casts)
+
+
+_OWN = ("streamfusion", "prim")
+"""Our own ops: opaque calls keep the state of their region by themselves."""
+
+
+def _write_casts(
+    graph: fx.Graph, node: fx.Node, mode: FakeTensorMode, dtypes: dict[int, torch.dtype], casts: Casts
+) -> None:
+    """Cast a call's operands; ``dtypes`` by ``id`` of their values."""
+    assert isinstance(node.target, OpOverload)
 
     def cast(operand: fx.Node) -> fx.Node:
         dtype = dtypes.get(id(operand.meta["val"]))
@@ -164,7 +189,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _casts_of(
-    target: Any, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState
+    target: OpOverload, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState
 ) -> dict[int, torch.dtype]:
     """By ``id`` of an operand, the dtype to which autocast casts it."""
     operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -176,3 +201,67 @@ def _casts_of(
         stack.enter_context(watch)
         target(*args, **kwargs)
     return watch.dtypes
+
+
+class _Calls(TorchDispatchMode):
+    """Notes the calls that an op makes, and what each returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[OpOverload, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace != "prim":
+            self.made.append((func, _facts(out)))
+        return out
+
+    @property
+    def numeric(self) -> list[tuple[OpOverload, list[torch.dtype]]]:
+        """Without views, copies and casts: what decides the result once the operands are what they are."""
+        moves = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default)
+        return [(f, [t for t, _ in facts]) for f, facts in self.made if not f.is_view and f not in moves]
+
+
+def _calls_inside(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState) -> _Calls:
+    calls = _Calls()
+    with torch.no_grad(), autocast_as(state), mode, calls:
+        target(*args, **kwargs)
+    return calls
+
+
+def _is_transparent(target: OpOverload, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState) -> bool:
+    """Whether autocast changes nothing inside an op that it does not know. Of an op from outside nobody can tell."""
+    if target.namespace not in ("aten", "prims"):
+        return False
+    if not is_composite(target):
+        return True
+    inside = _calls_inside(target, args, kwargs, mode, state)
+    return inside.made == _calls_inside(target, args, kwargs, mode, {}).made
+
+
+def _casts_to_lower(
+    target: OpOverload, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState
+) -> dict[int, torch.dtype] | None:
+    """As :func:`_casts_of`, for an op that autocast does not know: casts after which the op makes the same calls with
+    autocast off; None: casts of its operands cannot say it."""
+    if target.namespace not in ("aten", "prims"):
+        return None
+    dtypes = {
+        id(leaf): state[leaf.device.type][1]
+        for leaf in tree_leaves((args, kwargs))
+        if isinstance(leaf, torch.Tensor) and leaf.device.type in state and _is_cast(leaf)
+    }
+
+    def lowered(leaf: Any) -> Any:
+        return leaf.to(dtypes[id(leaf)]) if id(leaf) in dtypes else leaf
+
+    with mode:
+        low_args, low_kwargs = tree_map(lowered, args), tree_map(lowered, kwargs)
+    want = _calls_inside(target, args, kwargs, mode, state).numeric
+    return dtypes if _calls_inside(target, low_args, low_kwargs, mode, {}).numeric == want else None
+
+
+def _is_cast(tensor: torch.Tensor) -> bool:
+    """Whether autocast casts a tensor to a lower precision."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64

@@ -1,4 +1,5 @@
-"""Hide from the capture what no functional ATen graph can hold: vmapped functions and higher-order ops.
+"""Hide from the capture what no functional ATen graph can hold: vmapped functions and higher-order ops; and hide
+calls whose inside depends on the autocast region that they stand in.
 
 Flex attention with its block masks is the case that DiTs have. Each such stretch of a Dynamo graph becomes one call of
 ``streamfusion.opaque``, which runs the stretch as it is. It has no rule, so it is computed whole on every rank.
@@ -10,13 +11,23 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.rank.ops import OPAQUE, Opaque
-from sfcompile.torch_private import FakeTensorMode, HigherOrderOperator, autocast_as, autocast_state, no_modes
+from sfcompile.torch_private import (
+    AutocastState,
+    FakeTensorMode,
+    HigherOrderOperator,
+    autocast_as,
+    autocast_state,
+    no_modes,
+    tree_leaves,
+)
 
 _serial = itertools.count()
 
@@ -126,3 +137,66 @@ class _Region:
                 q, k, v = (values[places[arg]].shape for arg in node.args[:3])
                 total += 2.0 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
         return total
+
+
+@dataclass(frozen=True)
+class _OperandAt:
+    """Where an operand of a hidden call stands among its tensors."""
+
+    index: int
+
+
+def hide_call(graph: fx.Graph, node: fx.Node, state: AutocastState) -> None:
+    """Replace one call of a captured graph by an opaque one that runs it under an autocast state.
+
+    Args:
+        node: what it returns has fake values: a tensor, or several.
+
+    Raises:
+        UnsupportedError: it returns lists of tensors among others.
+    """
+    values = [node.meta["val"]] if isinstance(node.meta["val"], torch.Tensor) else list(node.meta["val"])
+    if any(isinstance(value, (list, tuple)) for value in values):
+        raise UnsupportedError(
+            f"{node.target} is called under autocast and returns lists of tensors among others",
+            "what autocast does inside a call that it does not know is kept by running the call under it, as one that "
+            "returns tensors",
+            "return the tensors of the list one by one, or leave this call out of the autocast region",
+            node=node,
+        )
+    outputs = [value for value in values if isinstance(value, torch.Tensor)]
+    key = f"opaque{next(_serial)}"
+    operands = list(dict.fromkeys(node.all_input_nodes))
+    shapes = [(list(map(int, out.shape)), out.dtype) for out in outputs]
+    OPAQUE[key] = Opaque(_under(node, operands, state), shapes, 0.0)
+    with graph.inserting_before(node):
+        call = graph.call_function(torch.ops.streamfusion.opaque.default, (operands, key))
+        made = [graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))]
+    call.meta = {**node.meta, "val": outputs}
+    for each, output in zip(made, outputs, strict=True):
+        each.meta = {**node.meta, "val": output}
+    if isinstance(node.meta["val"], torch.Tensor):
+        node.replace_all_uses_with(made[0])
+    for user in list(node.users):
+        assert user.target is operator.getitem and isinstance(user.args[1], int)
+        before = [value for value in values[: user.args[1]] if isinstance(value, torch.Tensor)]
+        user.replace_all_uses_with(made[len(before)])
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _under(node: fx.Node, operands: list[fx.Node], state: AutocastState) -> Callable[..., list[torch.Tensor]]:
+    """The call as a function of its operands, under an autocast state."""
+    target: Any = node.target
+    places: dict[fx.Node, Any] = {operand: _OperandAt(i) for i, operand in enumerate(operands)}
+    given: Any = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: places[operand])
+
+    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        def put_in(leaf: Any) -> Any:
+            return tensors[leaf.index] if isinstance(leaf, _OperandAt) else leaf
+
+        args, kwargs = fx.node.map_aggregate(given, put_in)
+        with autocast_as(state):
+            return [out for out in tree_leaves(target(*args, **kwargs)) if isinstance(out, torch.Tensor)]
+
+    return run

@@ -136,7 +136,8 @@ def test_memory_may_be_reused_after_a_put() -> None:
 
 def test_a_put_of_a_row_program_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks without kernels compute what the program says, then put it."""
-    doubled = SimpleNamespace(compute=lambda x, w: (x * w).view(1, 24, 4, 8).transpose(1, 2))
+    shapes = ((24, 32), (32,), (1, 4, 24, 8))
+    doubled = SimpleNamespace(compute=lambda x, w: (x * w).view(1, 24, 4, 8).transpose(1, 2), shapes=shapes)
     monkeypatch.setitem(ops.ROW_PROGRAMS, "doubled", doubled)
 
     def local(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,41 @@ from torch import nn
 from torch.nn import functional as F
 
 from sfcompile.capture.graph import Captured, capture
+from sfcompile.errors import UnsupportedError
 from sfcompile.torch_private import autocast_off, autocast_state, enter_autocast, exit_autocast
 
 LOW = torch.bfloat16
+
+
+_library = torch.library.Library("autocast_tests", "DEF")
+_library.define("product(Tensor x, Tensor w, float scale=2.0) -> Tensor")
+_library.define("products(Tensor[] xs, Tensor? w) -> (Tensor, Tensor)")
+_library.define("add_product(Tensor(a!) x, Tensor w) -> ()")
+_library.define("lower(Tensor x, Tensor w) -> Tensor")
+"""Ops of a user, without an autocast kernel: the products inside them are cast where autocast is on."""
+
+
+def _products(xs: list[torch.Tensor], w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    first = torch.stack(list(xs)) @ xs[0]
+    return first.float(), (first if w is None else first @ w).float().argmax(-1)
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "product": (lambda x, w, scale=2.0: (x @ w).float() * scale, lambda x, w, scale=2.0: (x @ w).float()),
+    "products": (_products, _products),
+    "add_product": (lambda x, w: (x.add_((x @ w).float()), None)[1], lambda x, w: None),
+    "lower": (lambda x, w: x @ w, lambda x, w: x.new_empty(x.shape)),
+}
+for _name, (_real, _fake) in _IMPLEMENTATIONS.items():
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"autocast_tests::{_name}", _fake, lib=_library)
+mine = torch.ops.autocast_tests
+
+
+def _written(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    y = x * 1
+    mine.add_product(y, w)
+    return y
 
 
 class Blocks(nn.Module):
@@ -101,6 +133,54 @@ def test_a_failing_capture_leaves_autocast_as_it_was() -> None:
     with pytest.raises(Exception, match="broken"):
         torch.compile(model, backend=backend)(torch.ones(4, 4))
     assert autocast_state()["cpu"][0] is False
+
+
+INSIDE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "an op of the user's": lambda x, w: mine.product(x, w, 3.0) + 1,
+    "with keywords": lambda x, w: mine.product(x, w=w, scale=4.0),
+    "of several outputs": lambda x, w: mine.products([x, w], None)[1],
+    "of lists": lambda x, w: mine.products([x, w], w)[0],
+    "that writes": _written,
+    "einsum": lambda x, w: torch.einsum("ij,jk->ik", x, w),
+    "einsum of three": lambda x, w: torch.einsum("ij,jk,kl->il", x, w, x),
+    "einsum with a sum": lambda x, w: torch.einsum("ij,jk->k", x, w),
+    "tensordot": lambda x, w: torch.tensordot(x, w, 1),
+    "inner": torch.inner,
+    "power": lambda x, w: torch.matrix_power(x, 3),
+    "a cell": lambda x, w: torch.gru_cell(x, x, w.repeat(3, 1), w.repeat(3, 1)),
+    "nothing to cast": lambda x, w: F.rms_norm(x, (12,), w[0]),
+    "an int": lambda x, w: torch.kron(x.long(), w.long()),
+    "fp64": lambda x, w: torch.einsum("ij,jk->ik", x.double(), w.double()),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@torch.no_grad()
+def test_what_autocast_does_inside_a_call_that_it_does_not_know(name: str) -> None:
+    """In eager the calls inside are cast; the graph runs with autocast off and must compute the same."""
+
+    def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", LOW):
+            return INSIDE[name](x, w)
+
+    graph = captured(model, torch.randn(12, 12), torch.randn(12, 12)).gm.graph
+    targets = [node.target for node in graph.nodes]
+    if name in ("einsum", "einsum of three"):  # still an einsum, which has a rule
+        assert torch.ops.aten.einsum.default in targets
+    if name in ("nothing to cast", "an int", "fp64"):
+        assert torch.ops.streamfusion.opaque.default not in targets
+
+
+@torch.no_grad()
+def test_an_op_that_returns_another_dtype_than_it_says_is_refused() -> None:
+    """Its fake implementation says fp32; under autocast it returns bf16. aot_eager computes another thing."""
+
+    def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", LOW):
+            return mine.lower(x, w).float()
+
+    with pytest.raises(UnsupportedError, match="returned .*bfloat16.* captured as returning .*float32"):
+        captured(model, torch.randn(4, 4), torch.randn(4, 4))
 
 
 @pytest.mark.parametrize("region", REGIONS)

@@ -1,0 +1,84 @@
+"""Whether what a phase is given, or has to fill, is what its plan was made for: its dtype and its shape.
+
+Slots are laid out and kernels are made for the plan's shapes; a tensor of another shape or dtype would be read as
+something else by the ranks that get it. So the tensor is looked at first, and nothing has been sent when it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sfcompile.errors import InternalError
+from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.rank.executor import SchedulePlan
+
+_PUTS = {"put_q": "q", "put_k": "k", "put_v": "v"}
+
+
+def check_put(plan: SchedulePlan, job_rank: int, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
+    """A local tensor that is to be sent.
+
+    Raises:
+        InternalError: it has another dtype or shape than the plan says.
+    """
+    _compare(plan, job_rank, phase, tensor.shape, tensor.dtype, _given(plan, job_rank, phase, part))
+
+
+def check_fused(plan: SchedulePlan, job_rank: int, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
+    """What a row program (codegen/rows/rows.py) is to make and send: its result, and the sources it reads.
+
+    Raises:
+        InternalError: as for :func:`check_put`.
+    """
+    *wanted, result = rows.shapes
+    _compare(plan, job_rank, phase, result, plan.site.dtype, _given(plan, job_rank, phase, -1))
+    for source, shape in zip(sources, wanted, strict=True):
+        _compare(plan, job_rank, phase, source.shape, source.dtype, shape, source.dtype)
+
+
+def check_end(plan: SchedulePlan, job_rank: int, out: torch.Tensor, part: int = -1) -> None:
+    """A tensor that the end of a site is to fill.
+
+    Raises:
+        InternalError: as for :func:`check_put`.
+    """
+    site, rank = plan.site, plan.members(job_rank)[0]
+    attention = isinstance(site, AttentionSite)
+    wanted = site.local_shape("o", rank, part) if attention else site.wanted_shape(rank)
+    _compare(plan, job_rank, "collect" if attention else "exchange_finish", out.shape, out.dtype, wanted)
+
+
+def _given(plan: SchedulePlan, job_rank: int, phase: str, part: int) -> Sequence[int]:
+    site, rank = plan.site, plan.members(job_rank)[0]
+    shape: Sequence[int] = (
+        site.local_shape(_PUTS[phase], rank, part) if isinstance(site, AttentionSite) else site.local_shape(rank)
+    )
+    return shape
+
+
+def _compare(
+    plan: SchedulePlan,
+    job_rank: int,
+    phase: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    wanted: Sequence[int],
+    wanted_dtype: torch.dtype | None = None,
+) -> None:
+    wanted_dtype = wanted_dtype or plan.site.dtype
+    if dtype == wanted_dtype and tuple(shape) == tuple(wanted):
+        return
+    raise InternalError(
+        f"{phase} of {plan.site.name} is given {_words(dtype, shape)} and was planned for "
+        f"{_words(wanted_dtype, wanted)}",
+        "the other ranks would read the bytes as something else",
+        "report this graph",
+        rank=job_rank,
+    )
+
+
+def _words(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
