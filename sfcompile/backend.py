@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from sfcompile.capture.aliases import refuse_overlap
@@ -20,6 +21,7 @@ from sfcompile.capture.by_sizes import BySizes, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.device import device_of, engines_for, start, topology_for
 from sfcompile.errors import StreamFusionError, UnsupportedError
+from sfcompile.groups import in_group, session_for, world_size
 from sfcompile.lowering.inner import run_inner
 from sfcompile.lowering.rank_graph import run_passes
 from sfcompile.options import Options
@@ -27,8 +29,8 @@ from sfcompile.passes.report.history import last_report, remember, reports
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.calls import fingerprint
-from sfcompile.runtime.rank.process_group import ProcessWorld, check_ranks
-from sfcompile.runtime.rank.session import Session, get_session
+from sfcompile.runtime.rank.process_group import check_ranks
+from sfcompile.runtime.rank.session import Session, use_session
 from sfcompile.torch_private import autocast_off, is_comparable, is_static_input
 from sfcompile.tracing.trace import follow_environment
 
@@ -53,16 +55,16 @@ def streamfusion_backend(
         RankMismatchError: ranks compile different graphs.
         NotShardedError: ``strict=True`` and something is left replicated.
     """
-    asked = Options.from_dict(options, mode)
+    asked = in_group(Options.from_dict(options, mode))
     refuse_training(example_inputs)
-    world_size = _world_size()
-    asked.check_world(world_size)
-    if world_size == 1:
+    ranks = world_size(asked)
+    asked.check_world(ranks)
+    if ranks == 1:
         return run_inner(gm, example_inputs, None, asked)
-    session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
+    session = session_for(asked)
     if "SFCOMPILE_TRACE" in os.environ:
         follow_environment()
-    with session.turn(), session.guard():
+    with session.turn(), session.guard(), use_session(session):
         session.reconfigure(asked.transport, asked.timeout_s)
         start(device_of(example_inputs), session, asked)
         first, any_size = _compile_rank(gm, example_inputs, asked, session)
@@ -162,14 +164,6 @@ def _topology(value: object) -> Topology:
     return value if isinstance(value, Topology) else Topology.parse(str(value))
 
 
-def _world_size() -> int:
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options) -> dict[str, str]:
     """What ranks compare when they disagree, in words: entry -> value."""
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
@@ -196,7 +190,7 @@ def _announce(compiled: Compiled, session: Session, seconds: float) -> None:
     """Rank 0 says in a line what was compiled; the whole plan is at level DEBUG and in ``last_report()``."""
     report = compiled.report
     remember(report)
-    _speak(session.rank)
+    _speak(dist.get_rank())
     for warning in report.warnings:
         log.warning(warning)
     log.info("graph %d compiled for %d ranks in %.1f s: %s", report.graph, report.num_ranks, seconds, report.headline)

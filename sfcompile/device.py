@@ -24,7 +24,7 @@ from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.engine import Engine
-from sfcompile.runtime.rank.session import Session
+from sfcompile.runtime.rank.session import Session, sessions
 
 log = logging.getLogger("sfcompile")
 PRESET_OF = {"A100": "a100-efa", "H100": "h100-ib", "H200": "h100-ib", "A10": "a10-ethernet"}
@@ -74,6 +74,13 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
             "use transport='auto' or 'nvshmem'",
         )
     if session.side.device.type == "cpu":
+        if any(other.side.device.type == "cuda" for other in sessions()):
+            raise UnsupportedError(
+                "a process in two groups of GPU ranks",
+                "NVSHMEM joins a process to one job and cannot be started twice",
+                "use one mesh for every model of a process on GPUs",
+                rank=session.rank,
+            )
         nvshmem = Nvshmem(session.rank, session.topology.num_ranks, device, session.exchange)
         fill_device_state(nvshmem.bindings.cumodule_init)
 

@@ -28,6 +28,7 @@ REGISTERED_SCHEDULES: set[str] = set()
 """Names that sfcompile.extend.register_schedule added to SCHEDULES."""
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 
+_NOT_A_MEMBER = -100  # torch.distributed.GroupMember.NON_GROUP_MEMBER
 _MACHINES_X_RANKS = re.compile(r"([1-9]\d*)x([1-9]\d*)(?::.+)?")
 
 
@@ -39,7 +40,9 @@ class Options:
         topology: "auto" (found from torchrun), "NxM" (N machines of M ranks each), "NxM:preset", a .toml file, or a
             Topology object.
         mesh: {"ulysses": P_u, "ring": P_r} with P_u * P_r = world size, or with a "batch" degree as a third factor;
-            None: the planner chooses.
+            None: the planner chooses. Or a torch DeviceMesh or ProcessGroup: its ranks compute the model together, and
+            other groups may run beside it (sfcompile/groups.py).
+        group: the ranks of that mesh, in its order; None: the whole job. Not an option of its own.
         schedule: how attention runs: "auto" (the planner's choice) | "torus" | "ulysses" | "ring" | "usp".
         transport: "auto" (NVSHMEM between GPU ranks; shared memory and TCP between CPU ranks) | "shm" (CPU ranks of
             one machine) | "c10d" (gloo, CPU ranks) | "nvshmem" (GPU ranks).
@@ -55,7 +58,7 @@ class Options:
     """
 
     topology: object = field(default="auto", hash=False)
-    mesh: dict[str, int] | None = field(default=None, hash=False)
+    mesh: dict[str, int] | Any | None = field(default=None, hash=False)
     schedule: str = "auto"
     transport: str = "auto"
     attention: str = "auto"
@@ -67,6 +70,7 @@ class Options:
     dump: Path | None = None
     passes: tuple[str, ...] = ()
     mode: str | None = None
+    group: tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -90,7 +94,7 @@ class Options:
             MeshError: the mesh's axes do not multiply to `world_size`.
             TopologyError: the topology "NxM" does not have `world_size` ranks.
         """
-        if self.mesh is not None:
+        if isinstance(self.mesh, dict):
             ulysses, ring = self.mesh["ulysses"] * self.mesh.get(BATCH_AXIS, 1), self.mesh["ring"]
             if ulysses * ring != world_size:
                 legal = ", ".join(
@@ -186,10 +190,21 @@ def _topology(key: str, value: object) -> object:
     raise _bad_value(key, value, allowed)
 
 
-def _mesh(key: str, value: object) -> dict[str, int] | None:
-    if value is None or value == "auto":
+def _mesh(key: str, value: object) -> object:
+    if value is None or (isinstance(value, str) and value == "auto"):
         return None
-    allowed = "a dict such as {'ulysses': 4, 'ring': 2} or {'batch': 2, 'ulysses': 4}, axes at least 1, or None"
+    if hasattr(value, "mesh_dim_names") or type(value).__name__ == "ProcessGroup":
+        return value  # of torch.distributed: groups.py reads it
+    if value == _NOT_A_MEMBER:
+        raise OptionError(
+            f"mesh={value!r}",
+            "that is what torch.distributed.new_group returns to ranks outside of the group",
+            "give each rank the group that it is in, and do not call the model on other ranks",
+        )
+    allowed = (
+        "a dict such as {'ulysses': 4, 'ring': 2} or {'batch': 2, 'ulysses': 4}, axes at least 1, "
+        "a torch DeviceMesh or ProcessGroup, or None"
+    )
     if not isinstance(value, Mapping) or not value or not set(value) <= {*MESH_AXES, BATCH_AXIS}:
         raise _bad_value(key, value, allowed)
     if any(isinstance(degree, bool) or not isinstance(degree, int) or degree < 1 for degree in value.values()):

@@ -57,7 +57,7 @@ __all__ = [
     "is_comparable",
     "is_composite",
     "is_static_input",
-    "job_store",
+    "default_store",
     "make_fx",
     "no_modes",
     "same_storage",
@@ -161,9 +161,14 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
     return options
 
 
-def job_store(prefix: str) -> Any:
-    """The key-value store of the default process group, under a prefix of our own."""
-    return distributed_c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
+def default_store(prefix: str) -> tuple[Any, Any]:
+    """The key-value store of the default process group, and one with a connection of its own, under a prefix.
+
+    The first is to be kept as long as the second is used: it may be the one that serves all ranks.
+    """
+    kept = distributed_c10d._get_default_store()
+    own = kept.clone() if hasattr(kept, "clone") else kept
+    return kept, distributed_c10d.PrefixStore(prefix, own)
 
 
 def aoti_compile(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], path: Path) -> None:

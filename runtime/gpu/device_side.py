@@ -83,7 +83,7 @@ class NvshmemSide:
             return self._runs.open(engine, call.epoch)
         return run_on_host(call, self._topology, self._runs.host_bank(call.epoch), self._transport)
 
-    def restart(self, epoch: int) -> None:
+    def restart(self, epoch: int, life: int) -> None:
         """Refused: kernels cannot be told to stop.
 
         Raises:

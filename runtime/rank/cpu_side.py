@@ -93,9 +93,9 @@ class CpuSide:
             self._access[members] = KernelAccess(members, self._segments, self._wires.stores)
         return self._access[members]
 
-    def restart(self, epoch: int) -> None:
+    def restart(self, epoch: int, life: int) -> None:
         """Collective: new connections, and segments that no failed call has written to and that carry no notice."""
-        self._world.reset()
+        self._world.reset(life)
         if self._size is not None:
             self._make_heap(self._size, epoch)
 

@@ -1,16 +1,17 @@
-"""Processes: the default group under torchrun, which ranks share a machine, agreement before anything collective."""
+"""Processes: the ranks of a torch.distributed job, or a group of them, and what they share.
+
+Python values and failure notices travel through the job's key-value store, not through a collective: a rank that is
+missing can then be named, and one that fails can tell ranks of any machine. job_store.py asks the store, meetings.py
+is how ranks agree, presence.py knows who is still there.
+"""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
-import itertools
 import logging
 import os
-import pickle
 import socket
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from sfcompile.errors import (
     UnsupportedError,
 )
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.job_store import JobStore, StoreLostError
+from sfcompile.runtime.rank.meetings import Meetings, ranks_in_words
+from sfcompile.runtime.rank.presence import Presence
 from sfcompile.runtime.rank.sides import Wires
 from sfcompile.runtime.wires.c10d import C10dTransport
 from sfcompile.runtime.wires.direct import DirectTransport, require_x86
@@ -33,12 +37,20 @@ from sfcompile.runtime.wires.shared_segments import share
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
 from sfcompile.runtime.wires.tcp import TcpTransport
 from sfcompile.runtime.wires.tcp_links import connect
-from sfcompile.runtime.wires.transport import MessageTransport, RoutedTransport, peer_failed
-from sfcompile.torch_private import job_store
+from sfcompile.runtime.wires.transport import MessageTransport, RoutedTransport
+from sfcompile.torch_private import default_store
 
 _log = logging.getLogger("sfcompile")
-_worlds = itertools.count()
-_LINGER_S = 1.0
+_SHORT_S = 2.0
+"""Limit of what an error, or the end of the process, waits for."""
+
+_worlds: dict[tuple[int, ...], int] = {}
+"""By global ranks, how many worlds of theirs this process has been in: tells a second one's keys from the first's."""
+
+
+def group_name(members: Sequence[int]) -> str:
+    """A name for files of a group of ranks."""
+    return f"ranks-{'-'.join(map(str, members))}"
 
 
 def ensure_process_group(timeout_s: float) -> bool:
@@ -46,11 +58,31 @@ def ensure_process_group(timeout_s: float) -> bool:
 
     Returns:
         Whether it was created here (then it is ours to destroy).
+
+    Raises:
+        RuntimeTimeoutError: not every rank of the job came within ``timeout_s``.
+        UnsupportedError: the environment describes no job.
     """
     if dist.is_initialized():
         return False
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=max(timeout_s, 60.0)))
+    rank = os.environ.get("RANK", "?")
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    except ValueError as error:
+        raise UnsupportedError(
+            f"no job can be joined: {str(error).splitlines()[0]}",
+            "ranks find each other through torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)",
+            "start the ranks with torchrun, or call torch.distributed.init_process_group first",
+        ) from error
+    except RuntimeError as error:
+        raise RuntimeTimeoutError(
+            f"rank {rank} could not join the job of {os.environ.get('WORLD_SIZE', '?')} ranks at "
+            f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} within {timeout_s:g} s "
+            f"({str(error).splitlines()[0]})",
+            "every rank must start within timeout_s of the others and reach that address",
+            "look at the logs of the other ranks; raise options={'timeout_s': ...} if they only start late",
+        ) from error
     return True
 
 
@@ -71,34 +103,48 @@ def machine_identity() -> str:
 
 
 class ProcessWorld:
-    """Ranks are processes of a torch.distributed job.
-
-    Python values and failure notices travel through the job's key-value store, not through a collective: a rank that is
-    missing can then be named, and one that fails can tell ranks of any machine.
+    """Ranks are processes of a torch.distributed job: all of them, or a group; ``rank`` is this one's place there.
 
     Args:
         transport: "auto" (stores inside a machine, messages between), "shm" (one machine only) or "c10d".
         timeout_s: longest wait on a peer.
+        members: the group's ranks of the whole job, this one among them, in the group's order; None: all.
+
+    Attributes:
+        group: a name for files; empty for the whole job.
+        life: how often this rank has started afresh; failure notices belong to a life.
 
     Raises:
         UnsupportedError: transport "shm" with several machines.
+        RuntimeTimeoutError, PeerDiedError: not every rank came.
     """
 
-    def __init__(self, transport: str, timeout_s: float) -> None:
+    def __init__(self, transport: str, timeout_s: float, members: tuple[int, ...] | None = None) -> None:
         self._own_group = ensure_process_group(timeout_s)
-        self.rank = dist.get_rank()
+        self._members = members if members is not None else tuple(range(dist.get_world_size()))
+        self.rank = self._members.index(dist.get_rank())
+        self.group = "" if members is None else group_name(members)
         self._timeout_s = timeout_s
         self._transport = transport
-        self._num_ranks = dist.get_world_size()
-        # Ranks make their worlds in the same order, so the number tells a process's second world from its first.
-        prefix = f"sfcompile/{next(_worlds)}"
-        self._store = job_store(prefix)
-        self._exchanges = 0
-        self._lives = 0
+        self.life = 0
         self._announced = False
         self._group: dist.ProcessGroup | None = None
         self._messages: MessageTransport | None = None
+        number = _worlds.get(self._members, 0)
+        self._kept, own = default_store(f"sfcompile/{'.'.join(map(str, self._members))}/{number}")
+        self._store = JobStore(own)
+        try:
+            self._presence = Presence(self._store, self.rank, timeout_s)
+        except StoreLostError as error:
+            raise PeerDiedError(
+                f"rank {self.rank} cannot reach the job's store: {error}",
+                "rank 0, or the launcher, keeps the store and has ended, was stopped, or is cut off",
+                "look at the log of rank 0, and at the network between the machines",
+                rank=self.rank,
+            ) from error
+        self._meetings = Meetings(self._store, self.rank, len(self._members), self._presence, timeout_s, self.notice)
         facts = self.exchange((machine_identity(), os.getpid()), "start a session")
+        _worlds[self._members] = number + 1
         identities = [machine for machine, _ in facts]
         numbers = {machine: i for i, machine in enumerate(dict.fromkeys(identities))}
         self.topology = Topology(tuple(numbers[machine] for machine in identities))
@@ -117,7 +163,7 @@ class ProcessWorld:
         if self._messages is None:
             problem = "asked for" if self._messages_only else None
             if problem is None:
-                peers = [r for r in range(self._num_ranks) if not self.topology.same_machine(r, self.rank)]
+                peers = [r for r in range(len(self._members)) if not self.topology.same_machine(r, self.rank)]
                 links = connect(self.rank, peers, self.exchange, self._timeout_s)
                 if isinstance(links, str):
                     problem = links
@@ -133,7 +179,16 @@ class ProcessWorld:
 
     def _new_group(self) -> dist.ProcessGroup:
         timeout = datetime.timedelta(seconds=self._timeout_s)
-        group = dist.new_group(list(range(self._num_ranks)), backend="gloo", timeout=timeout)
+        try:
+            group = dist.new_group(list(self._members), backend="gloo", timeout=timeout, use_local_synchronization=True)
+        except RuntimeError as error:
+            raise RuntimeTimeoutError(
+                f"rank {self.rank} could not make a gloo group of {len(self._members)} ranks within "
+                f"{self._timeout_s:g} s ({str(error).splitlines()[0]})",
+                "gloo carries the messages between ranks that share no memory",
+                "look at the logs of the other ranks and at the network between them (GLOO_SOCKET_IFNAME)",
+                rank=self.rank,
+            ) from error
         assert isinstance(group, dist.ProcessGroup)  # this rank is in it
         return group
 
@@ -152,97 +207,36 @@ class ProcessWorld:
                 "use the same transport for every model of a process",
             )
         changed = timeout_s != self._timeout_s
-        self._timeout_s = timeout_s
+        self._timeout_s = self._meetings.timeout_s = self._presence.timeout_s = timeout_s
         if self._messages is not None:
             self._messages.timeout_s = timeout_s
         return changed
 
     def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
-        """All-gather of picklable values: every rank's, by rank.
-
-        Args:
-            value: this rank's.
-            doing: what the ranks do together, for the error: "compile a graph".
-            patience: how many times ``timeout_s`` to wait.
-
-        Raises:
-            RuntimeTimeoutError: names the ranks that did not come.
-            PeerFailedError: another rank failed before it came.
-            PeerDiedError: rank 0 has gone, and the store with it.
-        """
-        # A meeting is counted when it has come about: ranks that failed in one, or in different ones, meet at it again.
-        key = f"{doing}/{self._exchanges + 1}"
-        try:
-            self._store.set(f"{key}/{self.rank}", base64.b64encode(pickle.dumps(value)).decode())
-            self._await_all(key, doing, patience * self._timeout_s)
-            raw = [self._store.get(f"{key}/{rank}") for rank in range(self._num_ranks)]
-            self._store.add(f"{key}/read", 1)
-            if self.rank == 0:
-                self._keep_store(f"{key}/read")
-        except dist.DistError as error:
-            raise PeerDiedError(
-                f"rank {self.rank} was about to {doing} and found the job's store gone ({str(error).splitlines()[0]})",
-                "rank 0, or the launcher, keeps the store and has ended",
-                "look at the log of rank 0",
-                rank=self.rank,
-                peer=0,
-            ) from error
-        except BaseException:
-            with contextlib.suppress(dist.DistError):  # who comes later must not take it for a rank that waits
-                self._store.delete_key(f"{key}/{self.rank}")
-            raise
-        self._exchanges += 1
-        return [pickle.loads(base64.b64decode(text)) for text in raw]
-
-    def _await_all(self, key: str, doing: str, limit_s: float) -> None:
-        known = self.notice()  # an old failure: ranks that all got over it may meet again
-        missing = list(range(self._num_ranks))
-        start, nap = time.monotonic(), 1e-3
-        while True:
-            notice = self.notice()
-            missing = [rank for rank in missing if not self._store.check([f"{key}/{rank}"])]
-            if not missing:
-                return
-            # The notice was read before the look round: who failed after this meeting cannot have ended it.
-            if notice is not None and known is None:
-                raise peer_failed(self.rank, notice)
-            if time.monotonic() - start > limit_s:
-                raise RuntimeTimeoutError(
-                    f"rank {self.rank} is ready to {doing} (step {self._exchanges}), but not every rank came along "
-                    f"within {limit_s:g} s: {_ranks(missing)} did not",
-                    "every rank must call the model with inputs of the same shapes; a rank that was called with other "
-                    "shapes compiles anew while the others run",
-                    f"give every rank the same inputs; look at the log of rank {missing[0]}",
-                    rank=self.rank,
-                    peer=missing[0],
-                )
-            time.sleep(nap)
-            nap = min(1.5 * nap, 0.05)
-
-    def _keep_store(self, counter: str) -> None:
-        """The store may end with this process: stay, for a moment, until every rank has read what it came for."""
-        deadline = time.monotonic() + _LINGER_S
-        while self._store.add(counter, 0) < self._num_ranks and time.monotonic() < deadline:
-            time.sleep(1e-3)
+        """All-gather: every rank's value, by rank. See :meth:`Meetings.exchange`."""
+        return self._meetings.exchange(value, doing, patience)
 
     def announce(self, text: str) -> None:
-        """Leave a failure notice for all ranks; the first one stays."""
-        with contextlib.suppress(dist.DistError):  # the store has gone with rank 0: nobody is left to tell through it
-            self._store.compare_set(f"failed/{self._lives}", "", text)
-            self._store.add(f"told/{self._lives}", 1)
+        """Leave a failure notice for all ranks; the first one stays. Never waits long: the error comes first."""
+        with contextlib.suppress(StoreLostError):  # then nobody is left to tell, or cannot be told
+            self._store.first(f"failed/{self.life}", text, _SHORT_S)
+            self._store.add(f"told/{self.life}", 1, _SHORT_S)
             self._announced = True
 
     def notice(self) -> str | None:
         """The first failure notice, if any."""
-        key = f"failed/{self._lives}"
         try:
-            return self._store.get(key).decode() if self._store.check([key]) else None
-        except dist.DistError:
+            return self._store.get(f"failed/{self.life}", _SHORT_S)
+        except StoreLostError:
             return None
 
-    def reset(self) -> None:
-        """Collective: forget the failure notices, and make new connections in place of those that a failure closed."""
-        self._lives += 1
+    def reset(self, life: int) -> None:
+        """Collective: a new life knows no failure notices, and has new connections in place of those that were closed.
+
+        Args:
+            life: its number, greater than that of any rank so far.
+        """
+        self.life = life
         self._announced = False
         if self._messages is not None:
             self._messages.disconnect()
@@ -270,20 +264,17 @@ class ProcessWorld:
         return Wires(RoutedTransport(stores, messages, direct), stores)
 
     def close(self) -> None:
-        """Close the wires, and the default group if it was made here."""
+        """Close the wires, and the default group if it was made here; say to the others that this rank ends."""
         if self._messages is not None:
             self._messages.disconnect()
         self._messages = None
-        if self._own_group and self._announced and self.rank == 0:
-            with contextlib.suppress(dist.DistError):
-                self._keep_store(f"told/{self._lives}")
+        with contextlib.suppress(StoreLostError):
+            self._presence.leave(_SHORT_S)
+            if self._own_group and self._announced and self.rank == 0:
+                self._meetings.linger(f"told/{self.life}")
+        self._store.close()
         if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _ranks(some: Sequence[int]) -> str:
-    listed = ", ".join(map(str, some[:8]))
-    return f"rank {listed}" if len(some) == 1 else f"ranks {listed}" + (" ..." if len(some) > 8 else "")
 
 
 def compare(rank: int, everyone: Sequence[tuple[str, dict[str, str]]]) -> None:
@@ -306,7 +297,7 @@ def compare(rank: int, everyone: Sequence[tuple[str, dict[str, str]]]) -> None:
         if not keys:
             differences.append(f"rank {other} traced other code than rank 0 for inputs of the same shapes")
     raise RankMismatchError(
-        f"{_ranks(odd)} would compile something else than rank 0: {'; '.join(differences)}",
+        f"{ranks_in_words(odd)} would compile something else than rank 0: {'; '.join(differences)}",
         "the ranks compute one model together, so all must call it with the same inputs and options",
         "give every rank the same inputs, weights' shapes and options",
         rank=rank,

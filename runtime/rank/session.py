@@ -42,12 +42,18 @@ class _Loaded(NamedTuple):
 
 
 class Session:
-    """What this rank knows and holds. Calls and compiles of several threads queue (:meth:`call`, :meth:`turn`)."""
+    """What this rank knows and holds. Calls and compiles of several threads queue (:meth:`call`, :meth:`turn`).
+
+    Attributes:
+        rank: this one's place among the ranks that compute together.
+        group: a name for files, if those are not the whole job; else empty.
+    """
 
     def __init__(self, world: World) -> None:
         self.rank = world.rank
         self.topology = world.topology
         self._world = world
+        self.group = world.group
         # Any: who loads a program makes its engines for the side that the session has then (sfcompile/device.py).
         self._side: Side[Any] = CpuSide(world)
         self._programs: dict[str, _Loaded] = {}
@@ -78,15 +84,23 @@ class Session:
             UnsupportedError: some rank failed before, and this side cannot start afresh.
         """
         digest = hashlib.sha256(text.encode()).hexdigest()
-        mine = (digest, description, self._failed, self._opened, self._calls.count)
-        everyone = self._world.exchange(mine, "compile a graph")
-        if any(failed for _, _, failed, _, _ in everyone):
-            self._restart(max(entry[3] for entry in everyone), max(entry[4] for entry in everyone))
+        everyone = self._world.exchange((digest, description, self._failed, self._place()), "compile a graph")
+        if any(failed for _, _, failed, _ in everyone):
+            self._restart([place for *_, place in everyone])
         compare(self.rank, [(digest, words) for digest, words, *_ in everyone])
 
-    def _restart(self, epoch: int, calls: int) -> None:
-        """Collective. All ranks are here, so none is inside a call: what a failure left half done can go."""
-        self._side.restart(epoch)
+    def _place(self) -> tuple[int, int, int]:
+        """How far this rank has come: epochs opened, calls begun, lives."""
+        return self._opened, self._calls.count, self._world.life
+
+    def _restart(self, places: Sequence[tuple[int, int, int]]) -> None:
+        """Collective. All ranks are here, so none is inside a call: what a failure left half done can go.
+
+        Args:
+            places: of all ranks; they go on from the furthest.
+        """
+        epoch, calls, life = (max(numbers) for numbers in zip(*places, strict=True))
+        self._side.restart(epoch, life + 1)
         self._opened = self._finished = epoch
         self._calls.restart(calls)
         self._runs.clear()
@@ -213,9 +227,8 @@ class Session:
                 self._failed = True
                 raise peer_failed(self.rank, notice)
             if self._failed:
-                everyone = self._world.exchange((self._opened, self._calls.count), "start afresh after a failed call")
-                self._restart(max(opened for opened, _ in everyone), max(count for _, count in everyone))
-            with self.guard():
+                self._restart(self._world.exchange(self._place(), "start afresh after a failed call"))
+            with self.guard(), use_session(self):
                 yield
                 if self._runs:
                     sites = ", ".join(f"{site} of {program}" for program, site in self._runs)
@@ -319,17 +332,21 @@ class Session:
         self._world.close()
 
 
-_process_session: Session | None = None
+Members = tuple[int, ...]
+"""A group's ranks of the whole job, in the group's order."""
+
+_sessions: dict[Members | None, Session] = {}
+"""Of this process; None: that of the whole job."""
 _thread = threading.local()
 
 
 def current_session() -> Session:
-    """The session of this thread (tests), or of this process.
+    """The session whose call or compile is under way on this thread; else that of the whole job; else the first made.
 
     Raises:
         InternalError: there is none.
     """
-    session = existing_session()
+    session = existing_session() or next(iter(_sessions.values()), None)
     if session is None:
         raise InternalError(
             "a compiled graph runs in a process that has no session",
@@ -341,7 +358,7 @@ def current_session() -> Session:
 
 @contextmanager
 def use_session(session: Session) -> Iterator[Session]:
-    """Make ``session`` this thread's session."""
+    """Make ``session`` this thread's session: a process may be in several groups of ranks."""
     before = getattr(_thread, "session", None)
     _thread.session = session
     try:
@@ -350,25 +367,30 @@ def use_session(session: Session) -> Iterator[Session]:
         _thread.session = before
 
 
-def existing_session() -> Session | None:
-    """The session of this thread or process, if one was made."""
-    return getattr(_thread, "session", None) or _process_session
+def existing_session(members: Members | None = None) -> Session | None:
+    """This thread's session, else this process's in a group of ranks (None: the whole job), if it was made."""
+    mine: Session | None = getattr(_thread, "session", None)
+    return _sessions.get(members) if mine is None else mine
 
 
-def get_session(make_world: Callable[[], World]) -> Session:
-    """The session of this process, made on first use (collective)."""
-    global _process_session
+def get_session(make_world: Callable[[], World], members: Members | None = None) -> Session:
+    """This process's session in a group of ranks (None: the whole job), made on first use (collective there)."""
     if getattr(_thread, "session", None) is not None:
         return current_session()
-    if _process_session is None:
-        _process_session = Session(make_world())
-        atexit.register(close_session)
-    return _process_session
+    if members not in _sessions:
+        if not _sessions:
+            atexit.register(close_session)
+        _sessions[members] = Session(make_world())
+    return _sessions[members]
+
+
+def sessions() -> list[Session]:
+    """Of this process: one for every group of ranks that it has computed with."""
+    return list(_sessions.values())
 
 
 def close_session() -> None:
-    """Close the session of this process, if there is one; the next :func:`get_session` makes another (collective)."""
-    global _process_session
-    if _process_session is not None:
-        session, _process_session = _process_session, None
-        session.close()
+    """Close the sessions of this process; the next :func:`get_session` makes another (collective)."""
+    atexit.unregister(close_session)
+    while _sessions:
+        _sessions.popitem()[1].close()

@@ -35,10 +35,16 @@ class Wires(NamedTuple):
 
 
 class World(Protocol):
-    """How ranks find each other: processes of a job, or threads of a test."""
+    """How ranks find each other: processes of a job, or threads of a test.
+
+    Attributes:
+        rank: this one's place among the ranks that compute together.
+        group: a name for files, if those are not the whole job; else empty.
+    """
 
     rank: int
     topology: Topology
+    group: str
 
     def make_segments(self, size: HeapSize) -> Sequence[Segment | None]:
         """Collective: a new segment on every rank; those this rank can reach, by rank."""
@@ -55,8 +61,12 @@ class World(Protocol):
     def announce(self, text: str) -> None:
         """Leave a failure notice where ranks of every machine find it."""
 
-    def reset(self) -> None:
-        """Collective: forget failure notices and make new connections."""
+    @property
+    def life(self) -> int:
+        """How often this rank has started afresh."""
+
+    def reset(self, life: int) -> None:
+        """Collective: begin a new life, which all ranks agreed on: without failure notices, with new connections."""
 
     def close(self) -> None:
         """Release what the world holds."""
@@ -132,8 +142,11 @@ class Side(Protocol[EngineT]):
     def open(self, call: SiteCall, engine: EngineT | None) -> RunningSite:
         """Begin a call."""
 
-    def restart(self, epoch: int) -> None:
+    def restart(self, epoch: int, life: int) -> None:
         """Collective: after a failure drop all calls, which had epochs up to ``epoch``, and connect anew.
+
+        Args:
+            life: of the world, see :meth:`World.reset`.
 
         Raises:
             UnsupportedError: this side cannot.

@@ -2,9 +2,9 @@
 
 Two-sided messages match by (sender, tag) in order. The tag is the bank and the slot, so the message of epoch e + 2 can
 only be taken by the receive posted for e + 2, which the receiver posts after it has finished e: that is the credit.
-Bits of the call's tag stand in it too: a message of another call matches no receive, and the wait ends by its time-out.
-A chunk sent on from a slot is read by gloo until its message is gone; ``finish`` waits for that before the bank is
-free.
+Behind the chunk's bytes stands the word of its call (transport.py): a message is received beside the heap, and only one
+of the call that waits for it is copied into the slot. What is sent is a copy, so nothing reads the caller's memory, or
+a slot that a chunk is sent on from, after ``put``.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch.distributed as dist
 
 from sfcompile.runtime.program.instructions import Arrival
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, bank_of
-from sfcompile.runtime.wires.transport import Source, connection_lost, peer_failed, too_late
+from sfcompile.runtime.wires.transport import Source, connection_lost, out_of_step, peer_failed, too_late, word_of
 
 _ABORT_TAG = 2**30
-_SLOT_BITS, _CALL_BITS = 16, 0x3FFF
+_WORD_BYTES = 8
 _GLOO_PLACE = re.compile(r"^\[[^\]]*\] *")  # "[/path/of/gloo.cc:553] "
 
 
 class C10dTransport:
-    """Messages over a gloo group whose ranks are the global ranks.
+    """Messages over a gloo group.
 
     Args:
-        rank: this rank.
+        rank: this rank of the group.
         group: the gloo group; nothing else uses it.
         timeout_s: longest wait.
         notice: reads the failure notice that some rank may have left, to explain a closed connection.
@@ -48,23 +48,28 @@ class C10dTransport:
     ) -> None:
         self._rank = rank
         self._group = group
+        self._global = dist.get_process_group_ranks(group)  # what c10d wants to be told
         self.timeout_s = timeout_s
         self._notice = notice
         self._delay = delay
         self._tags = [0] * NUM_BANKS
-        self._receives: dict[tuple[int, int], Any] = {}
+        self._receives: dict[tuple[int, int], tuple[Any, torch.Tensor, torch.Tensor]] = {}  # work, message, slot
         self._sends: dict[int, list[tuple[Any, torch.Tensor, int, int]]] = {}
 
     def _tag(self, epoch: int, slot: int) -> int:
-        return (self._tags[bank_of(epoch)] & _CALL_BITS) << _SLOT_BITS | slot * NUM_BANKS + bank_of(epoch)
+        return slot * NUM_BANKS + bank_of(epoch)
+
+    def _word(self, epoch: int) -> torch.Tensor:
+        return torch.tensor([word_of(epoch, self._tags[bank_of(epoch)])], dtype=torch.int64).view(torch.uint8)
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """Post every receive of the site."""
         self._tags[bank_of(epoch)] = tag
         for arrival, view in arrivals:
             if view.numel():
-                work = dist.irecv(_raw(view), arrival.src, group=self._group, tag=self._tag(epoch, arrival.slot))
-                self._receives[epoch, arrival.slot] = work
+                message = torch.empty(view.nbytes + _WORD_BYTES, dtype=torch.uint8)
+                work = dist.irecv(message, self._global[arrival.src], self._group, self._tag(epoch, arrival.slot))
+                self._receives[epoch, arrival.slot] = work, message, view
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -73,21 +78,22 @@ class C10dTransport:
         if self._delay is not None:
             self._delay(self._rank)
         if chunk.numel():
-            # gloo reads the bytes after this call has returned, when a compiled graph may already reuse the caller's
-            # memory: send a copy, unless the chunk lies in a slot of our own heap.
-            whole = chunk.contiguous()
-            if source is Source.REUSED and whole.data_ptr() == chunk.data_ptr():
-                whole = chunk.clone()
-            work = dist.isend(_raw(whole), dst, group=self._group, tag=self._tag(epoch, slot))
-            self._sends.setdefault(epoch, []).append((work, whole, dst, slot))
+            message = torch.cat([_raw(chunk.contiguous()), self._word(epoch)])
+            work = dist.isend(message, self._global[dst], self._group, self._tag(epoch, slot))
+            self._sends.setdefault(epoch, []).append((work, message, dst, slot))
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Wait for the posted receive."""
         if self._delay is not None:
             self._delay(self._rank)
-        work = self._receives.pop((epoch, slot), None)
-        if work is not None:
+        receive = self._receives.pop((epoch, slot), None)
+        if receive is not None:
+            work, message, view = receive
             self._complete(work, src, slot, epoch)
+            if not torch.equal(message[-_WORD_BYTES:], self._word(epoch)):
+                what = f"rank {src} sent a chunk of another call than rank {self._rank} is in"
+                raise out_of_step(what, self._rank, src, slot, epoch)
+            _raw(view).copy_(message[:-_WORD_BYTES])
 
     def finish(self, epoch: int) -> None:
         """Let the sends of this and earlier epochs go; the receiver has posted its side, so this ends."""
@@ -119,8 +125,8 @@ class C10dTransport:
         """
         with contextlib.suppress(RuntimeError):
             nothing = torch.empty(1, dtype=torch.uint8)
-            peer = (self._rank + 1) % self._group.size()
-            work = dist.irecv(nothing, peer, group=self._group, tag=_ABORT_TAG)
+            peer = self._global[(self._rank + 1) % len(self._global)]
+            work = dist.irecv(nothing, peer, self._group, _ABORT_TAG)
             assert work is not None  # this rank is in the group
             work.wait(datetime.timedelta(milliseconds=1))
 

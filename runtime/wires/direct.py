@@ -225,7 +225,7 @@ class DirectTransport:
         notice = self._mine.aborted
         if notice is not None:
             raise peer_failed(self._rank, notice, peer, slot, epoch)
-        if self._pids is not None and not _alive(self._pids[peer]):
+        if self._pids is not None and not process_lives(self._pids[peer]):
             raise PeerDiedError(
                 f"rank {peer} (process {self._pids[peer]}) has gone while rank {self._rank} waited for it",
                 "it was killed or crashed: out of memory is the usual reason",
@@ -234,7 +234,8 @@ class DirectTransport:
             )  # fmt: skip
 
 
-def _alive(pid: int) -> bool:
+def process_lives(pid: int) -> bool:
+    """Whether a process of this machine runs; one that has ended but was not reaped yet does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

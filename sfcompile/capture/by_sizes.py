@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture.graph import numbers, present
-from sfcompile.runtime.rank.session import Session
+from sfcompile.runtime.rank.session import Session, use_session
 
 Program = Callable[..., Any]
 
@@ -79,6 +79,6 @@ class BySizes:
         key = self._key(inputs, [float(inputs[i].item()) for i in self._numbers])
         program = self._programs.get(key)
         if program is None:
-            with self._session.turn(), self._session.guard():
+            with self._session.turn(), self._session.guard(), use_session(self._session):
                 program = self._programs[key] = self._compile(inputs)
         return program(*inputs)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import OptionError, PackageError, StreamFusionError
+from sfcompile.groups import in_group, session_for, world_size
 from sfcompile.options import Options
 from sfcompile.package.disk import beside, file_hash, open_regular
 from sfcompile.package.file import Package, processor
@@ -31,8 +31,7 @@ from sfcompile.package.manifest import INNERS, check_manifest, check_tree
 from sfcompile.package.model import LoadedModel, with_strides
 from sfcompile.package.schedules import schedule_from_json
 from sfcompile.package.tensors import map_open, read_tensors
-from sfcompile.runtime.rank.process_group import ProcessWorld
-from sfcompile.runtime.rank.session import Session, existing_session, get_session
+from sfcompile.runtime.rank.session import Session, existing_session, use_session
 from sfcompile.version import __version__
 
 
@@ -56,6 +55,7 @@ def load(
     timeout_s: float = 60.0,
     verify: bool = True,
     libraries: Sequence[str] = (),
+    mesh: object = None,
 ) -> LoadedModel:
     """A package that :func:`sfcompile.export` wrote, ready on this rank. Collective.
 
@@ -65,6 +65,7 @@ def load(
             holds, which runs what it likes: for packages of people you trust. None: as exported, but for "aoti".
         transport, timeout_s: as in the backend's options.
         verify: check the hashes of everything that is read. Without it a damaged weight goes unnoticed.
+        mesh: a torch DeviceMesh or ProcessGroup of the ranks that run the package; None: all ranks of the job.
         libraries: libraries of operators (namespaces of torch.ops) that you trust: their functional operators may be
             called too. They must be imported.
 
@@ -78,17 +79,21 @@ def load(
         raise OptionError(
             f"Bad value for libraries: got {libraries!r}", "it is a list of names", 'write e.g. libraries=("mylib",)'
         )
-    asked = Options.from_dict({"transport": transport, "timeout_s": timeout_s})
+    asked = in_group(Options.from_dict({"transport": transport, "timeout_s": timeout_s, "mesh": mesh}))
     wanted = Wanted(Path(path), None if weights is None else Path(weights), inner, verify, tuple(libraries))
-    session = existing_session()
-    ranks = session.topology.num_ranks if session is not None else world_size()
+    session = existing_session(asked.group)
+    ranks = session.topology.num_ranks if session is not None else world_size(asked)
     if ranks == 1:
         part = open_part(wanted, 0, 1)
         with _only_ours(wanted.path):
             return part.finish(None)
-    session = get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s))
+    session = session_for(asked)
     session.reconfigure(asked.transport, asked.timeout_s)
-    with session.turn(), session.guard():  # an interrupt while a part is read is told to the other ranks
+    with (
+        session.turn(),
+        session.guard(),
+        use_session(session),
+    ):  # an interrupt while a part is read is told to the other ranks
         part = _open_with_others(wanted, session)
         session.agree(
             f"package {part.package.digest} {part.inner}", {"package": f"{path} ({part.package.digest[:12]})"}
@@ -128,13 +133,6 @@ def _open_with_others(wanted: Wanted, session: Session) -> Part:
             refusal.on_every_rank = True
             raise refusal
     return part
-
-
-def world_size() -> int:
-    """How many ranks run, as a process group or torchrun says."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def open_part(wanted: Wanted, rank: int, ranks: int) -> Part:

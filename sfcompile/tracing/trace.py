@@ -125,16 +125,18 @@ def trace(folder: str | Path) -> Iterator[Trace]:
     finally:
         recorder.active = before
     session = _session()
+    if session is not None and session.group:  # beside the other groups' files, not over them
+        result.folder = _folder(result.folder / session.group)
     if session is None:
         result.report = report_of([], {})
         log.info("trace: %s", result.report.headline)
         return
     session.exchange(None, "end a trace")
     own = _rank_trace(session, mine, time.perf_counter())
-    everyone = session.exchange(own, "merge their traces")
+    everyone = session.exchange(own.dump(), "merge their traces")
     _write_rank(result.folder, own)
     if session.rank == 0:
-        result.report = merge(everyone, result.folder)
+        result.report = merge([RankTrace.load(record) for record in everyone], result.folder)
         log.info("trace in %s: %s", result.folder, result.report.headline)
 
 
@@ -148,9 +150,10 @@ def follow_environment() -> None:
     if not folder or recorder.active is not None:
         return
     recorder.active = Recorder()
-    path = _folder(folder)
+    session = current_session()
+    path = _folder(Path(folder) / session.group)
     with suppress(FileNotFoundError):
-        _record_of(path, current_session().rank).unlink()  # left by an earlier run
+        _record_of(path, session.rank).unlink()  # left by an earlier run
     atexit.register(at_exit, path)
 
 

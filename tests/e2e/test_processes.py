@@ -23,6 +23,8 @@ preload("diffusers_models", "clients", "model_cases")
 
 def machines(layout: str) -> list[int]:
     """The machine of every rank."""
+    if layout == "2+2":  # ranks of a group on different machines
+        return [0, 1, 0, 1]
     return [machine for machine, count in enumerate(LAYOUTS[layout]) for _ in range(count)]
 
 
@@ -67,6 +69,17 @@ def test_diffusers_models(model: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["2x2", "3", thorough("4")])
 def test_every_mesh(layout: str) -> None:
     passes(layout, "meshes")
+
+
+@pytest.mark.parametrize(
+    ("layout", "transport"), [("2x2", "auto"), ("4", "auto"), thorough("2x2", "c10d"), thorough("2+2", "auto")]
+)
+def test_groups_of_ranks_run_side_by_side(layout: str, transport: str) -> None:
+    passes(layout, "groups", transport)
+
+
+def test_a_rank_outside_of_a_group_is_told_so() -> None:
+    passes("3", "not_in_the_group")
 
 
 @pytest.mark.parametrize("layout", ["2x2", thorough("4")])

@@ -10,9 +10,9 @@ from sfcompile.torch_private import (
     FakeTensorMode,
     FunctionalTensorMode,
     OpOverload,
+    default_store,
     dispatch_functionalize,
     inductor_mode_options,
-    job_store,
     make_fx,
 )
 
@@ -37,13 +37,13 @@ def test_modes_are_inductors() -> None:
     assert inductor_mode_options("max-autotune-no-cudagraphs")["max_autotune"] is True
 
 
-def test_the_job_store_is_shared_under_a_prefix() -> None:
+def test_the_default_store_is_shared_under_a_prefix() -> None:
     own = not dist.is_initialized()
     if own:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        job_store("a").set("key", "1")
-        assert job_store("a").get("key") == b"1" and not job_store("b").check(["key"])
+        default_store("a")[1].set("key", "1")
+        assert default_store("a")[1].get("key") == b"1" and not default_store("b")[1].check(["key"])
     finally:
         if own:
             dist.destroy_process_group()

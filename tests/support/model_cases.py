@@ -359,6 +359,64 @@ def case_own_inputs_again() -> None:
         raise AssertionError("ranks with other inputs were not told")
 
 
+def case_groups(transport: str) -> None:
+    """Data parallel 2 x sequence parallel 2: both groups at once on inputs of their own, and a model of all beside."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    sample = mesh.get_local_rank("dp")
+    group = mesh["sp"].get_group() if sample else mesh["sp"]  # a process group and a mesh may meet: same ranks
+    wish = {"transport": transport, "placement": "shard"}  # so small a model is cheaper whole
+    ours, everyone = compiled(Plain(), mesh=group, **wish), compiled(Plain(), **wish)
+    for step in range(3):
+        x = tokens(50 + 10 * sample) * (1 + sample + step)
+        close(ours(x), Plain()(x))
+    plan = last_report()
+    assert plan is not None and plan.num_ranks == 2
+    shared = tokens(40)
+    close(everyone(shared), Plain()(shared))
+    x = tokens(50 + 10 * sample) * 3
+    close(ours(x), Plain()(x))
+    # One group fails; the other goes on, and so does the first when its ranks call again.
+    if sample == 0:
+        try:
+            ours(x + rank())
+            raise AssertionError("other inputs were not noticed")
+        except RankMismatchError:
+            pass
+    for _ in range(2):
+        close(ours(x), Plain()(x))
+    alone = compiled(Plain(), mesh=mesh["sp"], **wish)
+    close(alone(x), Plain()(x))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def case_not_in_the_group() -> None:
+    """A rank that is in no group is told so; the group computes."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    group = dist.new_group([0, 2])
+    x = tokens()
+    if rank() in (0, 2):
+        close(compiled(Plain(), mesh=group, placement="shard")(x), Plain()(x))
+    else:
+        try:
+            compiled(Plain(), mesh=group)(x)
+            raise AssertionError("no error")
+        except Exception as error:
+            assert "new_group returns to ranks outside" in str(error), error
+    # A mesh of named axes gives the degrees.
+    both = dist.init_device_mesh("cpu", (1, 3), mesh_dim_names=("ulysses", "ring"))
+    close(compiled(Plain(), mesh=both, placement="shard")(x), Plain()(x))
+    plan = last_report()
+    assert plan is not None and "ring 3" in str(plan), plan
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def case_autocast() -> None:
     """A region inside forward, and one around the call, then inference mode and back: dtypes and values of eager."""
 

@@ -55,7 +55,10 @@ class ThreadWorld:
     def announce(self, text: str) -> None:
         """Notices lie in the segments, which every rank reaches."""
 
-    def reset(self) -> None:
+    life = 0
+    group = ""
+
+    def reset(self, life: int) -> None:
         """New segments carry no notice."""
 
     def make_segments(self, size: HeapSize) -> Sequence[Segment | None]:

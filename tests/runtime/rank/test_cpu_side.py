@@ -49,7 +49,10 @@ class World:
     def announce(self, text: str) -> None:
         """Nobody is there."""
 
-    def reset(self) -> None:
+    life = 0
+    group = ""
+
+    def reset(self, life: int) -> None:
         self.told.append("reset")
 
     def close(self) -> None:
@@ -97,12 +100,12 @@ def test_a_heap_may_be_made_in_inference_mode() -> None:
 def test_a_restart_connects_anew_and_forgets_the_notice() -> None:
     world = World()
     side = CpuSide(world)
-    side.restart(0)
+    side.restart(0, 1)
     assert world.told == ["reset"] and side.size is None
     side.make_heap(side.room([GATHER], [None]), 0)
     side.abort("rank 0: it broke")
     assert heap_of(side).aborted == "rank 0: it broke"
-    side.restart(6)
+    side.restart(6, 2)
     assert heap_of(side).aborted is None and heap_of(side).done == 6
     assert world.told == ["reset", "new heap", "reset", "new heap"]
 

@@ -69,7 +69,7 @@ def test_ranks_of_two_machines_with_one_secret() -> None:
 def test_another_secret_on_one_machine_is_an_error_on_every_rank() -> None:
     for outcome in run_outcomes(3, rank_workers.with_secrets, (["s" * 32, "s" * 32, "x" * 32],), (0, 0, 1)):
         assert isinstance(outcome.error, RankMismatchError), outcome.log[-3000:]
-        assert "SFCOMPILE_SECRET is another one on rank" in str(outcome.error)
+        assert "is not signed with this rank's SFCOMPILE_SECRET" in str(outcome.error)
 
 
 def test_shared_memory_between_machines_is_refused() -> None:

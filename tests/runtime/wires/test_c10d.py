@@ -26,7 +26,7 @@ class FakeWork:
 
 
 def test_what_gloo_still_reads_is_ours_until_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller's tensor is copied, a slot of our heap is not; ``finish`` waits for exactly the epochs that end."""
+    """What is sent is a copy with the call's word behind it; ``finish`` waits for exactly the epochs that end."""
     sent: list[FakeWork] = []
 
     def isend(tensor: torch.Tensor, dst: int, group: object, tag: int) -> FakeWork:
@@ -34,13 +34,18 @@ def test_what_gloo_still_reads_is_ours_until_finish(monkeypatch: pytest.MonkeyPa
         return sent[-1]
 
     monkeypatch.setattr(transport_c10d.dist, "isend", isend)
+    monkeypatch.setattr(transport_c10d.dist, "get_process_group_ranks", lambda group: [0, 1])
     transport = transport_c10d.C10dTransport(0, None, 1.0, lambda: None)  # type: ignore[arg-type]
     caller, slot = torch.ones(4), torch.ones(4)
     transport.put(1, 0, 0, caller, epoch=1)
     transport.put(1, 1, 0, slot, epoch=2, source=Source.BANK)
     transport.put(1, 2, 0, torch.empty(0), epoch=1)
     assert len(sent) == 2
-    assert sent[0].tensor.data_ptr() != caller.data_ptr() and sent[1].tensor.data_ptr() == slot.data_ptr()
+    for work, chunk in zip(sent, (caller, slot), strict=True):
+        assert work.tensor.nbytes == chunk.nbytes + 8
+        assert torch.equal(work.tensor[: chunk.nbytes].view(chunk.dtype), chunk)
+    caller.zero_()
+    assert sent[0].tensor[:16].view(torch.float32).tolist() == [1.0] * 4
     transport.finish(1)
     assert [work.gone for work in sent] == [True, False]
     transport.finish(2)

@@ -1,0 +1,165 @@
+"""The job's key-value store, with a limit on every call.
+
+torch's store waits for its host as long as that takes: a host that is stopped, or cut off without a reset, would hold
+a rank for ever. Here one thread of this rank asks the store and the rank waits for the thread, up to a limit. The same
+thread beats this rank's heart (presence.py), between what it is asked: a rank that cannot reach the store is one that
+the others can no longer hear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from sfcompile.errors import RankMismatchError, StreamFusionError
+from sfcompile.runtime.wires.handshake import SECRET
+
+T = TypeVar("T")
+
+
+class StoreLostError(Exception):
+    """The store does not answer any more, or has gone. Never reaches a user: who asks says what it was about."""
+
+
+class _Reply:
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.work = work
+        self.done = threading.Event()
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+
+class JobStore:
+    """Text by key, under a prefix of the job's own.
+
+    Args:
+        store: torch's, used by this object's thread alone. What ranks leave in it is signed, if they have a secret.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._secret = os.environ.get(SECRET, "").encode()
+        self._asked: queue.SimpleQueue[_Reply | None] = queue.SimpleQueue()
+        self._beat: Callable[[], None] | None = None
+        self._every_s = 1.0
+        self._thread = threading.Thread(target=self._serve, name="sfcompile-store", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ what ranks ask
+
+    def set(self, key: str, text: str, limit_s: float) -> None:
+        """Leave a text."""
+        signed = self._signed(key, text)
+        self._ask(lambda: self._store.set(key, signed), limit_s)
+
+    def get(self, key: str, limit_s: float) -> str | None:
+        """A text that is there; None: there is none."""
+        return self._ask(lambda: self._get(key), limit_s)
+
+    def get_all(self, keys: Sequence[str], limit_s: float) -> list[str] | None:
+        """The texts of all keys; None: not all are there yet."""
+        return self._ask(lambda: self._get_all(list(keys)), limit_s)
+
+    def present(self, keys: Sequence[str], limit_s: float) -> list[bool]:
+        """Which keys are there."""
+        return self._ask(lambda: [self._store.check([key]) for key in keys], limit_s)
+
+    def first(self, key: str, text: str, limit_s: float) -> str:
+        """Leave a text if there is none; the one that stays. All ranks get the same."""
+        signed = self._signed(key, text)
+        return self._ask(lambda: self._checked(key, self._store.compare_set(key, "", signed)), limit_s)
+
+    def delete(self, key: str, limit_s: float) -> None:
+        """Take a text back."""
+        self._ask(lambda: self._store.delete_key(key), limit_s)
+
+    def add(self, key: str, number: int, limit_s: float) -> int:
+        """Add to a counter; what it is then."""
+        return self._ask(lambda: int(self._store.add(key, number)), limit_s)
+
+    def beat(self, key: str, text: str, every_s: float) -> None:
+        """From now on leave ``text`` and a growing number at ``key``, every so many seconds."""
+        count = 0
+
+        def once() -> None:
+            nonlocal count
+            count += 1
+            self._store.set(key, self._signed(key, f"{text} {count}"))
+
+        self._every_s = every_s
+        self._beat = once
+        self._ask(once, every_s + 5.0)
+
+    def close(self) -> None:
+        """The thread ends when it has done what it was asked; nobody waits for it."""
+        self._beat = None
+        self._asked.put(None)
+
+    # ------------------------------------------------------------------ the thread
+
+    def _ask(self, work: Callable[[], T], limit_s: float) -> T:
+        reply = _Reply(work)
+        self._asked.put(reply)
+        if not reply.done.wait(limit_s):
+            raise StoreLostError(f"it has not answered for {limit_s:.3g} s")
+        if isinstance(reply.error, StreamFusionError):
+            raise reply.error
+        if reply.error is not None:
+            if isinstance(reply.error, (dist.DistError, RuntimeError)):
+                raise StoreLostError(str(reply.error).splitlines()[0]) from reply.error
+            raise reply.error
+        return reply.value  # type: ignore[no-any-return]
+
+    def _serve(self) -> None:
+        due = time.monotonic()
+        while True:
+            beats = self._beat is not None
+            try:
+                reply = self._asked.get(timeout=max(0.0, due - time.monotonic()) if beats else None)
+            except queue.Empty:
+                reply = _Reply(self._beat or (lambda: None))
+                due = time.monotonic() + self._every_s
+            if reply is None:
+                return
+            try:
+                reply.value = reply.work()
+            except BaseException as error:  # the one who waits raises it; a beat that fails is missed by the others
+                reply.error = error
+            reply.done.set()
+
+    def _get(self, key: str) -> str | None:
+        return self._checked(key, self._store.get(key)) if self._store.check([key]) else None
+
+    def _get_all(self, keys: list[str]) -> list[str] | None:
+        if not self._store.check(keys):
+            return None
+        return [self._checked(key, raw) for key, raw in zip(keys, self._store.multi_get(keys), strict=True)]
+
+    # ------------------------------------------------------------------ the secret
+
+    def _signed(self, key: str, text: str) -> str:
+        return f"{self._signature(key, text)}{text}" if self._secret else text
+
+    def _checked(self, key: str, raw: bytes) -> str:
+        text = raw.decode(errors="replace")
+        if not self._secret:
+            return text
+        length = 2 * hashlib.sha256().digest_size
+        if not hmac.compare_digest(text[:length].encode(), self._signature(key, text[length:]).encode()):
+            raise RankMismatchError(
+                f"what lies at {key!r} in the job's store is not signed with this rank's {SECRET}",
+                "some rank has another secret, or something else writes there",
+                f"set {SECRET} to the same value on every rank, or on none",
+            )
+        return text[length:]
+
+    def _signature(self, key: str, text: str) -> str:
+        return hmac.new(self._secret, f"{key}\0{text}".encode(), hashlib.sha256).hexdigest()

@@ -1,0 +1,89 @@
+"""Who is still there: every rank beats its heart in the store, and leaves a word when it ends.
+
+A rank has gone when its process has (seen at once from the same machine), when it has left the word that its script
+ended, or when its heart has not been heard for ``timeout_s``: killed on another machine, stopped, or cut off.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from sfcompile.runtime.rank.job_store import JobStore
+from sfcompile.runtime.wires.direct import process_lives
+
+_WATCHED = 64
+"""So many of the missing ranks are watched at a time."""
+
+
+def home() -> str:
+    """Processes with the same answer see each other's process ids: one boot of one kernel, one pid namespace."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
+            return f"{boot.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return f"unknown/{os.getpid()}"
+
+
+def how_it_ended() -> str:
+    """Why this process ends, in words for other ranks, asked while it ends."""
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    if error is None:
+        return "its script ended"
+    text = str(error).strip().splitlines()
+    return f"its script ended with {type(error).__name__}{': ' + text[0][:200] if text else ''}"
+
+
+class Presence:
+    """This rank's heart, and what it hears of the others'.
+
+    Args:
+        timeout_s: silence after which a rank counts as gone.
+    """
+
+    def __init__(self, store: JobStore, rank: int, timeout_s: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._home = home()
+        self._heard: dict[int, tuple[str, float]] = {}  # last word of each rank, and when it was new
+        self.timeout_s = timeout_s
+        store.beat(f"alive/{rank}", f"{self._home} {os.getpid()}", self._every_s)
+
+    @property
+    def _every_s(self) -> float:
+        return min(2.0, max(0.25, self.timeout_s / 8))
+
+    def leave(self, limit_s: float) -> None:
+        """Say that this rank ends, and why."""
+        self._store.set(f"left/{self._rank}", how_it_ended(), limit_s)
+
+    def gone(self, ranks: Sequence[int], limit_s: float) -> tuple[int, str] | None:
+        """The first of some ranks that has gone, and how that is known; None: all may still come.
+
+        Raises:
+            StoreLostError: the store does not answer.
+        """
+        watched = list(ranks)[:_WATCHED]
+        for rank, left in zip(watched, self._store.present([f"left/{r}" for r in watched], limit_s), strict=True):
+            if left:
+                return rank, self._store.get(f"left/{rank}", limit_s) or "its script ended"
+        for rank in watched:
+            word = self._store.get(f"alive/{rank}", limit_s)
+            if word is not None and (why := self._silent(rank, word)):
+                return rank, why
+        return None
+
+    def _silent(self, rank: int, word: str) -> str | None:
+        its_home, pid, _ = word.rsplit(" ", 2)
+        if its_home == self._home and not process_lives(int(pid)):
+            return f"its process {pid} has gone: killed, or crashed"
+        now = time.monotonic()
+        last, since = self._heard.get(rank, ("", now))
+        if word != last:
+            self._heard[rank] = word, now
+            return None
+        if now - since > max(self.timeout_s, 4 * self._every_s):
+            return f"its process {pid} has shown no sign of life for {now - since:.0f} s: stopped, killed or cut off"
+        return None
