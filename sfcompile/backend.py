@@ -31,8 +31,10 @@ from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, use_session
+from sfcompile.runtime.rank.weights import Weights
 from sfcompile.torch_private import autocast_off, is_comparable, is_static_input
 from sfcompile.tracing.trace import follow_environment
+from sfcompile.version import __version__
 
 log = logging.getLogger("sfcompile")
 
@@ -118,11 +120,12 @@ def _compile_rank(
         local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
     name = hashlib.sha256(digest.encode()).hexdigest()
-    return _as_called(local, captured, names, session, name, compared_inputs(example_inputs, asked)), False
+    compared = compared_inputs(example_inputs, asked), compared_weights(example_inputs, asked)
+    return _as_called(local, captured, names, session, name, compared), False
 
 
 def compared_inputs(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
-    """The inputs whose values ranks compare at every call; weights are compared once, at the compile.
+    """The inputs whose values ranks compare at every call; of weights see :func:`compared_weights`.
 
     None on GPUs: signals there hold the epoch alone, so nothing would carry what was read.
     """
@@ -131,25 +134,39 @@ def compared_inputs(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
     return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and not is_static_input(value))
 
 
+def compared_weights(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
+    """The inputs that are weights and are compared: Dynamo gives one compiled graph to all models of an architecture,
+    so a call's weights need not be those of the compile."""
+    if asked.inputs == "trusted" or device_of(inputs).type == "cuda":
+        return ()
+    return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and is_static_input(value))
+
+
 def _as_called(
     local: Callable[..., Any],
     captured: Captured,
     names: Sequence[str],
     session: Session,
     name: str,
-    compared: Sequence[int],
+    compared: tuple[Sequence[int], Sequence[int]],
 ) -> Callable[..., Any]:
     """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does.
 
     Args:
         name: of the graph, the same on every rank.
-        compared: which inputs must be equal on all ranks.
+        compared: which inputs must be equal on all ranks, and which weights.
     """
     tensors, written = captured.tensor_inputs, captured.written
+    given, loaded = (
+        compared[0],
+        [i for i in compared[1] if i not in written],
+    )  # a buffer that a call writes is no weight
+    weights = Weights()
 
     def run(*args: Any) -> Any:
         refuse_overlap(args, written, names)  # Dynamo has no guard on it
-        with session.call(name, [args[i] for i in compared]), autocast_off():
+        called = f"{name}/{weights.mark([args[i] for i in loaded])}" if loaded else name
+        with session.call(called, [args[i] for i in given]), autocast_off():
             out = local(*(args[i] for i in tensors))
         if not written:
             return out
@@ -168,6 +185,7 @@ def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options) -> dict
     """What ranks compare when they disagree, in words: entry -> value."""
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     described = {"options": str(asked.as_dict()), "graph": f"{len(gm.graph.nodes)} nodes"}
+    described["versions"] = f"sfcompile {__version__}, torch {torch.__version__}"
     for name, value in zip(names, inputs, strict=False):
         if isinstance(value, torch.Tensor):
             described[f"input {name}"] = f"{str(value.dtype).removeprefix('torch.')}{list(map(present, value.shape))}"
