@@ -3,6 +3,7 @@
 #   make demo       a diffusion transformer on 4 CPU ranks, compared with one process
 #   make test       the tests, in 10 minutes on 2 cores (make test PYTEST_ARGS="tests/passes -k view")
 #   make test-all   those too that `make test` leaves out: whole matrices, every GPU architecture
+#   make torture    faults thrown at running jobs: kills, cut networks, full disks, ranks out of step (root for some)
 #   make check      formatting, lint, types, layout rules
 #   make gpu-check  on a machine with a GPU: are the kernels right, how fast are they (make gpu-check WHEELS=folder)
 #   make clean      remove everything that was built, the venv included
@@ -14,6 +15,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # For example "--only speed puts" or "--dry-run".
 GPU_ARGS ?=
+# For example "--only process network" or "--kills 0".
+TORTURE_ARGS ?=
 WHEELS ?=
 
 VENV := .venv
@@ -23,7 +26,7 @@ PACKAGES := sfcompile passes codegen runtime
 SOURCES := $(PACKAGES) tests $(wildcard examples benchmarks)
 LINKS := build/typecheck/sfcompile
 
-.PHONY: demo test test-all check format lint typecheck layout gpu-check clean
+.PHONY: demo test test-all torture check format lint typecheck layout gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/sfcompile demo $(DEMO_ARGS)
@@ -33,6 +36,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python tests/support/run_tests.py --all $(PYTEST_ARGS)
+
+torture: $(STAMP)
+	$(BIN)/python tests/support/run_torture.py $(TORTURE_ARGS)
 
 check: lint typecheck layout
 

@@ -104,9 +104,9 @@ def run_outcomes(
     env: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
     """As :func:`run_processes`, for tests of failures: how each rank ended. No process is left behind."""
-    context = _server()
+    context = fork_server()
     homes = tuple(machine_of) if machine_of is not None else (0,) * num_ranks
-    common = {"MASTER_PORT": str(_free_port())} | dict(env or {})
+    common = {"MASTER_PORT": str(free_port())} | dict(env or {})
     start = time.monotonic()
     running: dict[Any, tuple[int, Any]] = {}  # our end of its pipe -> (rank, process)
     ended: dict[int, tuple[Any, BaseException | None, int | None, float]] = {}
@@ -115,7 +115,7 @@ def run_outcomes(
         try:
             for rank, log in enumerate(logs):
                 receive, send = context.Pipe(duplex=False)
-                told = (rank, _rank_env(rank, homes) | common, str(log), send, work, tuple(args))
+                told = (rank, rank_env(rank, homes) | common, str(log), send, work, tuple(args))
                 process = context.Process(target=_rank_main, args=told, daemon=True)
                 process.start()
                 send.close()  # ours; the child's copy closes with it, which ends our receive
@@ -139,7 +139,7 @@ def run_outcomes(
         return [Outcome(rank, *ended[rank], log=texts[rank]) for rank in range(num_ranks)]
 
 
-def _server() -> Any:
+def fork_server() -> Any:
     """What starts processes by forking the server, which is started at the first call."""
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     assert alone, (
@@ -157,13 +157,15 @@ def _server() -> Any:
     return context
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of a TCP socket on this machine, a moment ago."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
-def _rank_env(rank: int, homes: tuple[int, ...]) -> dict[str, str]:
+def rank_env(rank: int, homes: tuple[int, ...]) -> dict[str, str]:
+    """What torchrun would have set; ``homes``: the machine of every rank."""
     peers = [other for other, home in enumerate(homes) if home == homes[rank]]
     return {
         "RANK": str(rank),
