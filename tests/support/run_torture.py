@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents
 
 from torture.job import JobRecord, run_fault  # noqa: E402
 from torture.judge import Verdict, judge  # noqa: E402
-from torture.kill_points import kill_points  # noqa: E402
+from torture.kill_points import kill_points, life  # noqa: E402
 from torture.table import Fault, all_faults  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--repeat", type=int, default=1, help="each fault so many times")
     parser.add_argument("--lanes", type=int, default=3, help="so many faults at once")
     args = parser.parse_args(arguments)
-    faults = [f for f in all_faults() if not args.only or any(text in f.name or text == f.kind for text in args.only)]
+    faults = [fault for fault in all_faults() if chosen(fault, args.only)]
     if args.list:
         print("\n".join(f"{f.kind:12} {f.name:50} {f.expected}" for f in faults))
         return 0
@@ -53,9 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     began = time.monotonic()
     root = os.geteuid() == 0
     wanted = [fault for fault in faults if root or not fault.needs_root]
-    points = [fault for fault in kill_points(args.kills, args.seed) if root or not fault.needs_root]
     verdicts = run_all(wanted * args.repeat, args)
-    kills = run_all(points, args)
+    kills = run_kills(args, root, not faults) if args.kills else []
     text = result(verdicts, kills, args.seed, time.monotonic() - began, skipped(faults, root))
     print(text)
     out = args.out or (ROOT / f"benchmarks/results/{date.today()}-torture.txt" if not args.only else None)
@@ -63,6 +62,27 @@ def main(arguments: Sequence[str]) -> int:
         out.write_text(text)
         print(f"written to {out}")
     return int(not verdicts and not kills) or int(any(not verdict.passes for verdict in (*verdicts, *kills)))
+
+
+def run_kills(args: argparse.Namespace, root: bool, only: bool) -> list[Verdict]:
+    """Some whole lives, to see how long they last, and the random kill points.
+
+    Args:
+        only: ``--only`` names kill points.
+    """
+    rng = random.Random(args.seed)
+    lives = {programs: run_all([life(number, programs, rng) for number in range(args.lanes)], args)
+             for programs in (False, True)}  # fmt: skip
+    lives_s = {programs: max(verdict.whole_s for verdict in verdicts) for programs, verdicts in lives.items()}
+    print(f"seed {args.seed}: a forked job lives {lives_s[False]:.1f} s, one of programs {lives_s[True]:.1f} s")
+    points = [fault for fault in kill_points(args.kills, args.seed, lives_s) if root or not fault.needs_root]
+    points = [fault for fault in points if not only or chosen(fault, args.only)]
+    return [*lives[False], *lives[True], *run_all(points, args)]
+
+
+def chosen(fault: Fault, texts: Sequence[str]) -> bool:
+    """Whether ``--only`` asks for it."""
+    return not texts or any(text in fault.name or text == fault.kind for text in texts)
 
 
 def skipped(faults: Sequence[Fault], root: bool) -> list[str]:

@@ -95,4 +95,6 @@ def test_the_table_has_every_kind_and_kill_points_repeat() -> None:
     faults = all_faults()
     assert len(faults) >= 60
     assert {"out_of_step", "compile", "process", "groups", "network", "disk"} <= {fault.kind for fault in faults}
-    assert [fault.name for fault in kill_points(20, 3)] == [fault.name for fault in kill_points(20, 3)]
+    lives_s = {False: 4.0, True: 10.0}
+    first, second = (kill_points(20, 3, lives_s) for _ in range(2))
+    assert [fault.name for fault in first] == [fault.name for fault in second]

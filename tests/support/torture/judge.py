@@ -23,7 +23,7 @@ class Verdict:
     Attributes:
         problems: by severity, each with the rank: "SILENT WRONG", "HANG", "RAW ERROR", ...; none: the fault passes.
         seen: what the ranks saw, by attempt.
-        seconds: from the fault to the last error.
+        seconds: from the fault (or the last rank's arrival) to the last error, without the time that no core was free.
         whole_s: of the whole job.
     """
 
@@ -60,7 +60,7 @@ def judge(job: JobRecord) -> Verdict:
         for began, ended in _attempts(record):
             since = max([began["at"], latest[began["name"]], *(t for t in times if ended and t < ended["at"])])
             if ended is not None and ended["outcome"] in ("ours", "raw", "own"):
-                waits.append(max(0.0, ended["at"] - since))
+                waits.append(max(0.0, ended["at"] - since - _queued(job, began["at"], ended["at"])))
             problems += _of_attempt(record, victim, began, ended, waits[-1] if waits else 0.0, job.fault.timeout_s)
         problems += _of_exit(record, victim, times, job.fault.timeout_s)
     if not any(line["what"] == "exit" for record in job.ranks for line in record.lines) and len(victims) < len(
@@ -77,6 +77,15 @@ def judge(job: JobRecord) -> Verdict:
         fault.name, fault.kind, fault.expected, _seen(job, victims), max(waits, default=0.0), whole,
         tuple(job.left), tuple(dict.fromkeys(problems)),
     )  # fmt: skip
+
+
+def _queued(job: JobRecord, began: float, ended: float) -> float:
+    """The longest time that a rank had no core between two moments: a busy machine is no late error."""
+    longest = 0.0
+    for record in job.ranks:
+        inside = [line["queued_s"] for line in record.lines if began <= line["at"] <= ended and "queued_s" in line]
+        longest = max(longest, inside[-1] - inside[0]) if inside else longest
+    return longest
 
 
 def _latest_begins(job: JobRecord) -> Counter[str]:

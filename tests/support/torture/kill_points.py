@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from model_cases import Plain, tokens
@@ -12,17 +13,19 @@ from torture.job import Job
 from torture.rank import Rank
 from torture.table import TIMEOUT_S, Fault
 
-LIFE_S = 4.5
-"""How long a forked rank lives, about; a program imports for as long before."""
+MACHINES = ((0, 0), (0, 0, 0), (0, 1), (0, 0, 1), (0, 1, 2))
+AXES = ("ring", "ulysses", "")
+"""The axis of the mesh that all ranks lie on; none: as planned."""
 
 
-def whole_life(rank: Rank) -> None:
+def whole_life(rank: Rank, axis: str) -> None:
     """Compile, some calls, a second length, a package, its calls, the end. A rank stops at its first error."""
     from sfcompile.package.export import export
     from sfcompile.package.load import load
 
     model = Plain()
-    run = rank.compiled(model)
+    mesh = {axis: rank.ranks} if axis else None
+    run = rank.compiled(model, mesh=mesh)
 
     def all_of_it() -> None:
         for step in range(3):
@@ -30,7 +33,9 @@ def whole_life(rank: Rank) -> None:
             close(rank, run(tokens() + step), model(tokens() + step))
         path = rank.folder / "model.sf"
         if rank.number == 0:
-            export(model, (tokens(),), {}, path, topology=f"1x{rank.ranks}", placement="shard", inner="eager")
+            export(
+                model, (tokens(),), {}, path, topology=f"1x{rank.ranks}", placement="shard", mesh=mesh, inner="eager"
+            )
             rank.mark("exported")
         if not rank.await_mark("exported", 10.0):
             return
@@ -52,31 +57,46 @@ def killed_at(job: Job, victim: int, moment_s: float) -> None:
         job.strike(victim)
 
 
-def kill_points(count: int, seed: int) -> Sequence[Fault]:
-    """Jobs on one to three machines; a sixth of them as programs, some on emulated machines."""
+def life(number: int, programs: bool, rng: random.Random) -> Fault:
+    """A job that nobody kills, of any shape."""
+    machines = rng.choice(MACHINES)
+    axis = rng.choice(AXES)
+    emulated = number % 8 == 7
+    where = f"{len(set(machines))} {'emulated ' if emulated else ''}machines{' as programs' if programs else ''}"
+    return Fault(
+        f"life {number}: {len(machines)} ranks on {where}, {axis or 'as planned'}",
+        "kill_points",
+        whole_life,
+        "exact",
+        args=(axis,),
+        ranks=len(machines),
+        machines=machines,
+        rate="1gbit" if emulated else None,
+        timeout_s=2 * TIMEOUT_S if programs else TIMEOUT_S,  # programs that import side by side start far apart
+        limit_s=150.0 if programs else 60.0,
+        programs=programs,
+        outputs=("model.sf",),
+    )
+
+
+def kill_points(count: int, seed: int, lives_s: Mapping[bool, float]) -> Sequence[Fault]:
+    """Jobs on one to three machines; a sixth of them as programs, an eighth on emulated machines.
+
+    Args:
+        lives_s: seconds that a job lives, whose ranks are programs (True) or forked.
+    """
     rng = random.Random(seed)
     faults = []
     for number in range(count):
-        machines = rng.choice([(0, 0), (0, 0, 0), (0, 1), (0, 0, 1), (0, 1, 2)])
-        programs, emulated = number % 6 == 5, number % 8 == 7
-        victim = rng.randrange(len(machines))
-        moment_s = rng.uniform(0.0, LIFE_S * (2.5 if programs else 1.0))
-        where = "emulated machines" if emulated else "machines"
+        programs = number % 6 == 5
+        job = life(number, programs, rng)
+        victim, share = rng.randrange(job.ranks), rng.random()
         faults.append(
-            Fault(
-                f"kill {number}: rank {victim} of {len(machines)} on {len(set(machines))} {where} "
-                f"at {moment_s:.2f} s{' as programs' if programs else ''}",
-                "kill_points",
-                whole_life,
-                "exact or an error on every survivor",
-                ranks=len(machines),
-                machines=machines,
-                rate="1gbit" if emulated else None,
-                timeout_s=TIMEOUT_S,
-                limit_s=60.0,
-                outside=partial(killed_at, victim=victim, moment_s=moment_s),
-                programs=programs,
-                outputs=("model.sf",),
+            replace(
+                job,
+                name=job.name.replace("life", "kill") + f", rank {victim} at {share:.3f} of its life",
+                expected="exact or an error on every survivor",
+                outside=partial(killed_at, victim=victim, moment_s=share * lives_s[programs]),
             )
         )
     return faults

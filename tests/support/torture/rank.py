@@ -53,7 +53,8 @@ class Rank:
         """
         if os.getpid() != self._pid:
             return
-        os.write(self._record, (json.dumps({"what": what, "at": time.monotonic(), **facts}) + "\n").encode())
+        line = {"what": what, "at": time.monotonic(), "queued_s": _queued_s(), **facts}
+        os.write(self._record, (json.dumps(line) + "\n").encode())
 
     def strike(self, victim: bool = True) -> None:
         """The fault happens now; ``victim``: nothing more is asked of this rank than to end."""
@@ -191,6 +192,15 @@ class Rank:
         for name, must in (("again", "either"), ("again 2", "exact")):
             self.meet(name)
             self.call(name, run, model, must=must)
+
+
+def _queued_s() -> float:
+    """How long this thread has waited for a core so far, by the kernel's own count."""
+    try:
+        with open("/proc/thread-self/schedstat") as stat:
+            return int(stat.read().split()[1]) / 1e9
+    except FileNotFoundError:  # a kernel that does not count it
+        return 0.0
 
 
 def _told(error: BaseException, own: tuple[type[BaseException], ...]) -> dict[str, Any]:

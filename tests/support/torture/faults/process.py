@@ -151,6 +151,25 @@ def stopped_for_longer_than_the_timeout(rank: Rank) -> None:
     rank.recovers(run, model)
 
 
+def _all_stop(job: Job) -> None:
+    job.await_mark("stop me")
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in range(job.fault.ranks):
+            job.strike(rank, number, victim=False)
+        job.over.wait(job.fault.timeout_s + 2.0 if number == signal.SIGSTOP else 0.0)
+
+
+@fault("exact, or an error on both; then exact", outside=_all_stop)
+def all_ranks_stop_for_a_while(rank: Rank) -> None:
+    """The machine is suspended in a loop of calls, for longer than the timeout."""
+    run, model = rank.warm()
+    rank.mark("stop me")
+    for step in range(40):
+        rank.call("loop", run, model, tokens() + step, must="either")
+        time.sleep(0.02)
+    rank.recovers(run, model)
+
+
 def _stops_for_good(job: Job, victim: int) -> None:
     job.await_mark("stop me")
     job.strike(victim, signal.SIGSTOP)
