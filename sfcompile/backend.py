@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx
 
 from sfcompile.capture.aliases import refuse_overlap
@@ -208,7 +207,7 @@ def _announce(compiled: Compiled, session: Session, seconds: float) -> None:
     """Rank 0 says in a line what was compiled; the whole plan is at level DEBUG and in ``last_report()``."""
     report = compiled.report
     remember(report)
-    _speak(dist.get_rank())
+    _speak(session.global_rank)
     for warning in report.warnings:
         log.warning(warning)
     log.info("graph %d compiled for %d ranks in %.1f s: %s", report.graph, report.num_ranks, seconds, report.headline)

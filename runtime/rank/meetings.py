@@ -62,13 +62,14 @@ class Meetings:
         self._met = 0
         self._attempt = 0
 
-    def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
+    def exchange(self, value: Any, doing: str, patience: float = 1.0, afresh: bool = False) -> list[Any]:
         """All-gather: every rank's value, by rank.
 
         Args:
             value: this rank's; what values.py has a text for.
             doing: what the ranks do together, for errors: "compile a graph".
             patience: how many times ``timeout_s`` to wait for ranks that show signs of life.
+            afresh: here ranks get over failures: a notice that is there already keeps nobody from meeting.
 
         Raises:
             RuntimeTimeoutError: names the ranks that did not come.
@@ -78,7 +79,7 @@ class Meetings:
         """
         text = encode([doing, value])
         with self._store_errors(doing):
-            words = self._meet(text, doing, patience * self.timeout_s)
+            words = self._meet(text, doing, patience * self.timeout_s, self._notice() if afresh else None)
         self._met += 1
         self._attempt = 0
         everyone = []
@@ -96,18 +97,21 @@ class Meetings:
             everyone.append((its_doing, its_value))
         for rank, (its_doing, _) in enumerate(everyone):
             if its_doing != everyone[0][0]:
+                notice = None if afresh else self._notice()
+                if notice is not None:  # a rank that failed has begun anew before this one heard of it
+                    raise peer_failed(self._rank, notice)
                 raise _different(self._rank, rank, everyone[0][0], its_doing)
         return [its_value for _, its_value in everyone]
 
     # ------------------------------------------------------------------ one meeting
 
-    def _meet(self, text: str, doing: str, limit_s: float) -> list[str]:
+    def _meet(self, text: str, doing: str, limit_s: float, known: str | None) -> list[str]:
         while (ended := self._store.get(self._key("end"), self.timeout_s)) is not None and ended != _MET:
             self._attempt += 1  # the others have given it up: where they wait now is further on
         keys, end = [self._key(rank) for rank in range(self._num_ranks)], self._key("end")
         try:
             self._store.set(keys[self._rank], text, self.timeout_s)
-            words = self._await(keys, doing, limit_s)
+            words = self._await(keys, doing, limit_s, known)
         except StoreLostError:
             raise
         except BaseException as error:
@@ -122,8 +126,7 @@ class Meetings:
             self.linger(read)
         return words
 
-    def _await(self, keys: Sequence[str], doing: str, limit_s: float) -> list[str]:
-        known = self._notice()  # an old failure: ranks that all got over it may meet again
+    def _await(self, keys: Sequence[str], doing: str, limit_s: float, known: str | None) -> list[str]:
         start, nap, look = time.monotonic(), 1e-3, 0.0
         while True:
             words = self._store.get_all(keys, self.timeout_s)

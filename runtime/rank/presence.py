@@ -76,8 +76,8 @@ class Presence:
         return None
 
     def _silent(self, rank: int, word: str) -> str | None:
-        its_home, pid, _ = word.rsplit(" ", 2)
-        if its_home == self._home and not process_lives(int(pid)):
+        its_home, _, pid = word.rpartition(" ")[0].rpartition(" ")
+        if its_home == self._home and pid.isdigit() and not process_lives(int(pid)):
             return f"its process {pid} has gone: killed, or crashed"
         now = time.monotonic()
         last, since = self._heard.get(rank, ("", now))

@@ -111,6 +111,7 @@ class ProcessWorld:
         members: the group's ranks of the whole job, this one among them, in the group's order; None: all.
 
     Attributes:
+        global_rank: in the whole job.
         group: a name for files; empty for the whole job.
         life: how often this rank has started afresh; failure notices belong to a life.
 
@@ -123,6 +124,7 @@ class ProcessWorld:
         self._own_group = ensure_process_group(timeout_s)
         self._members = members if members is not None else tuple(range(dist.get_world_size()))
         self.rank = self._members.index(dist.get_rank())
+        self.global_rank = dist.get_rank()
         self.group = "" if members is None else group_name(members)
         self._timeout_s = timeout_s
         self._transport = transport
@@ -212,9 +214,9 @@ class ProcessWorld:
             self._messages.timeout_s = timeout_s
         return changed
 
-    def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
+    def exchange(self, value: Any, doing: str, patience: float = 1.0, afresh: bool = False) -> list[Any]:
         """All-gather: every rank's value, by rank. See :meth:`Meetings.exchange`."""
-        return self._meetings.exchange(value, doing, patience)
+        return self._meetings.exchange(value, doing, patience, afresh)
 
     def announce(self, text: str) -> None:
         """Leave a failure notice for all ranks; the first one stays. Never waits long: the error comes first."""

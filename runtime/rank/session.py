@@ -46,11 +46,13 @@ class Session:
 
     Attributes:
         rank: this one's place among the ranks that compute together.
+        global_rank: in the whole job.
         group: a name for files, if those are not the whole job; else empty.
     """
 
     def __init__(self, world: World) -> None:
         self.rank = world.rank
+        self.global_rank = world.global_rank
         self.topology = world.topology
         self._world = world
         self.group = world.group
@@ -84,7 +86,9 @@ class Session:
             UnsupportedError: some rank failed before, and this side cannot start afresh.
         """
         digest = hashlib.sha256(text.encode()).hexdigest()
-        everyone = self._world.exchange((digest, description, self._failed, self._place()), "compile a graph")
+        everyone = self._world.exchange(
+            (digest, description, self._failed, self._place()), "compile a graph", afresh=True
+        )
         if any(failed for _, _, failed, _ in everyone):
             self._restart([place for *_, place in everyone])
         compare(self.rank, [(digest, words) for digest, words, *_ in everyone])
@@ -227,7 +231,7 @@ class Session:
                 self._failed = True
                 raise peer_failed(self.rank, notice)
             if self._failed:
-                self._restart(self._world.exchange(self._place(), "start afresh after a failed call"))
+                self._restart(self._world.exchange(self._place(), "start afresh after a failed call", afresh=True))
             with self.guard(), use_session(self):
                 yield
                 if self._runs:

@@ -39,10 +39,12 @@ class World(Protocol):
 
     Attributes:
         rank: this one's place among the ranks that compute together.
+        global_rank: in the whole job.
         group: a name for files, if those are not the whole job; else empty.
     """
 
     rank: int
+    global_rank: int
     topology: Topology
     group: str
 
@@ -52,8 +54,9 @@ class World(Protocol):
     def make_wires(self, segments: Sequence[Segment | None]) -> Wires:
         """What carries chunks between the segments."""
 
-    def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
-        """Collective: every rank's value, by rank; ``doing`` says in an error what the ranks do together."""
+    def exchange(self, value: Any, doing: str, patience: float = 1.0, afresh: bool = False) -> list[Any]:
+        """Collective: every rank's value, by rank; ``doing`` says in an error what the ranks do together. Where they
+        start ``afresh`` after a failure, its notice does not keep them from meeting."""
 
     def reconfigure(self, transport: str, timeout_s: float) -> bool:
         """Take the options of a later compile; whether the wires must be made anew for them."""

@@ -39,7 +39,7 @@ class ThreadWorld:
     def __init__(
         self, rank: int, topology: Topology, meeting: _Meeting, delay: Callable[[int], None] | None = None
     ) -> None:
-        self.rank = rank
+        self.rank = self.global_rank = rank
         self.topology = topology
         self._meeting = meeting
         self._delay = delay
@@ -48,7 +48,7 @@ class ThreadWorld:
         """Threads have one kind of wire."""
         return False
 
-    def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
+    def exchange(self, value: Any, doing: str, patience: float = 1.0, afresh: bool = False) -> list[Any]:
         """Through the shared table."""
         return self._meeting.exchange(self.rank, self.topology.num_ranks, value)
 

@@ -40,7 +40,7 @@ class World:
         direct = DirectTransport(self.rank, segments, self.timeout_s)
         return Wires(direct, direct if self.stores else None)
 
-    def exchange(self, value: Any, doing: str, patience: float = 1.0) -> list[Any]:
+    def exchange(self, value: Any, doing: str, patience: float = 1.0, afresh: bool = False) -> list[Any]:
         return [value, value]
 
     def reconfigure(self, transport: str, timeout_s: float) -> bool:

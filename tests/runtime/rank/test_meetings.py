@@ -130,6 +130,20 @@ def test_a_notice_ends_the_meeting() -> None:
     assert isinstance(error, PeerFailedError) and "rank 1: ValueError: mine" in str(error)
 
 
+def test_a_notice_that_came_before_ends_it_too_but_where_ranks_start_afresh() -> None:
+    def work(rank: int, meetings: Meetings) -> Any:
+        meetings._store.first("failed", "rank 1: ValueError: mine", 5.0)
+        if rank == 0:
+            with pytest.raises(PeerFailedError, match="rank 1: ValueError: mine"):
+                meetings.exchange(rank, "choose a plan", 20.0)
+        else:
+            with pytest.raises((RankMismatchError, PeerFailedError)):  # whichever rank came first
+                meetings.exchange(rank, "compile a graph", afresh=True)
+        return meetings.exchange(rank, "compile a graph", afresh=True)
+
+    assert run(2, work) == [[0, 1]] * 2
+
+
 def test_words_that_cannot_be_read() -> None:
     def work(rank: int, meetings: Meetings) -> Any:
         if rank == 1:

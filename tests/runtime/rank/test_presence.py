@@ -45,6 +45,13 @@ def test_process_ids_of_another_home_mean_nothing(shared: Any) -> None:
     assert one.gone([1], 1.0) is None
 
 
+def test_garbage_is_no_sign_of_death(shared: Any) -> None:
+    one = Presence(JobStore(shared), 0, 60.0)
+    for word in ("", "x", f"{home()} -1 x", f"{home()} no 1", "\n \n \n"):
+        shared.set("alive/1", word)
+        assert one.gone([1], 1.0) is None
+
+
 def test_who_left_said_why(shared: Any) -> None:
     one, other = (Presence(JobStore(shared), rank, 60.0) for rank in range(2))
     other.leave(1.0)
