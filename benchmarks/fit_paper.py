@@ -1,4 +1,4 @@
-"""Fit the constants of the preset ``a100-efa`` to the ablation table of the paper: one set for all rows.
+"""Fit the constants of the preset ``a100-paper`` to the ablation table of the paper: one set for all rows.
 
     python benchmarks/fit_paper.py [--seconds 600] [--seed 0]
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from sfcompile.codegen.plan.choose_plan import SitePlan, plan_site
+from sfcompile.codegen.plan.doubts import doubts
 from sfcompile.errors import MeshError
 from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.graph.attention_site import attention_site
@@ -192,7 +193,14 @@ def _decide(ways: _Ways, topology: Topology, asked: Asked) -> _Decision:
         notes.append(f"tokens in {count} parts: {cost * 1e3:.3f} ms a step, whole {step_s[1] * 1e3:.3f} ms")
         if cost <= (_WORTH if parts == 1 else _WORTH_MORE) * least:
             parts, part_plans, least = count, tried, cost
+    if parts == 1 and plans[best]:
+        heaviest = max(zip(_distinct(ways.splits[best]).values(), plans[best], strict=True), key=_seconds)
+        notes += doubts(heaviest[1], heaviest[0], topology.subset(groups_of(topology, best)[0]), ways.other_s)
     return _Decision(best, plans[best], parts, part_plans, (*notes, *ways.refused))
+
+
+def _seconds(planned: tuple[AttentionSite, SitePlan]) -> float:
+    return planned[1].price.seconds or 0.0
 
 
 def groups_of(topology: Topology, batch: int) -> list[tuple[int, ...]]:

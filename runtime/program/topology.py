@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sfcompile.errors import TopologyError
-from sfcompile.runtime.program.presets import PRESETS
+from sfcompile.runtime.program.presets import PRESETS, SOFTWARE
 
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)(?::(.+))?")
 _MAY_BE_ZERO = {"local_latency_s", "network_latency_s", "launch_s", "message_s", "wait_s", "pairing_s", "slowdown"}
@@ -41,6 +41,7 @@ class Topology:
         two_sided_rate: two-sided messages only: part of a link's bandwidth that they reach.
         pair_bytes_per_s: two-sided messages only: most that one rank sends to one other machine's rank at a time (an
             exchange with many at once fills the card); None: no such limit.
+        software: whose costs of software (presets.py) are only assumed here; empty: all constants are somebody's own.
     """
 
     machine_of: tuple[int, ...]
@@ -62,6 +63,7 @@ class Topology:
     slowdown: float = 0.0
     two_sided_rate: float = 1.0
     pair_bytes_per_s: float | None = None
+    software: str = ""
 
     @property
     def num_ranks(self) -> int:
@@ -95,8 +97,9 @@ class Topology:
         return self.on(tuple(self.machine_of[rank] for rank in ranks))
 
     def with_constants(self, constants: Mapping[str, Any]) -> Topology:
-        """The same ranks with other constants, by name."""
-        return replace(self, **constants)
+        """The same ranks with other constants, by name; who knows costs of software no longer assumes them."""
+        known = not SOFTWARE.get(self.software, {}).keys().isdisjoint(constants)
+        return replace(self, **({"software": ""} if known else {}), **constants)
 
     def on(self, machine_of: tuple[int, ...]) -> Topology:
         """The same constants for other ranks."""
@@ -149,7 +152,9 @@ class Topology:
         lines = [f"machine_of = {list(self.machine_of)}"]
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name != "machine_of" and value is not None:
+            if entry.name == "software":
+                lines += [f'software = "{value}"'] if value else []
+            elif entry.name != "machine_of" and value is not None:
                 lines.append(f"{entry.name} = {value!r}")
             elif value is None:
                 lines.append(f"{entry.name} = inf")
@@ -206,7 +211,16 @@ def _shape(table: dict[str, Any], source: str) -> tuple[int, ...]:
 
 def _constants(table: dict[str, Any], source: str) -> dict[str, Any]:
     constants = _preset(str(table.pop("preset"))) if "preset" in table else {}
-    known = [entry.name for entry in fields(Topology) if entry.name != "machine_of"]
+    software = str(table.pop("software", "")) or constants.get("software", "")
+    if software:
+        if software not in SOFTWARE:
+            raise TopologyError(
+                f"topology file {source} sets software = {software!r}",
+                f"known are the costs of {', '.join(SOFTWARE)}",
+                "name one of them, or leave it out",
+            )
+        constants["software"] = software
+    known = [entry.name for entry in fields(Topology) if entry.name not in ("machine_of", "software")]
     for key, value in table.items():
         if key not in known:
             raise TopologyError(

@@ -2,7 +2,7 @@
 
 The paper measured 8 x A100 40 GB per machine with NVSwitch and up to 400 Gb/s of EFA: step latency of USP over that of
 three cumulative steps. We describe each workload by its shapes, run USP and each step on the simulator with the
-constants of the preset ``a100-efa``, one set for the whole table, and compare ratios.
+constants of the preset ``a100-paper``, one set for the whole table, and compare ratios.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sfcompile.runtime.program.intervals import Runs
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 
-PRESET = "a100-efa"
+PRESET = "a100-paper"
 COLUMNS = ("TAS", "+ Torus (NCCL)", "+ one-sided")
 
 

@@ -75,7 +75,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_unknown_presets_are_listed() -> None:
-    with pytest.raises(TopologyError, match="preset 'b300' is unknown.*a100-efa, h100-ib"):
+    with pytest.raises(TopologyError, match="preset 'b300' is unknown.*a100-efa, a100-paper, h100-ib"):
         Topology.parse("2x8:b300")
     with pytest.raises(TopologyError, match="topology file gone.toml cannot be read"):
         Topology.parse("gone.toml")
