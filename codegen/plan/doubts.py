@@ -67,7 +67,7 @@ def _better(
     layers: int,
 ) -> tuple[Candidate, float] | None:
     """The plan that is faster than the first one with other costs, and how much; None: there is none."""
-    changed = replace(topology, **dict(costs))
+    changed = topology.with_constants(costs)
     seconds = [price(each.schedule(site, topology), changed, other_s, layers).seconds for each in candidates]
     least = min(seconds)
     if least > WORTH * seconds[0]:

@@ -99,7 +99,7 @@ class Topology:
     def with_constants(self, constants: Mapping[str, Any]) -> Topology:
         """The same ranks with other constants, by name; who knows costs of software no longer assumes them."""
         known = not SOFTWARE.get(self.software, {}).keys().isdisjoint(constants)
-        return replace(self, **({"software": ""} if known else {}), **constants)
+        return replace(self, **{"software": "" if known else self.software, **constants})
 
     def on(self, machine_of: tuple[int, ...]) -> Topology:
         """The same constants for other ranks."""
