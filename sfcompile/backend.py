@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -31,6 +31,7 @@ from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, use_session
 from sfcompile.runtime.rank.weights import Weights
+from sfcompile.shared_inputs import SharedInputs
 from sfcompile.torch_private import autocast_off, is_comparable, is_static_input
 from sfcompile.tracing.trace import follow_environment
 from sfcompile.version import __version__
@@ -93,6 +94,8 @@ def _compile_rank(
         refuse_overlap(example_inputs, captured.written, names)
     except UnsupportedError as error:
         session.agree("unsharded", _describe(gm, example_inputs, asked))
+        if asked.inputs == "rank0":
+            raise _not_shared(error) from error
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
         return run_inner(gm, example_inputs, None, asked), True
     capture_s = time.perf_counter() - began
@@ -112,23 +115,28 @@ def _compile_rank(
     engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked)
     for program, schedules in compiled.programs.items():
         session.load(program, schedules, engines[program])
+    name = hashlib.sha256(digest.encode()).hexdigest()
+    shared = _share_inputs(name, example_inputs, captured, session, asked)
+    if shared is not None:
+        compiled.report.inputs = shared.line(topology)
+        compiled.report.programs[shared.program] = [schedule.site.name for schedule in shared.schedules]
     _announce(compiled, session, time.perf_counter() - began)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
     # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
     with autocast_off():
         local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
-    name = hashlib.sha256(digest.encode()).hexdigest()
-    compared = compared_inputs(example_inputs, asked), compared_weights(example_inputs, asked)
-    return _as_called(local, captured, names, session, name, compared), False
+    places = compared_inputs(example_inputs, asked), compared_weights(example_inputs, asked)
+    return _as_called(local, _Call(session, name, names, captured, *places, shared)), False
 
 
 def compared_inputs(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
-    """The inputs whose values ranks compare at every call; of weights see :func:`compared_weights`.
+    """The inputs whose values ranks compare at every call, or get from rank 0; of weights see
+    :func:`compared_weights`.
 
-    None on GPUs: signals there hold the epoch alone, so nothing would carry what was read.
+    None are compared on GPUs: signals there hold the epoch alone, so nothing would carry what was read.
     """
-    if asked.inputs == "trusted" or device_of(inputs).type == "cuda":
+    if asked.inputs == "trusted" or (asked.inputs == "checked" and device_of(inputs).type == "cuda"):
         return ()
     return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and not is_static_input(value))
 
@@ -141,32 +149,77 @@ def compared_weights(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
     return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and is_static_input(value))
 
 
-def _as_called(
-    local: Callable[..., Any],
-    captured: Captured,
-    names: Sequence[str],
-    session: Session,
-    name: str,
-    compared: tuple[Sequence[int], Sequence[int]],
-) -> Callable[..., Any]:
-    """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does.
+def _share_inputs(
+    name: str, inputs: Sequence[Any], captured: Captured, session: Session, asked: Options
+) -> SharedInputs | None:
+    """Collective: what gives all ranks rank 0's inputs, if that is asked for.
 
-    Args:
-        name: of the graph, the same on every rank.
-        compared: which inputs must be equal on all ranks, and which weights.
+    Raises:
+        UnsupportedError: an input cannot be sent.
     """
-    tensors, written = captured.tensor_inputs, captured.written
-    given, loaded = (
-        compared[0],
-        [i for i in compared[1] if i not in written],
-    )  # a buffer that a call writes is no weight
-    weights = Weights()
+    if asked.inputs != "rank0":
+        return None
+    device, places = device_of(inputs), compared_inputs(inputs, asked)
+    for i, value in enumerate(inputs):
+        if i in captured.tensor_inputs and i not in places and not is_static_input(value):
+            raise UnsupportedError(
+                f"input {i} is a {type(value).__name__} with layout {value.layout}, and options={{'inputs': 'rank0'}}",
+                "plain dense tensors can be sent from rank 0 to all",
+                "use options={'inputs': 'checked'} and give every rank the same values",
+            )
+    facts = [(tuple(map(present, inputs[i].shape)), inputs[i].dtype) for i in places]
+    shared = SharedInputs(name, facts, session.topology.num_ranks, device)
+    programs = {shared.program: shared.schedules}
+    engines, _ = engines_for(programs, device, session, asked)
+    session.load(shared.program, shared.schedules, engines[shared.program])
+    return shared
+
+
+def _not_shared(cause: UnsupportedError) -> UnsupportedError:
+    error = UnsupportedError(
+        f"a graph cannot be captured ({cause.what}), and options={{'inputs': 'rank0'}}",
+        "every rank would compute it from inputs of its own",
+        "mend that, or use options={'inputs': 'checked'} and give every rank the same inputs",
+    )
+    error.on_every_rank = True
+    return error
+
+
+class _Call(NamedTuple):
+    """What surrounds the local graph at every call.
+
+    Attributes:
+        name: of the graph, the same on every rank.
+        names: of the inputs.
+        compared: which inputs must be equal on all ranks, or (``shared``) are made so.
+        weights: which inputs are weights that must be.
+    """
+
+    session: Session
+    name: str
+    names: Sequence[str]
+    captured: Captured
+    compared: Sequence[int]
+    weights: Sequence[int]
+    shared: SharedInputs | None
+
+
+def _as_called(local: Callable[..., Any], call: _Call) -> Callable[..., Any]:
+    """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
+    tensors, written = call.captured.tensor_inputs, call.captured.written
+    weights, loaded = Weights(), [i for i in call.weights if i not in written]  # a buffer that is written is no weight
+    session, shared = call.session, call.shared
 
     def run(*args: Any) -> Any:
-        refuse_overlap(args, written, names)  # Dynamo has no guard on it
-        called = f"{name}/{weights.mark([args[i] for i in loaded])}" if loaded else name
-        with session.call(called, [args[i] for i in given]), autocast_off():
-            out = local(*(args[i] for i in tensors))
+        refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
+        called = f"{call.name}/{weights.mark([args[i] for i in loaded])}" if loaded else call.name
+        mine = [args[i] for i in call.compared]
+        with session.call(called, mine if shared is None else []), autocast_off():
+            given = list(args)
+            if shared is not None:
+                for i, value in zip(call.compared, shared.share(session, mine), strict=True):
+                    given[i] = value
+            out = local(*(given[i] for i in tensors))
         if not written:
             return out
         for i, value in zip(written, out[len(out) - len(written) :], strict=True):
@@ -189,7 +242,7 @@ def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options) -> dict
         if isinstance(value, torch.Tensor):
             described[f"input {name}"] = f"{str(value.dtype).removeprefix('torch.')}{list(map(present, value.shape))}"
     weights = [value for value in inputs if is_comparable(value) and is_static_input(value)]
-    if asked.inputs == "checked" and weights:
+    if asked.inputs != "trusted" and weights:
         described["weights (are they seeded or loaded alike?)"] = f"{fingerprint(weights):08x}"
     return described
 

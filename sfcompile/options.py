@@ -22,8 +22,8 @@ TRANSPORTS = ("auto", "shm", "c10d", "nvshmem")
 ATTENTIONS = ("auto", "aten", "triton")
 INNERS = ("auto", "inductor", "eager")
 PLACEMENTS = ("auto", "shard")
-INPUTS = ("checked", "trusted")
-"""Whether ranks compare samples of their inputs and weights, or trust each other."""
+INPUTS = ("checked", "trusted", "rank0")
+"""Whether ranks compare samples of their inputs and weights, trust each other, or take rank 0's inputs."""
 REGISTERED_SCHEDULES: set[str] = set()
 """Names that sfcompile.extend.register_schedule added to SCHEDULES."""
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
@@ -50,6 +50,9 @@ class Options:
             Triton's interpreter, for checking kernels, slow).
         inner: what runs the local graph: "auto" | "inductor" | "eager".
         placement: "auto" (by cost) | "shard" (all that has a rule, whatever it costs).
+        inputs: "checked" (ranks compare samples of weights at the compile, and of inputs at every call) | "trusted"
+            (nothing is compared) | "rank0" (rank 0's inputs are sent to all before every step, whatever the others
+            were given; shapes must be equal, weights are compared).
         strict: raise when anything is left replicated.
         timeout_s: longest wait on a peer, in seconds.
         dump: directory that receives graphs, schedules, kernels and plans, or None.

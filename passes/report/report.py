@@ -50,6 +50,7 @@ class GraphReport:
         stages: what this rank's graph computes and when it talks to others: what a prediction of its step is made of.
         graph: number of the graph in this process, from 1; break_reason: what made Dynamo end it before the model did
             (a graph break, with the user's line), or "".
+        inputs: how ranks come to equal inputs, where it costs traffic; "": they are given them.
         fused_puts: puts whose kernels compute what they send, and all puts of q, k and v; None: puts are no kernels.
     """
 
@@ -85,6 +86,7 @@ class GraphReport:
     graph: int = 0
     break_reason: str = ""
     fused_puts: tuple[int, int] | None = None
+    inputs: str = ""
 
     @property
     def share(self) -> float:
@@ -135,6 +137,8 @@ class GraphReport:
         if self.fused_puts is not None:
             fused, puts = self.fused_puts
             rows.insert(5 + len(self.axes), ("puts", f"{fused} of {puts} compute what they send (norms, RoPE, casts)"))
+        if self.inputs:
+            rows.insert(-1, ("inputs", self.inputs))
         if self.break_reason:
             rows.insert(0, ("graph break", f"graph {self.graph} ends at: {self.break_reason}"))
         lines = [f"  {name:<12} {text}" for name, text in rows]

@@ -94,6 +94,7 @@ def export(
             "topology": where.to_toml(),
             "inner": inner,
             "attention": asked.attention,
+            "inputs": asked.inputs,
             "native": processor() if inner == "aoti" else None,
             "weights": _write_weights(out, traced, weights),
         }

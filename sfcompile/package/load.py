@@ -32,6 +32,7 @@ from sfcompile.package.model import LoadedModel, with_strides
 from sfcompile.package.schedules import schedule_from_json
 from sfcompile.package.tensors import map_open, read_tensors
 from sfcompile.runtime.rank.session import Session, existing_session, use_session
+from sfcompile.shared_inputs import SharedInputs
 from sfcompile.version import __version__
 
 
@@ -290,8 +291,18 @@ class Part:
         self.model.run = self._inner()
         self.model.session, self.model.name = session, f"package {self.package.digest}"
         if session is not None:
+            if self.manifest["inputs"] == "rank0":
+                self.model.shared = self._shared_inputs(session)
             session.meet()
         return self.model
+
+    def _shared_inputs(self, session: Session) -> SharedInputs:
+        """Collective: what gives every rank rank 0's inputs."""
+        tensors = self.manifest["signature"]["tensors"]
+        facts = [(tuple(entry["shape"]), dtype_of(entry["dtype"])) for entry in tensors]
+        shared = SharedInputs(self.model.name, facts, session.topology.num_ranks, torch.device("cpu"))
+        session.load(shared.program, shared.schedules)
+        return shared
 
     def _engines(self, session: Session) -> dict[str, list[Any]]:
         attention = self.manifest["attention"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sfcompile.options import INPUTS
 from sfcompile.package.limits import (
     DTYPE_OF,
     SCHEDULES,
@@ -32,9 +33,9 @@ def check_manifest(manifest: Any) -> None:
         PackageError: something is missing, of another kind, or names what is not there.
     """
     manifest = table(manifest, "the manifest")
-    for name in ("model", "plan", "topology", "inner", "attention"):
+    for name in ("model", "plan", "topology", "inner", "attention", "inputs"):
         text(manifest.get(name), f"the manifest's {name}", 1 << 20)
-    for name, allowed in (("inner", INNERS), ("attention", ATTENTIONS)):
+    for name, allowed in (("inner", INNERS), ("attention", ATTENTIONS), ("inputs", INPUTS)):
         if manifest[name] not in allowed:
             raise refused(f"its {name} is {shown(manifest[name])}, and not one of {', '.join(allowed)}")
     if manifest.get("native") is not None:

@@ -10,6 +10,7 @@ import torch
 from sfcompile.errors import InputError, PackageError, StreamFusionError
 from sfcompile.package.call import Signature, restore
 from sfcompile.runtime.rank.session import Session
+from sfcompile.shared_inputs import SharedInputs
 from sfcompile.torch_private import autocast_off
 
 
@@ -22,11 +23,13 @@ class LoadedModel:
         run: the local graph: its placeholders' values to its outputs.
         session: of this rank; None: one rank.
         name: of the package, the same on every rank: calls are told apart by it.
+        shared: gives every rank rank 0's inputs; None: ranks use their own.
     """
 
     run: Callable[..., Any]
     session: Session | None = None
     name: str = "package"
+    shared: SharedInputs | None = None
 
     def __init__(self, manifest: Mapping[str, Any], plan: str, weights: Mapping[str, torch.Tensor]) -> None:
         self.manifest = manifest
@@ -54,23 +57,30 @@ class LoadedModel:
             RankMismatchError: another rank makes another call, or has other inputs.
         """
         tensors = self._signature.tensors(args, kwargs)
-        values = list(self._values)
-        for place, source in self._slots:
-            values[place] = _laid_out(tensors[source], self._strides[source], f"input {source}")
-        outputs = self._run(values, tensors)
+        outputs = self._run(tensors)
         kept = len(outputs) - len(self._written)
         for place, value in zip(self._written, outputs[kept:], strict=True):
             target = dict(self._slots).get(place)
-            (values[place] if target is None else tensors[target]).copy_(value)
+            (self._values[place] if target is None else tensors[target]).copy_(value)
         return restore(self._result, [*outputs[:kept], *tensors])
 
-    def _run(self, values: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[Any]:
+    def _run(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
         """The graph's outputs; whatever it raises is told to the other ranks, which wait for what it would send."""
+        values = self._placed(inputs)
         with autocast_off():  # the casts of autocast stand in the graph
             if self.session is None:
                 return _outputs(self.run, values)
-            with self.session.call(self.name, inputs):
+            with self.session.call(self.name, inputs if self.manifest["inputs"] == "checked" else []):
+                if self.shared is not None:
+                    values = self._placed(self.shared.share(self.session, inputs))
                 return _outputs(self.run, values)
+
+    def _placed(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
+        """What the graph is called with: weights, and inputs laid out as at the export."""
+        values = list(self._values)
+        for place, source in self._slots:
+            values[place] = _laid_out(inputs[source], self._strides[source], f"input {source}")
+        return values
 
     def __repr__(self) -> str:
         return f"LoadedModel({self.manifest['model']}, {self.manifest['ranks']} ranks: {self.manifest['plan']})"

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.ranks
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 SFCOMPILE = str(Path(sys.executable).with_name("sfcompile"))
 
+PROGRAMS = [name for name, example in EXAMPLES.items() if not example.is_server]
+
 # In `make test`; `make test-all` starts every example so. (test_one_value.py runs the one that is left out.)
 BY_COMMAND = ("hello", "explain_plan")
 
@@ -29,9 +31,7 @@ def check(name: str, said: str) -> None:
             assert float(line.split("difference from one process: ")[1].split()[0]) <= 1e-5, line
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, example in EXAMPLES.items() if example.ranks > 1 and name not in BY_COMMAND]
-)
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if EXAMPLES[name].ranks > 1 and name not in BY_COMMAND])
 def test_example_on_ranks(name: str) -> None:
     """As a program of every rank; that ours or any launcher starts such ranks is in the test below."""
     example = EXAMPLES[name]
@@ -43,7 +43,7 @@ def test_example_on_ranks(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in BY_COMMAND else pytest.param(name, marks=pytest.mark.thorough) for name in EXAMPLES]
+    "name", [name if name in BY_COMMAND else pytest.param(name, marks=pytest.mark.thorough) for name in PROGRAMS]
 )
 def test_example_as_its_page_says(name: str) -> None:
     example = EXAMPLES[name]

@@ -80,6 +80,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runtime/rank",
         "runtime/gpu",
         "codegen/schedule",
+        "codegen/proof",
         "codegen/plan",
         "codegen/toolchain",
         "codegen/engines",

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 
 class Example(NamedTuple):
-    """With one rank: as a plain program."""
+    """With one rank: as a plain program. Servers run until they are told to stop: they have tests of their own."""
 
     says: str
     ranks: int = 2
     machines: int = 1
+    is_server: bool = False
 
 
 EXAMPLES = {
@@ -22,5 +23,6 @@ EXAMPLES = {
     "export_and_load": Example("another size is refused: latents must be float32[1, 4, 32, 32]"),
     "write_a_pass": Example("with bf16 gathers"),
     "write_a_schedule": Example("the mistake is refused"),
+    "server": Example("listening on port", is_server=True),
     "two_machines": Example("ranks sit on machines (0, 0, 1, 1)", ranks=4, machines=2),
 }

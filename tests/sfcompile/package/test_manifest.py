@@ -14,7 +14,8 @@ from sfcompile.package.manifest import check_manifest, check_tree, named
 
 FACTS = {"shape": [2], "stride": [1], "dtype": "float32"}
 GOOD: dict[str, Any] = {
-    "model": "M", "plan": "p", "topology": "t", "inner": "eager", "attention": "auto", "native": None,
+    "model": "M", "plan": "p", "topology": "t", "inner": "eager", "attention": "auto", "inputs": "checked",
+    "native": None,
     "versions": {"sfcompile": "0", "torch": "2"}, "ranks": 2, "machine_of": [0, 0], "graphs": [0, 0],
     "programs": [["a-batch"], ["b"]], "mesh": {}, "placeholders": [["input", 0], ["weight", "w"]], "written": [1],
     "signature": {"positional": ["x"], "arguments": {"x": {"tensor": 0}, "y": {"value": 3}}, "tensors": [FACTS]},
@@ -32,6 +33,8 @@ def test_a_good_one_passes() -> None:
         lambda m: m.pop("model"),
         lambda m: m.update(inner="exec"),
         lambda m: m.update(attention="mine"),
+        lambda m: m.update(inputs="rank1"),
+        lambda m: m.pop("inputs"),
         lambda m: m.update(ranks=2**40),
         lambda m: m.update(ranks="2"),
         lambda m: m.update(graphs=[0]),

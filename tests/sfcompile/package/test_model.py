@@ -9,7 +9,7 @@ import torch
 from models import build
 from threads import run_threads
 
-from sfcompile.errors import InputError, PackageError, PeerFailedError
+from sfcompile.errors import InputError, PackageError, PeerFailedError, RankMismatchError
 from sfcompile.package.export import export
 from sfcompile.package.load import load
 from sfcompile.package.model import with_strides
@@ -55,3 +55,28 @@ def test_a_failure_inside_a_call_is_named_and_the_other_ranks_are_told(tmp_path:
     told, own = run_threads(2, work, timeout_s=20)
     assert "a call of the package failed" in own and "at node `" in own
     assert "a call of the package failed" in told and "rank 1" in told
+
+
+@pytest.mark.parametrize("asked", ["checked", "trusted", "rank0"])
+def test_how_ranks_come_to_equal_inputs_is_part_of_a_package(tmp_path: Path, asked: str) -> None:
+    """Ranks with inputs of their own: an error on all, nothing at all (attention of a mixture), or what rank 0 gets."""
+    model, inputs = build("self")
+    path = export(
+        model, inputs, {}, tmp_path / "p.sf", topology="1x2", placement="shard", inner="eager", inputs=asked
+    )  # fmt: skip
+    with torch.no_grad():
+        want = model(*inputs)
+
+    def work(rank: int) -> float:
+        loaded, mine = load(path), [value + rank for value in inputs]
+        before = [value.clone() for value in mine]
+        if asked == "checked":
+            with pytest.raises((RankMismatchError, PeerFailedError)):
+                loaded(*mine)
+            return 0.0
+        got = loaded(*mine)
+        assert all(torch.equal(a, b) for a, b in zip(mine, before, strict=True))
+        return float((got - want).abs().max())
+
+    differences = run_threads(2, work, timeout_s=20)
+    assert max(differences) < 1e-5 or asked == "trusted", differences
