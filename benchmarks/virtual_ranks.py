@@ -22,6 +22,7 @@ from sfcompile.errors import CodegenError
 from sfcompile.runtime.program.intervals import Runs, count
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
+from sfcompile.runtime.wires.transport import word_of
 
 _ALIGN = 256
 _SPINS = re.compile(r"^SPINS = .*$", re.MULTILINE)
@@ -157,7 +158,7 @@ class VirtualRanks:
         total = pitch * len(ranks)
         self.memory = allocate(total) if allocate else torch.zeros(total, dtype=torch.uint8, device=self.device)
         at = [self.memory.data_ptr() + pitch * rank for rank in ranks]
-        self.place = torch.tensor([0, *size.places], dtype=torch.int64, device=self.device)
+        self.place = torch.tensor(size.place(0, word_of(0, 0)), dtype=torch.int64, device=self.device)
         self.everyone = self._view([(address, 0, address) for address in at], range(0))
         machines = machine_of or (0,) * len(ranks)
         self.heaps = [

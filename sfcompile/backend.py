@@ -6,6 +6,7 @@ Dynamo graph -> capture -> passes -> this rank's graph -> Inductor (or eager). O
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import time
@@ -37,6 +38,8 @@ from sfcompile.tracing.trace import follow_environment
 from sfcompile.version import __version__
 
 log = logging.getLogger("sfcompile")
+GPU_LOOKS = 3
+"""At so many first calls of a graph GPU ranks compare their inputs."""
 
 
 def streamfusion_backend(
@@ -131,12 +134,8 @@ def _compile_rank(
 
 
 def compared_inputs(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
-    """The inputs whose values ranks compare at every call, or get from rank 0; of weights see
-    :func:`compared_weights`.
-
-    None are compared on GPUs: signals there hold the epoch alone, so nothing would carry what was read.
-    """
-    if asked.inputs == "trusted" or (asked.inputs == "checked" and device_of(inputs).type == "cuda"):
+    """The inputs whose values ranks compare at calls, or get from rank 0; of weights see :func:`compared_weights`."""
+    if asked.inputs == "trusted":
         return ()
     return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and not is_static_input(value))
 
@@ -144,7 +143,7 @@ def compared_inputs(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
 def compared_weights(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
     """The inputs that are weights and are compared: Dynamo gives one compiled graph to all models of an architecture,
     so a call's weights need not be those of the compile."""
-    if asked.inputs == "trusted" or device_of(inputs).type == "cuda":
+    if asked.inputs == "trusted":
         return ()
     return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and is_static_input(value))
 
@@ -208,13 +207,14 @@ def _as_called(local: Callable[..., Any], call: _Call) -> Callable[..., Any]:
     """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
     tensors, written = call.captured.tensor_inputs, call.captured.written
     weights, loaded = Weights(), [i for i in call.weights if i not in written]  # a buffer that is written is no weight
-    session, shared = call.session, call.shared
+    session, shared, made = call.session, call.shared, itertools.count(1)
 
     def run(*args: Any) -> Any:
         refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
         called = f"{call.name}/{weights.mark([args[i] for i in loaded])}" if loaded else call.name
         mine = [args[i] for i in call.compared]
-        with session.call(called, mine if shared is None else []), autocast_off():
+        looked_at = mine if shared is None and _can_look(session.side.device, next(made)) else []
+        with session.call(called, looked_at), autocast_off():
             given = list(args)
             if shared is not None:
                 for i, value in zip(call.compared, shared.share(session, mine), strict=True):
@@ -227,6 +227,13 @@ def _as_called(local: Callable[..., Any], call: _Call) -> Callable[..., Any]:
         return out[: len(out) - len(written)]
 
     return run
+
+
+def _can_look(device: torch.device, call: int) -> bool:
+    """Whether inputs are compared at a graph's how-manieth call: on GPUs the host has to wait for what it reads."""
+    if device.type != "cuda":
+        return True
+    return call <= GPU_LOOKS and not torch.cuda.is_current_stream_capturing()
 
 
 def _topology(value: object) -> Topology:

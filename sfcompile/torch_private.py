@@ -42,6 +42,7 @@ __all__ = [
     "TracingContext",
     "aoti_compile",
     "aoti_load",
+    "assert_on_device",
     "autocast_as",
     "autocast_off",
     "autocast_state",
@@ -128,6 +129,11 @@ def has_autocast_kernel(op: OpOverload, device: str) -> bool:
 def is_composite(op: OpOverload) -> bool:
     """Whether an op is written as calls of others, all of which can be seen."""
     return bool(op._can_decompose())
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Stop the stream with ``message`` unless a condition of one element holds; the host does not wait."""
+    torch.ops.aten._assert_async.msg(condition, message)
 
 
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from sfcompile.codegen.kernels.attend import attend_arguments, attend_source
 from sfcompile.codegen.kernels.moves import MoveSpec, collect_source, move_arguments, put_source
 from sfcompile.codegen.kernels.spec import KernelSpec, spec_of
 from sfcompile.codegen.kernels.tables import QUERY, KernelTables, make_tables
+from sfcompile.codegen.kernels.text import TAG_BITS
 from sfcompile.codegen.rows.elements import block_of
 from sfcompile.codegen.rows.rows import FUSED_OPTIONS, RowProgram
 from sfcompile.codegen.schedule.attention import AttentionSchedule
@@ -28,7 +30,7 @@ class HeapView:
     Attributes:
         heaps: int64 [ranks of the mesh, 2]: address of each segment in this process (0: out of reach), and NVSHMEM's
             number of the rank.
-        place: int64 [7], see PLACE in codegen/kernels/text.py.
+        place: int64 [9], see PLACE in codegen/kernels/text.py.
         receivers: int64, ranks of the job that must have given credit before a put.
     """
 
@@ -96,6 +98,7 @@ class AttendKernel:
         return {
             **{name: torch.from_numpy(array).to(device) for name, array in arrays.items()},
             "state": torch.empty(state, dtype=torch.float32, device=device),
+            "slots": arrived_slots(self.schedule, self.rank, device),
             "counters": torch.zeros(max(len(self.schedule.slots), 1), dtype=torch.int32, device=device),
             "report": torch.zeros(4, dtype=torch.int64, device=device),
         }
@@ -158,7 +161,8 @@ class AttendKernel:
 
     def collect(self, out: torch.Tensor, heap: HeapView) -> None:
         """Wait for the outputs that come home and copy them into ``out`` [B, H, Lq, E]."""
-        values = self._common(heap) | _strided("out", out) | {"num_collects": len(self.tables.collects)}
+        counts = {"num_collects": len(self.tables.collects), "num_slots": len(self.fixed["slots"])}
+        values = self._common(heap) | _strided("out", out) | counts
         names = move_arguments("collect", self._move_spec(1))
         self.target.move(self._collect, [values[name] for name in names], self.spec.reach)
 
@@ -215,6 +219,13 @@ class AttendKernel:
         raise_report(self.schedule, self.rank, self.fixed["report"], self.fixed["counters"])
 
 
+def arrived_slots(schedule: Schedule, rank: int, device: torch.device) -> torch.Tensor:
+    """Slots of a rank of the mesh that something comes to, int64: chunks without elements are not sent by kernels."""
+    arrivals = schedule.program(rank).arrivals
+    slots = [arrival.slot for arrival in arrivals if math.prod(schedule.shape(rank, arrival))]
+    return torch.tensor(slots, dtype=torch.int64, device=device)
+
+
 def raise_report(schedule: Schedule, rank: int, report: torch.Tensor, counters: torch.Tensor) -> None:
     """Raise what a debug build's kernels reported, and make them ready for other launches; see kernels/device.py.
 
@@ -223,6 +234,8 @@ def raise_report(schedule: Schedule, rank: int, report: torch.Tensor, counters: 
     """
     failed, slot, epoch, seen = report.tolist()
     if failed:
+        if slot >= 0:  # a signal: the epoch and, below it, the call's tag
+            epoch, seen = epoch >> TAG_BITS, seen >> TAG_BITS
         report.zero_()
         counters.zero_()
         raise gave_up(schedule, rank, slot, epoch, seen)

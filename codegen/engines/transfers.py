@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sfcompile.codegen.engines.launch import HeapView, raise_report
+from sfcompile.codegen.engines.launch import HeapView, arrived_slots, raise_report
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.kernels.chunk_tables import PackedChunk, make_chunk_tables
 from sfcompile.codegen.kernels.chunks import (
@@ -51,6 +51,7 @@ class TransferKernels:
         self._fixed = {
             "sends_ptr": torch.from_numpy(self.tables.sends).to(device),
             "receives_ptr": torch.from_numpy(self.tables.receives).to(device),
+            "slots_ptr": arrived_slots(schedule, rank, device),
             "counters_ptr": torch.zeros(max(len(schedule.slots), 1), dtype=torch.int32, device=device),
             "report_ptr": torch.zeros(4, dtype=torch.int64, device=device),
         }
@@ -97,6 +98,7 @@ class TransferKernels:
             "num_receivers": len(heap.receivers),
             "num_puts": len(self.tables.sends),
             "num_collects": len(self.tables.receives),
+            "num_slots": len(self._fixed["slots_ptr"]),
         }
         names = chunk_arguments(name, self.spec)
         self._target.move(kernel, [values[argument] for argument in names], self.spec.reach)

@@ -131,15 +131,15 @@ def _forward(out: KernelText) -> None:
         out(f"forward = forwards_ptr + hop * {len(FORWARD)}")
         out.read("forward", FORWARD)
         _wait(out, "slot")
-        signal = f"signals_at + {line_of('to_slot')}"
+        signal_at = f"signals_at + {line_of('to_slot')}"
         near = [
             f"to = {heap_of('dst')}",
             "copy_words(to + bank_at + to_at, bank + at, (nbytes + 3) // 4, 0, 1, 2048)",
             "tl.debug_barrier()  # every thread's stores happen before thread 0's release",
-            f"raise_signal(to + {signal}, epoch)",
+            f"raise_signal(to + {signal_at}, signal)",
         ]
         # Far away it goes straight from where it arrived: no staging.
-        out.fork(near, put_signal("dst", "bank + at", "bank_at + to_at", "nbytes", signal))
+        out.fork(near, put_signal("dst", "bank + at", "bank_at + to_at", "nbytes", signal_at, "signal"))
         out("hop += COPY_PROGRAMS")
 
 

@@ -27,7 +27,8 @@ def chunk_arguments(name: str, spec: ChunkSpec) -> tuple[str, ...]:
     names: tuple[str, ...] = {
         "send": ("x_ptr", "heaps_ptr", "place_ptr", "sends_ptr", "receivers_ptr", "counters_ptr", "rank",
                  "num_puts", "num_receivers"),
-        "receive": ("x_ptr", "heaps_ptr", "place_ptr", "receives_ptr", "rank", "num_collects"),
+        "receive": ("x_ptr", "heaps_ptr", "place_ptr", "receives_ptr", "slots_ptr", "rank", "num_collects",
+                    "num_slots"),
         "release": ("heaps_ptr", "place_ptr", "rank", "num_ranks"),
     }[name]  # fmt: skip
     return (*names, "report_ptr") if spec.bounded and name != "release" else names
@@ -59,6 +60,7 @@ def receive_source(spec: ChunkSpec) -> str:
             out.read("chunk", RECEIVE)
             out.wait("slot")
             out("copy_words(x + to_at, bank + at, (nbytes + 3) // 4, program, programs, 1024)", "c += 1")
+        out.check_tags()
     return module("Brings chunks home into a buffer.", out.text)
 
 
@@ -77,7 +79,7 @@ def release_source(spec: ChunkSpec) -> str:
         with out.block("while other < num_ranks:"):
             out(f"to = {heap_of('other')}")
             # By NVSHMEM a signal travels with data: 16 bytes of scratch that nobody reads.
-            put = put_signal("other", "heap + scratch", "scratch + 16", "16", "credit")
+            put = put_signal("other", "heap + scratch", "scratch + 16", "16", "credit", "epoch")
             out.fork(["raise_signal(to + credit, epoch)"], put, if_near="to != 0")
             out("other += programs")
     return module("Gives credits.", out.text)

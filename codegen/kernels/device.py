@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+TAG_BITS = tl.constexpr(24)
 SIGNAL_SET = tl.constexpr(9)
 CMP_GE = tl.constexpr(5)
 SPINS = tl.constexpr(1 << 26)
@@ -30,32 +31,32 @@ def word(address: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def wait_word(address: tl.tensor, epoch: tl.tensor) -> None:
-    """Spin until the word holds the epoch or a later one; add-0 with acquire is Triton's portable load-acquire."""
+def wait_word(address: tl.tensor, value: tl.tensor) -> None:
+    """Spin until the word holds a value or a greater one; add-0 with acquire is Triton's portable load-acquire."""
     seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
-    while seen < epoch:
+    while seen < value:
         seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
 
 
 @triton.jit
-def wait_word_bounded(address: tl.tensor, epoch: tl.tensor, report_ptr: tl.tensor, slot: tl.tensor) -> None:
+def wait_word_bounded(address: tl.tensor, value: tl.tensor, report_ptr: tl.tensor, slot: tl.tensor) -> None:
     """:func:`wait_word` of debug builds: after SPINS polls the first program to give up writes what it waited for.
 
-    ``report_ptr`` holds [given up, slot, epoch, epoch seen]. Whoever sees that one gave up gives up too, so the kernel
+    ``report_ptr`` holds [given up, slot, value, value seen]. Whoever sees that one gave up gives up too, so the kernel
     ends and the host raises.
     """
     seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
     spins = 0
-    while (seen < epoch) & (spins < SPINS):
+    while (seen < value) & (spins < SPINS):
         seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
         spins += 1
         if spins % 4096 == 0:
             if tl.atomic_add(report_ptr, 0, sem="relaxed", scope="gpu") != 0:
                 spins = SPINS
-    if seen < epoch:
+    if seen < value:
         if tl.atomic_add(report_ptr, 1, sem="relaxed", scope="gpu") == 0:
             tl.store(report_ptr + 1, slot.to(tl.int64))
-            tl.store(report_ptr + 2, epoch)
+            tl.store(report_ptr + 2, value)
             tl.store(report_ptr + 3, seen)
 
 
@@ -74,9 +75,21 @@ def last_of(counter_ptr: tl.tensor, count: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def raise_signal(address: tl.tensor, epoch: tl.tensor) -> None:
-    """Publish an epoch to a peer that loads and stores can reach."""
-    tl.atomic_xchg(word(address), epoch, sem="release", scope="sys")
+def raise_signal(address: tl.tensor, value: tl.tensor) -> None:
+    """Publish a signal or a credit to a peer that loads and stores can reach."""
+    tl.atomic_xchg(word(address), value, sem="release", scope="sys")
+
+
+@triton.jit
+def note_stranger(address: tl.tensor, signal: tl.tensor, status: tl.tensor) -> None:
+    """If the chunk of this epoch came with another call's tag, write its signal to ``status``, which the host reads.
+
+    The word does not change any more: a later epoch's chunk waits for this rank's credit. One that has not come (the
+    schedule did not make this rank wait for it) says nothing.
+    """
+    seen = tl.atomic_add(word(address), 0, sem="relaxed", scope="sys")
+    if (seen >> TAG_BITS == signal >> TAG_BITS) & (seen != signal):
+        tl.atomic_xchg(word(status), seen, sem="relaxed", scope="gpu")
 
 
 @triton.jit

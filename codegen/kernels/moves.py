@@ -15,7 +15,8 @@ PUT_ARGUMENTS = (
     "num_puts", "num_receivers", "batch",
 )  # fmt: skip
 COLLECT_ARGUMENTS = (
-    "out_ptr", "out_sb", "out_sh", "out_sr", "heaps_ptr", "place_ptr", "collects_ptr", "rank", "num_collects", "batch",
+    "out_ptr", "out_sb", "out_sh", "out_sr", "heaps_ptr", "place_ptr", "collects_ptr", "slots_ptr", "rank",
+    "num_collects", "num_slots", "batch",
 )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def collect_source(spec: MoveSpec) -> str:
             out("source = bank + at")
             _copy_lines(out, spec, home=True)
             out("c += 1")
+        out.check_tags()
     return module(f"Brings home rows of {spec.width} {spec.dtype}.", _constants(spec) + out.text)
 
 

@@ -5,7 +5,7 @@ The algorithms (attend.py, moves.py, chunks.py) say what happens; how it is writ
 nowhere else. A destination is *near* if its segment is mapped into this process, *far* if only NVSHMEM gets there:
 
             rows are written to         what raises the signal
-    near    the slot itself             a store of the epoch, with release
+    near    the slot itself             a store of the signal, with release
     far     the staging area here       the put that carries the chunk as a whole
 
 In a "peer" kernel all destinations are near, in an "nvshmem" kernel all are far, and a "mixed" kernel asks the column
@@ -21,6 +21,7 @@ from sfcompile.codegen.kernels.text import (
     HEAP,
     NUM_BANKS,
     PLACE,
+    TAG_BITS,
     Lines,
     columns,
     entry_name,
@@ -29,7 +30,7 @@ from sfcompile.codegen.kernels.text import (
     prologue,
 )
 
-_SCALARS = ("rank", "num_puts", "num_collects", "num_receivers", "num_ranks", "batch", "nbytes")
+_SCALARS = ("rank", "num_puts", "num_collects", "num_slots", "num_receivers", "num_ranks", "batch", "nbytes")
 """Arguments that no kernel is specialised to: their values change from rank to rank."""
 
 
@@ -94,13 +95,21 @@ class KernelText(Lines):
 
     def announce(self, slot: str, slot_at: str, heap: str = "", if_near: str = "") -> None:
         """Tell ``dst`` that its slot is filled; far away the staged chunk of ``nbytes`` goes with it."""
-        signal = f"signals_at + {line_of(slot)}"
-        near = f"raise_signal({heap or heap_of('dst')} + {signal}, epoch)"
-        self.fork([near], put_signal("dst", "bank + staging", f"bank_at + {slot_at}", "nbytes", signal), if_near)
+        signal_at = f"signals_at + {line_of(slot)}"
+        near = f"raise_signal({heap or heap_of('dst')} + {signal_at}, signal)"
+        far = put_signal("dst", "bank + staging", f"bank_at + {slot_at}", "nbytes", signal_at, "signal")
+        self.fork([near], far, if_near)
 
     def wait(self, slot: str) -> None:
-        """Wait until a slot of this rank is filled."""
-        self.wait_word(f"signals + {line_of(slot)}", "epoch", slot)
+        """Wait until a slot of this rank is filled, by whatever call: a site's last kernel looks at the tags."""
+        self.wait_word(f"signals + {line_of(slot)}", f"(epoch << {TAG_BITS})", slot)
+
+    def check_tags(self) -> None:
+        """After the waits of a site's last kernel: are all chunks that came to ``slots_ptr`` of this call?"""
+        with self.block("if program == 0:"):
+            self(f"status = tl.load(place_ptr + {PLACE.index('status')})", "s = 0")
+            with self.block("while s < num_slots:"):
+                self(f"note_stranger(signals + {line_of('tl.load(slots_ptr + s)')}, signal, status)", "s += 1")
 
     def wait_for_credits(self) -> None:
         """Wait until the bank is free on every rank of ``receivers_ptr`` (numbers of the job)."""
@@ -114,8 +123,8 @@ class KernelText(Lines):
             self.wait_word("credit", "before", "-1 - receiver")
             self("r += 1")
 
-    def wait_word(self, address: str, epoch: str, reported: str) -> None:
-        """Wait until a word of this rank's segment holds an epoch.
+    def wait_word(self, address: str, value: str, reported: str) -> None:
+        """Wait until a word of this rank's segment holds a value or a greater one.
 
         What a peer stored is ordered by the acquire of our own loop, what a network card wrote by NVSHMEM's wait; where
         both may come, both are done: the second finds the word already there. What gave up must not wait in NVSHMEM.
@@ -124,10 +133,10 @@ class KernelText(Lines):
             reported: what a bounded wait that gives up reports: the slot, or -1 - rank for a credit.
         """
         if self.bounded:
-            self(f"wait_word_bounded({address}, {epoch}, report_ptr, {reported})")
+            self(f"wait_word_bounded({address}, {value}, report_ptr, {reported})")
         elif self.reach != "nvshmem":
-            self(f"wait_word({address}, {epoch})")
-        theirs = f"signal_wait_until({address}, CMP_GE, {epoch})"
+            self(f"wait_word({address}, {value})")
+        theirs = f"signal_wait_until({address}, CMP_GE, {value})"
         if self.reach != "peer" and self.bounded:
             with self.block('if tl.atomic_add(report_ptr, 0, sem="relaxed", scope="gpu") == 0:'):
                 self(theirs)
@@ -135,7 +144,7 @@ class KernelText(Lines):
             self(theirs)
 
 
-def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str) -> list[str]:
+def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str, value: str) -> list[str]:
     """Lines that put bytes from an address to ``to_at`` in a rank's segment by NVSHMEM, then raise a signal there."""
     columns_of = {name: f"tl.load(heaps_ptr + {len(HEAP)} * {dst} + {i})" for i, name in enumerate(HEAP)}
     return [
@@ -143,6 +152,6 @@ def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str) -
         f"named = {columns_of['name']}",
         "putmem_signal_nbi_block(",
         f"    named + {to_at}, {source}, {nbytes},",
-        f"    named + {signal_at}, epoch, SIGNAL_SET, pe,",
+        f"    named + {signal_at}, {value}, SIGNAL_SET, pe,",
         ")",
     ]

@@ -46,10 +46,15 @@ def columns(row: str, names: tuple[str, ...], wanted: dict[str, str], small: boo
     return [f"{variable} = tl.load({row} + {names.index(column)}){cast}" for variable, column in wanted.items()]
 
 
-PLACE = ("epoch", "banks_at", "bank_bytes", "signals_at", "signals_bytes", "credits_at", "scratch_at")
-"""What ``place_ptr`` points to, int64: the epoch of a site's call, and where things lie in every rank's segment
-(runtime/wires/symmetric_heap.py). The epoch is read from memory and not an argument, so that a captured CUDA graph can
-be replayed: what raises it is part of the graph."""
+PLACE = (
+    "epoch", "signal", "banks_at", "bank_bytes", "signals_at", "signals_bytes", "credits_at", "scratch_at", "status",
+)  # fmt: skip
+"""What ``place_ptr`` points to, int64: the epoch of a site's call; what its signals hold (the epoch and, below it, the
+call's tag); where things lie in every rank's segment (runtime/wires/symmetric_heap.py); and the address of the word
+that says that a chunk of another call has come. Epoch and signal are read from memory and are no arguments, so that a
+captured CUDA graph can be replayed: what raises them is part of the graph."""
+TAG_BITS = 24
+"""Bits of a signal below the epoch (runtime/wires/transport.py)."""
 HEAP = ("address", "pe", "name")
 """A row of the table at ``heaps_ptr``, by rank of the mesh: where its segment lies in this process (0: out of reach);
 its number for NVSHMEM and the address that names its segment there (the caller's own: memory is symmetric)."""
@@ -74,6 +79,7 @@ def prologue() -> list[str]:
     at = {name: f"tl.load(place_ptr + {i})" for i, name in enumerate(PLACE)}
     return [
         f"epoch = {at['epoch']}",
+        f"signal = {at['signal']}",
         f"heap = {heap_of('rank')}",
         f"bank_at = {at['banks_at']} + epoch % {NUM_BANKS} * {at['bank_bytes']}",
         f"signals_at = {at['signals_at']} + epoch % {NUM_BANKS} * {at['signals_bytes']}",

@@ -5,7 +5,8 @@ Puts run on a stream of their own, beside the products that make the next tensor
 which a peer's grid waits for, finds no room: a deadlock across ranks.
 
 Epochs are counted on the device, by kernels on the main stream, and read there by every kernel of the call. So a
-captured CUDA graph can be replayed: each replay raises the epochs that it uses.
+captured CUDA graph can be replayed: each replay raises the epochs that it uses. The tag of a call is set there too, by
+kernels outside of any graph that the compiler captures.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from sfcompile.runtime.rank.executor import BankView
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize, bank_of
+from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 
 
 class DeviceHeap(Protocol):
@@ -82,28 +84,40 @@ class DeviceRuns:
     """The open calls of one rank, the device's epoch counter, and the stream of the puts.
 
     Args:
+        status: on the device, int64 [1]: where kernels note that a chunk of another call has come.
         opened: epochs that were opened before (on an older heap).
     """
 
-    def __init__(self, heap: DeviceHeap, release: Release, device: torch.device, opened: int = 0) -> None:
-        self._heap, self._release, self._device = heap, release, device
-        self._counter = torch.full((1,), opened, dtype=torch.int64, device=device)
-        row = [opened, *heap.size.places]
+    def __init__(
+        self, heap: DeviceHeap, release: Release, device: torch.device, status: torch.Tensor, opened: int = 0
+    ) -> None:
+        self._heap, self._release, self._device, self._status = heap, release, device, status
+        self._tag = 0
+        # The epoch, and what its signals hold; an epoch on, both grow.
+        self._counter = torch.tensor([opened, word_of(opened, 0)], dtype=torch.int64, device=device)
+        self._step = torch.tensor([1, 1 << TAG_BITS], dtype=torch.int64, device=device)
+        row = heap.size.place(opened, word_of(opened, 0), status.data_ptr())
         # Two calls may be open: each reads its epoch from a place of its own.
         self._places = [torch.tensor(row, dtype=torch.int64, device=device) for _ in range(NUM_BANKS)]
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def open(self, engine: DeviceEngine, epoch: int) -> DeviceRun:
         """Begin a call; ``epoch`` is the host's count, which tells the two open calls apart."""
-        self._counter.add_(1)
+        self._counter.add_(self._step)
         place = self._places[bank_of(epoch)]
-        place[:1].copy_(self._counter)
+        place[:2].copy_(self._counter)
         return DeviceRun(self, engine, epoch, engine.view(self._heap.table, place))
 
     def host_bank(self, epoch: int) -> BankView:
         """Begin a call whose epoch the host bakes in (transport.py): both counts go on together."""
-        self._counter.fill_(epoch)
+        self._counter[:1].fill_(epoch)
+        self._counter[1:].fill_(word_of(epoch, self._tag))
         return self._heap
+
+    def begin(self, tag: int) -> None:
+        """A call of a program begins: signals of its sites hold this tag."""
+        self._tag = tag
+        self._counter[1:].bitwise_and_(-(1 << TAG_BITS)).bitwise_or_(tag)
 
     def finish(self, epoch: int) -> None:
         """Everything up to the host's ``epoch`` has been read, as far as the main stream goes."""

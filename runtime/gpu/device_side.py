@@ -9,11 +9,13 @@ import torch
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.device_run import DeviceEngine, DeviceRuns, Release
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap, Share
+from sfcompile.runtime.gpu.tags import TagStatus
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
 from sfcompile.runtime.rank.sides import RunningSite, aligned, bank_room, run_on_host
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
+from sfcompile.runtime.wires.transport import notice_of
 
 MakeRelease = Callable[[Sequence[int]], Release]
 """The credit kernel for ranks of some domains (codegen makes it)."""
@@ -37,6 +39,7 @@ class NvshmemSide:
         self._heap: NvshmemHeap | None = None
         self._runs: DeviceRuns | None = None
         self._transport: NvshmemTransport | None = None
+        self._status = TagStatus(nvshmem.rank, nvshmem.device)
         probe = NvshmemHeap(nvshmem, HeapSize(1, 64), topology.machine_of, share)
         self.domains: Sequence[int] = probe.domains
         probe.close()
@@ -66,8 +69,8 @@ class NvshmemSide:
             self._heap.close()
         self._heap = NvshmemHeap(self._nvshmem, size, self._topology.machine_of, self._share)
         self._credit(self._heap, epoch)
-        self._runs = DeviceRuns(self._heap, self._make_release(self.domains), self.device, epoch)
-        self._transport = NvshmemTransport(self._nvshmem, self._heap, size.bank_bytes // 2)
+        self._runs = DeviceRuns(self._heap, self._make_release(self.domains), self.device, self._status.word, epoch)
+        self._transport = NvshmemTransport(self._nvshmem, self._heap, size.bank_bytes // 2, self._status.word)
 
     def _credit(self, heap: NvshmemHeap, epoch: int) -> None:
         """Nothing of older epochs lies in a new heap: every rank starts with credit for them from all."""
@@ -82,6 +85,15 @@ class NvshmemSide:
         if engine is not None:
             return self._runs.open(engine, call.epoch)
         return run_on_host(call, self._topology, self._runs.host_bank(call.epoch), self._transport)
+
+    def begin(self, tag: int) -> None:
+        """Signals hold it from now on."""
+        if self._runs is not None:
+            self._runs.begin(tag)
+
+    def end(self) -> None:
+        """See :class:`TagStatus`."""
+        self._status.end_call()
 
     def restart(self, epoch: int, life: int) -> None:
         """Refused: kernels cannot be told to stop.
@@ -100,8 +112,9 @@ class NvshmemSide:
         """Nothing here depends on the world's options."""
 
     def notice(self) -> str | None:
-        """Kernels in flight tell the host nothing."""
-        return None
+        """That a chunk of another call came, as soon as the host knows; kernels in flight tell nothing else."""
+        error = self._status.error()
+        return None if error is None else notice_of(self._nvshmem.rank, error)
 
     def abort(self, notice: str) -> None:
         """Kernels in flight cannot be told; the job's store tells the hosts (runtime/rank/process_group.py)."""

@@ -22,7 +22,7 @@ from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.nvshmem import CMP_GE, SIGNAL_SET, Nvshmem, NvshmemHeap
 from sfcompile.runtime.program.instructions import Arrival
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, bank_of
-from sfcompile.runtime.wires.transport import Source
+from sfcompile.runtime.wires.transport import TAG_BITS, Source, word_of
 
 
 class NvshmemTransport:
@@ -31,13 +31,15 @@ class NvshmemTransport:
     Args:
         heap: its banks hold a second copy of every slot, where chunks are packed before they leave.
         staging_at: bytes from a bank's start to that copy.
+        status: on the device, int64 [1]: where it is noted that a chunk of another call has come.
     """
 
-    def __init__(self, nvshmem: Nvshmem, heap: NvshmemHeap, staging_at: int) -> None:
-        self._nvshmem, self._heap, self._staging_at = nvshmem, heap, staging_at
+    def __init__(self, nvshmem: Nvshmem, heap: NvshmemHeap, staging_at: int, status: torch.Tensor) -> None:
+        self._nvshmem, self._heap, self._staging_at, self._status = nvshmem, heap, staging_at, status
+        self._tags = [0] * NUM_BANKS
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
-        """Nothing to prepare: senders store when they like.
+        """Only the tag is kept: senders store when they like.
 
         Raises:
             UnsupportedError: a CUDA graph is being captured.
@@ -49,6 +51,8 @@ class NvshmemTransport:
                 "use attention='triton', or a mode of torch.compile without CUDA graphs",
                 rank=self._nvshmem.rank,
             )
+
+        self._tags[bank_of(epoch)] = tag
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -62,12 +66,15 @@ class NvshmemTransport:
         packed.copy_(chunk)
         b.putmem_signal_nbi_on_stream(
             base + size.bank_at(bank) + offset, packed.data_ptr(), packed.nbytes,
-            base + size.signal_at(bank, slot), epoch, SIGNAL_SET, dst, self._stream(),
+            base + size.signal_at(bank, slot), word_of(epoch, self._tags[bank]), SIGNAL_SET, dst, self._stream(),
         )  # fmt: skip
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
-        """The stream waits for the chunk."""
-        self._await(self._heap.size.signal_at(bank_of(epoch), slot), epoch)
+        """The stream waits for the chunk and notes if it is of another call (before credit its word stays)."""
+        bank = bank_of(epoch)
+        self._await(self._heap.size.signal_at(bank, slot), epoch << TAG_BITS)
+        seen = self._heap.words(self._heap.size.signal_at(bank, slot), 1)
+        self._status.copy_(torch.where(seen == word_of(epoch, self._tags[bank]), self._status, seen))
 
     def finish(self, epoch: int) -> None:
         """Credit to every rank."""

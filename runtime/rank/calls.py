@@ -39,8 +39,8 @@ class Call:
     number: int
     inputs: int
 
-    def tag(self, site: int) -> int:
-        """What tells a chunk of this call's ``site`` from others, below 2**TAG_BITS."""
+    def tag(self, site: int = -1) -> int:
+        """What tells a chunk of this call's ``site`` (-1: of any) from others, below 2**TAG_BITS."""
         return zlib.crc32(f"{self.program}/{self.number}/{self.inputs}/{site}".encode()) & (1 << TAG_BITS) - 1
 
     def __str__(self) -> str:

@@ -68,6 +68,12 @@ class CpuSide:
         self._access.clear()
         self._segments, self._wires = segments, wires
 
+    def begin(self, tag: int) -> None:
+        """Every site is told when it is opened."""
+
+    def end(self) -> None:
+        """Every wait has looked at what came."""
+
     def open(self, call: SiteCall, engine: Engine | None) -> SiteRun:
         """Begin a call: the host runs it, or ``engine`` its attend phase.
 

@@ -52,14 +52,15 @@ class KernelAccess:
                 "use attention='aten', or ranks of one machine",
             )
         self._members, self._transport = members, transport
+        self._status = torch.zeros(1, dtype=torch.int64)  # of no use here: the executor looks at every tag
         segment = next(entry for entry in reached if entry is not None)
         self.size = segment.size
         addresses = [entry.address for entry in reached if entry is not None]
         self.heaps = torch.tensor([(address, pe, address) for pe, address in enumerate(addresses)], dtype=torch.int64)
 
     def place(self, epoch: int) -> torch.Tensor:
-        """The epoch with the call's tag, and where things lie in a segment (PLACE in codegen/kernels/text.py)."""
-        return torch.tensor([self._transport.word(epoch), *self.size.places])
+        """The epoch, its signal, and where things lie in a segment (PLACE in codegen/kernels/text.py)."""
+        return torch.tensor(self.size.place(epoch, self._transport.word(epoch), self._status.data_ptr()))
 
     def await_banks(self, sends: Sequence[tuple[int, int]], epoch: int) -> None:
         """Wait until every bank that a kernel will write to has been read."""

@@ -233,10 +233,13 @@ class Session:
             if self._failed:
                 self._restart(self._world.exchange(self._place(), "start afresh after a failed call", afresh=True))
             with self.guard(), use_session(self):
+                assert self._calls.current is not None
+                self._side.begin(self._calls.current.tag())
                 yield
                 if self._runs:
                     sites = ", ".join(f"{site} of {program}" for program, site in self._runs)
                     raise InternalError(f"a call ended and left sites open: {sites}", "every site that begins must end")
+                self._side.end()
 
     # ------------------------------------------------------------------ sites, from the graph
 

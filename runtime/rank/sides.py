@@ -142,8 +142,18 @@ class Side(Protocol[EngineT]):
     def make_heap(self, size: HeapSize, epoch: int) -> None:
         """Collective: a heap in place of the old one; all calls up to ``epoch`` have ended and no other is open."""
 
+    def begin(self, tag: int) -> None:
+        """A call of a program begins, whose sites will be opened; ``tag`` (calls.py) tells it from others."""
+
+    def end(self) -> None:
+        """It has ended: all its sites have.
+
+        Raises:
+            RankMismatchError: a chunk of another call came, and nobody looked at it before.
+        """
+
     def open(self, call: SiteCall, engine: EngineT | None) -> RunningSite:
-        """Begin a call."""
+        """Begin a call of a site."""
 
     def restart(self, epoch: int, life: int) -> None:
         """Collective: after a failure drop all calls, which had epochs up to ``epoch``, and connect anew.

@@ -89,11 +89,16 @@ class HeapSize:
         """Bytes of one segment."""
         return self.banks_at + NUM_BANKS * self.bank_bytes
 
-    @property
-    def places(self) -> tuple[int, int, int, int, int, int]:
-        """What kernels read (PLACE in codegen/kernels/text.py, after the epoch)."""
+    def place(self, epoch: int, signal: int, status: int = 0) -> list[int]:
+        """What kernels read (PLACE in codegen/kernels/text.py).
+
+        Args:
+            signal: what signals of the epoch hold.
+            status: address of the word that says that a chunk of another call has come.
+        """
         signals = self.signals_of(1) - self.signals_of(0)
-        return self.banks_at, self.bank_bytes, self.signals_at, signals, self.credits_at, self.scratch_at
+        offsets = [self.banks_at, self.bank_bytes, self.signals_at, signals, self.credits_at, self.scratch_at]
+        return [epoch, signal, *offsets, status]
 
     def holds(self, other: HeapSize) -> bool:
         """Whether ``other`` fits in."""

@@ -80,8 +80,8 @@ TAG_BITS = 24
 
 
 def word_of(epoch: int, tag: int) -> int:
-    """What a signal word holds for an epoch of a call. It is as odd as the epoch: kernels find the bank by it."""
-    return epoch << TAG_BITS | (tag & (1 << TAG_BITS) - 2) | (epoch & 1)
+    """What a signal word holds for an epoch of a call."""
+    return epoch << TAG_BITS | tag & (1 << TAG_BITS) - 1
 
 
 class Source(Enum):

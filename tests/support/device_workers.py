@@ -21,6 +21,7 @@ from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
+from sfcompile.errors import StreamFusionError
 from sfcompile.passes.runner import run_pipeline
 from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.gpu.device_side import NvshmemSide
@@ -74,6 +75,28 @@ def run(rank: int, seed: int, kernels: bool, calls: int, late: int = -1) -> dict
                 first = whole if first is None else first
                 same &= torch.equal(first, whole)
     return {"error": max(errors), "same": same, "domains": side.domains, "sizes": sizes, "names": shared_memory_names()}
+
+
+def in_other_calls(rank: int, kernels: bool) -> tuple[float, str, str]:
+    """A call that is the same on all ranks, one that is another on every rank, and one more.
+
+    Returns:
+        the first one's error, what the second said, and what the third.
+    """
+    session = session_of()
+    side, target = _side_of(session, rank)
+    case = random_case(5, ranks=session.topology.num_ranks)
+    schedules, said = schedules_of(case), []
+    with interpreting(Deadline(20.0)):
+        engines = [KernelEngine(schedule, rank, target, side.domains) for schedule in schedules]
+        session.load("p", schedules, engines if kernels else None)
+        for name in ("model", f"model {rank}", "model"):
+            try:
+                with session.call(name, []):
+                    whole, _ = attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))
+            except StreamFusionError as error:
+                said.append(f"{type(error).__name__}: {error}")
+    return float((whole.double() - case.expected).abs().max()), *said
 
 
 def fused(rank: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.wires.shared_segments import Place, map_shared, shared_segment
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
+from sfcompile.runtime.wires.transport import word_of
 
 Change = Callable[[str, tuple[Instruction, ...]], tuple[Instruction, ...]]
 
@@ -195,7 +196,7 @@ def run_rank(job: Job, rank: int, places: Sequence[Place], size: HeapSize) -> to
     with interpreting(poll):
         for epoch in range(1, job.epochs + 1):
             sign = 1 if epoch == job.epochs else -1
-            heap = HeapView(heaps, torch.tensor([epoch, *size.places]), others)
+            heap = HeapView(heaps, torch.tensor(size.place(epoch, word_of(epoch, 0))), others)
             for name in ("q", "k", "v"):
                 if job.late == rank:
                     time.sleep(job.late_s * (0.5 + sleep.random()))

@@ -16,6 +16,7 @@ from sfcompile.codegen.rows.rows import RowProgram
 from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 from sfcompile.codegen.toolchain.loader import load_source
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
+from sfcompile.runtime.wires.transport import word_of
 
 Tensors = tuple[torch.Tensor, ...]
 HEADS = 2
@@ -145,7 +146,7 @@ def sent(program: RowProgram, sources: Tensors, lines: int = 4) -> torch.Tensor:
     row = dict(zip(PUT, (-1, -1, 0, 0, shape[1], 0, shape[2], 0, 0, nbytes), strict=True))
     heaps = torch.tensor([(segment.address, 0, segment.address)])
     given = {
-        "heaps_ptr": heaps, "place_ptr": torch.tensor([1, *size.places]),
+        "heaps_ptr": heaps, "place_ptr": torch.tensor(size.place(1, word_of(1, 0))),
         "puts_ptr": torch.tensor([[row[name] for name in PUT]]), "receivers_ptr": torch.zeros(0, dtype=torch.int64),
         "counters_ptr": torch.zeros(1, dtype=torch.int32), "rank": 0, "num_puts": 1, "num_receivers": 0,
         "batch": shape[0], **program.bind(sources),

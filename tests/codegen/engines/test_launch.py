@@ -12,6 +12,7 @@ from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
+from sfcompile.runtime.wires.transport import word_of
 
 JOB = Job("torus", 2, 1, 2, 1, make_site(8, 2))
 
@@ -42,7 +43,7 @@ def test_one_rank_with_its_log_sum_exp() -> None:
     size = HeapSize(1, kernel.tables.bank_bytes, 1)
     segment = local_segment(size)
     row = [segment.address, 0, segment.address]
-    heap = HeapView(torch.tensor([row]), torch.tensor([1, *size.places]), torch.zeros(0, dtype=torch.int64))
+    heap = HeapView(torch.tensor([row]), torch.tensor(size.place(1, word_of(1, 0))), torch.zeros(0, dtype=torch.int64))
     q, k, v = (torch.randn(1, 2, 70, 32) for _ in range(3))
     out, lse = torch.empty(1, 2, 70, 32), torch.empty(1, 2, 70)
     with interpreting(Deadline(5.0)):
@@ -59,7 +60,7 @@ def test_one_rank_with_its_log_sum_exp() -> None:
 def test_a_wait_that_gave_up_is_reported_and_forgotten() -> None:
     kernel = AttendKernel(JOB.schedule(), 0, KernelTarget(torch.device("cpu")), bounded=True)
     arrival = JOB.schedule().program(0).arrivals[0]
-    kernel.fixed["report"].copy_(torch.tensor([1, arrival.slot, 7, 5]))
+    kernel.fixed["report"].copy_(torch.tensor([1, arrival.slot, word_of(7, 3), word_of(5, 3)]))
     with pytest.raises(RuntimeTimeoutError, match="gave up waiting") as caught:
         kernel.check()
     error = caught.value

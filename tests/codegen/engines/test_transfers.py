@@ -17,7 +17,8 @@ from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
+from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
+from sfcompile.runtime.wires.transport import word_of
 
 CPU = torch.device("cpu")
 RANKS = 3
@@ -25,10 +26,15 @@ MESH = Mesh.of(Topology.grid(3, 1), 3, 1)
 
 
 def run(
-    schedule: Schedule, shards: list[torch.Tensor], shape: list[tuple[int, ...]], machine_of: tuple[int, ...]
+    schedule: Schedule,
+    shards: list[torch.Tensor],
+    shape: list[tuple[int, ...]],
+    machine_of: tuple[int, ...],
+    stranger: int = 7,
 ) -> list[torch.Tensor]:
-    """Two epochs of a site on all ranks; the outputs of the second."""
-    segments = []
+    """Three epochs of a site on all ranks, in calls of tag 7, but rank 0 the last time; the outputs of the last."""
+    segments: list[Segment] = []
+    status = torch.zeros(1, dtype=torch.int64)
     poll = Deadline(1.0)
 
     def target(rank: int) -> KernelTarget:
@@ -52,13 +58,24 @@ def run(
                     torch.tensor([machine_of[p] == machine_of[rank] for p in range(RANKS)]), table[:, 0], 0
                 )
                 receivers = torch.tensor([other for other in range(RANKS) if other != rank])
-                views.append(HeapView(table, torch.tensor([epoch, *size.places]), receivers))
+                signal = word_of(epoch, stranger if (epoch, rank) == (3, 0) else 7)
+                views.append(HeapView(table, torch.tensor(size.place(epoch, signal, status.data_ptr())), receivers))
             for rank in range(RANKS):
                 kernels[rank].put(shards[rank] * (1 if epoch == 3 else -1), views[rank])
             for rank in range(RANKS):
                 kernels[rank].receive(outs[rank], views[rank])
                 releases[rank].run(views[rank].heaps, views[rank].place)
+    assert int(status) in ({word_of(3, 7), word_of(3, stranger)} if stranger != 7 else {0})
     return outs
+
+
+@pytest.mark.parametrize("machine_of", [(0, 0, 0), (0, 1, 2), (0, 0, 1)], ids=["peer", "nvshmem", "mixed"])
+def test_a_rank_in_another_call_is_noted(machine_of: tuple[int, ...]) -> None:
+    """Rank 0 is in another call in the last epoch: chunks come, with the wrong tag."""
+    whole = torch.randn(2, 6, 5)
+    gather = build_exchange(ExchangeSite.gather("g", (2, 6, 5), torch.float32, 1, even(6, RANKS)), MESH)
+    shards = [whole[:, rows(owned)] for owned in even(6, RANKS)]
+    run(gather, shards, [(2, 6, 5)] * 3, machine_of, stranger=9)
 
 
 @pytest.mark.parametrize("machine_of", [(0, 0, 0), (0, 1, 2), (0, 0, 1)], ids=["peer", "nvshmem", "mixed"])

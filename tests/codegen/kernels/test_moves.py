@@ -19,6 +19,7 @@ from sfcompile.codegen.rows.row_ops import compile_rows
 from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 from sfcompile.codegen.toolchain.loader import load_source
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
+from sfcompile.runtime.wires.transport import word_of
 
 SIZE = HeapSize(2, 4096, 2)
 
@@ -30,7 +31,8 @@ def test_what_is_put_comes_home(width: int, dtype: torch.dtype) -> None:
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     segments = [local_segment(SIZE) for _ in range(2)]
     heaps = torch.tensor([(s.address, i, segments[0].address) for i, s in enumerate(segments)])
-    place = torch.tensor([1, *SIZE.places])
+    status = torch.zeros(1, dtype=torch.int64)
+    place = torch.tensor(SIZE.place(1, word_of(1, 5), status.data_ptr()))
     x = torch.randn(2, 4, 9, width).to(dtype)
     nbytes = 2 * 2 * 5 * width * dtype.itemsize
     row = dict(zip(PUT, (1, 1, 256, 1, 2, 2, 5, 0, 0, nbytes), strict=True))
@@ -43,8 +45,11 @@ def test_what_is_put_comes_home(width: int, dtype: torch.dtype) -> None:
     home = torch.tensor([[dict(zip(COLLECT, (1, 256, 1, 2, 2, 5), strict=True))[name] for name in COLLECT]])
     with interpreting(Deadline(5.0)):
         put[(3,)](x, *x.stride()[:3], heaps, place, puts, receivers, counters, 0, 1, 1, 2)
-        assert segments[1].signals[1].tolist() == [0, 1] and counters.tolist() == [0, 0]
-        collect[(3,)](out, *out.stride()[:3], heaps, place, home, 1, 1, 2)
+        assert segments[1].signals[1].tolist() == [0, word_of(1, 5)] and counters.tolist() == [0, 0]
+        for tag, noted in ((5, 0), (6, word_of(1, 5))):  # a chunk of call 5, seen by ranks in call 5 and in call 6
+            place[1] = word_of(1, tag)
+            collect[(3,)](out, *out.stride()[:3], heaps, place, home, torch.tensor([0, 1]), 1, 1, 2, 2)
+            assert int(status) == noted
     assert torch.equal(out[:, 1:3, 2:7], x[:, 1:3, 2:7])
     assert not out[:, 0].any() and not out[:, :, :2].any()
 
@@ -52,7 +57,7 @@ def test_what_is_put_comes_home(width: int, dtype: torch.dtype) -> None:
 def test_a_bank_that_was_not_read_is_not_overwritten() -> None:
     """Epoch 3 uses the bank of epoch 1: without credit for it the put must wait."""
     segment = local_segment(SIZE)
-    heaps, place = torch.tensor([(segment.address, 0, segment.address)]), torch.tensor([3, *SIZE.places])
+    heaps, place = torch.tensor([(segment.address, 0, segment.address)]), torch.tensor(SIZE.place(3, word_of(3, 0)))
     put = load_source(put_source(MoveSpec("fp32", 32)), True).put
     given = (
         heaps,

@@ -72,4 +72,4 @@ def test_kernels_have_heads_and_read_what_they_need(reach: str) -> None:
 
 
 def test_puts_are_code() -> None:
-    ast.parse("\n".join(put_signal("dst", "bank", "bank_at + 1", "nbytes", "signals_at + 2")))
+    ast.parse("\n".join(put_signal("dst", "bank", "bank_at + 1", "nbytes", "signals_at + 2", "signal")))

@@ -33,7 +33,7 @@ def test_lines_are_indented_by_blocks() -> None:
 def test_columns_are_read_by_name() -> None:
     assert columns("row", ("a", "b"), {"x": "b"}) == ["x = tl.load(row + 1)"]
     assert columns("row", ("a", "b"), {"x": "a"}, small=True) == ["x = tl.load(row + 0).to(tl.int32)"]
-    assert len(PLACE) == 7 and heap_of("dst") == f"tl.load(heaps_ptr + {len(HEAP)} * dst)"
+    assert len(PLACE) == 9 and heap_of("dst") == f"tl.load(heaps_ptr + {len(HEAP)} * dst)"
 
 
 def test_a_module_brings_the_device_functions_that_it_uses_and_no_others() -> None:
@@ -55,4 +55,4 @@ def test_heads_are_code_and_know_the_heap() -> None:
     size = HeapSize(3, 128, 2)
     assert size.signals_of(1) - size.signals_of(0) == 3 * LINE_BYTES and line_of("slot") == f"slot * {LINE_BYTES}"
     assert size.credits_at - size.signals_at == 3 * LINE_BYTES * NUM_BANKS
-    assert len(size.places) + 1 == len(PLACE)
+    assert len(size.place(1, 2)) == len(PLACE)

@@ -8,8 +8,10 @@ import torch
 
 from sfcompile.runtime.gpu.device_run import DeviceRuns
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
+from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 
 SIZE = HeapSize(1, 64, 1)
+STATUS = torch.zeros(1, dtype=torch.int64)
 
 
 class Heap:
@@ -32,12 +34,14 @@ class Told:
     def __init__(self) -> None:
         self.released: list[int] = []
         self.seen: list[tuple[str, int]] = []
+        self.signals: list[int] = []
 
     def run(self, heaps: torch.Tensor, place: torch.Tensor) -> None:
         self.released.append(int(place[0]))
 
     def view(self, table: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        assert tuple(place[1:].tolist()) == SIZE.places
+        assert place[2:].tolist() == SIZE.place(0, 0, STATUS.data_ptr())[2:]
+        self.signals.append(int(place[1]))
         return place
 
     def put(self, name: str, tensor: torch.Tensor, view: torch.Tensor) -> None:
@@ -62,7 +66,7 @@ class Told:
 
 def test_two_open_calls_read_epochs_of_their_own() -> None:
     told = Told()
-    runs = DeviceRuns(Heap(), told, torch.device("cpu"), opened=6)
+    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS, opened=6)
     first = runs.open(told, 7)
     second = runs.open(told, 8)
     first.put("put_q", torch.zeros(1))
@@ -80,7 +84,7 @@ def test_two_open_calls_read_epochs_of_their_own() -> None:
 def test_the_device_counts_on_when_the_host_does_not() -> None:
     """A replayed graph repeats the device's work with the host's numbers of the capture."""
     told = Told()
-    runs = DeviceRuns(Heap(), told, torch.device("cpu"))
+    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS)
     for _ in range(3):
         run = runs.open(told, 1)
         run.put("put_v", torch.zeros(1))
@@ -90,8 +94,25 @@ def test_the_device_counts_on_when_the_host_does_not() -> None:
 
 def test_host_epochs_keep_the_count() -> None:
     told = Told()
-    runs = DeviceRuns(Heap(), told, torch.device("cpu"))
+    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS)
     assert runs.host_bank(4).chunk(0, 0, (2,), torch.int8).shape == (2,)
     run = runs.open(told, 5)
     run.attend(None)
     assert told.seen == [("attend", 5)]
+
+
+def test_signals_hold_the_epoch_and_the_tag_of_the_call() -> None:
+    """Whose kernels set it: a replayed graph counts on under the tag that stands outside of it."""
+    told = Told()
+    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS, opened=4)
+    for tag in (7, 2**TAG_BITS - 1, 0):
+        runs.begin(tag)
+        runs.open(told, 5)
+        runs.open(told, 6)
+    assert told.signals == [
+        word_of(epoch, tag) for epoch, tag in zip(range(5, 11), (7, 7, -1, -1, 0, 0), strict=True)
+    ]  # fmt: skip
+    runs.begin(9)
+    runs.host_bank(11)
+    runs.open(told, 12)
+    assert told.signals[-1] == word_of(12, 9)

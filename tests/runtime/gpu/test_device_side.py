@@ -31,6 +31,14 @@ def test_attention_and_gather_on_a_symmetric_heap(machine_of: tuple[int, ...], k
     assert results[0]["domains"] == tuple(machine_of.index(machine) for machine in machine_of)
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "host calls"])
+def test_ranks_in_other_calls_are_told(kernels: bool) -> None:
+    """Signals carry tags: no picture of two calls without a word, and no call after that either."""
+    for _, told, afterwards in run_processes(2, device_workers.in_other_calls, (kernels,), (0, 0)):
+        assert told.startswith("RankMismatchError") and "of another call" in told
+        assert "GPU ranks cannot start afresh" in afterwards
+
+
 @pytest.mark.parametrize("machine_of", [(0, 0), (0, 0, 1)], ids=["one machine", "two"])
 def test_puts_that_compute_what_they_send(machine_of: tuple[int, ...]) -> None:
     """Norms and RoPE in the put kernels of q and k; v is a cat of two inputs. By peer stores, and by both ways."""

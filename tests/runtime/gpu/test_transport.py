@@ -10,6 +10,7 @@ from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
+from sfcompile.runtime.wires.transport import word_of
 
 SIZE = HeapSize(2, 512, 1)
 
@@ -18,7 +19,7 @@ def transport(timeout_s: float = 0.2) -> tuple[NvshmemTransport, NvshmemHeap]:
     library = Library(0, lambda: None, lambda pe: True, timeout_s)
     pe = Nvshmem(0, 1, torch.device("cpu"), lambda value, doing: [value], (library, library))
     heap = NvshmemHeap(pe, SIZE, (0,), lambda value, doing: [value])
-    return NvshmemTransport(pe, heap, 256), heap
+    return NvshmemTransport(pe, heap, 256, torch.zeros(1, dtype=torch.int64)), heap
 
 
 def test_chunks_arrive_before_their_signal_in_the_bank_of_their_epoch() -> None:
@@ -48,3 +49,14 @@ def test_a_captured_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(UnsupportedError, match="use attention='triton'"):
         wires.open(2, [])
+
+
+def test_a_chunk_of_another_call_is_noted() -> None:
+    wires, heap = transport()
+    wires.open(1, [], tag=5)
+    wires.put(0, 1, 64, torch.ones(4), 1)
+    wires.wait(0, 1, 1)
+    assert int(wires._status) == 0
+    wires.open(1, [], tag=6)  # as another rank would be
+    wires.wait(0, 1, 1)
+    assert int(wires._status) == word_of(1, 5) == int(heap.words(SIZE.signal_at(1, 1), 1))
