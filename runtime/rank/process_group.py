@@ -12,6 +12,7 @@ import datetime
 import logging
 import os
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ from sfcompile.torch_private import default_store
 
 _log = logging.getLogger("sfcompile")
 _SHORT_S = 2.0
+_TOLD = 4
+"""Calls of so many other ranks are named when ranks are out of step."""
 """Limit of what an error, or the end of the process, waits for."""
 
 _worlds: dict[tuple[int, ...], int] = {}
@@ -224,6 +227,21 @@ class ProcessWorld:
             self._store.first(f"failed/{self.life}", text, _SHORT_S)
             self._store.add(f"told/{self.life}", 1, _SHORT_S)
             self._announced = True
+
+    def tell_call(self, text: str, peer: int | None, limit_s: float) -> dict[int, str]:
+        """See :class:`~sfcompile.runtime.rank.sides.World`; a store that is lost tells nothing."""
+        others = [rank for rank in range(self.topology.num_ranks) if rank != self.rank]
+        end, known = time.monotonic() + limit_s, dict[int, str]()
+        with contextlib.suppress(StoreLostError):
+            self._store.set(f"call/{self.life}/{self.rank}", text, _SHORT_S)
+            while not known or (peer is not None and peer not in known):
+                there = self._store.present([f"call/{self.life}/{rank}" for rank in others], _SHORT_S)
+                for rank in [rank for rank, is_there in zip(others, there, strict=True) if is_there][:_TOLD]:
+                    known[rank] = self._store.get(f"call/{self.life}/{rank}", _SHORT_S) or ""
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.02)
+        return known
 
     def notice(self) -> str | None:
         """The first failure notice, if any."""

@@ -26,11 +26,13 @@ from sfcompile.runtime.rank.fit import check_end, check_fused, check_put
 from sfcompile.runtime.rank.process_group import compare
 from sfcompile.runtime.rank.sides import RunningSite, Side, SiteEngine, World
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
-from sfcompile.runtime.wires.transport import notice_of, peer_failed
+from sfcompile.runtime.wires.transport import notice_of, peer_failed, with_calls
 
 T = TypeVar("T")
 
 _COMPILE_PATIENCE = 20.0
+_TELL_S = 1.0
+"""So long a rank that is out of step waits for another to say which call it is in."""
 
 
 class _Loaded(NamedTuple):
@@ -229,7 +231,7 @@ class Session:
             notice = None if self._failed else self._side.notice()
             if notice is not None:  # this rank was between calls: it learns of the failure here, as the others did
                 self._failed = True
-                raise peer_failed(self.rank, notice)
+                raise self._named(peer_failed(self.rank, notice))
             if self._failed:
                 self._restart(self._world.exchange(self._place(), "start afresh after a failed call", afresh=True))
             with self.guard(), use_session(self):
@@ -329,7 +331,19 @@ class Session:
             # The notice first: it must be there when a peer finds its connection closed.
             self._world.announce(notice)
             self._side.abort(notice)
+            named = self._named(error)
+            if named is not error:
+                raise named from error
             raise
+
+    def _named(self, error: BaseException) -> BaseException:
+        """An error of ranks out of step, with their calls by name; waits a moment for the others to say theirs."""
+        call = self._calls.current
+        if call is None or with_calls(error, {}) is None:
+            return error
+        peer = error.peer if isinstance(error, StreamFusionError) else None
+        calls = {self.rank: str(call), **self._world.tell_call(str(call), peer, _TELL_S)}
+        return with_calls(error, calls) or error
 
     def close(self) -> None:
         """Release heap and wires; never blocks on a peer."""

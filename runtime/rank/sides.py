@@ -64,6 +64,10 @@ class World(Protocol):
     def announce(self, text: str) -> None:
         """Leave a failure notice where ranks of every machine find it."""
 
+    def tell_call(self, text: str, peer: int | None, limit_s: float) -> dict[int, str]:
+        """After a failure: leave the name of this rank's call and read those of others, until ``peer`` (None: any) has
+        left its own, for ``limit_s`` at most."""
+
     @property
     def life(self) -> int:
         """How often this rank has started afresh."""

@@ -9,7 +9,7 @@ Orders that every transport keeps:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -33,6 +33,19 @@ def out_of_step(
         "of their own: options={'mesh': a DeviceMesh or ProcessGroup of the ranks that share them}",
         rank=rank, peer=peer, slot=slot, epoch=epoch,
     )  # fmt: skip
+
+
+def with_calls(error: BaseException, calls: Mapping[int, str]) -> RankMismatchError | None:
+    """An error of :func:`out_of_step` that says which call each of some ranks is in; None: it is another error."""
+    if not isinstance(error, RankMismatchError) or not error.what.startswith(_OUT_OF_STEP):
+        return None
+    named = "; ".join(f"rank {rank} is in {call}" for rank, call in sorted(calls.items()))
+    what = f"{error.what.removeprefix(_OUT_OF_STEP)} ({named})"
+    return out_of_step(what, -1 if error.rank is None else error.rank, error.peer, _slot_of(error), error.epoch)
+
+
+def _slot_of(error: StreamFusionError) -> int | None:
+    return error.slot if isinstance(error.slot, int) else None
 
 
 def peer_failed(

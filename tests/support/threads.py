@@ -55,6 +55,10 @@ class ThreadWorld:
     def announce(self, text: str) -> None:
         """Notices lie in the segments, which every rank reaches."""
 
+    def tell_call(self, text: str, peer: int | None, limit_s: float) -> dict[int, str]:
+        """Nobody reads it."""
+        return {}
+
     life = 0
     group = ""
 

@@ -69,6 +69,8 @@ def test_ranks_out_of_step_are_told_and_the_next_call_is_right(how: str, machine
     }.get(how, ["RankMismatchError"] * 2)
     outcomes = run_processes(2, out_of_step.falls_out, (how,), machine_of)
     assert [kind for kind, _, _ in outcomes] == want, outcomes
+    for _, text, _ in outcomes if want[0] == "RankMismatchError" else []:
+        assert "rank 0 is in call" in text and "rank 1 is in call" in text
     assert max(difference for _, _, difference in outcomes) < 1e-5
 
 

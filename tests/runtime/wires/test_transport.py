@@ -6,9 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from sfcompile.errors import PeerFailedError, RuntimeTimeoutError
+from sfcompile.errors import PeerFailedError, RankMismatchError, RuntimeTimeoutError
 from sfcompile.runtime.program.instructions import Arrival, Chunk
-from sfcompile.runtime.wires.transport import GroupTransport, RoutedTransport, Source, notice_of, peer_failed
+from sfcompile.runtime.wires.transport import (
+    GroupTransport,
+    RoutedTransport,
+    Source,
+    notice_of,
+    out_of_step,
+    peer_failed,
+    with_calls,
+)
 
 
 class Recorder:
@@ -101,3 +109,11 @@ def test_a_group_numbers_its_own_ranks() -> None:
         ("all", "abort", "why"),
         ("all", "close"),
     ]
+
+
+def test_calls_are_named_in_errors_of_ranks_out_of_step_only() -> None:
+    error = out_of_step("rank 1 sent a chunk of another call", 0, 1, 4, 7)
+    named = with_calls(error, {1: "call 2 of b", 0: "call 3 of a"})
+    assert named is not None and "another call (rank 0 is in call 3 of a; rank 1 is in call 2 of b)" in str(named)
+    assert (named.rank, named.peer, named.slot, named.epoch) == (0, 1, 4, 7)
+    assert with_calls(PeerFailedError("x"), {}) is None and with_calls(RankMismatchError("other graphs"), {}) is None
