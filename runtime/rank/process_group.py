@@ -28,6 +28,7 @@ from sfcompile.errors import (
     UnsupportedError,
 )
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.bounded import within
 from sfcompile.runtime.rank.job_store import JobStore, StoreLostError
 from sfcompile.runtime.rank.meetings import Meetings, ranks_in_words
 from sfcompile.runtime.rank.presence import Presence
@@ -70,15 +71,16 @@ def ensure_process_group(timeout_s: float) -> bool:
         return False
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     rank = os.environ.get("RANK", "?")
-    try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    limit = datetime.timedelta(seconds=timeout_s)
+    try:  # torch keeps the limit in each of several steps
+        within(timeout_s + 1.0, lambda: dist.init_process_group(backend, timeout=limit))
     except ValueError as error:
         raise UnsupportedError(
             f"no job can be joined: {str(error).splitlines()[0]}",
             "ranks find each other through torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)",
             "start the ranks with torchrun, or call torch.distributed.init_process_group first",
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         raise RuntimeTimeoutError(
             f"rank {rank} could not join the job of {os.environ.get('WORLD_SIZE', '?')} ranks at "
             f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} within {timeout_s:g} s "
@@ -183,10 +185,14 @@ class ProcessWorld:
         return self._messages
 
     def _new_group(self) -> dist.ProcessGroup:
-        timeout = datetime.timedelta(seconds=self._timeout_s)
+        limit = datetime.timedelta(seconds=self._timeout_s)
+
+        def make() -> Any:
+            return dist.new_group(list(self._members), backend="gloo", timeout=limit, use_local_synchronization=True)
+
         try:
-            group = dist.new_group(list(self._members), backend="gloo", timeout=timeout, use_local_synchronization=True)
-        except RuntimeError as error:
+            group = within(self._timeout_s + 1.0, make)
+        except (RuntimeError, TimeoutError) as error:
             raise RuntimeTimeoutError(
                 f"rank {self.rank} could not make a gloo group of {len(self._members)} ranks within "
                 f"{self._timeout_s:g} s ({str(error).splitlines()[0]})",
