@@ -71,8 +71,8 @@ def run_kills(args: argparse.Namespace, root: bool, only: bool) -> list[Verdict]
         only: ``--only`` names kill points.
     """
     rng = random.Random(args.seed)
-    lives = {programs: run_all([life(number, programs, rng) for number in range(args.lanes)], args)
-             for programs in (False, True)}  # fmt: skip
+    jobs = {False: [life(number, False, rng) for number in range(args.lanes)], True: [life(args.lanes, True, rng)]}
+    lives = {programs: run_all(some, args) for programs, some in jobs.items()}
     lives_s = {programs: max(verdict.whole_s for verdict in verdicts) for programs, verdicts in lives.items()}
     print(f"seed {args.seed}: a forked job lives {lives_s[False]:.1f} s, one of programs {lives_s[True]:.1f} s")
     points = [fault for fault in kill_points(args.kills, args.seed, lives_s) if root or not fault.needs_root]

@@ -107,7 +107,7 @@ def killed_at_close(rank: Rank, victim: int) -> None:
         rank.before("sfcompile.runtime.rank.session:Session.close", rank.die)
 
 
-@fault("an error on the survivor", name="killed_while_importing", programs=True, limit_s=80.0,
+@fault("an error on the survivor", name="killed_while_importing", programs=True, timeout_s=8.0, limit_s=120.0,
        outside=lambda job: (time.sleep(1.0), job.strike(1)))  # fmt: skip
 def killed_while_importing(rank: Rank) -> None:
     """Rank 1 is killed before it has imported everything."""
