@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,8 +27,11 @@ from emulated_machines import shape_command
 
 import sfcompile
 from sfcompile.backend import last_report, streamfusion_backend
-from sfcompile.commands.measure import measure, table
+from sfcompile.codegen.toolchain.loader import cache_folder
 from sfcompile.errors import StreamFusionError
+from sfcompile.measuring import auto
+from sfcompile.measuring.precise import measure
+from sfcompile.measuring.wording import table
 from sfcompile.passes import choose_schedules
 from sfcompile.passes.state import Asked
 from sfcompile.runtime.program.topology import Topology
@@ -37,6 +41,8 @@ from sfcompile.runtime.rank.session import get_session
 from sfcompile.runtime.rank.sides import Wires
 
 FORCED = ("torus", "ulysses", "ring", "usp")
+TYPED, TUNED = "ours", "ours, tuned"
+"""As a user types it, links measured by the compile; and with what doctor --measure finds handed in."""
 PAYLOAD = 1448 / 1514
 """Part of a shaped link's rate that is payload: Ethernet, IP and TCP headers count against it."""
 TIMEOUT_S = 120.0
@@ -70,8 +76,11 @@ class _Stop(Exception):
 class Silence:
     """A transport that moves nothing and never waits: what is left of a step is compute alone."""
 
-    def open(self, epoch: int, arrivals: Sequence[Any]) -> None:
+    def open(self, epoch: int, arrivals: Sequence[Any], tag: int = 0) -> None:
         """Nothing."""
+
+    def notice(self) -> None:
+        """Nothing has failed."""
 
     def put(self, *args: Any, **kwargs: Any) -> None:
         """Nothing."""
@@ -126,6 +135,9 @@ class Rank:
         self.session.meet()
         if os.environ["LOCAL_RANK"] == "0":
             subprocess.run(shape_command(rate), check=True)
+        if self.rank == 0:  # other links than those that were measured before
+            shutil.rmtree(cache_folder() / "links", ignore_errors=True)
+        auto.forget(self.session)
         self.session.meet()
 
     # ------------------------------------------------------------------ contenders
@@ -133,16 +145,20 @@ class Rank:
     def ours(
         self, model: torch.nn.Module, inputs: dict[str, Any], topology: Topology, wanted: list[str]
     ) -> Iterator[Contender]:
-        """The planner's choice first, then every schedule that is asked for and possible."""
+        """The planner's choice first, then every schedule that is asked for and possible.
+
+        Args:
+            topology: what doctor --measure found; TYPED is not told.
+        """
         for name in wanted:
-            options = {
-                "topology": topology, "inner": self.config["inner"], "timeout_s": TIMEOUT_S,
-                "schedule": "auto" if name == "ours" else name.removeprefix("ours "),
-                "placement": "auto" if name == "ours" else "shard",
-            }  # fmt: skip
+            options: dict[str, Any] = {"inner": self.config["inner"], "timeout_s": TIMEOUT_S}
+            if name != TYPED:
+                options["topology"] = topology
+            if name not in (TYPED, TUNED):
+                options |= {"schedule": name.removeprefix("ours "), "placement": "shard"}
             self.loaded.clear()
             try:
-                if name == "ours":
+                if name in (TYPED, TUNED):
                     compiled = torch.compile(model, backend="streamfusion", options=options)
                     run = lambda run=compiled: first(run(**inputs))  # noqa: E731
                     run()
@@ -155,7 +171,10 @@ class Rank:
                 continue
             report = last_report()
             assert report is not None
-            schedules: Any = [one for program in self.loaded for one in self.session.programs[program]]
+            if name == TYPED:
+                self.say(f"    links: {report.links}")
+            programs = self.session.programs  # what measured the links is gone
+            schedules: Any = [one for program in self.loaded for one in programs.get(program, ())]
             across = sum(one.bytes_by_link(topology)[1] for one in schedules)
             key = repr([(one.title, one.mesh, one.site.geometry()) for one in schedules])
             yield Contender(name, run, key, report.schedule, across)
@@ -252,7 +271,7 @@ class Rank:
         self, name: str, rate: str, topology: Topology, fixed: list[Contender], model: Any, inputs: Any, want: Any
     ) -> None:
         """All contenders of one cell in turn."""
-        names = [n for n in ("ours", *(f"ours {kind}" for kind in FORCED)) if self.wanted(n)]
+        names = [n for n in (TYPED, TUNED, *(f"ours {kind}" for kind in FORCED)) if self.wanted(n)]
         mine: list[Contender] = []
         same: dict[str, str] = {}
         start = time.perf_counter()
@@ -335,8 +354,8 @@ class Rank:
         self.set_rate(config["rates"][0])
         topology = session.exchange(measure(session), "measure")[0]
         model, inputs = cluster_models.build(name, config["scale"], config["blocks"])
-        if contender == "ours":
-            running = next(self.ours(model, inputs, topology, ["ours"]))
+        if contender == TYPED:
+            running = next(self.ours(model, inputs, topology, [TYPED]))
         else:
             running = self.peers(name, model, inputs)[0]
         heaps, cpu = [], []
@@ -353,7 +372,7 @@ class Rank:
             f"peak RSS {', '.join(f'{mib:.0f}' for mib in peak)} MiB; symmetric heap after steps 1, {len(heaps) // 2}, "
             f"{len(heaps)}: {', '.join(f'{heaps[i] / 2**20:.1f}' for i in (0, len(heaps) // 2, -1))} MiB"
         )
-        if contender != "ours":
+        if contender != TYPED:
             return
         # The same graph and plan with so little in every tensor that what is left is Python, dispatch and messages.
         loaded: Any = [one for program in self.loaded for one in self.session.programs[program]]

@@ -20,8 +20,9 @@ from sfcompile.codegen.plan.choose_plan import Candidate, plan_site
 from sfcompile.codegen.plan.simulator import simulate
 from sfcompile.codegen.plan.step import layer
 from sfcompile.codegen.proof.checker import check
-from sfcompile.commands.measure import measure, table
 from sfcompile.commands.paper import even_positions
+from sfcompile.measuring.precise import measure
+from sfcompile.measuring.wording import table
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import ops

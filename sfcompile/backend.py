@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,16 @@ from torch import fx
 from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
-from sfcompile.device import device_of, engines_for, start, topology_for
+from sfcompile.codegen.plan.step import Step
+from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
 from sfcompile.errors import StreamFusionError, UnsupportedError
 from sfcompile.groups import in_group, session_for, world_size
 from sfcompile.lowering.inner import run_inner
 from sfcompile.lowering.rank_graph import run_passes
-from sfcompile.options import Options
+from sfcompile.measuring.auto import SourcedTopology, assumed_links, given_links, measured_links, resolved
+from sfcompile.options import ASSUMED, Options
 from sfcompile.passes.report.history import last_report, remember, reports
+from sfcompile.passes.report.steps import PredictedStep, StepWatch
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.calls import fingerprint
@@ -61,6 +65,7 @@ def streamfusion_backend(
         NotShardedError: ``strict=True`` and something is left replicated.
     """
     asked = in_group(Options.from_dict(options, mode))
+    asked = replace(asked, topology=resolved(asked.topology))
     refuse_training(example_inputs)
     ranks = world_size(asked)
     asked.check_world(ranks)
@@ -89,8 +94,9 @@ def _compile_rank(
     """A graph's program for the sizes of some inputs, and whether it serves other sizes too (an unsharded one does)."""
     began = time.perf_counter()
     device = device_of(example_inputs)
-    topology = topology_for(device, session.topology) if asked.topology == "auto" else _topology(asked.topology)
-    check_ranks(topology, session.topology.num_ranks)
+    given = None if asked.topology in ("auto", ASSUMED) else _topology(asked.topology)
+    if given is not None:
+        check_ranks(given, session.topology.num_ranks)
     try:
         captured = capture(gm, example_inputs)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
@@ -102,9 +108,12 @@ def _compile_rank(
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
         return run_inner(gm, example_inputs, None, asked), True
     capture_s = time.perf_counter() - began
-    digest = _digest_text(captured, asked, topology)
+    digest = _digest_text(captured, asked, given or session.topology)
     described = _describe(gm, example_inputs, asked)
     session.agree(f"{digest}\n{described}", described)
+    # Only now: ranks that compile different things have said so, and those that are here measure together.
+    links = _links(asked, given, session, example_inputs)
+    topology = links.topology
 
     def passes(split_batch: bool) -> Compiled:
         return run_passes(captured, topology, session.rank, asked, session.from_first, split_batch, dump=True)
@@ -113,7 +122,7 @@ def _compile_rank(
     if len(set(map(tuple, session.exchange(compiled.order, "compare their graphs")))) > 1:
         # Groups that hold different samples came to different graphs: shard the tokens only.
         compiled = passes(split_batch=False)
-    compiled.report.break_reason = break_reason(gm)
+    compiled.report.break_reason, compiled.report.links = break_reason(gm), links.source
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked)
     for program, schedules in compiled.programs.items():
@@ -130,7 +139,9 @@ def _compile_rank(
         local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
     places = compared_inputs(example_inputs, asked), compared_weights(example_inputs, asked)
-    return _as_called(local, _Call(session, name, names, captured, *places, shared)), False
+    talks = shared is not None or any(compiled.programs.values())
+    run = _as_called(local, _Call(session, name, names, captured, *places, shared, talks))
+    return (_watched(run, compiled, session, topology) if device.type == "cpu" else run), False
 
 
 def compared_inputs(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
@@ -192,6 +203,7 @@ class _Call(NamedTuple):
         names: of the inputs.
         compared: which inputs must be equal on all ranks, or (``shared``) are made so.
         weights: which inputs are weights that must be.
+        talks: whether a call has sites; if not, it needs no other rank.
     """
 
     session: Session
@@ -201,6 +213,7 @@ class _Call(NamedTuple):
     compared: Sequence[int]
     weights: Sequence[int]
     shared: SharedInputs | None
+    talks: bool
 
 
 def _as_called(local: Callable[..., Any], call: _Call) -> Callable[..., Any]:
@@ -214,7 +227,7 @@ def _as_called(local: Callable[..., Any], call: _Call) -> Callable[..., Any]:
         called = f"{call.name}/{weights.mark([args[i] for i in loaded])}" if loaded else call.name
         mine = [args[i] for i in call.compared]
         looked_at = mine if shared is None and _can_look(session.side.device, next(made)) else []
-        with session.call(called, looked_at), autocast_off():
+        with session.call(called, looked_at, call.talks), autocast_off():
             given = list(args)
             if shared is not None:
                 for i, value in zip(call.compared, shared.share(session, mine), strict=True):
@@ -234,6 +247,37 @@ def _can_look(device: torch.device, call: int) -> bool:
     if device.type != "cuda":
         return True
     return call <= GPU_LOOKS and not torch.cuda.is_current_stream_capturing()
+
+
+def _watched(run: Callable[..., Any], compiled: Compiled, session: Session, topology: Topology) -> Callable[..., Any]:
+    """``run``, whose times the graph's report compares with the predicted step. On GPUs a call ends before its work."""
+    stages, programs = compiled.report.stages, compiled.programs
+    if stages is None:
+        return run
+
+    def predict() -> PredictedStep:
+        step = Step(stages, programs, session.rank, topology)
+        return PredictedStep(step.seconds, step.exposed_s)
+
+    watch = compiled.report.steps = StepWatch(session.rank, topology, predict)
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        out = run(*args)
+        watch.note(time.perf_counter() - start, session.waited_s)
+        return out
+
+    return timed
+
+
+def _links(asked: Options, given: Topology | None, session: Session, inputs: Sequence[Any]) -> SourcedTopology:
+    """What the graph is planned on. Collective: the first time they are wanted, links are measured."""
+    if given is not None:
+        return given_links(given)
+    base = topology_for(device_of(inputs), session.topology)
+    if asked.topology == ASSUMED:
+        return assumed_links(base)
+    return measured_links(session, base, asked.transport, dtype_of(inputs))
 
 
 def _topology(value: object) -> Topology:

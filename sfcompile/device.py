@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,15 @@ def device_of(inputs: Sequence[Any]) -> torch.device:
             "move the model and its inputs to one device per rank (torch.cuda.set_device(LOCAL_RANK))",
         )
     return next(iter(gpus), torch.device("cpu"))
+
+
+def dtype_of(inputs: Sequence[Any]) -> torch.dtype:
+    """What a graph computes in: the floating dtype of most elements of its inputs, weights among them; else fp32."""
+    elements: Counter[torch.dtype] = Counter()
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            elements[value.dtype] += value.numel()
+    return max(elements, key=lambda dtype: elements[dtype], default=torch.float32)
 
 
 def start(device: torch.device, session: Session, asked: Options) -> None:

@@ -22,6 +22,7 @@ TRANSPORTS = ("auto", "shm", "c10d", "nvshmem")
 ATTENTIONS = ("auto", "aten", "triton")
 INNERS = ("auto", "inductor", "eager")
 PLACEMENTS = ("auto", "shard")
+ASSUMED = "auto:assumed"
 INPUTS = ("checked", "trusted", "rank0")
 """Whether ranks compare samples of their inputs and weights, trust each other, or take rank 0's inputs."""
 REGISTERED_SCHEDULES: set[str] = set()
@@ -37,8 +38,8 @@ class Options:
     """What the user asked for; every field has a default. Build it with `from_dict`, which validates.
 
     Attributes:
-        topology: "auto" (found from torchrun), "NxM" (N machines of M ranks each), "NxM:preset", a .toml file, or a
-            Topology object.
+        topology: "auto" (machines found from torchrun, links and compute measured), "auto:assumed" (not measured),
+            "NxM" (N machines of M ranks each), "NxM:preset", a .toml file, or a Topology object.
         mesh: {"ulysses": P_u, "ring": P_r} with P_u * P_r = world size, or with a "batch" degree as a third factor;
             None: the planner chooses. Or a torch DeviceMesh or ProcessGroup: its ranks compute the model together, and
             other groups may run beside it (sfcompile/groups.py).
@@ -124,7 +125,7 @@ class Options:
 
 
 def _num_ranks(topology: object) -> int | None:
-    """Ranks of a topology; None for "auto" and for files, which are read later.
+    """Ranks of a topology; None for "auto", "auto:assumed" and for files, which are read later.
 
     Topology lies above this leaf, so it is known by what we use of it.
     """
@@ -187,8 +188,8 @@ def _passes(key: str, value: object) -> tuple[str, ...]:
 
 
 def _topology(key: str, value: object) -> object:
-    allowed = '"auto", "NxM" (N machines of M ranks each), "NxM:preset", a .toml file or a Topology object'
-    if value == "auto" or _num_ranks(value) or (isinstance(value, str) and value.endswith(".toml")):
+    allowed = '"auto", "auto:assumed", "NxM" (N machines of M ranks each), "NxM:preset", a .toml file or a Topology'
+    if value in ("auto", ASSUMED) or _num_ranks(value) or (isinstance(value, str) and value.endswith(".toml")):
         return value
     raise _bad_value(key, value, allowed)
 

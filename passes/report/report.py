@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sfcompile.passes.report.steps import StepWatch
 from sfcompile.runtime.program.stages import GraphStages
 from sfcompile.runtime.program.topology import Topology
 
@@ -51,6 +52,8 @@ class GraphReport:
         graph: number of the graph in this process, from 1; break_reason: what made Dynamo end it before the model did
             (a graph break, with the user's line), or "".
         inputs: how ranks come to equal inputs, where it costs traffic; "": they are given them.
+        links: the constants that the plan was made with, and where they come from.
+        steps: how long calls of the graph took on this rank; None: nobody looks.
         fused_puts: puts whose kernels compute what they send, and all puts of q, k and v; None: puts are no kernels.
     """
 
@@ -87,6 +90,8 @@ class GraphReport:
     break_reason: str = ""
     fused_puts: tuple[int, int] | None = None
     inputs: str = ""
+    links: str = ""
+    steps: StepWatch | None = None
 
     @property
     def share(self) -> float:
@@ -134,11 +139,18 @@ class GraphReport:
             ("heap", f"{self.heap_bytes / 2**20:.1f} MiB symmetric memory per rank, shared by all layers"),
             ("compile", ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in self.pass_seconds.items())),
         ]
+        if self.links:
+            rows.insert(1, ("links", self.links))
         if self.fused_puts is not None:
             fused, puts = self.fused_puts
-            rows.insert(5 + len(self.axes), ("puts", f"{fused} of {puts} compute what they send (norms, RoPE, casts)"))
+            rows.insert(
+                5 + bool(self.links) + len(self.axes),
+                ("puts", f"{fused} of {puts} compute what they send (norms, RoPE, casts)"),
+            )
         if self.inputs:
             rows.insert(-1, ("inputs", self.inputs))
+        if self.steps is not None and self.steps.summary:
+            rows.append(("steps", self.steps.summary))
         if self.break_reason:
             rows.insert(0, ("graph break", f"graph {self.graph} ends at: {self.break_reason}"))
         lines = [f"  {name:<12} {text}" for name, text in rows]

@@ -145,12 +145,13 @@ class DeviceRun:
     """One call of one site; see RunningSite in runtime/rank/sides.py.
 
     Attributes:
-        blocked_s: 0: the host never waits.
+        blocked_s: 0, and ``waited_s`` empty: the host never waits.
     """
 
     def __init__(self, runs: DeviceRuns, engine: DeviceEngine, epoch: int, view: Any) -> None:
         self.epoch = epoch
         self.blocked_s = 0.0
+        self.waited_s: dict[int, float] = {}
         self.output: torch.Tensor | None = None
         self._runs, self._engine, self._view = runs, engine, view
 

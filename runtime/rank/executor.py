@@ -99,7 +99,8 @@ class SiteRun:
         kernel: runs the attend phase, and what it sees of the heaps; None: instruction by instruction, here.
 
     Attributes:
-        blocked_s: seconds spent waiting for peers (waits inside a kernel are not told apart).
+        blocked_s: seconds spent waiting for peers (waits inside a kernel are not told apart); ``waited_s`` by rank of
+            the job.
         output: None: what :meth:`collect` fills has no part yet.
     """
 
@@ -107,13 +108,14 @@ class SiteRun:
         self, call: SiteCall, heap: BankView, transport: Transport, kernel: tuple[Engine, KernelAccess] | None = None
     ) -> None:
         plan, epoch = call.plan, call.epoch
-        rank, _ = plan.members(call.job_rank)
+        rank, self._members = plan.members(call.job_rank)
         bank = bank_of(epoch)
         self.plan = plan
         # The graph attends and collects only at attentions.
         self._attention = cast(AttentionPlan, plan)
         self.epoch = epoch
         self.blocked_s = 0.0
+        self.waited_s: dict[int, float] = {}
         self.output: torch.Tensor | None = None
         self._rank = rank
         self._transport = transport
@@ -242,7 +244,10 @@ class SiteRun:
     def _wait(self, step: Wait) -> None:
         start = time.perf_counter()
         self._transport.wait(step.src, step.slot, self.epoch)
-        self.blocked_s += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        self.blocked_s += waited
+        src = self._members[step.src]
+        self.waited_s[src] = self.waited_s.get(src, 0.0) + waited
 
     def _rows(self, name: str, chunk: Chunk, part: int) -> tuple[int, int]:
         """Where a chunk's tokens lie in a tensor that holds one part of them, or all."""

@@ -68,6 +68,7 @@ class Session:
         self._failed = False
         self._calls = Calls()
         self.blocked_s: dict[tuple[str, int], float] = {}
+        self.waited_s: dict[int, float] = {}  # of the call under way or the last one, by the rank waited for
 
     @property
     def heap_bytes(self) -> int:
@@ -175,6 +176,10 @@ class Session:
                 raise InternalError("the heap must grow while a call is under way", "a graph left a site unfinished")
             self._side.make_heap(need if size is None else size.grown(need), self._finished)
 
+    def forget(self, program: str) -> None:
+        """Drop the program that was loaded last, if it is there; the heap keeps its size."""
+        self._programs.pop(program, None)
+
     @property
     def side(self) -> Side[Any]:
         """Where sites run."""
@@ -211,7 +216,7 @@ class Session:
         return self._calls.turn
 
     @contextmanager
-    def call(self, name: str, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    def call(self, name: str, inputs: Sequence[torch.Tensor], talks: bool = True) -> Iterator[None]:
         """One call of a compiled graph, from its first op to its last; if it ends early, it ends for everybody.
 
         After a failed call this is where ranks meet and start afresh: with new connections, from one epoch.
@@ -219,6 +224,7 @@ class Session:
         Args:
             name: of what is called, the same on every rank.
             inputs: those that must be equal on all ranks, or none; see calls.fingerprint.
+            talks: whether it has sites; if not, it needs no other rank, and one that has gone is no matter.
 
         Raises:
             RankMismatchError: (from the body) a rank is in another call, or was given other inputs.
@@ -228,12 +234,13 @@ class Session:
         """
         mark = fingerprint(inputs)
         with self._calls.under_way(name, mark):
-            notice = None if self._failed else self._side.notice()
+            notice = self._side.notice() if talks and not self._failed else None
             if notice is not None:  # this rank was between calls: it learns of the failure here, as the others did
                 self._failed = True
                 raise self._named(peer_failed(self.rank, notice))
             if self._failed:
                 self._restart(self._world.exchange(self._place(), "start afresh after a failed call", afresh=True))
+            self.waited_s = {}
             with self.guard(), use_session(self):
                 assert self._calls.current is not None
                 self._side.begin(self._calls.current.tag())
@@ -309,6 +316,8 @@ class Session:
     def _finish(self, program: str, site: int) -> None:
         run = self._runs.pop((program, site))
         self.blocked_s[program, site] = self.blocked_s.get((program, site), 0.0) + run.blocked_s
+        for src, waited in run.waited_s.items():
+            self.waited_s[src] = self.waited_s.get(src, 0.0) + waited
         # `done` promises every epoch up to it: a site that ends before an older one waits for that one's end.
         self._done_early.add(run.epoch)
         while self._finished + 1 in self._done_early:

@@ -95,12 +95,13 @@ class RunningSite(Protocol):
 
     Attributes:
         epoch: of the call.
-        blocked_s: seconds that the host has spent waiting for peers.
+        blocked_s: seconds that the host has spent waiting for peers; ``waited_s`` by rank of the job.
         output: the tensor that :meth:`collect` completes, if there is one already: kernels wrote a part of it.
     """
 
     epoch: int
     blocked_s: float
+    waited_s: dict[int, float]
     output: torch.Tensor | None
 
     def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:

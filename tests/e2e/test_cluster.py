@@ -54,6 +54,14 @@ def test_a_plan_that_shards_less_has_a_limit_of_its_own() -> None:
         assert cluster.Cell(raw | {"rows": more}).limit_s == pytest.approx(limit)
 
 
+def test_as_typed_is_held_against_tuned() -> None:
+    raw = cell().raw
+    assert "as typed over tuned" not in cluster.report([cell()])
+    tuned = cluster.Cell(raw | {"rows": [*raw["rows"], row(cluster.TUNED, 1.6)]})
+    assert "as typed over tuned: mean 1.25, most 1.25" in cluster.report([tuned])
+    assert tuned.regret == cell().regret and tuned.limits == cell().limits
+
+
 def test_tables_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.summary([cell(), cell("1gbit")], tmp_path / "grid")
     text = capsys.readouterr().out

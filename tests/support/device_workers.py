@@ -22,6 +22,7 @@ from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import StreamFusionError
+from sfcompile.measuring.quick import measure_quickly
 from sfcompile.passes.runner import run_pipeline
 from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.gpu.device_side import NvshmemSide
@@ -141,6 +142,13 @@ def joint_attention(
     v = heads(torch.cat([text, image], 1)).transpose(1, 2)
     out = F.scaled_dot_product_attention(both(add_q, to_q, norm_q), both(add_k, to_k, norm_k), v)
     return out.transpose(1, 2).flatten(2)
+
+
+def measured(rank: int) -> dict[str, float]:
+    """The constants that ranks on emulated GPUs measure."""
+    session = session_of()
+    _side_of(session, rank)
+    return measure_quickly(session, session.topology, torch.bfloat16).constants
 
 
 def interpreted(rank: int, seed: int, calls: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.errors import InternalError, PeerDiedError, PeerFailedError, RankMismatchError, RuntimeTimeoutError
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.session import current_session
 
 pytestmark = pytest.mark.ranks
@@ -102,6 +103,20 @@ def test_a_third_open_site_is_our_mistake() -> None:
 
     with pytest.raises(InternalError, match="site 2 opens epoch 3 while epoch 1"):
         run_threads(1, work)
+
+
+def test_a_call_without_sites_needs_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that have gone after their last call fail those only that would wait for them."""
+
+    def work(rank: int) -> None:
+        session = current_session()
+        monkeypatch.setattr(CpuSide, "notice", lambda self: "connection closed by the peer")
+        with session.call("alone", [], talks=False):
+            pass
+        with pytest.raises(PeerFailedError, match="connection closed"), session.call("together", []):
+            raise AssertionError("the call began")
+
+    run_threads(1, work)
 
 
 def test_sites_may_end_in_another_order() -> None:

@@ -1,0 +1,70 @@
+"""From times to constants: arithmetic alone, no clock and no ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+ENOUGH_BYTES = 2.5e6
+"""What a shaped link saves up while ranks do not get their turns (seldom more than 256 KiB) is a tenth of this."""
+
+
+def line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
+    """``(start, seconds a byte)`` of the straight line through times by size, near in relative terms.
+
+    Args:
+        sizes: bytes.
+        times: seconds.
+    """
+    weights = 1.0 / np.array(times)
+    slope, start = np.polyfit(np.array(sizes), np.array(times), 1, w=weights)
+    if start <= 0.0:
+        start = 0.5 * float(min(times))
+    return float(start), float(max(slope, 0.0))
+
+
+def rates_in(marks: Sequence[tuple[float, float]], begin_s: float, end_s: float, pieces: int) -> list[float]:
+    """Bytes per second in equal pieces of a stretch of time.
+
+    Args:
+        marks: ``(seconds, bytes that had come)``, ascending; between two marks bytes are taken to come evenly.
+        begin_s, end_s: the stretch.
+    """
+    times, came = zip(*marks, strict=True)
+    edges = np.interp(np.linspace(begin_s, end_s, pieces + 1), times, came)
+    return [float(rate) for rate in np.diff(edges) / max((end_s - begin_s) / pieces, 1e-12)]
+
+
+def link_rate(rates: Matrix, machine_of: Sequence[int], piece_s: float) -> tuple[float, float]:
+    """What the slowest machine's link carries, and how far that may be off.
+
+    Args:
+        piece_s: seconds of a piece.
+        rates: [ranks, pieces], bytes per second that came to each rank in the same pieces of time; a rank to which
+            nothing was sent has zeros.
+
+    Returns:
+        Bytes per second in the best stretch of the pieces that carries ENOUGH_BYTES, or is three quarters of them; and
+        the part of it by which all pieces together are slower. (0, 1) if nothing came anywhere.
+    """
+    machines = np.array(machine_of)
+    found: list[tuple[float, float]] = []
+    for machine in sorted(set(machine_of)):
+        pieces = rates[machines == machine].sum(axis=0)
+        if pieces.any():
+            enough = math.ceil(ENOUGH_BYTES / max(float(pieces.mean()) * piece_s, 1e-12))
+            best = _best_stretch(pieces, min(max(enough, 2), 3 * len(pieces) // 4))
+            found.append((best, 1.0 - float(pieces.mean()) / best))
+    return min(found, default=(0.0, 1.0))
+
+
+def _best_stretch(values: NDArray[np.float64], least: int) -> float:
+    """The largest mean of at least so many neighbours."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    count = len(values)
+    means = [(sums[j] - sums[i]) / (j - i) for i in range(count) for j in range(i + least, count + 1)]
+    return float(max(means))

@@ -1,0 +1,297 @@
+"""Links and compute of a job in at most half a second: what a compile with topology="auto" plans on.
+
+Between machines one stream of messages runs without a break, two under way at a time. It begins with small ones; every
+few messages the ranks tell each other, in the stream, how long they take, and so agree on larger ones, until one takes
+about CHUNK_S, and on the end. What a shaped link lets through at first (a token bucket's burst), and what a connection
+needs to find its speed, is gone by the later part of the stream, which counts. A rank that does not get its turn leaves
+the link idle, so other work on the machine only takes away: of the later part, the best stretch of most of its length
+is the link's rate.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sfcompile.measuring.compute import compute_rates
+from sfcompile.measuring.estimate import line, link_rate, rates_in
+from sfcompile.measuring.shifts import LANES, Shifts
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank import recorder
+from sfcompile.runtime.rank.cpu_side import CpuSide
+from sfcompile.runtime.rank.session import Session
+from sfcompile.torch_private import autocast_off
+
+BUDGET_S = 0.5
+COMPUTE_S = 0.15
+"""Of it, what compute takes."""
+STREAM_S = 0.2
+"""The least that the stream between machines gets, however slow all else was."""
+CHUNK_S = 0.015
+GROUP = 3
+"""So many messages, then the ranks' word on how long they take."""
+PIECES = 8
+LATER = 0.5
+"""The first part of a stream, which does not count."""
+_SMALL = 64
+_SIZES = tuple(1 << power for power in range(12, 20))
+"""Floats of a message between machines: 16 KiB to 2 MiB."""
+_INSIDE = (1 << 16, 1 << 19)
+_GPU_INSIDE = (1 << 18, 1 << 22)
+_ROW = 4
+_NOTICED = 0.03
+
+
+@dataclass(frozen=True)
+class Quick:
+    """What was measured, the same on every rank that got it from one.
+
+    Attributes:
+        constants: of a topology, by name.
+        spread: how far the rate between machines may be off, as a part of it; None: there is one machine.
+        seconds: that it took.
+    """
+
+    constants: dict[str, float]
+    spread: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Own:
+    """One rank's numbers. ``slowest``: rates, of which the least of any rank counts; ``usual``: seconds so short that
+    they tell more of luck than of a rank, of which the median counts."""
+
+    slowest: dict[str, float]
+    usual: dict[str, float]
+    pieces: list[float]
+    piece_s: float
+
+
+def measure_quickly(session: Session, base: Topology, dtype: torch.dtype, budget_s: float = BUDGET_S) -> Quick:
+    """Collective: measure links and compute; of unequal ranks the slowest counts.
+
+    Args:
+        base: what is known of the ranks' hardware; says how many network cards a machine has.
+        dtype: of the model.
+        budget_s: what all of it may take, apart from what a first compile does anyway: making heap and connections.
+    """
+    on_gpu = not isinstance(session.side, CpuSide)
+    inside = (_SMALL, *(_GPU_INSIDE if on_gpu else _INSIDE)) if _shares_machines(base) else ()
+    across = (_SMALL, *_SIZES) if base.num_machines > 1 else ()
+    with torch.no_grad(), autocast_off(), _unrecorded(), Shifts(session, inside, across) as shifts:
+        bench = _QuickBench(session, base, shifts, budget_s)
+        slowest, usual = bench.inside(inside, on_gpu) if inside else ({}, {})
+        pieces: list[float] = []
+        piece_s = 0.0
+        if across:
+            more, late, pieces, piece_s = bench.across(on_gpu)
+            slowest, usual = slowest | more, late | usual
+        slowest |= compute_rates(shifts.device, dtype, shifts.synchronize, shifts.meet)
+        if "launch_s" in slowest:
+            usual["launch_s"] = slowest.pop("launch_s")
+        if not on_gpu and "copy_bytes_per_s" not in slowest:  # one rank a machine: its own copies only
+            slowest["copy_bytes_per_s"] = _copies()
+        everyone: list[_Own] = session.exchange(_Own(slowest, usual, pieces, piece_s), "measure")
+        seconds = float(shifts.meet(bench.elapsed_s).max())
+    return _together(everyone, base, seconds, on_gpu)
+
+
+def _together(everyone: list[_Own], base: Topology, seconds: float, on_gpu: bool) -> Quick:
+    """The job's constants from those of its ranks."""
+    constants: dict[str, float] = {}
+    for name in dict.fromkeys(name for own in everyone for name in own.slowest):
+        constants[name] = min(own.slowest[name] for own in everyone if name in own.slowest)
+    for name in dict.fromkeys(name for own in everyone for name in own.usual):
+        constants[name] = statistics.median(own.usual[name] for own in everyone if name in own.usual)
+    spread: float | None = None
+    if base.num_machines > 1:
+        rate, spread = link_rate(np.array([own.pieces for own in everyone]), base.machine_of, everyone[0].piece_s)
+        ranks = max(len(base.ranks_of(machine)) for machine in set(base.machine_of))
+        share = -(-ranks // base.nics_per_machine)
+        constants["network_bytes_per_s"] = rate / -(-ranks // share)
+    if not on_gpu:
+        constants["local_bytes_per_s"] = constants["copy_bytes_per_s"]
+    sound = {name: value for name, value in constants.items() if np.isfinite(value) and value > 0.0}
+    return Quick(sound, spread, seconds)
+
+
+class _Aside:
+    """The process's recorder while sessions measure."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.sessions = 0
+        self.recorder: recorder.Recorder | None = None
+
+
+_aside = _Aside()
+
+
+class _QuickBench:
+    def __init__(self, session: Session, base: Topology, shifts: Shifts, budget_s: float) -> None:
+        self._session, self._base, self._shifts, self._budget_s = session, base, shifts, budget_s
+        self._threads = torch.get_num_threads()
+        shifts.meet()
+        self._began = time.perf_counter()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since all ranks began."""
+        return time.perf_counter() - self._began
+
+    def rounds(self, across: bool, floats: int, count: int) -> tuple[float, float]:
+        """Seconds of the put, and of put and arrival together, of shifts one by one.
+
+        A rank that is ahead of its sender waits for longer, and next time its sender does: rounds count by the mean of
+        some in a row. Lower quartiles: noise only adds.
+        """
+        puts, stamps = [], [time.perf_counter()]
+        for _ in range(count):
+            self._shifts.put(across, floats)
+            puts.append(time.perf_counter() - stamps[-1])
+            self._shifts.receive(across, floats)
+            stamps.append(time.perf_counter())
+        row = min(_ROW, count)
+        totals = [(last - first) / row for first, last in zip(stamps, stamps[row:], strict=False)]
+        return float(np.quantile(puts, 0.25)), float(np.quantile(totals, 0.25))
+
+    # ------------------------------------------------------------------ inside a machine
+
+    def inside(self, sizes: tuple[int, ...], on_gpu: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """What a put costs its sender and how fast it is (a GPU's: how fast its messages are), how soon it is seen."""
+        self._shifts.meet()
+        times = [self.rounds(False, floats, 12 if floats == _SMALL else 5) for floats in sizes]
+        if not self._shifts.comes(False, _SMALL):
+            return {}, {}
+        nbytes = [4.0 * floats for floats in sizes]
+        if on_gpu:
+            start, slope = line(nbytes, [total for _, total in times])
+            return {"local_bytes_per_s": 1.0 / max(slope, 1e-15)}, {"local_latency_s": start}
+        start, slope = line(nbytes, [put for put, _ in times])
+        seen = max(times[0][1] - times[0][0], 1e-6)
+        return {"copy_bytes_per_s": 1.0 / max(slope, 1e-12)}, {"message_s": start, "local_latency_s": seen}
+
+    # ------------------------------------------------------------------ between machines
+
+    def across(self, on_gpu: bool) -> tuple[dict[str, float], dict[str, float], list[float], float]:
+        """Latency and a message's cost; what moving bytes costs; rates by piece of time, and a piece's length."""
+        self._shifts.meet()
+        put_s, total_s = self.rounds(True, _SMALL, 12)
+        usual = {"network_latency_s": total_s if on_gpu else max(total_s - put_s, 1e-6)}
+        if not on_gpu:
+            usual["message_s"] = put_s
+        elapsed_s = float(self._shifts.meet(self.elapsed_s)[:, 0].max())
+        with _one_thread():
+            marks, wires_s = self.stream(max(self._budget_s - COMPUTE_S, elapsed_s + STREAM_S))
+        end_s = float(self._shifts.meet(marks[-1][0])[:, 0].min())
+        piece_s = (1.0 - LATER) * end_s / PIECES
+        if not self._shifts.comes(True, _SMALL):
+            return {}, usual, [0.0] * PIECES, piece_s
+        pieces = rates_in(marks, LATER * end_s, end_s, PIECES)
+        noticed = wires_s > _NOTICED * marks[-1][0] and not self.has_idle_cores
+        touch = {"touch_bytes_per_s": 2.0 * marks[-1][1] / wires_s} if noticed and not on_gpu else {}
+        return touch, usual, pieces, piece_s
+
+    def stream(self, until_s: float) -> tuple[list[tuple[float, float]], float]:
+        """One stream of messages between machines.
+
+        All ranks do the same in the same order: what they choose by, they heard from each other at the same place of
+        the stream.
+
+        Returns:
+            Marks ``(seconds since the first message left, bytes that had come)``, one for each message; and the CPU
+            seconds of all threads but this one.
+        """
+        shifts, floats, put, over = self._shifts, _SIZES[0], 0, False
+        under_way: deque[int] = deque()  # floats of a message; 0: the ranks' word
+        marks, group_s = [(0.0, 0.0)], 0.0
+        busy_s, start = time.process_time() - time.thread_time(), time.perf_counter()
+        while True:
+            while len(under_way) < LANES and not over:
+                if put % (GROUP + 1) == GROUP:
+                    shifts.put_word(group_s, self.elapsed_s)
+                    under_way.append(0)
+                else:
+                    shifts.put(True, floats, put % LANES)
+                    under_way.append(floats)
+                put += 1
+            if not under_way:
+                return marks, time.process_time() - time.thread_time() - busy_s
+            received = put - len(under_way)
+            came = under_way.popleft()
+            if came:
+                shifts.receive(True, came, received % LANES)
+                marks.append((time.perf_counter() - start, marks[-1][1] + 4.0 * came))
+                group_s = (marks[-1][0] - marks[-1 - min(len(marks) - 1, GROUP)][0]) / GROUP
+            else:
+                chunk_s, elapsed_s = (float(most) for most in shifts.receive_word().max(axis=0))
+                over = elapsed_s + GROUP * chunk_s > until_s
+                floats = _next_size(floats, chunk_s)
+
+    @property
+    def has_idle_cores(self) -> bool:
+        """Whether the wires' threads find a core on which no rank computes."""
+        rank = self._session.rank
+        ranks = len(self._base.ranks_of(self._base.machine_of[rank]))
+        return ranks * self._threads < len(os.sched_getaffinity(0))
+
+
+def _next_size(floats: int, seconds: float) -> int:
+    """The size of the next messages, after some of ``floats`` that took ``seconds`` each: up to four times it."""
+    return max(
+        size
+        for size in _SIZES
+        if floats == size or (floats < size <= 4 * floats and seconds * size / floats <= CHUNK_S)
+    )
+
+
+def _shares_machines(topology: Topology) -> bool:
+    return topology.num_ranks > topology.num_machines
+
+
+def _copies() -> float:
+    """Bytes per second of plain copies."""
+    chunk = torch.zeros(_INSIDE[-1])
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        chunk.clone()
+        times.append(time.perf_counter() - start)
+    return 4.0 * _INSIDE[-1] / statistics.median(times[2:])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Idle threads of a thread pool spin, and would count as the wires' CPU time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """A trace of the process's steps does not show what was measured before them; sessions may measure side by side."""
+    with _aside.lock:
+        if not _aside.sessions:
+            _aside.recorder, recorder.active = recorder.active, None
+        _aside.sessions += 1
+    try:
+        yield
+    finally:
+        with _aside.lock:
+            _aside.sessions -= 1
+            if not _aside.sessions:
+                recorder.active = _aside.recorder

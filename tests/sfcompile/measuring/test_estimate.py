@@ -1,0 +1,91 @@
+"""Estimates from made-up times: links of known rate, shaped or shared, in good order and with ranks that lose turns."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from sfcompile.measuring.estimate import line, link_rate, rates_in
+from sfcompile.measuring.quick import LATER, PIECES
+
+Marks = list[tuple[float, float]]
+
+
+def stream(rate: float, seconds: float, chunk: float, burst: float = 0.0, stalls: float = 0.0, seed: int = 0) -> Marks:
+    """Arrivals of one rank behind a token bucket of its own; ``stalls``: how likely a chunk has to wait."""
+    turns = random.Random(seed)
+    tokens, now, came, marks = burst, 0.0, 0.0, [(0.0, 0.0)]
+    while now < seconds:
+        if turns.random() < stalls:
+            idle = 0.01 * turns.random()
+            now, tokens = now + idle, min(burst, tokens + rate * idle)
+        free = min(tokens, chunk)
+        tokens -= free
+        now, came = now + (chunk - free) / rate, came + chunk
+        marks.append((now, came))
+    return marks
+
+
+def estimate(streams: list[Marks], machine_of: list[int]) -> tuple[float, float]:
+    """As quick.py estimates."""
+    end = min(marks[-1][0] for marks in streams)
+    return link_rate(
+        np.array([rates_in(marks, LATER * end, end, PIECES) for marks in streams]),
+        machine_of,
+        (1 - LATER) * end / PIECES,
+    )
+
+
+@pytest.mark.parametrize(("mbit", "burst"), list(itertools.product([10, 100, 1000, 10000], [0, 128 << 10, 1 << 20])))
+def test_what_a_shaped_link_lets_through_at_first_does_not_count(mbit: float, burst: int) -> None:
+    rate = mbit * 1e6 / 8
+    if burst > 0.1 * rate:
+        burst = int(0.1 * rate)  # gone in the first third of the stream
+    found, spread = estimate([stream(rate, 0.3, max(16 << 10, rate * 0.015), burst), [(0.0, 0.0), (1.0, 0.0)]], [0, 1])
+    assert found == pytest.approx(rate, rel=0.15) and spread < 0.15
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_turns_that_ranks_lose_hardly_count(seed: int) -> None:
+    rate = 100e6 / 8
+    found, _ = estimate([stream(rate, 0.3, 64 << 10, 128 << 10, stalls=0.15, seed=seed)], [0])
+    assert found == pytest.approx(rate, rel=0.15)
+
+
+def test_ranks_of_a_machine_share_its_link_and_the_slowest_machine_counts() -> None:
+    shared, alone = stream(5e6, 0.3, 16 << 10), stream(2e7, 0.3, 16 << 10)
+    found, spread = estimate([shared, shared, alone], [0, 0, 1])
+    assert found == pytest.approx(1e7, rel=0.05) and spread < 0.05
+
+
+def test_a_machine_to_which_nothing_was_sent_is_no_slow_one() -> None:
+    assert link_rate(np.array([[5.0] * PIECES, [0.0] * PIECES]), [0, 1], 1.0) == (5.0, 0.0)
+    assert link_rate(np.zeros((2, PIECES)), [0, 1], 1.0) == (0.0, 1.0)
+
+
+def test_the_spread_says_that_a_link_was_not_steady() -> None:
+    pieces = np.array([[1.0, 1.0] + [10.0] * 6])
+    assert link_rate(pieces, [0], 0.02) == (10.0, pytest.approx(0.225))
+
+
+def test_a_fast_link_may_lose_most_of_its_turns() -> None:
+    pieces = np.array([[1.0, 1.0, 10.0, 10.0, 1.0, 1.0, 1.0, 1.0]])
+    assert link_rate(1e7 * pieces, [0], 0.1) == (1e8, pytest.approx(0.675))
+    assert link_rate(1e4 * pieces, [0], 0.1)[0] < 5e4  # it may have saved that up
+
+
+def test_bytes_between_two_marks_come_evenly() -> None:
+    assert rates_in([(0.0, 0.0), (1.0, 8.0), (2.0, 12.0)], 0.5, 1.5, 2) == pytest.approx([8.0, 4.0])
+
+
+def test_a_line_through_times() -> None:
+    sizes = [4.0 * size for size in (1 << 10, 1 << 14, 1 << 20)]
+    start, slope = line(sizes, [2e-3 + size / 1e9 for size in sizes])
+    assert start == pytest.approx(2e-3) and 1.0 / slope == pytest.approx(1e9)
+
+
+def test_a_line_that_would_start_before_zero_starts_at_half_the_least() -> None:
+    assert line([1.0, 2.0], [1.0, 3.0])[0] == 0.5
