@@ -25,7 +25,7 @@ class PredictedStep(NamedTuple):
     waits_s: float
 
 
-class _Call(NamedTuple):
+class _Took(NamedTuple):
     seconds: float
     waited_s: Mapping[int, float]
 
@@ -42,7 +42,7 @@ class StepWatch:
         self._rank, self._topology, self._predict = rank, topology, predict
         self._expected: PredictedStep | None = None
         self._skipped = 0
-        self._calls: deque[_Call] = deque(maxlen=LAST_CALLS)
+        self._calls: deque[_Took] = deque(maxlen=LAST_CALLS)
 
     def note(self, seconds: float, waited_s: Mapping[int, float]) -> None:
         """One call has ended.
@@ -53,7 +53,7 @@ class StepWatch:
         if self._skipped < FIRST_CALLS:
             self._skipped += 1
         else:
-            self._calls.append(_Call(seconds, waited_s))
+            self._calls.append(_Took(seconds, waited_s))
 
     @property
     def summary(self) -> str:
