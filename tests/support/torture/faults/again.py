@@ -102,3 +102,31 @@ def overlapping_views(rank: Rank) -> None:
         return whole[:, :50], whole[:, 10:]
 
     rank.attempt("views", lambda: run(*views()), lambda: model(*views()), must="either")
+
+
+@fault("exact for rank 0's inputs, on every rank", ranks=3)
+def noise_of_its_own_with_rank_0s_inputs(rank: Rank) -> None:
+    """Each rank draws its own noise, and ``inputs="rank0"`` says whose counts; other shapes are an error still."""
+    model = Plain()
+    run = rank.compiled(model, inputs="rank0")
+
+    def noise(number: int, step: int) -> torch.Tensor:
+        return torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(10 * step + number))
+
+    for step in range(3):
+        mine, first = noise(rank.number, step), noise(0, step)
+        rank.attempt(f"step {step}", lambda x=mine: run(x), lambda x=first: model(x))  # type: ignore[misc]
+    rank.call("other shapes", run, model, tokens(48 if rank.number == 1 else 50), must="error")
+    rank.recovers(run, model)
+
+
+@fault("an error on the survivors", ranks=3, machines=(0, 1, 1))
+def rank_0_killed_with_its_inputs_awaited(rank: Rank) -> None:
+    """The others wait for rank 0's inputs when it is killed."""
+    model = Plain()
+    run = rank.compiled(model, inputs="rank0")
+    rank.call("warm", run, model)
+    rank.meet("warm")
+    if rank.number == 0:
+        rank.die()
+    rank.call("next", run, model, must="error")
