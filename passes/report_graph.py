@@ -113,10 +113,10 @@ def _list_whole_ops(state: State, report: GraphReport) -> None:
     report.replicated = sorted(left, key=lambda row: (-row.flops, -row.nbytes))
 
 
-def _moved(value: fx.Node, need: Layout | Window, owners: Ownership, made: Layout) -> Left:
-    kind = "halo" if isinstance(need, Window) else "another cut" if need.dim == made.dim else "another dim"
+def _moved(value: fx.Node, need: Layout | Window, owners: Ownership, layout: Layout) -> Left:
+    kind = "halo" if isinstance(need, Window) else "another cut" if need.dim == layout.dim else "another dim"
     row = _left(value, f"{kind}, read by {', '.join(user.name for user in list(value.users)[:3])}", 0.0)
-    return replace(row, nbytes=int(nbytes(value) * exchange_fraction(owners, made, need) * (owners.num_ranks - 1)))
+    return replace(row, nbytes=int(nbytes(value) * exchange_fraction(owners, layout, need) * (owners.num_ranks - 1)))
 
 
 def _share(owners: Ownership, layout: Layout, rank: int) -> float:

@@ -98,7 +98,7 @@ AutocastState = dict[str, tuple[bool, torch.dtype]]
 
 
 def autocast_state() -> AutocastState:
-    """The autocast state of this thread."""
+    """The autocast state of this thread, on the types of device that ranks run on."""
     devices = ("cpu", "cuda")
     return {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices}
 
@@ -115,7 +115,7 @@ def autocast_as(state: AutocastState) -> Iterator[None]:
 
 
 def autocast_off() -> AbstractContextManager[None]:
-    """No autocast on any device."""
+    """Around graphs that hold the casts of autocast already: with it on they would be done twice."""
     return autocast_as({})
 
 
@@ -137,7 +137,7 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
 
 
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are views of one piece of memory; fake tensors too."""
+    """Whether two tensors are views of the same memory; fake tensors too."""
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
@@ -160,7 +160,7 @@ def symbol_hint(size: Any) -> Any:
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:
-    """Inductor's config for a ``mode`` of torch.compile."""
+    """Inductor's settings, by name, for a ``mode`` of torch.compile such as "max-autotune"."""
     from torch import _inductor
 
     options: dict[str, Any] = _inductor.list_mode_options(mode)

@@ -47,7 +47,7 @@ class InterpreterEngine:
 
     @property
     def bank_bytes(self) -> int:
-        """Bytes of a bank."""
+        """Bytes that the attention needs of a bank: its slots, then this rank's own q, k and v."""
         return self._tables.bank_bytes
 
     @property

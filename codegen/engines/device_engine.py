@@ -65,7 +65,7 @@ class KernelEngine:
 
     @property
     def bank_bytes(self) -> int:
-        """Bytes of a bank."""
+        """Bytes that the site's kernels need of a bank, the same on every rank: what their tables say."""
         return self._bank_bytes
 
     def view(self, table: torch.Tensor, place: torch.Tensor) -> HeapView:

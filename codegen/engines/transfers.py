@@ -58,7 +58,7 @@ class TransferKernels:
 
     @property
     def bank_bytes(self) -> int:
-        """Bytes of a bank."""
+        """Bytes that the exchange needs of a bank: its slots, and room for what leaves by NVSHMEM."""
         return self.tables.bank_bytes
 
     def put(self, shard: torch.Tensor, heap: HeapView) -> None:

@@ -66,7 +66,7 @@ class KernelSpec:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an element."""
+        """Bytes of an element of q, k, v and the output: 2 or 4."""
         return element_bytes(self.dtype)
 
     @property

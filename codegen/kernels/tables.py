@@ -165,7 +165,7 @@ class _Maker:
         keys: list[list[int]] = []
         key_chunks: list[Chunk] = []
         spans: dict[tuple[Keys, ...], tuple[int, int]] = {}
-        found: list[tuple[Chunk, int, tuple[int, int]]] = []
+        visits: list[tuple[Chunk, int, tuple[int, int]]] = []
         seen: set[Chunk] = set()
         position = 0
         for number, entry in enumerate(passes):
@@ -180,13 +180,13 @@ class _Maker:
                         key_chunks.append(key[0])
                         position += keys[-1][KEY.index("rows")]
                 seen.add(chunk)
-                found.append((chunk, number, spans[wanted]))
-        first = {chunk: i for i, (chunk, _, _) in reversed(list(enumerate(found)))}
+                visits.append((chunk, number, spans[wanted]))
+        first = {chunk: i for i, (chunk, _, _) in reversed(list(enumerate(visits)))}
         last = {
-            chunk: i for i, (chunk, number, _) in enumerate(found) if number < pushes.get(chunk, (0, len(passes)))[1]
+            chunk: i for i, (chunk, number, _) in enumerate(visits) if number < pushes.get(chunk, (0, len(passes)))[1]
         }
         units = []
-        for i, (chunk, _, span) in enumerate(found):
+        for i, (chunk, _, span) in enumerate(visits):
             leaves = chunk in pushes or chunk.src == self.rank
             units.append([rows_of[chunk], *span, int(first[chunk] == i), int(leaves and last.get(chunk) == i)])
         return units, keys, key_chunks
@@ -298,13 +298,13 @@ class _Maker:
 
     def _own_bytes(self) -> dict[str, int]:
         """The most that any rank may need."""
-        found = {}
+        sizes = {}
         for name in ("q", "k", "v"):
             heads = int(self.schedule.head_counts(name).max())
             rows = max(count(owned) for owned in (self.site.q_positions if name == "q" else self.site.kv_positions))
             width = self.site.v_head_dim if name == "v" else self.site.head_dim
-            found[name] = nbytes((self.site.batch, heads, rows, width), self.site.dtype)
-        return found
+            sizes[name] = nbytes((self.site.batch, heads, rows, width), self.site.dtype)
+        return sizes
 
 
 def _positions(chunks: object) -> NDArray[np.int32]:

@@ -36,7 +36,7 @@ class Lines:
 
     @property
     def text(self) -> str:
-        """All lines."""
+        """The source so far, each line ended."""
         return "\n".join(self._lines) + "\n"
 
 

@@ -45,11 +45,11 @@ class Candidate:
     kv_parts: int = 1
 
     def mesh(self, topology: Topology) -> Mesh:
-        """The mesh on a topology."""
+        """Where the candidate puts each rank of a topology, whose size is ``ulysses * ring``."""
         return Mesh.of(topology, self.ulysses, self.ring, self.across, self.lanes)
 
     def schedule(self, site: AttentionSite, topology: Topology) -> AttentionSchedule:
-        """The schedule of a site."""
+        """What all ranks do for a site, built anew (slow on many ranks) and not yet proved."""
         return build(self.kind, site, self.mesh(topology), self.q_parts, self.kv_parts)
 
     @property

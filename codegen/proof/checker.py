@@ -197,12 +197,12 @@ class _Line:
             if len(slots) != len(chunks):
                 raise wrong(f"{step}: {len(slots)} slots for {len(chunks)} chunks of {tensor}")
             for slot, chunk in zip(slots, chunks, strict=True):
-                found = chunk if slot is None and chunk.src == 0 else None
+                content = chunk if slot is None and chunk.src == 0 else None
                 if slot is not None:
-                    found = self._read(step, slot, (tensor,))[1]
+                    content = self._read(step, slot, (tensor,))[1]
                     used.add(slot)
-                if found != chunk:
-                    raise wrong(f"{step}: slot {slot} holds {tensor}{found}, not {tensor}{chunk}")
+                if content != chunk:
+                    raise wrong(f"{step}: slot {slot} holds {tensor}{content}, not {tensor}{chunk}")
         return used
 
     def check_pairs(self, schedule: AttentionSchedule) -> None:

@@ -331,9 +331,9 @@ class _Run:
         ):
             for slot, chunk in zip(slots, chunks, strict=True):
                 own = (name, Chunk(rank, chunk.part), mine)
-                found = own if slot is None else self._read(rank, step, slot)
-                if found != (name, chunk, mine):
-                    raise wrong(f"rank {rank}, {step}: slot {slot} holds {found}, not {(name, chunk, mine)}")
+                content = own if slot is None else self._read(rank, step, slot)
+                if content != (name, chunk, mine):
+                    raise wrong(f"rank {rank}, {step}: slot {slot} holds {content}, not {(name, chunk, mine)}")
         done = self.attended.setdefault((rank, step.epoch), Counter())
         for q, kv in itertools.product(pair.q, pair.kv):
             done[q, kv] += 1

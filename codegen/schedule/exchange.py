@@ -16,7 +16,7 @@ from sfcompile.runtime.program.sites import ExchangeSite, nbytes
 
 @dataclass(frozen=True)
 class ExchangeSchedule(Schedule):
-    """One exchange on one mesh."""
+    """Every rank sends each other one what that wants of its shard. A chunk is all of that, so it has no parts."""
 
     site: ExchangeSite
 

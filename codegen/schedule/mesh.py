@@ -56,12 +56,12 @@ class Mesh:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks in the mesh."""
+        """``ulysses * ring``: those of one group where a schedule runs in several at a time."""
         return len(self.order)
 
     @property
     def bundles(self) -> int:
-        """Bundles of Ulysses groups."""
+        """``ulysses / lanes``: bundles of neighbouring Ulysses groups."""
         return self.ulysses // self.lanes
 
     @cached_property
@@ -95,12 +95,12 @@ class Mesh:
         return (n + m) % self.bundles * self.lanes + (g + k) % self.lanes
 
     def back(self, offset: int) -> int:
-        """The way back."""
+        """The offset that leads back: ``add(offset, back(offset))`` is 0."""
         a, h = divmod(offset, self.ring)
         return self.offset(self.minus(a), -h)
 
     def add(self, first: int, second: int) -> int:
-        """One way after the other."""
+        """The offset of one step after the other."""
         (a, h), (b, k) = divmod(first, self.ring), divmod(second, self.ring)
         return self.offset(self.plus(a, b), h + k)
 
@@ -110,14 +110,14 @@ class Mesh:
         return self.rank_at(self.plus(u, a), r + h)
 
     def ranks_after(self, offset: int) -> NDArray[np.int64]:
-        """Where an offset leads, for every rank."""
+        """Where an offset leads, int64 [num_ranks]: entry r is :meth:`rank_after` of r."""
         if offset not in self._known:
             a, h = divmod(offset, self.ring)
             n, g = divmod(a, self.lanes)
             grid = np.array(self.order).reshape(self.bundles, self.lanes, self.ring)
-            found = np.empty(self.num_ranks, dtype=np.int64)
-            found[grid.ravel()] = np.roll(grid, (-n, -g, -h), axis=(0, 1, 2)).ravel()
-            self._known[offset] = found
+            ranks = np.empty(self.num_ranks, dtype=np.int64)
+            ranks[grid.ravel()] = np.roll(grid, (-n, -g, -h), axis=(0, 1, 2)).ravel()
+            self._known[offset] = ranks
         return self._known[offset]
 
     @cached_property

@@ -65,7 +65,7 @@ class Schedule(ABC):
 
     @property
     def heap_bytes(self) -> int:
-        """Bytes of one bank."""
+        """Bytes of one bank, up to the end of its last slot; a heap has two."""
         return max((slot.offset + slot.nbytes for slot in self.slots), default=0)
 
     def program(self, rank: int) -> RankProgram:

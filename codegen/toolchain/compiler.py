@@ -66,7 +66,7 @@ class CompiledKernel:
 
     @property
     def name(self) -> str:
-        """The kernel's name."""
+        """The function's name in source and PTX, which a launch looks up."""
         return self.source.name
 
     def unlinked(self) -> CompiledKernel:

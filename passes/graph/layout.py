@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """How many labels: ``n * grain``."""
         return intervals.count(self.runs)
 
     @property
@@ -53,7 +53,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Size of the dim."""
+        """Elements along the dim: ``outer * n * inner``."""
         return self.outer * self.positions * self.inner
 
     @property
@@ -127,7 +127,7 @@ class Ownership:
     """Which rank owns which label; built once the label classes are final.
 
     Every segment (a maximal stretch of root labels that no vector tears apart) is cut into ``num_ranks`` contiguous
-    pieces that differ by at most one token; the longer pieces are rotated from segment to segment so that uneven
+    stretches that differ by at most one token; the longer ones are rotated from segment to segment so that uneven
     segments do not all burden rank 0. ``grains``, by first label of a segment: cut it at multiples of that only.
     """
 
@@ -145,7 +145,7 @@ class Ownership:
         self.segments = tuple(sorted(segments))
         self._segment_starts = [first for first, _ in self.segments]
         self._starts: list[int] = []
-        self._pieces: list[tuple[int, int]] = []  # (end label, rank)
+        self._ends: list[tuple[int, int]] = []  # (end label, rank)
         turn = 0
         for first, length in self.segments:
             grain = (grains or {}).get(first, 1)
@@ -155,7 +155,7 @@ class Ownership:
                 count = (base + ((rank - turn) % num_ranks < extra)) * grain
                 if count:
                     self._starts.append(at)
-                    self._pieces.append((at + count, rank))
+                    self._ends.append((at + count, rank))
                 at += count
             turn = (turn + extra) % num_ranks
         self._axes = {first: axis for (first, _), axis in zip(segments, axes, strict=True)}
@@ -171,7 +171,7 @@ class Ownership:
                 at = first
                 while at < first + length:
                     index = bisect_right(self._starts, at) - 1
-                    end, rank = self._pieces[index]
+                    end, rank = self._ends[index]
                     count = min(end, first + length) - at
                     if out and out[-1][0] == rank:
                         out[-1] = (rank, out[-1][1] + count)
@@ -184,14 +184,14 @@ class Ownership:
     def split(self, parts: int) -> Ownership:
         """The same with every rank's tokens cut into ``parts``: part j of rank r counts as rank ``r * parts + j``.
 
-        Every piece of a segment is cut, so that parts hold tokens of all streams; odd tokens are dealt over the parts
-        in turn.
+        Every rank's stretch of a segment is cut, so that parts hold tokens of all streams; odd tokens are dealt over
+        the parts in turn.
         """
         finer = copy.copy(self)
         finer.num_ranks = self.num_ranks * parts
-        finer._starts, finer._pieces, finer._owners, finer._vectors = [], [], {}, {}
+        finer._starts, finer._ends, finer._owners, finer._vectors = [], [], {}, {}
         turns = [0] * self.num_ranks
-        for start, (end, rank) in zip(self._starts, self._pieces, strict=True):
+        for start, (end, rank) in zip(self._starts, self._ends, strict=True):
             home = self._segment_starts[bisect_right(self._segment_starts, start) - 1]
             grain = self._grains.get(home, 1)
             base, extra = divmod((end - start) // grain, parts)
@@ -200,7 +200,7 @@ class Ownership:
                 count = (base + ((part - turns[rank]) % parts < extra)) * grain
                 if count:
                     finer._starts.append(at)
-                    finer._pieces.append((at + count, rank * parts + part))
+                    finer._ends.append((at + count, rank * parts + part))
                 at += count
             turns[rank] = (turns[rank] + extra) % parts
         return finer

@@ -1,7 +1,7 @@
 """Rules for ops that pick, join or reorder positions along a dim: cat, slice, split, flip, roll, pad, repeat...
 
 When tokens sit in that very dim, each such op is described by one *master* vector of labels, of which every operand
-and output is a piece: ``cat``: the output, operands are stretches of it; ``slice``: the input, the output is a stretch.
+and output is a cut: ``cat``: the output, operands are stretches of it; ``slice``: the input, the output is a stretch.
 Joint text and image axes, cuts counted from either end, registers and references need nothing else. On any other dim
 these ops keep dims, and ``Linked`` serves.
 """
@@ -32,14 +32,14 @@ Cut = Callable[[Runs], Runs]
 class Indexed:
     """An op that picks positions along ``dim``; see the head of the file.
 
-    ``pieces`` gives every side's part of the master vector of ``length`` labels; ``master`` is the side that is the
+    ``cuts`` give every side's vector from the master vector of ``length`` labels; ``master`` is the side that is the
     whole of it. ``write`` emits the local op from the local operands and, per side, the owned positions.
     """
 
     dim: int
     length: int
     master: Side
-    pieces: dict[Side, Cut]
+    cuts: dict[Side, Cut]
     write: Callable[[OpView, OpLayouts, list[fx.Node], LocalGraph], fx.Node]
     others: Linked | None
     _fresh: dict[int, Runs] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Indexed:
         return layout is not None and layout.dim == self.dim and layout.outer == layout.inner == 1
 
     def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
-        """Give every side its piece of the master vector (and the side we came from, to be united with it)."""
+        """Give every side its cut of the master vector (and the side we came from, to be united with it)."""
         if layout.dim != self.dim:
             return self.others.spread(op, space, side, layout) if self.others else []
         if not self._here(layout):
@@ -57,11 +57,11 @@ class Indexed:
         if grain not in self._fresh:
             self._fresh[grain] = space.fresh(self.length * grain)
         whole = self._fresh[grain]
-        layouts = [(to, Layout(self.dim, _by_rows(cut, whole, grain), grain=grain)) for to, cut in self.pieces.items()]
-        return [(to, piece) for to, piece in layouts if piece.tokens]
+        layouts = [(to, Layout(self.dim, _by_rows(cut, whole, grain), grain=grain)) for to, cut in self.cuts.items()]
+        return [(to, cut) for to, cut in layouts if cut.tokens]
 
     def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
-        """Owners of the pieces must be pieces of the owners of the master."""
+        """Owners of a cut must be that cut of the owners of the master."""
         if not any(self._here(out) for out in chosen.outs):
             if self.others is None or any(out is not None and out.dim == self.dim for out in chosen.outs):
                 return None
@@ -71,14 +71,14 @@ class Indexed:
             return None
         assert whole is not None
         for j, out in enumerate(chosen.outs):
-            want = _by_rows(self.pieces[("out", j)], whole.runs, whole.grain)
+            want = _by_rows(self.cuts[("out", j)], whole.runs, whole.grain)
             if not want or op.outputs[j] is None:
                 continue  # no tokens, or nothing reads it
             if not self._here(out) or not chosen.owners.same(out, whole.with_runs(want)):
                 return None
         needs: list[Need] = []
         for operand in op.operands:
-            cut = self.pieces.get(("in", operand.index))
+            cut = self.cuts.get(("in", operand.index))
             needs.append(whole.with_runs(_by_rows(cut, whole.runs, whole.grain)) if cut else None)
         return needs
 
@@ -106,8 +106,8 @@ def _by_rows(cut: Cut, runs: Runs, grain: int) -> Runs:
     if grain == 1:
         return cut(runs)
     rows = cut(((0, count(runs) // grain),))
-    pieces = [stretch(runs, first * grain, (first + n) * grain) for first, n in rows]
-    return join(run for piece in pieces for run in piece)
+    stretches = [stretch(runs, first * grain, (first + n) * grain) for first, n in rows]
+    return join(run for each in stretches for run in each)
 
 
 def _identity(runs: Runs) -> Runs:
@@ -132,17 +132,17 @@ def _cat(op: OpView) -> Rule | None:
     if any(operand.ndim != ndim for operand in op.operands):
         return None  # the legacy empty 1-D operand
     dim = op.dim("dim", ndim) if isinstance(op.args["dim"], int) else 0
-    pieces: dict[Side, Cut] = {("out", 0): _identity}
+    cuts: dict[Side, Cut] = {("out", 0): _identity}
     at = 0
     for operand in op.operands:
-        pieces[("in", operand.index)] = _stretch(at, at + operand.shape[dim])
+        cuts[("in", operand.index)] = _stretch(at, at + operand.shape[dim])
         at += operand.shape[dim]
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         # Shards keep global order, so the shard of the joined sequence is the join of the shards.
         return local.call(torch.ops.aten.cat.default, [operands, dim], {})
 
-    return Indexed(dim, at, ("out", 0), pieces, write, _same_dims_but(op, dim))
+    return Indexed(dim, at, ("out", 0), cuts, write, _same_dims_but(op, dim))
 
 
 # --------------------------------------------------------------------------- slice, narrow, split, chunk
@@ -167,14 +167,14 @@ def _slice(op: OpView) -> Rule:
     else:
         start, stop = _bounds(op.args["start"], op.args["end"], size)
         step = int(op.args["step"])
-    pieces: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): _stretch(start, stop, step)}
+    cuts: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): _stretch(start, stop, step)}
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         owned = _owned(local, chosen, chosen.ins[0])
         wanted = (owned >= start) & (owned < stop) & ((owned - start) % step == 0)
         return local.take(operands[0], dim, np.flatnonzero(wanted))
 
-    return Indexed(dim, size, ("in", 0), pieces, write, _same_dims_but(op, dim))
+    return Indexed(dim, size, ("in", 0), cuts, write, _same_dims_but(op, dim))
 
 
 @register_rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split", "hsplit")
@@ -184,10 +184,10 @@ def _split(op: OpView) -> Rule | None:
         return None
     dim = op.dim("dim", x.ndim)
     sizes = [shape[dim] for shape in op.out_shapes]
-    pieces: dict[Side, Cut] = {("in", 0): _identity}
+    cuts: dict[Side, Cut] = {("in", 0): _identity}
     at = 0
     for j, size in enumerate(sizes):
-        pieces[("out", j)] = _stretch(at, at + size)
+        cuts[("out", j)] = _stretch(at, at + size)
         at += size
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
@@ -196,7 +196,7 @@ def _split(op: OpView) -> Rule | None:
         counts = np.diff(np.searchsorted(owned, edges)).tolist()
         return local.call(torch.ops.aten.split_with_sizes.default, [operands[0], counts, dim], {})
 
-    return Indexed(dim, x.shape[dim], ("in", 0), pieces, write, _same_dims_but(op, dim))
+    return Indexed(dim, x.shape[dim], ("in", 0), cuts, write, _same_dims_but(op, dim))
 
 
 @register_rule("slice_scatter")
@@ -205,7 +205,7 @@ def _slice_scatter(op: OpView) -> Rule:
     dim = op.dim("dim", x.ndim)
     start, stop = _bounds(op.args["start"], op.args["end"], x.shape[dim])
     step = int(op.args["step"])
-    pieces: dict[Side, Cut] = {
+    cuts: dict[Side, Cut] = {
         ("in", 0): _identity,
         ("in", 1): _stretch(start, stop, step),
         ("out", 0): _identity,
@@ -222,7 +222,7 @@ def _slice_scatter(op: OpView) -> Rule:
         index = local.constant(torch.from_numpy(wanted))
         return local.call(torch.ops.aten.index_copy.default, [operands[0], dim, index, operands[1]], {})
 
-    return Indexed(dim, x.shape[dim], ("in", 0), pieces, write, _same_dims_but(op, dim))
+    return Indexed(dim, x.shape[dim], ("in", 0), cuts, write, _same_dims_but(op, dim))
 
 
 # --------------------------------------------------------------------------- flip, roll, pad, repeat
@@ -242,8 +242,8 @@ def _flip(op: OpView) -> Rule:
         # The reversed vector is owned by the same ranks: reversing the shard reverses this rank's positions.
         return local.call(torch.ops.aten.flip.default, [operands[0], [dim]], {})
 
-    pieces: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): flip}
-    return Indexed(dim, x.shape[dim], ("in", 0), pieces, write, others)
+    cuts: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): flip}
+    return Indexed(dim, x.shape[dim], ("in", 0), cuts, write, others)
 
 
 @register_rule("roll")
@@ -270,8 +270,8 @@ def _roll(op: OpView) -> Rule | None:
         moved = int((owned >= size - shift).sum())
         return local.call(torch.ops.aten.roll.default, [operands[0], [moved], [dim]], {})
 
-    pieces: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): turn}
-    return Indexed(dim, size, ("in", 0), pieces, write, others)
+    cuts: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): turn}
+    return Indexed(dim, size, ("in", 0), cuts, write, others)
 
 
 @register_rule("constant_pad_nd", "pad")
@@ -297,8 +297,8 @@ def _pad(op: OpView) -> Rule | None:
         args[1] = mine
         return local.call(op.node.target, args, kwargs)
 
-    pieces: dict[Side, Cut] = {("in", 0): _stretch(before, before + size), ("out", 0): _identity}
-    return Indexed(dim, op.out_shapes[0][dim], ("out", 0), pieces, write, others)
+    cuts: dict[Side, Cut] = {("in", 0): _stretch(before, before + size), ("out", 0): _identity}
+    return Indexed(dim, op.out_shapes[0][dim], ("out", 0), cuts, write, others)
 
 
 @dataclass

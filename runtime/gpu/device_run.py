@@ -27,7 +27,7 @@ class DeviceHeap(Protocol):
 
     @property
     def size(self) -> HeapSize:
-        """Its layout."""
+        """What the segments have room for; it grows with the programs that are loaded."""
 
     @property
     def table(self) -> torch.Tensor:

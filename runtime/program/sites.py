@@ -160,8 +160,8 @@ class ExchangeSite:
 
     def chunk_shape(self, src: int, dst: int) -> Shape:
         """Shape of what ``src`` gives ``dst``."""
-        given, placed = self.chunk(src, dst)
-        return self._resized(count(placed), count(given))
+        along_into, along_dim = self.chunk(src, dst)
+        return self._resized(count(along_dim), count(along_into))
 
     def _resized(self, rows: int, into: int | None = None) -> Shape:
         """The shape with so many rows of ``dim`` and, if that is another dim, so much of ``into``."""

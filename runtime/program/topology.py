@@ -67,12 +67,12 @@ class Topology:
 
     @property
     def num_ranks(self) -> int:
-        """World size."""
+        """Ranks of the job: the world size of torch.distributed."""
         return len(self.machine_of)
 
     @property
     def num_machines(self) -> int:
-        """Number of machines."""
+        """How many machines have a rank; their numbers need not be consecutive."""
         return len(set(self.machine_of))
 
     def ranks_of(self, machine: int) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ class CpuSide:
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """Where the tensors of all sites lie."""
         return torch.device("cpu")
 
     @property

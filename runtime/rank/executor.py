@@ -39,7 +39,7 @@ class SchedulePlan(Protocol):
 
     @property
     def heap_bytes(self) -> int:
-        """Bytes of one bank."""
+        """Bytes of one bank, up to the end of its last slot."""
 
     def members(self, rank: int) -> tuple[int, tuple[int, ...]]:
         """Which rank of the schedule a rank of the job is, and the job's ranks of its group."""
@@ -71,7 +71,7 @@ class BankView(Protocol):
     """This rank's own heap segment."""
 
     def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A view of a chunk."""
+        """A tensor of ``shape`` at ``offset`` bytes of a bank, in the segment's own memory."""
 
 
 class SiteCall(NamedTuple):

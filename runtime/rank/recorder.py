@@ -55,7 +55,10 @@ active: Recorder | None = None
 
 
 class RecordedRun(SiteRun):
-    """A run of a site that tells a recorder when its stages, calls, messages and waits began and ended."""
+    """A run of a site that tells a recorder when its stages, calls, messages and waits began and ended.
+
+    Its methods are those of :class:`SiteRun`; each is an event of the lane "stage".
+    """
 
     def __init__(
         self,
@@ -80,26 +83,22 @@ class RecordedRun(SiteRun):
         )
 
     def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
-        """As the run, recorded."""
         start = time.perf_counter()
         super().put(phase, tensor, part)
         self.note("stage", phase if part == -1 else f"{phase} part {part}", start)
 
     def attend(self, mask: torch.Tensor | None) -> None:
-        """As the run, recorded."""
         start = time.perf_counter()
         super().attend(mask)
         self.note("stage", "attend", start)
 
     def collect(self, out: torch.Tensor, part: int = -1) -> bool:
-        """As the run, recorded."""
         start = time.perf_counter()
         done = super().collect(out, part)
         self.note("stage", "collect" if part == -1 else f"collect part {part}", start)
         return done
 
     def receive(self, out: torch.Tensor) -> None:
-        """As the run, recorded."""
         start = time.perf_counter()
         super().receive(out)
         self.note("stage", "exchange_finish", start)
@@ -111,7 +110,7 @@ class RecordedRun(SiteRun):
 
 
 class _Clocked:
-    """A run's wires with a clock: messages and waits are recorded by what they carry."""
+    """A run's transport with a clock: messages and waits are recorded by what they carry."""
 
     def __init__(
         self,
@@ -128,13 +127,12 @@ class _Clocked:
         self._topology = topology
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
-        """As the wires."""
         self._wires.open(epoch, arrivals, tag)
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
-        """Send, recorded. The programs of all ranks are alike, so the slot's own arrival says what the chunk is."""
+        # The programs of all ranks are alike, so the slot's own arrival says what the chunk is.
         start = time.perf_counter()
         self._wires.put(dst, slot, offset, chunk, epoch, source)
         peer = self._members[dst]
@@ -143,24 +141,19 @@ class _Clocked:
         self._run.note("send" if near else "network", name, start, chunk.nbytes, peer)
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
-        """Wait, recorded."""
         start = time.perf_counter()
         self._wires.wait(src, slot, epoch)
         peer = self._members[src]
         self._run.note("wait", f"{self._arrivals[slot].tensor} from rank {peer}", start, peer=peer)
 
     def finish(self, epoch: int) -> None:
-        """As the wires."""
         self._wires.finish(epoch)
 
     def notice(self) -> str | None:
-        """As the wires."""
         return self._wires.notice()
 
     def abort(self, text: str) -> None:
-        """As the wires."""
         self._wires.abort(text)
 
     def close(self) -> None:
-        """As the wires."""
         self._wires.close()

@@ -111,7 +111,7 @@ class RunningSite(Protocol):
         """:meth:`put` of what a row program (codegen/rows/rows.py) makes of its sources."""
 
     def attend(self, mask: torch.Tensor | None) -> None:
-        """The attend phase."""
+        """The attend phase, after the puts of q, k and v; what it makes is collected."""
 
     def collect(self, out: torch.Tensor, part: int = -1) -> bool:
         """The collect phase, of one part of the tokens or (-1) of all; whether everything has been collected."""

@@ -154,45 +154,38 @@ class MessageTransport(Transport, Protocol):
 
 
 class GroupTransport:
-    """A transport seen by one group: ranks are numbered inside the group."""
+    """The job's transport seen by one group: its ``members`` are ranks of the job, callers number them from 0."""
 
     def __init__(self, transport: Transport, members: Sequence[int]) -> None:
         self._transport = transport
         self._members = members
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
-        """As the whole job's."""
         self._transport.open(epoch, [(a._replace(src=self._members[a.src]), view) for a, view in arrivals], tag)
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
-        """As the whole job's."""
         self._transport.put(self._members[dst], slot, offset, chunk, epoch, source)
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
-        """As the whole job's."""
         self._transport.wait(self._members[src], slot, epoch)
 
     def finish(self, epoch: int) -> None:
-        """As the whole job's."""
         self._transport.finish(epoch)
 
     def notice(self) -> str | None:
-        """As the whole job's."""
         return self._transport.notice()
 
     def abort(self, text: str) -> None:
-        """As the whole job's."""
         self._transport.abort(text)
 
     def close(self) -> None:
-        """As the whole job's."""
         self._transport.close()
 
 
 class RoutedTransport:
-    """Direct stores to ranks of this machine, messages to the others."""
+    """Direct stores to ranks of this machine, messages to the others: the rank of a put or a wait picks the way."""
 
     def __init__(self, direct: Transport | None, messages: Transport | None, is_direct: Sequence[bool]) -> None:
         self._direct = direct
@@ -215,11 +208,9 @@ class RoutedTransport:
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
-        """Route by destination."""
         self._to(dst).put(dst, slot, offset, chunk, epoch, source)
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
-        """Route by sender."""
         self._to(src).wait(src, slot, epoch)
 
     def finish(self, epoch: int) -> None:
@@ -228,15 +219,12 @@ class RoutedTransport:
             transport.finish(epoch)
 
     def notice(self) -> str | None:
-        """The first of either."""
         return next((text for text in (transport.notice() for transport in self._all()) if text is not None), None)
 
     def abort(self, text: str) -> None:
-        """Tell everyone."""
         for transport in self._all():
             transport.abort(text)
 
     def close(self) -> None:
-        """Close both."""
         for transport in self._all():
             transport.close()

@@ -52,12 +52,12 @@ def bind(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
             "correct args and kwargs",
         ) from error
     bound.apply_defaults()
-    given: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     positional = []
     for name, parameter in signature.parameters.items():
         value = bound.arguments[name]
         if parameter.kind is parameter.VAR_KEYWORD:
-            given |= value
+            named |= value
         elif parameter.kind is parameter.VAR_POSITIONAL:
             if value:
                 raise UnsupportedError(
@@ -66,10 +66,10 @@ def bind(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
                     "wrap the model in a module whose forward() names them",
                 )
         else:
-            given[name] = value
+            named[name] = value
             if parameter.kind is not parameter.KEYWORD_ONLY:
                 positional.append(name)
-    return positional, given
+    return positional, named
 
 
 def describe(value: Any, leaf: Callable[[torch.Tensor], int], where: str) -> Any:
@@ -102,9 +102,9 @@ def describe(value: Any, leaf: Callable[[torch.Tensor], int], where: str) -> Any
 def _fields(value: Any) -> Mapping[str, Any] | None:
     """The fields of a dataclass or named tuple that are set, by name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        fields = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
         # Those that are mappings too (diffusers' outputs) leave out what is None.
-        return {key: entry for key, entry in found.items() if not isinstance(value, Mapping) or entry is not None}
+        return {key: entry for key, entry in fields.items() if not isinstance(value, Mapping) or entry is not None}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return dict(zip(value._fields, value, strict=True))
     return None
@@ -133,8 +133,8 @@ def restore(tree: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
 
 
 def _named(name: str) -> Any:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) else torch.device(name)
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.device(name)
 
 
 class Signature:
@@ -157,39 +157,39 @@ class Signature:
         """
         if len(args) > len(self._positional):
             raise _wrong(f"{len(args)} arguments by position, forward() takes {len(self._positional)}")
-        given = dict(zip(self._positional, args, strict=False))
+        arguments = dict(zip(self._positional, args, strict=False))
         for name, value in kwargs.items():
-            if name in given:
+            if name in arguments:
                 raise _wrong(f"argument {name!r} is given twice")
             if name not in self._arguments:
                 raise _wrong(f"argument {name!r} is unknown; there are {', '.join(self._arguments)}")
-            given[name] = value
-        found: list[Any] = [None] * len(self._tensors)
+            arguments[name] = value
+        tensors: list[Any] = [None] * len(self._tensors)
         for name, tree in self._arguments.items():
-            value = given.get(name, _MISSING)
+            value = arguments.get(name, _MISSING)
             if value is _MISSING:
                 if _has_tensor(tree):
                     raise _wrong(f"argument {name!r} is missing")
                 continue
-            self._match(name, tree, value, found)
-        return found
+            self._match(name, tree, value, tensors)
+        return tensors
 
-    def _match(self, where: str, tree: Mapping[str, Any], value: Any, found: list[Any]) -> None:
+    def _match(self, where: str, tree: Mapping[str, Any], value: Any, tensors: list[Any]) -> None:
         ((kind, inner),) = tree.items()
         if kind == "tensor":
             self._match_tensor(where, inner, value)
-            found[inner] = value
+            tensors[inner] = value
         elif kind in ("list", "tuple"):
             if not isinstance(value, (list, tuple)) or len(value) != len(inner):
                 raise _wrong(f"{where} must be a {kind} of {len(inner)}, got {_said(value)}")
             for i, (entry, part) in enumerate(zip(inner, value, strict=True)):
-                self._match(f"{where}[{i}]", entry, part, found)
+                self._match(f"{where}[{i}]", entry, part, tensors)
         elif kind in ("dict", "record"):
             fields = _fields(value) or value
             if not isinstance(fields, Mapping) or set(fields) != set(inner):
                 raise _wrong(f"{where} must have the entries {', '.join(inner)}, got {_said(value)}")
             for key, entry in inner.items():
-                self._match(f"{where}[{key!r}]", entry, fields[key], found)
+                self._match(f"{where}[{key!r}]", entry, fields[key], tensors)
         else:
             want = restore(tree, ())
             if type(value) is not type(want) or (value != want and not (want != want and value != value)):

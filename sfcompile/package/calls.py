@@ -168,9 +168,9 @@ def _fetcher(places: Sequence[int]) -> Callable[[Any], Any]:
 def _running(
     table: Sequence[Any], inputs: int, steps: Sequence[_Prepared], outputs: Sequence[Any], names: Sequence[str]
 ) -> Callable[..., list[Any]]:
-    def run(*given: Any) -> list[Any]:
+    def run(*arguments: Any) -> list[Any]:
         values = list(table)
-        values[:inputs] = given
+        values[:inputs] = arguments
         out = -1
         try:
             for target, fetch, kwargs, out, lists, keywords, dead in steps:  # noqa: B007  `out` is told in an error

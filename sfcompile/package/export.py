@@ -157,7 +157,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Trace
     """
     if isinstance(args, torch.Tensor):
         raise OptionError("args is a tensor", "it is the sequence of forward()'s positional arguments", "write (x,)")
-    positional, given = bind(model, args, kwargs)
+    positional, named_args = bind(model, args, kwargs)
     named = dict(
         itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     )
@@ -170,7 +170,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Trace
         inputs.append(tensor)
         return len(inputs) - 1
 
-    arguments = {name: describe(value, leaf, name) for name, value in given.items()}
+    arguments = {name: describe(value, leaf, name) for name, value in named_args.items()}
     devices = {x.device.type for x in (*inputs, *named.values())} - {"cpu", "meta"}
     if devices:
         raise UnsupportedError(
@@ -185,7 +185,7 @@ def trace(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Trace
             inputs[i] = tensor.detach().clone()
         known.add(id(inputs[i]))
     seen = _Seen()
-    call = _refill(given, arguments, inputs)
+    call = _refill(named_args, arguments, inputs)
     torch.compiler.reset()
     try:
         with torch.no_grad():
@@ -227,7 +227,7 @@ def _sources(
     return placeholders, weights
 
 
-def _refill(given: Mapping[str, Any], arguments: Mapping[str, Any], inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _refill(values: Mapping[str, Any], arguments: Mapping[str, Any], inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
     """The arguments with the tensors of ``inputs``; values of the model's own types stay as they are."""
 
     def fill(value: Any, tree: Mapping[str, Any]) -> Any:
@@ -240,7 +240,7 @@ def _refill(given: Mapping[str, Any], arguments: Mapping[str, Any], inputs: Sequ
             return type(value)((key, fill(value[key], part)) for key, part in inner.items())
         return value
 
-    return {name: fill(value, arguments[name]) for name, value in given.items()}
+    return {name: fill(value, arguments[name]) for name, value in values.items()}
 
 
 def _tracer(seen: _Seen) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
@@ -253,8 +253,8 @@ def _tracer(seen: _Seen) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[.
             return gm.forward
         seen.captured.append(captured)
         values: Any = captured.gm.graph.output_node().args[0]
-        made = [node.meta["val"] for node in values[: len(values) - len(captured.written)]]
-        seen.outputs.extend(torch.empty(tuple(value.shape), dtype=value.dtype, device="meta") for value in made)
+        results = [node.meta["val"] for node in values[: len(values) - len(captured.written)]]
+        seen.outputs.extend(torch.empty(tuple(value.shape), dtype=value.dtype, device="meta") for value in results)
 
         def run(*actual: Any) -> list[torch.Tensor]:
             seen.actual.append(actual)
@@ -373,11 +373,11 @@ def _write_aoti(out: PackageWriter, index: int, gm: fx.GraphModule, inputs: Sequ
 
 def _write_kernels(out: PackageWriter, ranks: Sequence[Compiled | None], topology: Topology) -> None:
     """The generated kernels of every attention, as source and, where Triton is installed, as cubins."""
-    found: dict[str, bytes] = {}
+    kernels: dict[str, bytes] = {}
     for compiled in ranks[:1]:
         if compiled is not None:
-            found |= compiled.kernels(topology.machine_of)
-    for name, data in found.items():
+            kernels |= compiled.kernels(topology.machine_of)
+    for name, data in kernels.items():
         out.add(f"kernels/{name}", data, deflate=True)
 
 

@@ -118,27 +118,27 @@ class _Wire:
 
     def run(self, call: OperatorCall, values: Sequence[Any]) -> Any:
         """A call that talks: check it, and give what it will."""
-        given = _bound(call)
-        program, site, part = given["program"], given["site"], given.get("part", -1)
+        arguments = _bound(call)
+        program, site, part = arguments["program"], arguments["site"], arguments.get("part", -1)
         phase = call.target._schema.name.split("::")[1]
         if program not in self._programs or not 0 <= site < len(self._programs[program]):
             raise refused(f"{call.name} names site {site} of program {program!r}, which is not there")
         schedule = self._programs[program][site]
-        self._take_ticket(call, given["ticket"], values)
+        self._take_ticket(call, arguments["ticket"], values)
         self._advance(call.name, (program, site), schedule, phase, part)
         self.order.append(f"{phase} {self._numbers[program]} {site} {part}")
         member = schedule.members(self._rank)[0]
         want = _expected(schedule.site, phase, member, part)
         ticket = torch.empty(1, dtype=torch.int64)
         if phase == "attend":
-            _check_mask(call.name, schedule.site, filled(given["mask"], values))
+            _check_mask(call.name, schedule.site, filled(arguments["mask"], values))
             return ticket
-        if "x" in given:
-            operand = filled(given["x"], values)
+        if "x" in arguments:
+            operand = filled(arguments["x"], values)
             if not isinstance(operand, torch.Tensor) or (tuple(operand.shape), operand.dtype) != want:
                 raise refused(f"{call.name} sends {_said(operand)}, and its site plans {want[1]}{list(want[0])}")
             return ticket
-        size, dtype = tuple(given["size"]), given["dtype"]
+        size, dtype = tuple(arguments["size"]), arguments["dtype"]
         if (size, dtype) != want:
             raise refused(f"{call.name} is given as {dtype}{list(size)}, and its site plans {want[1]}{list(want[0])}")
         return torch.empty(size, dtype=dtype), ticket
@@ -196,8 +196,8 @@ class _Wire:
 def _bound(call: OperatorCall) -> dict[str, Any]:
     """A call's arguments by name, defaults filled in."""
     schema = call.target._schema.arguments
-    given = {entry.name: entry.default_value for entry in schema if entry.has_default_value()}
-    return given | {entry.name: value for entry, value in zip(schema, call.args, strict=False)} | dict(call.kwargs)
+    defaults = {entry.name: entry.default_value for entry in schema if entry.has_default_value()}
+    return defaults | {entry.name: value for entry, value in zip(schema, call.args, strict=False)} | dict(call.kwargs)
 
 
 def _phases(site: Any) -> list[tuple[tuple[str, int], ...]]:

@@ -54,7 +54,7 @@ _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 @cache
 def memory_bytes() -> int:
-    """This machine's memory."""
+    """Bytes of this machine's memory, whoever uses them; asked for once."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -68,7 +68,8 @@ def refused(what: str) -> PackageError:
 
 
 def fits_memory(nbytes: int, what: str) -> None:
-    """
+    """Refuse a claim of so many bytes before they are allocated.
+
     Raises:
         PackageError: ``what`` is larger than this machine's memory.
     """
@@ -218,7 +219,7 @@ def nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 def shown(value: Any) -> str:
-    """A value in an error, cut short."""
+    """A value for an error, in at most 80 characters."""
     if isinstance(value, (list, dict)):
         return f"a {type(value).__name__} of {len(value)}"
     said = repr(value)

@@ -93,21 +93,21 @@ def operator_of(name: str, libraries: tuple[str, ...] = ()) -> Any:
     """
     if name == GETITEM:
         return operator.getitem
-    found = _registered(name)
-    if not isinstance(found, OpOverload):
+    op = _registered(name)
+    if not isinstance(op, OpOverload):
         raise PackageError(
             f"operator {shown(name)} is not registered in this process",
             "the package calls it; operators outside ATen come from a library that must be imported first",
             "import the library that defines it before sfcompile.load, or export with this version of torch",
         )
-    why = reason_against(found, libraries)
+    why = reason_against(op, libraries)
     if why:
         raise PackageError(
             f"operator {name} may not be called by a package: {why}",
             "a package calls functional operators of ATen, and of libraries that you name",
             "if you trust the package and the library: sfcompile.load(path, libraries=(...,))",
         )
-    return found
+    return op
 
 
 def _registered(name: Any) -> Any:
@@ -115,10 +115,10 @@ def _registered(name: Any) -> Any:
     parts = name.split(".") if isinstance(name, str) and len(name) < NAME else ()
     if len(parts) != 3 or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
         return None
-    found: Any = torch.ops
+    entry: Any = torch.ops
     for part in parts:
-        found = getattr(found, part, None)
-    return found
+        entry = getattr(entry, part, None)
+    return entry
 
 
 def reason_against(op: OpOverload, libraries: Sequence[str] = ()) -> str:
@@ -171,19 +171,19 @@ def check_arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], is_
     positional = [entry for entry in schema if not entry.kwarg_only]
     if len(args) > len(positional):
         raise _unfit(op, f"{len(args)} arguments for at most {len(positional)}")
-    given = {entry.name: value for entry, value in zip(positional, args, strict=False)}
+    arguments = {entry.name: value for entry, value in zip(positional, args, strict=False)}
     by_name = {entry.name: entry for entry in schema}
     for name, value in kwargs.items():
-        if name not in by_name or name in given:
+        if name not in by_name or name in arguments:
             raise _unfit(op, f"argument {shown(name)} is unknown or given twice")
-        given[name] = value
+        arguments[name] = value
     for entry in schema:
-        if entry.name not in given:
+        if entry.name not in arguments:
             if not entry.has_default_value():
                 raise _unfit(op, f"argument {entry.name} is missing")
-        elif not _fits(given[entry.name], str(entry.real_type), entry, op, is_node):
+        elif not _fits(arguments[entry.name], str(entry.real_type), entry, op, is_node):
             kind = str(entry.real_type)
-            raise _unfit(op, f"argument {entry.name} is a {kind}, and {shown(given[entry.name])} is none")
+            raise _unfit(op, f"argument {entry.name} is a {kind}, and {shown(arguments[entry.name])} is none")
 
 
 def _unfit(op: Any, what: str) -> PackageError:

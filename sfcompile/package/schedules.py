@@ -103,30 +103,35 @@ def _site(data: Any, ranks: int) -> AnySite:
     kinds = {entry.name: str(entry.type) for entry in fields(site_type)}
     if unknown := set(facts) - set(kinds):
         raise refused(f"a site has a {shown(min(unknown))}")
-    made = {name: _fact(value, name, kinds[name], ranks) for name, value in facts.items()}
+    values = {name: _fact(value, name, kinds[name], ranks) for name, value in facts.items()}
     shapes: tuple[Sequence[int], ...]
     if site_type is AttentionSite:
         for name in ("batch", "heads", "kv_heads", "head_dim", "v_head_dim", "parts"):
-            integer(made.get(name, 1), f"a site's {name}", 1, PARTS if name == "parts" else INT)
-        if made["heads"] % made["kv_heads"] or made.get("mask") not in (None, "full"):
-            raise refused(f"a site has {made['heads']} heads, {made['kv_heads']} key heads, mask {made.get('mask')}")
-        tokens = [_total(made[name]) for name in ("q_positions", "kv_positions")]
-        width = max(made["head_dim"], made["v_head_dim"])
-        shapes = ((made["batch"], made["heads"], tokens[0], width), (made["batch"], made["kv_heads"], tokens[1], width))
+            integer(values.get(name, 1), f"a site's {name}", 1, PARTS if name == "parts" else INT)
+        if values["heads"] % values["kv_heads"] or values.get("mask") not in (None, "full"):
+            raise refused(
+                f"a site has {values['heads']} heads, {values['kv_heads']} key heads, mask {values.get('mask')}"
+            )
+        tokens = [_total(values[name]) for name in ("q_positions", "kv_positions")]
+        width = max(values["head_dim"], values["v_head_dim"])
+        shapes = (
+            (values["batch"], values["heads"], tokens[0], width),
+            (values["batch"], values["kv_heads"], tokens[1], width),
+        )
     else:
-        dims = len(made["shape"])
+        dims = len(values["shape"])
         for name in ("dim", "into"):
-            integer(made[name], f"a site's {name}", 0, dims - 1)
-        outer, inner = (integer(made[name], f"a site's {name}", 1) for name in ("outer", "inner"))
-        if made["shape"][made["dim"]] % (outer * inner):
-            raise refused(f"dim {made['dim']} of {made['shape']} is not {outer} x rows x {inner}")
-        rows = made["shape"][made["dim"]] // (outer * inner)
-        _within(made["owned"], rows)
-        _within(made["wanted"], rows if made["into"] == made["dim"] else made["shape"][made["into"]])
-        shapes = (made["shape"],)
+            integer(values[name], f"a site's {name}", 0, dims - 1)
+        outer, inner = (integer(values[name], f"a site's {name}", 1) for name in ("outer", "inner"))
+        if values["shape"][values["dim"]] % (outer * inner):
+            raise refused(f"dim {values['dim']} of {values['shape']} is not {outer} x rows x {inner}")
+        rows = values["shape"][values["dim"]] // (outer * inner)
+        _within(values["owned"], rows)
+        _within(values["wanted"], rows if values["into"] == values["dim"] else values["shape"][values["into"]])
+        shapes = (values["shape"],)
     for shape in shapes:
-        fits_memory(nbytes(shape, made["dtype"]), f"a value of site {made['name']}")
-    return site_type(**made)
+        fits_memory(nbytes(shape, values["dtype"]), f"a value of site {values['name']}")
+    return site_type(**values)
 
 
 def _fact(value: Any, name: str, kind: str, ranks: int) -> Any:

@@ -94,7 +94,7 @@ class Wire:
 
     @property
     def kind(self) -> str:
-        """The kind of its line."""
+        """What a line of the explained graph calls it: put, attend, collect, gather or exchange."""
         phase = self.times.stage.phase
         if self.times.is_attention:
             return "put" if phase.startswith("put_") else phase

@@ -48,10 +48,10 @@ def test_text_and_image_are_two_segments_of_one_axis() -> None:
     assert [(tokens, segments) for tokens, segments, _ in layouts.axes] == [(15, 2)]
     owners = layouts.owners
     for node, count in ((text, 4), (image, 11)):
-        pieces = [owners.count(layouts.chosen[node].runs, rank) for rank in range(3)]
-        assert sum(pieces) == count and max(pieces) - min(pieces) <= 1
+        counts = [owners.count(layouts.chosen[node].runs, rank) for rank in range(3)]
+        assert sum(counts) == count and max(counts) - min(counts) <= 1
     totals = [sum(owners.count(layouts.chosen[n].runs, r) for n in (text, image)) for r in range(3)]
-    assert totals == [5, 5, 5], "the longer pieces are on different ranks"
+    assert totals == [5, 5, 5], "the longer shards are on different ranks"
 
 
 def test_rows_that_have_several_owners_leave_the_value_to_its_next_axis() -> None:

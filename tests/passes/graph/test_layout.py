@@ -85,8 +85,8 @@ def test_every_token_has_one_owner_and_pieces_differ_by_at_most_one(lengths: lis
     assert sum(counts) == sum(lengths)
     assert max(counts) - min(counts) <= 1, "remainders rotate over the ranks"
     for segment in segments:
-        pieces = [owners.count((segment,), rank) for rank in range(ranks)]
-        assert max(pieces) - min(pieces) <= 1
+        counts = [owners.count((segment,), rank) for rank in range(ranks)]
+        assert max(counts) - min(counts) <= 1
     joined = np.concatenate([owners.positions(everything, rank) for rank in range(ranks)])
     assert sorted(joined.tolist()) == list(range(sum(lengths)))
     for rank in range(ranks):
