@@ -1,7 +1,8 @@
 """Why a schedule cannot deadlock, race or lose a signal, on any number of ranks.
 
-checker.py proves a schedule from the program of one rank, by symmetry. symbolic_run.py runs all ranks step by step with
-vector clocks; tests hold the two against each other.
+checker.py proves a schedule from the program of one rank, by symmetry; its head says what is proved and why that is
+enough. Tests hold it against a run of all ranks with vector clocks (tests/support/symbolic_run.py). To prove a schedule
+of your own: check() is the door.
 
-May import: the leaves, runtime/program, runtime/wires and codegen/schedule.
+May import: the leaves, runtime/program and codegen/schedule.
 """

@@ -9,7 +9,6 @@ That symmetry is what lets the checker prove 1024 ranks as fast as four (codegen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,7 +50,6 @@ class Schedule(ABC):
         origin: the program of the origin; every rank field in it is an offset.
         groups: the same schedule runs in several disjoint groups of ranks at a time: the mesh's rank i is rank
             ``groups[g][i]`` of the job. Empty: the mesh's ranks are the job's.
-        given: programs written by hand for every rank, instead of the origin's (tests, mutants).
     """
 
     kind: str
@@ -60,7 +58,6 @@ class Schedule(ABC):
     slots: tuple[SlotSpec, ...]
     origin: RankProgram
     groups: tuple[tuple[int, ...], ...] = ()
-    given: Callable[[int], RankProgram] | None = field(default=None, compare=False, hash=False, repr=False)
     _programs: dict[int, RankProgram] = field(default_factory=dict, init=False, compare=False, hash=False, repr=False)
 
     @property
@@ -71,7 +68,7 @@ class Schedule(ABC):
     def program(self, rank: int) -> RankProgram:
         """A rank's instructions."""
         if rank not in self._programs:
-            self._programs[rank] = self.given(rank) if self.given is not None else self._seen_from(rank)
+            self._programs[rank] = self._seen_from(rank)
         return self._programs[rank]
 
     def _seen_from(self, rank: int) -> RankProgram:

@@ -32,7 +32,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime/rank": ("runtime/program", "runtime/wires"),
     "runtime/gpu": ("runtime/program", "runtime/wires", "runtime/rank"),
     "codegen/schedule": ("runtime/program",),
-    "codegen/proof": ("runtime/program", "runtime/wires", "codegen/schedule"),
+    "codegen/proof": ("runtime/program", "codegen/schedule"),
     "codegen/plan": ("runtime/program", "codegen/schedule", "codegen/proof"),
     "codegen/rows": (),
     "codegen/kernels": ("runtime/program", "codegen/schedule", "codegen/rows"),

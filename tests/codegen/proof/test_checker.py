@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_sites import attention_site, cut, gather_site
+from symbolic_run import run_explicitly
 
 from sfcompile.codegen.proof.checker import check
-from sfcompile.codegen.proof.symbolic_run import check_calls, check_layout, in_turn, overlapped
 from sfcompile.codegen.schedule.builders import BUILDERS, build
 from sfcompile.codegen.schedule.mesh import ACROSS, Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
@@ -33,12 +33,8 @@ def torus(ulysses: int = 2, ring: int = 2, parts: int = 1) -> Schedule:
 
 def runs_right(schedule: Schedule, epochs: int = 3) -> bool:
     """The verdict of the explicit run of every rank."""
-    again = [schedule] * epochs
     try:
-        check_layout(schedule)
-        for calls in (in_turn(again), overlapped(again)):
-            check_calls(again, calls)
-            check_calls(again, calls, direct=False)
+        run_explicitly(schedule, epochs)
     except ScheduleError:
         return False
     return True

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from by_hand import by_hand
 from random_sites import Case, gather_site, random_case, reference, rows
 from rank_workers import attend_and_gather, schedules_of
 from threads import run_threads
@@ -159,7 +160,7 @@ def test_a_lost_signal_is_a_timeout_not_a_hang(kind: type) -> None:
                 break
         return replace(program, phases={name: tuple(steps) for name, steps in phases.items()})
 
-    broken = replace(attention, given=build)
+    broken = by_hand(attention, build)
     with pytest.raises(RuntimeTimeoutError, match="waited 0.5 s for (a chunk|its bank to be free)"):
         run(case, [broken, gather], timeout_s=0.5)
 

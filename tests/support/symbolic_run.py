@@ -18,8 +18,8 @@ Orders modelled (runtime/wires/transport.py):  put(e) -> wait(e) of its slot;  f
 into its heap, for direct stores by the ``done`` word, for messages because the receive of e + 2 is posted after
 finish(e).
 
-This takes seconds beyond 16 ranks. It checks programs that are not symmetric, whole graphs of sites (overlapped calls),
-and, in tests, the fast proof of checker.py against itself.
+This takes seconds beyond 16 ranks. The fast proof (codegen/proof/checker.py), which reads one rank's program, is held
+against it; it also runs what that cannot read: programs that are not symmetric, and whole graphs of sites.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from sfcompile.codegen.proof.checker import check_slots, wrong
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.errors import ScheduleError
 from sfcompile.runtime.program.instructions import (
     Arrival,
     Attend,
@@ -56,20 +56,14 @@ Content = tuple[str, Chunk, Heads | None]
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What was run: numbers for people, over all ranks and epochs."""
+class Ran:
+    """What was run, counted over all ranks and epochs."""
 
     ranks: int
     epochs: int
     puts: int
     waits: int
     pairs: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.ranks} ranks, {self.epochs} epochs: {self.puts} puts, {self.waits} waits, {self.pairs} pairs; "
-            "each pair once, no lost signal, no deadlock, no reuse race"
-        )
 
 
 def phases_of(schedule: Schedule) -> tuple[str, ...]:
@@ -122,36 +116,35 @@ def check_layout(schedule: Schedule) -> None:
         raise wrong(f"ranks {senders} put into slot {index} of rank {rank}, which expects nothing there")
 
 
-def check_slots(schedule: Schedule) -> None:
-    """Slots do not overlap.
+def run_explicitly(schedule: Schedule, epochs: int = 4) -> Ran:
+    """One schedule over and over, its calls in turn and overlapped, by messages and by direct stores; the last run.
+
+    Args:
+        epochs: 3 or more, so that banks are reused.
 
     Raises:
-        ScheduleError: with the slots and their bytes.
+        ScheduleError: as :func:`check_layout` and :func:`check_calls`.
     """
-    spans = sorted((slot.offset, slot.offset + slot.nbytes, slot.name) for slot in schedule.slots if slot.nbytes)
-    for (_, end, left), (start, _, right) in zip(spans, spans[1:], strict=False):
-        if start < end:
-            raise wrong(f"slot {right} begins at byte {start}, inside slot {left}, which ends at byte {end}")
+    again = [schedule] * epochs
+    check_layout(schedule)
+    for calls in (in_turn(again), overlapped(again)):
+        check_calls(again, calls, direct=False)
+        ran = check_calls(again, calls)
+    return ran
 
 
-def check_calls(
-    schedules: Sequence[Schedule], calls: Sequence[Call], direct: bool = True, credits: bool = True
-) -> Proof:
+def check_calls(schedules: Sequence[Schedule], calls: Sequence[Call], direct: bool = True) -> Ran:
     """Run a whole program of sites symbolically on all ranks.
 
     Args:
         schedules: the site of epoch 1, 2, ...
         calls: the order of the phases, the same on every rank.
         direct: stores into the peer's heap; else messages.
-        credits: whether writers wait for the reader before they reuse a bank (False is a mutant, for tests).
 
     Raises:
         ScheduleError: names the rank, the epoch and the instruction.
     """
-    run = _Run(schedules, direct, credits)
-    run.go([run.steps_of(rank, calls) for rank in range(run.num_ranks)])
-    run.check_pairs()
-    return Proof(run.num_ranks, len(schedules), run.counts["put"], run.counts["wait"], run.counts["pair"])
+    return SymbolicRun(schedules, direct).of(calls)
 
 
 @dataclass
@@ -178,11 +171,12 @@ class _Moment:
         return f"epoch {self.epoch} {self.phase}: {self.do}"
 
 
-class _Run:
-    def __init__(self, schedules: Sequence[Schedule], direct: bool, credits: bool) -> None:
+class SymbolicRun:
+    """All ranks of a program of sites, with a clock each."""
+
+    def __init__(self, schedules: Sequence[Schedule], direct: bool) -> None:
         self.schedules = schedules
         self.direct = direct
-        self.credits = credits
         self.num_ranks = schedules[0].mesh.num_ranks
         self.programs = [[schedule.program(rank) for rank in range(self.num_ranks)] for schedule in schedules]
         self.arrivals = [[{a.slot: a for a in program.arrivals} for program in programs] for programs in self.programs]
@@ -195,6 +189,12 @@ class _Run:
         self.waited: set[tuple[int, int, int]] = set()  # (rank, epoch, slot)
         self.attended: dict[tuple[int, int], Counter[tuple[Chunk, Chunk]]] = {}
         self.counts: Counter[str] = Counter()
+
+    def of(self, calls: Sequence[Call]) -> Ran:
+        """Run to the end; see :func:`check_calls`."""
+        self.go([self.steps_of(rank, calls) for rank in range(self.num_ranks)])
+        self.check_pairs()
+        return Ran(self.num_ranks, len(self.schedules), self.counts["put"], self.counts["wait"], self.counts["pair"])
 
     def steps_of(self, rank: int, calls: Sequence[Call]) -> list[_Moment]:
         steps: list[_Moment] = []
@@ -236,9 +236,15 @@ class _Run:
         if target is None:
             return True
         if self.direct:
-            return not self.credits or self.done[target[0]] >= step.epoch - NUM_BANKS
+            return self.credit(target[0], step.epoch) is not None
         # Stricter than gloo, where the message waits with its sender: what cannot get stuck here cannot there.
         return (target[0], step.epoch) in self.open_clocks
+
+    def credit(self, reader: int, epoch: int) -> list[int] | None:
+        """The clock at which a reader gave back the bank of an epoch, which its writers wait for; None: not yet."""
+        if epoch <= NUM_BANKS:
+            return [0] * self.num_ranks
+        return self.done_clocks.get((reader, epoch - NUM_BANKS))
 
     # ------------------------------------------------------------------ what a step does
 
@@ -287,8 +293,10 @@ class _Run:
         target = _target(step.do)
         assert target is not None
         dst, slot = target
-        if self.direct and self.credits and step.epoch > NUM_BANKS:
-            self._join(rank, self.done_clocks[dst, step.epoch - NUM_BANKS])
+        if self.direct:
+            credit = self.credit(dst, step.epoch)
+            assert credit is not None
+            self._join(rank, credit)
         knows, writer = list(self.clocks[rank]), (rank, self.clocks[rank][rank])
         if not self.direct:
             # The receiver's own process writes the bytes, after it has posted the receive.
@@ -413,10 +421,3 @@ def _target(step: Instruction | str) -> tuple[int, int] | None:
         case Put(_, _, dst, slot) | Forward(_, dst, slot):
             return dst, slot
     return None
-
-
-def wrong(what: str) -> ScheduleError:
-    """The error of a schedule that must not run."""
-    return ScheduleError(
-        what, "running it could hang or give wrong numbers", "this is a mistake in the builder: report it"
-    )
