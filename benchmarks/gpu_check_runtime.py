@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from gpu_check_report import Bench, Skip, compare, distance, exact, inputs_of, s
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
-from sfcompile.codegen.toolchain.interpreter import Deadline
 from sfcompile.codegen.toolchain.loader import fill_device_state
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
@@ -25,8 +22,6 @@ from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def share(value: Any, doing: str) -> list[Any]:
     """One rank's all-gather."""
@@ -35,10 +30,10 @@ def share(value: Any, doing: str) -> list[Any]:
 
 def nvshmem(bench: Bench) -> None:
     """One PE: unique id, symmetric memory, the module hook, puts and waits inside kernels and on a stream."""
-    emulated = _emulated() if bench.dry else None
+    library, calls = _emulated() if bench.dry else (None, None)
     with bench.case("NVSHMEM with one PE"):
         try:
-            joined = Nvshmem(0, 1, bench.device, share, None if emulated is None else (emulated, emulated))
+            joined = Nvshmem(0, 1, bench.device, share, library and (library, library))
         except UnsupportedError as error:
             raise Skip(f"{error.what}; give a folder with its wheel: make gpu-check WHEELS=folder") from error
         bench.check(True, f"started with a unique id, host library {joined.version()}")
@@ -49,13 +44,12 @@ def nvshmem(bench: Bench) -> None:
             joined.bindings.cumodule_init(module)
 
         fill_device_state(fill)
-        library = None if bench.dry else slim_library(KernelTarget(bench.device).architecture)
-        calls = Emulated(emulated.address_of, Deadline(20.0)).names() if emulated is not None else None
+        bitcode = None if bench.dry else slim_library(KernelTarget(bench.device).architecture)
         for reach, machines in (("nvshmem", (0, 1, 2, 3)), ("mixed", (0, 0, 1, 1))):
             for kind in ("torus",) if bench.dry else ("torus", "ring"):
                 name = f"{reach}, {kind} on 4 virtual ranks of one PE"
                 with bench.case(name):
-                    target = KernelTarget(bench.device, library, calls)
+                    target = KernelTarget(bench.device, bitcode, calls)
                     where = {"machine_of": machines, "allocate": joined.allocate}
                     made = run_virtual(bench, name, kind, 4, torch.bfloat16, 64, target, **where)
                     joined.free(made.memory)
@@ -87,11 +81,13 @@ def _transport(bench: Bench, joined: Nvshmem) -> None:
     heap.close()
 
 
-def _emulated() -> Any:
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
+def _emulated() -> tuple[Any, Any]:
+    """What a dry run takes for nvshmem4py, and for NVSHMEM's functions on the device (tests/support/)."""
+    from deadline import Deadline
     from emulated_nvshmem import Library
 
-    return Library(0, lambda: None, lambda pe: True)
+    library = Library(0, lambda: None, lambda pe: True)
+    return library, Emulated(library.address_of, Deadline(20.0)).names()
 
 
 @dataclass

@@ -21,7 +21,7 @@ from sfcompile.codegen.plan.step import price
 from sfcompile.codegen.proof.checker import check
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.builders import REGISTERED, build
-from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.schedule.mesh import ACROSS, Mesh
 from sfcompile.errors import MeshError, ScheduleError
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
@@ -218,7 +218,7 @@ def candidates(topology: Topology) -> Iterator[Candidate]:
     for ulysses in (u for u in range(1, ranks + 1) if ranks % u == 0):
         ring = ranks // ulysses
         both = machines > 1 and ulysses > 1 and ring > 1
-        for across in ("ulysses", "ring") if both else ("ulysses",):
+        for across in ACROSS if both else ACROSS[:1]:
             if ulysses == ranks:
                 kind = "ulysses"
             elif ulysses == 1:

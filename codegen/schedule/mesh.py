@@ -12,7 +12,7 @@ from sfcompile.errors import MeshError
 from sfcompile.runtime.program.topology import Topology
 
 ACROSS = ("ulysses", "ring")
-"""Which axis of the mesh crosses machines first."""
+"""The ways to lay a mesh over machines, by the axis that crosses them first."""
 
 
 @dataclass(frozen=True)

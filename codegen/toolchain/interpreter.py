@@ -7,7 +7,6 @@ the awaited rank may need.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,26 +20,8 @@ with suppress(ImportError):
     import triton.experimental.gluon  # noqa: F401  # else it is imported at the first launch, while tl is swapped
 
 Poll = Callable[[], None]
-"""Called while a kernel waits; gives the core away, raises to give up."""
-
-
-class Deadline:
-    """A poll that raises once nothing has arrived for ``timeout_s``."""
-
-    def __init__(self, timeout_s: float, what: str = "a signal") -> None:
-        self._timeout_s, self._what = timeout_s, what
-        self._since: float | None = None
-
-    def __call__(self) -> None:
-        now = time.monotonic()
-        self._since = self._since or now
-        if now - self._since > self._timeout_s:
-            raise TimeoutError(f"{self._what} did not arrive within {self._timeout_s:g} s")
-        time.sleep(0)
-
-    def arrived(self) -> None:
-        """Start counting anew."""
-        self._since = None
+"""Called at every look in vain while a kernel waits; gives the core away, raises to give up. One that has a method
+``arrived`` is told of what has come."""
 
 
 @contextmanager

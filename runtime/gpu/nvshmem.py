@@ -46,7 +46,8 @@ class Nvshmem:
 
     Args:
         share: all-gather of Python values between the ranks.
-        modules: stand-ins for :func:`load`'s result, for tests.
+        modules: what emulates :func:`load`'s result on machines without a GPU, in the dry run of
+            benchmarks/gpu_check.py and in tests: only a job of GPUs could start the real ones.
 
     Raises:
         UnsupportedError: nvshmem4py is missing.

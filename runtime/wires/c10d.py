@@ -35,7 +35,6 @@ class C10dTransport:
         group: the gloo group; nothing else uses it.
         timeout_s: longest wait.
         notice: reads the failure notice that some rank may have left, to explain a closed connection.
-        delay: called before every put and wait; tests inject random sleeps.
     """
 
     def __init__(
@@ -44,14 +43,12 @@ class C10dTransport:
         group: dist.ProcessGroup,
         timeout_s: float,
         notice: Callable[[], str | None],
-        delay: Callable[[int], None] | None = None,
     ) -> None:
         self._rank = rank
         self._group = group
         self._global = dist.get_process_group_ranks(group)  # what c10d wants to be told
         self.timeout_s = timeout_s
         self._notice = notice
-        self._delay = delay
         self._tags = [0] * NUM_BANKS
         self._receives: dict[tuple[int, int], tuple[Any, torch.Tensor, torch.Tensor]] = {}  # work, message, slot
         self._sends: dict[int, list[tuple[Any, torch.Tensor, int, int]]] = {}
@@ -75,8 +72,6 @@ class C10dTransport:
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
         """Hand the chunk to gloo's own threads."""
-        if self._delay is not None:
-            self._delay(self._rank)
         if chunk.numel():
             message = torch.cat([_raw(chunk.contiguous()), self._word(epoch)])
             work = dist.isend(message, self._global[dst], self._group, self._tag(epoch, slot))
@@ -84,8 +79,6 @@ class C10dTransport:
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Wait for the posted receive."""
-        if self._delay is not None:
-            self._delay(self._rank)
         receive = self._receives.pop((epoch, slot), None)
         if receive is not None:
             work, message, view = receive

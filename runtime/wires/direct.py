@@ -85,7 +85,6 @@ class DirectTransport:
         segments: per rank the mapped segment, or None where memory is not shared.
         timeout_s: longest wait.
         pids: per rank the process to watch while waiting, or None (threads).
-        delay: called before every put and wait; tests inject random sleeps.
     """
 
     def __init__(
@@ -94,13 +93,11 @@ class DirectTransport:
         segments: Sequence[Segment | None],
         timeout_s: float,
         pids: Sequence[int] | None = None,
-        delay: Callable[[int], None] | None = None,
     ) -> None:
         self._rank = rank
         self._segments = segments
         self._timeout_s = timeout_s
         self._pids = pids
-        self._delay = delay
         mine = segments[rank]
         assert mine is not None
         self._mine = mine
@@ -118,8 +115,6 @@ class DirectTransport:
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
         """Copy, then signal; see the head of the file."""
-        if self._delay is not None:
-            self._delay(self._rank)
         self.await_bank(dst, slot, epoch)
         segment = self._segments[dst]
         assert segment is not None
@@ -146,8 +141,6 @@ class DirectTransport:
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Watch this rank's own signal word."""
-        if self._delay is not None:
-            self._delay(self._rank)
         signals, bank = self._mine.signals, bank_of(epoch)
         address = self._mine.signal_address(bank, slot)
         self._await(lambda: int(signals[bank, slot]), address, epoch, src, slot, "a chunk", TAG_BITS)

@@ -88,7 +88,6 @@ class TcpTransport:
         links: connections by peer, not blocking; closed by :meth:`disconnect`.
         timeout_s: longest wait.
         notice: reads the failure notice that some rank may have left, to explain a closed connection.
-        delay: called before every put and wait; tests inject random sleeps.
     """
 
     def __init__(
@@ -97,12 +96,10 @@ class TcpTransport:
         links: Mapping[int, socket.socket],
         timeout_s: float,
         notice: Callable[[], str | None],
-        delay: Callable[[int], None] | None = None,
     ) -> None:
         self.timeout_s = timeout_s
         self._rank = rank
         self._notice = notice
-        self._delay = delay
         self._links = {peer: _Link(peer, link) for peer, link in links.items()}
         self._changed = threading.Condition()  # guards all of the following
         self._places: dict[tuple[int, int], torch.Tensor] = {}
@@ -144,8 +141,6 @@ class TcpTransport:
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
         """Queue the chunk behind all that were put before."""
-        if self._delay is not None:
-            self._delay(self._rank)
         if not chunk.numel():
             return
         whole = chunk.contiguous()
@@ -165,8 +160,6 @@ class TcpTransport:
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Until the thread has read the chunk."""
-        if self._delay is not None:
-            self._delay(self._rank)
         key = (epoch, slot)
         with self._changed:
             if key not in self._expected:

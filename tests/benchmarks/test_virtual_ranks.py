@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from deadline import Deadline
 from kernel_ranks import Job, expected, inputs_of, make_site
 from virtual_ranks import VirtualRanks
 
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.builders import BUILDERS
-from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import CodegenError, RuntimeTimeoutError
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from deadline import Deadline
 from emulated_nvshmem import Library
 from random_sites import random_case
 from rank_workers import attend_and_gather, schedules_of, session_of, shared_memory_names
@@ -19,7 +20,7 @@ from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
-from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import StreamFusionError
 from sfcompile.measuring.quick import measure_quickly

@@ -168,10 +168,12 @@ def error_of(job: Job, outs: Sequence[torch.Tensor]) -> float:
 
 def run_rank(job: Job, rank: int, places: Sequence[Place], size: HeapSize) -> torch.Tensor:
     """One rank's part of a job."""
+    from deadline import Deadline
+
     from sfcompile.codegen.engines.launch import AttendKernel, HeapView
     from sfcompile.codegen.engines.target import KernelTarget
     from sfcompile.codegen.engines.transfers import ReleaseKernel
-    from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+    from sfcompile.codegen.toolchain.interpreter import interpreting
     from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 
     segments = [map_shared(place, size) for place in places]

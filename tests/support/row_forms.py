@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from deadline import Deadline
 from torch import fx
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from sfcompile.capture.graph import capture
 from sfcompile.codegen.kernels.moves import MoveSpec, put_source
 from sfcompile.codegen.kernels.tables import PUT
 from sfcompile.codegen.rows.rows import RowProgram
-from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.loader import load_source
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
 from sfcompile.runtime.wires.transport import word_of

@@ -6,12 +6,15 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from sfcompile.errors import PeerFailedError
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import Session, use_session
 from sfcompile.runtime.rank.sides import Wires
 from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
+from sfcompile.runtime.wires.transport import Source
 
 T = TypeVar("T")
 
@@ -31,6 +34,26 @@ class _Meeting:
         everyone = [self.table[r] for r in range(num_ranks)]
         self.barrier.wait(self.timeout_s)
         return everyone
+
+
+class DelayedStores(DirectTransport):
+    """Direct stores whose rank may be slow: ``delay(rank)`` is called before every put and every wait."""
+
+    def __init__(
+        self, rank: int, segments: Sequence[Segment | None], timeout_s: float, delay: Callable[[int], None] | None
+    ) -> None:
+        super().__init__(rank, segments, timeout_s)
+        self._delay = delay or (lambda rank: None)
+
+    def put(
+        self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
+    ) -> None:
+        self._delay(self._rank)
+        super().put(dst, slot, offset, chunk, epoch, source)
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        self._delay(self._rank)
+        super().wait(src, slot, epoch)
 
 
 class ThreadWorld:
@@ -71,7 +94,7 @@ class ThreadWorld:
 
     def make_wires(self, segments: Sequence[Segment | None]) -> Wires:
         """Direct stores."""
-        stores = DirectTransport(self.rank, segments, self._meeting.timeout_s, None, self._delay)
+        stores = DelayedStores(self.rank, segments, self._meeting.timeout_s, self._delay)
         return Wires(stores, stores)
 
     def close(self) -> None:

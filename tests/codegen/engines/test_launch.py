@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from deadline import Deadline
 from kernel_ranks import Job, make_site
 
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView, gave_up, mask_arguments, mask_kind
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
 from sfcompile.runtime.wires.transport import word_of

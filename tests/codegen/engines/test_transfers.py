@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from deadline import Deadline
 from random_sites import even, rows
 
 from sfcompile.codegen.engines.launch import HeapView
@@ -12,7 +13,7 @@ from sfcompile.codegen.engines.transfers import ReleaseKernel, TransferKernels
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.program.sites import ExchangeSite

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from deadline import Deadline
 
 from sfcompile.codegen.kernels import device as kernel_device
 from sfcompile.codegen.kernels.text import module
-from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.loader import load_source
 
 BODY = """

@@ -6,6 +6,7 @@ import ast
 
 import pytest
 import torch
+from deadline import Deadline
 from row_forms import forms, traced
 
 from sfcompile.codegen.kernels.moves import (
@@ -16,7 +17,7 @@ from sfcompile.codegen.kernels.moves import (
 )
 from sfcompile.codegen.kernels.tables import COLLECT, PUT
 from sfcompile.codegen.rows.row_ops import compile_rows
-from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.loader import load_source
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
 from sfcompile.runtime.wires.transport import word_of

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import triton.language as tl
+from deadline import Deadline
 
 from sfcompile.codegen.kernels.text import module
-from sfcompile.codegen.toolchain.interpreter import Deadline, interpreting
+from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.loader import load_source
 
 SOURCE = module(
@@ -73,13 +74,6 @@ def test_a_poll_in_vain_gives_up_and_what_was_patched_is_put_back() -> None:
     word.fill_(3)
     with interpreting(Deadline(0.1)):
         kernels.wait[(1,)](word.data_ptr())
-
-
-def test_a_deadline_counts_from_the_last_arrival() -> None:
-    deadline = Deadline(1e9)
-    deadline()
-    deadline.arrived()
-    assert deadline._since is None
 
 
 def test_kernels_can_be_compiled_after_device_functions_were_interpreted() -> None:
