@@ -25,7 +25,7 @@ from sfcompile.device import device_of, dtype_of, engines_for, start, topology_f
 from sfcompile.errors import StreamFusionError, UnsupportedError
 from sfcompile.groups import in_group, session_for, world_size
 from sfcompile.lowering.inner import run_inner
-from sfcompile.lowering.rank_graph import run_passes
+from sfcompile.lowering.rank_graph import compile_alike, run_passes
 from sfcompile.measuring.auto import SourcedTopology, assumed_links, given_links, measured_links, resolved
 from sfcompile.options import ASSUMED, Options
 from sfcompile.passes.report.history import last_report, remember, reports
@@ -118,10 +118,7 @@ def _compile_rank(
     def passes(split_batch: bool) -> Compiled:
         return run_passes(captured, topology, session.rank, asked, session.from_first, split_batch, dump=True)
 
-    compiled = passes(split_batch=True)
-    if len(set(map(tuple, session.exchange(compiled.order, "compare their graphs")))) > 1:
-        # Groups that hold different samples came to different graphs: shard the tokens only.
-        compiled = passes(split_batch=False)
+    compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))
     compiled.report.break_reason, compiled.report.links = break_reason(gm), links.source
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -104,6 +105,8 @@ class ExchangeSite:
     owned: tuple[Runs, ...]
     into: int
     wanted: tuple[Runs, ...]
+    parts: ClassVar[int] = 1
+    """Its tokens come and go whole: they are cut into parts around attentions only."""
 
     @classmethod
     def gather(
@@ -173,8 +176,8 @@ class ExchangeSite:
 AnySite = AttentionSite | ExchangeSite
 
 
-def nbytes(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
+def nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of a dense tensor."""
     return math.prod(shape) * dtype.itemsize
 
 

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
 from sfcompile.capture.graph import Captured
 from sfcompile.options import Options
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Agree, Asked, State
 from sfcompile.runtime.program.topology import Topology
+
+T = TypeVar("T")
+
+
+def compile_alike(compile: Callable[[bool], T], orders: Callable[[T], Iterable[Sequence[str]]]) -> T:
+    """Compile until the graphs of all ranks talk in one order: with groups for the batch, else once more without.
+
+    Groups that hold different samples may come to different graphs, and ranks of different graphs would wait for one
+    another for ever. This loop is not a pass: it needs what the passes made on every rank.
+
+    Args:
+        compile: runs the passes; told whether groups of ranks may share out the batch.
+        orders: of what that gave, every rank's communication (Compiled.order).
+    """
+    compiled = compile(True)
+    return compiled if len(set(map(tuple, orders(compiled)))) <= 1 else compile(False)
 
 
 def run_passes(

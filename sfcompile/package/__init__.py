@@ -1,8 +1,8 @@
 """Compiled models as files: the writer and the reader of the package format, side by side.
 
-Start in export.py (`sfcompile.export`) and load.py (`sfcompile.load`, which gives a model.py LoadedModel). file.py is
-the container and its hashes, disk.py the files under it; graph.py, tensors.py, schedules.py and call.py each write and
-read one of its parts.
+Start in export.py (`sfcompile.export`; traced.py traces the model) and load.py (`sfcompile.load`, which gives a
+model.py LoadedModel). file.py is the container and its hashes, disk.py the files under it; graph.py, tensors.py,
+schedules.py and call.py each write and read one of its parts.
 
 A package is data from anywhere. Before anything is built from it, limits.py bounds what it may claim and manifest.py
 looks at what it says of itself; operators.py lists what its graph may call; fit.py makes every call once on tensors

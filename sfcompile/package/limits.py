@@ -11,7 +11,6 @@ import keyword
 import math
 import os
 import re
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -211,11 +210,6 @@ def check_facts(facts: Any, what: str) -> None:
         fits_memory(reach * dtype.itemsize, what)
     elif math.prod(size for size in shape if size) > INT:
         raise refused(f"{what} has the shape {shape}")
-
-
-def nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of a dense tensor."""
-    return math.prod(shape) * dtype.itemsize
 
 
 def shown(value: Any) -> str:

@@ -26,13 +26,12 @@ from sfcompile.package.limits import (
     entries,
     fits_memory,
     integer,
-    nbytes,
     refused,
     shown,
     table,
     text,
 )
-from sfcompile.runtime.program.sites import AnySite, AttentionSite, ExchangeSite
+from sfcompile.runtime.program.sites import AnySite, AttentionSite, ExchangeSite, nbytes
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
 _SITES = {kind.__name__: kind for kind in (AttentionSite, ExchangeSite)}

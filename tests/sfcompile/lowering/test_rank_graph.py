@@ -6,7 +6,7 @@ import torch
 from helpers import captured
 from models import build
 
-from sfcompile.lowering.rank_graph import run_passes
+from sfcompile.lowering.rank_graph import compile_alike, run_passes
 from sfcompile.options import Options
 from sfcompile.runtime.program.topology import Topology
 
@@ -24,3 +24,15 @@ def test_mesh_schedule_and_attention_are_those_asked_for() -> None:
     assert "2x2" in compiled(mesh={"ulysses": 2, "ring": 2})
     assert compiled(schedule="ring").startswith("ring")
     assert compiled(attention="aten").endswith("False") and compiled(attention="triton").endswith("True")
+
+
+def test_where_groups_come_to_different_graphs_all_compile_once_more_without_groups() -> None:
+    asked: list[bool] = []
+
+    def compile(split_batch: bool) -> str:
+        asked.append(split_batch)
+        return "groups" if split_batch else "tokens"
+
+    assert compile_alike(compile, lambda made: [["put", "attend"], ["put", "attend"]]) == "groups"
+    assert compile_alike(compile, lambda made: [["put"], ["attend"] if made == "groups" else ["put"]]) == "tokens"
+    assert asked == [True, True, False]

@@ -13,8 +13,8 @@ from torch.library import Library
 
 from sfcompile.errors import PackageError
 from sfcompile.package.calls import CallList, OperatorCall, Ref
-from sfcompile.package.export import trace
 from sfcompile.package.graph import graph_from_json, graph_to_json
+from sfcompile.package.traced import trace
 
 ATEN = torch.ops.aten
 

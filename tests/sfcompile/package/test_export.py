@@ -1,9 +1,8 @@
-"""Exports: the trace, what is refused, weights inside and beside. Loading is in test_load.py."""
+"""Exports: what is refused, weights inside and beside. The trace is in test_traced.py, loading in test_load.py."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sfcompile.errors import InputError, OptionError, PackageError, UnsupportedError
-from sfcompile.package.export import export, trace
+from sfcompile.package.export import export
 from sfcompile.package.file import Package
 from sfcompile.runtime.program.topology import Topology
 
@@ -65,30 +64,6 @@ def test_an_export_is_repeatable(tmp_path: Path) -> None:
     model, inputs = build("cross")
     first, second = (export(model, inputs, {}, tmp_path / name, topology="1x3") for name in ("a.sf", "b.sf"))
     assert first.read_bytes() == second.read_bytes()
-
-
-def test_nothing_is_computed_and_tensors_are_told_apart() -> None:
-    traced = trace(Small(), (X,), {})
-    assert [kind for kind, _ in traced.placeholders].count("input") == 1
-    assert {name for kind, name in traced.placeholders if kind == "weight"} == set(traced.weights)
-    assert {"qkv.weight", "qkv.bias", "table"} < set(traced.weights)
-    loose = set(traced.weights) - {"qkv.weight", "qkv.bias", "table"}
-    assert len(loose) == 1 and loose.pop().startswith("constant.")
-
-
-def test_one_tensor_in_two_places_has_two_inputs() -> None:
-    class Two(Small):
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
-            return {"sum": self.attend(x) + y, "x": x, "n": 3}
-
-    traced = trace(Two(), (X, X), {})
-    assert sorted(number for kind, number in traced.placeholders if kind == "input") == [0, 1]
-    assert traced.result == {"dict": {"sum": {"tensor": 0}, "x": {"tensor": 1}, "n": {"value": 3}}}
-
-
-@dataclass
-class Given:
-    x: torch.Tensor
 
 
 class Broken(Small):
