@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import fx
 
 from sfcompile.errors import source_line
-from sfcompile.passes.graph.cost import exchange_fraction, flops, is_view, nbytes
+from sfcompile.passes.graph.cost import exchange_fraction, flops, is_view, value_bytes
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import is_getitem
 from sfcompile.passes.graph.stages import stages_of
@@ -116,7 +116,8 @@ def _list_whole_ops(state: State, report: GraphReport) -> None:
 def _moved(value: fx.Node, need: Layout | Window, owners: Ownership, layout: Layout) -> Left:
     kind = "halo" if isinstance(need, Window) else "another cut" if need.dim == layout.dim else "another dim"
     row = _left(value, f"{kind}, read by {', '.join(user.name for user in list(value.users)[:3])}", 0.0)
-    return replace(row, nbytes=int(nbytes(value) * exchange_fraction(owners, layout, need) * (owners.num_ranks - 1)))
+    nbytes = value_bytes(value) * exchange_fraction(owners, layout, need) * (owners.num_ranks - 1)
+    return replace(row, nbytes=int(nbytes))
 
 
 def _share(owners: Ownership, layout: Layout, rank: int) -> float:
@@ -131,7 +132,7 @@ def _reader(value: fx.Node, reasons: dict[fx.Node, str]) -> str:
 
 
 def _left(node: fx.Node, reason: str, cost: float, is_view: bool = False) -> Left:
-    size = nbytes(node) if node.meta.get("val") is not None else 0
+    size = value_bytes(node) if node.meta.get("val") is not None else 0
     source = source_line(node.stack_trace) or ""
     target = getattr(node.target, "__name__", "") if is_getitem(node) else str(node.target)
     return Left(node.name, target.removeprefix("aten."), short_source(source), reason, cost, size, is_view)

@@ -208,7 +208,7 @@ class _Maker:
                 "out_slot": push[0],
                 "net": int(self._net(chunk.src)),
                 "staging": self._stage(push[0]),
-                "nbytes": self.site.batch * heads * (stop - start) * self.site.v_head_dim * self.site.dtype.itemsize,
+                "nbytes": nbytes((self.site.batch, heads, stop - start, self.site.v_head_dim), self.site.dtype),
             }
         return [row[name] for name in QUERY]
 

@@ -240,7 +240,7 @@ class _Sweep:
         facts = self._facts[id(schedule)]
         top = self.topology
         if call.phase.startswith("put_") and top.copy_bytes_per_s is not None:
-            share = 1 if call.part == -1 else getattr(schedule.site, "parts", 1)
+            share = 1 if call.part == -1 else schedule.site.parts
             self._busy(facts.own_bytes(call.phase[-1]) / share / top.copy_bytes_per_s)
         peer: int | None = None  # messages to one peer in a row go out, and meet the receiver, together
         for step in schedule.origin.phases[call.phase]:

@@ -26,6 +26,7 @@ from sfcompile.codegen.plan.simulator import Compute, Mark, Phase, Timeline, Wor
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.program.phases import ATTEND, COLLECT, PUTS, STARTS
+from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.spans import Span
 from sfcompile.runtime.program.stages import GraphStages, Stage
 from sfcompile.runtime.program.topology import Topology
@@ -65,9 +66,10 @@ class StageTimes:
         return float(self.blocked_s[self.rank])
 
     @property
-    def is_attention(self) -> bool:
-        """Whether it is a stage of an attention; else of an exchange."""
-        return isinstance(self.schedule, AttentionSchedule)
+    def kind(self) -> str:
+        """What it is a stage of: "attention", "gather" (all ranks want all), "exchange" (halos, other cuts)."""
+        site = self.schedule.site
+        return "attention" if isinstance(site, AttentionSite) else "gather" if site.is_gather else "exchange"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Step:
         """Seconds in the stages of each attention schedule on this rank, by the schedule's id."""
         spent: dict[int, float] = {}
         for times in self.stages:
-            if times.is_attention:
+            if times.kind == "attention":
                 spent[id(times.schedule)] = spent.get(id(times.schedule), 0.0) + times.seconds
         return spent
 
@@ -229,7 +231,7 @@ def in_order(program: str, schedules: Sequence[Schedule], before_s: float) -> Gr
     late: list[Stage] = []  # collects of the attention before, by part
     for site, schedule in enumerate(schedules):
         attention = isinstance(schedule, AttentionSchedule)
-        parts = schedule.site.parts if isinstance(schedule, AttentionSchedule) else 1
+        parts = schedule.site.parts
         if parts == 1:
             phases = list(schedule.origin.phases)
             lead = before_s if attention else 0.0

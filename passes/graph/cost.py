@@ -21,7 +21,7 @@ _VIEWS = {
 }  # fmt: skip
 
 
-def nbytes(node: fx.Node) -> int:
+def value_bytes(node: fx.Node) -> int:
     """Bytes of a tensor-valued node (all outputs of a node with several)."""
     value = node.meta["val"]
     values = value if isinstance(value, (tuple, list)) else [value]
@@ -75,7 +75,7 @@ def seconds(op: OpView, topology: Topology) -> float:
     """Time of the whole op on one rank: the larger of arithmetic and memory traffic; views are free."""
     if is_view(op):
         return 0.0
-    moved = nbytes(op.node) + sum(nbytes(operand.node) for operand in op.operands)
+    moved = value_bytes(op.node) + sum(value_bytes(operand.node) for operand in op.operands)
     rate = topology.attention_flops_per_s if op.name == "scaled_dot_product_attention" else None
     return max(flops(op) / (rate or topology.flops_per_s), moved / topology.memory_bytes_per_s)
 
@@ -89,7 +89,7 @@ def gather_seconds(node: fx.Node, topology: Topology, fraction: float = 1.0) -> 
     ranks = topology.num_ranks
     if ranks == 1:
         return 0.0
-    total = nbytes(node) * fraction
+    total = value_bytes(node) * fraction
     local = total * (ranks - 1) / ranks / topology.local_bytes_per_s + topology.local_latency_s
     if topology.num_machines == 1:
         return local

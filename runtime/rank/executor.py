@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 
 from sfcompile.runtime.program.chunks import cut_chunk, place_chunk
 from sfcompile.runtime.program.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
 from sfcompile.runtime.program.phases import ATTEND, COLLECT, EXCHANGE_FINISH
+from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.rank.attention_aten import Partial, attend, merge
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
 from sfcompile.runtime.wires.symmetric_heap import bank_of
@@ -54,6 +55,10 @@ class SchedulePlan(Protocol):
 class AttentionPlan(SchedulePlan, Protocol):
     """What it reads of an attention's schedule beyond that."""
 
+    @property
+    def site(self) -> AttentionSite:
+        """The attention."""
+
     def heads(self, rank: int) -> Heads:
         """The query heads that a rank computes."""
 
@@ -65,6 +70,11 @@ class AttentionPlan(SchedulePlan, Protocol):
 
     def positions(self, tensor: str, chunk: Chunk) -> tuple[tuple[int, int], ...]:
         """The global token positions of a chunk."""
+
+
+def is_attention(plan: SchedulePlan) -> TypeGuard[AttentionPlan]:
+    """Whether a schedule is an attention's: the site says so, schedules are codegen's and unknown here."""
+    return isinstance(plan.site, AttentionSite)
 
 
 class BankView(Protocol):
@@ -111,8 +121,6 @@ class SiteRun:
         rank, self._members = plan.members(call.job_rank)
         bank = bank_of(epoch)
         self.plan = plan
-        # The graph attends and collects only at attentions.
-        self._attention = cast(AttentionPlan, plan)
         self.epoch = epoch
         self.blocked_s = 0.0
         self.waited_s: dict[int, float] = {}
@@ -121,7 +129,7 @@ class SiteRun:
         self._transport = transport
         self._program = plan.program(rank)
         self._tensors: dict[tuple[str, int], torch.Tensor] = {}
-        self._parts_left = getattr(plan.site, "parts", 1)
+        self._parts_left = plan.site.parts
         self._partials: dict[Chunk, Partial | None] = {}
         self._arrivals = {arrival.slot: arrival for arrival in self._program.arrivals}
         self._views = {
@@ -133,6 +141,11 @@ class SiteRun:
         self._own: torch.Tensor | None = None
         self._joined: dict[tuple[str, tuple[int | None, ...], tuple[Chunk, ...]], torch.Tensor] = {}
         transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()], call.tag)
+
+    @property
+    def _attention(self) -> AttentionPlan:
+        assert is_attention(self.plan), "the graph attends and collects only at attentions"
+        return self.plan
 
     # ------------------------------------------------------------------ phases
 

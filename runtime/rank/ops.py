@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.instructions import Attend, Chunk
 from sfcompile.runtime.program.phases import COLLECT, ENDS
-from sfcompile.runtime.rank.executor import AttentionPlan
+from sfcompile.runtime.rank.executor import AttentionPlan, is_attention
 from sfcompile.runtime.rank.session import current_session
 
 _library = torch.library.Library("streamfusion", "DEF")
@@ -157,7 +157,8 @@ torch.library.register_fake("streamfusion::opaque", _fake_opaque, lib=_library)
 def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, **kwargs: Any) -> int:
     """FLOPs of this rank's pairs: two products of Lq x Lk for every head of its slice."""
     session = current_session()
-    plan = cast(AttentionPlan, session.schedule(program, site))
+    plan = session.schedule(program, site)
+    assert is_attention(plan)
     rank = plan.members(session.rank)[0]
     facts, mine = plan.site, plan.program(rank)
     start, stop = plan.heads(rank)

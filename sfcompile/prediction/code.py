@@ -25,7 +25,6 @@ from sfcompile.passes.graph.op_view import OpView, is_getitem
 from sfcompile.passes.graph.stages import compute_seconds, steps_of
 from sfcompile.runtime.program.instructions import Forward, Push, Put
 from sfcompile.runtime.program.phases import ENDS
-from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.stages import Stage
 from sfcompile.runtime.program.topology import Topology
 
@@ -95,11 +94,10 @@ class Wire:
     @property
     def kind(self) -> str:
         """What a line of the explained graph calls it: put, attend, collect, gather or exchange."""
+        if self.times.kind != "attention":
+            return self.times.kind
         phase = self.times.stage.phase
-        if self.times.is_attention:
-            return "put" if phase.startswith("put_") else phase
-        site = self.times.schedule.site
-        return "gather" if isinstance(site, ExchangeSite) and site.is_gather else "exchange"
+        return "put" if phase.startswith("put_") else phase
 
 
 def wires_of(step: Step) -> list[Wire]:

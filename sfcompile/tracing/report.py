@@ -40,20 +40,25 @@ class Times:
 
 @dataclass(frozen=True)
 class Predicted:
-    """The simulator's times of a layer, and what the layer is called."""
+    """The simulator's times of a layer, what the layer is called, and its kind: attention, gather or exchange."""
 
     name: str
-    attention: bool
+    kind: str
     times: Times
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of the table. ``slowest_s``: the mean time blocked of the rank that was blocked most."""
+    """One layer of the table.
+
+    Attributes:
+        kind: attention, gather or exchange; "layer" if nothing is predicted, and so known, of it.
+        slowest_s: the mean time blocked of the rank that was blocked most.
+    """
 
     key: Key
     name: str
-    attention: bool
+    kind: str
     calls: int
     measured: Times
     slowest_s: float
@@ -62,7 +67,7 @@ class LayerRow:
     @property
     def title(self) -> str:
         """What the layer is, for people."""
-        return f"{'attention' if self.attention else 'gather'} {self.name}"
+        return f"{self.kind} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def report_of(
         name = layer.name if layer is not None else f"program {key[0]} site {key[1]}"
         rows.append(
             LayerRow(
-                key, name, layer.attention if layer is not None else False,
+                key, name, "layer" if layer is None else layer.kind,
                 max(len(of_rank) for of_rank in times[key].values()), _mean(ranks.values()),
                 max(t.blocked_s for t in ranks.values()), None if layer is None else layer.times,
             )
@@ -235,7 +240,8 @@ def spans_of(events: Sequence[Event]) -> list[Span]:
 
 def last_layers(events: Sequence[Event], report: TraceReport, count: int = 2) -> list[Event]:
     """The events of the last calls of the last ``count`` attentions: what a picture shows."""
-    keys = [row.key for row in report.rows if row.attention][-count:] or [row.key for row in report.rows][-count:]
+    attentions = [row for row in report.rows if row.kind == "attention"]
+    keys = [row.key for row in (attentions or report.rows)[-count:]]
     latest: Counter[tuple[int, Key]] = Counter()
     for e in events:
         latest[e.rank, (e.program, e.site)] = max(latest[e.rank, (e.program, e.site)], e.epoch)
@@ -289,7 +295,7 @@ def predict_layers(session: Session, reports: Sequence[GraphReport]) -> Expected
             plan = plans.get(program)
             names = [] if plan is None else plan.programs[program]
             name = names[site] if site < len(names) else stages[0].schedule.site.name
-            layers[number[program], site] = Predicted(name, stages[0].is_attention, _predicted(stages))
+            layers[number[program], site] = Predicted(name, stages[0].kind, _predicted(stages))
     drawn = draw(list(graphs.values()))
     seconds = [(tuple(number[program] for program in step.schedules), step.seconds) for step in graphs.values()]
     return Expected(layers, seconds, [] if drawn is None else _of_job(drawn))

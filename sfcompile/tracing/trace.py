@@ -90,7 +90,7 @@ class RankTrace:
     def load(cls, plain: dict[str, Any]) -> RankTrace:
         """What :meth:`dump` gave."""
         predicted = {
-            (program, site): Predicted(entry["name"], entry["attention"], Times(**entry["times"]))
+            (program, site): Predicted(entry["name"], entry["kind"], Times(**entry["times"]))
             for program, site, entry in plain["predicted"]
         }
         events = [Event(*event) for event in plain["events"]]

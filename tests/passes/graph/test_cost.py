@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from helpers import captured
 
-from sfcompile.passes.graph.cost import flops, gather_seconds, is_view, nbytes, seconds
+from sfcompile.passes.graph.cost import flops, gather_seconds, is_view, seconds, value_bytes
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.runtime.program.topology import Topology
 
@@ -43,7 +43,7 @@ def test_attention_has_a_rate_of_its_own() -> None:
 
 def test_a_gather_costs_what_crosses_the_slower_link() -> None:
     node = ops(lambda x: x * 2, torch.zeros(8, 4))["mul"].node
-    assert nbytes(node) == 128
+    assert value_bytes(node) == 128
     one = Topology((0, 0, 0, 0), local_bytes_per_s=1.0, local_latency_s=0.0)
     assert gather_seconds(node, one) == 96
     two = Topology((0, 0, 1, 1), local_bytes_per_s=1e9, network_bytes_per_s=1.0, network_latency_s=0.0)

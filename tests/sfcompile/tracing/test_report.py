@@ -48,7 +48,7 @@ EVENTS = [
     for rank in range(2)
     for event in call(rank, site, 2 * step + site + 1, 100.0 * step + 20.0 * site, 1.0 + rank)
 ]
-KNOWN = {(0, site): Predicted(f"sdpa_{site}", True, Times(0.5, 4.0, 10.0)) for site in range(2)}
+KNOWN = {(0, site): Predicted(f"sdpa_{site}", "attention", Times(0.5, 4.0, 10.0)) for site in range(2)}
 
 
 def test_layers_add_up() -> None:
@@ -141,7 +141,7 @@ def test_predictions_are_the_simulators() -> None:
     assert first.blocked_s == pytest.approx(float(line.exposed_s.mean()))
     assert first.attend_s == pytest.approx(float(line.compute_s.mean()) - 1e-3)
     assert 0.0 < first.window_s <= line.seconds - 1e-3 + 1e-12
-    assert not found.layers[0, 2].attention and found.layers[0, 2].times.attend_s == 0.0
+    assert found.layers[0, 2].kind == "gather" and found.layers[0, 2].times.attend_s == 0.0
     every = [*layer(attention, 1, 1e-3), *layer(attention, 2, 1e-3), *layer(gather, 3)]
     assert found.steps == [((0,), pytest.approx(float(simulate(every, top).marks[-1].clock[0])))]
 

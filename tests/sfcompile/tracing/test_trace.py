@@ -28,7 +28,7 @@ def record(rank: int, host: str, met_s: float) -> RankTrace:
     events.insert(2, Event(rank, "wait", f"k from rank {1 - rank}", met_s - 1.5, met_s - 1.3, 0, 1 - rank, 0, 0, 1))
     made = RankTrace(rank, (0, 1), host, met_s, events)
     if rank == 0:
-        made.predicted = {(0, 0): Predicted("sdpa", True, Times(0.1, 0.5, 1.0))}
+        made.predicted = {(0, 0): Predicted("sdpa", "attention", Times(0.1, 0.5, 1.0))}
         made.predicted_spans = [Span(0, "network", "put k", 0.0, 0.5, 64, 1)]
     return made
 
