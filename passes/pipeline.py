@@ -2,8 +2,7 @@
 
 An entry names a pass, the fields of the state (state.py) that it needs and that it makes, and why it stands there.
 What loops or searches says so in its entry: ``Restart`` runs all above it once more, ``cheapest`` tries every way.
-runner.py runs the list; what needs the graphs of all ranks stands outside (compile_alike in
-sfcompile/lowering/rank_graph.py). sfcompile/extend.py is the door for passes and orders of your own.
+runner.py runs the list, compile_alike (lowering/rank_graph.py) all ranks' lists; sfcompile/extend.py is the door for yours.
 """
 
 from __future__ import annotations
