@@ -2,7 +2,7 @@
 
 An entry names a pass, the fields of the state (state.py) that it needs and that it makes, and why it stands there.
 What loops or searches says so in its entry: ``Restart`` runs all above it once more, ``cheapest`` tries every way.
-runner.py runs the list, compile_alike (lowering/rank_graph.py) all ranks' lists; sfcompile/extend.py is the door for yours.
+runner.py runs the list for a rank, lowering/rank_graph.py for all; sfcompile/extend.py is the door for passes of yours.
 """
 
 from __future__ import annotations
