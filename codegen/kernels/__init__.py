@@ -5,5 +5,6 @@ attend.py writes fused attention with puts inside, moves.py and chunks.py the ke
 reach.py is how they reach other ranks (by load and store, by NVSHMEM, or both), text.py what all texts share; device.py
 is the device code that goes into them as it stands.
 
-May import: the leaves, runtime/program, codegen/schedule and codegen/rows.
+May import: the leaves, runtime/program, runtime/wires, codegen/schedule and codegen/rows. (Of runtime/wires, the
+heap's own numbers: kernels find its banks and signals by the same arithmetic.)
 """

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 
 from sfcompile.codegen.kernels.text import (
     HEAP,
-    NUM_BANKS,
     PLACE,
     TAG_BITS,
     Lines,
@@ -29,6 +28,7 @@ from sfcompile.codegen.kernels.text import (
     line_of,
     prologue,
 )
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
 _SCALARS = ("rank", "num_puts", "num_collects", "num_slots", "num_receivers", "num_ranks", "batch", "nbytes")
 """Arguments that no kernel is specialised to: their values change from rank to rank."""

@@ -1,4 +1,4 @@
-"""Pieces of generated Triton source: indented lines, table reads, and the device functions that a kernel uses."""
+"""What Triton source is put together from: indented lines, table reads, the device functions that a kernel uses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+
+from sfcompile.runtime.wires.symmetric_heap import LINE_BYTES, NUM_BANKS
 
 IMPORTS = """import triton
 import triton.language as tl
@@ -58,10 +60,6 @@ TAG_BITS = 24
 HEAP = ("address", "pe", "name")
 """A row of the table at ``heaps_ptr``, by rank of the mesh: where its segment lies in this process (0: out of reach);
 its number for NVSHMEM and the address that names its segment there (the caller's own: memory is symmetric)."""
-LINE_BYTES = 64
-"""A signal (of a slot) and a credit (of a rank) is a word on a cache line of its own."""
-NUM_BANKS = 2
-"""Epochs take turns in so many banks (runtime/wires/symmetric_heap.py)."""
 
 
 def heap_of(rank: str) -> str:

@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "codegen/proof": ("runtime/program", "codegen/schedule"),
     "codegen/plan": ("runtime/program", "codegen/schedule", "codegen/proof"),
     "codegen/rows": (),
-    "codegen/kernels": ("runtime/program", "codegen/schedule", "codegen/rows"),
+    "codegen/kernels": ("runtime/program", "runtime/wires", "codegen/schedule", "codegen/rows"),
     "codegen/toolchain": ("codegen/schedule", "codegen/rows", "codegen/kernels"),
     "codegen/engines": (
         "runtime/program",

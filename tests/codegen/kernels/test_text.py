@@ -1,4 +1,4 @@
-"""Pieces of generated source."""
+"""What generated source is put together from."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ast
 
 from sfcompile.codegen.kernels.text import (
     HEAP,
-    LINE_BYTES,
-    NUM_BANKS,
     PLACE,
     Lines,
     columns,
@@ -18,7 +16,7 @@ from sfcompile.codegen.kernels.text import (
     module,
     prologue,
 )
-from sfcompile.runtime.wires.symmetric_heap import HeapSize
+from sfcompile.runtime.wires.symmetric_heap import LINE_BYTES, NUM_BANKS, HeapSize
 
 
 def test_lines_are_indented_by_blocks() -> None:
