@@ -95,6 +95,7 @@ def load(
         session.guard(),
         use_session(session),
     ):  # an interrupt while a part is read is told to the other ranks
+        session.agree("load a package", {"what follows": "the load of a package"})  # gets over an earlier failure
         part = _open_with_others(wanted, session)
         session.agree(
             f"package {part.package.digest} {part.inner}", {"package": f"{path} ({part.package.digest[:12]})"}

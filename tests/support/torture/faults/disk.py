@@ -107,7 +107,7 @@ def a_cut_package_on_one_rank(rank: Rank) -> None:
     rank.call("call", loaded, Plain())
 
 
-@fault("an error on both; then exact", outputs=OURS)
+@fault("an error on both; then exact", outputs=OURS, quick=True)
 def another_package_on_one_rank(rank: Rank) -> None:
     """Rank 1 loads the package of another model."""
     first, second = package(rank), package(rank, "other.sf", other())

@@ -38,6 +38,7 @@ def two_pipelines_by_a_device_mesh(rank: Rank) -> None:
     run = rank.compiled(model, mesh=mesh)
     for step in range(3):
         rank.call(f"step {step}", run, model, own_input(rank.number // 2) + step)
+    rank.meet("done")  # rank 0 keeps the store of both
 
 
 @fault("exact on all four, side by side", ranks=4, machines=(0, 0, 1, 1), limit_s=60.0)
@@ -49,6 +50,7 @@ def two_pipelines_across_machines(rank: Rank) -> None:
     run = rank.compiled(model, mesh=groups[rank.number % 2])
     for step in range(3):
         rank.call(f"step {step}", run, model, own_input(rank.number % 2) + step)
+    rank.meet("done")  # rank 0 keeps the store of both
 
 
 @fault("an error in the dead rank's group, exact in the other", ranks=4, limit_s=60.0)
