@@ -23,7 +23,7 @@ from sfcompile.runtime.rank.session import Session
 VARIABLE = "SFCOMPILE_LINKS"
 """Environment variable: "assumed" makes topology="auto" mean "auto:assumed"."""
 UNSTEADY = 0.2
-"""A rate between machines that may be off by more is not kept for later jobs."""
+"""A rate between machines that may be off by more, or was seen on machines so busy, is not kept for later jobs."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ def _decide(session: Session, base: Topology, transport: str, dtype: torch.dtype
 def _keep(setting: dict[str, Any], found: Quick) -> _Decided:
     """What was measured, written down unless the links were too unsteady: the next job measures anew then."""
     kept = cache.Kept(found, cache.today())
-    problem = "links were unsteady" if (found.spread or 0.0) > UNSTEADY else cache.write(setting, found)
+    if found.busy > UNSTEADY:
+        problem = f"other work had the cores for {min(found.busy, 1.0):.0%} of the time, links may carry more"
+    else:
+        problem = "links were unsteady" if (found.spread or 0.0) > UNSTEADY else cache.write(setting, found)
     more = f", not kept ({problem})" if problem else ""
     return _Decided(kept, f"measured {kept.date} in {found.seconds:.2f} s{more}")

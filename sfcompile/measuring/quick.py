@@ -16,8 +16,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,11 +60,14 @@ class Quick:
         constants: of a topology, by name.
         spread: how far the rate between machines may be off, as a part of it; None: there is one machine.
         seconds: that it took.
+        busy: part of the stream between machines in which threads of a rank were ready and had no core, the most of
+            any rank: other work took its turns, and the links may carry more than was seen.
     """
 
     constants: dict[str, float]
     spread: float | None
     seconds: float
+    busy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class _Own:
     usual: dict[str, float]
     pieces: list[float]
     piece_s: float
+    busy: float
 
 
 def measure_quickly(session: Session, base: Topology, dtype: torch.dtype, budget_s: float = BUDGET_S) -> Quick:
@@ -101,7 +106,7 @@ def measure_quickly(session: Session, base: Topology, dtype: torch.dtype, budget
             usual["launch_s"] = slowest.pop("launch_s")
         if not on_gpu and "copy_bytes_per_s" not in slowest:  # one rank a machine: its own copies only
             slowest["copy_bytes_per_s"] = _copies()
-        everyone: list[_Own] = session.exchange(_Own(slowest, usual, pieces, piece_s), "measure")
+        everyone: list[_Own] = session.exchange(_Own(slowest, usual, pieces, piece_s, bench.busy), "measure")
         seconds = float(shifts.meet(bench.elapsed_s).max())
     return _together(everyone, base, seconds, on_gpu)
 
@@ -122,7 +127,7 @@ def _together(everyone: list[_Own], base: Topology, seconds: float, on_gpu: bool
     if not on_gpu:
         constants["local_bytes_per_s"] = constants["copy_bytes_per_s"]
     sound = {name: value for name, value in constants.items() if np.isfinite(value) and value > 0.0}
-    return Quick(sound, spread, seconds)
+    return Quick(sound, spread, seconds, max(own.busy for own in everyone))
 
 
 class _Aside:
@@ -141,6 +146,7 @@ class _QuickBench:
     def __init__(self, session: Session, base: Topology, shifts: Shifts, budget_s: float) -> None:
         self._session, self._base, self._shifts, self._budget_s = session, base, shifts, budget_s
         self._threads = torch.get_num_threads()
+        self.busy = 0.0
         shifts.meet()
         self._began = time.perf_counter()
 
@@ -192,7 +198,9 @@ class _QuickBench:
             usual["message_s"] = put_s
         elapsed_s = float(self._shifts.meet(self.elapsed_s)[:, 0].max())
         with _one_thread():
+            ready_s = _without_core_s()
             marks, wires_s = self.stream(max(self._budget_s - COMPUTE_S, elapsed_s + STREAM_S))
+            self.busy = (_without_core_s() - ready_s) / max(marks[-1][0], 1e-9)
         end_s = float(self._shifts.meet(marks[-1][0])[:, 0].min())
         piece_s = (1.0 - LATER) * end_s / PIECES
         if not self._shifts.comes(True, _SMALL):
@@ -253,6 +261,15 @@ def _next_size(floats: int, seconds: float) -> int:
         for size in _SIZES
         if floats == size or (floats < size <= 4 * floats and seconds * size / floats <= CHUNK_S)
     )
+
+
+def _without_core_s() -> float:
+    """Seconds that threads of this process were ready to run and had no core; 0 where the kernel does not say."""
+    waited_ns = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, IndexError, ValueError):  # a thread may have ended
+            waited_ns += int(path.read_text().split()[1])
+    return 1e-9 * waited_ns
 
 
 def _shares_machines(topology: Topology) -> bool:

@@ -79,6 +79,13 @@ def test_unsteady_links_are_not_kept(measured: list[int], monkeypatch: pytest.Mo
         assert "not kept (links were unsteady)" in first[0].source and "(+-30%)" in first[0].source
 
 
+def test_what_busy_machines_measured_is_not_kept(measured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "measure_quickly", lambda *args: Quick({"flops_per_s": 1e9}, 0.01, 0.41, busy=0.7))
+    for _ in range(2):
+        first, _ = ask()
+        assert "not kept (other work had the cores for 70% of the time, links may carry more)" in first[0].source
+
+
 def test_a_cache_that_cannot_be_written_is_said(
     measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
+import time
 
 import device_workers
 import pytest
@@ -96,6 +99,24 @@ def test_what_was_set_before_is_set_again(monkeypatch: pytest.MonkeyPatch) -> No
 
     run_threads(2, work, (0, 1))
     assert recorder.active is mine and not mine.events and torch.get_num_threads() == threads
+
+
+def test_threads_that_find_no_core_are_noticed() -> None:
+    """Two processes on one core: each is ready for half of the time."""
+    before = quick._without_core_s()
+    core = min(os.sched_getaffinity(0))
+    loop = "end = time.monotonic() + 1.0\nwhile time.monotonic() < end: pass"
+    spin = f"import os, time; os.sched_setaffinity(0, [{core}]); {loop}"
+    others = [subprocess.Popen([sys.executable, "-S", "-c", spin]) for _ in range(2)]
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [core])
+    try:
+        end = time.process_time() + 0.3
+        while time.process_time() < end or any(other.poll() is None for other in others):
+            pass
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert quick._without_core_s() - before > 0.05
 
 
 def test_an_idle_core_does_the_wires_work_for_nothing() -> None:
