@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import fx
@@ -22,7 +22,7 @@ from sfcompile.capture.by_sizes import BySizes, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.codegen.plan.step import Step
 from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
-from sfcompile.errors import StreamFusionError, UnsupportedError
+from sfcompile.errors import MeshError, OptionError, StreamFusionError, TopologyError, UnsupportedError
 from sfcompile.groups import in_group, session_for, world_size
 from sfcompile.lowering.inner import run_inner
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
@@ -34,7 +34,7 @@ from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.process_group import check_ranks
-from sfcompile.runtime.rank.session import Session, use_session
+from sfcompile.runtime.rank.session import Session, sessions, use_session
 from sfcompile.runtime.rank.weights import Weights
 from sfcompile.shared_inputs import SharedInputs
 from sfcompile.torch_private import autocast_off, is_comparable, is_static_input
@@ -44,6 +44,8 @@ from sfcompile.version import __version__
 log = logging.getLogger("sfcompile")
 GPU_LOOKS = 3
 """At so many first calls of a graph GPU ranks compare their inputs."""
+_REFUSALS = (OptionError, MeshError, TopologyError)
+"""What is found wrong with the options before ranks meet for a compile: on one rank, or on all of them."""
 
 
 def streamfusion_backend(
@@ -64,39 +66,46 @@ def streamfusion_backend(
         RankMismatchError: ranks compile different graphs.
         NotShardedError: ``strict=True`` and something is left replicated.
     """
-    asked = in_group(Options.from_dict(options, mode))
-    asked = replace(asked, topology=resolved(asked.topology))
+    try:
+        asked = in_group(Options.from_dict(options, mode))
+        asked = replace(asked, topology=resolved(asked.topology))
+        ranks = world_size(asked)
+        asked.check_world(ranks)
+    except _REFUSALS as error:
+        if len(sessions()) == 1:  # of several groups it is not known whom these options would have meant
+            with sessions()[0].turn(), sessions()[0].guard():
+                _refuse_together(error, sessions()[0], _describe(gm, example_inputs, Options()))
+        raise
     refuse_training(example_inputs)
-    ranks = world_size(asked)
-    asked.check_world(ranks)
     if ranks == 1:
         return run_inner(gm, example_inputs, None, asked)
     session = session_for(asked)
     if "SFCOMPILE_TRACE" in os.environ:
         follow_environment()
     with session.turn(), session.guard(), use_session(session):
-        session.reconfigure(asked.transport, asked.timeout_s)
-        start(device_of(example_inputs), session, asked)
-        first, any_size = _compile_rank(gm, example_inputs, asked, session)
+        try:
+            session.reconfigure(asked.transport, asked.timeout_s)
+            start(device_of(example_inputs), session, asked)
+            given = _given(asked, session)
+        except _REFUSALS as error:
+            _refuse_together(error, session, _describe(gm, example_inputs, asked))
+        first, any_size = _compile_rank(gm, example_inputs, asked, session, given)
     moving = moving_inputs(gm, example_inputs)
     if any_size or not moving:
         return first
 
     def compile(inputs: Sequence[Any]) -> Callable[..., Any]:
-        return _compile_rank(gm, inputs, asked, session)[0]
+        return _compile_rank(gm, inputs, asked, session, given)[0]
 
     return BySizes(gm, first, example_inputs, moving, compile, session)
 
 
 def _compile_rank(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options, session: Session
+    gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options, session: Session, given: Topology | None
 ) -> tuple[Callable[..., Any], bool]:
     """A graph's program for the sizes of some inputs, and whether it serves other sizes too (an unsharded one does)."""
     began = time.perf_counter()
     device = device_of(example_inputs)
-    given = None if asked.topology in ("auto", ASSUMED) else _topology(asked.topology)
-    if given is not None:
-        check_ranks(given, session.topology.num_ranks)
     try:
         captured = capture(gm, example_inputs)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
@@ -277,8 +286,33 @@ def _links(asked: Options, given: Topology | None, session: Session, inputs: Seq
     return measured_links(session, base, asked.transport, dtype_of(inputs))
 
 
-def _topology(value: object) -> Topology:
-    return value if isinstance(value, Topology) else Topology.parse(str(value))
+def _refuse_together(error: StreamFusionError, session: Session, described: dict[str, str]) -> NoReturn:
+    """Collective: where ranks agree on what they compile, this one says that it refuses, so that nobody waits for it.
+
+    What was compiled before goes on running.
+
+    Raises:
+        RankMismatchError: other ranks do not refuse the same; on every rank.
+        StreamFusionError: ``error``, on every rank.
+    """
+    described = described | {"options": f"refused ({error.what})"}
+    session.agree(f"refused: {error.what}", described)
+    error.on_every_rank = True
+    raise error
+
+
+def _given(asked: Options, session: Session) -> Topology | None:
+    """The topology that the options name; None: it is found, and measured.
+
+    Raises:
+        TopologyError: it cannot be read, or is not one of these ranks.
+    """
+    value = asked.topology
+    if value in ("auto", ASSUMED):
+        return None
+    topology = value if isinstance(value, Topology) else Topology.parse(str(value))
+    check_ranks(topology, session.topology.num_ranks)
+    return topology
 
 
 def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options) -> dict[str, str]:

@@ -22,6 +22,8 @@ TRANSPORTS = ("auto", "shm", "c10d", "nvshmem")
 ATTENTIONS = ("auto", "aten", "triton")
 INNERS = ("auto", "inductor", "eager")
 PLACEMENTS = ("auto", "shard")
+TIMEOUT_BOUNDS_S = (0.1, 604800.0)
+"""Ranks look round for each other every 0.2 s or so; a week in milliseconds still fits into 32 bits, in gloo."""
 ASSUMED = "auto:assumed"
 INPUTS = ("checked", "trusted", "rank0")
 """Whether ranks compare samples of their inputs and weights, trust each other, or take rank 0's inputs."""
@@ -55,7 +57,7 @@ class Options:
             (nothing is compared) | "rank0" (rank 0's inputs are sent to all before every step, whatever the others
             were given; shapes must be equal, weights are compared).
         strict: raise when anything is left replicated.
-        timeout_s: longest wait on a peer, in seconds.
+        timeout_s: longest wait on a peer, in seconds: 0.1 to a week.
         dump: directory that receives graphs, schedules, kernels and plans, or None.
         passes: names of the passes to run, in order (sfcompile/extend.py); empty: the compiler's own list.
         mode: the `mode=` of torch.compile, handed to Inductor; not an option of ours.
@@ -224,8 +226,9 @@ def _strict(key: str, value: object) -> bool:
 
 
 def _timeout_s(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise _bad_value(key, value, "a number of seconds above 0")
+    shortest, longest = TIMEOUT_BOUNDS_S
+    if isinstance(value, bool) or not isinstance(value, int | float) or not shortest <= value <= longest:
+        raise _bad_value(key, value, f"a number of seconds from {shortest:g} to {longest:g} (a week)")
     return float(value)
 
 

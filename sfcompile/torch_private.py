@@ -5,6 +5,7 @@ When a new torch moves one of these, this is the only file to mend.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,7 @@ __all__ = [
     "is_composite",
     "is_static_input",
     "default_store",
+    "keep_for_ever",
     "make_fx",
     "no_modes",
     "same_storage",
@@ -175,6 +177,17 @@ def default_store(prefix: str) -> tuple[Any, Any]:
     kept = distributed_c10d._get_default_store()
     own = kept.clone() if hasattr(kept, "clone") else kept
     return kept, distributed_c10d.PrefixStore(prefix, own)
+
+
+def keep_for_ever(*objects: object) -> None:
+    """Never destroy these objects and this process's process groups and stores, not at its end either.
+
+    For a process that was forked from a rank: their destructors join threads that only the parent has.
+    """
+    for group, (_, store) in distributed_c10d._world.pg_map.items():
+        objects += (group, store)
+    for kept in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 def aoti_compile(gm: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], path: Path) -> None:

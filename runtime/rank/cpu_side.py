@@ -9,6 +9,7 @@ import torch
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall, SiteRun
+from sfcompile.runtime.rank.presence import how_it_ended
 from sfcompile.runtime.rank.sides import Wires, World, bank_room, run_on_host
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
 
@@ -120,7 +121,10 @@ class CpuSide:
             self._wires.transport.abort(notice)
 
     def close(self, failed: bool) -> None:
-        """Never blocks on a peer."""
+        """Never blocks on a peer. Ranks that still wait for this one read in its segment how it ended."""
         if self._wires is not None:
             self._wires.transport.close()
+            own = self._segments[self._world.rank]
+            assert own is not None
+            own.leave(how_it_ended())
         self._wires, self._segments, self._size = None, (), None

@@ -31,7 +31,7 @@ from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.bounded import within
 from sfcompile.runtime.rank.job_store import JobStore, StoreLostError
 from sfcompile.runtime.rank.meetings import Meetings, ranks_in_words
-from sfcompile.runtime.rank.presence import Presence
+from sfcompile.runtime.rank.presence import Presence, how_it_ended
 from sfcompile.runtime.rank.sides import Wires
 from sfcompile.runtime.wires.c10d import C10dTransport
 from sfcompile.runtime.wires.direct import DirectTransport, require_x86
@@ -292,7 +292,7 @@ class ProcessWorld:
     def close(self) -> None:
         """Close the wires, and the default group if it was made here; say to the others that this rank ends."""
         if self._messages is not None:
-            self._messages.disconnect()
+            self._messages.disconnect(how_it_ended())
         self._messages = None
         with contextlib.suppress(StoreLostError):
             self._presence.leave(_SHORT_S)
@@ -322,13 +322,15 @@ def compare(rank: int, everyone: Sequence[tuple[str, dict[str, str]]]) -> None:
             differences.append(f"{key} is {mine} on rank 0 and {its} on rank {other}")
         if not keys:
             differences.append(f"rank {other} traced other code than rank 0 for inputs of the same shapes")
-    raise RankMismatchError(
+    error = RankMismatchError(
         f"{ranks_in_words(odd)} would compile something else than rank 0: {'; '.join(differences)}",
         "the ranks compute one model together, so all must call it with the same inputs and options",
         "give every rank the same inputs, weights' shapes and options",
         rank=rank,
         world_size=len(everyone),
     )
+    error.on_every_rank = True
+    raise error
 
 
 def check_ranks(topology: Topology, num_ranks: int) -> None:

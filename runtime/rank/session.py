@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -23,10 +24,12 @@ from sfcompile.runtime.rank.calls import Calls, fingerprint
 from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
 from sfcompile.runtime.rank.fit import check_end, check_fused, check_put
+from sfcompile.runtime.rank.forks import Forked
 from sfcompile.runtime.rank.process_group import compare
 from sfcompile.runtime.rank.sides import RunningSite, Side, SiteEngine, World
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 from sfcompile.runtime.wires.transport import notice_of, peer_failed, with_calls
+from sfcompile.torch_private import keep_for_ever
 
 T = TypeVar("T")
 
@@ -354,8 +357,17 @@ class Session:
         calls = {self.rank: str(call), **self._world.tell_call(str(call), peer, _TELL_S)}
         return with_calls(error, calls) or error
 
+    def leave_to_parent(self) -> None:
+        """In a process that was forked from this rank: every use of the session is an error from now on."""
+        keep_for_ever(self._world, self._side, self._calls, self._runs)
+        gone: Any = Forked(self.rank)
+        self._world = self._side = self._calls = self._runs = gone
+        self._failed = True  # there is nobody to tell
+
     def close(self) -> None:
         """Release heap and wires; never blocks on a peer."""
+        if isinstance(self._world, Forked):
+            return
         self._runs.clear()
         self._programs.clear()
         self._side.close(self._failed)
@@ -407,6 +419,8 @@ def get_session(make_world: Callable[[], World], members: Members | None = None)
     """This process's session in a group of ranks (None: the whole job), made on first use (collective there)."""
     if getattr(_thread, "session", None) is not None:
         return current_session()
+    if _forked:
+        raise _forked[0].error()
     if members not in _sessions:
         if not _sessions:
             atexit.register(close_session)
@@ -417,6 +431,19 @@ def get_session(make_world: Callable[[], World], members: Members | None = None)
 def sessions() -> list[Session]:
     """Of this process: one for every group of ranks that it has computed with."""
     return list(_sessions.values())
+
+
+def _after_fork() -> None:
+    """In the child: what it inherited stays the parent's, and its end closes nothing."""
+    for session in sessions():
+        session.leave_to_parent()
+        _forked.append(Forked(session.rank))
+    atexit.unregister(close_session)
+
+
+_forked: list[Forked] = []
+"""In a process that was forked from a rank: what its sessions are there."""
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def close_session() -> None:

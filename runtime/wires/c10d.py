@@ -128,7 +128,7 @@ class C10dTransport:
         self._receives.clear()
         self._sends.clear()
 
-    def disconnect(self) -> None:
+    def disconnect(self, how: str = "") -> None:
         """The connections are the group's and end with it."""
 
 

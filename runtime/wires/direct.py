@@ -27,7 +27,7 @@ from sfcompile.errors import PeerDiedError, RuntimeTimeoutError, UnsupportedErro
 from sfcompile.runtime.program.instructions import Arrival
 from sfcompile.runtime.wires import futex
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, Segment, bank_of
-from sfcompile.runtime.wires.transport import TAG_BITS, Source, out_of_step, peer_failed, word_of
+from sfcompile.runtime.wires.transport import TAG_BITS, Source, left_early, out_of_step, peer_failed, word_of
 
 _YIELDS = 16
 _LOOK_AROUND_S = 0.2
@@ -102,10 +102,12 @@ class DirectTransport:
         assert mine is not None
         self._mine = mine
         self._tags = [0] * NUM_BANKS
+        self._opened = 0
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
-        """Only the tag is kept: senders store when they like."""
+        """Only the tag and the epoch are kept: senders store when they like."""
         self._tags[bank_of(epoch)] = tag
+        self._opened = epoch
 
     def word(self, epoch: int) -> int:
         """What signals of an open epoch hold."""
@@ -192,7 +194,10 @@ class DirectTransport:
             now = time.monotonic()
             if now >= look:
                 look = now + _LOOK_AROUND_S
-                self._look_around(peer, slot, epoch)
+                gone = self._look_around(peer, slot, epoch)
+                # What the peer stored before it ended is visible to whoever has seen its end: it may be what we want.
+                if gone is not None and read() < wanted:
+                    raise gone
                 if below:
                     self._look_for_strays(peer, slot, epoch)
                 if now - start > self._timeout_s and read() < wanted:
@@ -212,19 +217,33 @@ class DirectTransport:
 
     def _look_around_all(self) -> None:
         for peer in range(len(self._segments)):
-            self._look_around(peer, None, None)
+            gone = self._look_around(peer, None, None)
+            if gone is not None:
+                raise gone
 
-    def _look_around(self, peer: int, slot: int | None, epoch: int | None) -> None:
+    def _look_around(self, peer: int, slot: int | None, epoch: int | None) -> PeerDiedError | None:
+        """Raises what another rank has told; returns how ``peer`` has ended, if it left this rank behind."""
         notice = self._mine.aborted
         if notice is not None:
             raise peer_failed(self._rank, notice, peer, slot, epoch)
-        if self._pids is not None and not process_lives(self._pids[peer]):
-            raise PeerDiedError(
-                f"rank {peer} (process {self._pids[peer]}) has gone while rank {self._rank} waited for it",
-                "it was killed or crashed: out of memory is the usual reason",
-                "look at its log and at the kernel's (dmesg)",
-                rank=self._rank, peer=peer, slot=slot, epoch=epoch,
-            )  # fmt: skip
+        segment = self._segments[peer]
+        if segment is None:
+            return None
+        lives = self._pids is None or process_lives(self._pids[peer])
+        left = segment.left  # after the look at the process: the word comes before its end
+        if lives and left is None:
+            return None
+        if segment.done >= max(self._opened, epoch or 0) > 0:
+            return None  # it has read all that this rank is in, so it had put its own before: it ended in good time
+        if left is not None:
+            return left_early(self._rank, peer, left, slot, epoch)
+        pid = "" if self._pids is None else f" (process {self._pids[peer]})"
+        return PeerDiedError(
+            f"rank {peer}{pid} has gone without a word while rank {self._rank} waited for it",
+            "it was killed (often by the system, for lack of memory) or crashed",
+            "look at its log and at the kernel's (dmesg)",
+            rank=self._rank, peer=peer, slot=slot, epoch=epoch,
+        )  # fmt: skip
 
 
 def process_lives(pid: int) -> bool:

@@ -1,6 +1,6 @@
 """The symmetric heap: one segment per rank, the same offsets in each, two banks, signals, credits and an abort notice.
 
-    [ header: done epoch | abort flag | abort text | scratch ]
+    [ header: done epoch | abort flag | left flag | abort text | left text | scratch ]
     [ signals: bank x slot, one cache line each ][ credits: rank, one cache line each ][ bank 0 ][ bank 1 ]
 
 A chunk of epoch e lives in bank e % 2. Words are written by one side only:
@@ -9,6 +9,7 @@ A chunk of epoch e lives in bank e % 2. Words are written by one side only:
     done                by the segment's owner: every epoch up to this one has been read, its bank may be overwritten
     credit[rank]        the same told by that rank to the segment's owner, for GPUs: they look at their own memory only
     abort               by whoever fails first; everyone who waits looks at it
+    left                by the segment's owner as its last word: how it ended
 
 Segments that ranks of a machine share are made in shared_segments.py.
 """
@@ -27,12 +28,12 @@ from numpy.typing import NDArray
 NUM_BANKS = 2
 """How many epochs lie in the heap at a time: one is read while the next is written."""
 _HEADER_BYTES = 4096
-_ABORT_TEXT = 64
+_ABORT_TEXT, _LEFT_TEXT = 64, 3072
 _SCRATCH_BYTES = 64
 LINE_BYTES = 64
 """Words that different ranks write lie on cache lines of their own."""
 _WORDS_PER_LINE = LINE_BYTES // 8
-_DONE, _ABORT = 0, 1
+_DONE, _ABORT, _LEFT = 0, 1, 2
 
 
 def bank_of(epoch: int) -> int:
@@ -169,17 +170,32 @@ class Segment:
     def abort(self, text: str) -> None:
         """Tell the owner that somebody failed; the first notice stays."""
         if self._header[_ABORT] == 0:
-            raw = text.encode()[: _HEADER_BYTES - _SCRATCH_BYTES - _ABORT_TEXT]
-            self._header.view(np.uint8)[_ABORT_TEXT : _ABORT_TEXT + len(raw)] = np.frombuffer(raw, np.uint8)
-            self._header[_ABORT] = len(raw)  # after the text: whoever sees the length sees the text (x86 keeps stores)
+            self._write(_ABORT, _ABORT_TEXT, text, _LEFT_TEXT)
 
     @property
     def aborted(self) -> str | None:
         """The abort notice, if any."""
-        length = int(self._header[_ABORT])
+        return self._read(_ABORT, _ABORT_TEXT)
+
+    def leave(self, text: str) -> None:
+        """The owner's last word: it ends, and why; what it has stored before is seen by whoever sees the word."""
+        self._write(_LEFT, _LEFT_TEXT, text, _HEADER_BYTES - _SCRATCH_BYTES)
+
+    @property
+    def left(self) -> str | None:
+        """The owner's last word, if it has left."""
+        return self._read(_LEFT, _LEFT_TEXT)
+
+    def _write(self, flag: int, start: int, text: str, end: int) -> None:
+        raw = text.encode(errors="replace")[: end - start]
+        self._header.view(np.uint8)[start : start + len(raw)] = np.frombuffer(raw, np.uint8)
+        self._header[flag] = len(raw)  # after the text: whoever sees the length sees the text (x86 keeps stores)
+
+    def _read(self, flag: int, start: int) -> str | None:
+        length = int(self._header[flag])
         if length == 0:
             return None
-        return self._header.view(np.uint8)[_ABORT_TEXT : _ABORT_TEXT + length].tobytes().decode(errors="replace")
+        return self._header.view(np.uint8)[start : start + length].tobytes().decode(errors="replace")
 
 
 def local_segment(size: HeapSize) -> Segment:

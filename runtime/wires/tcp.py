@@ -40,6 +40,7 @@ from sfcompile.runtime.wires.transport import (
     TAG_BITS,
     Source,
     connection_lost,
+    left_early,
     out_of_step,
     peer_failed,
     too_late,
@@ -48,6 +49,9 @@ from sfcompile.runtime.wires.transport import (
 
 _HEAD = struct.Struct("<QIIQ")
 """Epoch, slot, the call's tag, length."""
+_LEAVES = 2**64 - 1
+"""In place of an epoch: no chunk follows, but how the sender ended."""
+_WORD_BYTES = 1024
 _WINDOW_SHARE = 8
 _AHEAD_BYTES = 256 * 1024
 _LINGER_S = 10.0
@@ -66,6 +70,7 @@ class _Link:
     key: tuple[int, int] = (0, 0)  # epoch and slot of the chunk
     tag: int = 0  # of its call
     length: int = 0
+    word: bytearray | None = None  # how the peer ended, while it is being read
     wake_at: int = 1  # bytes that the kernel lets come together before it wakes the thread
     most_at: int = 1  # and the most of them
 
@@ -108,6 +113,7 @@ class TcpTransport:
         self._queue: deque[_Send] = deque()
         self._parked: list[_Link] = []
         self._lost: dict[int, str] = {}
+        self._left: dict[int, str] = {}  # peers that said how they end
         self._strayed: dict[int, str] = {}  # peers that are in another call
         self._tags: dict[int, int] = {}  # by epoch
         self._opened = 0
@@ -214,10 +220,15 @@ class TcpTransport:
             self._arrived.clear()
             self._tags.clear()
 
-    def disconnect(self) -> None:
+    def disconnect(self, how: str = "") -> None:
         """Close the connections, once what was put has left; what cannot leave for a while is given up."""
+        word = how.encode(errors="replace")[:_WORD_BYTES]
         with self._changed:
             self._changed.wait_for(lambda: not self._queue, _LINGER_S)
+            if word and not self._queue:  # else the thread may stand in the middle of a chunk
+                for link in self._links.values():
+                    with contextlib.suppress(OSError):  # it has gone itself, or does not read
+                        link.socket.send(_HEAD.pack(_LEAVES, 0, 0, len(word)) + word)
             self._closing = True
             self._ring()
         self._thread.join(_LINGER_S)
@@ -234,6 +245,8 @@ class TcpTransport:
         notice = self._notice()
         if notice is not None:
             return peer_failed(self._rank, notice, peer, slot, epoch)
+        if peer in self._left:
+            return left_early(self._rank, peer, self._left[peer], slot, epoch)
         return connection_lost(self._rank, peer, self._lost[peer], slot, epoch)
 
     def _ring(self) -> None:
@@ -352,8 +365,14 @@ class TcpTransport:
                 if link.got < len(place):
                     continue
                 link.got = 0
+                if link.word is not None:
+                    raise self._farewell(link)
                 if link.place is None:
                     epoch, slot, link.tag, link.length = _HEAD.unpack(link.head)
+                    if epoch == _LEAVES:
+                        link.word = bytearray(min(link.length, _WORD_BYTES) or 1)
+                        link.place = memoryview(link.word)
+                        continue
                     link.key = (epoch, slot)
                     if not self._begin(link):
                         return
@@ -366,6 +385,14 @@ class TcpTransport:
             return
         except OSError as error:
             self._lose(link, error)
+
+    def _farewell(self, link: _Link) -> ConnectionResetError:
+        """The peer has said how it ended."""
+        assert link.word is not None
+        how = link.word.decode(errors="replace")
+        with self._changed:
+            self._left[link.peer] = how
+        return ConnectionResetError(f"rank {link.peer} has left the job: {how}")
 
     def _together(self, link: _Link, count: int) -> None:
         """Be woken for so many bytes at once."""

@@ -82,8 +82,19 @@ def connection_lost(rank: int, peer: int, reason: str, slot: int, epoch: int) ->
     """A connection between machines ended, and no rank left a notice that says why."""
     return PeerDiedError(
         f"rank {rank} lost its connection while it waited for rank {peer} ({reason})",
-        "that rank, or one it depends on, was killed or crashed: out of memory is the usual reason",
+        "that rank, or one it depends on, has gone without a word: it was killed (often by the system, for lack of "
+        "memory), crashed, or the network failed",
         "look at the log of the rank that ended first",
+        rank=rank, peer=peer, slot=slot, epoch=epoch,
+    )  # fmt: skip
+
+
+def left_early(rank: int, peer: int, how: str, slot: int | None = None, epoch: int | None = None) -> PeerDiedError:
+    """A rank ended while others waited for it, and said how."""
+    return PeerDiedError(
+        f"rank {peer} has left the job while rank {rank} waited for it: {how}",
+        "the ranks compute one model together: none may end before all have made their calls",
+        f"look at the log of rank {peer}",
         rank=rank, peer=peer, slot=slot, epoch=epoch,
     )  # fmt: skip
 
@@ -149,8 +160,9 @@ class MessageTransport(Transport, Protocol):
 
     timeout_s: float
 
-    def disconnect(self) -> None:
-        """The end: close the connections, once what was put has left."""
+    def disconnect(self, how: str = "") -> None:
+        """The end: close the connections, once what was put has left. ``how`` tells peers that this rank ends, and
+        why."""
 
 
 class GroupTransport:

@@ -89,14 +89,13 @@ def load(
         with _only_ours(wanted.path):
             return part.finish(None)
     session = session_for(asked)
-    session.reconfigure(asked.transport, asked.timeout_s)
     with (
         session.turn(),
         session.guard(),
         use_session(session),
     ):  # an interrupt while a part is read is told to the other ranks
         session.agree("load a package", {"what follows": "the load of a package"})  # gets over an earlier failure
-        part = _open_with_others(wanted, session)
+        part = _open_with_others(wanted, session, asked)
         session.agree(
             f"package {part.package.digest} {part.inner}", {"package": f"{path} ({part.package.digest[:12]})"}
         )
@@ -104,15 +103,16 @@ def load(
             return part.finish(session)
 
 
-def _open_with_others(wanted: Wanted, session: Session) -> Part:
+def _open_with_others(wanted: Wanted, session: Session, asked: Options) -> Part:
     """This rank's part, if every rank could open its own and all communicate in one order.
 
     Raises:
-        PackageError: on every rank.
+        OptionError, PackageError: on every rank.
     """
     part: Part | None = None
     problem: StreamFusionError | None = None
     try:
+        session.reconfigure(asked.transport, asked.timeout_s)
         part = open_part(wanted, session.rank, session.topology.num_ranks)
     except StreamFusionError as error:
         problem = error

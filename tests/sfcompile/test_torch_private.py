@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +15,7 @@ from sfcompile.torch_private import (
     default_store,
     dispatch_functionalize,
     inductor_mode_options,
+    keep_for_ever,
     make_fx,
 )
 
@@ -47,3 +50,10 @@ def test_the_default_store_is_shared_under_a_prefix() -> None:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def test_what_is_kept_for_ever_is_not_destroyed() -> None:
+    kept, dropped = set[int](), set[int]()
+    before = sys.getrefcount(kept), sys.getrefcount(dropped)
+    keep_for_ever(kept)
+    assert (sys.getrefcount(kept), sys.getrefcount(dropped)) == (before[0] + 1, before[1])

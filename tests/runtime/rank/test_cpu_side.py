@@ -86,8 +86,9 @@ def test_a_heap_is_made_outgrown_and_given_back() -> None:
     side.make_heap(large, 4)
     assert side.size == large and world.told == ["new heap", "new heap"]
     assert heap_of(side).done == 4, "what was read on the old heap is read"
+    heap = heap_of(side)
     side.close(failed=False)
-    assert side.size is None
+    assert side.size is None and heap.left == "its script ended"
 
 
 def test_a_heap_may_be_made_in_inference_mode() -> None:

@@ -135,6 +135,54 @@ def test_a_dead_process_is_noticed_even_before_it_is_reaped() -> None:
         second.wait(0, 0, 1)
 
 
+def test_a_rank_that_left_is_told_by_its_own_word() -> None:
+    _, second, segments = pair(timeout_s=30.0)
+    second.open(1, [])
+    segments[0].leave("its script ended with ValueError: no such prompt")
+    with pytest.raises(PeerDiedError, match="rank 0 has left the job .* with ValueError: no such prompt") as caught:
+        second.wait(0, 0, 1)
+    assert "memory" not in str(caught.value) and "killed" not in str(caught.value)
+
+
+def test_only_who_left_no_word_was_killed() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    _, second, segments = pair(timeout_s=30.0, pids=[child.pid, os.getpid()])
+    with pytest.raises(PeerDiedError, match="without a word .* it was killed"):
+        second.wait(0, 0, 1)
+    segments[0].leave("its script ended")
+    with pytest.raises(PeerDiedError, match="has left the job while rank 1 waited for it: its script ended"):
+        second.wait(0, 0, 1)
+
+
+def test_who_has_put_all_and_left_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunk comes, and its sender ends, between the reader's look at the signal and its look at the sender."""
+    first, second, segments = pair(timeout_s=30.0)
+    first.open(1, [])
+    second.open(1, [])
+    look = DirectTransport._look_around
+
+    def late(self: DirectTransport, *who: Any) -> Any:
+        if segments[0].left is None:
+            first.put(1, 0, 0, torch.ones(2), 1)
+            segments[0].leave("its script ended")
+        return look(self, *who)
+
+    monkeypatch.setattr(DirectTransport, "_look_around", late)
+    second.wait(0, 0, 1)
+
+
+def test_a_kernel_waits_on_for_others_when_a_rank_has_ended_in_good_time() -> None:
+    _, second, segments = pair(timeout_s=30.0)
+    second.open(3, [])
+    segments[0].done = 3
+    segments[0].leave("its script ended")
+    second._look_around_all()
+    second.open(4, [])
+    with pytest.raises(PeerDiedError, match="its script ended"):
+        second._look_around_all()
+
+
 def test_other_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     require_x86()
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")

@@ -46,6 +46,16 @@ def test_the_first_notice_stays() -> None:
     assert segment.aborted == "rank 3: out of memory \N{EM DASH} see its log"
 
 
+def test_the_last_word_lies_beside_the_notice() -> None:
+    segment = local_segment(SIZE)
+    assert segment.left is None
+    segment.leave("y" * 10_000)
+    assert segment.aborted is None and not segment.signals.any() and segment.done == 0
+    segment.abort("x" * 10_000)
+    assert set(segment.left or "") == {"y"} and set(segment.aborted or "") == {"x"}
+    assert len(segment.left or "") >= 500 and len(segment.aborted or "") >= 2000
+
+
 def test_sizes_grow() -> None:
     other = HeapSize(9, 64)
     assert not SIZE.holds(other) and SIZE.holds(HeapSize(5, 64))

@@ -161,6 +161,21 @@ def test_what_was_put_last_still_arrives_when_its_sender_leaves() -> None:
     b.disconnect()
 
 
+def test_who_leaves_says_how_behind_all_that_it_put() -> None:
+    a, b = tcp_ranks.transports(2)
+    places = torch.zeros(3), torch.zeros(3)
+    b.open(1, [(arrival(slot, 0), place) for slot, place in enumerate(places)])
+    a.put(1, 0, 0, torch.ones(3), 1)
+    a.disconnect("its script ended with ValueError: no such prompt")
+    b.wait(0, 0, 1)
+    assert float(places[0].min()) == 1.0
+    with pytest.raises(PeerDiedError, match="rank 0 has left the job .* ValueError: no such prompt") as caught:
+        b.wait(0, 1, 1)
+    assert "killed" not in str(caught.value)
+    assert "rank 0 has left the job" in (b.notice() or "")
+    b.disconnect("it ended, too")  # nobody hears it
+
+
 @pytest.mark.parametrize("machine_of", [(0, 1), (0, 0, 1, 1), (0, 1, 2)])
 @pytest.mark.parametrize("seed", [11, 12])
 def test_attention_between_machines(machine_of: tuple[int, ...], seed: int) -> None:
