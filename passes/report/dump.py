@@ -13,11 +13,14 @@ be compared with ``diff -r``. Texts hold no addresses and no times but the pass'
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import fx
+
+from sfcompile.errors import OptionError
 
 
 class Dump:
@@ -54,10 +57,28 @@ class Dump:
         self.write(file, "\n".join(lines) + "\n")
 
     def write(self, name: str, text: str) -> None:
-        """Write a file of the folder."""
+        """Write a file of the folder, whole or not at all.
+
+        Raises:
+            OptionError: the folder or the file cannot be written.
+        """
         path = self._folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        half = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with half.open("x", encoding="utf-8") as file:
+                    file.write(text)
+                half.replace(path)
+            except BaseException:
+                half.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise OptionError(
+                f"dump={str(self._folder.parent)!r}: {path} cannot be written ({error})",
+                "every rank's graphs are written there",
+                "name a folder with room that you may write, or leave dump out",
+            ) from error
 
 
 def graph_text(graph: fx.Graph) -> str:

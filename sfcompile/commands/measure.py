@@ -14,6 +14,7 @@ import torch
 
 from sfcompile.measuring.precise import measure
 from sfcompile.measuring.wording import table
+from sfcompile.prediction.timeline import write_text
 from sfcompile.runtime.rank.process_group import ProcessWorld
 from sfcompile.runtime.rank.session import close_session, get_session
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         topology = measure(session, lambda text: print(f"  measuring {text}", flush=True) if first else None)
         if first:
             print(table(topology))
-            args.out.write_text("# measured by sfcompile doctor --measure\n" + topology.to_toml(), encoding="utf-8")
+            write_text(args.out, "# measured by sfcompile doctor --measure\n" + topology.to_toml())
             print(f'wrote {args.out}: use it as options={{"topology": "{args.out}"}} or --topology {args.out}')
     close_session()
     return 0

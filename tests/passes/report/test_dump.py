@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import resource
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import captured
 
+from sfcompile.errors import OptionError
 from sfcompile.passes.report.dump import Dump, count_ops, difference, graph_text
 
 
@@ -22,6 +25,28 @@ def test_each_pass_has_a_file_that_says_what_changed(tmp_path: Path) -> None:
     assert first.endswith("# graph as in 00_captured.txt\n")
     assert "# sites" not in second and "# made\nx\ny" in second and "aten.mul.Tensor: 1 -> 2 (+1)" in second
     assert second.rstrip().endswith(graph_text(other).rstrip())
+
+
+def test_a_full_disk_is_an_error_of_ours_and_leaves_no_half_file(tmp_path: Path) -> None:
+    graph = captured(lambda x: x * 2, torch.randn(3)).gm.graph
+    dump = Dump(tmp_path, graph)
+    (folder,) = tmp_path.iterdir()
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python ignores SIGXFSZ, so a write beyond the limit is an OSError, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OptionError, match="dump=.*cannot be written"):
+            dump.write("00_captured.txt", "x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match="cannot be written"):
+        Dump(tmp_path / "file", captured(lambda x: x * 2, torch.randn(3)).gm.graph)
 
 
 def test_a_graph_is_one_line_a_node_with_shapes() -> None:
