@@ -56,7 +56,7 @@ def case_forks() -> None:
     for child in (_child_that_calls, _child_that_compiles, _child_that_exits):
         pid = os.fork()
         if pid == 0:
-            child(run, x)  # ends by SystemExit, as a script does: with exit handlers and destructors
+            child(run, x)
             os._exit(99)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, child.__name__
         close(run(x), model(x))
@@ -79,7 +79,8 @@ def _child_that_compiles(run: Any, x: torch.Tensor) -> None:
 
 
 def _child_that_exits(run: Any, x: torch.Tensor) -> None:
-    _as_a_script_ends()
+    """As a script does: with exit handlers and destructors, some of which would wait for threads of the parent."""
+    ctypes.pythonapi.Py_Exit(0)
 
 
 def _refused(call: Callable[[], Any]) -> None:
@@ -87,14 +88,9 @@ def _refused(call: Callable[[], Any]) -> None:
         call()
     except Exception as error:  # Dynamo wraps what a compile raises
         if f"was forked from process {os.getppid()}, which is rank {rank()}" in str(error):
-            _as_a_script_ends()
+            close_session()
+            os._exit(0)
     os._exit(98)
-
-
-def _as_a_script_ends() -> None:
-    """The end of the interpreter, in a process that the test's server has forked."""
-    close_session()
-    ctypes.pythonapi.Py_Exit(0)
 
 
 def case_leaves(how: str) -> None:
