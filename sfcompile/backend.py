@@ -20,6 +20,7 @@ from torch import fx
 from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
+from sfcompile.capture.randomness import draws, generator_state, set_generator_state, state_mark
 from sfcompile.codegen.plan.step import Step
 from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
 from sfcompile.errors import MeshError, OptionError, StreamFusionError, TopologyError, UnsupportedError
@@ -118,7 +119,7 @@ def _compile_rank(
         return run_inner(gm, example_inputs, None, asked), True
     capture_s = time.perf_counter() - began
     digest = _digest_text(captured, asked, given or session.topology)
-    described = _describe(gm, example_inputs, asked)
+    described = _describe(gm, example_inputs, asked, captured.written)
     session.agree(f"{digest}\n{described}", described)
     # Only now: ranks that compile different things have said so, and those that are here measure together.
     links = _links(asked, given, session, example_inputs)
@@ -144,17 +145,25 @@ def _compile_rank(
     with autocast_off():
         local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
-    places = compared_inputs(example_inputs, asked), compared_weights(example_inputs, asked)
+    compared = compared_inputs(example_inputs, asked, captured.written)
+    places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]
     talks = shared is not None or any(compiled.programs.values())
-    run = _as_called(local, _Call(session, name, names, captured, *places, shared, talks))
+    draw = draws(captured.gm) and asked.inputs != "trusted"
+    run = _as_called(local, _Call(session, name, names, captured, *places, shared, talks, draw))
     return (_watched(run, compiled, session, topology) if device.type == "cpu" else run), False
 
 
-def compared_inputs(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
-    """The inputs whose values ranks compare at calls, or get from rank 0; of weights see :func:`compared_weights`."""
+def compared_inputs(inputs: Sequence[Any], asked: Options, written: Sequence[int]) -> tuple[int, ...]:
+    """The inputs whose values ranks compare at calls, or get from rank 0; of weights see :func:`compared_weights`.
+
+    A buffer that the graph writes to is no weight: what one call leaves there, the next one reads.
+    """
     if asked.inputs == "trusted":
         return ()
-    return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and not is_static_input(value))
+    values = [value if is_comparable(value) else None for value in inputs]
+    return tuple(
+        i for i, value in enumerate(values) if value is not None and (i in written or not is_static_input(value))
+    )
 
 
 def compared_weights(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
@@ -175,7 +184,7 @@ def _share_inputs(
     """
     if asked.inputs != "rank0":
         return None
-    device, places = device_of(inputs), compared_inputs(inputs, asked)
+    device, places = device_of(inputs), compared_inputs(inputs, asked, captured.written)
     for i, value in enumerate(inputs):
         if i in captured.tensor_inputs and i not in places and not is_static_input(value):
             raise UnsupportedError(
@@ -184,6 +193,8 @@ def _share_inputs(
                 "use options={'inputs': 'checked'} and give every rank the same values",
             )
     facts = [(tuple(map(present, inputs[i].shape)), inputs[i].dtype) for i in places]
+    if draws(captured.gm):
+        facts.append((tuple(generator_state(device).shape), torch.uint8))
     shared = SharedInputs(name, facts, session.topology.num_ranks, device)
     programs = {shared.program: shared.schedules}
     engines, _ = engines_for(programs, device, session, asked)
@@ -210,6 +221,7 @@ class _Call(NamedTuple):
         compared: which inputs must be equal on all ranks, or (``shared``) are made so.
         weights: which inputs are weights that must be.
         talks: whether a call has sites; if not, it needs no other rank.
+        draws: whether it draws random numbers, which must be the same too.
     """
 
     session: Session
@@ -220,24 +232,29 @@ class _Call(NamedTuple):
     weights: Sequence[int]
     shared: SharedInputs | None
     talks: bool
+    draws: bool
 
 
 def _as_called(local: Callable[..., Any], call: _Call) -> Callable[..., Any]:
     """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
     tensors, written = call.captured.tensor_inputs, call.captured.written
-    weights, loaded = Weights(), [i for i in call.weights if i not in written]  # a buffer that is written is no weight
+    weights, loaded = Weights(), call.weights
     session, shared, made = call.session, call.shared, itertools.count(1)
 
     def run(*args: Any) -> Any:
         refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
         called = f"{call.name}/{weights.mark([args[i] for i in loaded])}" if loaded else call.name
-        mine = [args[i] for i in call.compared]
-        looked_at = mine if shared is None and _can_look(session.side.device, next(made)) else []
+        mine, device = [args[i] for i in call.compared], session.side.device
+        looks = shared is None and _can_look(device, next(made))
+        looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
         with session.call(called, looked_at, call.talks), autocast_off():
             given = list(args)
             if shared is not None:
-                for i, value in zip(call.compared, shared.share(session, mine), strict=True):
+                values = shared.share(session, [*mine, *([generator_state(device)] if call.draws else [])])
+                for i, value in zip(call.compared, values, strict=False):
                     given[i] = value
+                if call.draws:
+                    set_generator_state(device, values[-1])
             out = local(*(given[i] for i in tensors))
         if not written:
             return out
@@ -315,27 +332,36 @@ def _given(asked: Options, session: Session) -> Topology | None:
     return topology
 
 
-def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options) -> dict[str, str]:
-    """What ranks compare when they disagree, in words: entry -> value."""
+def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options, written: Sequence[int] = ()) -> dict[str, str]:
+    """What ranks compare when they disagree, in words: entry -> value. Buffers that are ``written`` to are compared at
+    calls."""
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     described = {"options": str(asked.as_dict()), "graph": f"{len(gm.graph.nodes)} nodes"}
     described["versions"] = f"sfcompile {__version__}, torch {torch.__version__}"
     for name, value in zip(names, inputs, strict=False):
         if isinstance(value, torch.Tensor):
             described[f"input {name}"] = f"{str(value.dtype).removeprefix('torch.')}{list(map(present, value.shape))}"
-    weights = [value for value in inputs if is_comparable(value) and is_static_input(value)]
-    if asked.inputs != "trusted" and weights:
+    weights = [inputs[i] for i in compared_weights(inputs, asked) if i not in written]
+    if weights:
         described["weights (are they seeded or loaded alike?)"] = f"{fingerprint(weights):08x}"
     return described
 
 
 def _digest_text(captured: Captured, asked: Options, topology: Topology) -> str:
+    constants = [_attribute(captured.gm, node.target) for node in captured.gm.graph.nodes if node.op == "get_attr"]
+    mark = fingerprint([value for value in constants if is_comparable(value)]) if asked.inputs != "trusted" else 0
     shapes = [
         (str(node.meta["val"].dtype), tuple(node.meta["val"].shape))
         for node in captured.gm.graph.nodes
         if node.op == "placeholder"
     ]
-    return f"{captured.gm.code}\n{shapes}\n{asked.as_dict()}\n{topology}"
+    return f"{captured.gm.code}\n{shapes}\n{mark}\n{asked.as_dict()}\n{topology}"
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
 def _announce(compiled: Compiled, session: Session, seconds: float) -> None:

@@ -321,7 +321,7 @@ def compare(rank: int, everyone: Sequence[tuple[str, dict[str, str]]]) -> None:
             mine, its = reference.get(key, "nothing"), theirs.get(key, "nothing")
             differences.append(f"{key} is {mine} on rank 0 and {its} on rank {other}")
         if not keys:
-            differences.append(f"rank {other} traced other code than rank 0 for inputs of the same shapes")
+            differences.append(f"rank {other} traced other code than rank 0, or has other constants, for equal shapes")
     error = RankMismatchError(
         f"{ranks_in_words(odd)} would compile something else than rank 0: {'; '.join(differences)}",
         "the ranks compute one model together, so all must call it with the same inputs and options",

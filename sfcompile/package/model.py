@@ -70,7 +70,9 @@ class LoadedModel:
         with autocast_off():  # the casts of autocast stand in the graph
             if self.session is None:
                 return _outputs(self.run, values)
-            with self.session.call(self.name, inputs if self.manifest["inputs"] == "checked" else []):
+            # What one call leaves in a buffer, the next one reads: it must be the same on every rank as inputs must.
+            kept = [self._values[place] for place in self._written if self._values[place] is not None]
+            with self.session.call(self.name, [*inputs, *kept] if self.manifest["inputs"] == "checked" else []):
                 if self.shared is not None:
                     values = self._placed(self.shared.share(self.session, inputs))
                 return _outputs(self.run, values)
