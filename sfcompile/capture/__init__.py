@@ -2,7 +2,8 @@
 
 Start in graph.py: `capture` lowers the graph, refuses what cannot be sharded safely and keeps inputs, outputs and
 writes in the caller's order. attention.py recognises attention written by hand, expand.py unfolds ops that hide tokens,
-opaque.py keeps calls that no trace can enter, by_sizes.py gives every set of input sizes its own program.
+opaque.py keeps calls that no trace can enter, by_sizes.py gives every set of input sizes its own program, randomness.py
+knows which graphs draw random numbers.
 
 May import: the leaves and runtime/rank.
 """

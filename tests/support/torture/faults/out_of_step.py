@@ -227,6 +227,84 @@ def weights_changed_on_one_rank(rank: Rank) -> None:
 
 
 @fault("an error on both; then exact")
+def weights_moved_on_one_rank(rank: Rank) -> None:
+    """Rank 1 gives its weights other memory by ``weight.data = ...``; then all do."""
+    run, model = rank.warm()
+
+    def move() -> None:
+        for weight in model.parameters():
+            weight.data = weight.data * 1.5
+
+    if rank.number == 1:
+        move()
+    rank.call("moved on one", run, model, must="error")
+    if rank.number == 0:
+        move()
+    rank.recovers(run, model)
+
+
+class Kept(nn.Module):
+    """Keeps what it computed, adds it to the next input, and scales by numbers that become a constant of the graph."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.model = Plain()
+        self.scale = [scale, 1.0] * 16
+        self.register_buffer("kept", torch.zeros(2, 50, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.model(x * torch.tensor(self.scale) + self.kept)
+        self.kept.copy_(out)
+        return out
+
+
+@fault("an error on both")
+def another_cache_on_one_rank(rank: Rank) -> None:
+    """Rank 1 resets a buffer that the model writes to."""
+    model = Kept()
+    run = rank.compiled(model)
+    rank.attempt("warm", lambda: run(tokens()))
+    if rank.number == 1:
+        model.kept.zero_()
+    rank.attempt("reset on one", lambda: run(tokens()), must="error")
+
+
+@fault("an error on both")
+def another_constant_on_one_rank(rank: Rank) -> None:
+    """A list of numbers, which the graph holds as a tensor, is another one on rank 1."""
+    run = rank.compiled(Kept(1.0 + rank.number))
+    rank.attempt("first", lambda: run(tokens()), must="error")
+
+
+class Noisy(nn.Module):
+    """Draws noise inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Plain()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x + torch.randn_like(x))
+
+
+@fault("an error on both; then exact")
+def another_seed_of_noise_drawn_inside(rank: Rank) -> None:
+    """The model draws noise itself, from generators that ranks seeded differently; then alike."""
+    model = Noisy()
+    run = rank.compiled(model)
+
+    def seeded(run: Any, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return run(tokens())
+
+    rank.attempt("alike", lambda: seeded(run, 1), lambda: seeded(model, 1))
+    rank.attempt("differently", lambda: seeded(run, 2 + rank.number), must="error")
+    for name, must in (("again", "either"), ("again 2", "exact")):
+        rank.meet(name)
+        rank.attempt(name, lambda: seeded(run, 1), lambda: seeded(model, 1), must=must)
+
+
+@fault("an error on both; then exact")
 def noise_of_its_own_on_each_rank(rank: Rank) -> None:
     """Each rank draws its own."""
     run, model = rank.warm()

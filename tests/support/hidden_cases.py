@@ -1,0 +1,74 @@
+"""What a rank's model reads beside its inputs, made different on one rank: ``run(rank, CASE)``."""
+
+from __future__ import annotations
+
+import torch
+from model_cases import Plain, close, compiled, rank, tokens
+
+from sfcompile.errors import RankMismatchError
+
+
+def run(rank: int, case: str) -> None:
+    """One case on one rank."""
+    with torch.no_grad():
+        globals()[f"case_{case}"]()
+
+
+class Noisy(Plain):
+    """Draws inside, keeps what it saw in a buffer, and adds a constant."""
+
+    def __init__(self, constant: float = 0.5) -> None:
+        super().__init__()
+        self.constant = [constant] * 32
+        self.register_buffer("seen", torch.zeros(1, 1, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x + 0.1 * torch.randn_like(x) + torch.tensor(self.constant) + self.seen)
+        self.seen.copy_(y.mean((0, 1), keepdim=True))
+        return y
+
+
+def case_hidden_inputs() -> None:
+    """What a model reads beside its inputs must be equal too: the generator's state, buffers that it writes to."""
+    eager, x = Noisy(), tokens()
+    run = compiled(Noisy(), placement="shard")
+    model = run._orig_mod
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        want = eager(x)
+        torch.manual_seed(seed)
+        close(run(x), want)
+        close(model.seen, eager.seen)
+    for differ in (lambda: torch.manual_seed(rank()), lambda: model.seen.add_(rank())):
+        kept = model.seen.clone()
+        torch.manual_seed(7)
+        differ()
+        try:
+            run(x)
+            raise AssertionError("a difference was not noticed")
+        except RankMismatchError:
+            model.seen.copy_(kept)
+            torch.manual_seed(9)
+            run(x)
+    given = compiled(Noisy(), placement="shard", inputs="rank0")
+    eager = Noisy()
+    for step in range(2):
+        torch.manual_seed(step)
+        want = eager(x)
+        torch.manual_seed(step + rank())
+        given._orig_mod.seen.add_(0.25 * rank())
+        close(given(x + rank()), want)
+        close(given._orig_mod.seen, eager.seen)
+
+
+def case_other_constants() -> None:
+    compiled(Noisy(0.5 + rank()), placement="shard")(tokens())
+
+
+def case_other_memory() -> None:
+    """Weights that are replaced between calls, on one rank only."""
+    model, x = Plain(), tokens()
+    run = compiled(model, placement="shard")
+    run(x)
+    model.out[1].bias.data = model.out[1].bias.data + rank()
+    run(x)
