@@ -22,7 +22,7 @@ from sfcompile.errors import CodegenError
 from sfcompile.runtime.program.intervals import Runs, count
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
-from sfcompile.runtime.wires.transport import word_of
+from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 
 _ALIGN = 256
 _SPINS = re.compile(r"^SPINS = .*$", re.MULTILINE)
@@ -187,7 +187,8 @@ class VirtualRanks:
 
     def put(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Begin an epoch: every rank sends its parts of whole tensors."""
-        self.place[:1].add_(1)
+        epoch = self.place[:1].add_(1)
+        self.place[1:2].copy_(epoch << TAG_BITS | epoch & 1)  # transport.word_of, with tag 0, on the device
         for rank, kernel in enumerate(self.kernels):
             for name, whole in (("q", q), ("k", k), ("v", v)):
                 mine = whole[:, :, self._rows["q" if name == "q" else "k"][rank]]
