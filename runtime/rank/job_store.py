@@ -121,11 +121,13 @@ class JobStore:
     def _serve(self) -> None:
         due = time.monotonic()
         while True:
-            beats = self._beat is not None
+            beat, left = self._beat, due - time.monotonic()
             try:
-                reply = self._asked.get(timeout=max(0.0, due - time.monotonic()) if beats else None)
+                if beat is not None and left <= 0.0:
+                    raise queue.Empty  # first of all, however much is asked
+                reply = self._asked.get(timeout=None if beat is None else left)
             except queue.Empty:
-                reply = _Reply(self._beat or (lambda: None))
+                reply = _Reply(beat or (lambda: None))
                 due = time.monotonic() + self._every_s
             if reply is None:
                 return

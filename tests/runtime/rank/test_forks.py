@@ -22,7 +22,7 @@ def test_whatever_is_asked_of_it_is_an_error() -> None:
 class World:
     """One rank that must be asked nothing."""
 
-    rank, topology, group, life = 1, Topology((0, 0)), "", 0
+    rank, global_rank, topology, group, life = 1, 1, Topology((0, 0)), "", 0
 
 
 def test_a_session_that_was_left_to_the_parent() -> None:

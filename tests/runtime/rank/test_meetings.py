@@ -86,6 +86,8 @@ def test_who_is_late_joins_where_the_others_wait() -> None:
 
 
 def test_an_interrupt_in_a_meeting_ends_it_for_all() -> None:
+    seen = threading.Event()
+
     def work(rank: int, meetings: Meetings) -> Any:
         if rank == 0:  # as if Ctrl-C came while this rank looked round
             meetings._presence.gone = interrupted  # type: ignore[method-assign]
@@ -93,13 +95,14 @@ def test_an_interrupt_in_a_meeting_ends_it_for_all() -> None:
                 meetings.exchange(rank, "meet")
             except KeyboardInterrupt:
                 del meetings._presence.gone
+                seen.set()
         elif rank == 1:
             try:
                 meetings.exchange(rank, "meet")
             except PeerFailedError as error:
                 assert "rank 0: KeyboardInterrupt" in str(error)
         else:
-            time.sleep(1.5)
+            assert seen.wait(30.0)
         return meetings.exchange(rank, "meet")
 
     def interrupted(*args: Any) -> Any:
