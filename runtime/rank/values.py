@@ -13,6 +13,7 @@ import dataclasses
 import enum
 import json
 import math
+import numbers
 import sys
 from typing import Any
 
@@ -51,6 +52,8 @@ def _plain(value: Any) -> Any:
         return value
     if kind is float:
         return value if math.isfinite(value) else {"$float": str(value)}
+    if isinstance(value, numbers.Real) and not isinstance(value, enum.Enum):  # numpy's numbers, say
+        return _plain(int(value) if isinstance(value, numbers.Integral) else float(value))
     if kind is list:
         return [_plain(entry) for entry in value]
     if kind is tuple:

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,11 @@ def test_values_come_back(value: Any) -> None:
 
 def test_floats_that_json_lacks() -> None:
     assert math.isnan(decode(encode(math.nan))) and decode(encode([math.inf, -math.inf])) == [math.inf, -math.inf]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    back = decode(encode([np.float64(0.5), np.int64(3), np.float64("inf")]))
+    assert back == [0.5, 3, math.inf] and [type(entry) for entry in back] == [float, int, float]
 
 
 def test_our_own_classes_come_back() -> None:
