@@ -1,18 +1,18 @@
 """The backend: ``torch.compile(model, backend="streamfusion")``.
 
-Dynamo graph -> capture -> passes -> this rank's graph -> Inductor (or eager). One screen; the passes are in passes/.
+Dynamo graph -> capture -> passes -> this rank's graph -> Inductor (or eager). The passes are in passes/; what a call
+does before and after the graph is in graph_call.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -20,31 +20,34 @@ from torch import fx
 from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
-from sfcompile.capture.randomness import draws, generator_state, set_generator_state, state_mark
-from sfcompile.codegen.plan.step import Step
+from sfcompile.capture.randomness import draws
 from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
 from sfcompile.errors import MeshError, OptionError, StreamFusionError, TopologyError, UnsupportedError
+from sfcompile.graph_call import (
+    CallFacts,
+    as_called,
+    compared_inputs,
+    compared_weights,
+    not_shared,
+    share_inputs,
+    watched,
+)
 from sfcompile.groups import in_group, session_for, world_size
 from sfcompile.lowering.inner import run_inner
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
 from sfcompile.measuring.auto import SourcedTopology, assumed_links, given_links, measured_links, resolved
 from sfcompile.options import ASSUMED, Options
 from sfcompile.passes.report.history import last_report, remember, reports
-from sfcompile.passes.report.steps import PredictedStep, StepWatch
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, sessions, use_session
-from sfcompile.runtime.rank.weights import Weights
-from sfcompile.shared_inputs import SharedInputs
-from sfcompile.torch_private import autocast_off, is_comparable, is_static_input
+from sfcompile.torch_private import autocast_off, is_comparable
 from sfcompile.tracing.trace import follow_environment
 from sfcompile.version import __version__
 
 log = logging.getLogger("sfcompile")
-GPU_LOOKS = 3
-"""At so many first calls of a graph GPU ranks compare their inputs."""
 _REFUSALS = (OptionError, MeshError, TopologyError)
 """What is found wrong with the options before ranks meet for a compile: on one rank, or on all of them."""
 
@@ -114,7 +117,7 @@ def _compile_rank(
     except UnsupportedError as error:
         session.agree("unsharded", _describe(gm, example_inputs, asked))
         if asked.inputs == "rank0":
-            raise _not_shared(error) from error
+            raise not_shared(error) from error
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
         return run_inner(gm, example_inputs, None, asked), True
     capture_s = time.perf_counter() - began
@@ -135,7 +138,7 @@ def _compile_rank(
     for program, schedules in compiled.programs.items():
         session.load(program, schedules, engines[program])
     name = hashlib.sha256(digest.encode()).hexdigest()
-    shared = _share_inputs(name, example_inputs, captured, session, asked)
+    shared = share_inputs(name, example_inputs, captured, session, asked)
     if shared is not None:
         compiled.report.inputs = shared.line(topology)
         compiled.report.programs[shared.program] = [schedule.site.name for schedule in shared.schedules]
@@ -149,148 +152,8 @@ def _compile_rank(
     places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]
     talks = shared is not None or any(compiled.programs.values())
     draw = draws(captured.gm) and asked.inputs != "trusted"
-    run = _as_called(local, _Call(session, name, names, captured, *places, shared, talks, draw))
-    return (_watched(run, compiled, session, topology) if device.type == "cpu" else run), False
-
-
-def compared_inputs(inputs: Sequence[Any], asked: Options, written: Sequence[int]) -> tuple[int, ...]:
-    """The inputs whose values ranks compare at calls, or get from rank 0; of weights see :func:`compared_weights`.
-
-    A buffer that the graph writes to is no weight: what one call leaves there, the next one reads.
-    """
-    if asked.inputs == "trusted":
-        return ()
-    values = [value if is_comparable(value) else None for value in inputs]
-    return tuple(
-        i for i, value in enumerate(values) if value is not None and (i in written or not is_static_input(value))
-    )
-
-
-def compared_weights(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
-    """The inputs that are weights and are compared: Dynamo gives one compiled graph to all models of an architecture,
-    so a call's weights need not be those of the compile."""
-    if asked.inputs == "trusted":
-        return ()
-    return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and is_static_input(value))
-
-
-def _share_inputs(
-    name: str, inputs: Sequence[Any], captured: Captured, session: Session, asked: Options
-) -> SharedInputs | None:
-    """Collective: what gives all ranks rank 0's inputs, if that is asked for.
-
-    Raises:
-        UnsupportedError: an input cannot be sent.
-    """
-    if asked.inputs != "rank0":
-        return None
-    device, places = device_of(inputs), compared_inputs(inputs, asked, captured.written)
-    for i, value in enumerate(inputs):
-        if i in captured.tensor_inputs and i not in places and not is_static_input(value):
-            raise UnsupportedError(
-                f"input {i} is a {type(value).__name__} with layout {value.layout}, and options={{'inputs': 'rank0'}}",
-                "plain dense tensors can be sent from rank 0 to all",
-                "use options={'inputs': 'checked'} and give every rank the same values",
-            )
-    facts = [(tuple(map(present, inputs[i].shape)), inputs[i].dtype) for i in places]
-    if draws(captured.gm):
-        facts.append((tuple(generator_state(device).shape), torch.uint8))
-    shared = SharedInputs(name, facts, session.topology.num_ranks, device)
-    programs = {shared.program: shared.schedules}
-    engines, _ = engines_for(programs, device, session, asked)
-    session.load(shared.program, shared.schedules, engines[shared.program])
-    return shared
-
-
-def _not_shared(cause: UnsupportedError) -> UnsupportedError:
-    error = UnsupportedError(
-        f"a graph cannot be captured ({cause.what}), and options={{'inputs': 'rank0'}}",
-        "every rank would compute it from inputs of its own",
-        "mend that, or use options={'inputs': 'checked'} and give every rank the same inputs",
-    )
-    error.on_every_rank = True
-    return error
-
-
-class _Call(NamedTuple):
-    """What surrounds the local graph at every call.
-
-    Attributes:
-        name: of the graph, the same on every rank.
-        names: of the inputs.
-        compared: which inputs must be equal on all ranks, or (``shared``) are made so.
-        weights: which inputs are weights that must be.
-        talks: whether a call has sites; if not, it needs no other rank.
-        draws: whether it draws random numbers, which must be the same too.
-    """
-
-    session: Session
-    name: str
-    names: Sequence[str]
-    captured: Captured
-    compared: Sequence[int]
-    weights: Sequence[int]
-    shared: SharedInputs | None
-    talks: bool
-    draws: bool
-
-
-def _as_called(local: Callable[..., Any], call: _Call) -> Callable[..., Any]:
-    """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
-    tensors, written = call.captured.tensor_inputs, call.captured.written
-    weights, loaded = Weights(), call.weights
-    session, shared, made = call.session, call.shared, itertools.count(1)
-
-    def run(*args: Any) -> Any:
-        refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
-        called = f"{call.name}/{weights.mark([args[i] for i in loaded])}" if loaded else call.name
-        mine, device = [args[i] for i in call.compared], session.side.device
-        looks = shared is None and _can_look(device, next(made))
-        looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
-        with session.call(called, looked_at, call.talks), autocast_off():
-            given = list(args)
-            if shared is not None:
-                values = shared.share(session, [*mine, *([generator_state(device)] if call.draws else [])])
-                for i, value in zip(call.compared, values, strict=False):
-                    given[i] = value
-                if call.draws:
-                    set_generator_state(device, values[-1])
-            out = local(*(given[i] for i in tensors))
-        if not written:
-            return out
-        for i, value in zip(written, out[len(out) - len(written) :], strict=True):
-            args[i].copy_(value)
-        return out[: len(out) - len(written)]
-
-    return run
-
-
-def _can_look(device: torch.device, call: int) -> bool:
-    """Whether inputs are compared at a graph's how-manieth call: on GPUs the host has to wait for what it reads."""
-    if device.type != "cuda":
-        return True
-    return call <= GPU_LOOKS and not torch.cuda.is_current_stream_capturing()
-
-
-def _watched(run: Callable[..., Any], compiled: Compiled, session: Session, topology: Topology) -> Callable[..., Any]:
-    """``run``, whose times the graph's report compares with the predicted step. On GPUs a call ends before its work."""
-    stages, programs = compiled.report.stages, compiled.programs
-    if stages is None:
-        return run
-
-    def predict() -> PredictedStep:
-        step = Step(stages, programs, session.rank, topology)
-        return PredictedStep(step.seconds, step.exposed_s)
-
-    watch = compiled.report.steps = StepWatch(session.rank, topology, predict)
-
-    def timed(*args: Any) -> Any:
-        start = time.perf_counter()
-        out = run(*args)
-        watch.note(time.perf_counter() - start, session.waited_s)
-        return out
-
-    return timed
+    run = as_called(local, CallFacts(session, name, names, captured, *places, shared, talks, draw))
+    return (watched(run, compiled, session, topology) if device.type == "cpu" else run), False
 
 
 def _links(asked: Options, given: Topology | None, session: Session, inputs: Sequence[Any]) -> SourcedTopology:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from sfcompile.errors import OptionError
 from sfcompile.options import BATCH_AXIS, MESH_AXES, Options
-from sfcompile.runtime.rank.process_group import ProcessWorld, ensure_process_group, group_name
+from sfcompile.runtime.rank.process_group import ProcessWorld, group_name
 from sfcompile.runtime.rank.session import Members, Session, get_session
 
 
@@ -24,7 +24,7 @@ def in_group(asked: Options) -> Options:
     Options without a group stay as they are. A folder for dumps becomes one of the group's own.
 
     Raises:
-        OptionError: this rank is not in the group, or the mesh has axes that mean nothing here.
+        OptionError: this rank is not in the group, the mesh has axes that mean nothing here, or its job has ended.
     """
     if asked.mesh is None or isinstance(asked.mesh, dict):
         return asked
@@ -57,7 +57,12 @@ def session_for(asked: Options) -> Session:
 
 def _members(mesh: Any) -> tuple[Members, dict[str, int] | None]:
     """The ranks of a mesh or process group, and the degrees that the mesh's axes give."""
-    ensure_process_group(60.0)
+    if not dist.is_initialized():
+        raise OptionError(
+            "options={'mesh': ...} names a mesh or group of a job that has ended",
+            "torch.distributed.destroy_process_group() was called, or never init_process_group()",
+            "make the mesh in the job that runs the model",
+        )
     if isinstance(mesh, dist.ProcessGroup):
         return tuple(dist.get_process_group_ranks(mesh)), None
     members = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())

@@ -31,7 +31,10 @@ from sfcompile.runtime.wires.transport import notice_of, peer_failed
 
 _MET = "met"
 _LINGER_S = 1.0
-_LOOK_AROUND_S = 0.2
+_NAP_S, _NAP_S_A_RANK = 0.05, 1e-3
+_LOOK_AROUND_S, _LOOK_S_A_RANK = 0.2, 2e-3
+"""Who waits asks the store about every rank: of a thousand ranks each does so once a second, and looks round for those
+that have gone every two."""
 _SHORT_S = 2.0
 """Limit of a call of the store that an error must not wait for."""
 
@@ -80,8 +83,6 @@ class Meetings:
         text = encode([doing, value])
         with self._store_errors(doing):
             words = self._meet(text, doing, patience * self.timeout_s, self._notice() if afresh else None)
-        self._met += 1
-        self._attempt = 0
         everyone = []
         for rank, word in enumerate(words):
             try:
@@ -108,26 +109,36 @@ class Meetings:
     def _meet(self, text: str, doing: str, limit_s: float, known: str | None) -> list[str]:
         while (ended := self._store.get(self._key("end"), self.timeout_s)) is not None and ended != _MET:
             self._attempt += 1  # the others have given it up: where they wait now is further on
-        keys, end = [self._key(rank) for rank in range(self._num_ranks)], self._key("end")
+        here, end, read = self._met, self._key("end"), self._key("read")
+        keys = [self._key(rank) for rank in range(self._num_ranks)]
         try:
             self._store.set(keys[self._rank], text, self.timeout_s)
             words = self._await(keys, doing, limit_s, known)
+            self._count(here)
         except StoreLostError:
             raise
         except BaseException as error:
-            self._attempt += 1
-            if not isinstance(error, StreamFusionError):  # an interrupt, while this rank waited
+            if isinstance(error, StreamFusionError):
+                ended = ""  # this rank has ended it, or read that another has
+            else:  # an interrupt, while this rank waited; it may come when all have met
                 with contextlib.suppress(StoreLostError):
-                    self._store.first(end, _reason(PeerFailedError(notice_of(self._rank, error))), _SHORT_S)
+                    ended = self._store.first(end, _reason(PeerFailedError(notice_of(self._rank, error))), _SHORT_S)
+            if ended == _MET:
+                self._count(here)
+            else:
+                self._attempt += 1
             raise
-        read = self._key("read")
         self._store.add(read, 1, self.timeout_s)
         if self._rank == 0:
             self.linger(read)
         return words
 
+    def _count(self, here: int) -> None:
+        """The meeting of number ``here`` has come about, for every rank: whatever happens now, the next one follows."""
+        self._met, self._attempt = here + 1, 0
+
     def _await(self, keys: Sequence[str], doing: str, limit_s: float, known: str | None) -> list[str]:
-        start, nap, look = time.monotonic(), 1e-3, 0.0
+        start, nap, look, longest = time.monotonic(), 1e-3, 0.0, max(_NAP_S, _NAP_S_A_RANK * self._num_ranks)
         while True:
             words = self._store.get_all(keys, self.timeout_s)
             if words is not None:
@@ -137,14 +148,14 @@ class Meetings:
                 raise self._given_up(ended)
             now = time.monotonic()
             if now >= look:
-                look = now + _LOOK_AROUND_S
+                look = now + max(_LOOK_AROUND_S, _LOOK_S_A_RANK * self._num_ranks)
                 error = self._obstacle(keys, doing, known, now - start, limit_s)
                 if error is not None:
                     if self._store.first(self._key("end"), _reason(error), self.timeout_s) != _MET:
                         raise error
                     continue  # they came after all
             time.sleep(nap)
-            nap = min(1.5 * nap, 0.05)
+            nap = min(1.5 * nap, longest)
 
     def _obstacle(
         self, keys: Sequence[str], doing: str, known: str | None, waited_s: float, limit_s: float

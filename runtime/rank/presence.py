@@ -16,6 +16,10 @@ from sfcompile.runtime.wires.direct import process_lives
 
 _WATCHED = 64
 """So many of the missing ranks are watched at a time."""
+_EVERY_S = 1.0
+"""Seconds between two beats: the same on all ranks and for ever, whatever ``timeout_s`` a later compile brings."""
+_MISSED = 4
+"""However short ``timeout_s`` is, so many beats must have been missed."""
 
 
 def home() -> str:
@@ -49,11 +53,7 @@ class Presence:
         self._home = home()
         self._heard: dict[int, tuple[str, float]] = {}  # last word of each rank, and when it was new
         self.timeout_s = timeout_s
-        store.beat(f"alive/{rank}", f"{self._home} {os.getpid()}", self._every_s)
-
-    @property
-    def _every_s(self) -> float:
-        return min(2.0, max(0.25, self.timeout_s / 8))
+        store.beat(f"alive/{rank}", f"{self._home} {os.getpid()}", _EVERY_S)
 
     def leave(self, limit_s: float) -> None:
         """Say that this rank ends, and why."""
@@ -84,6 +84,6 @@ class Presence:
         if word != last:
             self._heard[rank] = word, now
             return None
-        if now - since > max(self.timeout_s, 4 * self._every_s):
+        if now - since > max(self.timeout_s, _MISSED * _EVERY_S):
             return f"its process {pid} has shown no sign of life for {now - since:.0f} s: stopped, killed or cut off"
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import logging
 import os
 import socket
@@ -48,13 +49,19 @@ _TOLD = 4
 """Calls of so many other ranks are named when ranks are out of step."""
 """Limit of what an error, or the end of the process, waits for."""
 
+_NAMED = 8
+"""So many ranks of a group are named one by one."""
+
 _worlds: dict[tuple[int, ...], int] = {}
 """By global ranks, how many worlds of theirs this process has been in: tells a second one's keys from the first's."""
 
 
 def group_name(members: Sequence[int]) -> str:
-    """A name for files of a group of ranks."""
-    return f"ranks-{'-'.join(map(str, members))}"
+    """A name for files of a group of ranks, and for its keys in the store: "ranks-0-1", of many a digest."""
+    if len(members) <= _NAMED:
+        return f"ranks-{'-'.join(map(str, members))}"
+    digest = hashlib.sha256(repr(tuple(members)).encode()).hexdigest()[:12]
+    return f"ranks-{members[0]}-and-{len(members) - 1}-more-{digest}"
 
 
 def ensure_process_group(timeout_s: float) -> bool:
@@ -138,19 +145,13 @@ class ProcessWorld:
         self._group: dist.ProcessGroup | None = None
         self._messages: MessageTransport | None = None
         number = _worlds.get(self._members, 0)
-        self._kept, own = default_store(f"sfcompile/{'.'.join(map(str, self._members))}/{number}")
+        self._kept, own = default_store(f"sfcompile/{self.group or 'job'}/{number}")
         self._store = JobStore(own)
         try:
-            self._presence = Presence(self._store, self.rank, timeout_s)
-        except StoreLostError as error:
-            raise PeerDiedError(
-                f"rank {self.rank} cannot reach the job's store: {error}",
-                "rank 0, or the launcher, keeps the store and has ended, was stopped, or is cut off",
-                "look at the log of rank 0, and at the network between the machines",
-                rank=self.rank,
-            ) from error
-        self._meetings = Meetings(self._store, self.rank, len(self._members), self._presence, timeout_s, self.notice)
-        facts = self.exchange((machine_identity(), os.getpid()), "start a session")
+            facts = self._meet_first()
+        except BaseException:
+            self._store.close()  # the heart of a world that never was
+            raise
         _worlds[self._members] = number + 1
         identities = [machine for machine, _ in facts]
         numbers = {machine: i for i, machine in enumerate(dict.fromkeys(identities))}
@@ -164,6 +165,22 @@ class ProcessWorld:
                 rank=self.rank,
             )
         self._messages_only = transport == "c10d"
+
+    def _meet_first(self) -> list[tuple[str, int]]:
+        """Collective: every rank's machine and process id."""
+        try:
+            self._presence = Presence(self._store, self.rank, self._timeout_s)
+        except StoreLostError as error:
+            raise PeerDiedError(
+                f"rank {self.rank} cannot reach the job's store: {error}",
+                "rank 0, or the launcher, keeps the store and has ended, was stopped, or is cut off",
+                "look at the log of rank 0, and at the network between the machines",
+                rank=self.rank,
+            ) from error
+        self._meetings = Meetings(
+            self._store, self.rank, len(self._members), self._presence, self._timeout_s, self.notice
+        )
+        return self.exchange((machine_identity(), os.getpid()), "start a session")
 
     def _connected(self) -> MessageTransport:
         """Collective, at first: the wires to ranks of other machines, one set for all heaps."""

@@ -52,8 +52,6 @@ def _plain(value: Any) -> Any:
         return value
     if kind is float:
         return value if math.isfinite(value) else {"$float": str(value)}
-    if isinstance(value, numbers.Real) and not isinstance(value, enum.Enum):  # numpy's numbers, say
-        return _plain(int(value) if isinstance(value, numbers.Integral) else float(value))
     if kind is list:
         return [_plain(entry) for entry in value]
     if kind is tuple:
@@ -73,6 +71,8 @@ def _plain(value: Any) -> Any:
             return {"$class": [name, fields]}
         if isinstance(value, tuple) and hasattr(value, "_asdict"):
             return {"$class": [name, {key: _plain(entry) for key, entry in value._asdict().items()}]}
+    if isinstance(value, numbers.Real):  # numpy's, say
+        return _plain(int(value) if isinstance(value, numbers.Integral) else float(value))
     raise InternalError(
         f"a value of type {kind.__module__}.{kind.__qualname__} cannot be sent to other ranks",
         "ranks tell each other plain values, and dataclasses, named tuples and enums of this package",

@@ -7,6 +7,7 @@ inputs, or get rank 0's where they get its inputs (``options={"inputs": "rank0"}
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +16,18 @@ from torch import fx
 
 def draws(gm: fx.GraphModule) -> bool:
     """Whether a graph draws random numbers. Dropout of nothing, as in inference, draws none."""
-    return any(node.op == "call_function" and _node_draws(node) for node in gm.graph.nodes)
+    calls = (node for node in gm.graph.nodes if node.op == "call_function")
+    return any(call_draws(node.target, node.args, node.kwargs) for node in calls)
 
 
-def _node_draws(node: fx.Node) -> bool:
-    target: Any = node.target
+def call_draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operator draws random numbers."""
     if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
     schema = target._schema
     values = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-    values |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
-    values |= node.kwargs
+    values |= {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)}
+    values |= kwargs
     if "dropout_p" in values:  # attention
         return bool(values["dropout_p"])
     if "dropout" in schema.name:

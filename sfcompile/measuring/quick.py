@@ -1,4 +1,4 @@
-"""Links and compute of a job in at most half a second: what a compile with topology="auto" plans on.
+"""Links and compute of a job in about half a second on idle machines: what a compile with topology="auto" plans on.
 
 Between machines one stream of messages runs without a break, two under way at a time. It begins with small ones; every
 few messages the ranks tell each other, in the stream, how long they take, and so agree on larger ones, until one takes

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sfcompile.capture.randomness import call_draws
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import OptionError, PackageError, StreamFusionError
 from sfcompile.groups import in_group, session_for, world_size
@@ -292,15 +293,17 @@ class Part:
         self.model.run = self._inner()
         self.model.session, self.model.name = session, f"package {self.package.digest}"
         if session is not None:
+            self.model.draws = any(call_draws(call.target, call.args, call.kwargs) for call in self.calls.calls)
             if self.manifest["inputs"] == "rank0":
                 self.model.shared = self._shared_inputs(session)
             session.meet()
         return self.model
 
     def _shared_inputs(self, session: Session) -> SharedInputs:
-        """Collective: what gives every rank rank 0's inputs."""
+        """Collective: what gives every rank rank 0's inputs, and what the graph reads beside them."""
         tensors = self.manifest["signature"]["tensors"]
         facts = [(tuple(entry["shape"]), dtype_of(entry["dtype"])) for entry in tensors]
+        facts += [(tuple(tensor.shape), tensor.dtype) for tensor in self.model.beside(whole=True)]
         shared = SharedInputs(self.model.name, facts, session.topology.num_ranks, torch.device("cpu"))
         session.load(shared.program, shared.schedules)
         return shared

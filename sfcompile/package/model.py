@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from sfcompile.capture.randomness import generator_state, set_generator_state, state_mark
 from sfcompile.errors import InputError, PackageError, StreamFusionError
 from sfcompile.package.call import Signature, restore
 from sfcompile.runtime.rank.session import Session
 from sfcompile.shared_inputs import SharedInputs
 from sfcompile.torch_private import autocast_off
+
+_CPU = torch.device("cpu")
 
 
 class LoadedModel:
@@ -24,12 +27,14 @@ class LoadedModel:
         session: of this rank; None: one rank.
         name: of the package, the same on every rank: calls are told apart by it.
         shared: gives every rank rank 0's inputs; None: ranks use their own.
+        draws: whether the graph draws random numbers.
     """
 
     run: Callable[..., Any]
     session: Session | None = None
     name: str = "package"
     shared: SharedInputs | None = None
+    draws: bool = False
 
     def __init__(self, manifest: Mapping[str, Any], plan: str, weights: Mapping[str, torch.Tensor]) -> None:
         self.manifest = manifest
@@ -44,6 +49,7 @@ class LoadedModel:
             weights[source] if kind == "weight" else None for kind, source in manifest["placeholders"]
         ]
         self._written: list[int] = manifest["written"]
+        self._kept = [place for place in self._written if self._values[place] is not None]
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,12 +76,26 @@ class LoadedModel:
         with autocast_off():  # the casts of autocast stand in the graph
             if self.session is None:
                 return _outputs(self.run, values)
-            # What one call leaves in a buffer, the next one reads: it must be the same on every rank as inputs must.
-            kept = [self._values[place] for place in self._written if self._values[place] is not None]
-            with self.session.call(self.name, [*inputs, *kept] if self.manifest["inputs"] == "checked" else []):
+            mine = [*inputs, *self.beside(whole=self.shared is not None)]
+            with self.session.call(self.name, mine if self.manifest["inputs"] == "checked" else []):
                 if self.shared is not None:
-                    values = self._placed(self.shared.share(self.session, inputs))
+                    values = self._given(self.shared.share(self.session, mine), len(inputs))
                 return _outputs(self.run, values)
+
+    def beside(self, whole: bool) -> list[torch.Tensor]:
+        """What a call reads beside its inputs and must be the same on every rank: buffers that calls write to, for what
+        one leaves there the next one reads; the generator's state (if not ``whole``: its mark), if the graph draws."""
+        state = [generator_state(_CPU) if whole else state_mark(_CPU)] if self.draws else []
+        return [*(self._values[place] for place in self._kept), *state]
+
+    def _given(self, shared: Sequence[torch.Tensor], inputs: int) -> list[Any]:
+        """As :meth:`_placed`, with rank 0's buffers and state too; ``shared``: its inputs, then its :meth:`beside`."""
+        values = self._placed(shared[:inputs])
+        for place, value in zip(self._kept, shared[inputs:], strict=False):
+            values[place] = value
+        if self.draws:
+            set_generator_state(_CPU, shared[-1])
+        return values
 
     def _placed(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
         """What the graph is called with: weights, and inputs laid out as at the export."""

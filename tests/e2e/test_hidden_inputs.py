@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hidden_cases
 import pytest
 from processes import preload, run_outcomes, run_processes
@@ -14,6 +16,10 @@ preload("hidden_cases")
 @pytest.mark.parametrize("machine_of", [(0, 0), pytest.param((0, 1), marks=pytest.mark.thorough)], ids=str)
 def test_generators_and_written_buffers_are_compared_or_shared(machine_of: tuple[int, ...]) -> None:
     run_processes(2, hidden_cases.run, ("hidden_inputs",), machine_of)
+
+
+def test_so_it_is_with_packages(tmp_path: Path) -> None:
+    run_processes(2, hidden_cases.run, ("package", str(tmp_path / "noisy.sf")))
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ def test_who_is_not_in_the_group_is_told_so(job: None) -> None:
         Options.from_dict({"mesh": outside})
 
 
+def test_a_mesh_of_a_job_that_has_ended_is_refused() -> None:
+    with pytest.raises(OptionError, match="a job that has ended"):
+        in_group(Options(mesh=_Mesh([0, 1])))
+
+
 class _Mesh:
     """A mesh as a rank outside of it might be handed one."""
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from model_cases import Plain, close, compiled, rank, tokens
+from model_cases import Plain, close, compiled, rank, ranks, tokens
 
 from sfcompile.errors import RankMismatchError
+from sfcompile.runtime.rank.session import current_session
 
 
-def run(rank: int, case: str) -> None:
+def run(rank: int, case: str, *arguments: str) -> None:
     """One case on one rank."""
     with torch.no_grad():
-        globals()[f"case_{case}"]()
+        globals()[f"case_{case}"](*arguments)
 
 
 class Noisy(Plain):
@@ -72,3 +73,30 @@ def case_other_memory() -> None:
     run(x)
     model.out[1].bias.data = model.out[1].bias.data + rank()
     run(x)
+
+
+def case_package(path: str) -> None:
+    """A package's model reads the generator and a buffer too: compared, or rank 0's."""
+    from sfcompile.package.export import export
+    from sfcompile.package.load import load
+
+    x = tokens(36)
+    compiled(Plain(), placement="shard")(x)  # the ranks have a session, to wait for the export in
+    for inputs in ("rank0", "checked"):
+        if rank() == 0:
+            options = {"topology": f"1x{ranks()}", "placement": "shard", "inner": "eager", "inputs": inputs}
+            export(Noisy(), (x,), {}, f"{path}-{inputs}", **options)
+        current_session().meet()
+        loaded, eager = load(f"{path}-{inputs}"), Noisy()
+        for step in range(2):
+            torch.manual_seed(step)
+            want = eager(x)
+            torch.manual_seed(step + rank() * (inputs == "rank0"))
+            close(loaded(x + rank() * (inputs == "rank0")), want)
+        if inputs == "checked":
+            torch.manual_seed(rank())
+            try:
+                loaded(x)
+                raise AssertionError("other states of the generator were not noticed")
+            except RankMismatchError:
+                pass

@@ -9,7 +9,7 @@ import torch
 from random_sites import attention_site
 
 from sfcompile.codegen.plan.choose_plan import plan_site
-from sfcompile.codegen.plan.doubts import COMPARED, doubts
+from sfcompile.codegen.plan.doubts import COMPARED, WORTH, doubts
 from sfcompile.codegen.plan.step import price
 from sfcompile.runtime.program.presets import SOFTWARE, Assumed
 from sfcompile.runtime.program.topology import Topology
@@ -38,15 +38,19 @@ def test_what_is_said_is_what_a_search_would_find() -> None:
         seconds = [price(each.schedule(site, topology), changed, 1e-4).seconds for each in candidates]  # type: ignore[arg-type]
         return candidates[seconds.index(min(seconds))], seconds[0] / min(seconds)
 
-    for name, cost in assumed.items():
-        for value in (cost.low, cost.high):
-            other, ratio = best_with({name: value})
-            said = [text for text in sentences if text.startswith(f"{name} ") and f"were it {value:g}" in text]
-            if said:
-                assert ratio > 1.0 and str(other) in said[0] and str(plan.best) in said[0]
-    everything = {name: cost.high for name, cost in assumed.items()}
-    if best_with(everything)[1] > 1.03:
-        assert sentences
+    expected = set()
+    for end in ("low", "high"):
+        costs = {name: getattr(cost, end) for name, cost in assumed.items()}
+        if WORTH * best_with(costs)[1] <= 1.0:
+            continue
+        alone = {name for name, cost in costs.items() if WORTH * best_with({name: cost})[1] > 1.0}
+        expected |= {(name, f"{costs[name]:g}") for name in alone} or {("all", end)}
+    assert len(sentences) == len(expected), sentences
+    for text in sentences:
+        assert "x as fast as" in text and text.endswith(str(plan.best))
+        assert text.startswith("were all costs") or any(
+            text.startswith(f"{name} is assumed") and f"were it {value}, " in text for name, value in expected
+        )
 
 
 def test_a_range_that_decides_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

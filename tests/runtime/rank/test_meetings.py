@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -109,6 +110,35 @@ def test_an_interrupt_in_a_meeting_ends_it_for_all() -> None:
         raise KeyboardInterrupt
 
     assert run(3, work) == [[0, 1, 2]] * 3
+
+
+def test_an_interrupt_when_all_have_met_leaves_ranks_in_step() -> None:
+    """It hits a rank that has not heard how the meeting ended, or one that only lingers: the next one is in step."""
+
+    def work(rank: int, meetings: Meetings) -> Any:
+        for place in ("get_all", "add"):
+            real = getattr(meetings._store, place)
+
+            def hit(*args: Any, real: Any = real, place: str = place) -> Any:
+                value = real(*args)
+                if value is not None:
+                    setattr(meetings._store, place, real)
+                    raise KeyboardInterrupt
+                return value
+
+            if rank == 1:
+                setattr(meetings._store, place, hit)
+                try:
+                    meetings.exchange(rank, "meet")
+                except KeyboardInterrupt:
+                    pass
+            else:
+                with contextlib.suppress(PeerFailedError):  # where the interrupt was first to say how it ended
+                    meetings.exchange(rank, "meet")
+            assert meetings.exchange(rank, "meet", 1.0) == [0, 1]
+        return True
+
+    assert run(2, work) == [True, True]
 
 
 def test_a_rank_that_left_is_not_waited_for() -> None:

@@ -10,7 +10,7 @@ from processes import run_outcomes, run_processes
 
 from sfcompile.errors import HeapError, RankMismatchError, RuntimeTimeoutError, TopologyError, UnsupportedError
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.rank.process_group import check_ranks, compare, machine_identity
+from sfcompile.runtime.rank.process_group import check_ranks, compare, group_name, machine_identity
 
 pytestmark = pytest.mark.ranks
 
@@ -85,6 +85,12 @@ def test_compare_lists_every_rank_that_differs() -> None:
         compare(2, [same, other, same, other])
     with pytest.raises(RankMismatchError, match="rank 1 traced other code"):
         compare(0, [same, ("b", {"options": "x"})])
+
+
+def test_names_of_groups_are_short_and_differ() -> None:
+    assert group_name((0, 2)) == "ranks-0-2"
+    many, others = group_name(range(1024)), group_name(range(1, 1025))
+    assert len(many) < 60 and many != others and many.startswith("ranks-0-and-1023-more-")
 
 
 def test_check_ranks() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import build
 from safetensors.torch import load_file, save_file
-from torch import nn
+from small_attention import Small
 from torch.nn import functional as F
 
 from sfcompile.errors import InputError, OptionError, PackageError, UnsupportedError
@@ -19,24 +19,6 @@ from sfcompile.package.file import Package
 from sfcompile.runtime.program.topology import Topology
 
 X = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
-
-
-class Small(nn.Module):
-    """One attention; what is done around it is up to the test."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv = nn.Linear(16, 48)
-        self.table = nn.Buffer(torch.randn(8, 16))
-        self.loose = torch.ones(16)
-
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.attend(x + self.table) * self.loose
 
 
 def test_every_rank_is_in_the_package(tmp_path: Path) -> None:

@@ -6,30 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from small_attention import Small
 
 from sfcompile.errors import InputError, OptionError
 from sfcompile.package.traced import trace
 
 X = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
-
-
-class Small(nn.Module):
-    """One attention between a buffer and a tensor that the module merely holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(16, 48)
-        self.table = nn.Buffer(torch.randn(8, 16))
-        self.loose = torch.ones(16)
-
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.attend(x + self.table) * self.loose
 
 
 def test_nothing_is_computed_and_tensors_are_told_apart() -> None:

@@ -1,0 +1,172 @@
+"""A call of a compiled graph, around what Inductor runs: what ranks compare or share first, and what is written back.
+
+What must be equal on all ranks is more than the inputs that a caller sees: weights, buffers that calls write to, the
+state of the generator if the graph draws. Here is who looks at which of them, and when.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sfcompile.capture.aliases import refuse_overlap
+from sfcompile.capture.graph import Captured, present
+from sfcompile.capture.randomness import draws, generator_state, set_generator_state, state_mark
+from sfcompile.codegen.plan.step import Step
+from sfcompile.device import device_of, engines_for
+from sfcompile.errors import UnsupportedError
+from sfcompile.options import Options
+from sfcompile.passes.report.steps import PredictedStep, StepWatch
+from sfcompile.passes.runner import Compiled
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.session import Session
+from sfcompile.runtime.rank.weights import Weights
+from sfcompile.shared_inputs import SharedInputs
+from sfcompile.torch_private import autocast_off, is_comparable, is_static_input
+
+GPU_LOOKS = 3
+"""At so many first calls of a graph GPU ranks compare their inputs."""
+
+
+class CallFacts(NamedTuple):
+    """What surrounds the local graph at every call.
+
+    Attributes:
+        name: of the graph, the same on every rank.
+        names: of the inputs.
+        compared: which inputs must be equal on all ranks, or (``shared``) are made so.
+        weights: which inputs are weights that must be.
+        talks: whether a call has sites; if not, it needs no other rank.
+        draws: whether it draws random numbers, which must be the same too.
+    """
+
+    session: Session
+    name: str
+    names: Sequence[str]
+    captured: Captured
+    compared: Sequence[int]
+    weights: Sequence[int]
+    shared: SharedInputs | None
+    talks: bool
+    draws: bool
+
+
+def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
+    """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
+    tensors, written = call.captured.tensor_inputs, call.captured.written
+    weights, loaded = Weights(), call.weights
+    session, shared, made = call.session, call.shared, itertools.count(1)
+
+    def run(*args: Any) -> Any:
+        refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
+        called = f"{call.name}/{weights.mark([args[i] for i in loaded])}" if loaded else call.name
+        mine, device = [args[i] for i in call.compared], session.side.device
+        looks = shared is None and _can_look(device, next(made))
+        looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
+        with session.call(called, looked_at, call.talks), autocast_off():
+            given = list(args)
+            if shared is not None:
+                values = shared.share(session, [*mine, *([generator_state(device)] if call.draws else [])])
+                for i, value in zip(call.compared, values, strict=False):
+                    given[i] = value
+                if call.draws:
+                    set_generator_state(device, values[-1])
+            out = local(*(given[i] for i in tensors))
+        if not written:
+            return out
+        for i, value in zip(written, out[len(out) - len(written) :], strict=True):
+            args[i].copy_(value)
+        return out[: len(out) - len(written)]
+
+    return run
+
+
+def _can_look(device: torch.device, call: int) -> bool:
+    """Whether inputs are compared at a graph's how-manieth call: on GPUs the host has to wait for what it reads."""
+    if device.type != "cuda":
+        return True
+    return call <= GPU_LOOKS and not torch.cuda.is_current_stream_capturing()
+
+
+def watched(run: Callable[..., Any], compiled: Compiled, session: Session, topology: Topology) -> Callable[..., Any]:
+    """``run``, whose times the graph's report compares with the predicted step. On GPUs a call ends before its work."""
+    stages, programs = compiled.report.stages, compiled.programs
+    if stages is None:
+        return run
+
+    def predict() -> PredictedStep:
+        step = Step(stages, programs, session.rank, topology)
+        return PredictedStep(step.seconds, step.exposed_s)
+
+    watch = compiled.report.steps = StepWatch(session.rank, topology, predict)
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        out = run(*args)
+        watch.note(time.perf_counter() - start, session.waited_s)
+        return out
+
+    return timed
+
+
+def compared_inputs(inputs: Sequence[Any], asked: Options, written: Sequence[int]) -> tuple[int, ...]:
+    """The inputs whose values ranks compare at calls, or get from rank 0; of weights see :func:`compared_weights`.
+
+    A buffer that the graph writes to is no weight: what one call leaves there, the next one reads.
+    """
+    if asked.inputs == "trusted":
+        return ()
+    values = [value if is_comparable(value) else None for value in inputs]
+    return tuple(
+        i for i, value in enumerate(values) if value is not None and (i in written or not is_static_input(value))
+    )
+
+
+def compared_weights(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
+    """The inputs that are weights and are compared: Dynamo gives one compiled graph to all models of an architecture,
+    so a call's weights need not be those of the compile."""
+    if asked.inputs == "trusted":
+        return ()
+    return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and is_static_input(value))
+
+
+def share_inputs(
+    name: str, inputs: Sequence[Any], captured: Captured, session: Session, asked: Options
+) -> SharedInputs | None:
+    """Collective: what gives all ranks rank 0's inputs, if that is asked for.
+
+    Raises:
+        UnsupportedError: an input cannot be sent.
+    """
+    if asked.inputs != "rank0":
+        return None
+    device, places = device_of(inputs), compared_inputs(inputs, asked, captured.written)
+    for i, value in enumerate(inputs):
+        if i in captured.tensor_inputs and i not in places and not is_static_input(value):
+            raise UnsupportedError(
+                f"input {i} is a {type(value).__name__} with layout {value.layout}, and options={{'inputs': 'rank0'}}",
+                "plain dense tensors can be sent from rank 0 to all",
+                "use options={'inputs': 'checked'} and give every rank the same values",
+            )
+    facts = [(tuple(map(present, inputs[i].shape)), inputs[i].dtype) for i in places]
+    if draws(captured.gm):
+        facts.append((tuple(generator_state(device).shape), torch.uint8))
+    shared = SharedInputs(name, facts, session.topology.num_ranks, device)
+    programs = {shared.program: shared.schedules}
+    engines, _ = engines_for(programs, device, session, asked)
+    session.load(shared.program, shared.schedules, engines[shared.program])
+    return shared
+
+
+def not_shared(cause: UnsupportedError) -> UnsupportedError:
+    error = UnsupportedError(
+        f"a graph cannot be captured ({cause.what}), and options={{'inputs': 'rank0'}}",
+        "every rank would compute it from inputs of its own",
+        "mend that, or use options={'inputs': 'checked'} and give every rank the same inputs",
+    )
+    error.on_every_rank = True
+    return error
