@@ -50,12 +50,12 @@ def main(arguments: Sequence[str]) -> int:
         print("\n".join(f"{f.kind:12} {f.name:50} {f.expected}" for f in faults))
         return 0
     args.seed = random.randrange(10**6) if args.seed is None else args.seed
-    began = time.monotonic()
+    began, commit = time.monotonic(), head_commit()
     root = os.geteuid() == 0
     wanted = [fault for fault in faults if root or not fault.needs_root]
     verdicts = run_all(wanted * args.repeat, args)
     kills = run_kills(args, root, not faults) if args.kills else []
-    text = result(verdicts, kills, args.seed, time.monotonic() - began, skipped(faults, root))
+    text = result(verdicts, kills, skipped(faults, root), heading(commit, args.seed, time.monotonic() - began))
     print(text)
     out = args.out or (ROOT / f"benchmarks/results/{date.today()}-torture.txt" if not args.only else None)
     if out is not None:
@@ -122,16 +122,24 @@ def show_logs(job: JobRecord) -> None:
         print(job.outside_error)
 
 
-def result(
-    verdicts: Sequence[Verdict], kills: Sequence[Verdict], seed: int, seconds: float, left_out: Sequence[str]
-) -> str:
-    """The dated result: the table, the kill points, and what they add up to."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+def head_commit() -> str:
+    """The commit that is checked out, with ``-dirty`` where files differ from it; asked before the faults run."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def heading(commit: str, seed: int, seconds: float) -> str:
+    """What was run, when and for how long."""
+    return (
+        f"Faults thrown at running jobs, {date.today()}, commit {commit}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, seed {seed}, {seconds / 60:.1f} min"
     )
+
+
+def result(verdicts: Sequence[Verdict], kills: Sequence[Verdict], left_out: Sequence[str], head: str) -> str:
+    """The dated result: the table, the kill points, and what they add up to."""
     lines = [
-        f"Faults thrown at running jobs, {date.today()}, commit {commit.stdout.strip()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, seed {seed}, {seconds / 60:.1f} min",
+        head,
         "seconds: from the fault (or the last rank's arrival) to the last rank's error; whole: of the job",
         "",
     ]
