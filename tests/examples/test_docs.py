@@ -6,12 +6,14 @@ Commands stand in fenced blocks without a language (or ``sh``) and in inline cod
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,11 @@ from torch.nn import Identity
 from sfcompile.commands import cli, meta_model
 from sfcompile.commands import kernels as kernels_command
 from sfcompile.commands.meta_model import MetaModel, find_class
-from sfcompile.prediction import predict
+from sfcompile.options import Options
+from sfcompile.prediction import explained, predict
+from sfcompile.prediction.explain import Explanation
+from sfcompile.prediction.explained import Explained, ExplainedGraph
+from sfcompile.runtime.program.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,6 +112,8 @@ def run_sfcompile(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
             meta_model, "build_meta_model", lambda name, *_: MetaModel(find_class(name).__name__, Identity(), {})
         )
         monkeypatch.setattr(predict, "simulate", lambda model, topology, **_: Planned())
+        shown = Explanation("", "", Topology.parse("1x2"), 0, (), 0, 0.0)  # in tests/sfcompile/commands/test_models.py
+        monkeypatch.setattr(importlib.import_module("sfcompile.prediction.explain"), "explain", lambda *_, **__: shown)
     if (
         words[0] == "kernels"
     ):  # compiled in tests/codegen/toolchain/test_listing.py and tests/sfcompile/commands/test_kernels.py
@@ -136,8 +144,16 @@ def known_script(text: str) -> None:
     assert text == "script.py" or Path(text).stem in EXAMPLES, f"{text} is run by no test"
 
 
+def known_module(name: str) -> None:
+    module = importlib.import_module(name)
+    tests = (ROOT / "tests").joinpath(*name.split(".")[:-1]) / f"test_{name.rsplit('.', 1)[-1]}.py"
+    assert callable(module.main) and "main(" in tests.read_text(encoding="utf-8")
+
+
 def run_python(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Examples are run by test_examples.py; of benchmarks, the command line: every flag must exist."""
+    if words[0] == "-m":  # each of these is run by the test of its own file
+        return known_module(words[1])
     path = ROOT / words[0]
     assert path.is_file(), path
     if path.parent.name == "examples":
@@ -201,3 +217,44 @@ def test_the_page_of_kernels_names_every_file_on_their_way() -> None:
     text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     files = [p for room in ("kernels", "toolchain", "engines") for p in (ROOT / "codegen" / room).glob("*.py")]
     assert [path.name for path in files if path.name != "__init__.py" and path.name not in text] == []
+
+
+def test_the_readme_is_one_screen_and_points_at_nothing_below() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    assert not re.search(r"\bsee (below|above)\b", text)
+    assert "make demo" in text and "make test" in text and "Nothing was run on a GPU" in text
+
+
+def test_pictures_of_pages_are_pictures() -> None:
+    shown = [(page, name) for page in PAGES for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text("utf-8"))]
+    assert shown
+    for page, name in shown:
+        assert (page.parent / name).read_bytes().startswith(b"\x89PNG\r\n"), (page.name, name)
+    drawn = {path.resolve() for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert drawn == {(page.parent / name).resolve() for page, name in shown}
+
+
+def test_every_variable_of_the_environment_is_in_the_table_and_the_reverse() -> None:
+    text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    table = text.split("## Environment variables")[1].split("\n## ")[0]
+    listed = set(re.findall(r"^\| `(SFCOMPILE_\w+)` \|", table, re.MULTILINE))
+    used: set[str] = set()
+    for folder in ("sfcompile", "passes", "codegen", "runtime"):
+        for path in (ROOT / folder).rglob("*.py"):
+            used |= set(re.findall(r"SFCOMPILE_[A-Z_]*[A-Z]", path.read_text(encoding="utf-8")))
+    assert listed == used
+
+
+def test_every_option_is_in_the_table_and_the_reverse() -> None:
+    table = (ROOT / "docs" / "options.md").read_text(encoding="utf-8").split("## Environment variables")[0]
+    listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert listed == {entry.name for entry in fields(Options)} - {"mode", "group"}
+
+
+def test_the_keys_of_an_explanation_are_those_of_its_page() -> None:
+    text = (ROOT / "docs" / "looking.md").read_text(encoding="utf-8")
+    empty = Explained("", "", Topology.parse("1x2"), 0, (), 0, 0.0).to_dict()
+    assert [key for key in empty if key not in ("format", "graphs") and f"`{key}`" not in text] == []
+    graph = explained._plain_graph(ExplainedGraph(1, None))
+    assert [key for key in graph if key not in ("graph", "groups", "step") and f".{key}" not in text] == []
