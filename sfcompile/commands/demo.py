@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sfcompile.commands.launch import launch, num_cores
+from sfcompile.commands.launch import check_places, launch, num_cores
 from sfcompile.errors import LaunchError
 
 # The numerics contract in fp32: largest difference over the largest magnitude of the one-process output.
@@ -89,14 +89,17 @@ def run_demo(config: DemoConfig) -> int:
         0, or 1 if the outputs differ by more than the contract allows, or a failed process's exit code.
 
     Raises:
-        LaunchError: the numbers of ranks and machines do not fit, or diffusers is missing.
+        LaunchError: the sizes do not fit, or diffusers is missing.
     """
     if importlib.util.find_spec("diffusers") is None:
         raise LaunchError(
             "The demo needs diffusers, which is not installed",
             "Its model is one of that library, unchanged",
-            'Run pip install "sfcompile[dev]"',
+            'Run pip install "sfcompile[diffusers]"',
         )
+    check_places(config.ranks, config.machines)
+    if config.head_dim % 8:
+        raise LaunchError(f"--head-dim {config.head_dim} is no multiple of 8", "The model rotates heads in such steps")
     folder = Path(tempfile.mkdtemp(prefix="sfcompile-demo-"))
     try:
         (folder / "config.json").write_text(json.dumps(asdict(config)), encoding="utf-8")

@@ -20,7 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sfcompile.commands.launch import launch, num_cores
+from sfcompile.commands.checks import check_writable
+from sfcompile.commands.launch import check_places, launch, num_cores
 from sfcompile.commands.models import positive
 from sfcompile.errors import StreamFusionError
 from sfcompile.version import __version__
@@ -65,6 +66,9 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """``sfcompile doctor``: 0, 1 if there is a problem, or the exit code of the ranks that measured."""
+    if args.measure:
+        check_places(args.ranks, args.machines)
+        check_writable(args.out, "--out")
     findings = examine()
     print(report(findings), flush=True)
     problems = int(any(finding.is_problem for finding in findings))

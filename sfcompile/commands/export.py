@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sfcompile.commands.checks import check_readable, check_writable
+from sfcompile.commands.parsing import add_model_name
 from sfcompile.errors import OptionError
 
 INNERS = ("auto", "inductor", "eager", "aoti")
@@ -21,10 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sfcompile export MODEL --topology NxM --out FILE [--weights FILE] [--inner HOW] [--placement HOW]\n"
         "       sfcompile export --show FILE"
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        help="file.py:function or module:function; called without arguments, it returns (model, args) or "
+    add_model_name(
+        parser,
+        "file.py:function or module:function; called without arguments, it returns (model, args) or "
         "(model, args, kwargs)",
     )
     parser.add_argument("--show", type=Path, metavar="FILE", help="check a package and print what it holds")
@@ -42,10 +43,16 @@ def run(args: argparse.Namespace) -> int:
         StreamFusionError: see sfcompile.export.
     """
     if args.show is not None:
+        check_readable(args.show, "--show")
         return show(args.show)
     if not (args.model and args.topology and args.out):
         print("sfcompile export: needs MODEL, --topology and --out; or --show FILE", file=sys.stderr)
         return 2
+    from sfcompile.runtime.program.topology import Topology
+
+    if args.topology != "auto":  # export itself says what is wrong with that
+        Topology.parse(args.topology)
+    check_writable(args.out, "--out")
     from sfcompile.package.export import export
 
     returned = find(args.model)()

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfcompile.commands.checks import check_folder
+from sfcompile.commands.model_names import check_model_name
+from sfcompile.commands.parsing import add_model_name
 from sfcompile.errors import OptionError
 
 if TYPE_CHECKING:
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from sfcompile.runtime.program.topology import Topology
 
 _SHAPE = re.compile(r"(\d+)x(\d+)(?:/(\d+))?x(\d+)x(\d+)")
+_LIKE_A_SHAPE = re.compile(r"[\dx/*,. ]*\d[\dx/*,. ]*")
 _ARCH = re.compile(r"(?:sm_)?(\d{2,3})a?")
 
 
@@ -36,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "topology; write every generated kernel's source, PTX and cubin, and a table of registers, spills, shared "
         "memory and the order of waits, puts and matrix products. No GPU is needed."
     )
-    parser.add_argument("what", help="a model's name, or a shape such as 1x24x36864x128")
+    add_model_name(parser, "a model's name, or a shape such as 1x24x36864x128")
     parser.add_argument(
         "--arch", action="append", type=arch, help="sm_80, sm_90 or sm_100; may be repeated (default sm_90)"
     )
@@ -57,9 +61,15 @@ def shape(text: str) -> Shape | None:
     """A shape as typed, or None if the text is something else.
 
     Raises:
-        OptionError: heads that their K/V heads do not divide, or a size of 0.
+        OptionError: a size is missing or 0, or K/V heads do not divide the heads.
     """
     match = _SHAPE.fullmatch(text)
+    if match is None and _LIKE_A_SHAPE.fullmatch(text):
+        raise OptionError(
+            f"{text!r} has {len(re.findall('[0-9]+', text))} sizes and is no attention",
+            "a shape is BATCHxHEADSxTOKENSxHEAD_DIM, with HEADS/KV_HEADS for grouped heads",
+            "for example 1x24x4096x128 or 1x24/8x4096x128",
+        )
     if match is None:
         return None
     batch, heads, tokens, head_dim = (int(match[i]) for i in (1, 2, 4, 5))
@@ -77,10 +87,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         StreamFusionError: no such model, no legal plan, the compiler refuses, a folder that cannot be written.
     """
-    from sfcompile.codegen.toolchain.listing import HEAD, line, write_kernels
     from sfcompile.runtime.program.topology import Topology
 
     topology = Topology.parse(args.topology)
+    if not args.model:
+        raise OptionError("No model and no shape is named", "", "say for example sfcompile kernels 1x24x4096x128")
+    if shape(args.model) is None:
+        check_model_name(args.model)
+    check_folder(args.out, "--out", made=True)
+    from sfcompile.codegen.toolchain.listing import HEAD, line, write_kernels
+
     for folder, site, kind, where in sites_of(args, topology):
         print(f"{folder}: {site.name}, {kind}")
         schedule = kind.schedule(site, where)
@@ -99,23 +115,23 @@ def sites_of(args: argparse.Namespace, topology: Topology) -> list[tuple[str, At
     from sfcompile.runtime.program.intervals import slice_of
     from sfcompile.runtime.program.sites import AttentionSite
 
-    asked = shape(args.what)
+    asked = shape(args.model)
     if asked is not None:
         spans = [slice_of(asked.tokens, topology.num_ranks, rank) for rank in range(topology.num_ranks)]
         places = tuple(((first, last - first),) for first, last in spans)
         site = AttentionSite(
-            args.what, asked.batch, asked.heads, asked.kv_heads, asked.head_dim, asked.head_dim,
+            args.model, asked.batch, asked.heads, asked.kv_heads, asked.head_dim, asked.head_dim,
             getattr(torch, args.dtype), places, places, asked.head_dim**-0.5, args.causal,
         )  # fmt: skip
         return [("attention", site, plan_site(site, topology, schedule=args.schedule).best, topology)]
     from sfcompile.commands.models import predicted
 
-    args.model, args.placement = args.what, "auto"
+    args.placement = "auto"
     choices = predicted(args).choices
     planned = [(choices.sites[key], choices.plans[key]) for key in choices.counts]
     if not planned:
         raise OptionError(
-            f"{args.what} has no attention that is sharded on {args.topology}",
+            f"{args.model} has no attention that is sharded on {args.topology}",
             "kernels are generated for sharded attentions",
             "see sfcompile explain for the reasons",
         )

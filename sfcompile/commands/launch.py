@@ -38,9 +38,9 @@ def launch(
 ) -> int:
     """Run `python argv...` once per rank and wait for all of them.
 
-    Rank 0 writes straight to our stdout and stderr. Every other rank writes to `rank<r>.log` in `log_dir`; without one,
-    logs go to a temporary directory that is removed when all ranks succeed. The first rank that fails takes the others
-    down, and the end of its log is shown.
+    Rank 0 writes straight to our stdout and stderr, and reads our stdin if that is a terminal. Every other rank writes
+    to `rank<r>.log` in `log_dir`; without one, logs go to a temporary directory that is removed when all ranks succeed.
+    The first rank that fails takes the others down, and the end of its log is shown.
 
     Args:
         argv: what follows `python`: a script, or "-m" and a module, with its arguments.
@@ -56,12 +56,7 @@ def launch(
     Raises:
         LaunchError: the numbers do not fit, or a process cannot be started.
     """
-    if ranks < 1 or machines < 1 or ranks % machines:
-        raise LaunchError(
-            f"Cannot place {ranks} ranks on {machines} machines",
-            "Each machine gets the same number of ranks, at least 1",
-            "Use a number of ranks that is a multiple of the number of machines",
-        )
+    check_places(ranks, machines)
     logs = Path(tempfile.mkdtemp(prefix="sfcompile-")) if log_dir is None else log_dir
     logs.mkdir(parents=True, exist_ok=True)
     port = _free_port()
@@ -85,6 +80,20 @@ def launch(
     finally:
         if not keep:
             shutil.rmtree(logs, ignore_errors=True)
+
+
+def check_places(ranks: int, machines: int) -> None:
+    """That every machine gets as many ranks.
+
+    Raises:
+        LaunchError: it does not.
+    """
+    if ranks < 1 or machines < 1 or ranks % machines:
+        raise LaunchError(
+            f"Cannot place {ranks} ranks on {machines} machines",
+            "Each machine gets the same number of ranks, at least 1",
+            "Use a number of ranks that is a multiple of the number of machines",
+        )
 
 
 def num_cores() -> int:
@@ -115,7 +124,9 @@ def _start(argv: Sequence[str], rank: int, env: dict[str, str], log: Path) -> su
     try:
         if rank == 0:
             sys.stdout.flush()
-            return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+            # A terminal is handed on: breakpoint() in rank 0's program can be answered.
+            stdin = None if sys.stdin is not None and sys.stdin.isatty() else subprocess.DEVNULL
+            return subprocess.Popen(command, env=env, stdin=stdin, start_new_session=True)
         with log.open("wb") as out:
             return subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True

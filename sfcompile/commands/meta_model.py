@@ -7,7 +7,6 @@ that leaves a choice (is the noisy input [B, L, C] or [B, C, H, W]?), the first 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import math
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sfcompile.commands.model_names import best_match, missing
 from sfcompile.errors import OptionError
 
 _TRIES_PER_LAYOUT, _MAX_REPAIRS, _OMIT = 12, 4, object()
@@ -107,17 +107,8 @@ def find_class(name: str) -> type[torch.nn.Module]:
     Raises:
         OptionError: diffusers is missing, or no class has such a name (the message lists close ones).
     """
-    classes, typed = _classes(), _plain(name)
-    matches = [key for key in classes if typed and _plain(key).startswith(typed)]
-    if matches:
-        return classes[min(matches, key=lambda key: (len(key), key))]
-    short = {_plain(re.sub(r"(Transformer)?(\dD)?(Model)?$", "", key)): key for key in classes}
-    close = [short[key] for key in difflib.get_close_matches(typed, short, n=3, cutoff=0.5)]
-    raise OptionError(
-        f"No transformer class of diffusers has a name that starts with {name!r}",
-        f"Did you mean {', '.join(close)}?" if close else "",
-        f"Some of the {len(classes)} classes: {', '.join(sorted(classes)[:: max(1, len(classes) // 8)])}",
-    )
+    classes = _classes()
+    return classes[best_match(name, classes)]
 
 
 def build_meta_model(
@@ -159,14 +150,9 @@ def _classes() -> dict[str, type[torch.nn.Module]]:
         from diffusers.models import transformers
         from diffusers.models.modeling_utils import ModelMixin
     except ImportError as error:
-        why = "A model that is given by name is built from the installed diffusers"
-        raise OptionError(f"No diffusers: {error}", why, 'Run: pip install "sfcompile[dev]"') from error
+        raise missing(str(error)) from error
     classes = (v for v in vars(transformers).values() if inspect.isclass(v) and issubclass(v, torch.nn.Module))
     return {value.__name__: value for value in classes if issubclass(value, ModelMixin)}
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _brief(error: Exception) -> str:

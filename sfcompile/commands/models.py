@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfcompile.commands.checks import check_folder, check_writable
+from sfcompile.commands.model_names import check_model_name
+from sfcompile.commands.parsing import add_model_name
 from sfcompile.errors import OptionError
 from sfcompile.options import PLACEMENTS, SCHEDULES
 
@@ -31,11 +34,9 @@ def positive(text: str) -> int:
 
 
 def add_model(parser: argparse.ArgumentParser, named: bool = True) -> None:
-    """Arguments that choose a model, its inputs, a topology and a schedule; ``named``: with ``--model`` itself."""
+    """Arguments that choose a model, its inputs, a topology and a schedule; ``named``: with the model itself."""
     if named:
-        parser.add_argument(
-            "--model", help="a transformer class of diffusers, by the start of its name; full size, no weights"
-        )
+        add_model_name(parser, "a transformer class of diffusers, by the start of its name; full size, no weights")
     parser.add_argument(
         "--config",
         action="append",
@@ -89,8 +90,9 @@ def run_simulate(args: argparse.Namespace) -> int:
         print(format_table(predict_table()))
         return 0
     if not args.model:
-        print("sfcompile simulate: say --paper, or name a model with --model", file=sys.stderr)
+        print("sfcompile simulate: say --paper, or name a model by the start of its class's name", file=sys.stderr)
         return EXIT_USAGE
+    check_folder(args.out, "--out")
     prediction = predicted(args)
     print(prediction)
     shape = re.sub(r"[^\w]+", "-", args.topology)
@@ -105,10 +107,13 @@ def predicted(args: argparse.Namespace) -> Prediction:
     Raises:
         StreamFusionError: no such model, topology or plan.
     """
-    from sfcompile.prediction.predict import simulate
     from sfcompile.runtime.program.topology import Topology
 
     topology = Topology.parse(args.topology)
+    check_model_name(args.model)
+    fields_of(args.config)
+    from sfcompile.prediction.predict import simulate
+
     name, model, kwargs = _built(args)
     return simulate(model, topology=topology, schedule=args.schedule, placement=args.placement, name=name, **kwargs)
 
@@ -117,14 +122,23 @@ def run_explain(args: argparse.Namespace) -> int:
     """``sfcompile explain``: the exit code."""
     if not args.model:
         print(
-            "sfcompile explain: name a model with --model; for one of your own call sfcompile.explain(model, ...)",
+            "sfcompile explain: name a model by the start of its class's name; for one of your own call "
+            "sfcompile.explain(model, ...)",
             file=sys.stderr,
         )
         return EXIT_USAGE
-    from sfcompile.prediction.explain import explain
     from sfcompile.runtime.program.topology import Topology
 
-    Topology.parse(args.topology)  # a slip here must not cost the time that building the model takes
+    ranks = Topology.parse(args.topology).num_ranks
+    if not 0 <= args.rank < ranks:
+        raise OptionError(f"There is no rank {args.rank}", f"{args.topology} has ranks 0 to {ranks - 1}", "Name one")
+    check_model_name(args.model)
+    fields_of(args.config)
+    for path, argument in ((args.html, "--html"), (args.json, "--json")):
+        if path is not None:
+            check_writable(path, argument)
+    from sfcompile.prediction.explain import explain
+
     name, model, kwargs = _built(args)
     explanation = explain(
         model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,12 +37,79 @@ def test_demo_takes_every_size(demos: list[DemoConfig]) -> None:
     assert demos == [DemoConfig(2, 2, 64, 8, 1, 3, 2, 16, 5, "eager")]
 
 
-@pytest.mark.parametrize("argv", [["demo", "--ranks", "0"], ["demo", "--inner", "x"], ["demo", "--nope"], []])
+@pytest.mark.parametrize("argv", [["demo", "--ranks", "0"], ["demo", "--inner", "x"], ["demo", "--nope"], ["demos"]])
 def test_bad_arguments_are_usage_errors(argv: list[str], demos: list[DemoConfig]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == EXIT_USAGE
     assert not demos
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: sfcompile") and "explain" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["expalin"], "explain"),
+        (["simulate", "flux", "--tokns", "4096"], "--tokens"),
+        (["simulate", "flux", "--schedule", "tours"], "torus"),
+        (["run", "--rank", "2", "--machins", "2", "x.py"], "--machines"),
+    ],
+)
+def test_what_was_meant_is_said(argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == EXIT_USAGE
+    assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_help_of_run_says_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for word in ("--ranks", "--machines", "--logs", "-m", "OMP_NUM_THREADS", "Exit code", "breakpoint()", "torchrun"):
+        assert word in out, word
+
+
+def test_slips_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """Each with the sentence that is about it; a process of its own, since tests have torch."""
+    (tmp_path / "file").touch()
+    slips = [
+        ("kernels 1x24x4096", "'1x24x4096' has 3 sizes"),
+        ("kernels 1x24x4096x128 --topology 4x8:b300", "preset 'b300' is unknown"),
+        ("kernels 1x24x4096x128 --out file", "is a file"),
+        ("kernels", "No model and no shape"),
+        ("kernels flx", "Did you mean"),
+        ("simulate no-such-model", "'no-such-model'"),
+        ("simulate flux --out gone", "gone is not there"),
+        ("simulate flux --model wan", "Two models are named"),
+        ("explain flux --topology gone.toml", "gone.toml"),
+        ("explain flux --rank 99", "There is no rank 99"),
+        ("explain flux --html gone/page.html", "gone is not there"),
+        ("explain flux --config x", "is no KEY=VALUE"),
+        ("export x.py:f --topology 1y2 --out p.sf", "1y2"),
+        ("export --show gone.sf", "gone.sf is not there"),
+        ("run --ranks 2 gone.py", "gone.py is not there"),
+        ("demo --head-dim 12", "no multiple of 8"),
+        ("demo --ranks 3 --machines 2", "Cannot place 3 ranks"),
+        ("doctor --measure --out gone/cluster.toml", "gone is not there"),
+    ]
+    code = (
+        "import contextlib, io, sys\n"
+        "from sfcompile.commands.cli import main\n"
+        f"for words, sentence in {slips!r}:\n"
+        "    err = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(err):\n"
+        "        code = main(words.split())\n"
+        "    assert code == 2 and sentence in err.getvalue(), (words, code, err.getvalue())\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

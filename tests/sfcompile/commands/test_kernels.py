@@ -19,6 +19,9 @@ def test_shapes_and_architectures_as_typed() -> None:
     for wrong in ("1x24/7x10x64", "1x0x10x64"):
         with pytest.raises(OptionError, match="is no attention"):
             shape(wrong)
+    for wrong in ("1x24x4096", "24", "1x2x3x4x5", "1,24,4096,128", "1x24/8x4096"):
+        with pytest.raises(OptionError, match="sizes and is no attention"):
+            shape(wrong)
     assert [arch(text) for text in ("sm_90", "90", "sm_100a")] == [90, 90, 100]
     for wrong in ("sm_70", "hopper"):
         with pytest.raises(argparse.ArgumentTypeError):

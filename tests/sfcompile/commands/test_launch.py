@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -115,3 +117,28 @@ def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, number: signal.
 def test_numbers_that_do_not_fit_are_refused(ranks: int, machines: int) -> None:
     with pytest.raises(LaunchError, match=f"Cannot place {ranks} ranks on {machines} machines"):
         launch(["-c", "pass"], ranks, machines)
+
+
+def test_a_terminal_is_handed_to_rank_0_so_that_breakpoint_can_be_answered(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nif os.environ['RANK'] == '0':\n    answer = 6 * 7\n    breakpoint()\n    print('on')\n"
+    )
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "sfcompile", "run", "--ranks", "2", str(script)]
+    launcher = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    said = b""
+    try:
+        os.write(ours, b"p answer\ncontinue\n")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and select.select([ours], [], [], 5.0)[0]:
+            try:
+                said += os.read(ours, 4096)
+            except OSError:  # the last process that had the terminal has ended
+                break
+        assert launcher.wait(30) == 0, said
+    finally:
+        launcher.kill()
+        os.close(ours)
+    assert b"(Pdb) " in said and b"42" in said and b"on\r\n" in said, said

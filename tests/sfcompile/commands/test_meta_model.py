@@ -108,7 +108,7 @@ def test_errors_say_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="config .*no_such_field"):
         build_meta_model("flux", 256, config={"no_such_field": 1})
     monkeypatch.setitem(sys.modules, "diffusers.models", None)
-    with pytest.raises(OptionError, match=r'pip install "sfcompile\[dev\]"'):
+    with pytest.raises(OptionError, match=r'pip install "sfcompile\[diffusers\]"'):
         find_class("flux")
 
 

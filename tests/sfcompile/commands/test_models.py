@@ -13,7 +13,7 @@ from sfcompile.commands.cli import main
 from sfcompile.commands.models import EXIT_USAGE, fields_of
 from sfcompile.errors import OptionError
 
-SMALL = "--model flux --config num_layers=1 --config num_single_layers=2 --tokens 1024 --topology 2x4:h100-ib"
+SMALL = "flux --config num_layers=1 --config num_single_layers=2 --tokens 1024 --topology 2x4:h100-ib"
 
 
 def test_fields_of_a_config() -> None:
@@ -38,7 +38,7 @@ def test_explain_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["explain"], "name a model with --model"),
+        (["explain"], "name a model by"),
         (["explain", "--model", "flux", "--topology", "4x8:b300"], "preset 'b300' is unknown"),
         (["explain", "--model", "flux", "--config", "x"], "is no KEY=VALUE"),
         (["simulate", "--model", "no-such-model"], "no-such-model"),
