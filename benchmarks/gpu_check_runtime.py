@@ -13,7 +13,7 @@ from gpu_check_report import Bench, Skip, compare, distance, exact, inputs_of, s
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
-from sfcompile.codegen.toolchain.loader import fill_device_state
+from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import UnsupportedError
@@ -40,11 +40,11 @@ def nvshmem(bench: Bench) -> None:
         bench.check(True, f"started with a unique id, host library {joined.version()}")
         filled: list[int] = []
 
-        def fill(module: int) -> None:
+        def fill(module: int) -> int:
             filled.append(module)
-            joined.bindings.cumodule_init(module)
+            return int(joined.bindings.cumodule_init(module))
 
-        fill_device_state(fill)
+        fill_device_state(fill, joined.bindings.cumodule_finalize)
         bitcode = None if bench.dry else slim_library(KernelTarget(bench.device).architecture)
         for reach, machines in (("nvshmem", (0, 1, 2, 3)), ("mixed", (0, 0, 1, 1))):
             for kind in ("torus",) if bench.dry else ("torus", "ring"):
@@ -58,6 +58,7 @@ def nvshmem(bench: Bench) -> None:
             bench.check(bool(filled), f"the load hook filled NVSHMEM's state into {len(filled)} modules")
         with bench.case("puts and waits on the stream"):
             _transport(bench, joined)
+        leave_device_state(False)
         joined.close()
 
 

@@ -17,7 +17,7 @@ from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.codegen.toolchain.loader import fill_device_state
+from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
 from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.options import Options
 from sfcompile.runtime.gpu.device_run import DeviceEngine
@@ -92,13 +92,14 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
                 rank=session.rank,
             )
         nvshmem = Nvshmem(session.rank, session.topology.num_ranks, device, session.exchange)
-        fill_device_state(nvshmem.bindings.cumodule_init)
+        fill_device_state(nvshmem.bindings.cumodule_init, nvshmem.bindings.cumodule_finalize)
 
         def make_release(domains: Sequence[int]) -> ReleaseKernel:
             target = KernelTarget.of(device, domains)
             return ReleaseKernel(session.rank, session.topology.num_ranks, target, domains)
 
-        session.use_side(NvshmemSide(nvshmem, session.topology, session.exchange, make_release))
+        side = NvshmemSide(nvshmem, session.topology, session.exchange, make_release, leave_device_state)
+        session.use_side(side)
 
 
 def engines_for(

@@ -77,11 +77,13 @@ class KernelEngine:
         return HeapView(table, place, self._receivers_table)
 
     def put(self, name: str, tensor: torch.Tensor, view: HeapView) -> None:
-        """Send "q", "k", "v", or "x" of an exchange."""
-        if self._transfer is not None:
-            self._transfer.put(tensor, view)
-        else:
-            self._kernel(("none", True)).put(name, tensor, view)
+        """Send "q", "k" or "v"."""
+        self._kernel(("none", True)).put(name, tensor, view)
+
+    def start(self, tensor: torch.Tensor, view: HeapView) -> torch.Tensor:
+        """The start of an exchange; what its end needs of this rank's own shard."""
+        assert self._transfer is not None
+        return self._transfer.put(tensor, view)
 
     def put_fused(self, name: str, rows: RowProgram, sources: Sequence[torch.Tensor], view: HeapView) -> None:
         """Send "q", "k" or "v" as a row program makes it from its sources."""
@@ -100,10 +102,10 @@ class KernelEngine:
         """Fill in the other ranks' heads as they come home."""
         self._kernel(("none", True)).collect(out, view)
 
-    def receive(self, out: torch.Tensor, view: HeapView) -> None:
-        """The end of an exchange."""
+    def receive(self, out: torch.Tensor, own: torch.Tensor, view: HeapView) -> None:
+        """The end of an exchange, with what its start returned."""
         assert self._transfer is not None
-        self._transfer.receive(out, view)
+        self._transfer.receive(out, own, view)
 
     def check(self) -> None:
         """Raise what a debug build's waits reported; synchronises with the device.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sfcompile.codegen.kernels.text import entry_name
+from sfcompile.codegen.toolchain.device_state import require_device_state
 from sfcompile.codegen.toolchain.loader import link_options, load_source
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 
@@ -66,7 +67,11 @@ class KernelTarget:
 
     def options(self, reach: str, **more: Any) -> dict[str, Any]:
         """Triton's options of a launch; none in the interpreter."""
-        return {} if self.interpreted else more | link_options(self.library, reach)
+        if self.interpreted:
+            return {}
+        if reach != "peer":
+            require_device_state()
+        return more | link_options(self.library, reach)
 
     def move(self, kernel: Any, values: Sequence[Any], reach: str, **more: Any) -> None:
         """Launch a kernel that only moves."""

@@ -46,7 +46,6 @@ class TransferKernels:
         self.tables = make_chunk_tables(schedule, rank, machines)
         self._send = target.load(send_source(self.spec), "send", self.spec.reach)
         self._receive = target.load(receive_source(self.spec), "receive", self.spec.reach)
-        self._own: torch.Tensor | None = None
         device = target.device
         self._fixed = {
             "sends_ptr": torch.from_numpy(self.tables.sends).to(device),
@@ -61,21 +60,28 @@ class TransferKernels:
         """Bytes that the exchange needs of a bank: its slots, and room for what leaves by NVSHMEM."""
         return self.tables.bank_bytes
 
-    def put(self, shard: torch.Tensor, heap: HeapView) -> None:
-        """Send every other rank what it wants of this rank's shard."""
-        self._own = cut_chunk(self.site, shard, self.rank, self.rank).clone(memory_format=torch.contiguous_format)
+    def put(self, shard: torch.Tensor, heap: HeapView) -> torch.Tensor:
+        """Send every other rank what it wants of this rank's shard.
+
+        Returns:
+            What this rank wants of it, for :meth:`receive`: it is the call's, for other calls may be open beside it.
+        """
+        own = cut_chunk(self.site, shard, self.rank, self.rank).clone(memory_format=torch.contiguous_format)
         buffer = torch.empty(max(self.tables.out_bytes, 16), dtype=torch.uint8, device=shard.device)
         for chunk in self.tables.outgoing:
             _view(buffer, chunk, shard.dtype).copy_(cut_chunk(self.site, shard, self.rank, chunk.rank))
         self._launch("send", self._send, buffer, heap)
+        return own
 
-    def receive(self, out: torch.Tensor, heap: HeapView) -> None:
-        """Fill ``out`` with what this rank wants, from every rank's shard, at its positions."""
+    def receive(self, out: torch.Tensor, own: torch.Tensor, heap: HeapView) -> None:
+        """Fill ``out`` with what this rank wants, from every rank's shard, at its positions.
+
+        Args:
+            own: what :meth:`put` of the same call returned.
+        """
         buffer = torch.empty(max(self.tables.in_bytes, 16), dtype=torch.uint8, device=out.device)
         self._launch("receive", self._receive, buffer, heap)
-        assert self._own is not None
-        place_chunk(self.site, out, self._own, self.rank, self.rank)
-        self._own = None
+        place_chunk(self.site, out, own, self.rank, self.rank)
         for chunk in self.tables.incoming:
             place_chunk(self.site, out, _view(buffer, chunk, out.dtype), chunk.rank, self.rank)
 

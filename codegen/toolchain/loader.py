@@ -23,9 +23,7 @@ def cache_folder() -> Path:
 
 
 NVSHMEM_KERNELS: set[str] = set()
-"""Names of loaded kernels whose modules hold NVSHMEM's device state (runtime/gpu/nvshmem.py fills it in)."""
-_filled: list[Callable[[int], object]] = []
-"""What fills in a module's state; the last one counts."""
+"""Names of loaded kernels whose modules hold NVSHMEM's device state (device_state.py fills it in)."""
 _modules: dict[tuple[str, bool], types.ModuleType] = {}
 
 
@@ -87,23 +85,6 @@ def write_source(source: str, path: Path) -> Path:
             "free some space or set SFCOMPILE_CACHE to a folder with room",
         ) from error
     return path
-
-
-def fill_device_state(initialise: Callable[[int], object]) -> None:
-    """From now on fill NVSHMEM's state into the module of every kernel that holds some, when it is loaded.
-
-    Args:
-        initialise: nvshmem4py's ``cumodule_init``; takes the driver's handle of a module. NVSHMEM has been started.
-    """
-    from triton import knobs
-
-    def loaded(module: int, function: Any, name: str, *rest: Any) -> None:
-        if name in NVSHMEM_KERNELS:
-            _filled[-1](int(module))
-
-    if not _filled:
-        knobs.runtime.kernel_load_end_hook.add(loaded)
-    _filled.append(initialise)
 
 
 def link_options(library: Path | None, reach: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sfcompile.runtime.program.phases import EXCHANGE_START
 from sfcompile.runtime.rank.executor import BankView
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize, bank_of
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
@@ -55,7 +56,10 @@ class DeviceEngine(Protocol):
         """The heap of the site's ranks, for one call: what the methods below are given."""
 
     def put(self, name: str, tensor: torch.Tensor, view: Any) -> None:
-        """Send "q", "k", "v" or "x"."""
+        """Send "q", "k" or "v"."""
+
+    def start(self, tensor: torch.Tensor, view: Any) -> torch.Tensor:
+        """The start of an exchange; what its end needs of this rank's own shard."""
 
     def put_fused(self, name: str, rows: Any, sources: Sequence[torch.Tensor], view: Any) -> None:
         """Send "q", "k" or "v" as a row program (codegen/rows/rows.py) makes it from its sources."""
@@ -66,8 +70,8 @@ class DeviceEngine(Protocol):
     def collect(self, out: torch.Tensor, view: Any) -> None:
         """Fill in the other heads as they come home."""
 
-    def receive(self, out: torch.Tensor, view: Any) -> None:
-        """The end of an exchange."""
+    def receive(self, out: torch.Tensor, own: torch.Tensor, view: Any) -> None:
+        """The end of an exchange, with what its start returned."""
 
     def check(self) -> None:
         """Raise what a debug build's waits reported."""
@@ -153,14 +157,17 @@ class DeviceRun:
         self.blocked_s = 0.0
         self.waited_s: dict[int, float] = {}
         self.output: torch.Tensor | None = None
+        self._own: torch.Tensor | None = None  # of an exchange: engines are shared by all sites of a geometry
         self._runs, self._engine, self._view = runs, engine, view
 
     def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
         """A phase that sends a local tensor; kernels take all of its tokens at a time."""
         assert part == -1
-        name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
         with self._runs.side(tensor):
-            self._engine.put(name, tensor, self._view)
+            if phase == EXCHANGE_START:
+                self._own = self._engine.start(tensor, self._view)
+            else:
+                self._engine.put(phase.removeprefix("put_"), tensor, self._view)
 
     def put_fused(self, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
         """:meth:`put` of what a row program makes of its sources."""
@@ -180,8 +187,9 @@ class DeviceRun:
 
     def receive(self, out: torch.Tensor) -> None:
         """Fill ``out``."""
+        assert self._own is not None
         self._runs.join()
-        self._engine.receive(out, self._view)
+        self._engine.receive(out, self._own, self._view)
 
     def finish(self, epoch: int) -> None:
         """Everything up to ``epoch`` has been read, as far as the main stream goes."""

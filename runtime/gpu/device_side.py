@@ -29,13 +29,22 @@ class NvshmemSide:
 
     Args:
         share: all-gather of Python values between the ranks.
+        leave: called before NVSHMEM is left, with whether something failed (codegen/toolchain/device_state.py).
 
     Attributes:
         domains: by rank of the job; see NvshmemHeap.
     """
 
-    def __init__(self, nvshmem: Nvshmem, topology: Topology, share: Share, make_release: MakeRelease) -> None:
+    def __init__(
+        self,
+        nvshmem: Nvshmem,
+        topology: Topology,
+        share: Share,
+        make_release: MakeRelease,
+        leave: Callable[[bool], object],
+    ) -> None:
         self._nvshmem, self._topology, self._share, self._make_release = nvshmem, topology, share, make_release
+        self._leave = leave
         self._heap: NvshmemHeap | None = None
         self._runs: DeviceRuns | None = None
         self._transport: NvshmemTransport | None = None
@@ -122,6 +131,7 @@ class NvshmemSide:
     def close(self, failed: bool) -> None:
         """Leave NVSHMEM. After a failure nothing collective is tried: kernels may wait for ranks that are gone."""
         self._runs = self._transport = None
+        self._leave(failed)
         if failed:
             return
         if self._heap is not None:

@@ -7,6 +7,7 @@ keep no reference, the state of a kernel's module.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from sfcompile.runtime.wires.symmetric_heap import LINE_BYTES, HeapSize, view_at
 
 SIGNAL_SET = 9
 CMP_GE = 5
+IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
+"""Environment variable of NVSHMEM: kernels drive the network card themselves, by code that links of 3.4.5 lack."""
 _INSTALL = "pip install nvshmem4py-cu13 nvidia-nvshmem-cu13==3.4.5"
 
 Share = Callable[[Any, str], list[Any]]
@@ -41,6 +44,22 @@ def load() -> tuple[Any, Any]:
     return nvshmem.core, nvshmem.bindings
 
 
+def refuse_ibgda() -> None:
+    """Whatever is set and does not begin like "0", "no" or "false" counts as yes for NVSHMEM.
+
+    Raises:
+        UnsupportedError: kernels would have to drive the network card.
+    """
+    value = os.environ.get(IBGDA)
+    if value is not None and value[:1].lower() not in ("0", "n", "f"):
+        raise UnsupportedError(
+            f"{IBGDA}={value} in the environment",
+            "the device code that generated kernels are linked with (NVSHMEM 3.4.5's bitcode) has no IBGDA in it: "
+            "their puts to other machines would be lost",
+            f"unset {IBGDA}, or set it to 0: NVSHMEM's proxy thread then drives the network card",
+        )
+
+
 class Nvshmem:
     """This process as one PE. One per process; PE numbers are the job's ranks.
 
@@ -50,7 +69,7 @@ class Nvshmem:
             benchmarks/gpu_check.py and in tests: only a job of GPUs could start the real ones.
 
     Raises:
-        UnsupportedError: nvshmem4py is missing.
+        UnsupportedError: nvshmem4py is missing on some rank, or NVSHMEM is set up there for what kernels cannot do.
         HeapError: NVSHMEM does not start.
     """
 
@@ -60,6 +79,7 @@ class Nvshmem:
         self.rank, self.num_ranks, self.device = rank, num_ranks, device
         problem = None
         try:
+            refuse_ibgda()
             self.core, self.bindings = modules or load()
         except UnsupportedError as error:
             problem = error
@@ -68,7 +88,9 @@ class Nvshmem:
             raise problem
         if any(everyone):  # all ranks or none: init is collective
             first = next(i for i, text in enumerate(everyone) if text)
-            raise UnsupportedError(f"rank {first}: {everyone[first]}", "every rank takes part in NVSHMEM", _INSTALL)
+            raise UnsupportedError(
+                f"rank {first}: {everyone[first]}", "every rank takes part in NVSHMEM", f"see the error of rank {first}"
+            )
         self._start(share)
 
     def _start(self, share: Share) -> None:

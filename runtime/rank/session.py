@@ -321,12 +321,15 @@ class Session:
         self.blocked_s[program, site] = self.blocked_s.get((program, site), 0.0) + run.blocked_s
         for src, waited in run.waited_s.items():
             self.waited_s[src] = self.waited_s.get(src, 0.0) + waited
-        # `done` promises every epoch up to it: a site that ends before an older one waits for that one's end.
+        # `done` promises every epoch up to it: a site that ends before an older one waits for that one's end, and
+        # tells nobody anything: on a GPU a credit names the epoch of a bank, and the older bank is still being read.
+        before = self._finished
         self._done_early.add(run.epoch)
         while self._finished + 1 in self._done_early:
             self._finished += 1
             self._done_early.remove(self._finished)
-        run.finish(self._finished)
+        if self._finished > before:
+            run.finish(self._finished)
 
     # ------------------------------------------------------------------ failure and end
 

@@ -20,6 +20,7 @@ from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.toolchain.device_state import leave_device_state
 from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import StreamFusionError
@@ -43,7 +44,7 @@ def _side_of(session: Session, rank: int) -> tuple[NvshmemSide, KernelTarget]:
     def make_release(domains: Sequence[int]) -> ReleaseKernel:
         return ReleaseKernel(rank, topology.num_ranks, target, domains)
 
-    side = NvshmemSide(nvshmem, topology, session.exchange, make_release)
+    side = NvshmemSide(nvshmem, topology, session.exchange, make_release, leave_device_state)
     session.use_side(side)
     return side, target
 

@@ -79,6 +79,10 @@ class Library:
         self.modules.append(module)
         return 0
 
+    def cumodule_finalize(self, module: int) -> int:
+        self.modules.remove(module)
+        return 0
+
     def putmem_signal_nbi_on_stream(
         self, dst: int, src: int, nbytes: int, signal: int, value: int, op: int, pe: int, stream: int
     ) -> None:

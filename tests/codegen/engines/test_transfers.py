@@ -61,10 +61,10 @@ def run(
                 receivers = torch.tensor([other for other in range(RANKS) if other != rank])
                 signal = word_of(epoch, stranger if (epoch, rank) == (3, 0) else 7)
                 views.append(HeapView(table, torch.tensor(size.place(epoch, signal, status.data_ptr())), receivers))
+            sign = 1 if epoch == 3 else -1
+            own = [kernels[rank].put(shards[rank] * sign, views[rank]) for rank in range(RANKS)]
             for rank in range(RANKS):
-                kernels[rank].put(shards[rank] * (1 if epoch == 3 else -1), views[rank])
-            for rank in range(RANKS):
-                kernels[rank].receive(outs[rank], views[rank])
+                kernels[rank].receive(outs[rank], own[rank], views[rank])
                 releases[rank].run(views[rank].heaps, views[rank].place)
     assert int(status) in ({word_of(3, 7), word_of(3, stranger)} if stranger != 7 else {0})
     return outs

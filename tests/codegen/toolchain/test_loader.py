@@ -1,14 +1,12 @@
-"""Generated source becomes kernels once; NVSHMEM's state goes where it is needed."""
+"""Generated source becomes kernels once, linked with what they call."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from sfcompile.codegen.toolchain import loader as kernel_loader
-from sfcompile.codegen.toolchain.loader import cache_folder, fill_device_state, link_options, load_source, write_source
+from sfcompile.codegen.toolchain.loader import cache_folder, link_options, load_source, write_source
 from sfcompile.errors import CodegenError
 
 SOURCE = (
@@ -48,23 +46,7 @@ def test_writing_again_changes_nothing_and_a_full_disk_is_an_error(tmp_path: Pat
         write_source("x = 1\n", tmp_path / "file" / "b.py")
 
 
-def test_only_kernels_that_call_nvshmem_are_linked_and_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_kernels_that_call_nvshmem_are_linked() -> None:
     library = Path("lib.bc")
     assert link_options(library, "peer") == {} == link_options(None, "mixed")
     assert link_options(library, "mixed") == {"extern_libs": {"libnvshmem_device": "lib.bc"}}
-
-    hooks: list[Any] = []
-    from triton import knobs
-
-    monkeypatch.setattr(knobs.runtime.kernel_load_end_hook, "add", hooks.append)
-    monkeypatch.setattr(kernel_loader, "_filled", [])
-    monkeypatch.setattr(kernel_loader, "NVSHMEM_KERNELS", set())
-    load_source(SOURCE.replace("def one", "def one_nvshmem"))
-    old: list[int] = []
-    new: list[int] = []
-    fill_device_state(old.append)
-    fill_device_state(new.append)
-    (hook,) = hooks  # one hook for the process, the last library counts
-    hook(17, 1, "one_nvshmem", None, "hash")
-    hook(18, 1, "somebody_elses", None, "hash")
-    assert old == [] and new == [17]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from deadline import Deadline
+from local_ranks import LocalRanks
+from random_sites import gather_site, rows
 
-from sfcompile.runtime.gpu.device_run import DeviceRuns
+from sfcompile.codegen.schedule.exchange import build_exchange
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.toolchain.interpreter import interpreting
+from sfcompile.runtime.gpu.device_run import DeviceRun, DeviceRuns
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.executor import SiteCall
+from sfcompile.runtime.rank.session import Session
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 
@@ -47,6 +57,10 @@ class Told:
     def put(self, name: str, tensor: torch.Tensor, view: torch.Tensor) -> None:
         self.seen.append((name, int(view[0])))
 
+    def start(self, tensor: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+        self.seen.append(("x", int(view[0])))
+        return tensor
+
     def put_fused(self, name: str, rows: Any, sources: Any, view: torch.Tensor) -> None:
         self.seen.append((f"{name} as {rows} of {len(sources)}", int(view[0])))
 
@@ -57,7 +71,7 @@ class Told:
     def collect(self, out: torch.Tensor, view: torch.Tensor) -> None:
         self.seen.append(("collect", int(view[0])))
 
-    def receive(self, out: torch.Tensor, view: torch.Tensor) -> None:
+    def receive(self, out: torch.Tensor, own: torch.Tensor, view: torch.Tensor) -> None:
         self.seen.append(("receive", int(view[0])))
 
     def check(self) -> None:
@@ -116,3 +130,49 @@ def test_signals_hold_the_epoch_and_the_tag_of_the_call() -> None:
     runs.host_bank(11)
     runs.open(told, 12)
     assert told.signals[-1] == word_of(12, 9)
+
+
+GATHER = build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
+
+
+def test_nothing_is_released_before_the_older_site_has_ended() -> None:
+    """Sites may end in the other order; a credit for an epoch that is still read lets peers overwrite its bank."""
+    told = Told()
+    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS)
+    world: Any = SimpleNamespace(rank=0, global_rank=0, topology=Topology.grid(1, 2), group="")
+
+    def open_site(call: SiteCall, engine: Told) -> DeviceRun:
+        return runs.open(engine, call.epoch)
+
+    session = Session(world)
+    side: Any = SimpleNamespace(size=SIZE, room=lambda *of_program: SIZE, open=open_site)
+    session._side = side
+    session.load("p", [GATHER, GATHER, GATHER], [told, told, told])
+    shard, whole = torch.zeros(2, 5, 3), torch.zeros(2, 10, 3)
+    for site in (0, 1):
+        session.put("p", site, "exchange_start", shard)
+    session.receive("p", 1, whole)
+    assert told.released == []
+    session.receive("p", 0, whole)
+    assert told.released == [2]  # both, in one
+    session.put("p", 2, "exchange_start", shard)
+    session.receive("p", 2, whole)
+    assert told.released == [2, 3]
+
+
+def test_two_gathers_of_one_geometry_keep_what_is_theirs() -> None:
+    """They share an engine; what belongs to a call must not lie there."""
+    ranks = LocalRanks([GATHER], 2)
+    wholes = [torch.randn(2, 10, 3) for _ in range(2)]
+    with interpreting(Deadline(5.0)):
+        opened = []
+        for epoch, whole in enumerate(wholes, 1):
+            runs = [of_rank.open(ranks.engines[rank][0], epoch) for rank, of_rank in enumerate(ranks.runs)]
+            for rank, run in enumerate(runs):
+                run.put("exchange_start", whole[:, rows(GATHER.site.owned[rank])])
+            opened.append(runs)
+        for epoch in (2, 1):  # and they end in the other order
+            for run in opened[epoch - 1]:
+                out = torch.full((2, 10, 3), torch.nan)
+                run.receive(out)
+                assert torch.equal(out, wholes[epoch - 1])

@@ -68,6 +68,21 @@ def test_missing_packages_are_named_on_every_rank(monkeypatch: pytest.MonkeyPatc
         Nvshmem(0, 2, CPU, lambda value, doing: [None, "it is missing there"], (library, library))
 
 
+@pytest.mark.parametrize("value", ["1", "true", "Y", "on", ""])
+def test_network_cards_driven_by_kernels_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.4.5's bitcode has no code for it: puts would get lost. On every rank, if one asks for it."""
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", value)
+    with pytest.raises(UnsupportedError, match="unset NVSHMEM_IB_ENABLE_IBGDA"):
+        started()
+    monkeypatch.delenv("NVSHMEM_IB_ENABLE_IBGDA")
+    library = Library(0, lambda: None, lambda pe: True)
+    with pytest.raises(UnsupportedError, match="rank 1: NVSHMEM_IB_ENABLE_IBGDA=1 in the environment"):
+        Nvshmem(0, 2, CPU, lambda value, doing: [None, "NVSHMEM_IB_ENABLE_IBGDA=1 in the environment"], (library,) * 2)
+    for harmless in ("0", "false", "no"):
+        monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", harmless)
+        started()
+
+
 def test_a_library_that_does_not_start_or_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object, **kwargs: object) -> None:
         raise RuntimeError("Status code 7")
