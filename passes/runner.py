@@ -19,6 +19,7 @@ from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.files import kernel_files
 from sfcompile.errors import InternalError, NotShardedError, OptionError, StreamFusionError
 from sfcompile.passes import pipeline
+from sfcompile.passes.graph.lifetimes import check_lifetimes, hold_sources
 from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.pipeline import Pass, Restart
 from sfcompile.passes.report.dump import Dump
@@ -128,6 +129,9 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
     if not splits:  # nobody makes a group's part of the batch: plan for whole batches
         state.asked = replace(state.asked, split_batch=False)
     _run(entries, state, after)
+    if state.asked.late_reads:  # not a pass: an order of the user's own cannot leave it out
+        hold_sources(state.local.graph)
+        check_lifetimes(state.local.graph)
     state.local.graph.lint()
     state.report.pass_seconds = timings
     gm = fx.GraphModule(state.local.root, state.local.graph, "StreamFusionRank")

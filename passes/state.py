@@ -45,6 +45,7 @@ class Asked:
         order: names of passes, to run instead of PIPELINE.
         kernels: attention runs as generated kernels.
         fuse_puts: puts are kernels too, and may compute what they send.
+        late_reads: puts may read what they send after they have returned, as on GPUs (passes/graph/lifetimes.py).
         split_batch: groups of ranks may take whole samples each; not if the batch was split before.
         parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
     """
@@ -56,6 +57,7 @@ class Asked:
     order: tuple[str, ...] = ()
     kernels: bool = False
     fuse_puts: bool = False
+    late_reads: bool = False
     split_batch: bool = True
     parts: tuple[int, ...] = (2, 3)
 

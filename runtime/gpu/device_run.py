@@ -11,7 +11,7 @@ kernels outside of any graph that the compiler captures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -128,16 +128,18 @@ class DeviceRuns:
         self._release.run(self._heap.table, self._places[bank_of(epoch)])
 
     @contextmanager
-    def side(self, *tensors: torch.Tensor) -> Iterator[None]:
-        """Inside, kernels run on the stream of the puts, after what made ``tensors``."""
+    def side(self) -> Iterator[None]:
+        """Inside, kernels run on the stream of the puts, after all that was launched before.
+
+        What they read stays where it is until :meth:`join`: the graph holds it (passes/graph/lifetimes.py). So nobody
+        need tell the allocator, which would keep every source of a captured graph for ever.
+        """
         if self._side is None:
             yield
             return
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side):
             yield
-        for tensor in tensors:
-            tensor.record_stream(self._side)  # its memory is not given to others before the put has read it
 
     def join(self) -> None:
         """The main stream goes on after the put kernels."""
@@ -150,6 +152,7 @@ class DeviceRun:
 
     Attributes:
         blocked_s: 0, and ``waited_s`` empty: the host never waits.
+        late_reads: what puts read, until the main stream waits for them.
     """
 
     def __init__(self, runs: DeviceRuns, engine: DeviceEngine, epoch: int, view: Any) -> None:
@@ -157,13 +160,15 @@ class DeviceRun:
         self.blocked_s = 0.0
         self.waited_s: dict[int, float] = {}
         self.output: torch.Tensor | None = None
+        self.late_reads: Collection[int] = frozenset()
         self._own: torch.Tensor | None = None  # of an exchange: engines are shared by all sites of a geometry
         self._runs, self._engine, self._view = runs, engine, view
 
     def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
         """A phase that sends a local tensor; kernels take all of its tokens at a time."""
         assert part == -1
-        with self._runs.side(tensor):
+        self._reads(tensor)
+        with self._runs.side():
             if phase == EXCHANGE_START:
                 self._own = self._engine.start(tensor, self._view)
             else:
@@ -171,12 +176,17 @@ class DeviceRun:
 
     def put_fused(self, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
         """:meth:`put` of what a row program makes of its sources."""
-        with self._runs.side(*sources):
+        self._reads(*sources)
+        with self._runs.side():
             self._engine.put_fused(phase.removeprefix("put_"), rows, sources, self._view)
+
+    def _reads(self, *tensors: torch.Tensor) -> None:
+        self.late_reads = frozenset(self.late_reads) | {tensor.data_ptr() for tensor in tensors if tensor.numel()}
 
     def attend(self, mask: torch.Tensor | None) -> None:
         """Attend; what it makes of this rank's queries becomes the call's output."""
         self._runs.join()
+        self.late_reads = frozenset()
         self.output = self._engine.attend(mask, self._view)
 
     def collect(self, out: torch.Tensor, part: int = -1) -> bool:
@@ -189,6 +199,7 @@ class DeviceRun:
         """Fill ``out``."""
         assert self._own is not None
         self._runs.join()
+        self.late_reads = frozenset()
         self._engine.receive(out, self._own, self._view)
 
     def finish(self, epoch: int) -> None:

@@ -16,5 +16,7 @@ EXCHANGE = (EXCHANGE_START, EXCHANGE_FINISH)
 
 STARTS = (*PUTS.values(), EXCHANGE_START)
 """Phases that send this rank's own tensors and wait for nothing."""
+JOINS = (ATTEND, EXCHANGE_FINISH)
+"""Phases that wait for the puts of their site to have read what they send."""
 ENDS = (COLLECT, EXCHANGE_FINISH)
 """Phases that end a site's epoch on this rank."""

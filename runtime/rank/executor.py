@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import compress
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
@@ -112,6 +112,7 @@ class SiteRun:
         blocked_s: seconds spent waiting for peers (waits inside a kernel are not told apart); ``waited_s`` by rank of
             the job.
         output: None: what :meth:`collect` fills has no part yet.
+        late_reads: none: a put has read, or copied, its tensor when it returns.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class SiteRun:
         self.blocked_s = 0.0
         self.waited_s: dict[int, float] = {}
         self.output: torch.Tensor | None = None
+        self.late_reads: Collection[int] = ()
         self._rank = rank
         self._transport = transport
         self._program = plan.program(rank)

@@ -14,6 +14,7 @@ import torch
 from sfcompile.errors import InternalError
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.rank.executor import SchedulePlan
+from sfcompile.runtime.rank.sides import RunningSite
 
 _PUTS = {"put_q": "q", "put_k": "k", "put_v": "v"}
 
@@ -49,6 +50,26 @@ def check_end(plan: SchedulePlan, job_rank: int, out: torch.Tensor, part: int = 
     attention = isinstance(site, AttentionSite)
     wanted = site.local_shape("o", rank, part) if attention else site.wanted_shape(rank)
     _compare(plan, job_rank, "collect" if attention else "exchange_finish", out.shape, out.dtype, wanted)
+
+
+def check_held(run: RunningSite, plan: SchedulePlan, job_rank: int, held: Sequence[torch.Tensor]) -> None:
+    """What the graph holds for the puts of a site that ends to wait for them.
+
+    Raises:
+        InternalError: puts may still read memory that nobody has held for them.
+    """
+    if not run.late_reads:
+        return
+    missing = set(run.late_reads) - {tensor.data_ptr() for tensor in held}
+    if missing:
+        raise InternalError(
+            f"{len(missing)} of {len(run.late_reads)} tensors that puts of {plan.site.name} read lie elsewhere in "
+            "memory than what the graph holds for them",
+            "the compiler copied a tensor for each of its readers, so that the memory of one may have gone to others "
+            "before it was sent",
+            "use options={'inner': 'eager'} for this model, and report this graph",
+            rank=job_rank,
+        )
 
 
 def _given(plan: SchedulePlan, job_rank: int, phase: str, part: int) -> Sequence[int]:

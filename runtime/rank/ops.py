@@ -4,11 +4,13 @@ Every op takes and returns a *ticket*, a one-element tensor that means nothing b
 dependence through all communication of a graph, so no compiler can reorder it, drop it, merge it, or order it in two
 ways on two ranks. Ops are functional: outputs never alias inputs. ``program`` and ``site`` name the schedule in the
 session; ``part`` says which part of this rank's tokens a tensor holds if they come and go in several, -1: all.
+``held`` are the tensors that puts of the site read after they have returned (passes/graph/lifetimes.py): who waits for
+the puts takes them, so that their memory is nobody else's before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.instructions import Attend, Chunk
-from sfcompile.runtime.program.phases import COLLECT, ENDS
+from sfcompile.runtime.program.phases import ATTEND as ATTEND_PHASE
+from sfcompile.runtime.program.phases import COLLECT, EXCHANGE_FINISH
 from sfcompile.runtime.rank.executor import AttentionPlan, is_attention
 from sfcompile.runtime.rank.session import current_session
 
@@ -27,21 +30,28 @@ _OPS = {
     "put_k": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
     "put_v": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
     "put_fused": "(Tensor[] sources, Tensor ticket, str program, int site, str phase, str key) -> Tensor",
-    "attend": "(Tensor ticket, Tensor? mask, str program, int site) -> Tensor",
+    "attend": "(Tensor ticket, Tensor? mask, str program, int site, *, Tensor[]? held=None) -> Tensor",
     "collect": (
         "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype, int part=-1) -> (Tensor, Tensor)"
     ),
     "exchange_start": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
-    "exchange_finish": "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype) -> (Tensor, Tensor)",
+    "exchange_finish": (
+        "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype, *, Tensor[]? held=None) "
+        "-> (Tensor, Tensor)"
+    ),
 }
 for _name, _schema in _OPS.items():
-    _library.define(_name + _schema)
+    # Flexible: a copy for each reader, to give it the strides of the trace, would be held by nobody.
+    _library.define(_name + _schema, tags=(torch.Tag.flexible_layout,))
 
 COMMUNICATION = tuple(getattr(torch.ops.streamfusion, name).default for name in _OPS)
 """Targets of the nodes that talk to other ranks."""
 PUT_FUSED = torch.ops.streamfusion.put_fused.default
 """A put (``phase`` says which) of what the row program ``key`` makes of its sources."""
 ATTEND = torch.ops.streamfusion.attend.default
+
+Held = Sequence[torch.Tensor] | None
+"""What an op that waits for puts holds for them."""
 
 
 def _start(phase: str) -> Any:
@@ -73,45 +83,84 @@ def _fake_put_fused(
     return torch.empty_like(ticket)
 
 
-def _attend(ticket: torch.Tensor, mask: torch.Tensor | None, program: str, site: int) -> torch.Tensor:
+def _attend(
+    ticket: torch.Tensor,
+    mask: torch.Tensor | None,
+    program: str,
+    site: int,
+    *,
+    held: Held = None,
+) -> torch.Tensor:
     session = current_session()
     with session.guard():
-        session.attend(program, site, mask)
+        session.attend(program, site, mask, held or ())
     return torch.empty_like(ticket)
 
 
-def _end(phase: str) -> Any:
-    def run(
-        ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        session = current_session()
-        begun = session.output(program, site) if phase == COLLECT else None
-        out = torch.empty(size, dtype=dtype, device=ticket.device) if begun is None else begun
-        with session.guard():
-            if phase == COLLECT:
-                session.collect(program, site, out, part)
-            else:
-                session.receive(program, site, out)
-        return out, torch.empty_like(ticket)
-
-    return run
+def _fake_attend(
+    ticket: torch.Tensor,
+    mask: torch.Tensor | None,
+    program: str,
+    site: int,
+    *,
+    held: Held = None,
+) -> torch.Tensor:
+    return torch.empty_like(ticket)
 
 
-def _fake_ticket(first: torch.Tensor, second: Any, program: str, site: int, part: int = -1) -> torch.Tensor:
-    ticket = second if isinstance(second, torch.Tensor) and second.shape == (1,) else first
-    return torch.empty((1,), dtype=torch.int64, device=ticket.device)
+def _collect(
+    ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    session = current_session()
+    begun = session.output(program, site)
+    out = torch.empty(size, dtype=dtype, device=ticket.device) if begun is None else begun
+    with session.guard():
+        session.collect(program, site, out, part)
+    return out, torch.empty_like(ticket)
+
+
+def _exchange_finish(
+    ticket: torch.Tensor,
+    program: str,
+    site: int,
+    size: list[int],
+    dtype: torch.dtype,
+    *,
+    held: Held = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    session = current_session()
+    out = torch.empty(size, dtype=dtype, device=ticket.device)
+    with session.guard():
+        session.receive(program, site, out, held or ())
+    return out, torch.empty_like(ticket)
+
+
+def _fake_start(x: torch.Tensor, ticket: torch.Tensor, program: str, site: int, part: int = -1) -> torch.Tensor:
+    return torch.empty_like(ticket)
 
 
 def _fake_end(
-    ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
+    ticket: torch.Tensor,
+    program: str,
+    site: int,
+    size: list[int],
+    dtype: torch.dtype,
+    part: int = -1,
+    *,
+    held: Held = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(size, dtype=dtype, device=ticket.device), torch.empty_like(ticket)
 
 
+_IMPLEMENTED: dict[str, tuple[Any, Any]] = {
+    "put_fused": (_put_fused, _fake_put_fused),
+    ATTEND_PHASE: (_attend, _fake_attend),
+    COLLECT: (_collect, _fake_end),
+    EXCHANGE_FINISH: (_exchange_finish, _fake_end),
+}
+"""What an op does, and what it says of its outputs; the others start something."""
 for _name in _OPS:
-    _ends = _name in ENDS
-    _run = _end(_name) if _ends else {"attend": _attend, "put_fused": _put_fused}.get(_name) or _start(_name)
-    _fake = _fake_end if _ends else _fake_put_fused if _name == "put_fused" else _fake_ticket
+    _run, _fake = _IMPLEMENTED.get(_name) or (_start(_name), _fake_start)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"streamfusion::{_name}", _fake, lib=_library)
 

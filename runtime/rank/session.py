@@ -23,7 +23,7 @@ from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
 from sfcompile.runtime.rank.calls import Calls, fingerprint
 from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
-from sfcompile.runtime.rank.fit import check_end, check_fused, check_put
+from sfcompile.runtime.rank.fit import check_end, check_fused, check_held, check_put
 from sfcompile.runtime.rank.forks import Forked
 from sfcompile.runtime.rank.process_group import compare
 from sfcompile.runtime.rank.sides import RunningSite, Side, SiteEngine, World
@@ -266,9 +266,11 @@ class Session:
         check_fused(self._loaded(program).schedules[site], self.rank, phase, sources, rows)
         self._run(program, site).put_fused(phase, sources, rows)
 
-    def attend(self, program: str, site: int, mask: torch.Tensor | None) -> None:
-        """The attend phase."""
-        self._run(program, site).attend(mask)
+    def attend(self, program: str, site: int, mask: torch.Tensor | None, held: Sequence[torch.Tensor] = ()) -> None:
+        """The attend phase; ``held``: what the site's puts read."""
+        run = self._run(program, site)
+        check_held(run, self._programs[program].schedules[site], self.rank, held)
+        run.attend(mask)
 
     def output(self, program: str, site: int) -> torch.Tensor | None:
         """The tensor that a call's collect phase completes, if there is one already: kernels wrote a part of it."""
@@ -280,10 +282,12 @@ class Session:
         if self._run(program, site).collect(out, part):
             self._finish(program, site)
 
-    def receive(self, program: str, site: int, out: torch.Tensor) -> None:
-        """The end of an exchange; ends the site's epoch."""
+    def receive(self, program: str, site: int, out: torch.Tensor, held: Sequence[torch.Tensor] = ()) -> None:
+        """The end of an exchange; ends the site's epoch. ``held``: what its start read."""
         check_end(self._loaded(program).schedules[site], self.rank, out)
-        self._run(program, site).receive(out)
+        run = self._run(program, site)
+        check_held(run, self._programs[program].schedules[site], self.rank, held)
+        run.receive(out)
         self._finish(program, site)
 
     def _run(self, program: str, site: int) -> RunningSite:

@@ -6,7 +6,7 @@ sides are behind these protocols: cpu_side.py, and runtime/gpu/device_side.py fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -97,12 +97,15 @@ class RunningSite(Protocol):
         epoch: of the call.
         blocked_s: seconds that the host has spent waiting for peers; ``waited_s`` by rank of the job.
         output: the tensor that :meth:`collect` completes, if there is one already: kernels wrote a part of it.
+        late_reads: addresses of tensors that puts may still read although they have returned, until :meth:`attend` or
+            :meth:`receive`.
     """
 
     epoch: int
     blocked_s: float
     waited_s: dict[int, float]
     output: torch.Tensor | None
+    late_reads: Collection[int]
 
     def put(self, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
         """A put phase, of one part of the tokens or (-1) of all."""

@@ -54,6 +54,7 @@ def run_passes(
         order=asked.passes,
         kernels=kernels,
         fuse_puts=kernels and on_gpu,
+        late_reads=on_gpu,
         split_batch=split_batch,
         parts=() if kernels else Asked.parts,  # kernels take all tokens at a time: they overlap inside
     )

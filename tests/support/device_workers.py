@@ -112,7 +112,7 @@ def fused(rank: int) -> dict[str, Any]:
     session = session_of()
     topology, ranks = session.topology, session.topology.num_ranks
     side, target = _side_of(session, rank)
-    asked = Asked(shard_everything=True, split_batch=False, parts=(), kernels=True, fuse_puts=True)
+    asked = Asked(shard_everything=True, split_batch=False, parts=(), kernels=True, fuse_puts=True, late_reads=True)
     state = State(got.gm, got.mode, topology, rank, asked)
     with torch.no_grad(), interpreting(Deadline(20.0)):
         compiled = run_pipeline(state)

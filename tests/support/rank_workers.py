@@ -53,10 +53,10 @@ def attend_and_gather(
     ticket = sf.put_k(k, ticket, program, 0)
     ticket = sf.put_q(q, ticket, program, 0)
     ticket = sf.put_v(v, ticket, program, 0)
-    ticket = sf.attend(ticket, case.mask, program, 0)
+    ticket = sf.attend(ticket, case.mask, program, 0, held=[q, k, v])
     out, ticket = sf.collect(ticket, program, 0, [*q.shape[:3], v.shape[3]], case.site.dtype)
     ticket = sf.exchange_start(out, ticket, program, 1)
-    whole, ticket = sf.exchange_finish(ticket, program, 1, list(case.expected.shape), case.site.dtype)
+    whole, ticket = sf.exchange_finish(ticket, program, 1, list(case.expected.shape), case.site.dtype, held=[out])
     return whole, ticket
 
 

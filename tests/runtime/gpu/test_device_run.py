@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from deadline import Deadline
 from local_ranks import LocalRanks
@@ -13,6 +14,7 @@ from random_sites import gather_site, rows
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.toolchain.interpreter import interpreting
+from sfcompile.errors import InternalError
 from sfcompile.runtime.gpu.device_run import DeviceRun, DeviceRuns
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.executor import SiteCall
@@ -151,12 +153,14 @@ def test_nothing_is_released_before_the_older_site_has_ended() -> None:
     shard, whole = torch.zeros(2, 5, 3), torch.zeros(2, 10, 3)
     for site in (0, 1):
         session.put("p", site, "exchange_start", shard)
-    session.receive("p", 1, whole)
+    session.receive("p", 1, whole, [shard])
     assert told.released == []
-    session.receive("p", 0, whole)
+    session.receive("p", 0, whole, [shard])
     assert told.released == [2]  # both, in one
     session.put("p", 2, "exchange_start", shard)
-    session.receive("p", 2, whole)
+    with pytest.raises(InternalError, match="1 of 1 tensors that puts of gather read lie elsewhere"):
+        session.receive("p", 2, whole, [shard.clone()])
+    session.receive("p", 2, whole, [shard])
     assert told.released == [2, 3]
 
 
