@@ -5,17 +5,18 @@ simulator on the topology; picks the cheapest. Ulysses, ring and USP as their us
 so the pick is never priced above them. Every candidate that was not taken keeps its reason.
 
 Searching stops early where it can: no candidate ends before its own compute and its own bytes over the bandwidth, so
-one whose bound is above the best price so far is turned down without a simulation.
+one whose bound is above the best price so far is turned down without a simulation. On many ranks a second bound, of the
+calls, messages and waits that every rank makes, turns down nearly all that is left (bounds.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
-
+from sfcompile.codegen.plan.bounds import Bounds, bounds, more_waits
 from sfcompile.codegen.plan.simulator import Timeline
 from sfcompile.codegen.plan.step import price
 from sfcompile.codegen.proof.checker import check
@@ -30,6 +31,8 @@ PARTS = ((1, 2), (2, 1), (2, 2), (1, 4), (4, 4))
 """Chunkings tried on the best candidates: (Q parts, KV parts)."""
 REFINED = 3
 """How many of the best candidates are cut into parts."""
+PRICED_ALL = 64
+"""Up to so many ranks a price costs little, and the table has one for whatever traffic does not rule out."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def _plan(
     layers: int,
 ) -> SitePlan:
     refused: list[Priced] = []
-    legal: list[tuple[float, Candidate, AttentionSchedule]] = []
+    legal: list[_Legal] = []
     for candidate in candidates(topology):
         reason = _refuse(candidate, site, topology, asked, schedule)
         if reason:
@@ -167,36 +170,104 @@ def _plan(
             refused.append(Priced(candidate, error.what))
             continue
         # In parts, the compute between attentions may run under the traffic too.
-        before_s = other_s if site.parts == 1 else 0.0
-        legal.append((before_s + least_seconds(built, topology), candidate, built))
+        legal.append(_Legal(candidate, built, bounds(built, topology), other_s if site.parts == 1 else 0.0))
     if not legal:
         raise _nothing_left(site, topology, asked, schedule, refused)
-    priced: list[tuple[Timeline, Candidate, AttentionSchedule]] = []
-    for bound, candidate, built in sorted(legal, key=lambda entry: entry[0]):
-        best = min((line.seconds for line, _, _ in priced), default=float("inf"))
-        if bound > best:
-            refused.append(Priced(candidate, f"its compute and traffic alone take {bound * 1e3:.3f} ms"))
-        else:
-            priced.append((price(built, topology, other_s, layers), candidate, built))
-    priced.sort(key=lambda entry: entry[0].seconds)
-    for _, candidate, _ in priced[:REFINED]:
-        if topology.num_ranks == 1 or site.parts > 1:
-            break
-        for q_parts, kv_parts in PARTS:
-            cut = replace(candidate, q_parts=q_parts, kv_parts=kv_parts)
-            if cut.kind == "allgather" and q_parts > 1:
-                continue
-            try:
-                built = _built(cut, site, topology)
-            except (MeshError, ScheduleError) as error:
-                refused.append(Priced(cut, error.what))
-                continue
-            priced.append((price(built, topology, other_s), cut, built))
+    priced = _cheapest(legal, refused, lambda built: price(built, topology, other_s, layers))
+    if site.parts == 1 and topology.num_ranks > 1:
+        priced += _refined(priced[:REFINED], refused, site, topology, other_s)
     priced.sort(key=lambda entry: entry[0].seconds)
     least = priced[0][0].seconds
     rows = [_priced(line, candidate, built, least) for line, candidate, built in priced]
     rows[0] = replace(rows[0], reason="")
     return SitePlan(priced[0][1], (*rows, *refused))
+
+
+@dataclass(frozen=True)
+class _Legal:
+    """A candidate that may be taken, and what its price cannot be below: ``before_s`` and the larger bound."""
+
+    candidate: Candidate
+    built: AttentionSchedule
+    bounds: Bounds
+    before_s: float
+
+    @property
+    def traffic_s(self) -> float:
+        return self.before_s + self.bounds.traffic_s
+
+    @property
+    def least_s(self) -> float:
+        return self.before_s + self.bounds.least_s
+
+
+_PricedSchedule = tuple[Timeline, Candidate, AttentionSchedule]
+
+
+def _cheapest(
+    legal: Sequence[_Legal], refused: list[Priced], timed: Callable[[AttentionSchedule], Timeline]
+) -> list[_PricedSchedule]:
+    """Price what may be among the REFINED best; best first. The others join ``refused`` with the bound that says so.
+
+    On few ranks everything is priced that traffic does not rule out, for the table that people read. On many, those of
+    small bounds go first and one that cannot be among the REFINED best is ruled out by them: the best are the same.
+    """
+    by_traffic = sorted(legal, key=lambda entry: entry.traffic_s)
+    few = legal[0].built.mesh.num_ranks <= PRICED_ALL
+    prices: dict[int, Timeline] = {}  # by the place in by_traffic, which decides between equal prices
+    for at in range(len(legal)) if few else sorted(range(len(legal)), key=lambda at: by_traffic[at].least_s):
+        best = min((line.seconds for line in prices.values()), default=math.inf)
+        if by_traffic[at].traffic_s > best:
+            continue
+        seconds = sorted(line.seconds for known, line in prices.items() if by_traffic[known].traffic_s <= best)
+        if few or len(seconds) < REFINED or by_traffic[at].least_s <= seconds[REFINED - 1]:
+            prices[at] = timed(by_traffic[at].built)
+    best = min(line.seconds for line in prices.values())
+    for at, entry in enumerate(by_traffic):
+        if entry.traffic_s > best:
+            prices.pop(at, None)
+        if at not in prices:
+            refused.append(_ruled_out(entry.candidate, entry.traffic_s, entry.least_s, best))
+    order = sorted(prices, key=lambda at: (prices[at].seconds, at))
+    return [(prices[at], by_traffic[at].candidate, by_traffic[at].built) for at in order]
+
+
+def _ruled_out(candidate: Candidate, traffic_s: float, least_s: float, best: float) -> Priced:
+    if traffic_s > best:
+        return Priced(candidate, f"its compute and traffic alone take {traffic_s * 1e3:.3f} ms")
+    return Priced(candidate, f"its compute, calls, messages and waits alone take {least_s * 1e3:.3f} ms")
+
+
+def _refined(
+    best: Sequence[_PricedSchedule], refused: list[Priced], site: AttentionSite, topology: Topology, other_s: float
+) -> list[_PricedSchedule]:
+    """The best candidates with their chunks cut into parts, priced; on many ranks only what may be the best of all."""
+    few = topology.num_ranks <= PRICED_ALL
+    least = best[0][0].seconds
+    priced: list[_PricedSchedule] = []
+    for _, candidate, whole in best:
+        for q_parts, kv_parts in PARTS:
+            cut = replace(candidate, q_parts=q_parts, kv_parts=kv_parts)
+            if cut.kind == "allgather" and q_parts > 1:
+                continue
+            if not few and cut.kind not in REGISTERED:
+                waits_s = more_waits(whole, q_parts, kv_parts) * topology.wait_s
+                least_s = other_s + bounds(whole, topology).work_s + waits_s
+                if least_s > least:
+                    refused.append(_ruled_out(cut, 0.0, least_s, least))
+                    continue
+            try:
+                built = _built(cut, site, topology)
+            except (MeshError, ScheduleError) as error:
+                refused.append(Priced(cut, error.what))
+                continue
+            least_s = other_s + bounds(built, topology).least_s
+            if not few and least_s > least:
+                refused.append(_ruled_out(cut, 0.0, least_s, least))
+                continue
+            priced.append((price(built, topology, other_s), cut, built))
+            least = min(least, priced[-1][0].seconds)
+    return priced
 
 
 def _built(candidate: Candidate, site: AttentionSite, topology: Topology) -> AttentionSchedule:
@@ -275,26 +346,6 @@ def _nothing_left(
         "; ".join(reasons) or "no mesh of these ranks is of that kind",
         f"use ulysses <= {site.heads}, or leave schedule and mesh to the planner",
     )
-
-
-def least_seconds(schedule: AttentionSchedule, topology: Topology) -> float:
-    """No run of a schedule ends before its busiest rank has computed and its busiest link has carried its bytes."""
-    site = schedule.site
-    parts = range(schedule.q_parts)
-    queries = np.zeros(topology.num_ranks)
-    groups = range(schedule.mesh.ulysses) if schedule.split_heads else range(1)
-    for a in groups:
-        origin = schedule.mesh.ranks_after(schedule.mesh.offset(a, 0))
-        queries += np.sum([schedule.row_counts("q", part) for part in parts], axis=0)[origin]
-    keys = sum(int(schedule.row_counts("k", part).sum()) for part in range(schedule.kv_parts))
-    flops = 2.0 * site.batch * schedule.head_counts("q") * queries * keys * (site.head_dim + site.v_head_dim)
-    compute = float(flops.max(initial=0.0)) / (topology.attention_flops_per_s or topology.flops_per_s)
-    if site.causal:
-        compute /= 2
-    inside, across = schedule.bytes_by_link(topology)
-    cards = len(set(topology.nic_of()))
-    links = max(inside / topology.num_ranks / topology.local_bytes_per_s, across / cards / topology.network_bytes_per_s)
-    return max(compute, links)
 
 
 def _priced(line: Timeline, candidate: Candidate, built: AttentionSchedule, best: float) -> Priced:

@@ -6,11 +6,12 @@ first all at an end together; where the best one changes, each cost alone is ask
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sfcompile.codegen.plan.choose_plan import Candidate, SitePlan
 from sfcompile.codegen.plan.step import price
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.runtime.program.presets import SOFTWARE
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
@@ -33,15 +34,16 @@ def doubts(plan: SitePlan, site: AttentionSite, topology: Topology, other_s: flo
         return []
     if site.parts > 1:
         candidates = [replace(candidate, q_parts=site.parts, kv_parts=site.parts) for candidate in candidates]
+    schedules = [(candidate, candidate.schedule(site, topology)) for candidate in candidates]
     sentences = []
     for end in ("low", "high"):
         costs = {name: getattr(assumed, end) for name, assumed in ranges.items()}
-        if _better(candidates, site, topology, costs, other_s, layers) is None:
+        if _better(schedules, topology, costs, other_s, layers) is None:
             continue
         alone = [
             (name, better)
             for name, cost in costs.items()
-            if (better := _better(candidates, site, topology, {name: cost}, other_s, layers)) is not None
+            if (better := _better(schedules, topology, {name: cost}, other_s, layers)) is not None
         ]
         for name, (other, ratio) in alone:
             sentences.append(
@@ -49,7 +51,7 @@ def doubts(plan: SitePlan, site: AttentionSite, topology: Topology, other_s: flo
                 f"{ratio:.2f} x as fast as {plan.best}"
             )
         if not alone:
-            other, ratio = _better(candidates, site, topology, costs, other_s, layers) or (plan.best, 1.0)
+            other, ratio = _better(schedules, topology, costs, other_s, layers) or (plan.best, 1.0)
             all_of_them = "least" if end == "low" else "most"
             sentences.append(
                 f"were all costs of software that are assumed the {all_of_them} they may be, {other} would be "
@@ -59,8 +61,7 @@ def doubts(plan: SitePlan, site: AttentionSite, topology: Topology, other_s: flo
 
 
 def _better(
-    candidates: list[Candidate],
-    site: AttentionSite,
+    schedules: Sequence[tuple[Candidate, AttentionSchedule]],
     topology: Topology,
     costs: Mapping[str, float],
     other_s: float,
@@ -68,8 +69,8 @@ def _better(
 ) -> tuple[Candidate, float] | None:
     """The plan that is faster than the first one with other costs, and how much; None: there is none."""
     changed = topology.with_constants(costs)
-    seconds = [price(each.schedule(site, topology), changed, other_s, layers).seconds for each in candidates]
+    seconds = [price(built, changed, other_s, layers).seconds for _, built in schedules]
     least = min(seconds)
     if least > WORTH * seconds[0]:
         return None
-    return candidates[seconds.index(least)], seconds[0] / least
+    return schedules[seconds.index(least)][0], seconds[0] / least

@@ -149,16 +149,19 @@ class _Facts:
         self.staged = self.attention is not None and self.attention.staged
         self.heads = None if self.attention is None else self._of_job(self.attention.head_counts("q"))
         self._rows: dict[tuple[str, tuple[Chunk, ...]], Vector] = {}
+        self._after: dict[int, NDArray[np.int64]] = {}
 
     def _of_job(self, by_place: NDArray[Any]) -> NDArray[Any]:
         return by_place[self._place] if self._place.size else by_place
 
     def ranks_after(self, offset: int) -> NDArray[np.int64]:
         """Where an offset leads, for every rank of the job."""
-        after = self.schedule.mesh.ranks_after(offset)
-        if not self._place.size:
-            return after
-        return np.take_along_axis(self._group, after[self._place][:, None], axis=1)[:, 0]
+        if offset not in self._after:
+            after = self.schedule.mesh.ranks_after(offset)
+            if self._place.size:
+                after = np.take_along_axis(self._group, after[self._place][:, None], axis=1)[:, 0]
+            self._after[offset] = after
+        return self._after[offset]
 
     def rows(self, tensor: str, chunks: tuple[Chunk, ...]) -> Vector:
         """Tokens of some chunks together, at every rank."""
@@ -189,7 +192,7 @@ class _Message:
     ready: Vector
     dst: NDArray[np.int64]
     nbytes: Vector
-    name: str
+    step: Instruction
     alone: bool
 
 
@@ -265,7 +268,7 @@ class _Sweep:
         top, schedule = self.topology, facts.schedule
         dst = facts.ranks_after(offset)
         nbytes = facts.nbytes[slot][dst]
-        crosses = self.links.machine[dst] != self.links.machine
+        crosses = self.links.route(dst).crosses
         if self.two_sided and first:
             self._busy(top.pairing_s)
             ready = np.maximum(self.clock, self.clock[dst])
@@ -279,7 +282,7 @@ class _Sweep:
             ready = ready + np.where(crosses, nbytes / top.touch_bytes_per_s, 0.0)
         # Outside an exchange of all with all, a rank sends to one peer at a time.
         alone = facts.staged or isinstance(step, Forward) or schedule.mesh.step(offset)[0] == 0
-        message = _Message(ready, dst, nbytes, str(step), alone)
+        message = _Message(ready, dst, nbytes, step, alone)
         if self.two_sided and facts.staged:
             # Its receive is posted a stage ahead: the transfer is timed at its wait.
             self.unposted[epoch, slot] = message
@@ -315,7 +318,7 @@ class _Sweep:
         if self.recording:
             for rank in range(top.num_ranks):
                 lane = "network" if crosses[rank] else "send"
-                what = Span(rank, lane, message.name, start[rank], end[rank], int(nbytes[rank]), int(dst[rank]))
+                what = Span(rank, lane, str(message.step), start[rank], end[rank], int(nbytes[rank]), int(dst[rank]))
                 self.spans.append(what)
         return start, end
 
@@ -356,7 +359,7 @@ class _Sweep:
             moved = 3.0 * 4 * heads * facts.rows("q", merged) * (site.v_head_dim + 1)
             seconds = seconds + moved / top.memory_bytes_per_s
         self.touched.update((epoch, chunk) for chunk in step.q)
-        self.compute(seconds, str(step), alone)
+        self.compute(seconds, str(step) if self.recording else "", alone)
 
     def _record(self, lane: str, name: str, start: Vector, stop: Vector) -> None:
         if self.recording:

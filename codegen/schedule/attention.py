@@ -103,11 +103,13 @@ class AttentionSchedule(Schedule):
 
     def arrival_bytes(self, arrival: Arrival) -> NDArray[np.int64]:
         """Bytes of an arrival of the origin's, at every receiving rank."""
-        heads = self.head_counts(arrival.tensor)
-        if arrival.tensor == "o":
-            heads = heads[self.mesh.ranks_after(arrival.src)]
-        rows = self.row_counts(arrival.tensor, arrival.chunk.part)[self.mesh.ranks_after(arrival.chunk.src)]
-        return self.site.batch * heads * rows * self.width(arrival.tensor) * self.site.dtype.itemsize
+        tensor, src = arrival.tensor, arrival.src if arrival.tensor == "o" else 0
+        key = (f"bytes of a row of {tensor}", src)
+        if key not in self._counts:
+            heads = self.head_counts(tensor)[self.mesh.ranks_after(src)]
+            self._counts[key] = heads * (self.site.batch * self.width(tensor) * self.site.dtype.itemsize)
+        rows = self.row_counts(tensor, arrival.chunk.part)[self.mesh.ranks_after(arrival.chunk.src)]
+        return self._counts[key] * rows
 
     @property
     def title(self) -> str:

@@ -114,11 +114,20 @@ class Mesh:
         if offset not in self._known:
             a, h = divmod(offset, self.ring)
             n, g = divmod(a, self.lanes)
-            grid = np.array(self.order).reshape(self.bundles, self.lanes, self.ring)
             ranks = np.empty(self.num_ranks, dtype=np.int64)
-            ranks[grid.ravel()] = np.roll(grid, (-n, -g, -h), axis=(0, 1, 2)).ravel()
+            seen = self._unrolled[n : n + self.bundles, g : g + self.lanes, h : h + self.ring]
+            ranks[self._laid_out] = seen.ravel()
             self._known[offset] = ranks
         return self._known[offset]
+
+    @cached_property
+    def _laid_out(self) -> NDArray[np.int64]:
+        return np.array(self.order, dtype=np.int64)
+
+    @cached_property
+    def _unrolled(self) -> NDArray[np.int64]:
+        """The grid of bundles, lanes and ring twice along each axis: a step is a window of it."""
+        return np.tile(self._laid_out.reshape(self.bundles, self.lanes, self.ring), (2, 2, 2))
 
     @cached_property
     def _known(self) -> dict[int, NDArray[np.int64]]:

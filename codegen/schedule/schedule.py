@@ -114,11 +114,14 @@ class Schedule(ABC):
         """Bytes of one epoch over all ranks: inside machines, and between machines."""
         machines = np.array(topology.machine_of)
         inside = across = 0
+        local: dict[int, NDArray[np.bool_]] = {}  # by offset of the sender: receivers on its machine
         for arrival in self.origin.arrivals:
+            if arrival.src not in local:
+                local[arrival.src] = machines[self.mesh.ranks_after(arrival.src)] == machines
             sizes = self.arrival_bytes(arrival)
-            local = machines[self.mesh.ranks_after(arrival.src)] == machines
-            inside += int(sizes[local].sum())
-            across += int(sizes[~local].sum())
+            near = int(sizes @ local[arrival.src])
+            inside += near
+            across += int(sizes.sum()) - near
         return inside, across
 
     @property
