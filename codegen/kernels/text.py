@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
-from sfcompile.runtime.wires.symmetric_heap import LINE_BYTES, NUM_BANKS
+from sfcompile.runtime.program.sites import LINE_BYTES
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
 IMPORTS = """import triton
 import triton.language as tl

@@ -26,10 +26,8 @@ from sfcompile.runtime.program.instructions import (
     RankProgram,
     Wait,
 )
-from sfcompile.runtime.program.sites import AnySite, align
+from sfcompile.runtime.program.sites import LINE_BYTES, AnySite, align
 from sfcompile.runtime.program.topology import Topology
-
-_CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -164,5 +162,5 @@ def lay_out(entries: list[tuple[str, int]]) -> tuple[SlotSpec, ...]:
     offset = 0
     for name, nbytes in entries:
         slots.append(SlotSpec(name, offset, nbytes))
-        offset += align(nbytes, _CACHE_LINE)
+        offset += align(nbytes, LINE_BYTES)
     return tuple(slots)

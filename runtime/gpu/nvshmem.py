@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from sfcompile.errors import HeapError, UnsupportedError
-from sfcompile.runtime.wires.symmetric_heap import LINE_BYTES, HeapSize, view_at
+from sfcompile.runtime.program.sites import LINE_BYTES
+from sfcompile.runtime.wires.symmetric_heap import HeapSize, view_at
 
 SIGNAL_SET = 9
 CMP_GE = 5

@@ -14,6 +14,9 @@ from sfcompile.runtime.program.intervals import Runs, count, overlap, places, sl
 
 Shape = tuple[int, ...]
 
+LINE_BYTES = 64
+"""A cache line: slots begin on one, and words that different ranks write lie on lines of their own."""
+
 
 @dataclass(frozen=True)
 class AttentionSite:

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sfcompile.runtime.program.sites import LINE_BYTES
+
 NUM_BANKS = 2
 """How many epochs lie in the heap at a time: one is read while the next is written."""
 _HEADER_BYTES = 4096
 _ABORT_TEXT, _LEFT_TEXT = 64, 3072
 _SCRATCH_BYTES = 64
-LINE_BYTES = 64
-"""Words that different ranks write lie on cache lines of their own."""
 _WORDS_PER_LINE = LINE_BYTES // 8
 _DONE, _ABORT, _LEFT = 0, 1, 2
 

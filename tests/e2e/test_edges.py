@@ -22,7 +22,7 @@ def test_wrong_options_of_a_later_model_leave_the_first_one_running(where: str) 
     run_processes(2, edge_cases.run, ("refused_options", where), timeout_s=240.0)
 
 
-@pytest.mark.parametrize("homes", [(0, 0), (0, 1)])
+@pytest.mark.parametrize("homes", [pytest.param((0, 0), marks=pytest.mark.thorough), (0, 1)])
 def test_a_child_of_a_rank_has_no_session(homes: tuple[int, ...]) -> None:
     run_processes(2, edge_cases.run, ("forks",), homes, timeout_s=240.0)
 

@@ -1,9 +1,10 @@
-"""The tests in two runs of pytest: those that start no ranks, on every core at once; then those that do, one by one.
+"""The tests in two runs of pytest: those that start no ranks, on every core; then those that do, two jobs at a time.
 
     python tests/support/run_tests.py [--all] [ARGUMENT OF PYTEST...]
 
-Ranks use all cores and have time limits, so nothing runs beside them. Without ``--all``, what is marked ``thorough`` is
-left out: cells of a matrix whose other rows and columns say the same. Ends with what both runs counted together.
+Ranks use all cores and have time limits, so nothing else runs beside them. Without ``--all``, what is marked
+``thorough`` is left out: cells of a matrix whose other rows and columns say the same. Ends with what both runs counted
+together.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 WORKERS = 8  # at most: each imports everything, about 0.6 GB
+LANES = 2  # jobs of ranks at a time, at most: much of their time is waiting
 NOTHING_RAN = 5  # pytest's exit code when every test was deselected
 INTERRUPTED = 2
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed)\b")
 COLOR = re.compile(r"\x1b\[[\d;]*m")
 CLOSING = re.compile(r"^(=+ )?\d+ \w+.* in [\d.]+s")  # with -q it stands without its frame
-PARALLEL, ALONE = "not ranks", "ranks"
+PARALLEL, RANKS = "not ranks", "ranks"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     began = time.monotonic()
     counts: Counter[str] = Counter()
     codes = []
-    for group in (PARALLEL, ALONE):
+    for group in (PARALLEL, RANKS):
         code, counted = run(group, everything, rest)
         codes.append(code)
         counts.update(counted)
@@ -47,10 +49,12 @@ def run(group: str, everything: bool, arguments: Sequence[str]) -> tuple[int, Co
     """One run of pytest, shown as it goes: its exit code and what it counted."""
     marks = group if everything else f"{group} and not thorough"
     command = [sys.executable, "-m", "pytest", "-m", marks, *arguments]
-    env = dict(os.environ) | {"SFCOMPILE_TESTS": "all" if everything else "quick"}
+    env = dict(os.environ) | {"SFCOMPILE_TESTS": "all" if everything else "quick", "SFCOMPILE_TEST_GROUP": group}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, WORKERS if group == PARALLEL else LANES)
+    if workers > 1:
+        command += ["-n", str(workers), "--dist", "worksteal"]
     if group == PARALLEL:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        command += ["-n", str(min(cores, WORKERS)), "--dist", "worksteal"]
         env["OMP_NUM_THREADS"] = "1"
     if sys.stdout.isatty():
         command.append("--color=yes")

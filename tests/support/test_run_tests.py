@@ -30,11 +30,11 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    ranks: r\n    thorough: t\n")
     (tmp_path / "test_some.py").write_text(
         "import os, pytest\n"
-        "alone = 'PYTEST_XDIST_WORKER' not in os.environ\n"
-        "def test_plain(): assert not alone\n"
-        "@pytest.mark.thorough\ndef test_more(): assert not alone\n"
-        "@pytest.mark.ranks\ndef test_ranks(): assert alone\n"
-        "@pytest.mark.ranks\n@pytest.mark.thorough\ndef test_more_ranks(): assert alone\n"
+        "ranks = os.environ['SFCOMPILE_TEST_GROUP'] == 'ranks'\n"
+        "def test_plain(): assert not ranks\n"
+        "@pytest.mark.thorough\ndef test_more(): assert not ranks\n"
+        "@pytest.mark.ranks\ndef test_ranks(): assert ranks\n"
+        "@pytest.mark.ranks\n@pytest.mark.thorough\ndef test_more_ranks(): assert ranks\n"
     )
     (tmp_path / "test_bad.py").write_text("def test_bad(): assert False\n")
     return tmp_path
@@ -56,7 +56,6 @@ def test_every_test_is_in_one_of_two_runs(
     said: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(folder)
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     assert run_tests.main(arguments) == code
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == said and CI_GREP.match(lines[-1])

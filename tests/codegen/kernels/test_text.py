@@ -16,7 +16,8 @@ from sfcompile.codegen.kernels.text import (
     module,
     prologue,
 )
-from sfcompile.runtime.wires.symmetric_heap import LINE_BYTES, NUM_BANKS, HeapSize
+from sfcompile.runtime.program.sites import LINE_BYTES
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize
 
 
 def test_lines_are_indented_by_blocks() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_ops import examples
 from random_sites import attention_site, cut, gather_site
 from symbolic_run import run_explicitly
 
@@ -48,7 +49,7 @@ def proves(schedule: Schedule) -> bool:
     return True
 
 
-@settings(max_examples=3000, deadline=None)
+@examples(3000)
 @given(
     kind=st.sampled_from(list(BUILDERS)),
     machines=st.integers(1, 6),

@@ -23,6 +23,7 @@ def test_pairs_that_cannot_work_say_what_to_install(triton: str, nvshmem: str) -
         refuse_pair(triton, nvshmem)
 
 
+@pytest.mark.thorough  # test_compiler.py links kernels with it
 def test_the_cut_library_is_small_whole_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFCOMPILE_CACHE", str(tmp_path))
     found = wheel()

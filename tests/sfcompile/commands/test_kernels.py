@@ -28,6 +28,7 @@ def test_shapes_and_architectures_as_typed() -> None:
             arch(wrong)
 
 
+@pytest.mark.thorough  # a schedule between machines is compiled in tests/codegen/toolchain/test_listing.py
 def test_a_shape_on_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["kernels", "1x4x512x64", "--arch", "sm_90", "--topology", "2x2:a100-efa", "--out", str(tmp_path)]
     assert main(argv) == 0

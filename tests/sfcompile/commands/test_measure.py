@@ -14,7 +14,8 @@ from sfcompile.runtime.program.topology import Topology
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize(("ranks", "machines"), [pytest.param(2, 1, marks=pytest.mark.thorough), (2, 2)])
+@pytest.mark.thorough  # `sfcompile doctor --measure` runs in tests/examples/test_docs.py
+@pytest.mark.parametrize(("ranks", "machines"), [(2, 1), (2, 2)])
 def test_ranks_measure_themselves(tmp_path: Path, ranks: int, machines: int) -> None:
     path = tmp_path / "cluster.toml"
     assert launch(["-m", "sfcompile.commands.measure", "--out", str(path)], ranks, machines, timeout_s=120) == 0

@@ -103,6 +103,7 @@ def test_inductor_runs_a_loaded_graph(tmp_path: Path) -> None:
     torch.testing.assert_close(model(x), Tiny()(x))
 
 
+@pytest.mark.thorough  # AOTInductor compiles for half a minute
 def test_compiled_objects_run_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 2, 8, 8)
     path = export(Tiny(), (x,), {}, tmp_path / "p.sf", topology="1x1", inner="aoti")
