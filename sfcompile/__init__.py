@@ -14,8 +14,33 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sfcompile import errors as errors
 from sfcompile.version import __version__ as __version__
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ below loads them
+    from sfcompile import backend as backend
+    from sfcompile import extend as extend
+    from sfcompile.commands.progress_bar import progress as progress
+    from sfcompile.package.export import export as export
+    from sfcompile.package.load import load as load
+    from sfcompile.prediction.explain import explain as explain
+    from sfcompile.prediction.predict import simulate as simulate
+    from sfcompile.tracing.trace import trace as trace
+
+__all__ = [
+    "__version__",
+    "backend",
+    "errors",
+    "explain",
+    "export",
+    "extend",
+    "load",
+    "progress",
+    "simulate",
+    "trace",
+]
 
 # In a checkout passes/, codegen/ and runtime/ lie beside this folder; in a wheel they lie inside it.
 _root = Path(__file__).resolve().parents[1]
@@ -33,10 +58,20 @@ _LAZY = {
     "simulate": "sfcompile.prediction.predict",
     "trace": "sfcompile.tracing.trace",
 }
+_LAZY_MODULES = {"backend": "sfcompile.backend", "extend": "sfcompile.extend"}
 
 
-def __getattr__(name: str) -> object:
-    """`sfcompile.explain`, `simulate`, `export`, `load`, `trace` and `progress`."""
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker would take it for every name that is misspelt
+
+    def __getattr__(name: str) -> object:
+        """The functions and modules of ``__all__``, on their first use."""
+        if name in _LAZY:
+            return getattr(import_module(_LAZY[name]), name)
+        if name in _LAZY_MODULES:
+            return import_module(_LAZY_MODULES[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion; nothing is loaded for them."""
+    return sorted({*globals(), *__all__})
