@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,7 +22,14 @@ from sfcompile.capture.by_sizes import BySizes, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.capture.randomness import draws
 from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
-from sfcompile.errors import MeshError, OptionError, StreamFusionError, TopologyError, UnsupportedError
+from sfcompile.errors import (
+    MeshError,
+    OptionError,
+    StreamFusionError,
+    TopologyError,
+    TrainingGraphError,
+    UnsupportedError,
+)
 from sfcompile.graph_call import (
     CallFacts,
     as_called,
@@ -32,7 +39,7 @@ from sfcompile.graph_call import (
     share_inputs,
     watched,
 )
-from sfcompile.groups import in_group, session_for, world_size
+from sfcompile.groups import in_group, refuse, refuse_together, session_for, world_size
 from sfcompile.lowering.inner import run_inner
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
 from sfcompile.measuring.auto import SourcedTopology, assumed_links, given_links, measured_links, resolved
@@ -76,11 +83,13 @@ def streamfusion_backend(
         ranks = world_size(asked)
         asked.check_world(ranks)
     except _REFUSALS as error:
-        if len(sessions()) == 1:  # of several groups it is not known whom these options would have meant
-            with sessions()[0].turn(), sessions()[0].guard():
-                _refuse_together(error, sessions()[0], _describe(gm, example_inputs, Options()))
-        raise
-    refuse_training(example_inputs)
+        refuse(error, options, _describe(gm, example_inputs, Options()))
+    try:
+        refuse_training(example_inputs)
+    except TrainingGraphError as error:
+        if sessions():  # later the others may be in a call: waiting for them here would only make them wait longer
+            raise
+        refuse(error, options, _describe(gm, example_inputs, asked))
     if ranks == 1:
         return run_inner(gm, example_inputs, None, asked)
     session = session_for(asked)
@@ -92,7 +101,7 @@ def streamfusion_backend(
             start(device_of(example_inputs), session, asked)
             given = _given(asked, session)
         except _REFUSALS as error:
-            _refuse_together(error, session, _describe(gm, example_inputs, asked))
+            refuse_together(error, session, _describe(gm, example_inputs, asked))
         first, any_size = _compile_rank(gm, example_inputs, asked, session, given)
     moving = moving_inputs(gm, example_inputs)
     if any_size or not moving:
@@ -164,21 +173,6 @@ def _links(asked: Options, given: Topology | None, session: Session, inputs: Seq
     if asked.topology == ASSUMED:
         return assumed_links(base)
     return measured_links(session, base, asked.transport, dtype_of(inputs))
-
-
-def _refuse_together(error: StreamFusionError, session: Session, described: dict[str, str]) -> NoReturn:
-    """Collective: where ranks agree on what they compile, this one says that it refuses, so that nobody waits for it.
-
-    What was compiled before goes on running.
-
-    Raises:
-        RankMismatchError: other ranks do not refuse the same; on every rank.
-        StreamFusionError: ``error``, on every rank.
-    """
-    described = described | {"options": f"refused ({error.what})"}
-    session.agree(f"refused: {error.what}", described)
-    error.on_every_rank = True
-    raise error
 
 
 def _given(asked: Options, session: Session) -> Topology | None:

@@ -7,15 +7,17 @@ of their own: they have their own session, heap and connections, and several gro
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from sfcompile.errors import OptionError
+from sfcompile.errors import OptionError, RankMismatchError, StreamFusionError
 from sfcompile.options import BATCH_AXIS, MESH_AXES, Options
 from sfcompile.runtime.rank.process_group import ProcessWorld, group_name
-from sfcompile.runtime.rank.session import Members, Session, get_session
+from sfcompile.runtime.rank.session import Members, Session, existing_session, get_session, sessions
 
 
 def in_group(asked: Options) -> Options:
@@ -28,13 +30,14 @@ def in_group(asked: Options) -> Options:
     """
     if asked.mesh is None or isinstance(asked.mesh, dict):
         return asked
-    members, degrees = _members(asked.mesh)
+    members = ranks_of(asked.mesh)
     if dist.get_rank() not in members:
         raise OptionError(
             f"rank {dist.get_rank()} calls a model whose mesh holds ranks {', '.join(map(str, members))}",
             "only ranks of the mesh compute the model",
             "give each rank the mesh that it is in, e.g. init_device_mesh(...)['sp'], which differs by rank",
         )
+    degrees = _degrees_of(asked.mesh)
     if members == tuple(range(dist.get_world_size())):
         return replace(asked, mesh=degrees)
     dump = None if asked.dump is None else asked.dump / group_name(members)
@@ -55,8 +58,88 @@ def session_for(asked: Options) -> Session:
     return get_session(lambda: ProcessWorld(asked.transport, asked.timeout_s, asked.group), asked.group)
 
 
-def _members(mesh: Any) -> tuple[Members, dict[str, int] | None]:
-    """The ranks of a mesh or process group, and the degrees that the mesh's axes give."""
+def refuse(error: StreamFusionError, options: Mapping[str, Any] | None, described: dict[str, str]) -> NoReturn:
+    """Before this rank has a session for what it was asked for: it refuses, and tells the ranks that wait for it, if it
+    is known who they are.
+
+    Args:
+        options: as they were given.
+        described: what is compared with the other ranks, in words.
+
+    Raises:
+        StreamFusionError: ``error``.
+    """
+    try:
+        session = session_of_refused(options)
+    except StreamFusionError as absent:
+        raise error from absent
+    if session is None:
+        raise error
+    with session.turn(), session.guard():
+        refuse_together(error, session, described)
+
+
+def refuse_together(error: StreamFusionError, session: Session, described: dict[str, str]) -> NoReturn:
+    """Collective: where ranks agree on what they do, this one says that it refuses, so that nobody waits for it.
+
+    What was compiled before goes on running. Ranks that do not refuse get a RankMismatchError that holds this one's.
+
+    Raises:
+        StreamFusionError: ``error``.
+    """
+    described = described | {"options": f"refused ({error.what})"}
+    try:
+        session.agree(f"refused: {error.what}", described)
+    except RankMismatchError as mismatch:
+        error.on_every_rank = mismatch.on_every_rank
+        raise error from mismatch
+    except StreamFusionError as absent:  # they are not there; what is wrong here is this rank's own
+        raise error from absent
+    error.on_every_rank = True
+    raise error
+
+
+def session_of_refused(options: Mapping[str, Any] | None) -> Session | None:
+    """The session of the ranks that wait for this one, whose options were refused; None: it is not known who they are.
+
+    Collective where this process has no session yet: the others make theirs in the same compile.
+
+    Raises:
+        StreamFusionError: they could not be reached.
+    """
+    asked = _readable(options or {})
+    if asked is None:
+        return sessions()[0] if len(sessions()) == 1 else None
+    return session_for(asked) if world_size(asked) > 1 else None
+
+
+def _readable(options: Mapping[str, Any]) -> Options | None:
+    """Of refused options what says where the other ranks are and how to reach them; None: nothing does."""
+    values: dict[str, Any] = {}
+    for key in ("mesh", "transport", "timeout_s"):
+        with suppress(OptionError):
+            values[key] = getattr(Options.from_dict({key: options[key]} if key in options else {}), key)
+    mesh, given = values.pop("mesh", None), options.get("mesh")
+    asked = Options(**values)
+    if mesh is None or isinstance(mesh, dict):
+        in_groups = bool(sessions()) and existing_session() is None
+        unknown = mesh is None and given not in (None, "auto") and not isinstance(given, Mapping)
+        return None if in_groups or unknown else asked
+    try:
+        members = ranks_of(mesh)
+    except OptionError:
+        return None
+    if dist.get_rank() not in members:
+        return None
+    return asked if members == tuple(range(dist.get_world_size())) else replace(asked, group=members)
+
+
+def ranks_of(mesh: Any) -> Members:
+    """The ranks of a torch DeviceMesh or ProcessGroup, by their numbers in the whole job.
+
+    Raises:
+        OptionError: its job has ended.
+    """
     if not dist.is_initialized():
         raise OptionError(
             "options={'mesh': ...} names a mesh or group of a job that has ended",
@@ -64,10 +147,14 @@ def _members(mesh: Any) -> tuple[Members, dict[str, int] | None]:
             "make the mesh in the job that runs the model",
         )
     if isinstance(mesh, dist.ProcessGroup):
-        return tuple(dist.get_process_group_ranks(mesh)), None
-    members = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
-    if mesh.ndim == 1:
-        return members, None
+        return tuple(dist.get_process_group_ranks(mesh))
+    return tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+
+
+def _degrees_of(mesh: Any) -> dict[str, int] | None:
+    """The degrees that a mesh's axes give; None: it has one axis, or is a process group."""
+    if isinstance(mesh, dist.ProcessGroup) or mesh.ndim == 1:
+        return None
     names, known = mesh.mesh_dim_names or (), {*MESH_AXES, BATCH_AXIS}
     if len(names) != mesh.ndim or not set(names) <= known:
         raise OptionError(
@@ -77,4 +164,4 @@ def _members(mesh: Any) -> tuple[Members, dict[str, int] | None]:
         )
     sizes = dict(zip(names, mesh.mesh.shape, strict=True))
     batch = {BATCH_AXIS: sizes[BATCH_AXIS]} if BATCH_AXIS in sizes else {}
-    return members, {axis: sizes.get(axis, 1) for axis in MESH_AXES} | batch
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES} | batch

@@ -63,6 +63,7 @@ __all__ = [
     "keep_for_ever",
     "make_fx",
     "no_modes",
+    "registered_for_autocast",
     "same_storage",
     "symbol_hint",
     "tracing",
@@ -126,6 +127,12 @@ def has_autocast_kernel(op: OpOverload, device: str) -> bool:
     schema = op._schema
     name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device.upper()}"))
+
+
+def registered_for_autocast(device: str) -> list[str]:
+    """Every op to which autocast on a type of device does something, as ``aten::name.overload``."""
+    names: list[str] = torch._C._dispatch_get_registrations_for_dispatch_key(f"Autocast{device.upper()}")
+    return names
 
 
 def is_composite(op: OpOverload) -> bool:

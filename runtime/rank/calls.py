@@ -66,6 +66,12 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
     return mark
 
 
+def sampled_places(tensor: torch.Tensor) -> list[int]:
+    """Where the elements that make a tensor's fingerprint lie, in elements from its first one."""
+    places: list[int] = _places(tuple(tensor.shape), tensor.stride(), tensor.dtype)[0].tolist()
+    return places
+
+
 @lru_cache(maxsize=1024)
 def _places(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, int, bytes]:
     """Where the sampled elements lie behind the first one, how far the last reaches, and the geometry as bytes."""

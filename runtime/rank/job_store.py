@@ -24,6 +24,10 @@ from sfcompile.runtime.wires.handshake import SECRET
 
 T = TypeVar("T")
 
+BOUND = "agreed/"
+"""Keys of what ranks act on begin so, once they know of each other. Signs of life and notices of failure do not: ranks
+that have not met yet read them, and all that a recording of one could do is to end the job."""
+
 
 class StoreLostError(Exception):
     """The store does not answer any more, or has gone. Never reaches a user: who asks says what it was about."""
@@ -40,12 +44,19 @@ class _Reply:
 class JobStore:
     """Text by key, under a prefix of the job's own.
 
+    What ranks leave in it is signed, if they have a secret: the HMAC of a text is over the store's name, its key and
+    the text, and, once ranks have met, over :meth:`bind`'s session too, so that what was recorded in another job, or in
+    an earlier session of this one, is refused.
+
     Args:
-        store: torch's, used by this object's thread alone. What ranks leave in it is signed, if they have a secret.
+        store: torch's, used by this object's thread alone.
+        name: of what the store is for, the same on every rank: a world's own.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, name: str = "") -> None:
         self._store = store
+        self._name = name
+        self._session = ""
         self._secret = os.environ.get(SECRET, "").encode()
         self._asked: queue.SimpleQueue[_Reply | None] = queue.SimpleQueue()
         self._beat: Callable[[], None] | None = None
@@ -163,5 +174,16 @@ class JobStore:
             )
         return text[length:]
 
+    def bind(self, nonces: Sequence[str]) -> None:
+        """From now on :data:`BOUND` keys hold what was signed for this session alone.
+
+        Args:
+            nonces: of all ranks, each drawn for this session by its rank. A recording holds other ones: who plays it to
+                some rank in their place gives that rank another session than its own, and is found out.
+        """
+        self._session = hashlib.sha256("\0".join(nonces).encode()).hexdigest()
+
     def _signature(self, key: str, text: str) -> str:
-        return hmac.new(self._secret, f"{key}\0{text}".encode(), hashlib.sha256).hexdigest()
+        session = self._session if key.startswith(BOUND) else ""
+        said = "\0".join((self._name, session, key, text))
+        return hmac.new(self._secret, said.encode(), hashlib.sha256).hexdigest()

@@ -24,7 +24,7 @@ from sfcompile.errors import (
     RuntimeTimeoutError,
     StreamFusionError,
 )
-from sfcompile.runtime.rank.job_store import JobStore, StoreLostError
+from sfcompile.runtime.rank.job_store import BOUND, JobStore, StoreLostError
 from sfcompile.runtime.rank.presence import Presence
 from sfcompile.runtime.rank.values import decode, encode
 from sfcompile.runtime.wires.transport import notice_of, peer_failed
@@ -185,9 +185,7 @@ class Meetings:
         return RuntimeTimeoutError(
             f"rank {self._rank} is ready to {doing} (step {self._met}), but not every rank came along "
             f"within {limit_s:g} s: {ranks_in_words(missing)} did not",
-            "every rank must call the model with inputs of the same shapes; a rank that was called with other "
-            "shapes compiles anew while the others run",
-            f"give every rank the same inputs; look at the log of rank {missing[0]}",
+            *_cure(missing[0], known or notice),
             rank=self._rank,
             peer=missing[0],
         )
@@ -210,7 +208,9 @@ class Meetings:
             time.sleep(1e-3)
 
     def _key(self, what: object) -> str:
-        return f"meeting/{self._met}.{self._attempt}/{what}"
+        """Of the first meeting, which makes the session, nothing can be bound to that session yet."""
+        room = BOUND if self._met else "meeting/"
+        return f"{room}{self._met}.{self._attempt}/{what}"
 
     @contextlib.contextmanager
     def _store_errors(self, doing: str) -> Iterator[None]:
@@ -230,6 +230,20 @@ def _reason(error: StreamFusionError) -> str:
     """Why a meeting ended without having come about, for the other ranks."""
     what = notice_of(error.rank or 0, error) if isinstance(error, PeerFailedError) else error.what
     return encode((type(error).__name__, what, error.why, error.fix, error.peer))
+
+
+def _cure(missing: int, notice: str | None) -> tuple[str, str]:
+    """Why a rank may not have come to a meeting, as far as it is known, and what to do."""
+    if notice is not None:
+        return (
+            f"the job failed before ({notice}), and ranks start afresh together: all of them must call again",
+            f"call again on every rank, or end them all; look at the log of rank {missing}",
+        )
+    return (
+        "every rank must make this call: one that raised before it, that runs other code, or that was given inputs of "
+        "shapes which it has compiled already (or that the others have) does not come",
+        f"make the same calls with inputs of the same shapes on every rank; look at the log of rank {missing}",
+    )
 
 
 def ranks_in_words(some: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -45,9 +46,9 @@ from sfcompile.torch_private import default_store
 
 _log = logging.getLogger("sfcompile")
 _SHORT_S = 2.0
+"""Limit of what an error, or the end of the process, waits for."""
 _TOLD = 4
 """Calls of so many other ranks are named when ranks are out of step."""
-"""Limit of what an error, or the end of the process, waits for."""
 
 _NAMED = 8
 """So many ranks of a group are named one by one."""
@@ -139,35 +140,30 @@ class ProcessWorld:
         self.global_rank = dist.get_rank()
         self.group = "" if members is None else group_name(members)
         self._timeout_s = timeout_s
-        self._transport = transport
         self.life = 0
         self._announced = False
         self._group: dist.ProcessGroup | None = None
         self._messages: MessageTransport | None = None
         number = _worlds.get(self._members, 0)
-        self._kept, own = default_store(f"sfcompile/{self.group or 'job'}/{number}")
-        self._store = JobStore(own)
+        name = f"sfcompile/{self.group or 'job'}/{number}"
+        self._kept, own = default_store(name)
+        self._store = JobStore(own, name)
         try:
             facts = self._meet_first()
         except BaseException:
             self._store.close()  # the heart of a world that never was
             raise
         _worlds[self._members] = number + 1
-        identities = [machine for machine, _ in facts]
+        self._store.bind([nonce for *_, nonce in facts])
+        identities = [machine for machine, *_ in facts]
         numbers = {machine: i for i, machine in enumerate(dict.fromkeys(identities))}
         self.topology = Topology(tuple(numbers[machine] for machine in identities))
-        self._pids = [pid for _, pid in facts]
-        if transport == "shm" and self.topology.num_machines > 1:
-            raise UnsupportedError(
-                f"transport='shm' with {self.topology.num_machines} machines",
-                "ranks of different machines share no memory",
-                "use transport='auto' (shared memory inside a machine, TCP between) or 'c10d'",
-                rank=self.rank,
-            )
-        self._messages_only = transport == "c10d"
+        self._pids = [pid for _, pid, _ in facts]
+        self._settled = False
+        self._use(transport)
 
-    def _meet_first(self) -> list[tuple[str, int]]:
-        """Collective: every rank's machine and process id."""
+    def _meet_first(self) -> list[tuple[str, int, str]]:
+        """Collective: every rank's machine, process id and nonce."""
         try:
             self._presence = Presence(self._store, self.rank, self._timeout_s)
         except StoreLostError as error:
@@ -180,7 +176,7 @@ class ProcessWorld:
         self._meetings = Meetings(
             self._store, self.rank, len(self._members), self._presence, self._timeout_s, self.notice
         )
-        return self.exchange((machine_identity(), os.getpid()), "start a session")
+        return self.exchange((machine_identity(), os.getpid(), secrets.token_hex(16)), "start a session")
 
     def _connected(self) -> MessageTransport:
         """Collective, at first: the wires to ranks of other machines, one set for all heaps."""
@@ -223,22 +219,37 @@ class ProcessWorld:
     # ------------------------------------------------------------------ control
 
     def reconfigure(self, transport: str, timeout_s: float) -> bool:
-        """Take the options of a later compile; whether the wires must be made anew for them.
+        """Take the options of a compile; whether the wires must be made anew for them.
+
+        The first that is not refused settles the transport: a world may have been made by one that was.
 
         Raises:
             OptionError: another transport than the one this process runs on.
         """
-        if transport != self._transport:
+        if transport != self._transport and self._settled:
             raise OptionError(
                 f"transport={transport!r}, but this process already runs on transport={self._transport!r}",
                 "all graphs of a process share one heap and one set of connections",
                 "use the same transport for every model of a process",
             )
+        self._use(transport)
+        self._settled = True
         changed = timeout_s != self._timeout_s
         self._timeout_s = self._meetings.timeout_s = self._presence.timeout_s = timeout_s
         if self._messages is not None:
             self._messages.timeout_s = timeout_s
         return changed
+
+    def _use(self, transport: str) -> None:
+        """What carries chunks from now on; nothing has been made for another transport."""
+        if transport == "shm" and self.topology.num_machines > 1:
+            raise UnsupportedError(
+                f"transport='shm' with {self.topology.num_machines} machines",
+                "ranks of different machines share no memory",
+                "use transport='auto' (shared memory inside a machine, TCP between) or 'c10d'",
+                rank=self.rank,
+            )
+        self._transport, self._messages_only = transport, transport == "c10d"
 
     def exchange(self, value: Any, doing: str, patience: float = 1.0, afresh: bool = False) -> list[Any]:
         """All-gather: every rank's value, by rank. See :meth:`Meetings.exchange`."""

@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 
-from sfcompile.runtime.rank.calls import fingerprint
+from sfcompile.runtime.rank.calls import fingerprint, sampled_places
+
+_WORDS: dict[int, Any] = {
+    1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64, 16: ctypes.c_uint64,
+}  # fmt: skip
+"""By the bytes of an element, what reads it (of sixteen: the first half)."""
+
+
+class _Known(NamedTuple):
+    """The weights of the last call.
+
+    Attributes:
+        traces: of each what torch knows of it, see :func:`_trace`.
+        words: some elements in their memory, good as long as the traces are; ``values``: what they held.
+    """
+
+    tensors: list[weakref.ref[torch.Tensor]]
+    traces: list[tuple[int, int]]
+    words: list[Any]
+    values: list[int]
+    mark: int
 
 
 class Weights:
     """The weights of one compiled graph's calls, by their fingerprint.
 
-    It is taken when other tensors come than at the last call, or when one of them was written to since, or (on CPUs)
-    was given other memory; else a call costs a fraction of a microsecond a tensor. A write through ``.data`` into the
-    same memory leaves no trace in torch and is not seen here.
+    It is taken when other tensors come than at the last call, when one of them was written to since, or (on CPUs) was
+    given other memory or holds other values. Writes that torch counts are all seen. Those that it does not, through
+    ``.data`` or in inference mode, are seen by two elements of every weight, which each call reads: a write to a whole
+    weight shows there, one to a few of its rows need not. Both cost some 0.5 microseconds a tensor. The same elements
+    are read at every call, so that ranks which write alike see it at the same call.
     """
 
     def __init__(self) -> None:
         # One reference, replaced whole: threads may ask at once, each of them gets the mark of what it gave.
-        self._last: tuple[list[weakref.ref[torch.Tensor]], int, int] = ([], 0, 0)
+        self._last = _Known([], [], [], [], 0)
 
     def mark(self, tensors: Sequence[torch.Tensor]) -> int:
         """The fingerprint of these weights (calls.fingerprint)."""
-        known, versions, mark = self._last
-        # Versions only grow, and memory hardly moves by just as much.
-        now = sum(map(_trace, tensors))
-        same = len(tensors) == len(known) and all(
-            reference() is tensor for reference, tensor in zip(known, tensors, strict=True)
+        known = self._last
+        traces = [_trace(tensor) for tensor in tensors]
+        same = len(tensors) == len(known.tensors) and all(
+            map(is_, (reference() for reference in known.tensors), tensors)
         )
-        if not same or versions != now:
-            mark = fingerprint(tensors)
-            self._last = [weakref.ref(tensor) for tensor in tensors], now, mark
-        return mark
+        # In this order: where a weight has other memory, what the words point to may be gone.
+        if same and traces == known.traces and [word.value for word in known.words] == known.values:
+            return known.mark
+        words = [word for tensor in tensors if tensor.is_cpu for word in _words(tensor)]
+        references = [weakref.ref(tensor) for tensor in tensors]
+        self._last = _Known(references, traces, words, [word.value for word in words], fingerprint(tensors))
+        return self._last.mark
 
 
-def _trace(tensor: torch.Tensor) -> int:
-    """A number that another memory or another version changes. On GPUs, where reading the values makes the host wait,
-    offloading gives weights other memory at every step: there only the version counts."""
-    memory = tensor.data_ptr() if tensor.device.type == "cpu" else 0
-    return memory + (0 if tensor.is_inference() else tensor._version)
+def _trace(tensor: torch.Tensor) -> tuple[int, int]:
+    """Memory and version. On GPUs, where reading the values makes the host wait, offloading gives weights other memory
+    at every step: there only the version counts."""
+    memory = tensor.data_ptr() if tensor.is_cpu else 0
+    return memory, 0 if tensor.is_inference() else tensor._version
+
+
+def _words(tensor: torch.Tensor) -> list[Any]:
+    """Two of the elements that make the fingerprint, a third and two thirds of the way, where they lie in memory."""
+    places, size = sampled_places(tensor), tensor.element_size()
+    memory = tensor.data_ptr()
+    if not places or not memory:
+        return []
+    chosen = {places[len(places) // 3], places[2 * len(places) // 3]}
+    return [_WORDS[size].from_address(memory + size * place) for place in sorted(chosen)]

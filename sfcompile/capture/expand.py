@@ -143,11 +143,14 @@ def encoder_layer(
         hidden = F.gelu(hidden) if use_gelu else F.relu(hidden)
         return F.linear(hidden, ffn_weight_2, ffn_bias_2)
 
+    def beside(branch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (x + branch).to(branch.dtype)  # added in place: under autocast the branch's dtype is the lower one
+
     if norm_first:
-        src = src + attend(norm(src, norm_weight_1, norm_bias_1))
-        return src + feed(norm(src, norm_weight_2, norm_bias_2))
-    src = norm(src + attend(src), norm_weight_1, norm_bias_1)
-    return norm(src + feed(src), norm_weight_2, norm_bias_2)
+        src = beside(attend(norm(src, norm_weight_1, norm_bias_1)), src)
+        return beside(feed(norm(src, norm_weight_2, norm_bias_2)), src)
+    src = norm(beside(attend(src), src), norm_weight_1, norm_bias_1)
+    return norm(beside(feed(src), src), norm_weight_2, norm_bias_2)
 
 
 _FUSED: dict[Any, Callable[..., Any]] = {

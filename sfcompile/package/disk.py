@@ -36,7 +36,9 @@ def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
     try:
         fd = os.open(path, _READ | (0 if follow else os.O_NOFOLLOW))
     except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
-        reason = "it is a symbolic link" if getattr(error, "errno", 0) == errno.ELOOP else str(error)
+        reason = str(error)
+        if getattr(error, "errno", 0) == errno.ELOOP:
+            reason = "its symbolic links lead round in a circle" if follow else "it is a symbolic link"
         raise PackageError(f"{path} cannot be read: {reason}", "", "check the path") from error
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
@@ -83,8 +85,9 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         PackageError: the folder or the disk refuses.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    part = path.parent / f".{path.name}.{secrets.token_hex(6)}.part"
     with refusing(path):
+        _check_target(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(part, _WRITE, 0o666), "w+b")
     try:
@@ -95,8 +98,25 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         with suppress(OSError):
             file.close()
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refuses this too has said so above
+            part.unlink(missing_ok=True)
         raise
+
+
+def _check_target(path: Path) -> None:
+    """Whether a new file may take this name: no folder, and nothing that other processes reach through it.
+
+    Raises:
+        PackageError: it is a folder, a FIFO, a socket or a device, or no name at all.
+    """
+    if "\0" in str(path):
+        raise PackageError(f"{str(path)!r} cannot be written", "no file's name holds a NUL", "name another path")
+    with suppress(FileNotFoundError, NotADirectoryError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+            raise PackageError(
+                f"{path} cannot be written: it is {_kind(mode)}", "a new file would take its place", "name another path"
+            )
 
 
 @contextmanager
@@ -108,7 +128,7 @@ def refusing(path: Path, file: IO[bytes] | None = None) -> Iterator[None]:
         room = ""
         with suppress(OSError, ValueError):
             written = 0 if file is None else os.fstat(file.fileno()).st_size
-            room = f"; {written / 2**20:.1f} MiB were written, {_free(path) / 2**20:.1f} MiB are free there"
+            room = f"; {written:,} bytes were written, {_free(path):,} are free there"
         raise PackageError(
             f"{path} cannot be written: {error}{room}", "nothing is left of it", "make room, or name another path"
         ) from error

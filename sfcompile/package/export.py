@@ -22,7 +22,7 @@ from sfcompile.capture.graph import Captured
 from sfcompile.errors import InternalError, OptionError, PackageError
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
 from sfcompile.options import Options
-from sfcompile.package.disk import file_hash, open_regular, writing
+from sfcompile.package.disk import file_hash, open_regular, refusing, writing
 from sfcompile.package.file import PackageWriter, processor, to_json
 from sfcompile.package.graph import empty_of, graph_from_json, graph_to_json, libraries_of, tensor_facts
 from sfcompile.package.manifest import INNERS
@@ -173,7 +173,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _write_aoti(out: PackageWriter, index: int, gm: fx.GraphModule, inputs: Sequence[Mapping[str, Any]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with refusing(Path(tempfile.gettempdir()) / "graph.pt2"), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.pt2"
         aoti_compile(gm, [empty_of(facts) for facts in inputs], path)
         with path.open("rb") as file:

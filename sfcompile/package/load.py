@@ -21,7 +21,7 @@ import torch
 from sfcompile.capture.randomness import call_draws
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import OptionError, PackageError, StreamFusionError
-from sfcompile.groups import in_group, session_for, world_size
+from sfcompile.groups import in_group, refuse, session_for, world_size
 from sfcompile.options import Options
 from sfcompile.package.disk import beside, file_hash, open_regular
 from sfcompile.package.file import Package, processor
@@ -75,13 +75,12 @@ def load(
         PackageError: damaged, changed, of another version, or made for another number of ranks; on every rank.
         RankMismatchError: ranks load different packages.
     """
-    if inner is not None and inner not in INNERS:
-        raise OptionError(f"Bad value for inner: got {inner!r}", "", f"Allowed: {', '.join(map(repr, INNERS))}")
-    if isinstance(libraries, str) or not all(isinstance(name, str) and name.isidentifier() for name in libraries):
-        raise OptionError(
-            f"Bad value for libraries: got {libraries!r}", "it is a list of names", 'write e.g. libraries=("mylib",)'
-        )
-    asked = in_group(Options.from_dict({"transport": transport, "timeout_s": timeout_s, "mesh": mesh}))
+    given = {"transport": transport, "timeout_s": timeout_s, "mesh": mesh}
+    try:
+        _check(inner, libraries)
+        asked = in_group(Options.from_dict(given))
+    except OptionError as error:
+        refuse(error, given, dict(_BEGIN))
     wanted = Wanted(Path(path), None if weights is None else Path(weights), inner, verify, tuple(libraries))
     session = existing_session(asked.group)
     ranks = session.topology.num_ranks if session is not None else world_size(asked)
@@ -95,13 +94,31 @@ def load(
         session.guard(),
         use_session(session),
     ):  # an interrupt while a part is read is told to the other ranks
-        session.agree("load a package", {"what follows": "the load of a package"})  # gets over an earlier failure
+        session.agree("load a package", dict(_BEGIN))  # gets over an earlier failure
         part = _open_with_others(wanted, session, asked)
         session.agree(
             f"package {part.package.digest} {part.inner}", {"package": f"{path} ({part.package.digest[:12]})"}
         )
         with _only_ours(wanted.path):
             return part.finish(session)
+
+
+_BEGIN = {"what follows": "the load of a package"}
+"""What ranks compare first, in words."""
+
+
+def _check(inner: str | None, libraries: Sequence[str]) -> None:
+    """Arguments of :func:`load` that are no options of the backend.
+
+    Raises:
+        OptionError: a bad value.
+    """
+    if inner is not None and inner not in INNERS:
+        raise OptionError(f"Bad value for inner: got {inner!r}", "", f"Allowed: {', '.join(map(repr, INNERS))}")
+    if isinstance(libraries, str) or not all(isinstance(name, str) and name.isidentifier() for name in libraries):
+        raise OptionError(
+            f"Bad value for libraries: got {libraries!r}", "it is a list of names", 'write e.g. libraries=("mylib",)'
+        )
 
 
 def _open_with_others(wanted: Wanted, session: Session, asked: Options) -> Part:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from sfcompile import groups
 from sfcompile.errors import OptionError
-from sfcompile.groups import in_group, world_size
+from sfcompile.groups import in_group, session_of_refused, world_size
 from sfcompile.options import Options
 
 
@@ -61,6 +62,24 @@ def test_who_is_not_in_the_group_is_told_so(job: None) -> None:
 def test_a_mesh_of_a_job_that_has_ended_is_refused() -> None:
     with pytest.raises(OptionError, match="a job that has ended"):
         in_group(Options(mesh=_Mesh([0, 1])))
+
+
+def test_options_that_are_refused_still_say_who_waits(job: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of mesh, transport and timeout_s is read by itself, whatever is wrong with the others."""
+    asked: list[Options] = []
+    monkeypatch.setattr(groups, "session_for", asked.append)
+    mine = dist.new_group([0, 1])
+    session_of_refused({"meshh": 1, "timeout_s": 3.0, "transport": "smh"})
+    session_of_refused({"schedule": "spiral", "mesh": {"ulyses": 2}, "transport": "c10d", "timeout_s": -1})
+    session_of_refused({"mesh": mine, "schedule": "spiral"})
+    session_of_refused({"mesh": dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp")), "timeout_s": 2})
+    session_of_refused(None)
+    told = [(options.group, options.transport, options.timeout_s) for options in asked]
+    assert told == [(None, "auto", 3.0), (None, "c10d", 60.0), ((0, 1), "auto", 60.0), (None, "auto", 2.0),
+                    (None, "auto", 60.0)]  # fmt: skip
+    for unknown in (_Mesh([0, 2]), dist.new_group([2, 3]), "ulysses"):  # not this rank's group, or no group at all
+        assert session_of_refused({"mesh": unknown}) is None
+    assert len(asked) == 5
 
 
 class _Mesh:

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from sfcompile.errors import RankMismatchError
-from sfcompile.runtime.rank.job_store import JobStore, StoreLostError
+from sfcompile.runtime.rank.job_store import BOUND, JobStore, StoreLostError
 from sfcompile.runtime.wires.handshake import SECRET
 
 
@@ -77,6 +77,27 @@ def test_with_a_secret_only_signed_words_count(shared: Any, monkeypatch: pytest.
     for store, key in ((one, "stranger"), (one, "moved"), (odd, "a")):
         with pytest.raises(RankMismatchError, match="is not signed"):
             store.get(key, 1.0)
+
+
+def test_what_was_recorded_elsewhere_is_refused(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under one secret: words of another world, and what ranks agreed on in an earlier session with the same names."""
+    monkeypatch.setenv(SECRET, "ours")
+    before, group = JobStore(shared, "job/0"), JobStore(shared, "ranks-0-1/0")
+    before.bind(["a", "b"])
+    before.set(f"{BOUND}1.0/0", "an old plan", 1.0)
+    before.set("meeting/0.0/0", "an old hello", 1.0)
+    now, beside = JobStore(shared, "job/0"), JobStore(shared, "job/0")
+    assert now.get("meeting/0.0/0", 1.0) == "an old hello"  # here it says another nonce than its rank
+    now.bind(["a", "c"])
+    beside.bind(["a", "c"])
+    for store, key in ((now, f"{BOUND}1.0/0"), (group, "meeting/0.0/0")):
+        with pytest.raises(RankMismatchError, match="is not signed"):
+            store.get(key, 1.0)
+    now.set(f"{BOUND}1.0/0", "a plan", 1.0)
+    assert beside.get(f"{BOUND}1.0/0", 1.0) == "a plan"
+    group.set("failed/0", "read before ranks have met", 1.0)
+    group.bind(["a", "b"])
+    assert group.get("failed/0", 1.0) == "read before ranks have met"
 
 
 def test_the_heart_beats_until_the_end(shared: Any) -> None:

@@ -194,6 +194,21 @@ def test_who_hears_late_of_a_failure_is_told_of_it_and_not_of_other_calls() -> N
     assert isinstance(second, RankMismatchError) and "rank 0 is about to choose a plan" in str(second)
 
 
+def test_who_waits_in_vain_says_what_it_knows() -> None:
+    """After a failure the missing rank has not called again; without one it may do something else."""
+
+    def work(rank: int, meetings: Meetings, failed: bool) -> Any:
+        if failed:
+            meetings._store.first("failed", "rank 1: KeyboardInterrupt", 5.0)
+        return meetings.exchange(rank, "start afresh", afresh=True) if rank == 0 else None
+
+    after = run(2, lambda rank, meetings: work(rank, meetings, True), timeout_s=0.3)[0]
+    before = run(2, lambda rank, meetings: work(rank, meetings, False), timeout_s=0.3)[0]
+    assert isinstance(after, RuntimeTimeoutError) and isinstance(before, RuntimeTimeoutError)
+    assert "failed before (rank 1: KeyboardInterrupt)" in str(after) and "call again on every rank" in str(after)
+    assert "failed before" not in str(before) and "inputs of the same shapes" in str(before)
+
+
 def test_words_that_cannot_be_read() -> None:
     def work(rank: int, meetings: Meetings) -> Any:
         if rank == 1:

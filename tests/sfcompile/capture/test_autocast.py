@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from autocast_calls import HOLDING, REGISTERED, UNREACHED, differs, refused
 from helpers import run_sharded
 from torch import nn
 from torch.nn import functional as F
 
 from sfcompile.capture.graph import Captured, capture
 from sfcompile.errors import UnsupportedError
-from sfcompile.torch_private import autocast_off, autocast_state, enter_autocast, exit_autocast
+from sfcompile.torch_private import (
+    autocast_off,
+    autocast_state,
+    enter_autocast,
+    exit_autocast,
+    registered_for_autocast,
+)
 
 LOW = torch.bfloat16
 
@@ -190,3 +198,24 @@ def test_ranks_get_what_one_process_gets(region: str) -> None:
     model = Blocks(region)
     (report,) = run_sharded(model, [torch.randn(2, 12, 16)], ranks=2)
     assert report.sharded_sites >= 2 and not report.left_behind
+
+
+def test_every_op_that_torch_registers_for_autocast_has_a_case() -> None:
+    registered = {name.removeprefix("aten::").removesuffix(".input") for name in registered_for_autocast("cpu")}
+    assert registered <= REGISTERED.keys() | UNREACHED.keys(), registered - REGISTERED.keys() - UNREACHED.keys()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_captured_as_eager_computes_it(low: torch.dtype) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of ops that it gives up
+        cases = {**REGISTERED, **HOLDING}
+        odd = {
+            f"{name} of {given}": difference
+            for name, case in cases.items()
+            for given in (torch.float32, low)
+            if (difference := differs(case, given, low))
+        }
+        assert not odd, odd
+        assert {name for name, case in cases.items() if refused(case, low)} <= {"pinv", "pinverse"}

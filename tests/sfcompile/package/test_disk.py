@@ -38,6 +38,9 @@ def test_links_are_followed_where_the_user_wrote_the_path_only(tmp_path: Path) -
         assert file.read() == b"abc" and len(file_hash(file)) == 64
     with pytest.raises(PackageError, match="it is a symbolic link"):
         open_regular(tmp_path / "link", follow=False)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(PackageError, match="round in a circle"):
+        open_regular(tmp_path / "loop")
 
 
 @pytest.mark.parametrize("name", ["../w", "/etc/passwd", "a/b", "", ".", "..", "a\0", None, 3])
@@ -67,10 +70,31 @@ def test_nothing_is_left_of_what_failed(tmp_path: Path, error: type[BaseExceptio
 
 def test_a_full_disk_is_told_with_its_numbers(tmp_path: Path) -> None:
     with pytest.raises(
-        PackageError, match=r"out cannot be written: .*No space.*; 1.0 MiB were written, .* MiB are free"
+        PackageError, match=r"out cannot be written: .*No space.*; 1,048,576 bytes were written, [\d,]+ are free there"
     ):
         with writing(tmp_path / "out") as file:
             file.write(bytes(2**20))
             file.flush()
             raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_name_that_is_free_or_a_files_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name, why in (("folder", "it is a folder"), ("fifo", "it is a FIFO"), ("a\0b", "holds a NUL")):
+        with pytest.raises(PackageError, match=why), writing(tmp_path / name):
+            raise AssertionError("it was opened")
+    for nowhere in (Path("/dev/null"), Path("")):
+        with pytest.raises(PackageError, match="cannot be written"), writing(nowhere):
+            raise AssertionError("it was opened")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "folder"]
+
+
+def test_a_disk_that_lets_nothing_be_removed_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(PackageError, match="Input/output error"), writing(tmp_path / "out"):
+        raise OSError(errno.EIO, "Input/output error")

@@ -80,6 +80,18 @@ def a_missing_package_on_one_rank(rank: Rank) -> None:
     rank.call("call", loaded, Plain())
 
 
+@fault("an error on both, at once; then exact", outputs=OURS)
+def a_load_refused_on_one_rank(rank: Rank) -> None:
+    """Rank 1 names an inner compiler that there is not, in the first thing that it asks for."""
+    from sfcompile.package.load import load
+
+    path = package(rank)
+    inner = "spiral" if rank.number == 1 else "eager"
+    rank.attempt("load", lambda: load(path, timeout_s=rank.timeout_s, inner=inner), must="error")
+    loaded = loads(rank, path, "exact", "good")
+    rank.call("call", loaded, Plain())
+
+
 @fault("an error on both; then exact", outputs=OURS)
 def a_damaged_package_on_one_rank(rank: Rank) -> None:
     """The copy of rank 1 has a byte changed in its middle."""
