@@ -18,8 +18,12 @@ _WORDS: dict[int, Any] = {
 """By the bytes of an element, what reads it (of sixteen: the first half)."""
 
 
+_KEPT = 4
+"""Of so many models that share a graph what was read is kept."""
+
+
 class _Known(NamedTuple):
-    """The weights of the last call.
+    """The weights of an earlier call.
 
     Attributes:
         traces: of each what torch knows of it, see :func:`_trace`.
@@ -36,31 +40,35 @@ class _Known(NamedTuple):
 class Weights:
     """The weights of one compiled graph's calls, by their fingerprint.
 
-    It is taken when other tensors come than at the last call, when one of them was written to since, or (on CPUs) was
+    It is taken when other tensors come than at the last calls, when one of them was written to since, or (on CPUs) was
     given other memory or holds other values. Writes that torch counts are all seen. Those that it does not, through
     ``.data`` or in inference mode, are seen by two elements of every weight, which each call reads: a write to a whole
-    weight shows there, one to a few of its rows need not. Both cost some 0.5 microseconds a tensor. The same elements
-    are read at every call, so that ranks which write alike see it at the same call.
+    weight shows there, one to a few of its rows need not. All that costs about a microsecond a tensor. At every call
+    the same elements are read, so that ranks which write alike see it at the same call.
     """
 
     def __init__(self) -> None:
-        # One reference, replaced whole: threads may ask at once, each of them gets the mark of what it gave.
-        self._last = _Known([], [], [], [], 0)
+        # Replaced whole: threads may ask at once, each of them gets the mark of what it gave.
+        self._known: tuple[_Known, ...] = ()
 
     def mark(self, tensors: Sequence[torch.Tensor]) -> int:
         """The fingerprint of these weights (calls.fingerprint)."""
-        known = self._last
+        before = self._known
+        known = next((known for known in before if _are(known.tensors, tensors)), None)
         traces = [_trace(tensor) for tensor in tensors]
-        same = len(tensors) == len(known.tensors) and all(
-            map(is_, (reference() for reference in known.tensors), tensors)
-        )
         # In this order: where a weight has other memory, what the words point to may be gone.
-        if same and traces == known.traces and [word.value for word in known.words] == known.values:
+        if known and traces == known.traces and [word.value for word in known.words] == known.values:
             return known.mark
         words = [word for tensor in tensors if tensor.is_cpu for word in _words(tensor)]
         references = [weakref.ref(tensor) for tensor in tensors]
-        self._last = _Known(references, traces, words, [word.value for word in words], fingerprint(tensors))
-        return self._last.mark
+        fresh = _Known(references, traces, words, [word.value for word in words], fingerprint(tensors))
+        self._known = (fresh, *(other for other in before if other is not known))[:_KEPT]
+        return fresh.mark
+
+
+def _are(references: Sequence[weakref.ref[torch.Tensor]], tensors: Sequence[torch.Tensor]) -> bool:
+    same = map(is_, (reference() for reference in references), tensors)
+    return len(references) == len(tensors) and all(same)
 
 
 def _trace(tensor: torch.Tensor) -> tuple[int, int]:

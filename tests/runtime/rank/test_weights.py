@@ -65,8 +65,15 @@ def test_values_are_read_only_when_they_may_have_changed(monkeypatch: pytest.Mon
     weights, tensors = Weights(), [torch.ones(3), made_inside]
     assert [weights.mark(tensors) for _ in range(3)] == [5, 5, 5]
     assert len(reads) == 1
-    weights.mark([torch.ones(3), tensors[1]])
+    second = [torch.ones(3), tensors[1]]
+    for _ in range(3):  # two models take turns
+        weights.mark(second)
+        weights.mark(tensors)
     assert len(reads) == 2
+    for _ in range(5):
+        weights.mark([torch.ones(3)])
+    weights.mark(tensors)
+    assert len(reads) == 8
 
 
 def test_a_change_that_the_two_elements_miss_is_counted_by_torch_all_the_same() -> None:
