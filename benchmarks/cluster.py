@@ -7,7 +7,8 @@ A cell is machines x ranks, the rate of every machine's uplink, and a model (ben
 a layout start once; link rates change under the running job, contenders of a cell take turns (A B C A B C), and every
 output is compared with one process. "ours" is what a user types, topology="auto": the planner's choice on links that
 its compile measured in half a second; "ours, tuned" is given what doctor --measure finds in the same job; "ours torus"
-and so on are forced. Peers: benchmarks/cluster_peers.py. One thread a rank, the same weights and inputs for all.
+and so on are forced. Peers: benchmarks/cluster_peers.py and cluster_hand_peers.py. One thread a rank, the same weights
+and inputs for all. On one machine (1x4) there is no uplink, so one rate stands for all.
 
 The limit of a cell is the larger of compute alone (communication replaced by nothing, all ranks at once) and the least
 bytes of any of our schedules over the payload rate of an uplink. Where the planner shards less than the forced
@@ -30,12 +31,13 @@ from typing import Any
 from emulated_machines import emulated_machines
 
 HERE = Path(__file__).resolve().parent
-LAYOUTS = ("2x2", "4x1", "3x1")
+LAYOUTS = ("2x2", "4x1", "3x1", "2x1", "1x4")
 RATES = ("100mbit", "200mbit", "500mbit", "1gbit")
-MODELS = ("flux", "wan", "cogvideox", "pixart")
+MODELS = ("flux", "wan", "cogvideox", "pixart", "flux6", "guided", "uneven")
 SLOW = ("100mbit", "200mbit")
 USP = "diffusers usp"
 TUNED = "ours, tuned"
+PEERS = ("chunked ulysses", "gathered kv")
 FORCED = ("ours torus", "ours ulysses", "ours ring", "ours usp")
 
 
@@ -46,7 +48,9 @@ class Cell:
         self.raw = raw
         self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in raw["rows"]}
         self.medians = {name: statistics.median(row["seconds"]) for name, row in self.rows.items() if row["seconds"]}
-        self.peers = {name: s for name, s in self.medians.items() if name.startswith(("diffusers", "yunchang"))}
+        self.peers = {
+            name: s for name, s in self.medians.items() if name in PEERS or name.startswith(("diffusers", "yunchang"))
+        }
         self.forced = {name: self.medians[name] for name in self.medians if name in FORCED}
         self.ours = self.medians.get("ours", float("nan"))
 
@@ -117,7 +121,7 @@ def report(cells: list[Cell]) -> str:
     lines = []
     names = list(dict.fromkeys(name for cell in cells for name in cell.medians))
     head = f"{'cell':<36}" + "".join(
-        f"{name.replace('diffusers', 'dif').replace('yunchang', 'yun').replace('ours ', ''):>14}" for name in names
+        f"{name.replace('diffusers', 'dif').replace('yunchang', 'yun').replace('ours ', ''):>16}" for name in names
     )
     lines.append("seconds a step, the slowest rank: median of the rounds (half the spread)")
     lines.append(head)
@@ -125,7 +129,7 @@ def report(cells: list[Cell]) -> str:
         text = f"{' '.join(cell.key):<36}"
         for name in names:
             took = cell.rows.get(name, {}).get("seconds")
-            text += f"{f'{statistics.median(took):.3f}({(max(took) - min(took)) / 2:.2f})' if took else '-':>14}"
+            text += f"{f'{statistics.median(took):.3f}({(max(took) - min(took)) / 2:.2f})' if took else '-':>16}"
         lines.append(text)
     lines.append("")
     columns = ("limit", "wire", "alone", "effic.", "best peer", "USP", "regret", "waits/layer", "error")
@@ -240,6 +244,8 @@ def job(layout: str, settings: dict[str, Any], folder: Path) -> int:
     machines, ranks = map(int, layout.split("x"))
     config = folder / "config.json"
     plain = {name: None if isinstance(value, Path) else value for name, value in settings.items()}
+    if machines == 1:
+        plain["rates"] = plain["rates"][:1]
     config.write_text(json.dumps(plain))
     env = {
         "SFCOMPILE_LOG": "error",
@@ -252,7 +258,7 @@ def job(layout: str, settings: dict[str, Any], folder: Path) -> int:
     with emulated_machines(machines, "10gbit") as cluster:
         code, outputs = cluster.torchrun(ranks, [str(HERE / "cluster_rank.py"), str(config)], env)
     if code:
-        print("\n".join(f"[machine {i}] {line}" for i, o in enumerate(outputs) for line in o.splitlines()[-40:]))
+        print("\n".join(f"[machine {i}] {line}" for i, o in enumerate(outputs) for line in o.splitlines()[-100:]))
     print("\n".join(line for line in outputs[0].splitlines() if line.startswith("  ")), flush=True)
     return code
 

@@ -1,6 +1,7 @@
 """The transformers that benchmarks/cluster.py times: real diffusers classes, few blocks, random weights.
 
-Every model has 12 heads (they divide by 2, 3 and 4 ranks) of 48 (or of what they are asked for) and a batch of one.
+Models have 12 heads (they divide by 2, 3 and 4 ranks) of 48 (or of what they are asked for) and a batch of one, but for
+"uneven" (10 heads, 517 text tokens) and "guided" (a batch of two: with and without the prompt).
 """
 
 from __future__ import annotations
@@ -32,18 +33,24 @@ def _angles(tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return angles.cos(), angles.sin()
 
 
-def flux(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
-    """Joint attention of 4096 image and 512 text tokens: one block of two streams, one parallel block."""
+def flux(
+    scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM, heads: int = HEADS, more: tuple[int, int] = (0, 0)
+) -> Built:
+    """Joint attention of 4096 image and 512 text tokens: one block of two streams, one parallel block.
+
+    Args:
+        more: columns that the image has beside its square, and text tokens.
+    """
     from diffusers import FluxTransformer2DModel
 
     side = int(64 * scale**0.5)
-    tokens, text = side * side, max(4, int(512 * scale))
+    tokens, text = side * (side + more[0]), max(4, int(512 * scale)) + more[1]
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=blocks, num_single_layers=blocks, attention_head_dim=head_dim,
-        num_attention_heads=HEADS, joint_attention_dim=512, pooled_projection_dim=256,
+        num_attention_heads=heads, joint_attention_dim=512, pooled_projection_dim=256,
         axes_dims_rope=(head_dim // 3,) * 3,
     )  # fmt: skip
-    rows, columns = torch.cartesian_prod(torch.arange(side), torch.arange(side)).unbind(1)
+    rows, columns = torch.cartesian_prod(torch.arange(side), torch.arange(side + more[0])).unbind(1)
     inputs = dict(
         hidden_states=torch.randn(1, tokens, 64),
         encoder_hidden_states=torch.randn(1, text, 512),
@@ -55,7 +62,17 @@ def flux(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built
     return _randomise(model), inputs
 
 
-def wan(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
+def uneven(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
+    """flux() with 10 heads, 64 x 65 image and 517 text tokens, an odd column and odd words at any scale."""
+    return flux(scale, blocks, head_dim, heads=10, more=(1, 5))
+
+
+def six_layers(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
+    """flux() with six layers: three blocks of two streams, three parallel ones."""
+    return flux(scale, 3 * blocks, head_dim)
+
+
+def wan(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM, batch: int = 1) -> Built:
     """Video of 9 x 30 x 30 = 8100 tokens: self-attention, cross-attention to 512 text tokens; one block."""
     from diffusers import WanTransformer3DModel
 
@@ -66,11 +83,16 @@ def wan(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
         qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
     )  # fmt: skip
     inputs = dict(
-        hidden_states=torch.randn(1, 16, frames, 60, 60),
-        encoder_hidden_states=torch.randn(1, 512, 512),
-        timestep=torch.tensor([500]),
+        hidden_states=torch.randn(batch, 16, frames, 60, 60),
+        encoder_hidden_states=torch.randn(batch, 512, 512),
+        timestep=torch.tensor([500] * batch),
     )
     return _randomise(model), inputs
+
+
+def guided(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
+    """wan() twice in one batch, over half the frames: guidance with and without the prompt."""
+    return wan(scale / 2, blocks, head_dim, batch=2)
 
 
 def cogvideox(scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM) -> Built:
@@ -117,6 +139,9 @@ MODELS: dict[str, Callable[[float, int, int], Built]] = {
     "wan": wan,
     "cogvideox": cogvideox,
     "pixart": pixart,
+    "flux6": six_layers,
+    "guided": guided,
+    "uneven": uneven,
 }
 
 

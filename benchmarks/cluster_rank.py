@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cluster_hand_peers
 import cluster_models
 import cluster_peers
 import torch
@@ -125,6 +126,7 @@ class Rank:
             topology = self.session.topology
             ranks = topology.num_ranks // topology.num_machines
             self.yunchang = cluster_peers.yunchang(topology.num_machines, ranks)
+            self.groups = cluster_hand_peers.groups(topology.num_machines, ranks)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -196,25 +198,38 @@ class Rank:
             self.graph = (model, *found)
         return self.graph[1:]
 
-    def peers(self, name: str, model: torch.nn.Module, inputs: dict[str, Any]) -> list[Contender]:
+    def peers(self, name: str, model: Any, inputs: dict[str, Any]) -> list[Contender]:
         """diffusers, as its users run it."""
         topology = self.session.topology
         machines, total = topology.num_machines, topology.num_ranks
         streams = [t.shape[1] for t in inputs.values() if isinstance(t, torch.Tensor) and t.dim() == 3]
-        divides = name in ("wan", "cogvideox") or all(tokens % total == 0 for tokens in [4096, *streams])
+        divides = name in ("wan", "guided", "cogvideox") or all(tokens % total == 0 for tokens in [4096, *streams])
         found = []
         for peer, degrees in cluster_peers.peers(machines, total // machines).items():
             if not self.wanted(peer):
                 continue
-            twin: Any = cluster_peers.parallel(name, model, degrees, divides)
+            try:
+                twin: Any = cluster_peers.parallel(name, model, degrees, divides)
+            except ValueError as error:
+                self.say(f"    {peer} cannot run {name}: {error}")
+                continue
             if self.config["inner"] != "eager":
                 twin = torch.compile(twin)
             found.append(Contender(peer, lambda run=twin: first(run(**inputs)), peer, str(degrees)))
-        usp = "yunchang usp"
-        if self.yunchang is not None and self.wanted(usp) and divides and self.config["inner"] == "eager":
-            degrees = {"ulysses_degree": total // machines, "ring_degree": machines}
-            twin = cluster_peers.parallel(name, model, degrees, divides, self.yunchang)
-            found.append(Contender(usp, lambda run=twin: first(run(**inputs)), usp, str(degrees)))
+        # Attention of their own under diffusers' plan, whatever degrees that is told.
+        heads, degrees = (
+            model.config["num_attention_heads"],
+            cluster_peers.peers(machines, total // machines)["diffusers usp"],
+        )
+        by_hand = {
+            "yunchang usp": self.yunchang,
+            "chunked ulysses": cluster_hand_peers.chunked_ulysses(None, heads),
+            "gathered kv": cluster_hand_peers.gathered_kv(*self.groups, heads),
+        }
+        for peer, attention in by_hand.items():
+            if attention is not None and self.wanted(peer) and divides and self.config["inner"] == "eager":
+                twin = cluster_peers.parallel(name, model, degrees, divides, attention)
+                found.append(Contender(peer, lambda run=twin: first(run(**inputs)), peer, peer))
         return found
 
     @property

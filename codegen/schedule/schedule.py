@@ -109,17 +109,24 @@ class Schedule(ABC):
         """Bytes of an arrival of the origin's, at every receiving rank."""
 
     def bytes_by_link(self, topology: Topology) -> tuple[int, int]:
-        """Bytes of one epoch over all ranks: inside machines, and between machines."""
+        """Bytes of one epoch over all ranks of the topology: inside machines, and between machines.
+
+        Args:
+            topology: the job's; or, of a schedule that runs in several groups, that of one group.
+        """
         machines = np.array(topology.machine_of)
+        whole = topology.num_ranks == self.mesh.num_ranks
+        groups = [machines] if whole else [machines[list(group)] for group in self.groups]
         inside = across = 0
-        local: dict[int, NDArray[np.bool_]] = {}  # by offset of the sender: receivers on its machine
+        local: dict[int, NDArray[np.int64]] = {}  # by offset of the sender: in how many groups it is near, by receiver
         for arrival in self.origin.arrivals:
             if arrival.src not in local:
-                local[arrival.src] = machines[self.mesh.ranks_after(arrival.src)] == machines
+                after = self.mesh.ranks_after(arrival.src)
+                local[arrival.src] = np.sum([homes[after] == homes for homes in groups], axis=0)
             sizes = self.arrival_bytes(arrival)
             near = int(sizes @ local[arrival.src])
             inside += near
-            across += int(sizes.sum()) - near
+            across += int(sizes.sum()) * len(groups) - near
         return inside, across
 
     @property

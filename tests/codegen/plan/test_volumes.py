@@ -51,6 +51,15 @@ def test_key_heads_shared_by_groups() -> None:
     assert volume(schedule, topology).bytes == schedule.bytes_by_link(topology)
 
 
+def test_groups_side_by_side_send_what_each_sends() -> None:
+    """Two groups of a schedule, each on one machine or each across both; a group's own topology counts one of them."""
+    schedule = schedule_of("torus", Topology.grid(1, 2), 2, "ulysses", 2, 1)
+    one = sum(schedule.bytes_by_link(Topology.grid(1, 2)))
+    job = Topology.grid(2, 2)
+    assert replace(schedule, groups=((0, 1), (2, 3))).bytes_by_link(job) == (2 * one, 0)
+    assert replace(schedule, groups=((0, 2), (1, 3))).bytes_by_link(job) == (0, 2 * one)
+
+
 def test_the_papers_formulas_come_out() -> None:
     """V_tas = 4 (N-1)/N BLHD, V_usp = 2 (N-1) BLHD elements over all ranks: ratio N / 2."""
     topology = Topology.grid(4, 2)
