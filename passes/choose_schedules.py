@@ -22,6 +22,7 @@ from torch import fx
 from sfcompile.codegen.plan.choose_plan import SitePlan, plan_site
 from sfcompile.codegen.plan.doubts import doubts
 from sfcompile.errors import MeshError
+from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.graph.attention_site import attention_site
 from sfcompile.passes.graph.cost import seconds
@@ -47,7 +48,7 @@ def run(state: State) -> None:
 
 
 def sharded_attentions(
-    tokens: Tokens, layouts: Layouts, sites: Sequence[Site], parts: int = 1
+    tokens: Tokens, layouts: Layouts, sites: Sequence[Site], parts: int = 1, wire: Wire = AS_IT_IS
 ) -> dict[fx.Node, AttentionSite]:
     """The attentions whose q, k and v can be sharded over tokens, as sites for all ranks.
 
@@ -59,7 +60,7 @@ def sharded_attentions(
         op, rule = tokens.views[site.node], tokens.rules.get(site.node)
         chosen = replace(layouts, owners=owners).of(op)
         if isinstance(rule, Attention) and rule.torus(op, chosen):
-            sharded[site.node] = attention_site(op, chosen, site.q.meta["val"].dtype, parts)
+            sharded[site.node] = attention_site(op, chosen, site.q.meta["val"].dtype, parts, wire)
             if parts > 1 and _has_empty_part(sharded[site.node]):
                 return {}
     return sharded
@@ -147,13 +148,13 @@ def _with_plans(
 
 
 def _ways(tokens: Tokens, layouts: Layouts, sites: Sequence[Site], topology: Topology, asked: Asked) -> _Ways:
-    attentions = sharded_attentions(tokens, layouts, sites)
+    attentions = sharded_attentions(tokens, layouts, sites, wire=asked.wire)
     other = sum(seconds(op, topology) for node, op in tokens.views.items() if node not in attentions)
     splits: dict[int, Attentions] = {1: attentions}
     refused: list[str] = []
     for batch in _batches(attentions, topology, asked, refused) if asked.split_batch else ():
         inner = choose_layouts(tokens, sites, topology.num_ranks // batch)
-        of_all = sharded_attentions(tokens, inner, sites)
+        of_all = sharded_attentions(tokens, inner, sites, wire=asked.wire)
         splits[batch] = {node: replace(site, batch=site.batch // batch) for node, site in of_all.items()}
     if asked.split_batch and asked.batch > 1 and asked.batch not in splits:
         raise MeshError(
@@ -163,7 +164,7 @@ def _ways(tokens: Tokens, layouts: Layouts, sites: Sequence[Site], topology: Top
         )
     cuts: dict[int, Attentions] = {}
     if topology.num_machines > 1 and topology.copy_bytes_per_s is not None:  # the executor's; kernels take tokens whole
-        cuts = {parts: sharded_attentions(tokens, layouts, sites, parts) for parts in asked.parts}
+        cuts = {parts: sharded_attentions(tokens, layouts, sites, parts, asked.wire) for parts in asked.parts}
         cuts = {parts: cut for parts, cut in cuts.items() if cut}
     return _Ways(splits, cuts, tuple(refused), other / topology.num_ranks / max(1, len(attentions)))
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from torch import fx
 
 from sfcompile.errors import source_line
+from sfcompile.options import AS_IT_IS
 from sfcompile.passes.graph.cost import exchange_fraction, flops, is_view, value_bytes
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import is_getitem
 from sfcompile.passes.graph.stages import stages_of
 from sfcompile.passes.report.report import GraphReport, Left, short_source
 from sfcompile.passes.state import State
+from sfcompile.runtime.program.formats import words
 from sfcompile.runtime.program.sites import AttentionSite
 
 
@@ -35,6 +38,7 @@ def report_graph(state: State) -> GraphReport:
         stages=stages_of(state.local.graph, state.topology),
         fused_puts=state.fused_puts,
     )
+    report.wire = _wire(state)
     _count_work(state, report)
     if group is not None:
         report.batch = len(group.groups)
@@ -65,6 +69,18 @@ def report_graph(state: State) -> GraphReport:
     elif not state.placement.needs and group is None:
         report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
     return report
+
+
+def _wire(state: State) -> str:
+    """How chunks travel, if another wire was asked for than they have anyway."""
+    asked = state.asked.wire
+    if asked == AS_IT_IS:
+        return ""
+    counts = Counter(site.wire for site in state.local.sites if isinstance(site, AttentionSite))
+    lines = [f"{words(wire)} ({n} attention{'s' * (n > 1)})" for wire, n in counts.items() if wire != AS_IT_IS]
+    if len(lines) < len(counts) or not counts:
+        lines.append(f"{asked} was asked for and makes nothing smaller: {counts[AS_IT_IS]} attentions as they are")
+    return ", ".join([*lines, "all else as it is"])
 
 
 def _count_work(state: State, report: GraphReport) -> None:

@@ -44,7 +44,7 @@ def run(state: State) -> None:
 
 
 def _write(state: State) -> None:
-    local = LocalGraph(state.mode, state.layouts.owners, state.rank, state.program)
+    local = LocalGraph(state.mode, state.layouts.owners, state.rank, state.program, state.asked.wire)
     parts = state.choices.parts
     state.traffic = rewrite_local(state.gm, state.tokens, state.layouts, state.placement, local, parts)
     state.local = local

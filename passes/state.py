@@ -17,6 +17,7 @@ from sfcompile.codegen.plan.choose_plan import SitePlan
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.graph.labels import LabelSpace
 from sfcompile.passes.graph.layout import Key, Layout, Need, OpLayouts, Ownership, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
@@ -48,6 +49,7 @@ class Asked:
         late_reads: puts may read what they send after they have returned, as on GPUs (passes/graph/lifetimes.py).
         split_batch: groups of ranks may take whole samples each; not if the batch was split before.
         parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
+        wire: how the chunks of attentions are written while they travel.
     """
 
     mesh: Mapping[str, int] | None = None
@@ -60,6 +62,7 @@ class Asked:
     late_reads: bool = False
     split_batch: bool = True
     parts: tuple[int, ...] = (2, 3)
+    wire: Wire = AS_IT_IS
 
     @property
     def batch(self) -> int:
@@ -270,6 +273,6 @@ class State:
     @property
     def program(self) -> str:
         """Key of this program: the same on every rank, different for another graph, topology or option."""
-        text = f"{self.gm.code}|{self.topology}|{self.choices}|{self.asked.shard_everything}"
+        text = f"{self.gm.code}|{self.topology}|{self.choices}|{self.asked.shard_everything}|{self.asked.wire}"
         shapes = [tuple(n.meta["val"].shape) for n in self.gm.graph.nodes if n.op == "placeholder"]
         return hashlib.sha256(f"{text}|{shapes}".encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sfcompile.errors import MeshError, OptionError, StreamFusionError, TopologyError
 
@@ -25,6 +25,7 @@ PLACEMENTS = ("auto", "shard")
 TIMEOUT_BOUNDS_S = (0.1, 604800.0)
 """Ranks look round for each other every 0.2 s or so; a week in milliseconds still fits into 32 bits, in gloo."""
 ASSUMED = "auto:assumed"
+WIRES = ("same", "bf16", "fp8")
 INPUTS = ("checked", "trusted", "rank0")
 """Whether ranks compare samples of their inputs and weights, trust each other, or take rank 0's inputs."""
 REGISTERED_SCHEDULES: set[str] = set()
@@ -33,6 +34,27 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 _NOT_A_MEMBER = -100  # torch.distributed.GroupMember.NON_GROUP_MEMBER
 _MACHINES_X_RANKS = re.compile(r"([1-9]\d*)x([1-9]\d*)(?::.+)?")
+
+
+class Wire(NamedTuple):
+    """How the chunks of attentions are written while they travel, by tensor: "same" as the model computes in, "bf16",
+    or "fp8" (e4m3 with a scale for every token and head; runtime/program/formats.py)."""
+
+    q: str = "same"
+    k: str = "same"
+    v: str = "same"
+    o: str = "same"
+
+    def __str__(self) -> str:
+        """What is not "same", tensors of one kind together."""
+        kinds = [kind for kind in WIRES[1:] if kind in self]
+        named = list(zip(self._fields, self, strict=True))
+        by_kind = {kind: ", ".join(name.upper() for name, its in named if its == kind) for kind in kinds}
+        return "; ".join(f"{names} as {kind}" for kind, names in by_kind.items()) or "same"
+
+
+AS_IT_IS = Wire()
+"""Nothing is written otherwise than it was computed."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +73,8 @@ class Options:
             one machine) | "c10d" (gloo, CPU ranks) | "nvshmem" (GPU ranks).
         attention: "auto" (generated kernels on GPUs, ATen's flash attention on CPUs) | "aten" | "triton" (on CPUs:
             Triton's interpreter, for checking kernels, slow).
+        wire: what travels between ranks for an attention: "same" as it is computed | "bf16" | "fp8", for all of it or
+            by tensor: {"kv": "fp8", "qo": "bf16"}; tensors that are not named travel as they are.
         inner: what runs the local graph: "auto" | "inductor" | "eager".
         placement: "auto" (by cost) | "shard" (all that has a rule, whatever it costs).
         inputs: "checked" (ranks compare samples of weights at the compile, and of inputs at every call) | "trusted"
@@ -68,6 +92,7 @@ class Options:
     schedule: str = "auto"
     transport: str = "auto"
     attention: str = "auto"
+    wire: Wire = AS_IT_IS
     inner: str = "auto"
     placement: str = "auto"
     inputs: str = "checked"
@@ -219,6 +244,29 @@ def _mesh(key: str, value: object) -> object:
     return {axis: value.get(axis, 1) for axis in MESH_AXES} | batch
 
 
+def _wire(key: str, value: object) -> Wire:
+    kinds = ", ".join(map(repr, WIRES))
+    allowed = f"one of {kinds}, or one for each of the tensors q, k, v, o, such as {{'kv': 'fp8', 'qo': 'bf16'}}"
+    if isinstance(value, Wire):
+        value = value._asdict()
+    if isinstance(value, str) and value not in WIRES:
+        raise _bad_value(key, value, WIRES)
+    if isinstance(value, str):
+        return Wire(*[value] * len(Wire._fields))
+    if not isinstance(value, Mapping) or not value or not all(isinstance(names, str) and names for names in value):
+        raise _bad_value(key, value, allowed)
+    kind_of: dict[str, str] = {}
+    for names, kind in value.items():
+        unknown = sorted(set(names) - set(Wire._fields))
+        if unknown or not isinstance(kind, str) or kind not in WIRES:
+            raise _bad_value(key, value, allowed)
+        for name in names:
+            if name in kind_of:
+                raise _bad_value(key, value, f"{allowed}; {name} is named twice")
+            kind_of[name] = kind
+    return Wire(**kind_of)
+
+
 def _strict(key: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise _bad_value(key, value, "True or False")
@@ -249,6 +297,7 @@ _VALIDATORS: dict[str, Callable[[str, object], Any]] = {
     "schedule": _schedule,
     "transport": _choice(TRANSPORTS),
     "attention": _choice(ATTENTIONS),
+    "wire": _wire,
     "inner": _choice(INNERS),
     "placement": _choice(PLACEMENTS),
     "inputs": _choice(INPUTS),

@@ -74,17 +74,18 @@ class AttendKernel:
         self.spec: KernelSpec = spec.with_(carry=self.tables.carry)
         self.source = attend_source(self.spec)
         self.kernel = target.load(self.source, "attend", self.spec.reach)
-        self._puts: dict[str, Any] = {  # by tensor, or by key of a row program
-            name: target.load(put_source(self._move_spec(width)), "put", self.spec.reach)
+        self._puts: dict[str, Any] = {  # by tensor, or by key of a row program and how rows travel
+            name: target.load(put_source(self._move_spec(width, name)), "put", self.spec.reach)
             for name, width in (("q", self.site.head_dim), ("k", self.site.head_dim), ("v", self.site.v_head_dim))
         }
-        home = collect_source(self._move_spec(self.site.v_head_dim))
+        home = collect_source(self._move_spec(self.site.v_head_dim, "o"))
         self._collect = target.load(home, "collect", self.spec.reach)
         self._programs = target.programs or (INTERPRETED_PROGRAMS if target.interpreted else 0)
         self.fixed = self._tensors()
 
-    def _move_spec(self, width: int) -> MoveSpec:
-        return MoveSpec(self.spec.dtype, width, self.spec.reach, self.spec.bounded)
+    def _move_spec(self, width: int, tensor: str) -> MoveSpec:
+        written = self.site.written(tensor)
+        return MoveSpec(self.spec.dtype, width, self.spec.reach, self.spec.bounded, written=written)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Tables and workspace on the device."""
@@ -147,23 +148,24 @@ class AttendKernel:
         """
         x = x if x.stride(-1) == 1 else x.contiguous()
         values = self._common(heap) | self._puts_of(tensor) | _strided("x", x)
-        names = move_arguments("put", self._move_spec(1))
+        names = move_arguments("put", self._move_spec(1, tensor))
         self.target.move(self._puts[tensor], [values[name] for name in names], self.spec.reach)
 
     def put_fused(self, tensor: str, rows: RowProgram, sources: Sequence[torch.Tensor], heap: HeapView) -> None:
         """:meth:`put` of what a row program makes of its sources; the kernel is made at the first call."""
-        if rows.key not in self._puts:
-            source = put_source(self._move_spec(rows.width), rows)
-            self._puts[rows.key] = self.target.load(source, "put", self.spec.reach)
+        spec = self._move_spec(rows.width, tensor)
+        kept = f"{rows.key} {spec.written}"
+        if kept not in self._puts:
+            self._puts[kept] = self.target.load(put_source(spec, rows), "put", self.spec.reach)
         values = self._common(heap) | self._puts_of(tensor) | rows.bind(sources)
-        names = move_arguments("put", self._move_spec(rows.width), rows)
-        self.target.move(self._puts[rows.key], [values[name] for name in names], self.spec.reach, **FUSED_OPTIONS)
+        names = move_arguments("put", spec, rows)
+        self.target.move(self._puts[kept], [values[name] for name in names], self.spec.reach, **FUSED_OPTIONS)
 
     def collect(self, out: torch.Tensor, heap: HeapView) -> None:
         """Wait for the outputs that come home and copy them into ``out`` [B, H, Lq, E]."""
         counts = {"num_collects": len(self.tables.collects), "num_slots": len(self.fixed["slots"])}
         values = self._common(heap) | _strided("out", out) | counts
-        names = move_arguments("collect", self._move_spec(1))
+        names = move_arguments("collect", self._move_spec(1, "o"))
         self.target.move(self._collect, [values[name] for name in names], self.spec.reach)
 
     def _puts_of(self, tensor: str) -> dict[str, Any]:

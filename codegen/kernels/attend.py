@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import math
 
+from sfcompile.codegen.kernels.codecs import loaded, pointers, stored
 from sfcompile.codegen.kernels.reach import KernelText, put_signal
 from sfcompile.codegen.kernels.spec import KernelSpec
 from sfcompile.codegen.kernels.tables import FORWARD, KEY, QUERY, UNIT
 from sfcompile.codegen.kernels.text import columns, entry_name, heap_of, line_of, module, prologue, wrapped
 from sfcompile.codegen.rows.elements import block_of, is_padded
+from sfcompile.runtime.program.formats import SAME
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -155,7 +157,10 @@ def _attend(out: KernelText, spec: KernelSpec) -> None:
         out(*columns("unit", UNIT, {name: name for name in wanted}))
         out(*columns("query", QUERY, {"q_slot": "slot", "q_at": "at"}))
         small = {"rows": "rows", "pitch": "pitch", "first_tile": "first_tile"}
-        out(*columns("query", QUERY, small | ({"q_position": "position"} if _positions(spec) else {}), small=True))
+        small |= ({"q_position": "position"} if _positions(spec) else {}) | (
+            {"q_came": "came"} if spec.wire.q != SAME else {}
+        )
+        out(*columns("query", QUERY, small, small=True))
         out("blocks = (rows + BM - 1) // BM", "tiles = blocks * batch * heads")
         out("tile = (me + workers - first_tile % workers) % workers  # the same program in every unit")
         with out.block("while tile < tiles:"):
@@ -171,10 +176,7 @@ def _tile(out: KernelText, spec: KernelSpec) -> None:
         out("b = bh // heads", "h = first_head + bh % heads")
     out(f"kv_bh = b * kv_heads + h // {spec.group} - first_kv" if spec.group > 1 else "kv_bh = bh")
     _wait(out, "q_slot")
-    out(f"q_ptr = {_pointer(spec, 'bank + q_at', spec.head_dim)}")
-    out("q_ptr += (bh * pitch).to(tl.int64) * D")
-    limits = ["inside[:, None]"] + (["(d < D)[None, :]"] if is_padded(spec.head_dim) else [])
-    out(f"q = tl.load(q_ptr + row[:, None] * D + d[None, :]{_masked(limits)})")
+    _load_queries(out, spec)
     if _positions(spec):
         out("q_place = tl.load(q_positions_ptr + q_position + row, mask=inside, other=0)")
     out(
@@ -193,6 +195,27 @@ def _tile(out: KernelText, spec: KernelSpec) -> None:
     if spec.carry:
         with out.block("else:"):
             _store_state(out)
+
+
+def _load_queries(out: KernelText, spec: KernelSpec) -> None:
+    """The tile's queries: own ones as they are, others as they have travelled."""
+    limits = ["inside[:, None]"] + (["(d < D)[None, :]"] if is_padded(spec.head_dim) else [])
+    own = [
+        f"q_ptr = {_pointer(spec, 'bank + q_at', spec.head_dim)}",
+        "q_ptr += (bh * pitch).to(tl.int64) * D",
+        f"q = tl.load(q_ptr + row[:, None] * D + d[None, :]{_masked(limits)})",
+    ]
+    written = spec.wire.q
+    if written == SAME:
+        out(*own)
+        return
+    with out.block("if q_came != 0:"):
+        out("q_row = (bh * pitch).to(tl.int64) + row")
+        out(*pointers(written, "q", "bank + q_at", "(batch * heads * pitch).to(tl.int64)", spec.head_dim))
+        at = "q_row[:, None] * D + d[None, :]"
+        out(*loaded(written, "q", spec.dtype, at, limits, "q_row", ["inside"], "[:, None]"))
+    with out.block("else:"):
+        out(*own)
 
 
 def _load_state(out: KernelText) -> None:
@@ -224,25 +247,42 @@ def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
     out(f"key = keys_ptr + j * {len(KEY)}")
     out(*columns("key", KEY, {name: name for name in ("k_slot", "v_slot", "k_at", "v_at")}))
     small = {"columns": "rows", "k_pitch": "pitch"} | ({"k_position": "position"} if _positions(spec) else {})
+    small |= {} if spec.wire.k == spec.wire.v == SAME else {"came": "came"}
     out(*columns("key", KEY, small, small=True))
     _wait(out, "k_slot")
     _wait(out, "v_slot")
     out("head_at = (kv_bh * k_pitch).to(tl.int64)")
     out(f"k_ptr = {_pointer(spec, 'bank + k_at', spec.head_dim)} + head_at * D")
     out(f"v_ptr = {_pointer(spec, 'bank + v_at', spec.v_head_dim)} + head_at * E")
+    if spec.wire.k == spec.wire.v == SAME:
+        _blocks(out, spec)
+        return
+    with out.block("if came != 0:"):
+        out("key_rows = (batch * kv_heads * k_pitch).to(tl.int64)")
+        for name, width in (("k", spec.head_dim), ("v", spec.v_head_dim)):
+            written = getattr(spec.wire, name)
+            if written != SAME:
+                out(*pointers(written, name, f"bank + {name}_at", "key_rows", width))
+        _blocks(out, spec, came=True)
+    with out.block("else:"):
+        _blocks(out, spec)
+
+
+def _blocks(out: KernelText, spec: KernelSpec, came: bool = False) -> None:
+    """All blocks of a chunk of keys; ``came``: as it has travelled."""
     if spec.tails == "apart":
         out("full = columns // BN * BN")
         with out.block("for n in range(0, full, BN):"):
-            _block(out, spec, tail=False)
+            _block(out, spec, tail=False, came=came)
         with out.block("if full < columns:"):
             out("n = full")
-            _block(out, spec, tail=True)
+            _block(out, spec, tail=True, came=came)
     else:
         with out.block("for n in range(0, columns, BN):"):
-            _block(out, spec, tail=spec.tails == "inside")
+            _block(out, spec, tail=spec.tails == "inside", came=came)
 
 
-def _block(out: KernelText, spec: KernelSpec, tail: bool) -> None:
+def _block(out: KernelText, spec: KernelSpec, tail: bool, came: bool) -> None:
     """One block of keys: scores, softmax state, weighted values."""
     # Three products of TF32 give nearly fp32's precision on tensor cores; the interpreter computes in fp32 anyway.
     precision = ', input_precision="tf32x3"' if spec.dtype == "fp32" else ""
@@ -250,8 +290,16 @@ def _block(out: KernelText, spec: KernelSpec, tail: bool) -> None:
     limits = ["col < columns"] if tail else []
     k_mask = [f"({limit})[None, :]" for limit in limits] + (["(d < D)[:, None]"] if is_padded(spec.head_dim) else [])
     v_mask = [f"({limit})[:, None]" for limit in limits] + (["(e < E)[None, :]"] if is_padded(spec.v_head_dim) else [])
-    out(f"k = tl.load(k_ptr + col[None, :] * D + d[:, None]{_masked(k_mask)})")
-    out(f"v = tl.load(v_ptr + col[:, None] * E + e[None, :]{_masked(v_mask)})")
+    if came and spec.wire.k != SAME:
+        at = "(head_at + col)[None, :] * D + d[:, None]"
+        out(*loaded(spec.wire.k, "k", spec.dtype, at, k_mask, "head_at + col", limits, "[None, :]"))
+    else:
+        out(f"k = tl.load(k_ptr + col[None, :] * D + d[:, None]{_masked(k_mask)})")
+    if came and spec.wire.v != SAME:
+        at = "(head_at + col)[:, None] * E + e[None, :]"
+        out(*loaded(spec.wire.v, "v", spec.dtype, at, v_mask, "head_at + col", limits, "[:, None]"))
+    else:
+        out(f"v = tl.load(v_ptr + col[:, None] * E + e[None, :]{_masked(v_mask)})")
     visible = _visible(out, spec, tail)
     # A bias is added in powers of two; else scores are scaled when they are subtracted, which saves a product.
     biased = spec.mask != "none" and not spec.mask_is_bool
@@ -303,7 +351,8 @@ def _visible(out: KernelText, spec: KernelSpec, tail: bool) -> list[str]:
 
 def _finish(out: KernelText, spec: KernelSpec) -> None:
     """A query's last unit: its output goes to the caller's tensor, or home."""
-    out(f"o = (acc / {'tl.where(l == 0.0, 1.0, l)' if _positions(spec) else 'l'}[:, None]).to({spec.element})")
+    out(f"o_wide = acc / {'tl.where(l == 0.0, 1.0, l)' if _positions(spec) else 'l'}[:, None]")
+    out(f"o = o_wide.to({spec.element})")
     stores = f"mask=inside[:, None]{' & (e < E)[None, :]' if is_padded(spec.v_head_dim) else ''}"
 
     if not spec.pushes:
@@ -342,11 +391,18 @@ def _push(out: KernelText, spec: KernelSpec, stores: str) -> None:
     if spec.reach != "nvshmem":
         out(f"to = {heap_of('dst')}")
     out.target("out_at", heap="to", revise=True)
-    out(
-        f"target_ptr = {_pointer(spec, 'target', spec.v_head_dim)}",
-        "target_ptr += (bh * rows).to(tl.int64) * E",
-        f"tl.store(target_ptr + row[:, None] * E + e[None, :], o, {stores})",
-    )
+    written = spec.wire.o
+    if written == SAME:
+        out(
+            f"target_ptr = {_pointer(spec, 'target', spec.v_head_dim)}",
+            "target_ptr += (bh * rows).to(tl.int64) * E",
+            f"tl.store(target_ptr + row[:, None] * E + e[None, :], o, {stores})",
+        )
+    else:  # from fp32, so that it is rounded once
+        out("o_row = (bh * rows).to(tl.int64) + row", "o_rows = (batch * heads * rows).to(tl.int64)")
+        out(*pointers(written, "o", "target", "o_rows", spec.v_head_dim))
+        at, inside = "o_row[:, None] * E + e[None, :]", stores.removeprefix("mask=")
+        out(*stored(written, "o", "o_wide", at, inside, "o_row", "inside"))
     with out.block("if last_of(counters_ptr + out_slot, tiles):"):
         out.announce("out_slot", "out_at", heap="to")
 

@@ -104,3 +104,48 @@ def copy_words(
         i = tl.multiple_of(at, BLOCK) + tl.arange(0, BLOCK)
         tl.store(to_ptr + i, tl.load(from_ptr + i, mask=i < count), mask=i < count)
         at += parts * BLOCK
+
+
+@triton.jit
+def factor_of(values: tl.tensor) -> tl.tensor:
+    """Bits of the fp32 factor of each row of fp32 ``values`` [rows, W]; see runtime/program/formats.py.
+
+    The largest magnitude is found by its bits, which order nan above infinity; either gives a nan.
+    """
+    top = tl.minimum(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0x7F800000)
+    exponent = tl.maximum(((top + 0x1FFFFF) >> 23) - 8, 1)
+    return tl.where(top == 0x7F800000, 0x7FC00000, exponent << 23)
+
+
+@triton.jit
+def inverse_of(factor: tl.tensor) -> tl.tensor:
+    """One over a factor of :func:`factor_of`, both powers of two; 0 for nan."""
+    return tl.where(factor == 0x7FC00000, 0, (254 << 23) - factor).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3_of(values: tl.tensor) -> tl.tensor:
+    """fp32 of at most 448 as e4m3, rounded to the nearest, to even between two: with integers, for every GPU.
+
+    Below 2^-6 numbers lie 2^-9 apart: there the sum with 1.5 * 2^23 rounds 512 times the value to an integer.
+    """
+    bits = values.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
+    small = (size.to(tl.float32, bitcast=True) * 512.0 + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    return tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def from_e4m3(codes: tl.tensor) -> tl.tensor:
+    """e4m3 (uint8) as fp32. As a half the same bits, moved, are the number times 2^-8."""
+    wide = codes.to(tl.int32)
+    half = (((wide & 0x7F) << 7) | ((wide & 0x80) << 8)).to(tl.int16).to(tl.float16, bitcast=True)
+    return half.to(tl.float32) * 256.0
+
+
+@triton.jit
+def at_most(values: tl.tensor, largest: tl.constexpr) -> tl.tensor:
+    """What is beyond the largest number becomes it; nan stays."""
+    low = tl.where(values > largest, largest, values)
+    return tl.where(low < -largest, -largest, low)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sfcompile.codegen.kernels.codecs import loaded, pointers, stored
 from sfcompile.codegen.kernels.reach import KernelText
 from sfcompile.codegen.kernels.tables import COLLECT, PUT
 from sfcompile.codegen.kernels.text import module
 from sfcompile.codegen.rows.elements import TRITON_TYPES, block_of, element_bytes, is_padded
 from sfcompile.codegen.rows.rows import RowProgram
+from sfcompile.runtime.program.formats import SAME
 
 PUT_ARGUMENTS = (
     "x_ptr", "x_sb", "x_sh", "x_sr", "heaps_ptr", "place_ptr", "puts_ptr", "receivers_ptr", "counters_ptr", "rank",
@@ -29,6 +31,7 @@ class MoveSpec:
         width: elements of a row, 1 to 256.
         reach, bounded: as in KernelSpec.
         lines: rows that a program copies at a time; 0: as many as registers allow without spilling.
+        written: how rows travel (runtime/program/formats.py).
     """
 
     dtype: str
@@ -36,6 +39,7 @@ class MoveSpec:
     reach: str = "peer"
     bounded: bool = False
     lines: int = 0
+    written: str = SAME
 
     @property
     def rows_at_a_time(self) -> int:
@@ -61,7 +65,7 @@ def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
         with out.block("while p < num_puts:"):
             out(f"put = puts_ptr + p * {len(PUT)}")
             out.read("put", PUT)
-            out("target = bank + at")
+            out("target = bank + at", "lines = batch * heads * rows")
             with out.block("if dst >= 0:"):
                 out.target("at")
             _copy_lines(out, spec, home=False, program=rows)
@@ -82,7 +86,7 @@ def collect_source(spec: MoveSpec) -> str:
             out(f"row_of_table = collects_ptr + c * {len(COLLECT)}")
             out.read("row_of_table", COLLECT)
             out.wait("slot")
-            out("source = bank + at")
+            out("source = bank + at", "lines = batch * heads * rows")
             _copy_lines(out, spec, home=True)
             out("c += 1")
         out.check_tags()
@@ -110,7 +114,9 @@ def _copy_lines(out: KernelText, spec: MoveSpec, home: bool, program: RowProgram
     bytes_of_row = spec.width * element_bytes(spec.dtype)
     packed = f"({'source' if home else 'target'}).to(tl.pointer_type({element}))"
     packed = f"tl.multiple_of({packed}, 16)" if bytes_of_row % 16 == 0 else packed
-    out(f"packed_ptr = {packed}", "lines = batch * heads * rows", "w = tl.arange(0, W_BLOCK)")
+    out(f"packed_ptr = {packed}", "w = tl.arange(0, W_BLOCK)")
+    if spec.written != SAME:
+        out(*pointers(spec.written, "x", "source" if home else "target", "lines", spec.width))
     if program is not None:
         out(*program.head)
     out("line = program * LINES")
@@ -122,15 +128,34 @@ def _copy_lines(out: KernelText, spec: MoveSpec, home: bool, program: RowProgram
             "row = first_row + i % rows",
             f"inside = (i < lines)[:, None]{padded}",
         )
-        dense = "packed_ptr + i[:, None] * W + w[None, :]"
+        dense = "i[:, None] * W + w[None, :]"
         if program is not None:
             out("live = i < lines", "b = bh // heads", "h = first_head + bh % heads", *program.lines)
-            out(f"tl.store({dense}, {program.value}.to({element}), mask=inside)", "line += programs * LINES")
+            _store(out, spec, f"{program.value}.to({element})", dense)
             return
         name = "out" if home else "x"
         out(
             f"strided_ptr = {name}_ptr + ((bh // heads) * {name}_sb + (first_head + bh % heads) * {name}_sh"
             f" + row * {name}_sr)[:, None] + w[None, :]",
         )
-        source, target = (dense, "strided_ptr") if home else ("strided_ptr", dense)
-        out(f"tl.store({target}, tl.load({source}, mask=inside), mask=inside)", "line += programs * LINES")
+        if not home:
+            _store(out, spec, "tl.load(strided_ptr, mask=inside)", dense)
+        elif spec.written == SAME:
+            out(f"tl.store(strided_ptr, tl.load(packed_ptr + {dense}, mask=inside), mask=inside)")
+            out("line += programs * LINES")
+        else:
+            out(*loaded(spec.written, "x", spec.dtype, dense, ["inside"], "i", ["(i < lines)"], "[:, None]"))
+            out("tl.store(strided_ptr, x, mask=inside)", "line += programs * LINES")
+
+
+def _store(out: KernelText, spec: MoveSpec, values: str, dense: str) -> None:
+    """Rows into the chunk, encoded if they travel so; what stays here stays as it is."""
+    if spec.written == SAME:
+        out(f"tl.store(packed_ptr + {dense}, {values}, mask=inside)", "line += programs * LINES")
+        return
+    out(f"values = {values}")
+    with out.block("if dst >= 0:"):
+        out(*stored(spec.written, "x", "values", dense, "inside", "i", "(i < lines)"))
+    with out.block("else:"):
+        out(f"tl.store(packed_ptr + {dense}, values, mask=inside)")
+    out("line += programs * LINES")

@@ -10,6 +10,7 @@ from sfcompile.codegen.rows.elements import DTYPES, TRITON_TYPES, element_bytes
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import UnsupportedError
+from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.runtime.program.instructions import Forward, Push
 from sfcompile.runtime.program.sites import AttentionSite
 
@@ -31,6 +32,7 @@ class KernelSpec:
         reach: "peer" (every destination by load and store), "nvshmem" (every one by NVSHMEM) or "mixed" (said by the
             tables, per destination).
         forwards, pushes: whether chunks are passed on round a ring, whether outputs are sent home.
+        wire: how chunks that have come, and outputs that leave, are written.
         carry: whether some query is attended in several units, so that its softmax state is kept in memory between.
         tails: how a last block that keys do not fill is done: "none" (there is none), "apart" (after the loop, so that
             full blocks need no masks), "inside" (every block is masked: half the code, fewer registers).
@@ -53,6 +55,7 @@ class KernelSpec:
     reach: str = "peer"
     forwards: bool = False
     pushes: bool = False
+    wire: Wire = AS_IT_IS
     carry: bool = True
     tails: str = "apart"
     lse: bool = False
@@ -183,9 +186,16 @@ def spec_of(
         reach=reach,
         forwards=any(isinstance(step, Forward) for step in steps),
         pushes=any(isinstance(step, Push) for step in steps),
+        wire=_wire(schedule),
         **tiles,
     ).with_(**changes)
     return spec if any(n % spec.block_n for n in rows) else spec.with_(tails="none")
+
+
+def _wire(schedule: AttentionSchedule) -> Wire:
+    """The site's, of what travels at all: an all-gather leaves queries and outputs at home."""
+    travels = {arrival.tensor for arrival in schedule.origin.arrivals}
+    return AS_IT_IS._replace(**{name: schedule.site.written(name) for name in travels})
 
 
 def _reach(schedule: Schedule, machine_of: tuple[int, ...] | None) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfcompile.codegen.schedule.attention import AttentionSchedule
+from sfcompile.runtime.program.formats import form
 from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Push, Put, Wait
 from sfcompile.runtime.program.intervals import Runs, count
 from sfcompile.runtime.program.sites import align, nbytes
@@ -27,13 +28,15 @@ Table = NDArray[np.int64]
 UNIT = ("query", "first_key", "last_key", "fresh", "done")
 QUERY = (
     "slot", "at", "rows", "pitch", "position", "first_tile", "dst", "out_at", "out_slot", "net", "staging", "nbytes",
+    "came",
 )  # fmt: skip
-KEY = ("k_slot", "v_slot", "k_at", "v_at", "rows", "pitch", "position")
+KEY = ("k_slot", "v_slot", "k_at", "v_at", "rows", "pitch", "position", "came")
 FORWARD = ("slot", "at", "dst", "to_slot", "to_at", "nbytes", "net")
 PUT = ("dst", "slot", "at", "first_head", "heads", "first_row", "rows", "net", "staging", "nbytes")
 COLLECT = ("slot", "at", "first_head", "heads", "first_row", "rows")
 """Columns of the tables. A slot of -1: nothing to wait for; a ``dst`` of -1: this rank. ``*_at`` and ``staging`` are
-byte offsets in a bank, ``pitch`` rows from one head to the next, ``position`` places in the list of positions."""
+byte offsets in a bank, ``pitch`` rows from one head to the next, ``position`` places in the list of positions; what
+``came`` (1, else 0) lies in a slot as it travelled."""
 
 BANK_ALIGN = 128
 """Everything in a bank and in a buffer of chunks lies at a multiple of so many bytes."""
@@ -200,6 +203,7 @@ class _Maker:
         at, pitch = self._place("q", chunk, slot)
         row = {"slot": self._wait(slot), "at": at, "rows": stop - start, "pitch": pitch, "position": position}
         row |= {"first_tile": tile, "dst": -1, "out_at": start, "out_slot": -1, "net": 0, "staging": 0, "nbytes": 0}
+        row |= {"came": int(slot is not None)}
         if push is not None:
             heads = int(self.schedule.head_counts("q")[self.rank])
             row |= {
@@ -208,7 +212,7 @@ class _Maker:
                 "out_slot": push[0],
                 "net": int(self._net(chunk.src)),
                 "staging": self._stage(push[0]),
-                "nbytes": nbytes((self.site.batch, heads, stop - start, self.site.v_head_dim), self.site.dtype),
+                "nbytes": self._travel_bytes("o", (self.site.batch, heads, stop - start, self.site.v_head_dim)),
             }
         return [row[name] for name in QUERY]
 
@@ -216,7 +220,8 @@ class _Maker:
         start, stop = self.schedule.rows("k", chunk)
         k_at, pitch = self._place("k", chunk, k_slot)
         v_at, _ = self._place("v", chunk, v_slot)
-        return [self._wait(k_slot), self._wait(v_slot), k_at, v_at, stop - start, pitch, position]
+        came = int(k_slot is not None)
+        return [self._wait(k_slot), self._wait(v_slot), k_at, v_at, stop - start, pitch, position, came]
 
     def _forward(self, step: Forward) -> list[int]:
         slots = self.schedule.slots
@@ -231,7 +236,8 @@ class _Maker:
 
         def entry(dst: int, slot: int, at: int, part: tuple[int, int], span: tuple[int, int]) -> list[int]:
             heads, rows = part[1] - part[0], span[1] - span[0]
-            size = nbytes((self.site.batch, heads, rows, width), self.site.dtype)
+            shape = self.site.batch, heads, rows, width
+            size = self._travel_bytes(tensor, shape) if dst >= 0 else nbytes(shape, self.site.dtype)
             net = dst >= 0 and self._net(dst)
             staging = self._stage(slot) if dst >= 0 else 0
             return [dst, slot, at, part[0], heads, span[0], rows, int(net), staging, size]
@@ -271,7 +277,10 @@ class _Maker:
         return slot if slot is not None and slot in self.waited and self._arrival_bytes(slot) else -1
 
     def _arrival_bytes(self, slot: int) -> int:
-        return nbytes(self.schedule.shape(self.rank, self.arrivals[slot]), self.site.dtype)
+        return nbytes(*self.schedule.form(self.rank, self.arrivals[slot]))
+
+    def _travel_bytes(self, tensor: str, shape: tuple[int, ...]) -> int:
+        return nbytes(*form(self.site.written(tensor), shape, self.site.dtype))
 
     def _attends(self, queries: Chunk, keys: Chunk) -> bool:
         """Whether some key may be seen: it exists, and no causal mask hides all of them."""

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from sfcompile.codegen.plan.links import Links, Vector
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Instruction, Push, Put, Wait
+from sfcompile.runtime.program.formats import BF16, FP8, SAME
+from sfcompile.runtime.program.instructions import Arrival, Attend, Chunk, Forward, Instruction, Push, Put, Wait
 from sfcompile.runtime.program.spans import Span
 from sfcompile.runtime.program.topology import Topology
 
@@ -145,11 +146,21 @@ class _Facts:
         self.nbytes = {
             slot: self._of_job(schedule.arrival_bytes(a)).astype(np.float64) for slot, a in self.arrivals.items()
         }
+        self.coded_bytes = {slot: self._coded_bytes(a) for slot, a in self.arrivals.items()}
         self.attention = schedule if isinstance(schedule, AttentionSchedule) else None
         self.staged = self.attention is not None and self.attention.staged
         self.heads = None if self.attention is None else self._of_job(self.attention.head_counts("q"))
         self._rows: dict[tuple[str, tuple[Chunk, ...]], Vector] = {}
         self._after: dict[int, NDArray[np.int64]] = {}
+
+    def _coded_bytes(self, arrival: Arrival) -> Vector:
+        """What a CPU passes over, beyond a copy, to encode or to decode an arrival (runtime/program/formats.py)."""
+        schedule = self.schedule
+        written = schedule.site.written(arrival.tensor)
+        if written == SAME:
+            return np.zeros_like(self.nbytes[arrival.slot])
+        assert isinstance(schedule, AttentionSchedule)
+        return self._of_job(schedule.arrival_bytes(arrival, SAME)).astype(np.float64) * CODING_PASSES[written]
 
     def _of_job(self, by_place: NDArray[Any]) -> NDArray[Any]:
         return by_place[self._place] if self._place.size else by_place
@@ -162,6 +173,11 @@ class _Facts:
                 after = np.take_along_axis(self._group, after[self._place][:, None], axis=1)[:, 0]
             self._after[offset] = after
         return self._after[offset]
+
+    def heads_of(self, offset: int) -> int:
+        """Which heads the rank at an offset computes, as a number: of its Ulysses group, or 0 if all compute all."""
+        split = self.attention is not None and self.attention.split_heads
+        return self.schedule.mesh.step(offset)[0] if split else 0
 
     def rows(self, tensor: str, chunks: tuple[Chunk, ...]) -> Vector:
         """Tokens of some chunks together, at every rank."""
@@ -183,6 +199,10 @@ class _Facts:
         row_bytes = float(schedule.width(tensor) * schedule.site.dtype.itemsize)
         sizes: Vector = schedule.site.batch * schedule.head_counts(tensor) * rows * row_bytes
         return self._of_job(sizes)
+
+
+CODING_PASSES = {BF16: 1.0, FP8: 3.0}
+"""Encoding or decoding a chunk on a CPU takes as long as so many copies of it as the model has it."""
 
 
 @dataclass(frozen=True)
@@ -246,12 +266,18 @@ class _Sweep:
             share = 1 if call.part == -1 else schedule.site.parts
             self._busy(facts.own_bytes(call.phase[-1]) / share / top.copy_bytes_per_s)
         peer: int | None = None  # messages to one peer in a row go out, and meet the receiver, together
+        coded: set[tuple[str, int, int]] = set()  # ranks that compute the same heads are sent one encoding
         for step in schedule.origin.phases[call.phase]:
             if not call.has(step):
                 continue
             match step:
                 case Put(_, _, dst, slot) | Forward(_, dst, slot) | Push(Chunk(dst), slot):
-                    self._send(facts, call.epoch, step, dst, slot, dst != peer)
+                    code = top.copy_bytes_per_s is not None and not isinstance(step, Forward)
+                    if isinstance(step, Put):
+                        chunk = step.tensor, step.part, facts.heads_of(dst)
+                        code &= chunk not in coded
+                        coded.add(chunk)
+                    self._send(facts, call.epoch, step, dst, slot, dst != peer, code)
                     peer = dst
                 case Wait(slot, _):
                     self._wait(facts, call.epoch, slot)
@@ -263,8 +289,22 @@ class _Sweep:
         self.clock = self.clock + seconds
         self.busy_s += seconds
 
-    def _send(self, facts: _Facts, epoch: int, step: Put | Forward | Push, offset: int, slot: int, first: bool) -> None:
-        """Issue the message of a step at every rank; ``first``: none to the same peer stands right before it."""
+    def _send(
+        self,
+        facts: _Facts,
+        epoch: int,
+        step: Put | Forward | Push,
+        offset: int,
+        slot: int,
+        first: bool,
+        code: bool = False,
+    ) -> None:
+        """Issue the message of a step at every rank.
+
+        Args:
+            first: no message to the same peer stands right before it.
+            code: the sender's CPU encodes it, if it travels encoded.
+        """
         top, schedule = self.topology, facts.schedule
         dst = facts.ranks_after(offset)
         nbytes = facts.nbytes[slot][dst]
@@ -276,6 +316,8 @@ class _Sweep:
             ready = self.clock
         message_s = top.message_s if first else 0.0
         ready = ready + message_s
+        if code and top.copy_bytes_per_s is not None:
+            ready = ready + facts.coded_bytes[slot][dst] / top.copy_bytes_per_s
         if top.copy_bytes_per_s is not None:  # this thread copies: into the peer's memory, or into a send buffer
             ready = ready + np.where(crosses, nbytes / top.copy_bytes_per_s, 0.0)
         if top.touch_bytes_per_s is not None:
@@ -338,8 +380,10 @@ class _Sweep:
         cost = np.full(top.num_ranks, top.wait_s)
         if top.touch_bytes_per_s is not None:
             cost += np.where(self.crossed.pop((epoch, slot)), facts.nbytes[slot] / top.touch_bytes_per_s, 0.0)
-        if top.copy_bytes_per_s is not None and facts.arrivals[slot].tensor in ("o", "x"):
-            cost += facts.nbytes[slot] / top.copy_bytes_per_s
+        if top.copy_bytes_per_s is not None:
+            cost += facts.coded_bytes[slot] / top.copy_bytes_per_s
+            if facts.arrivals[slot].tensor in ("o", "x"):
+                cost += facts.nbytes[slot] / top.copy_bytes_per_s
         self._busy(cost)
 
     def _attend(self, facts: _Facts, epoch: int, step: Attend) -> None:

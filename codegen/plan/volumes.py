@@ -1,7 +1,8 @@
 """Closed forms of the bytes that an attention schedule moves, per kind of link, with symbols (sympy).
 
 Ranks sit on N machines of M. All queries and outputs together are q = B H L (D + E) w bytes (w bytes an element), all
-keys and values kv = B K L (D + E) w with K key heads. On a mesh of U Ulysses groups and a ring of R, U R = N M:
+keys and values kv = B K L (D + E) w with K key heads; of what travels otherwise (runtime/program/formats.py) a row of D
+elements is 2 D bytes as bf16 and D + 4 as fp8. On a mesh of U Ulysses groups and a ring of R, U R = N M:
 
     exchange   every rank keeps 1/U of its Q, O, K, V and sends the rest:   (U - 1) / U x (q + kv)
     ring       R - 1 hops of the K, V that a rank then has, on every rank:  (R - 1) x kv
@@ -20,6 +21,7 @@ import sympy as sp
 
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.runtime.program.formats import BF16, FP8, SAME
 from sfcompile.runtime.program.intervals import count
 from sfcompile.runtime.program.topology import Topology
 
@@ -56,7 +58,9 @@ def volume(schedule: AttentionSchedule, topology: Topology) -> Volume:
     """The closed form of an attention schedule, and its numbers."""
     numbers = _numbers(schedule, topology)
     machines, groups, hops = numbers[N], numbers[U], numbers[R]
-    q, kv = B * H * L * (D + E) * w, B * K * L * (D + E) * w
+    written = schedule.site.written
+    q = B * H * L * (_row(written("q"), D) + _row(written("o"), E))
+    kv = B * K * L * (_row(written("k"), D) + _row(written("v"), E))
     none = sp.Integer(0)
     if not schedule.split_heads:  # mesh N x M: a chunk crosses to each other machine once, then goes round inside
         straight, ring = (U - 1) * kv, U * (R - 1) * kv
@@ -73,6 +77,11 @@ def volume(schedule: AttentionSchedule, topology: Topology) -> Volume:
         far_ring = ring * N / R if hops >= machines else ring
         far_exchange = none if hops >= machines else exchange * (U - M) / (U - 1)
     return _volume(exchange, ring, far_exchange, far_ring, numbers)
+
+
+def _row(written: str, width: sp.Symbol) -> sp.Expr:
+    """Bytes of a row that travels."""
+    return {SAME: width * w, BF16: 2 * width, FP8: width + 4}[written]
 
 
 def _volume(

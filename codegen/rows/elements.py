@@ -8,6 +8,9 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 """What kernels load and store, and how specs and signatures name it."""
 TRITON_TYPES = {"fp32": "tl.float32", "fp16": "tl.float16", "bf16": "tl.bfloat16"}
 
+LARGEST = {"fp32": 3.4028234663852886e38, "fp16": 65504.0, "bf16": 3.3895313892515355e38}
+"""The largest number of each."""
+
 
 def element_bytes(dtype: str) -> int:
     """Bytes of an element of "fp32", "fp16" or "bf16"."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.runtime.program.formats import travel_bytes
 from sfcompile.runtime.program.instructions import Arrival, Chunk, Heads
 from sfcompile.runtime.program.intervals import Runs, slice_of, stretch
 from sfcompile.runtime.program.sites import AttentionSite, kv_slice
@@ -101,15 +102,19 @@ class AttentionSchedule(Schedule):
             self._counts[key] = np.array([stop - start for start, stop in spans], dtype=np.int64)
         return self._counts[key]
 
-    def arrival_bytes(self, arrival: Arrival) -> NDArray[np.int64]:
-        """Bytes of an arrival of the origin's, at every receiving rank."""
+    def arrival_bytes(self, arrival: Arrival, written: str = "") -> NDArray[np.int64]:
+        """Bytes of an arrival of the origin's, at every receiving rank.
+
+        Args:
+            written: how it travels, if not as the site says.
+        """
         tensor, src = arrival.tensor, arrival.src if arrival.tensor == "o" else 0
-        key = (f"bytes of a row of {tensor}", src)
+        key = (f"rows of a token of {tensor}", src)
         if key not in self._counts:
-            heads = self.head_counts(tensor)[self.mesh.ranks_after(src)]
-            self._counts[key] = heads * (self.site.batch * self.width(tensor) * self.site.dtype.itemsize)
+            self._counts[key] = self.head_counts(tensor)[self.mesh.ranks_after(src)] * self.site.batch
         rows = self.row_counts(tensor, arrival.chunk.part)[self.mesh.ranks_after(arrival.chunk.src)]
-        return self._counts[key] * rows
+        written = written or self.site.written(tensor)
+        return travel_bytes(written, self._counts[key] * rows, self.width(tensor), self.site.dtype)
 
     @property
     def title(self) -> str:

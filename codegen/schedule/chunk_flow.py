@@ -20,6 +20,7 @@ from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import lay_out
 from sfcompile.errors import MeshError, OptionError
+from sfcompile.runtime.program.formats import travel_bytes
 from sfcompile.runtime.program.instructions import (
     Arrival,
     Attend,
@@ -33,7 +34,7 @@ from sfcompile.runtime.program.instructions import (
 )
 from sfcompile.runtime.program.intervals import slice_of
 from sfcompile.runtime.program.phases import ATTEND, COLLECT, PUTS
-from sfcompile.runtime.program.sites import AttentionSite, kv_slice, nbytes
+from sfcompile.runtime.program.sites import AttentionSite, kv_slice
 
 Key = tuple[str, int, int, int]
 """``(tensor, a, h, part)``."""
@@ -194,7 +195,9 @@ class ChunkFlow:
         entries = []
         for tensor, a, h, p in self._slots:
             name = f"{tensor}({a})" if tensor in ("q", "o") else f"{tensor}({a},{h})"
-            entries.append((f"{name}{f'.{p}' if p else ''}", nbytes((site.batch, *sizes[tensor]), site.dtype)))
+            some_heads, rows, width = sizes[tensor]
+            size = travel_bytes(site.written(tensor), site.batch * some_heads * rows, width, site.dtype)
+            entries.append((f"{name}{f'.{p}' if p else ''}", size))
         return entries
 
     def _largest(self, queries: bool, parts: int) -> int:

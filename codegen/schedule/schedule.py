@@ -12,9 +12,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.runtime.program.formats import form
 from sfcompile.runtime.program.instructions import (
     Arrival,
     Attend,
@@ -103,6 +105,10 @@ class Schedule(ABC):
     @abstractmethod
     def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
         """Shape of what arrives at ``rank``."""
+
+    def form(self, rank: int, arrival: Arrival) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of what lies in the slot: a chunk as it travels."""
+        return form(self.site.written(arrival.tensor), self.shape(rank, arrival), self.site.dtype)
 
     @abstractmethod
     def arrival_bytes(self, arrival: Arrival) -> NDArray[np.int64]:

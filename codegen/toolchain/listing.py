@@ -10,7 +10,7 @@ from pathlib import Path
 from sfcompile.codegen.kernels.chunks import ChunkSpec
 from sfcompile.codegen.kernels.moves import MoveSpec
 from sfcompile.codegen.kernels.reach import reach_of
-from sfcompile.codegen.kernels.spec import spec_of
+from sfcompile.codegen.kernels.spec import KernelSpec, spec_of
 from sfcompile.codegen.kernels.tables import make_tables
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
@@ -18,6 +18,7 @@ from sfcompile.codegen.toolchain.compiler import CompiledKernel, compile_attend,
 from sfcompile.codegen.toolchain.machine_code import Resources, hoisted_loads, order, resources
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.errors import CodegenError
+from sfcompile.runtime.program.sites import AttentionSite
 
 _LOOKED_AT = 8
 """Ranks whose tables are looked at for differences in the text: whether softmax state is carried."""
@@ -78,13 +79,19 @@ def compiled_kernels(
         for carry in sorted({make_tables(schedule, rank, spec.block_m, machines).carry for rank in ranks}):
             name = "attend" if carry else "attend-in-one"
             yield name, compile_attend(spec.with_(carry=carry), arch, library)
-        for name, width in (("put-qk", site.head_dim), ("put-v", site.v_head_dim)):
-            yield name, compile_move("put", MoveSpec(spec.dtype, width, spec.reach), arch, library)
-        yield "collect", compile_move("collect", MoveSpec(spec.dtype, site.v_head_dim, spec.reach), arch, library)
+        alike = site.written("q") == site.written("k")
+        for name in ("qk", "v") if alike else ("q", "k", "v"):
+            yield f"put-{name}", compile_move("put", _move_spec(spec, site, name[0]), arch, library)
+        yield "collect", compile_move("collect", _move_spec(spec, site, "o"), arch, library)
     else:
         for name in ("send", "receive"):
             yield name, compile_chunks(name, ChunkSpec(reach), arch, library)
     yield "release", compile_chunks("release", ChunkSpec(reach), arch, library)
+
+
+def _move_spec(spec: KernelSpec, site: AttentionSite, tensor: str) -> MoveSpec:
+    width = site.head_dim if tensor in ("q", "k") else site.v_head_dim
+    return MoveSpec(spec.dtype, width, spec.reach, written=site.written(tensor))
 
 
 def write_kernels(

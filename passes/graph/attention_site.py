@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.graph.layout import OpLayouts
 from sfcompile.passes.graph.op_view import OpView
+from sfcompile.runtime.program.formats import smaller
 from sfcompile.runtime.program.intervals import Runs, slice_of
 from sfcompile.runtime.program.sites import AttentionSite
 
 
-def attention_site(op: OpView, chosen: OpLayouts, dtype: torch.dtype, parts: int = 1) -> AttentionSite:
+def attention_site(
+    op: OpView, chosen: OpLayouts, dtype: torch.dtype, parts: int = 1, wire: Wire = AS_IT_IS
+) -> AttentionSite:
     """The site of an attention whose q, k and v are sharded over tokens (op_rules_attention.Attention.torus).
 
     Args:
         parts: a rank's tokens are that many ranks' in ``chosen.owners`` (Ownership.split).
+        wire: how its chunks shall travel; what that makes no smaller travels as it is.
     """
     q, k, v = op.operands[:3]
     layout_q, layout_k = chosen.ins[0], chosen.ins[1]
@@ -50,4 +55,5 @@ def attention_site(op: OpView, chosen: OpLayouts, dtype: torch.dtype, parts: int
         parts=parts,
         q_sizes=sizes(layout_q.runs),
         kv_sizes=sizes(layout_k.runs),
+        wire=smaller(wire, dtype, q.shape[-1], v.shape[-1]),
     )

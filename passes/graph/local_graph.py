@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.graph.attention_site import attention_site
 from sfcompile.passes.graph.layout import Layout, OpLayouts, Ownership, Shape, Window
 from sfcompile.passes.graph.op_view import FakeMode, OpView
@@ -34,14 +35,16 @@ class LocalGraph:
         owners: who owns which token.
         rank: whose graph this is.
         program: key under which the runtime will find this graph's schedules.
+        wire: how the chunks of its attentions travel.
     """
 
-    def __init__(self, mode: FakeMode, owners: Ownership, rank: int, program: str) -> None:
+    def __init__(self, mode: FakeMode, owners: Ownership, rank: int, program: str, wire: Wire = AS_IT_IS) -> None:
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.owners = owners
         self.rank = rank
         self.program = program
+        self.wire = wire
         self.sites: list[AnySite] = []
         self.origin: fx.Node | None = None  # the captured node being rewritten, for names and stack traces
         self.part: int | None = None  # which part of this rank's tokens is being written, if they come in several
@@ -273,7 +276,7 @@ class LocalGraph:
         dtype = operands[0].meta["val"].dtype
         mask = operands[3] if len(operands) > 3 else None
         site = len(self.sites)
-        attention = attention_site(op, chosen, dtype)
+        attention = attention_site(op, chosen, dtype, wire=self.wire)
         assert attention is not None
         self.sites.append(attention)
         ops = torch.ops.streamfusion
@@ -297,7 +300,7 @@ class LocalGraph:
         parts = len(views)
         dtype = operands[0][0].meta["val"].dtype
         mask = operands[0][3] if len(operands[0]) > 3 else None
-        attention = attention_site(op, chosen, dtype, parts)
+        attention = attention_site(op, chosen, dtype, parts, self.wire)
         assert attention is not None  # the plan was made for this site (choose_schedules.py)
         site = len(self.sites)
         self.sites.append(attention)

@@ -54,6 +54,7 @@ class GraphReport:
         inputs: how ranks come to equal inputs, where it costs traffic; "": they are given them.
         links: the constants that the plan was made with, and where they come from.
         steps: how long calls of the graph took on this rank; None: nobody looks.
+        wire: how the chunks of attentions travel if not as they are, with the error bound.
         fused_puts: puts whose kernels compute what they send, and all puts of q, k and v; None: puts are no kernels.
     """
 
@@ -88,6 +89,7 @@ class GraphReport:
     stages: GraphStages | None = None
     graph: int = 0
     break_reason: str = ""
+    wire: str = ""
     fused_puts: tuple[int, int] | None = None
     inputs: str = ""
     links: str = ""
@@ -147,6 +149,8 @@ class GraphReport:
                 5 + bool(self.links) + len(self.axes),
                 ("puts", f"{fused} of {puts} compute what they send (norms, RoPE, casts)"),
             )
+        if self.wire:
+            rows.insert(-1, ("wire", self.wire))
         if self.inputs:
             rows.insert(-1, ("inputs", self.inputs))
         if self.steps is not None and self.steps.summary:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from sfcompile.options import AS_IT_IS, Wire
+from sfcompile.runtime.program.formats import SAME
 from sfcompile.runtime.program.intervals import Runs, count, overlap, places, slice_of
 
 Shape = tuple[int, ...]
@@ -25,7 +27,8 @@ class AttentionSite:
     ``q_positions[r]`` and ``kv_positions[r]`` are rank r's tokens (uneven, several runs, possibly none). ``mask`` is
     "full" if a whole mask broadcastable to [B, H, Lq, Lk] is given at attend time. With several ``parts`` a rank's
     tokens come and go in so many tensors, so that one part is computed and sent while another is under way: rank r's
-    of ``q_sizes[r]`` and ``kv_sizes[r]`` tokens, or, where those are empty, cut as :func:`slice_of` cuts.
+    of ``q_sizes[r]`` and ``kv_sizes[r]`` tokens, or, where those are empty, cut as :func:`slice_of` cuts. ``wire`` says
+    how chunks are written while they travel.
 
     Raises:
         ValueError: sizes that do not add up to a rank's tokens.
@@ -46,6 +49,7 @@ class AttentionSite:
     parts: int = 1
     q_sizes: tuple[tuple[int, ...], ...] = ()
     kv_sizes: tuple[tuple[int, ...], ...] = ()
+    wire: Wire = AS_IT_IS
 
     def __post_init__(self) -> None:
         for positions, sizes in ((self.q_positions, self.q_sizes), (self.kv_positions, self.kv_sizes)):
@@ -57,6 +61,10 @@ class AttentionSite:
     def tokens(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Every rank's number of queries, and of keys."""
         return tuple(map(count, self.q_positions)), tuple(map(count, self.kv_positions))
+
+    def written(self, tensor: str) -> str:
+        """How the chunks of "q", "k", "v" or "o" are written while they travel (formats.py)."""
+        return str(getattr(self.wire, tensor))
 
     def local_shape(self, tensor: str, rank: int, part: int = -1) -> Shape:
         """Shape of a rank's "q", "k", "v" or "o" [B, heads, tokens, width], of one of its parts or (-1) of all."""
@@ -119,6 +127,10 @@ class ExchangeSite:
         """The exchange in which every rank wants everything."""
         everything = ((0, shape[dim] // (outer * inner)),)
         return cls(name, shape, dtype, dim, outer, inner, owned, dim, (everything,) * len(owned))
+
+    def written(self, tensor: str) -> str:
+        """How its chunks are written while they travel: as they are."""
+        return SAME
 
     @cached_property
     def rows(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 
 from sfcompile.runtime.program.chunks import cut_chunk, place_chunk
+from sfcompile.runtime.program.formats import SAME, decode, encode
 from sfcompile.runtime.program.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
 from sfcompile.runtime.program.phases import ATTEND, COLLECT, EXCHANGE_FINISH
 from sfcompile.runtime.program.sites import AttentionSite
@@ -50,6 +51,9 @@ class SchedulePlan(Protocol):
 
     def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
         """Shape of what arrives at a rank."""
+
+    def form(self, rank: int, arrival: Arrival) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of it as it travels (runtime/program/formats.py)."""
 
 
 class AttentionPlan(SchedulePlan, Protocol):
@@ -135,13 +139,14 @@ class SiteRun:
         self._partials: dict[Chunk, Partial | None] = {}
         self._arrivals = {arrival.slot: arrival for arrival in self._program.arrivals}
         self._views = {
-            slot: heap.chunk(bank, plan.slots[slot].offset, plan.shape(rank, arrival), plan.site.dtype)
+            slot: heap.chunk(bank, plan.slots[slot].offset, *plan.form(rank, arrival))
             for slot, arrival in self._arrivals.items()
         }
         self._kernel = kernel
         self._bank, self._heap = bank, heap
         self._own: torch.Tensor | None = None
         self._joined: dict[tuple[str, tuple[int | None, ...], tuple[Chunk, ...]], torch.Tensor] = {}
+        self._decoded: dict[int, torch.Tensor] = {}
         transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()], call.tag)
 
     @property
@@ -161,14 +166,23 @@ class SiteRun:
         memory for something else, although it is read again later.
         """
         name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
+        written = self.plan.site.written(name)
+        encoded: dict[tuple[Heads, int], torch.Tensor] = {}  # several ranks may be sent the same
         for step in self._program.phases[phase]:
             assert isinstance(step, Put) and step.tensor == name
             if part in (-1, step.part):
-                outgoing = self._outgoing(tensor, step, part)
-                self._transport.put(step.dst, step.slot, self.plan.slots[step.slot].offset, outgoing, self.epoch)
+                offset = self.plan.slots[step.slot].offset
+                if written == SAME:
+                    outgoing = self._outgoing(tensor, step, part)
+                    self._transport.put(step.dst, step.slot, offset, outgoing, self.epoch)
+                    continue
+                key = self._heads(name, step.dst), step.part
+                if key not in encoded:
+                    encoded[key] = encode(self._outgoing(tensor, step, part), written)
+                self._transport.put(step.dst, step.slot, offset, encoded[key], self.epoch, Source.KEPT)
         stays = tensor
         if name != "x":
-            first, last = (self._attention.heads if name == "q" else self._attention.kv_heads)(self._rank)
+            first, last = self._heads(name, self._rank)
             stays = tensor[:, first:last]
         else:
             stays = cut_chunk(self.plan.site, tensor, self._rank, self._rank)
@@ -196,11 +210,12 @@ class SiteRun:
             elif isinstance(step, Attend):
                 self._attend(step, mask)
             elif isinstance(step, Push):
-                out = self._output(step.q)
+                out = self._output_leaving(step.q)
                 offset = self.plan.slots[step.slot].offset
                 self._transport.put(step.q.src, step.slot, offset, out, self.epoch, Source.KEPT)
         # Nothing but outputs is read from here on, and with parts the site stays open under the next layer.
         self._joined.clear()
+        self._decoded.clear()
         self._tensors.clear()
 
     def _run_kernel(self, engine: Engine, access: KernelAccess, mask: torch.Tensor | None) -> None:
@@ -238,7 +253,7 @@ class SiteRun:
                 self._wait(step)
                 first, last = self._attention.heads(step.src)
                 start, stop = self._rows("o", chunk, part)
-                out[:, first:last, start:stop].copy_(self._views[step.slot])
+                out[:, first:last, start:stop].copy_(self._arrived(step.slot))
         self._parts_left -= 1
         return part == -1 or self._parts_left == 0
 
@@ -264,6 +279,10 @@ class SiteRun:
         src = self._members[step.src]
         self.waited_s[src] = self.waited_s.get(src, 0.0) + waited
 
+    def _heads(self, name: str, rank: int) -> Heads:
+        """The heads of q, k or v that a rank computes with."""
+        return (self._attention.heads if name == "q" else self._attention.kv_heads)(rank)
+
     def _rows(self, name: str, chunk: Chunk, part: int) -> tuple[int, int]:
         """Where a chunk's tokens lie in a tensor that holds one part of them, or all."""
         start, stop = self._attention.rows(name, chunk)
@@ -273,7 +292,7 @@ class SiteRun:
         """The heads that the receiver computes, of one part of the tokens."""
         if step.tensor == "x":
             return cut_chunk(self.plan.site, tensor, self._rank, step.dst)
-        first, last = (self._attention.heads if step.tensor == "q" else self._attention.kv_heads)(step.dst)
+        first, last = self._heads(step.tensor, step.dst)
         start, stop = self._rows(step.tensor, Chunk(self._rank, step.part), part)
         return tensor[:, first:last, start:stop]
 
@@ -322,11 +341,21 @@ class SiteRun:
 
     def _chunk(self, name: str, slot: int | None, chunk: Chunk) -> torch.Tensor:
         if slot is not None:
-            return self._views[slot]
+            if slot not in self._decoded:
+                self._decoded[slot] = self._arrived(slot)
+            return self._decoded[slot]
         if (name, chunk.part) in self._tensors:
             return self._tensors[name, chunk.part]
         start, stop = self._attention.rows(name, chunk)
         return self._tensors[name, -1][:, :, start:stop]
+
+    def _arrived(self, slot: int) -> torch.Tensor:
+        """The chunk that has come to a slot, in the site's dtype."""
+        arrival, site = self._arrivals[slot], self.plan.site
+        written = site.written(arrival.tensor)
+        if written == SAME:
+            return self._views[slot]
+        return decode(self._views[slot], written, self.plan.shape(self._rank, arrival), site.dtype)
 
     def _output(self, chunk: Chunk) -> torch.Tensor:
         """The finished output of some queries, in the site's dtype; zeros where no key was allowed."""
@@ -336,6 +365,13 @@ class SiteRun:
             (first, last), (start, stop) = self._attention.heads(self._rank), self._attention.rows("q", chunk)
             return torch.zeros(site.batch, last - first, stop - start, site.v_head_dim, dtype=site.dtype)
         return partial[0].to(site.dtype)
+
+    def _output_leaving(self, chunk: Chunk) -> torch.Tensor:
+        """The same as it goes home: encoded before it is rounded to the site's dtype, so that it is rounded once."""
+        written, partial = self.plan.site.written("o"), self._partials.get(chunk)
+        if written == SAME or partial is None:
+            return encode(self._output(chunk), written)
+        return encode(partial[0], written)
 
 
 def _cut_mask(

@@ -16,7 +16,7 @@ from sfcompile.commands.checks import check_folder, check_writable
 from sfcompile.commands.model_names import check_model_name
 from sfcompile.commands.parsing import add_model_name
 from sfcompile.errors import OptionError
-from sfcompile.options import PLACEMENTS, SCHEDULES
+from sfcompile.options import PLACEMENTS, SCHEDULES, WIRES
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,7 @@ def add_model(parser: argparse.ArgumentParser, named: bool = True) -> None:
 
 def _add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--placement", choices=PLACEMENTS, default="auto", help="as in the backend's options")
+    parser.add_argument("--wire", choices=WIRES, default="same", help="as in the backend's options")
 
 
 def add_simulate(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +116,8 @@ def predicted(args: argparse.Namespace) -> Prediction:
     from sfcompile.prediction.predict import simulate
 
     name, model, kwargs = _built(args)
-    return simulate(model, topology=topology, schedule=args.schedule, placement=args.placement, name=name, **kwargs)
+    asked = {"schedule": args.schedule, "placement": args.placement, "wire": args.wire}
+    return simulate(model, topology=topology, name=name, **asked, **kwargs)
 
 
 def run_explain(args: argparse.Namespace) -> int:
@@ -145,6 +147,7 @@ def run_explain(args: argparse.Namespace) -> int:
         topology=args.topology,
         schedule=args.schedule,
         placement=args.placement,
+        wire=args.wire,
         rank=args.rank,
         name=name,
         **kwargs,

@@ -56,6 +56,7 @@ def run_passes(
         fuse_puts=kernels and on_gpu,
         late_reads=on_gpu,
         split_batch=split_batch,
+        wire=asked.wire,
         parts=() if kernels else Asked.parts,  # kernels take all tokens at a time: they overlap inside
     )
     state = State(captured.gm, captured.mode, topology, rank, wish)

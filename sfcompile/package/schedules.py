@@ -17,6 +17,7 @@ from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import PackageError, StreamFusionError
+from sfcompile.options import WIRES, Wire
 from sfcompile.package.limits import (
     CHUNKS,
     DIMS,
@@ -155,9 +156,18 @@ def _fact(value: Any, name: str, kind: str, ranks: int) -> Any:
             return value
         case "float" if type(value) in (int, float):
             return float(value)
+        case "Wire":
+            return _wire(value, what)
         case "Shape" | "tuple[int, ...]":
             return _numbers(value, what, DIMS)
     raise refused(f"{what} is {shown(value)}")
+
+
+def _wire(value: Any, what: str) -> Wire:
+    kinds = entries(value, what, len(Wire._fields))
+    if len(kinds) != len(Wire._fields) or any(kind not in WIRES for kind in kinds):
+        raise refused(f"{what} is {shown(value)}")
+    return Wire(*kinds)
 
 
 def _of_ranks(lists: list[Any], what: str, ranks: int, empty: bool = False) -> tuple[Any, ...]:

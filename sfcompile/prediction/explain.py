@@ -18,6 +18,7 @@ from sfcompile.capture.graph import Captured, break_reason
 from sfcompile.codegen.plan.step import Step
 from sfcompile.codegen.plan.volumes import volume
 from sfcompile.errors import OptionError, StreamFusionError, UnsupportedError
+from sfcompile.options import Options
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, State
 from sfcompile.prediction.code import Facts, blocks_of, input_names
@@ -55,6 +56,7 @@ def explain(
     mesh: Mapping[str, int] | None = None,
     schedule: str = "auto",
     placement: str = "auto",
+    wire: str | Mapping[str, str] = "same",
     rank: int = 0,
     name: str = "",
     **kwargs: Any,
@@ -65,22 +67,23 @@ def explain(
         model: any module; it may be on the meta device, at full size. ``args`` and ``kwargs`` are what it is called
             with: meta tensors, or real ones if the model's own code looks at values between graphs.
         topology: as in the backend's option: "4x8:a100-efa", a file, or a Topology.
-        mesh, schedule, placement: as in the backend's options.
+        mesh, schedule, placement, wire: as in the backend's options.
         rank: whose graph is shown.
         name: of the model, for titles.
 
     Raises:
         TopologyError: it cannot be read.
-        OptionError: no such rank.
+        OptionError: no such rank or wire.
         MeshError: mesh or schedule are not possible.
         UnsupportedError: torch.compile traces nothing of the model.
     """
     where, asked = _topology(topology, rank)
+    travels = Options.from_dict({"wire": wire}).wire
     begun = time.perf_counter()
     graphs: list[ExplainedGraph] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        wish = Asked(mesh, schedule, shard_everything=placement == "shard")
+        wish = Asked(mesh, schedule, shard_everything=placement == "shard", wire=travels)
         state = State(captured.gm, captured.mode, where, rank, wish)
         compiled = run_pipeline(state)
         compiled.report.graph, compiled.report.break_reason = len(graphs) + 1, break_reason(gm)

@@ -17,6 +17,7 @@ from sfcompile.codegen.plan.step import DRAWN_LAYERS, Drawn, Step, draw
 from sfcompile.codegen.plan.volumes import volume
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import UnsupportedError
+from sfcompile.options import Options
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, Choices, State
 from sfcompile.prediction.timeline import write_perfetto, write_png
@@ -150,6 +151,7 @@ def simulate(
     mesh: Mapping[str, int] | None = None,
     schedule: str = "auto",
     placement: str = "auto",
+    wire: str | Mapping[str, str] = "same",
     name: str = "",
     **kwargs: Any,
 ) -> Prediction:
@@ -158,21 +160,23 @@ def simulate(
     Args:
         model: may be on the meta device; ``args`` and ``kwargs`` are what it is called with.
         topology: as in the backend's option: "4x8:a100-efa", a file, or a Topology.
-        mesh, schedule, placement: as in the backend's options.
+        mesh, schedule, placement, wire: as in the backend's options.
 
     Raises:
         TopologyError: it cannot be read.
         MeshError: mesh or schedule are not possible.
+        OptionError: no such wire.
         UnsupportedError: the model's first graph cannot be captured.
     """
     where = topology if isinstance(topology, Topology) else Topology.parse(topology)
+    travels = Options.from_dict({"wire": wire}).wire
     begun = time.perf_counter()
     planned: list[Choices] = []
     steps: list[Step] = []
     warnings: list[str] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        wish = Asked(mesh, schedule, shard_everything=placement == "shard")
+        wish = Asked(mesh, schedule, shard_everything=placement == "shard", wire=travels)
         state = State(captured.gm, captured.mode, where, 0, wish)
         compiled = run_pipeline(state)
         steps.append(step_of(compiled, 0, where))

@@ -133,6 +133,7 @@ def test_a_dit_in_plain_pytorch_at_three_resolutions(layout: str) -> None:
         ("training", "require gradients"),
         ("other_shapes", "compile something else than rank 0"),
         ("other_weights", "weights (are they seeded or loaded alike?) is"),
+        ("other_wire", "'wire': Wire(q='bf16'"),
         ("other_noise", "the ranks are not in the same call"),
         ("strict", "token ops are not sharded"),
     ],

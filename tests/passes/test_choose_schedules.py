@@ -8,6 +8,7 @@ import torch
 from helpers import captured
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from sfcompile.options import Wire
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
@@ -17,11 +18,11 @@ from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 
 
-def choices(*shapes: tuple[int, ...], ranks: int = 4, **asked: Any) -> Choices:
+def choices(*shapes: tuple[int, ...], ranks: int = 4, topology: Topology | None = None, **asked: Any) -> Choices:
     graph = captured(lambda *xs: [sdpa(x, x, x) for x in xs], *(torch.zeros(s) for s in shapes)).gm.graph
     sites = analyse_attention(graph)
     tokens = analyse_tokens(graph, seeds_of(sites))
-    topology = Topology.grid(2, ranks // 2)
+    topology = topology or Topology.grid(2, ranks // 2)
     return choose_schedules(tokens, choose_layouts(tokens, sites, ranks), sites, topology, Asked(**asked))
 
 
@@ -43,6 +44,20 @@ def test_one_rank_plans_for_all() -> None:
 
     planned = choices((1, 4, 64, 8), agree=agree, schedule="ring")
     assert len(calls) == 1 and [plan.best.kind for plan in planned.plans.values()] == ["ring"]
+
+
+def test_a_wire_is_part_of_a_site_and_of_its_price() -> None:
+    """On links so slow that bytes are all that counts: half, and little more than a quarter, of the seconds."""
+    slow = {"network_bytes_per_s": 1e6, "local_bytes_per_s": 1e6}
+    seconds = {}
+    for wire in ("same", "bf16", "fp8"):
+        planned = choices((1, 4, 256, 64), topology=Topology.grid(2, 2, **slow), wire=Wire(*[wire] * 4), parts=())
+        (site,), (plan,) = planned.sites.values(), planned.plans.values()
+        assert site.wire == Wire(*[wire] * 4)
+        seconds[wire] = plan.price.seconds or 0.0
+        assert planned.schedule(site).site.written("k") == wire
+    assert 0.49 < seconds["bf16"] / seconds["same"] < 0.55
+    assert 0.25 < seconds["fp8"] / seconds["same"] < 0.32
 
 
 def test_exchanges_need_no_plan() -> None:

@@ -4,17 +4,18 @@ import torch
 from helpers import captured
 from models import build
 
+from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.runner import run_pipeline
 from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 
 
-def report(name: str, ranks: int, shard: bool = True) -> GraphReport:
+def report(name: str, ranks: int, shard: bool = True, wire: Wire = AS_IT_IS) -> GraphReport:
     model, inputs = build(name)
     got = captured(model, *inputs)
-    mesh = {"ulysses": ranks, "ring": 1} if shard else None
-    return run_pipeline(State(got.gm, got.mode, Topology.grid(1, ranks), 0, Asked(mesh, shard_everything=shard))).report
+    asked = Asked({"ulysses": ranks, "ring": 1} if shard else None, shard_everything=shard, wire=wire)
+    return run_pipeline(State(got.gm, got.mode, Topology.grid(1, ranks), 0, asked)).report
 
 
 def test_attention_is_counted_by_kind_and_the_output_gather_named() -> None:
@@ -22,6 +23,17 @@ def test_attention_is_counted_by_kind_and_the_output_gather_named() -> None:
     assert (plan.sharded_sites, plan.local_sites) == (1, 1)
     assert any(row.reason == "model output" for row in plan.gathered)
     assert any("read whole by scaled_dot_product_attention" in row.reason for row in plan.gathered)
+
+
+def test_the_wire_is_named_with_its_error_bound() -> None:
+    plain, coded = report("self", 2), report("self", 2, wire=Wire(k="fp8", v="fp8"))
+    assert plain.wire == "" and "  wire " not in str(plain)
+    assert coded.wire == (
+        "K, V as fp8, off by at most 2^-4 of an element or 2^-17 of its row's largest (fp8) (2 attentions), all else "
+        "as it is"
+    )
+    assert f"  wire         {coded.wire}\n" in str(coded) and coded.heap_bytes < plain.heap_bytes
+    assert coded.programs.keys() != plain.programs.keys()
 
 
 def test_flops_are_shared_out() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfcompile.errors import MeshError, OptionError, TopologyError
-from sfcompile.options import _VALIDATORS, MODES, Options
+from sfcompile.options import _VALIDATORS, MODES, Options, Wire
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ def test_defaults_are_allowed_values(key: str) -> None:
         ("schedule", "torus", "torus"),
         ("transport", "c10d", "c10d"),
         ("attention", "aten", "aten"),
+        ("wire", "fp8", Wire("fp8", "fp8", "fp8", "fp8")),
+        ("wire", {"kv": "fp8", "qo": "bf16"}, Wire("bf16", "fp8", "fp8", "bf16")),
+        ("wire", {"v": "fp8"}, Wire("same", "same", "fp8", "same")),
         ("inner", "eager", "eager"),
         ("placement", "shard", "shard"),
         ("strict", True, True),
@@ -78,6 +81,13 @@ def test_good_values(key: str, given_value: object, want: object) -> None:
         ("schedule", "torsu"),
         ("transport", None),
         ("attention", "flash"),
+        ("wire", "fp16"),
+        ("wire", {}),
+        ("wire", {"kvx": "fp8"}),
+        ("wire", {"kv": "fp4"}),
+        ("wire", {"": "fp8"}),
+        ("wire", {"kv": "fp8", "vo": "bf16"}),
+        ("wire", ("fp8", "fp8")),
         ("inner", "inductr"),
         ("placement", True),
         ("strict", 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from random_sites import random_case
 from rank_workers import attend_and_gather, schedules_of, session_of, shared_memory_names
 from torch import fx
 from torch.nn import functional as F
+from wire_bounds import attention_off
 
 from sfcompile.capture.graph import capture
 from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
@@ -25,6 +27,7 @@ from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import StreamFusionError
 from sfcompile.measuring.quick import measure_quickly
+from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.runner import run_pipeline
 from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.gpu.device_side import NvshmemSide
@@ -153,17 +156,24 @@ def measured(rank: int) -> dict[str, float]:
     return measure_quickly(session, session.topology, torch.bfloat16).constants
 
 
-def interpreted(rank: int, seed: int, calls: int) -> dict[str, Any]:
-    """Attention of a random case by the interpreter's engine over shared memory, gathers by the executor."""
+def interpreted(rank: int, seed: int, calls: int, wire: Wire = AS_IT_IS) -> dict[str, Any]:
+    """Attention of a random case by the interpreter's engine over shared memory, gathers by the executor.
+
+    With a wire the error is by how much its bound is exceeded.
+    """
     session = session_of(timeout_s=10.0)
     case = random_case(seed, ranks=session.topology.num_ranks)
+    case = replace(case, site=replace(case.site, wire=wire))
     schedules = schedules_of(case)
     with session.guard():
         session.load("p", schedules, [InterpreterEngine(schedules[0], rank), None])
     ticket, errors, outs = torch.zeros(1, dtype=torch.int64), [], []
     for _ in range(calls):
         whole, ticket = attend_and_gather(case, rank, ticket)
-        errors.append(float((whole.double() - case.expected).abs().max() / case.expected.abs().max()))
+        off = (whole.double() - case.expected).abs()
+        assert wire == AS_IT_IS or float(off.max()) > 1e-3, "nothing was rounded"
+        off -= attention_off(case)
+        errors.append(float(off.max() / case.expected.abs().max()))
         outs.append(whole)
     same = all(torch.equal(outs[0], out) for out in outs)
     return {"error": max(errors), "same": same, "names": shared_memory_names()}

@@ -158,9 +158,17 @@ def case_schedules() -> None:
 
 
 def case_transport(name: str) -> None:
-    """A transport asked for by name."""
+    """A transport asked for by name, which carries what is asked for; a wire rounds, and the report says how."""
     model, x = Plain(), tokens()
     close(compiled(model, placement="shard", transport=name)(x), model(x))
+    for wire, least, most in (("bf16", 1e-5, 4e-3), ({"kv": "fp8", "qo": "bf16"}, 1e-3, 6e-2)):
+        torch._dynamo.reset()
+        run = compiled(model, placement="shard", transport=name, wire=wire)
+        error = float((run(x) - model(x)).abs().max() / model(x).abs().max())
+        assert least < error < most, f"rank {rank()}: error {error:.2e} with wire={wire!r}"
+        assert torch.equal(run(x), run(x))
+        plan = last_report()
+        assert plan is not None and plan.wire.endswith("(2 attentions), all else as it is"), str(plan)
 
 
 def case_options_of_a_second_model() -> None:
@@ -273,7 +281,7 @@ def case_package(path: str) -> None:
     from sfcompile.package.load import load
 
     model, x = Plain(), tokens(37)
-    want = compiled(model, placement="shard", mesh={"ulysses": 2, "ring": 2})(x)
+    want = compiled(model, placement="shard", mesh={"ulysses": 2, "ring": 2}, wire={"kv": "fp8"})(x)
     if rank() == 0:
         export(
             model,
@@ -284,6 +292,7 @@ def case_package(path: str) -> None:
             placement="shard",
             inner="eager",
             mesh={"ulysses": 2, "ring": 2},
+            wire={"kv": "fp8"},
         )
     torch.distributed.barrier()
     del model
@@ -335,6 +344,10 @@ def case_other_weights() -> None:
     with torch.no_grad():
         model.out[1].bias += rank()
     compiled(model)(tokens())
+
+
+def case_other_wire() -> None:
+    compiled(Plain(), wire="fp8" if rank() == 0 else "bf16")(tokens())
 
 
 def case_other_noise() -> None:

@@ -11,18 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import processes
 import torch
 from random_sites import Case, attention_site, every_case, gather_site, random_case
+from wire_bounds import attention_off
 
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.schedule.torus import build_torus
 from sfcompile.errors import HeapError, MeshError
+from sfcompile.options import Wire
 from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.rank import ops
 from sfcompile.runtime.rank.process_group import ProcessWorld
@@ -30,6 +33,7 @@ from sfcompile.runtime.rank.session import Session, get_session
 from sfcompile.runtime.wires import handshake, tcp_links
 
 sf = torch.ops.streamfusion
+WIRES = (Wire(*["fp8"] * 4), Wire(k="fp8", v="fp8", q="bf16", o="bf16"), Wire(*["bf16"] * 4))
 assert ops.COMMUNICATION
 
 
@@ -123,7 +127,10 @@ def traced(rank: int, folder: str, environment: bool) -> str:
 
 
 def every_schedule(rank: int, transport: str, delayed: bool) -> dict[str, float]:
-    """Every builder, every mesh of these ranks, cut and whole, heads and tokens that rarely divide: errors by name."""
+    """Every builder, every mesh of these ranks, cut and whole, heads and tokens that rarely divide: errors by name.
+
+    Each also with a wire: then it is by how much the bound is exceeded, or infinity where nothing was rounded at all.
+    """
     ranks = int(os.environ["WORLD_SIZE"])
     session, ticket, rng = session_of(transport), torch.zeros(1, dtype=torch.int64), random.Random(rank)
     errors: dict[str, float] = {}
@@ -135,6 +142,14 @@ def every_schedule(rank: int, transport: str, delayed: bool) -> dict[str, float]
                 time.sleep(rng.random() * 5e-3)
             whole, ticket = attend_and_gather(case, rank, ticket, name)
             errors[name] = max(errors.get(name, 0.0), float((whole.double() - case.expected).abs().max()))
+        name += f", {WIRES[len(errors) % len(WIRES)]}"
+        case = replace(case, site=replace(case.site, wire=WIRES[len(errors) % len(WIRES)]))
+        session.load(name, schedules_of(case))
+        for _ in range(3):
+            whole, ticket = attend_and_gather(case, rank, ticket, name)
+            off = (whole.double() - case.expected).abs()
+            over = float((off - attention_off(case)).max()) if float(off.max()) > 1e-4 else float("inf")
+            errors[name] = max(errors.get(name, 0.0), over)
     return errors
 
 

@@ -106,7 +106,7 @@ def check_layout(schedule: Schedule) -> None:
                 sent.setdefault(place, []).append(rank)
     for rank, program in enumerate(programs):
         for arrival in program.arrivals:
-            slot, size = schedule.slots[arrival.slot], nbytes(schedule.shape(rank, arrival), dtype)
+            slot, size = schedule.slots[arrival.slot], nbytes(*schedule.form(rank, arrival))
             if size > slot.nbytes or slot.offset % dtype.itemsize:
                 raise wrong(f"rank {rank}: a chunk of {size} bytes in slot {slot.name} of {slot.nbytes} bytes")
             senders = sent.pop((rank, arrival.slot), [])

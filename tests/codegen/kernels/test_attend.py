@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_ranks import Job, Pool, error_of, make_site
+from kernel_ranks import Job, Pool, error_of, expected, inputs_of, make_site, rows_of
+from random_sites import Case
+from rank_workers import attend_and_gather, schedules_of
+from threads import run_threads
+from wire_bounds import attention_off, most_off
 
 from sfcompile.codegen.kernels.attend import attend_arguments, attend_source
 from sfcompile.codegen.kernels.spec import KernelSpec
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import ScheduleError
+from sfcompile.options import Wire
+from sfcompile.runtime.rank.session import current_session
 
 pytestmark = pytest.mark.ranks
 
@@ -92,6 +98,45 @@ def test_every_kind_of_site(pool: Pool, name: str, net: bool) -> None:
     site, changes = SITES[name]
     this = Job("torus", 2, 1, 2, 1, site, net, epochs=2, late=0, **changes)
     assert error_of(this, pool.run(this)) < LIMITS[site.dtype]
+
+
+FP8, BF16 = Wire(*["fp8"] * 4), Wire(*["bf16"] * 4)
+QKV = FP8._replace(o="same")
+WIRED = {
+    "torus, fp8": ("torus", 4, torch.bfloat16, True, FP8),
+    "torus, K and V": ("torus", 4, torch.float32, False, Wire(k="fp8", v="bf16")),
+    "torus, Q and O": ("torus", 3, torch.float32, True, Wire(q="fp8", o="bf16")),
+    "usp, in pieces": ("usp", 4, torch.float32, False, QKV),
+    "ring, bf16": ("ring", 3, torch.float32, True, BF16),
+    "allgather": ("allgather", 2, torch.float16, False, FP8),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if i < 4 else pytest.param(name, marks=pytest.mark.thorough) for i, name in enumerate(WIRED)]
+)
+def test_chunks_that_travel_encoded(pool: Pool, name: str) -> None:
+    """What the executor makes of the same chunks, and that is within the bound; own chunks as they are in both."""
+    kind, ranks, dtype, net, wire = WIRED[name]
+    this = job(kind, ranks, dtype, net)
+    this = replace(this, site=replace(this.site, wire=wire))
+    outs = pool.run(this)
+    (q, k, v, _), schedule = inputs_of(this), this.schedule()
+    case = Case(this.site, schedule.mesh, q, k, v, None, expected(this), kind, this.parts)
+
+    def execute(rank: int) -> torch.Tensor:
+        current_session().load("p", schedules_of(case))
+        return attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))[0]
+
+    whole = run_threads(ranks, execute)[0].double()
+    off, bound = (whole - case.expected).abs(), attention_off(case) + LIMITS[dtype]
+    assert bool((off <= bound).all()) and float(off.max()) > 10 * LIMITS[torch.float32]
+    for rank, out in enumerate(outs):
+        rows = rows_of(this.site.q_positions[rank])
+        want = whole[:, :, rows]
+        # An output that lies between two numbers of its wire may fall to either.
+        slack = most_off(want, wire.o) * 2 + LIMITS[dtype] * want.abs().amax() if rows.numel() else 0.0
+        assert bool(((out.double() - want).abs() <= slack).all())
 
 
 def test_cross_attention_and_tiles_that_share_programs(pool: Pool) -> None:

@@ -16,9 +16,11 @@ from sfcompile.codegen.kernels.moves import (
     put_source,
 )
 from sfcompile.codegen.kernels.tables import COLLECT, PUT
+from sfcompile.codegen.rows.elements import DTYPES
 from sfcompile.codegen.rows.row_ops import compile_rows
 from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.loader import load_source
+from sfcompile.runtime.program.formats import BF16, FP8, decode, encode, form, travel_bytes
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
 from sfcompile.runtime.wires.transport import word_of
 
@@ -52,6 +54,35 @@ def test_what_is_put_comes_home(width: int, dtype: torch.dtype) -> None:
             collect[(3,)](out, *out.stride()[:3], heaps, place, home, torch.tensor([0, 1]), 1, 1, 2, 2)
             assert int(status) == noted
     assert torch.equal(out[:, 1:3, 2:7], x[:, 1:3, 2:7])
+    assert not out[:, 0].any() and not out[:, :, :2].any()
+
+
+@pytest.mark.parametrize(
+    ("written", "width", "dtype"),
+    [(FP8, 24, torch.float32), (FP8, 32, torch.bfloat16), (FP8, 6, torch.float16), (BF16, 40, torch.float32)],
+)
+def test_what_is_put_travels_as_the_hosts_bytes(written: str, width: int, dtype: torch.dtype) -> None:
+    """The same heads and rows: encoded in the slot of rank 1, as they are in rank 0's own bank, decoded at home."""
+    segments = [local_segment(HeapSize(2, 8192, 2)) for _ in range(2)]
+    size = segments[0].size
+    heaps = torch.tensor([(s.address, i, segments[0].address) for i, s in enumerate(segments)])
+    place = torch.tensor(size.place(1, word_of(1, 5), torch.zeros(1, dtype=torch.int64).data_ptr()))
+    x = torch.randn(2, 4, 9, width).to(dtype)
+    sent = x[:, 1:3, 2:7]
+    shape, kind = form(written, (2, 2, 5, width), dtype)
+    nbytes = travel_bytes(written, 2 * 2 * 5, width, dtype)
+    puts = torch.tensor([(1, 1, 256, 1, 2, 2, 5, 0, 0, nbytes), (-1, -1, 4096, 1, 2, 2, 5, 0, 0, sent.nbytes)])
+    spec = MoveSpec(DTYPES[dtype], width, lines=4, written=written)
+    put, collect = load_source(put_source(spec), True).put, load_source(collect_source(spec), True).collect
+    out = torch.zeros(2, 4, 9, width, dtype=dtype)
+    counters, home = torch.zeros(2, dtype=torch.int32), torch.tensor([(1, 256, 1, 2, 2, 5)])
+    with interpreting(Deadline(5.0)):
+        put[(3,)](x, *x.stride()[:3], heaps, place, puts, torch.tensor([1]), counters, 0, 2, 1, 2)
+        collect[(3,)](out, *out.stride()[:3], heaps, place, home, torch.tensor([1]), 1, 1, 1, 2)
+    arrived = segments[1].chunk(1, 256, shape, kind)
+    assert torch.equal(arrived, encode(sent, written))
+    assert torch.equal(segments[0].chunk(1, 4096, (2, 2, 5, width), dtype), sent)
+    assert torch.equal(out[:, 1:3, 2:7], decode(arrived, written, (2, 2, 5, width), dtype))
     assert not out[:, 0].any() and not out[:, :, :2].any()
 
 

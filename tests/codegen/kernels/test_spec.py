@@ -10,6 +10,7 @@ from kernel_ranks import Job, make_site
 
 from sfcompile.codegen.kernels.spec import KernelSpec, cannot_generate, spec_of, tiles_for
 from sfcompile.errors import UnsupportedError
+from sfcompile.options import AS_IT_IS, Wire
 
 
 def job(**changes: object) -> Job:
@@ -44,6 +45,14 @@ def test_there_are_tiles_for_everything(arch: int, dtype: str, head_dim: int) ->
     tiles = tiles_for(arch, dtype, head_dim, head_dim)
     assert tiles["block_m"] >= 16 and tiles["block_n"] >= 16
     KernelSpec(dtype, head_dim, head_dim, 1.0, **tiles)
+
+
+def test_only_what_travels_is_encoded() -> None:
+    """An all-gather leaves queries and outputs at home."""
+    site = replace(job().site, wire=Wire(*["fp8"] * 4))
+    assert spec_of(job(site=site).schedule(), 90).wire == site.wire
+    assert spec_of(job(site=site, kind="allgather").schedule(), 90).wire == Wire(k="fp8", v="fp8")
+    assert spec_of(job().schedule(), 90).wire == AS_IT_IS
 
 
 def test_what_cannot_be_generated_is_refused() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from kernel_ranks import Job, make_site
 
 from sfcompile.codegen.kernels.tables import COLLECT, FORWARD, KEY, PUT, QUERY, UNIT, KernelTables, make_tables
+from sfcompile.options import Wire
 from sfcompile.runtime.program.instructions import Attend, Forward, Push, Put, Wait
 
 JOBS = [
@@ -85,6 +88,25 @@ def test_banks_are_equal_and_nothing_overlaps() -> None:
     assert spans[0][0] >= job.schedule().heap_bytes
     assert all(first + size <= second for (first, size), (second, _) in zip(spans, spans[1:], strict=False))
     assert spans[-1][0] + spans[-1][1] <= every[0].bank_bytes
+
+
+def test_what_travels_is_as_long_as_it_travels_and_what_came_is_marked() -> None:
+    plain = JOBS[1]
+    coded = replace(plain, site=replace(plain.site, wire=Wire("fp8", "fp8", "same", "bf16")))
+    for rank in range(plain.ranks):
+        before, after, schedule = tables_of(plain, rank), tables_of(coded, rank), coded.schedule()
+        assert after.own_at.keys() == before.own_at.keys() and after.bank_bytes < before.bank_bytes
+        for name, ratio in (("q", (32 + 4) / 128), ("k", (32 + 4) / 128), ("v", 1.0)):
+            sizes = [np.array(column(tables.puts[name], PUT, "nbytes")) for tables in (before, after)]
+            assert sizes[1][:-1].tolist() == (ratio * sizes[0][:-1]).tolist() and sizes[1][-1] == sizes[0][-1]
+        sizes = [np.array(column(tables.queries, QUERY, "nbytes")) for tables in (before, after)]
+        assert sizes[1].tolist() == (0.5 * sizes[0]).tolist()
+        stays = [dst < 0 for dst in column(after.queries, QUERY, "dst")]
+        assert stays == [not came for came in column(after.queries, QUERY, "came")]
+        starts = {schedule.slots[a.slot].offset for a in schedule.program(rank).arrivals if a.tensor == "k"}
+        assert [at in starts for at in column(after.keys, KEY, "k_at")] == [
+            bool(came) for came in column(after.keys, KEY, "came")
+        ]
 
 
 def test_columns_are_distinct() -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from random_sites import attention_site, gather_site, random_case
 
-from sfcompile.codegen.plan.simulator import Compute, Phase, Work, simulate
+from sfcompile.codegen.plan.simulator import CODING_PASSES, Compute, Phase, Work, simulate
 from sfcompile.codegen.plan.step import layer
 from sfcompile.codegen.schedule.builders import BUILDERS, build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.options import Wire
 from sfcompile.runtime.program.instructions import Attend, Forward, Push, Wait
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
@@ -68,6 +69,39 @@ def test_ranks_behind_one_card_share_it() -> None:
         schedule = build("usp", site(4), mesh(top, 2))
         times.append(simulate(layer(schedule, 1), top).seconds)
     assert times[0] == pytest.approx(2 * times[1], rel=0.01)
+
+
+@pytest.mark.parametrize(("wire", "share"), [("bf16", 1 / 2), ("fp8", (8 + 4) / 32)])
+def test_a_smaller_wire_is_sent_sooner(wire: str, share: float) -> None:
+    """Rows of 8 elements of fp32: 32 bytes, 16 as bf16, 12 as fp8 with a factor."""
+    top = topology(2, 1, flops_per_s=1e18)
+    plain = simulate(layer(build("ulysses", site(2), mesh(top, 2)), 1), top)
+    schedule = build("ulysses", replace(site(2), wire=Wire(*[wire] * 4)), mesh(top, 2))
+    sooner = simulate(layer(schedule, 1), top)
+    assert sooner.seconds == pytest.approx(share * plain.seconds)
+    assert sooner.across_bytes == share * plain.across_bytes == schedule.bytes_by_link(top)[1]
+
+
+@pytest.mark.parametrize("kind", ["ulysses", "allgather", "ring"])
+def test_coding_costs_a_cpu_passes_over_what_is_coded(kind: str) -> None:
+    """On links that cost nothing. What is sent to several ranks is encoded once, what is sent on not at all."""
+    top = topology(4, 1, flops_per_s=1e18, network_bytes_per_s=1e18, copy_bytes_per_s=1.0)
+    built = build(kind, site(4), mesh(top, 1 if kind == "ring" else 4))
+    coded = build(kind, replace(site(4), wire=Wire(*["fp8"] * 4)), built.mesh)
+    chunk_bytes = 6 * 8 * 4  # of a head and a rank, as the model has it
+    sent, came = {"ulysses": (12, 12), "allgather": (8, 24), "ring": (8, 24)}[kind]  # such chunks, at every rank
+    beside = [simulate(layer(each, 1), top).busy_s - _copies(each, top) for each in (built, coded)]
+    assert beside[0] == pytest.approx(0.0)
+    assert beside[1] == pytest.approx(CODING_PASSES["fp8"] * chunk_bytes * (sent + came))
+
+
+def _copies(schedule: Schedule, top: Topology) -> Any:
+    """What ranks copy anyway: their own part of q, k and v, what they send, and outputs that come home."""
+    own = 3 * 6 * 8 * 4 * (4 if schedule.mesh.ulysses == 1 or schedule.kind == "allgather" else 1)
+    moved = np.zeros(top.num_ranks)
+    for arrival in schedule.origin.arrivals:  # every rank sends as much as it gets
+        moved += schedule.arrival_bytes(arrival) * (2 if arrival.tensor == "o" else 1)
+    return own + moved
 
 
 def test_puts_under_compute_are_hidden() -> None:

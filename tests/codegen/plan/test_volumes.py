@@ -12,6 +12,7 @@ from sfcompile.codegen.plan.volumes import B, D, E, H, K, L, N, across_of, volum
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import ACROSS, Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.options import Wire
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -42,6 +43,17 @@ def test_forms_equal_what_is_sent(machines: int, inside: int) -> None:
     schedule = schedule_of("allgather", topology, machines, "ulysses", 2, 3)
     assert volume(schedule, topology).bytes == schedule.bytes_by_link(topology)
     assert tried >= 6
+
+
+@pytest.mark.parametrize("wire", [Wire(*["bf16"] * 4), Wire(*["fp8"] * 4), Wire(k="fp8", q="bf16", o="bf16")])
+@pytest.mark.parametrize("kind", ["torus", "usp", "allgather"])
+def test_forms_know_how_chunks_travel(wire: Wire, kind: str) -> None:
+    topology = Topology.grid(4, 1)
+    plain = schedule_of(kind, topology, 4, "ulysses", 4, 2)
+    schedule = build(kind, replace(plain.site, wire=wire), plain.mesh)
+    sent = schedule.bytes_by_link(topology)
+    assert volume(schedule, topology).bytes == sent
+    assert sent[1] < plain.bytes_by_link(topology)[1] and schedule.heap_bytes < plain.heap_bytes
 
 
 def test_key_heads_shared_by_groups() -> None:

@@ -21,7 +21,9 @@ from sfcompile.codegen.toolchain.compiler import (
 )
 from sfcompile.codegen.toolchain.machine_code import disassembly, hoisted_loads, resources
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
+from sfcompile.options import Wire
 
+FP8 = Wire(*["fp8"] * 4)
 MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
 
 
@@ -67,6 +69,21 @@ def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
 def test_debug_builds_masks_and_grouped_heads_fit_too(arch: int) -> None:
     for changes in ({"bounded": True}, {"causal": True, "group": 4}, {"mask": "key"}):
         assert resources(compiled(arch, 128, "peer", **changes)).spill_stores == 0, changes
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_wires_fit_every_architecture(arch: int) -> None:
+    """fp8 without a GPU's own conversions: sm_80 has none. No load of a chunk, or of its factors, before its wait."""
+    for changes in ({"wire": FP8}, {"wire": FP8._replace(o="same"), "dtype": "fp16"}):
+        kernel = compiled(arch, 64 if arch == 80 else 128, "peer", **changes)
+        assert resources(kernel).spill_stores == 0 and hoisted_loads(kernel) == []
+        assert not re.search(r"ld\.global(\.\w+)*\.b8\b", kernel.ptx), changes
+    for spec in (MoveSpec("bf16", 128, written="fp8"), MoveSpec("fp32", 64, written="bf16")):
+        for name in ("put", "collect"):
+            small = compile_move(name, spec, arch)
+            assert resources(small).spill_stores == 0
+            assert not re.search(r"ld\.global(\.\w+)*\.b(8|16)\b", small.ptx)
+            assert not re.search(r"st\.global(\.\w+)*\.b(8|16)\b", small.ptx)
 
 
 @pytest.mark.parametrize("reach", ["peer", "mixed"])

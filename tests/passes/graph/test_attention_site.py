@@ -7,6 +7,7 @@ from helpers import captured
 from torch.nn.functional import conv2d
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from sfcompile.options import Wire
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
@@ -27,6 +28,16 @@ def test_a_site_says_all_that_a_schedule_needs() -> None:
     assert (site.batch, site.heads, site.kv_heads, site.head_dim, site.v_head_dim) == (2, 6, 3, 8, 8)
     assert site.q_positions == site.kv_positions == (((0, 4),), ((4, 3),), ((7, 3),))
     assert (site.scale, site.causal, site.mask) == (0.5, False, "full")
+
+
+def test_a_wire_that_makes_nothing_smaller_is_left_out() -> None:
+    x = torch.zeros(1, 4, 12, 8, dtype=torch.bfloat16)
+    graph = captured(lambda x: sdpa(x, x, x), x).gm.graph
+    sites = analyse_attention(graph)
+    tokens = analyse_tokens(graph, seeds_of(sites))
+    wire = Wire(q="bf16", k="fp8", v="fp8", o="bf16")
+    (site,) = sharded_attentions(tokens, choose_layouts(tokens, sites, 2), sites, wire=wire).values()
+    assert site.dtype == torch.bfloat16 and site.wire == Wire(k="fp8", v="fp8")
 
 
 def test_parts_of_whole_rows() -> None:

@@ -10,14 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 from by_hand import by_hand
-from random_sites import Case, gather_site, random_case, reference, rows
+from random_sites import Case, every_case, gather_site, random_case, reference, rows
 from rank_workers import attend_and_gather, schedules_of
 from threads import run_threads
+from wire_bounds import attention_off
 
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import PeerDiedError, RuntimeTimeoutError
+from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.runtime.program.instructions import Forward, Push, Put, RankProgram
 from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
@@ -89,6 +91,61 @@ def test_other_dtypes(dtype: torch.dtype, seed: int) -> None:
     own = float((one.double() - case.expected).abs().max())
     rounding = torch.finfo(dtype).eps * max(1.0, float(case.expected.abs().max()))
     assert float((out.double() - case.expected).abs().max()) <= 1.2 * own + rounding
+
+
+WIRES = {
+    "fp8": Wire(*["fp8"] * 4),
+    "bf16": Wire(*["bf16"] * 4),
+    "kv fp8, qo bf16": Wire(k="fp8", v="fp8", q="bf16", o="bf16"),
+    "v fp8": Wire(v="fp8"),
+}
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("seed", range(12))
+def test_wires_stay_within_their_bounds(wire: str, seed: int) -> None:
+    """Every schedule, mask and cut; the same bits on every rank and in every call."""
+    case = random_case(seed)
+    case = replace(case, site=replace(case.site, wire=WIRES[wire]))
+    outs = run(case, schedules_of(case), seed)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    slack = 1e-5 * max(1.0, float(case.expected.abs().max()))
+    assert bool(((outs[0].double() - case.expected).abs() <= attention_off(case) + slack).all())
+
+
+@pytest.mark.parametrize(("wire", "most"), [("fp8", 0.06), ("bf16", 0.006), ("kv fp8, qo bf16", 0.06)])
+@pytest.mark.parametrize("kind", ["torus", "usp", "allgather"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wires_round_as_much_as_their_types_do(wire: str, most: float, kind: str, dtype: torch.dtype) -> None:
+    """In the mean far less than the bound; and more than nothing, so it is those types that travel."""
+    case = next(case for case in every_case(4) if case.kind == kind)
+    one, site = case.expected, replace(case.site, dtype=dtype)
+    case = replace(case, site=site, q=case.q.to(dtype), k=case.k.to(dtype), v=case.v.to(dtype))
+    case = replace(case, expected=reference(case.q, case.k, case.v, case.mask, False, site.scale))
+
+    def error(wire: Wire) -> float:
+        this = replace(case, site=replace(site, wire=wire))
+        out = run(this, schedules_of(this))
+        return float((out[0].double() - case.expected).square().mean().sqrt() / one.square().mean().sqrt())
+
+    plain, coded = error(AS_IT_IS), error(WIRES[wire])
+    assert plain < 0.005 and coded <= most
+    assert coded > 5 * plain or (wire == "bf16" and dtype == torch.bfloat16)
+
+
+def test_what_does_not_travel_is_exact() -> None:
+    """Queries that may see their own rank's keys only, which a ring leaves where they are: the same bits."""
+    case = next(case for case in every_case(4) if case.kind == "usp" and case.mesh.ulysses == 1)
+    owner = torch.empty(23, dtype=torch.int64)
+    for rank, runs in enumerate(case.site.q_positions):
+        owner[rows(runs)] = rank
+    case = replace(case, mask=(owner[:, None] == owner[None, :])[None, None])
+    plain = run(case, schedules_of(case))[0]
+    for wire in WIRES.values():
+        coded = replace(case, site=replace(case.site, wire=wire))
+        assert torch.equal(run(coded, schedules_of(coded))[0], plain)
+    everywhere = replace(coded, mask=torch.ones(1, 1, 23, 23, dtype=torch.bool))
+    assert not torch.equal(run(everywhere, schedules_of(everywhere))[0], plain)
 
 
 def test_a_gather_of_a_folded_dim() -> None:

@@ -11,6 +11,7 @@ from random_sites import attention_site, gather_site
 from sfcompile.codegen.schedule.builders import BUILDERS, build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.errors import PackageError
+from sfcompile.options import Wire
 from sfcompile.package.schedules import schedule_from_json, schedule_to_json
 from sfcompile.runtime.program.topology import Topology
 
@@ -25,11 +26,22 @@ def test_the_same_schedule_comes_back(kind: str) -> None:
     assert schedule_from_json(data, 8) == schedule
 
 
+def test_how_chunks_travel_comes_back() -> None:
+    site = replace(attention_site(4), wire=Wire(k="fp8", v="fp8", q="bf16"))
+    schedule = build("torus", site, MESH)
+    data = json.loads(json.dumps(schedule_to_json(schedule)))
+    assert schedule_from_json(data, 4) == schedule
+    del data["site"]["wire"]  # of a package that was made before there were wires
+    assert schedule_from_json(data, 4) == build("torus", attention_site(4), MESH)
+
+
 @pytest.mark.parametrize(
     ("where", "value"),
     [
         (("kind",), "donut"),
         (("site", "heads"), 1),
+        (("site", "wire"), ["same", "fp8", "fp4", "same"]),
+        (("site", "wire"), ["fp8"]),
         (("site", "dtype"), "load"),
         (("site", "type"), "Schedule"),
         (("site", "q_positions"), [[[0, 8]]]),

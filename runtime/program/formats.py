@@ -1,0 +1,112 @@
+"""How the elements of a chunk are written while it travels: as they are, as bf16, or as fp8 with a scale for each row.
+
+A row is one token of one head, W elements. As "fp8" it is W bytes of e4m3 (4 significant bits) and a factor of its own:
+
+    [ e4m3: batch x heads x tokens x W | up to 3 bytes | fp32: batch x heads x tokens ]
+
+The factor is the power of two that brings the row's largest magnitude into (224, 448], 448 being e4m3's largest number.
+Powers of two are multiplied without rounding, so an element x comes back as x' with
+
+    "bf16"   |x' - x| <= 2^-8 |x|
+    "fp8"    |x' - x| <= max(2^-4 |x|, 2^-17 largest |x| of the row)
+
+(2^-10 factors where e4m3 has no normal numbers left, and a factor is less than 1/224 of the largest.) What was decoded
+comes back unchanged if it travels again. A row that holds an infinity or a nan comes back as nan, so that it is seen.
+What would be rounded beyond the largest number of the model's dtype becomes that number.
+
+Generated kernels write the same bytes (codegen/kernels/device.py).
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sfcompile.options import Wire
+
+SAME, BF16, FP8 = "same", "bf16", "fp8"
+ERRORS = {SAME: 0.0, BF16: 2.0**-8, FP8: 2.0**-4}
+"""The most that an element may be off, relative to it; see the head of the file for what is very small in its row."""
+SMALL_FP8 = 2.0**-17
+"""The most that an element of a row of "fp8" may be off, relative to the row's largest, if that is more."""
+
+_E4M3 = torch.float8_e4m3fn
+_SCALE_BYTES = 4
+_FINITE = 0x7F800000
+_UP = 0x1FFFFF  # carries into the exponent what has a mantissa above 1.75
+_NAN = 0x7FC00000
+
+Rows = TypeVar("Rows", int, NDArray[np.int64])
+
+
+def travel_bytes(written: str, rows: Rows, width: int, dtype: torch.dtype) -> Rows:
+    """Bytes of ``rows`` rows of ``width`` elements of the model's ``dtype``, as they travel."""
+    if written == FP8:
+        return -(-rows * width // _SCALE_BYTES) * _SCALE_BYTES + rows * _SCALE_BYTES
+    return rows * width * (2 if written == BF16 else dtype.itemsize)
+
+
+def form(written: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the tensor that travels for one of ``shape`` and ``dtype``."""
+    if written == FP8:
+        rows = int(np.prod(shape[:-1], dtype=np.int64))
+        return (travel_bytes(FP8, rows, shape[-1], dtype),), torch.uint8
+    return shape, torch.bfloat16 if written == BF16 else dtype
+
+
+def smaller(wire: Wire, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> Wire:
+    """What of a wire makes chunks smaller than they are; the rest travels as it is."""
+    widths = {"q": head_dim, "k": head_dim, "v": v_head_dim, "o": v_head_dim}
+
+    def pays(tensor: str) -> bool:
+        written, width = getattr(wire, tensor), widths[tensor]
+        return travel_bytes(written, 1, width, dtype) < travel_bytes(SAME, 1, width, dtype)
+
+    return Wire(**{tensor: getattr(wire, tensor) if pays(tensor) else SAME for tensor in widths})
+
+
+def encode(values: torch.Tensor, written: str) -> torch.Tensor:
+    """What travels for a chunk [..., rows, W]; the chunk itself if it travels as it is."""
+    if written == SAME:
+        return values
+    if written == BF16:
+        return values.to(torch.bfloat16, copy=True)
+    wide = values.float()
+    top = (wide.view(torch.int32) & 0x7FFFFFFF).amax(-1)  # magnitudes in the order of their bits, nan above infinity
+    exponent = ((top + _UP >> 23) - 8).clamp_(1, 253)
+    exponent = exponent.masked_fill_(top >= _FINITE, 254)  # its inverse is 0
+    inverse = (254 - exponent << 23).view(torch.float32)
+    scale = torch.where(top >= _FINITE, _NAN, exponent << 23).view(torch.float32)
+    count = values.numel()
+    packed = torch.zeros(form(FP8, tuple(values.shape), values.dtype)[0], dtype=torch.uint8, device=values.device)
+    packed[:count].view(_E4M3).view(values.shape).copy_(wide * inverse.unsqueeze(-1))
+    packed[packed.numel() - scale.numel() * _SCALE_BYTES :].view(torch.float32).view(scale.shape).copy_(scale)
+    return packed
+
+
+def words(wire: Wire) -> str:
+    """What a wire does to what travels, with the error bounds, in a line."""
+    bounds = {BF16: "2^-8 of an element", FP8: "2^-4 of an element or 2^-17 of its row's largest"}
+    off = "; ".join(f"{bounds[kind]} ({kind})" for kind in (BF16, FP8) if kind in wire)
+    return f"{wire}, off by at most {off}" if off else str(wire)
+
+
+def decode(arrived: torch.Tensor, written: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The chunk of ``shape`` and ``dtype`` that was encoded; what arrived itself if it travels as it is."""
+    if written == SAME:
+        return arrived
+    if written == BF16:
+        return arrived.to(dtype)
+    count = int(np.prod(shape, dtype=np.int64))
+    rows = count // max(shape[-1], 1)
+    scale = arrived[arrived.numel() - rows * _SCALE_BYTES :].view(torch.float32).view(shape[:-1])
+    # torch converts e4m3 element by element. As a half the same bits, moved, are the number times 2^-8: the sign is
+    # extended from bit 7 to bit 15, four bits of exponent and three of mantissa stand above seven zeros.
+    bits = arrived[:count].view(torch.int8).to(torch.int16)
+    halves = (bits & 0x7F).bitwise_left_shift_(7).bitwise_or_(bits & -0x8000).view(torch.float16).view(shape)
+    values = halves.to(torch.float32).mul_(256.0).mul_(scale.unsqueeze(-1))
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return values.clamp_(-most, most).to(dtype)
