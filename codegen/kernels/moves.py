@@ -10,7 +10,7 @@ from sfcompile.codegen.kernels.tables import COLLECT, PUT
 from sfcompile.codegen.kernels.text import module
 from sfcompile.codegen.rows.elements import TRITON_TYPES, block_of, element_bytes, is_padded
 from sfcompile.codegen.rows.rows import RowProgram
-from sfcompile.runtime.program.formats import SAME
+from sfcompile.runtime.program.formats import FP8, SAME
 
 PUT_ARGUMENTS = (
     "x_ptr", "x_sb", "x_sh", "x_sr", "heaps_ptr", "place_ptr", "puts_ptr", "receivers_ptr", "counters_ptr", "rank",
@@ -44,7 +44,8 @@ class MoveSpec:
     @property
     def rows_at_a_time(self) -> int:
         """``lines``, or the number for the width."""
-        return self.lines or (32 if block_of(self.width) == 128 else 16)
+        most = 8 if self.written == FP8 else 32  # a factor is found from all of a row, in fp32
+        return self.lines or (most if block_of(self.width) == 128 else 16)
 
 
 def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
@@ -104,7 +105,7 @@ def move_arguments(name: str, spec: MoveSpec, rows: RowProgram | None = None) ->
 def _constants(spec: MoveSpec, rows: RowProgram | None = None) -> str:
     block, lines = block_of(spec.width), spec.rows_at_a_time
     if rows is not None and not spec.lines:  # several values of a row are held at a time
-        lines = 16 if block <= 128 else 8
+        lines = 16 if block <= 128 and spec.written == SAME else 8
     return f"W = tl.constexpr({spec.width})\nW_BLOCK = tl.constexpr({block})\nLINES = tl.constexpr({lines})\n\n\n"
 
 

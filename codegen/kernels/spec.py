@@ -11,6 +11,7 @@ from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import UnsupportedError
 from sfcompile.options import AS_IT_IS, Wire
+from sfcompile.runtime.program.formats import SAME
 from sfcompile.runtime.program.instructions import Forward, Push
 from sfcompile.runtime.program.sites import AttentionSite
 
@@ -88,7 +89,13 @@ class KernelSpec:
 
 
 def tiles_for(
-    arch: int, dtype: str, head_dim: int, v_head_dim: int, masked: bool = False, hard: bool = False
+    arch: int,
+    dtype: str,
+    head_dim: int,
+    v_head_dim: int,
+    masked: bool = False,
+    hard: bool = False,
+    coded: bool = False,
 ) -> dict[str, Any]:
     """Tile sizes, warps and stages for an architecture (80, 90, 100); 0 is the interpreter, which wants few, big tiles.
 
@@ -97,17 +104,20 @@ def tiles_for(
     Args:
         masked: a whole mask is read, another tile of operands.
         hard: the kernel does more than attend to peers' chunks (NVSHMEM, positions, grouped heads, bounded waits).
+        coded: chunks that have come are decoded.
     """
     width = max(64, _power_of_two(head_dim), _power_of_two(v_head_dim))
     if arch == 0:
         return {"block_m": 64, "block_n": 64, "warps": 4, "stages": 2}
     names = ("block_m", "block_n", "warps", "stages", "tails")
     if dtype == "fp32":
-        return dict(zip(names, (32, 32 if width < 256 else 16, 4 if width == 64 else 8, 2, "inside"), strict=True))
+        keys = 32 if width < (128 if coded else 256) else 16
+        return dict(zip(names, (32, keys, 4 if width == 64 else 8, 2, "inside"), strict=True))
     if masked:  # a whole mask is another tile of operands
         return dict(zip(names, (64, 32, 4 if width == 64 else 8, 2, "inside"), strict=True))
     family = 80 if arch < 90 else 90 if arch < 100 else 100
-    return dict(zip(names, (hard and _HARD.get((family, width))) or _TILES[family, width], strict=True))
+    tile = (coded and _CODED.get((family, width))) or (hard and _HARD.get((family, width))) or _TILES[family, width]
+    return dict(zip(names, tile, strict=True))
 
 
 _TILES = {
@@ -126,6 +136,15 @@ _TILES = {
 
 _HARD = {(80, 128): (64, 64, 8, 2, "inside")}
 """Where the tile of ``_TILES`` has no registers left for more."""
+
+_CODED = {
+    (80, 64): (128, 32, 8, 3, "inside"),
+    (80, 128): (64, 64, 8, 2, "inside"),
+    (80, 256): (32, 32, 8, 2, "inside"),
+    (90, 128): (128, 64, 8, 3, "inside"),
+    (90, 256): (64, 32, 8, 2, "inside"),
+}
+"""Nor for the loop over chunks that have come, which decodes them, beside the one over own chunks."""
 
 
 def cannot_generate(site: AttentionSite) -> str:
@@ -168,7 +187,9 @@ def spec_of(
     steps = schedule.origin.phases["attend"]
     reach, group = _reach(schedule, machine_of), site.heads // site.kv_heads
     more = reach != "peer" or group > 1 or site.causal or mask[0] == "key" or bool(changes.get("bounded"))
-    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full", more)
+    wire = _wire(schedule)
+    coded = (wire.q, wire.k, wire.v) != (SAME,) * 3
+    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full", more, coded)
     rows = {
         int(n)
         for part in range(schedule.kv_parts)
@@ -186,7 +207,7 @@ def spec_of(
         reach=reach,
         forwards=any(isinstance(step, Forward) for step in steps),
         pushes=any(isinstance(step, Push) for step in steps),
-        wire=_wire(schedule),
+        wire=wire,
         **tiles,
     ).with_(**changes)
     return spec if any(n % spec.block_n for n in rows) else spec.with_(tails="none")

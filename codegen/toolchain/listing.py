@@ -18,7 +18,6 @@ from sfcompile.codegen.toolchain.compiler import CompiledKernel, compile_attend,
 from sfcompile.codegen.toolchain.machine_code import Resources, hoisted_loads, order, resources
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.errors import CodegenError
-from sfcompile.runtime.program.sites import AttentionSite
 
 _LOOKED_AT = 8
 """Ranks whose tables are looked at for differences in the text: whether softmax state is carried."""
@@ -81,17 +80,16 @@ def compiled_kernels(
             yield name, compile_attend(spec.with_(carry=carry), arch, library)
         alike = site.written("q") == site.written("k")
         for name in ("qk", "v") if alike else ("q", "k", "v"):
-            yield f"put-{name}", compile_move("put", _move_spec(spec, site, name[0]), arch, library)
-        yield "collect", compile_move("collect", _move_spec(spec, site, "o"), arch, library)
+            yield f"put-{name}", compile_move("put", _move_spec(spec, schedule, name[0]), arch, library)
+        yield "collect", compile_move("collect", _move_spec(spec, schedule, "o"), arch, library)
     else:
         for name in ("send", "receive"):
             yield name, compile_chunks(name, ChunkSpec(reach), arch, library)
     yield "release", compile_chunks("release", ChunkSpec(reach), arch, library)
 
 
-def _move_spec(spec: KernelSpec, site: AttentionSite, tensor: str) -> MoveSpec:
-    width = site.head_dim if tensor in ("q", "k") else site.v_head_dim
-    return MoveSpec(spec.dtype, width, spec.reach, written=site.written(tensor))
+def _move_spec(spec: KernelSpec, schedule: AttentionSchedule, tensor: str) -> MoveSpec:
+    return MoveSpec(spec.dtype, schedule.width(tensor), spec.reach, written=schedule.site.written(tensor))
 
 
 def write_kernels(

@@ -19,6 +19,9 @@ Generated kernels write the same bytes (codegen/kernels/device.py).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from itertools import product
 from typing import TypeVar
 
 import numpy as np
@@ -38,6 +41,8 @@ _SCALE_BYTES = 4
 _FINITE = 0x7F800000
 _UP = 0x1FFFFF  # carries into the exponent what has a mantissa above 1.75
 _NAN = 0x7FC00000
+_BLOCK = 1 << 17
+"""Elements that are encoded or decoded at a time."""
 
 Rows = TypeVar("Rows", int, NDArray[np.int64])
 
@@ -52,7 +57,7 @@ def travel_bytes(written: str, rows: Rows, width: int, dtype: torch.dtype) -> Ro
 def form(written: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of the tensor that travels for one of ``shape`` and ``dtype``."""
     if written == FP8:
-        rows = int(np.prod(shape[:-1], dtype=np.int64))
+        rows = math.prod(shape[:-1])
         return (travel_bytes(FP8, rows, shape[-1], dtype),), torch.uint8
     return shape, torch.bfloat16 if written == BF16 else dtype
 
@@ -74,16 +79,17 @@ def encode(values: torch.Tensor, written: str) -> torch.Tensor:
         return values
     if written == BF16:
         return values.to(torch.bfloat16, copy=True)
-    wide = values.float()
-    top = (wide.view(torch.int32) & 0x7FFFFFFF).amax(-1)  # magnitudes in the order of their bits, nan above infinity
-    exponent = ((top + _UP >> 23) - 8).clamp_(1, 253)
-    exponent = exponent.masked_fill_(top >= _FINITE, 254)  # its inverse is 0
-    inverse = (254 - exponent << 23).view(torch.float32)
-    scale = torch.where(top >= _FINITE, _NAN, exponent << 23).view(torch.float32)
-    count = values.numel()
-    packed = torch.zeros(form(FP8, tuple(values.shape), values.dtype)[0], dtype=torch.uint8, device=values.device)
-    packed[:count].view(_E4M3).view(values.shape).copy_(wide * inverse.unsqueeze(-1))
-    packed[packed.numel() - scale.numel() * _SCALE_BYTES :].view(torch.float32).view(scale.shape).copy_(scale)
+    packed = torch.empty(form(FP8, tuple(values.shape), values.dtype)[0], dtype=torch.uint8, device=values.device)
+    codes, factors = _fp8_parts(packed, tuple(values.shape))
+    packed[values.numel() : packed.numel() - factors.nbytes].zero_()
+    for block in _blocks(tuple(values.shape)):
+        wide = values[block].float()
+        top = (wide.view(torch.int32) & 0x7FFFFFFF).amax(-1)  # bits are in the order of magnitudes, nan above infinity
+        exponent = ((top + _UP >> 23) - 8).clamp_(1, 253)
+        exponent = exponent.masked_fill_(top >= _FINITE, 254)  # its inverse is 0
+        inverse = (254 - exponent << 23).view(torch.float32)
+        factors[block].copy_(torch.where(top >= _FINITE, _NAN, exponent << 23).view(torch.float32))
+        codes[block].copy_(wide * inverse.unsqueeze(-1))
     return packed
 
 
@@ -100,13 +106,36 @@ def decode(arrived: torch.Tensor, written: str, shape: tuple[int, ...], dtype: t
         return arrived
     if written == BF16:
         return arrived.to(dtype)
-    count = int(np.prod(shape, dtype=np.int64))
-    rows = count // max(shape[-1], 1)
-    scale = arrived[arrived.numel() - rows * _SCALE_BYTES :].view(torch.float32).view(shape[:-1])
-    # torch converts e4m3 element by element. As a half the same bits, moved, are the number times 2^-8: the sign is
-    # extended from bit 7 to bit 15, four bits of exponent and three of mantissa stand above seven zeros.
-    bits = arrived[:count].view(torch.int8).to(torch.int16)
-    halves = (bits & 0x7F).bitwise_left_shift_(7).bitwise_or_(bits & -0x8000).view(torch.float16).view(shape)
-    values = halves.to(torch.float32).mul_(256.0).mul_(scale.unsqueeze(-1))
+    values = torch.empty(shape, dtype=dtype, device=arrived.device)
+    codes, factors = _fp8_parts(arrived, shape)
     most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    return values.clamp_(-most, most).to(dtype)
+    for block in _blocks(shape):
+        # torch converts e4m3 element by element. As a half the same bits, moved, are the number times 2^-8: the sign is
+        # extended from bit 7 to bit 15, four bits of exponent and three of mantissa stand above seven zeros.
+        bits = codes[block].view(torch.int8).to(torch.int16)
+        halves = (bits & 0x7F).bitwise_left_shift_(7).bitwise_or_(bits & -0x8000).view(torch.float16)
+        wide = halves.to(torch.float32).mul_(256.0).mul_(factors[block].unsqueeze(-1))
+        values[block].copy_(wide.clamp_(-most, most))
+    return values
+
+
+def _fp8_parts(packed: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The elements and the factors of a chunk of ``shape``, as views."""
+    count = math.prod(shape)
+    factors = packed[packed.numel() - math.prod(shape[:-1]) * _SCALE_BYTES :].view(torch.float32)
+    return packed[:count].view(_E4M3).view(shape), factors.view(shape[:-1])
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """A chunk [..., heads, tokens, W] in pieces whose intermediate values stay in a processor's cache."""
+    if len(shape) < 3:
+        yield (slice(None),)
+        return
+    *leading, heads, tokens, width = shape
+    rows = max(1, min(tokens, _BLOCK // max(width, 1)))
+    some = max(1, _BLOCK // max(rows * width, 1)) if rows == tokens else 1
+    for first in product(*map(range, leading)):
+        before = tuple(slice(at, at + 1) for at in first)
+        for head in range(0, heads, some):
+            for row in range(0, tokens, rows):
+                yield (*before, slice(head, head + some), slice(row, row + rows))

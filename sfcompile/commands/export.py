@@ -13,6 +13,7 @@ from typing import Any
 from sfcompile.commands.checks import check_readable, check_writable
 from sfcompile.commands.parsing import add_model_name
 from sfcompile.errors import OptionError
+from sfcompile.options import WIRES
 
 INNERS = ("auto", "inductor", "eager", "aoti")
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments. Needs no torch."""
     parser.usage = (
         "sfcompile export MODEL --topology NxM --out FILE [--weights FILE] [--inner HOW] [--placement HOW]\n"
+        "                        [--wire HOW]\n"
         "       sfcompile export --show FILE"
     )
     add_model_name(
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="inside", help="a safetensors file beside the package (default inside)")
     parser.add_argument("--inner", choices=INNERS, default="auto", help="what runs the local graph (default auto)")
     parser.add_argument("--placement", choices=("auto", "shard"), default="auto", help="as in the backend's options")
+    parser.add_argument("--wire", choices=WIRES, default="same", help="as in the backend's options")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     path = export(
         model, inputs, kwargs, args.out, topology=args.topology, weights=args.weights, inner=args.inner,
         placement=args.placement,
+        wire=args.wire,
     )  # fmt: skip
     print(f"wrote {path}, {path.stat().st_size / 2**20:.1f} MiB")
     return show(path)

@@ -84,7 +84,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Wire:
+class StageCost:
     """What a stage costs a rank: ``nbytes`` are sent in it, ``across`` of them to other machines."""
 
     times: StageTimes
@@ -100,16 +100,16 @@ class Wire:
         return "put" if phase.startswith("put_") else phase
 
 
-def wires_of(step: Step) -> list[Wire]:
+def costs_of(step: Step) -> list[StageCost]:
     """The stages of a step in their order, with what its rank sends in each."""
     known: dict[tuple[int, str, int], tuple[int, int]] = {}  # layers repeat
-    wires = []
+    costs = []
     for times in step.stages:
         key = id(times.schedule), times.stage.phase, times.stage.part
         if key not in known:
             known[key] = _sent(times.schedule, times.stage, step.rank, step.job)
-        wires.append(Wire(times, *known[key]))
-    return wires
+        costs.append(StageCost(times, *known[key]))
+    return costs
 
 
 def _sent(schedule: Schedule, stage: Stage, rank: int, job: Topology) -> tuple[int, int]:
@@ -155,13 +155,13 @@ class Facts:
 def blocks_of(graph: fx.Graph, facts: Facts) -> tuple[Block, ...]:
     """The graph's lines by block, in the order in which blocks begin; blocks alike are counted once."""
     names = _names(graph, facts.names)
-    wires = iter(wires_of(facts.step) if facts.step is not None else ())
+    costs = iter(costs_of(facts.step) if facts.step is not None else ())
     where, runs = "", 0
     order: dict[tuple[str, int], list[Line]] = {}
     for node in steps_of(graph):
         before, where = where, _layer(node) if node.meta.get("nn_module_stack") else where
         runs += where != before
-        line = _wire(node, names, next(wires)) if node.target in COMMUNICATION else _line(node, names, facts)
+        line = _stage(node, names, next(costs)) if node.target in COMMUNICATION else _line(node, names, facts)
         # A layer is one block wherever its lines are; what lies between layers is a block of its own.
         order.setdefault((where, 0 if where else runs), []).append(line)
     kinds: dict[tuple[Any, ...], list[tuple[str, list[Line]]]] = {}
@@ -207,8 +207,8 @@ def _line(node: fx.Node, names: dict[fx.Node, str], facts: Facts) -> Line:
     )
 
 
-def _wire(node: fx.Node, names: dict[fx.Node, str], wire: Wire) -> Line:
-    op, times = OpView.of(node), wire.times
+def _stage(node: fx.Node, names: dict[fx.Node, str], cost: StageCost) -> Line:
+    op, times = OpView.of(node), cost.times
     assert op is not None
     tensor = next((operand.node for operand in op.operands if not _is_ticket(operand.node)), None)
     args = [*([] if tensor is None else [names[tensor]]), f"site={times.stage.site}"]
@@ -220,7 +220,7 @@ def _wire(node: fx.Node, names: dict[fx.Node, str], wire: Wire) -> Line:
     elif tensor is not None and op.name != "attend":
         value = _value(tensor.meta["val"])
     source = source_line(node.stack_trace) or ""
-    return Line(text, value, wire.kind, "wire", times.seconds, times.waits_s, wire.nbytes, wire.across, source=source)
+    return Line(text, value, cost.kind, "wire", times.seconds, times.waits_s, cost.nbytes, cost.across, source=source)
 
 
 def _is_ticket(node: fx.Node) -> bool:

@@ -24,7 +24,7 @@ from sfcompile.passes.state import Asked, State
 from sfcompile.prediction.code import Facts, blocks_of, input_names
 from sfcompile.prediction.explained import Attentions, Axis, Explained, ExplainedGraph, written
 from sfcompile.prediction.html import page
-from sfcompile.prediction.predict import each_graph, step_of
+from sfcompile.prediction.predict import each_graph, step_of, travels
 from sfcompile.prediction.text import text_of
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
@@ -78,12 +78,12 @@ def explain(
         UnsupportedError: torch.compile traces nothing of the model.
     """
     where, asked = _topology(topology, rank)
-    travels = Options.from_dict({"wire": wire}).wire
+    asked_wire = Options.from_dict({"wire": wire}).wire
     begun = time.perf_counter()
     graphs: list[ExplainedGraph] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        wish = Asked(mesh, schedule, shard_everything=placement == "shard", wire=travels)
+        wish = Asked(mesh, schedule, shard_everything=placement == "shard", wire=asked_wire)
         state = State(captured.gm, captured.mode, where, rank, wish)
         compiled = run_pipeline(state)
         compiled.report.graph, compiled.report.break_reason = len(graphs) + 1, break_reason(gm)
@@ -178,4 +178,4 @@ def _what(site: AttentionSite) -> str:
     tokens = f"{queries} tokens" if queries == keys else f"{queries} queries on {keys} keys"
     grouped = f" over {site.kv_heads} K/V heads" if site.kv_heads != site.heads else ""
     more = "".join([", causal" if site.causal else "", ", with a mask" if site.mask else ""])
-    return f"{tokens}, {site.heads} heads{grouped} x {site.head_dim}, batch {site.batch}{more}"
+    return f"{tokens}, {site.heads} heads{grouped} x {site.head_dim}, batch {site.batch}{more}{travels(site)}"

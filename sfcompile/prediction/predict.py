@@ -17,10 +17,11 @@ from sfcompile.codegen.plan.step import DRAWN_LAYERS, Drawn, Step, draw
 from sfcompile.codegen.plan.volumes import volume
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import UnsupportedError
-from sfcompile.options import Options
+from sfcompile.options import AS_IT_IS, Options
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, Choices, State
 from sfcompile.prediction.timeline import write_perfetto, write_png
+from sfcompile.runtime.program.formats import words
 from sfcompile.runtime.program.intervals import count
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
@@ -111,7 +112,7 @@ class Prediction:
             lines += [
                 "",
                 f"{n} attention{'s' * (n > 1)}: {tokens} tokens, {site.heads} heads{grouped} x {site.head_dim}, "
-                f"batch {site.batch}; {self.choices.other_s * 1e3:.3f} ms of other compute before each",
+                f"batch {site.batch}{travels(site)}; {self.choices.other_s * 1e3:.3f} ms of other compute before each",
                 str(plan),
                 "bytes of one attention over all ranks, in closed form:",
                 *(f"  {text}" for text in str(volume(schedule, self.choices.topology)).splitlines()),
@@ -130,6 +131,11 @@ class Prediction:
                 f"efficiency {self.limit_s / self.step_s:10.1%} of the limit",
             ]
         return "\n".join(lines)
+
+
+def travels(site: AttentionSite) -> str:
+    """How its chunks travel, in words to be added to others; "": as they are."""
+    return "" if site.wire == AS_IT_IS else f", travels with {words(site.wire)}"
 
 
 def caption(drawn: Drawn, choices: Choices, groups: int) -> str:
@@ -169,14 +175,14 @@ def simulate(
         UnsupportedError: the model's first graph cannot be captured.
     """
     where = topology if isinstance(topology, Topology) else Topology.parse(topology)
-    travels = Options.from_dict({"wire": wire}).wire
+    asked_wire = Options.from_dict({"wire": wire}).wire
     begun = time.perf_counter()
     planned: list[Choices] = []
     steps: list[Step] = []
     warnings: list[str] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        wish = Asked(mesh, schedule, shard_everything=placement == "shard", wire=travels)
+        wish = Asked(mesh, schedule, shard_everything=placement == "shard", wire=asked_wire)
         state = State(captured.gm, captured.mode, where, 0, wish)
         compiled = run_pipeline(state)
         steps.append(step_of(compiled, 0, where))

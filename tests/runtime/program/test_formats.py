@@ -129,6 +129,16 @@ def test_strided_chunks_are_read_through_their_strides() -> None:
     assert torch.equal(encode(values, FP8), encode(values.contiguous(), FP8))
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 700, 64), (1, 3, 5000, 40), (2, 300, 9, 64)])
+def test_large_chunks_are_coded_piece_by_piece_and_alike(shape: tuple[int, ...]) -> None:
+    """Several heads at a time, or some tokens of one: the same values as row by row."""
+    values = torch.randn(shape)
+    back = there_and_back(values, FP8)
+    for at in ((0, 0, 0), (-1, -1, -1), (0, shape[1] // 2, shape[2] // 2)):
+        assert torch.equal(back[at], there_and_back(values[at].view(1, -1), FP8)[0])
+    assert bool(((back - values).abs() <= most_off(values, FP8)).all())
+
+
 def test_what_makes_nothing_smaller_travels_as_it_is() -> None:
     fp8, bf16 = Wire(*["fp8"] * 4), Wire(*["bf16"] * 4)
     assert smaller(fp8, torch.float32, 64, 64) == fp8 and smaller(bf16, torch.float32, 64, 64) == bf16

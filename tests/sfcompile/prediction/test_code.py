@@ -15,7 +15,7 @@ from sfcompile.codegen.plan.step import Step, in_order, layer
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.prediction.code import Block, Facts, blocks_of, input_names, module_of, wires_of
+from sfcompile.prediction.code import Block, Facts, blocks_of, costs_of, input_names, module_of
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -86,13 +86,13 @@ def test_stages_add_up_to_the_layer(across: str) -> None:
     top = Topology.grid(2, 2)
     schedule = build("torus", attention_site(4), Mesh.of(top, 2, 2, across))
     whole = simulate(layer(schedule, 1, 1e-3), top)
-    wires = [wires_of(listed_step(schedule, rank, top, 1e-3)) for rank in range(4)]
-    slowest = max(sum(wire.times.seconds for wire in of_rank) for of_rank in wires)
+    costs = [costs_of(listed_step(schedule, rank, top, 1e-3)) for rank in range(4)]
+    slowest = max(sum(cost.times.seconds for cost in of_rank) for of_rank in costs)
     assert slowest == pytest.approx(whole.seconds - 1e-3)
-    for rank, of_rank in enumerate(wires):
-        assert sum(wire.times.waits_s for wire in of_rank) == pytest.approx(float(whole.exposed_s[rank]))
-    sent = sum(wire.nbytes for of_rank in wires for wire in of_rank)
-    across_sent = sum(wire.across for of_rank in wires for wire in of_rank)
+    for rank, of_rank in enumerate(costs):
+        assert sum(cost.times.waits_s for cost in of_rank) == pytest.approx(float(whole.exposed_s[rank]))
+    sent = sum(cost.nbytes for of_rank in costs for cost in of_rank)
+    across_sent = sum(cost.across for of_rank in costs for cost in of_rank)
     assert (sent - across_sent, across_sent) == schedule.bytes_by_link(top) and across_sent > 0
 
 
@@ -100,14 +100,14 @@ def test_parts_send_together_what_the_whole_sends() -> None:
     top = Topology.grid(2, 2)
     site = replace(attention_site(4, tokens=64), parts=2)
     schedule = build("torus", site, Mesh.of(top, 4, 1), 2, 2)
-    wires = [wires_of(listed_step(schedule, rank, top, 0.0)) for rank in range(4)]
-    assert [wire.times.stage.part for wire in wires[0] if wire.kind == "put"] == [0, 0, 0, 1, 1, 1]
-    assert sum(wire.nbytes for of_rank in wires for wire in of_rank) == sum(schedule.bytes_by_link(top))
+    costs = [costs_of(listed_step(schedule, rank, top, 0.0)) for rank in range(4)]
+    assert [cost.times.stage.part for cost in costs[0] if cost.kind == "put"] == [0, 0, 0, 1, 1, 1]
+    assert sum(cost.nbytes for of_rank in costs for cost in of_rank) == sum(schedule.bytes_by_link(top))
 
 
 def test_a_gather_costs_what_it_sends() -> None:
     top = Topology.grid(1, 2)
     schedule = build("", gather_site(2), Mesh.of(top, 1, 2))
-    start, finish = wires_of(listed_step(schedule, 0, top, 0.0))
+    start, finish = costs_of(listed_step(schedule, 0, top, 0.0))
     assert (start.kind, start.nbytes, start.across) == ("gather", 2 * 5 * 3 * 4, 0)
     assert finish.times.waits_s > 0.0 and finish.nbytes == 0

@@ -10,7 +10,7 @@ import torch
 from models import build
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from sfcompile.errors import MeshError, UnsupportedError
+from sfcompile.errors import MeshError, OptionError, UnsupportedError
 from sfcompile.prediction.predict import Prediction, simulate
 from sfcompile.runtime.program.topology import Topology
 
@@ -51,6 +51,21 @@ def test_what_was_asked_for() -> None:
     assert all(plan.best.kind == "ring" for plan in found.choices.plans.values())
     with pytest.raises(MeshError, match="is not possible"):
         predicted(topology="5x1", schedule="ulysses")
+
+
+def test_a_smaller_wire_is_priced_and_named() -> None:
+    model, inputs = build("joint")
+    topology = Topology.grid(2, 2, network_bytes_per_s=1e5)  # so slow that bytes are all that counts
+    plain, coded = (
+        simulate(model, *inputs, topology=topology, schedule="ulysses", placement="shard", wire=wire)
+        for wire in ("same", {"qkvo": "bf16"})
+    )
+    sent = [sum(row.price.across_bytes for row in found.choices.plans.values()) for found in (plain, coded)]
+    assert sent[1] * 2 == sent[0] > 0 and coded.step_s < 0.8 * plain.step_s
+    assert "travels with Q, K, V, O as bf16, off by at most 2^-8 of an element" in str(coded)
+    assert "travels" not in str(plain)
+    with pytest.raises(OptionError, match="Bad value for option 'wire'"):
+        simulate(model, *inputs, topology=topology, wire="fp4")
 
 
 def test_picture_and_trace(tmp_path: Path) -> None:
