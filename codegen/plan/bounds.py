@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sfcompile.codegen.plan.links import Vector
 from sfcompile.codegen.schedule.attention import AttentionSchedule
+from sfcompile.runtime.program.formats import SAME, travel_bytes
 from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Push, Put, Wait
 from sfcompile.runtime.program.topology import Topology
 
@@ -113,14 +114,19 @@ def _least(schedule: AttentionSchedule, tensor: str, parts: int) -> NDArray[np.i
 
 
 def _copied(schedule: AttentionSchedule) -> float:
-    """Bytes that any rank's thread copies at least: what it keeps, what it sends, the outputs that it collects."""
+    """Bytes that any rank's thread copies at least: what it keeps, what it sends, the outputs that it collects.
+
+    What encoding takes beyond that is left out.
+    """
     site, total = schedule.site, 0.0
     for tensor, parts in (("q", schedule.q_parts), ("k", schedule.kv_parts), ("v", schedule.kv_parts)):
         rows = int(_least(schedule, tensor, parts).sum())
-        total += int(schedule.head_counts(tensor).min(initial=0)) * rows * schedule.width(tensor)
+        rows *= site.batch * int(schedule.head_counts(tensor).min(initial=0))
+        total += travel_bytes(SAME, rows, schedule.width(tensor), site.dtype)
     for arrival in schedule.origin.arrivals:  # as many leave a rank as come to it
         rows = int(schedule.row_counts(arrival.tensor, arrival.chunk.part).min(initial=0))
+        rows *= site.batch * int(schedule.head_counts(arrival.tensor).min(initial=0))
         times = 2 if arrival.tensor == "o" else 1
-        heads = int(schedule.head_counts(arrival.tensor).min(initial=0))
-        total += times * heads * rows * schedule.width(arrival.tensor)
-    return total * site.batch * site.dtype.itemsize
+        written = site.written(arrival.tensor)
+        total += times * travel_bytes(written, rows, schedule.width(arrival.tensor), site.dtype)
+    return total

@@ -51,7 +51,7 @@ def travel_bytes(written: str, rows: Rows, width: int, dtype: torch.dtype) -> Ro
     """Bytes of ``rows`` rows of ``width`` elements of the model's ``dtype``, as they travel."""
     if written == FP8:
         return -(-rows * width // _SCALE_BYTES) * _SCALE_BYTES + rows * _SCALE_BYTES
-    return rows * width * (2 if written == BF16 else dtype.itemsize)
+    return rows * (width * (2 if written == BF16 else dtype.itemsize))
 
 
 def form(written: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:

@@ -11,6 +11,7 @@ from random_sites import attention_site
 from sfcompile.codegen.plan.bounds import bounds, more_waits
 from sfcompile.codegen.plan.choose_plan import candidates
 from sfcompile.codegen.plan.step import price
+from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -19,11 +20,12 @@ from sfcompile.runtime.program.topology import Topology
 def test_no_bound_is_above_its_price(shape: str, cut: tuple[int, int]) -> None:
     topology = Topology.parse(shape)
     here = replace(attention_site(topology.num_ranks, 6, 1021, 64), kv_heads=2, dtype=torch.bfloat16)
-    for causal in (False, True):
+    fp8 = Wire(*["fp8"] * 4)
+    for causal, wire in ((False, AS_IT_IS), (True, AS_IT_IS), (False, fp8)):
         for candidate in candidates(topology):
             if candidate.kind != "allgather" and candidate.ulysses > 6:
                 continue
-            whole = candidate.schedule(replace(here, causal=causal), topology)
+            whole = candidate.schedule(replace(here, causal=causal, wire=wire), topology)
             q_parts, kv_parts = cut if candidate.kind != "allgather" else (1, cut[1])
             parted = replace(candidate, q_parts=q_parts, kv_parts=kv_parts).schedule(whole.site, topology)
             seconds = price(parted, topology, 0.0).seconds
