@@ -163,7 +163,7 @@ def case_transport(name: str) -> None:
     close(compiled(model, placement="shard", transport=name)(x), model(x))
     for wire, least, most in (("bf16", 1e-5, 4e-3), ({"kv": "fp8", "qo": "bf16"}, 1e-3, 6e-2)):
         torch._dynamo.reset()
-        run = compiled(model, placement="shard", transport=name, wire=wire)
+        run = compiled(model, placement="shard", transport=name, wire=wire, mesh={"ulysses": ranks()})
         error = float((run(x) - model(x)).abs().max() / model(x).abs().max())
         assert least < error < most, f"rank {rank()}: error {error:.2e} with wire={wire!r}"
         assert torch.equal(run(x), run(x))
