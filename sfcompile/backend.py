@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture.aliases import refuse_overlap
-from sfcompile.capture.by_sizes import BySizes, moving_inputs
+from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.capture.randomness import draws
 from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
@@ -105,9 +105,9 @@ def streamfusion_backend(
         first, any_size = _compile_rank(gm, example_inputs, asked, session, given)
     moving = moving_inputs(gm, example_inputs)
     if any_size or not moving:
-        return first
+        return first.run
 
-    def compile(inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compile(inputs: Sequence[Any]) -> SizedProgram:
         return _compile_rank(gm, inputs, asked, session, given)[0]
 
     return BySizes(gm, first, example_inputs, moving, compile, session)
@@ -115,12 +115,12 @@ def streamfusion_backend(
 
 def _compile_rank(
     gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options, session: Session, given: Topology | None
-) -> tuple[Callable[..., Any], bool]:
+) -> tuple[SizedProgram, bool]:
     """A graph's program for the sizes of some inputs, and whether it serves other sizes too (an unsharded one does)."""
     began = time.perf_counter()
     device = device_of(example_inputs)
     try:
-        captured = capture(gm, example_inputs)
+        captured = capture(gm, example_inputs, keep_numbers=True)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         refuse_overlap(example_inputs, captured.written, names)
     except UnsupportedError as error:
@@ -128,7 +128,7 @@ def _compile_rank(
         if asked.inputs == "rank0":
             raise not_shared(error) from error
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
-        return run_inner(gm, example_inputs, None, asked), True
+        return SizedProgram(run_inner(gm, example_inputs, None, asked)), True
     capture_s = time.perf_counter() - began
     digest = _digest_text(captured, asked, given or session.topology)
     described = _describe(gm, example_inputs, asked, captured.written)
@@ -157,12 +157,14 @@ def _compile_rank(
     with autocast_off():
         local = run_inner(compiled.gm, inputs, captured.mode, asked)
     session.meet()
-    compared = compared_inputs(example_inputs, asked, captured.written)
+    compared = compared_inputs(example_inputs, asked, captured)
     places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]
     talks = shared is not None or any(compiled.programs.values())
     draw = draws(captured.gm) and asked.inputs != "trusted"
     run = as_called(local, CallFacts(session, name, names, captured, *places, shared, talks, draw))
-    return (watched(run, compiled, session, topology) if device.type == "cpu" else run), False
+    if device.type == "cpu":
+        run = watched(run, compiled, session, topology)
+    return SizedProgram(run, captured.numbers), False
 
 
 def _links(asked: Options, given: Topology | None, session: Session, inputs: Sequence[Any]) -> SourcedTopology:

@@ -63,6 +63,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
+        args = tuple(call.captured.as_tensors(args))
         called = f"{call.name}/{weights.mark([args[i] for i in loaded])}" if loaded else call.name
         mine, device = [args[i] for i in call.compared], session.side.device
         looks = shared is None and _can_look(device, next(made))
@@ -113,14 +114,16 @@ def watched(run: Callable[..., Any], compiled: Compiled, session: Session, topol
     return timed
 
 
-def compared_inputs(inputs: Sequence[Any], asked: Options, written: Sequence[int]) -> tuple[int, ...]:
+def compared_inputs(inputs: Sequence[Any], asked: Options, captured: Captured) -> tuple[int, ...]:
     """The inputs whose values ranks compare at calls, or get from rank 0; of weights see :func:`compared_weights`.
 
-    A buffer that the graph writes to is no weight: what one call leaves there, the next one reads.
+    A buffer that the graph writes to is no weight: what one call leaves there, the next one reads. Numbers that the
+    graph takes are inputs like others.
     """
     if asked.inputs == "trusted":
         return ()
-    values = [value if is_comparable(value) else None for value in inputs]
+    values = [value if is_comparable(value) else None for value in captured.as_tensors(inputs)]
+    written = captured.written
     return tuple(
         i for i, value in enumerate(values) if value is not None and (i in written or not is_static_input(value))
     )
@@ -144,7 +147,8 @@ def share_inputs(
     """
     if asked.inputs != "rank0":
         return None
-    device, places = device_of(inputs), compared_inputs(inputs, asked, captured.written)
+    inputs = captured.as_tensors(inputs)
+    device, places = device_of(inputs), compared_inputs(inputs, asked, captured)
     for i, value in enumerate(inputs):
         if i in captured.tensor_inputs and i not in places and not is_static_input(value):
             raise UnsupportedError(

@@ -58,6 +58,7 @@ __all__ = [
     "inductor_mode_options",
     "is_comparable",
     "is_composite",
+    "is_refs_tensor",
     "is_static_input",
     "default_store",
     "keep_for_ever",
@@ -66,6 +67,7 @@ __all__ = [
     "registered_for_autocast",
     "same_storage",
     "symbol_hint",
+    "symbols_in",
     "tracing",
     "tree_leaves",
     "tree_map",
@@ -162,10 +164,21 @@ def is_static_input(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) or hasattr(tensor, "_dynamo_static_input_type")
 
 
+def is_refs_tensor(target: object) -> bool:
+    """Whether a target in a Dynamo graph is what ``torch.tensor`` of numbers becomes there."""
+    return getattr(target, "__module__", "") == "torch._refs" and getattr(target, "__name__", "") == "tensor"
+
+
 def symbol_hint(size: Any) -> Any:
     """The present value of a symbolic number, without adding a guard; None if it has none (it depends on data)."""
     node = size.node
     return node.hint if node.has_hint() else None
+
+
+def symbols_in(*sizes: Any) -> set[Any]:
+    """The symbols that symbolic numbers are made of; plain numbers have none."""
+    symbolic = [size for size in sizes if isinstance(size, (torch.SymInt, torch.SymFloat))]
+    return set().union(*(size.node.expr.free_symbols for size in symbolic))
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 Who owns which token follows from the lengths, so the passes work on numbers. Dynamo's graph stays symbolic: another
 resolution does not trace the model again; it runs the passes and the inner compiler once, on every rank at the same
-call, and is looked up from then on.
+call, and is looked up from then on. Python numbers that a program does not take as inputs (runtime_numbers.py) are
+part of what it is looked up by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -16,7 +17,17 @@ from torch import fx
 from sfcompile.capture.graph import numbers, present
 from sfcompile.runtime.rank.session import Session, use_session
 
-Program = Callable[..., Any]
+
+class SizedProgram(NamedTuple):
+    """What was compiled for some sizes.
+
+    Attributes:
+        run: takes the Dynamo graph's inputs.
+        takes: positions of the numbers that it takes at run time: it serves all of their values.
+    """
+
+    run: Callable[..., Any]
+    takes: tuple[int, ...] = ()
 
 
 def moving_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[int, ...]:
@@ -29,6 +40,14 @@ def _moves(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return any(isinstance(size, torch.SymInt) for size in (*value.shape, *value.stride()))
     return isinstance(value, (torch.SymInt, torch.SymFloat))
+
+
+class _OfSizes:
+    """The programs for one set of tensor sizes: one, or one for each set of the numbers that it does not take."""
+
+    def __init__(self, takes: tuple[int, ...]) -> None:
+        self.takes = takes
+        self.programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
 class BySizes:
@@ -45,40 +64,49 @@ class BySizes:
     def __init__(
         self,
         gm: fx.GraphModule,
-        first: Program,
+        first: SizedProgram,
         example_inputs: Sequence[Any],
         moving: tuple[int, ...],
-        compile: Callable[[Sequence[Any]], Program],
+        compile: Callable[[Sequence[Any]], SizedProgram],
         session: Session,
     ) -> None:
-        self._moving = moving
         known = numbers(gm, example_inputs)
-        self._numbers = tuple(known)
+        self._dressed = frozenset(known)  # floats that arrive as tensors
+        self._tensors = tuple(i for i in moving if i not in known and isinstance(example_inputs[i], torch.Tensor))
+        self._numbers = tuple(i for i in moving if i not in self._tensors)
         self._compile = compile
         self._session = session
-        self._programs = {self._key(example_inputs, list(known.values())): first}
+        self._by_sizes: dict[tuple[Any, ...], _OfSizes] = {}
+        present_numbers = {i: known[i] if i in known else present(example_inputs[i]) for i in self._numbers}
+        self._keep(self._sizes(example_inputs), present_numbers, first)
 
-    def _key(self, inputs: Sequence[Any], known: list[float]) -> tuple[Any, ...]:
-        key: list[Any] = known
-        for i in self._moving:
-            value = inputs[i]
-            if i in self._numbers:
-                continue
-            if isinstance(value, torch.Tensor):
-                key += map(present, (*value.shape, *value.stride()))
-            else:
-                key.append(present(value))
-        return tuple(key)
+    def _sizes(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(present(size) for i in self._tensors for size in (*inputs[i].shape, *inputs[i].stride()))
+
+    def _keep(self, sizes: tuple[Any, ...], values: dict[int, Any], program: SizedProgram) -> None:
+        there = self._by_sizes.get(sizes)
+        if there is None or there.takes != program.takes:  # those of before would be looked up by other numbers
+            there = self._by_sizes[sizes] = _OfSizes(program.takes)
+        there.programs[_but(values, program.takes)] = program.run
 
     def __len__(self) -> int:
-        """How many sets of sizes were compiled."""
-        return len(self._programs)
+        """How many programs were compiled."""
+        return sum(len(there.programs) for there in self._by_sizes.values())
 
     def __call__(self, *inputs: Any) -> Any:
         """Run on inputs of any sizes that Dynamo's guards allow."""
-        key = self._key(inputs, [float(inputs[i].item()) for i in self._numbers])
-        program = self._programs.get(key)
-        if program is None:
+        sizes = self._sizes(inputs)
+        values = {i: float(inputs[i].item()) if i in self._dressed else present(inputs[i]) for i in self._numbers}
+        there = self._by_sizes.get(sizes)
+        run = there.programs.get(_but(values, there.takes)) if there is not None else None
+        if run is None:
             with self._session.turn(), self._session.guard(), use_session(self._session):
-                program = self._programs[key] = self._compile(inputs)
-        return program(*inputs)
+                program = self._compile(inputs)
+            self._keep(sizes, values, program)
+            run = program.run
+        return run(*inputs)
+
+
+def _but(values: dict[int, Any], takes: tuple[int, ...]) -> tuple[Any, ...]:
+    """The values of the numbers that a program does not take."""
+    return tuple(value for i, value in values.items() if i not in takes)

@@ -19,6 +19,7 @@ from sfcompile.capture.attention import recognise_attention
 from sfcompile.capture.autocast import Regions, bake_autocast
 from sfcompile.capture.expand import expand_calls
 from sfcompile.capture.opaque import hide_opaque
+from sfcompile.capture.runtime_numbers import Number, NumberNeeded, call, needed, numbers_in
 from sfcompile.errors import TrainingGraphError, UnsupportedError
 from sfcompile.torch_private import (
     FakeTensor,
@@ -33,6 +34,7 @@ from sfcompile.torch_private import (
     has_data_mutation,
     make_fx,
     symbol_hint,
+    symbols_in,
     tracing,
 )
 
@@ -46,12 +48,22 @@ class Captured:
         mode: the fake mode of every ``node.meta["val"]``.
         tensor_inputs: positions of the placeholders among the original inputs (the others are sizes, now constants).
         written: positions of the inputs that the graph writes to. Their new values follow its own outputs.
+        numbers: positions of the placeholders that are Python numbers; the graph takes them as 0-dim tensors.
     """
 
     gm: fx.GraphModule
     mode: FakeTensorMode
     tensor_inputs: tuple[int, ...]
     written: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    def as_tensors(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs, of which those in ``numbers`` are 0-dim tensors."""
+        given = list(inputs)
+        for i in self.numbers:
+            if not isinstance(given[i], torch.Tensor) or isinstance(given[i], FakeTensor):
+                given[i] = _number(given[i])
+        return given
 
 
 def refuse_training(inputs: Sequence[Any]) -> None:
@@ -96,18 +108,51 @@ def numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, float]:
     return values
 
 
-class _Replay(fx.Interpreter):
-    """Runs a Dynamo graph; what it reads from tensors that are numbers is known."""
+def _number(value: Any) -> torch.Tensor:
+    """The 0-dim tensor of a number: a symbolic one's present value, a float that Dynamo dressed as a fake tensor."""
+    if isinstance(value, FakeTensor):  # read at calls only
+        return torch.zeros((), dtype=value.dtype)
+    value = present(value)
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
-    def __init__(self, gm: fx.GraphModule, known: dict[int, float], regions: Regions) -> None:
+
+def changing_numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Inputs that are Python numbers which change from call to call, and that are no tensor's size or stride."""
+    sizes = {size for x in inputs if isinstance(x, torch.Tensor) for size in symbols_in(*x.shape, *x.stride())}
+    symbolic = (
+        i
+        for i, x in enumerate(inputs)
+        if isinstance(x, (torch.SymInt, torch.SymFloat)) and symbols_in(x) and not symbols_in(x) & sizes
+    )
+    return tuple(sorted({*numbers(gm, inputs), *symbolic}))
+
+
+class _Replay(fx.Interpreter):
+    """Runs a Dynamo graph; what it reads from tensors that are numbers is known, or stays an input (``running``)."""
+
+    def __init__(self, gm: fx.GraphModule, known: dict[int, float], running: Sequence[int], regions: Regions) -> None:
         super().__init__(gm)
         self._regions = regions
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        self._known = {placeholders[i]: value for i, value in known.items()}
+        self._known = {placeholders[i]: value for i, value in known.items() if i not in running}
+        self._running = {placeholders[i]: i for i in running}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_method" and n.target == "item" and n.args[0] in self._known:
-            return self._known[n.args[0]]
+        if n.op == "call_method" and n.target == "item" and isinstance(source := n.args[0], fx.Node):
+            if source in self._known:
+                return self._known[source]
+            if source in self._running:
+                return Number(self.env[source], frozenset({self._running[source]}))
+        if n in self._running:
+            value = super().run_node(n)
+            dressed = any(user.target == "item" for user in n.users)
+            return value if dressed else Number(value, frozenset({self._running[n]}))
+        if self._running:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if n.op == "output" and numbers_in(args):
+                raise needed(args)
+            if numbers_in(args, kwargs):
+                return call(n.op, n.target, args, kwargs)
         if n.target is enter_autocast:
             return self._regions.enter(*n.args)
         if n.target is exit_autocast:
@@ -125,20 +170,35 @@ def _static_fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=device)
 
 
-def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
+def capture(gm: fx.GraphModule, inputs: Sequence[Any], keep_numbers: bool = False) -> Captured:
     """Trace a Dynamo graph to functional ATen.
 
     Args:
         gm: the graph as Dynamo hands it to a backend.
         inputs: its example inputs: tensors (real or fake) and, for dynamic shapes, numbers. Symbolic sizes count as
             what they are now: the graph that comes out is good for these sizes only.
+        keep_numbers: numbers that change from call to call stay inputs where they can (runtime_numbers.py); else they
+            count as what they are now.
 
     Raises:
         UnsupportedError: the graph cannot be traced with static sizes (sizes that depend on data, ops that do not
             survive functionalisation).
     """
+    running = changing_numbers(gm, inputs) if keep_numbers else ()
+    while True:  # once more at most for every number
+        try:
+            return _capture(gm, inputs, running)
+        except NumberNeeded as need:
+            running = tuple(i for i in running if i not in need.sources)
+
+
+def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]) -> Captured:
+    """:func:`capture` with the numbers at ``running`` kept; raises NumberNeeded."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = [_static_fake(mode, x) if isinstance(x, torch.Tensor) else present(x) for x in inputs]
+    for i in running:
+        if not isinstance(values[i], torch.Tensor):
+            values[i] = _static_fake(mode, _number(inputs[i]))
     tensors = tuple(i for i, x in enumerate(values) if isinstance(x, torch.Tensor))
     functional = FunctionalTensorMode(pre_dispatch=True, export=True)
     known = numbers(gm, inputs)
@@ -151,7 +211,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         for i, arg in zip(tensors, args, strict=True):
             full[i] = arg
         try:
-            out = _Replay(gm, known, regions).run(*full)
+            out = _Replay(gm, known, running, regions).run(*full)
         finally:
             regions.close()
         written[:] = [i for i, arg in zip(tensors, args, strict=True) if has_data_mutation(arg)]
@@ -170,7 +230,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     recognise_attention(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    return Captured(traced, mode, tensors, tuple(written))
+    return Captured(traced, mode, tensors, tuple(written), running)
 
 
 @contextmanager

@@ -18,6 +18,10 @@ def test_generators_and_written_buffers_are_compared_or_shared(machine_of: tuple
     run_processes(2, hidden_cases.run, ("hidden_inputs",), machine_of)
 
 
+def test_python_numbers_that_change_are_inputs() -> None:
+    run_processes(2, hidden_cases.run, ("numbers",))
+
+
 def test_so_it_is_with_packages(tmp_path: Path) -> None:
     run_processes(2, hidden_cases.run, ("package", str(tmp_path / "noisy.sf")))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from model_cases import Plain, close, compiled, rank, ranks, tokens
 
+from sfcompile.backend import reports
 from sfcompile.errors import RankMismatchError
 from sfcompile.runtime.rank.session import current_session
 
@@ -73,6 +74,33 @@ def case_other_memory() -> None:
     run(x)
     model.out[1].bias.data = model.out[1].bias.data + rank()
     run(x)
+
+
+class Scaled(Plain):
+    """Takes a step's number and a scale as Python numbers."""
+
+    def forward(self, x: torch.Tensor, step: float, scale: float = 1.0) -> torch.Tensor:
+        return super().forward(x + torch.full((x.shape[0], 1, 1), step / 1000.0)) * scale
+
+
+def case_numbers() -> None:
+    """Numbers that change are inputs: two programs serve them all; other ones on a rank are an error, or rank 0's."""
+    eager, x = Scaled(), tokens()
+    run, before = compiled(Scaled(), placement="shard"), len(reports())
+    for step in range(6):
+        for given in ((999 - 37 * step, 1.0), (0.1 + step, 1 + step / 7)):
+            close(run(x, *given), eager(x, *given))
+    assert len(reports()) - before <= 5, len(reports()) - before  # ints and floats, each fixed at first
+    for given in ((7 + rank(), 1.0), (0.5, 2.0 + rank())):
+        try:
+            run(x, *given)
+            raise AssertionError("other numbers were not noticed")
+        except RankMismatchError:
+            close(run(x, 0.25, 3.0), eager(x, 0.25, 3.0))
+    given = compiled(Scaled(), placement="shard", inputs="rank0")
+    for step in range(3):
+        got = given(x, 10 * step + (step > 1) * rank(), 1.0 + step + (step > 1) * rank())
+        close(got, eager(x, 10 * step, 1.0 + step))
 
 
 def case_package(path: str) -> None:

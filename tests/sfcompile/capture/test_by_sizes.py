@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
+import pytest
 import torch
 
-from sfcompile.capture.by_sizes import BySizes, moving_inputs
+from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.graph import capture
 from sfcompile.runtime.rank.session import Session
 
@@ -33,9 +34,9 @@ def test_each_set_of_sizes_is_compiled_once() -> None:
     traced: list[BySizes] = []
     session = Guarded()
 
-    def make(inputs: Sequence[Any]) -> Callable[..., Any]:
+    def make(inputs: Sequence[Any]) -> SizedProgram:
         compiled.append(tuple(int(s) for x in inputs if isinstance(x, torch.Tensor) for s in x.shape if s > 4))
-        return lambda *args: (next(x for x in args if isinstance(x, torch.Tensor) and x.dim() == 3) * 2,)
+        return SizedProgram(lambda *args: (next(x for x in args if isinstance(x, torch.Tensor) and x.dim() == 3) * 2,))
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         moving = moving_inputs(gm, inputs)
@@ -57,13 +58,17 @@ def test_static_inputs_do_not_move() -> None:
     assert moving_inputs(gm, [torch.zeros(3), 4, None]) == ()
 
 
-def test_python_floats_that_arrive_as_tensors_are_part_of_the_key() -> None:
+@pytest.mark.parametrize(("keep", "programs"), [(False, (2, 3)), (True, (1, 2))])
+def test_python_floats_are_inputs_or_part_of_what_a_program_is_looked_up_by(
+    keep: bool, programs: tuple[int, int]
+) -> None:
     traced: list[BySizes] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        def make(given: Sequence[Any]) -> Callable[..., Any]:
-            got = capture(gm, given)
-            return lambda *args: got.gm(*(args[i] for i in got.tensor_inputs))
+        def make(given: Sequence[Any]) -> SizedProgram:
+            got = capture(gm, given, keep)
+            run = lambda *args: got.gm(*(got.as_tensors(args)[i] for i in got.tensor_inputs))  # noqa: E731
+            return SizedProgram(run, got.numbers)
 
         traced.append(BySizes(gm, make(inputs), inputs, moving_inputs(gm, inputs), make, cast(Session, Guarded())))
         return traced[-1]
@@ -73,4 +78,4 @@ def test_python_floats_that_arrive_as_tensors_are_part_of_the_key() -> None:
     x = torch.randn(4, 3)
     for scale in (0.5, 0.25, 0.5):
         assert torch.equal(run(x, scale), x * scale)
-    assert sum(map(len, traced)) in (2, 3)
+    assert sum(map(len, traced)) in programs

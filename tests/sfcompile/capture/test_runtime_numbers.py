@@ -1,0 +1,104 @@
+"""Numbers that stay inputs: one graph gives what PyTorch gives for every value; where it cannot, the value is baked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from sfcompile.capture.graph import Captured, capture
+
+Step = Callable[[torch.Tensor, Any], torch.Tensor]
+
+
+def half(x: torch.Tensor, s: Any) -> torch.Tensor:
+    y = x.bfloat16()
+    return (s / y + y * s + s) / s - (s - y.half())
+
+
+def in_place(x: torch.Tensor, s: Any) -> torch.Tensor:
+    y = x.clone()
+    y *= s
+    y.add_(s)
+    y -= s / 7
+    return y.div_(s)
+
+
+STEPS: dict[str, Step] = {
+    "product": lambda x, s: x * s,
+    "from the right": lambda x, s: 1.5 - s * x,
+    "quotient": lambda x, s: s / (x.abs() + 1) + x / s,
+    "arithmetic of numbers": lambda x, s: x * (1 - s / 1000.0) + (2 * s - 3),
+    "half precision": half,
+    "whole numbers": lambda x, s: (x * 8).to(torch.int32) * s + (x > 0) * s,
+    "divided whole numbers": lambda x, s: (x * 8).to(torch.int64) / s,
+    "float64": lambda x, s: x.double() * s,
+    "full": lambda x, s: x + torch.full((x.shape[0], 1), s / 1000.0),
+    "full of a type": lambda x, s: x + torch.full((3,), s, dtype=torch.float16),
+    "full like": lambda x, s: x * torch.full_like(x, s),
+    "new full": lambda x, s: x * x.new_full((3,), s),
+    "tensor": lambda x, s: x * torch.tensor([s, 1.0, s * 2]),
+    "tensor of one": lambda x, s: x * torch.tensor(s),
+    "filled": lambda x, s: x.masked_fill(x > 0, s),
+    "in place": in_place,
+    "unused": lambda x, s: x + 1,
+}
+# The value decides what is computed.
+BAKED: dict[str, Step] = {
+    "power": lambda x, s: x.abs() ** s,
+    "alpha": lambda x, s: torch.add(x, x, alpha=s),
+    "clamp": lambda x, s: x.clamp(max=s),
+}
+
+
+def graphs_of(step: Step, values: Sequence[Any]) -> tuple[list[Captured], list[torch.Tensor], torch.Tensor]:
+    """What Dynamo hands over for several values: the captured graphs; the results of what was captured; the input."""
+    seen: list[Captured] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        seen.append(got := capture(gm, inputs, keep_numbers=True))
+        return lambda *args: got.gm(*(got.as_tensors(args)[i] for i in got.tensor_inputs))
+
+    torch._dynamo.reset()
+    run = torch.compile(step, backend=backend)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return seen, [run(x, value) for value in values], x
+
+
+@pytest.mark.parametrize("kind", [float, int])
+@pytest.mark.parametrize("name", STEPS)
+def test_two_graphs_serve_every_value(name: str, kind: type) -> None:
+    values = [kind(value) for value in (7, 11, 500, 999, 3)]
+    if kind is float:
+        values = [value + 0.1 for value in values]
+    seen, results, x = graphs_of(STEPS[name], values)
+    for value, got in zip(values, results, strict=True):
+        want = STEPS[name](x, value)
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert len(seen) <= 2 and all(graph.numbers for graph in seen[1:])
+
+
+@pytest.mark.parametrize("name", BAKED)
+def test_a_number_whose_value_is_needed_is_part_of_the_graph(name: str) -> None:
+    seen, results, x = graphs_of(BAKED[name], [2.5, 3.5])
+    assert all(graph.numbers == () for graph in seen)
+    torch.testing.assert_close(results[1], BAKED[name](x, 3.5))
+
+
+def test_one_number_is_needed_and_another_stays_an_input() -> None:
+    def step(x: torch.Tensor, s: Any) -> torch.Tensor:
+        scale, power = s
+        return (x.abs() * scale) ** power
+
+    seen, results, x = graphs_of(step, [(2.5, 1.5), (3.5, 2.5)])
+    assert [len(graph.numbers) for graph in seen] == [0, 1]
+    torch.testing.assert_close(results[1], step(x, (3.5, 2.5)))
+
+
+def test_sizes_are_no_numbers() -> None:
+    seen, _, _ = graphs_of(lambda x, n: x[:, :n] * n, [2, 3])
+    assert all(graph.numbers == () for graph in seen)
