@@ -117,8 +117,15 @@ def _number(value: Any) -> torch.Tensor:
 
 
 def changing_numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int, ...]:
-    """Inputs that are Python numbers which change from call to call, and that are no tensor's size or stride."""
-    sizes = {size for x in inputs if isinstance(x, torch.Tensor) for size in symbols_in(*x.shape, *x.stride())}
+    """Inputs that are Python numbers which change from call to call, and that are no tensor's size or stride.
+
+    Example inputs are real tensors: which of their sizes are symbols is known to the placeholders alone.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    shown = [node.meta.get("example_value") for node in placeholders]
+    if any(isinstance(x, torch.Tensor) and not isinstance(shown[i], torch.Tensor) for i, x in enumerate(inputs)):
+        return ()
+    sizes = symbols_in(*(n for x in shown if isinstance(x, torch.Tensor) for n in (*x.shape, *x.stride())))
     symbolic = (
         i
         for i, x in enumerate(inputs)

@@ -102,3 +102,17 @@ def test_one_number_is_needed_and_another_stays_an_input() -> None:
 def test_sizes_are_no_numbers() -> None:
     seen, _, _ = graphs_of(lambda x, n: x[:, :n] * n, [2, 3])
     assert all(graph.numbers == () for graph in seen)
+
+
+def test_lengths_are_no_numbers_though_they_are_inputs_too() -> None:
+    seen: list[Captured] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        seen.append(capture(gm, inputs, keep_numbers=True))
+        return gm.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda x, y, n: (x + 1, y.flatten(), x.shape[0] * x, n * x), backend=backend, dynamic=True)
+    run(torch.randn(5, 3), torch.randn(7, 9).t(), 11)
+    (graph,) = seen
+    assert len(graph.numbers) == 1
