@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deadline import Deadline
 from emulated_nvshmem import Library
 from random_sites import random_case
@@ -31,8 +32,11 @@ from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.runner import run_pipeline
 from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.gpu.device_side import NvshmemSide
+from sfcompile.runtime.gpu.message_side import MessageSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
+from sfcompile.runtime.gpu.tags import TagStatus
 from sfcompile.runtime.rank.session import Session
+from sfcompile.runtime.wires.c10d import PairedTransport
 
 CPU = torch.device("cpu")
 
@@ -81,6 +85,24 @@ def run(rank: int, seed: int, kernels: bool, calls: int, late: int = -1) -> dict
                 first = whole if first is None else first
                 same &= torch.equal(first, whole)
     return {"error": max(errors), "same": same, "domains": side.domains, "sizes": sizes, "names": shared_memory_names()}
+
+
+def over_messages(rank: int, seed: int, calls: int) -> dict[str, Any]:
+    """The side of GPU ranks that reach no memory of others, with gloo's messages matched by order alone, as NCCL's."""
+    session = session_of()
+    group = dist.new_group(backend="gloo")
+    status = TagStatus(rank, CPU)
+    messages = PairedTransport(rank, group, 20.0, lambda: None, status.word)
+    session.use_side(MessageSide(rank, session.topology, CPU, status, messages))
+    case, outs = random_case(seed, ranks=session.topology.num_ranks), []
+    session.load("p", schedules_of(case))
+    sleep = random.Random(rank)
+    for _ in range(calls):
+        time.sleep(0.05 * sleep.random())
+        with session.call("model", []):
+            outs.append(attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))[0])
+    errors = [float((out.double() - case.expected).abs().max() / case.expected.abs().max()) for out in outs]
+    return {"error": max(errors), "same": all(torch.equal(outs[0], out) for out in outs)}
 
 
 def in_other_calls(rank: int, kernels: bool) -> tuple[float, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import device_workers
 import pytest
 import rank_workers
 import torch
@@ -79,6 +80,12 @@ def test_a_failure_reaches_other_machines_with_its_first_words() -> None:
 def test_gloo_takes_over_where_connections_cannot_be_made() -> None:
     for result in run_processes(3, rank_workers.without_connections, (11,), (0, 1, 1)):
         assert result["error"] < 1e-5 and result["same"] and result["wires"] == "C10dTransport"
+
+
+def test_messages_without_tags_match_by_order() -> None:
+    """As NCCL's do: the group of a slot's send and receive is at the same place of every rank's row."""
+    for result in run_processes(4, device_workers.over_messages, (11, 4), (0, 0, 1, 1)):
+        assert result["error"] < 1e-5 and result["same"]
 
 
 def test_a_slow_rank_is_a_timeout() -> None:

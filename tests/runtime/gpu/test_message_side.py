@@ -1,0 +1,104 @@
+"""GPU ranks without NVSHMEM, on fake GPUs (tests/support/fake_device.py): streams, memory and messages as CUDA's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fake_device import POLICIES, Gpu, Machine, Nccl
+from random_sites import random_case
+from rank_workers import attend_and_gather, schedules_of
+from threads import run_threads
+
+from sfcompile.errors import RankMismatchError
+from sfcompile.runtime.gpu.message_side import MessageSide
+from sfcompile.runtime.gpu.tags import TagStatus
+from sfcompile.runtime.rank.session import current_session
+from sfcompile.runtime.wires import c10d
+from sfcompile.runtime.wires.c10d import PairedTransport
+
+CPU = torch.device("cpu")
+CALLS = 3
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, machine_of: tuple[int, ...], seed: int, policy: str, nccl: Nccl | None = None
+) -> float:
+    """Attention and gather of a random case, several times on every rank; the largest error, NaN if any."""
+    monkeypatch.setattr(c10d, "dist", nccl or Nccl())
+    ranks = len(machine_of)
+    machine = Machine(seed, policy)
+    gpus = [Gpu(machine, rank) for rank in range(ranks)]
+    groups = Nccl.groups(gpus)
+    case = random_case(seed, ranks=ranks)
+
+    def work(rank: int) -> float:
+        session = current_session()
+        with gpus[rank]:
+            status = TagStatus(rank, CPU)
+            messages = PairedTransport(rank, groups[rank], 20.0, lambda: None, status.word)  # type: ignore[arg-type]
+            session.use_side(MessageSide(rank, session.topology, CPU, status, messages))
+            session.load("p", schedules_of(case))
+            outs: list[torch.Tensor] = []
+            for _ in range(CALLS):
+                with session.call("model", []):
+                    outs.append(attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))[0])
+            gpus[rank].synchronize()
+        return max(float((out.double() - case.expected).abs().max() / case.expected.abs().max()) for out in outs)
+
+    return max(run_threads(ranks, work, machine_of), key=lambda error: (error != error, error))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("machine_of", [(0, 0), (0, 1), (0, 0, 0, 0), (0, 0, 1, 1)], ids=str)
+def test_attention_and_gather_over_messages(
+    monkeypatch: pytest.MonkeyPatch, machine_of: tuple[int, ...], policy: str
+) -> None:
+    assert run(monkeypatch, machine_of, 5, policy) < 1e-5
+
+
+class EarlyReader(PairedTransport):
+    """Does not wait for what it reads."""
+
+    def _join(self, work: Any) -> None:
+        """Go on at once."""
+
+
+class Forgetful(PairedTransport):
+    """Lets go of what it sends while it is under way."""
+
+    def put(self, *args: Any, **kwargs: Any) -> None:
+        super().put(*args, **kwargs)
+        self._sends.clear()
+
+
+class OutOfOrder(PairedTransport):
+    """Rank 1 posts its first two groups the other way round."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._first: list[tuple[Any, ...]] = []
+
+    def _exchange(self, *args: Any) -> Any:
+        if self._rank != 1 or len(self._first) == 2:
+            return super()._exchange(*args)
+        self._first.append(args)
+        if len(self._first) == 2:
+            super()._exchange(*self._first[1])
+            return super()._exchange(*self._first[0])
+        return []
+
+
+@pytest.mark.parametrize("mutant", [EarlyReader, Forgetful, OutOfOrder, "starts before its data"])
+def test_a_wait_or_a_memory_too_little_is_seen(monkeypatch: pytest.MonkeyPatch, mutant: Any) -> None:
+    """In some order of the streams what comes is not this call's, and the call says so: no wrong value passes."""
+    if isinstance(mutant, type):
+        monkeypatch.setattr(f"{__name__}.PairedTransport", mutant)
+    for policy in POLICIES:
+        try:
+            assert run(monkeypatch, (0, 0), 5, policy, Nccl(after_current=isinstance(mutant, type))) < 1e-5
+        except RankMismatchError as error:
+            assert "got a chunk of another call" in error.what
+            return
+    raise AssertionError("no order of the streams showed it")

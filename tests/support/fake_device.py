@@ -1,0 +1,306 @@
+"""GPUs without GPUs: work that is put on streams runs later, ordered only as CUDA would order it.
+
+Ranks are threads of one process, tensors lie on the CPU. Under a :class:`Gpu` (a dispatch mode of its rank's thread)
+every operation on tensors becomes a work item of the rank's current stream: its outputs hold garbage (NaN, -1) until
+the item has run. Items of one stream run in order. Between streams, and between ranks, only events order them: a
+scheduler picks any item that may run. Views cost nothing and are made at once; reading a value makes the host wait.
+
+Memory follows torch's caching allocator: what the host lets go of may be written over by whatever comes next on the
+stream that it was allocated on. Here garbage is what comes next.
+
+:class:`Nccl` stands for ``torch.distributed`` with NCCL's habits: groups of messages run one after the other on a
+stream of their own, begin after what the current stream holds, match by order alone, and end when all peers have come;
+``work.wait()`` holds up the current stream, not the host.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+POLICIES = ("any order", "messages late", "messages early")
+"""Which of several items that may run does: any; those of message streams only when nothing else may, or first."""
+
+_READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "allclose"}
+_STUCK_S = 3.0
+_GARBAGE = 0xFF
+"""A byte of memory that nobody has written: floats of it are NaN, integers -1."""
+
+
+class Event:
+    """Something that has happened once everything before it on a stream has."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+
+class Item(NamedTuple):
+    """Work on a stream: ``run`` when ``may_run``."""
+
+    name: str
+    may_run: Callable[[], bool]
+    run: Callable[[], object]
+
+
+class Stream:
+    """Items of a rank that run in order."""
+
+    def __init__(self, machine: Machine, name: str, carries_messages: bool = False) -> None:
+        self.name, self.carries_messages, self.items = name, carries_messages, deque[Item]()
+        self._machine = machine
+        machine.streams.append(self)
+
+    def add(self, name: str, run: Callable[[], object], may_run: Callable[[], bool] = lambda: True) -> None:
+        """Put an item at the end."""
+        with self._machine.changed:
+            self.items.append(Item(name, may_run, run))
+            self._machine.changed.notify_all()
+        self._machine.run_some()
+
+    def record(self) -> Event:
+        """An event at the end."""
+        event = Event()
+        self.add("record an event", lambda: setattr(event, "happened", True))
+        return event
+
+    def wait(self, event: Event) -> None:
+        """What is added from now on runs after the event."""
+        self.add("wait for an event", lambda: None, lambda: event.happened)
+
+
+class Machine:
+    """All GPUs of a test, and the scheduler that runs their items, one at a time."""
+
+    def __init__(self, seed: int, policy: str = "any order") -> None:
+        assert policy in POLICIES
+        self.streams: list[Stream] = []
+        self.changed = threading.Condition(threading.RLock())
+        self._rng, self._policy = random.Random(seed), policy
+        self._error: BaseException | None = None
+
+    def run_some(self) -> None:
+        """A few items, now and then: work need not wait until the host does."""
+        if self._rng.random() < 0.3:
+            for _ in range(self._rng.randint(1, 4)):
+                self._step()
+
+    def synchronize(self, event: Event) -> None:
+        """The host waits for an event, and items run meanwhile.
+
+        Raises:
+            TimeoutError: nothing could run for a while; says what each stream is stuck at.
+        """
+        end = time.monotonic() + _STUCK_S
+        while not event.happened:
+            if self._step():
+                end = time.monotonic() + _STUCK_S
+                continue
+            with self.changed:
+                self.changed.wait(0.01)
+            if time.monotonic() > end:
+                heads = [f"{stream.name}: {stream.items[0].name}" for stream in self.streams if stream.items]
+                raise TimeoutError(f"nothing can run: {'; '.join(heads)}")
+
+    def _step(self) -> bool:
+        with self.changed, _disable_current_modes(), torch.no_grad():
+            if self._error is not None:
+                raise RuntimeError(f"the device has failed: {self._error}") from self._error
+            ready = [stream for stream in self.streams if stream.items and stream.items[0].may_run()]
+            if self._policy != "any order":
+                first = self._policy == "messages early"
+                ready = [stream for stream in ready if stream.carries_messages == first] or ready
+            if not ready:
+                return False
+            try:
+                self._rng.choice(ready).items.popleft().run()
+            except BaseException as error:
+                self._error = error
+                raise
+            return True
+
+
+class Gpu(TorchDispatchMode):
+    """One rank's GPU; as a context, operations of this thread run on it."""
+
+    def __init__(self, machine: Machine, rank: int) -> None:
+        super().__init__()
+        self.machine, self.rank = machine, rank
+        self.current = Stream(machine, f"main stream of rank {rank}")
+        self._owned: dict[int, _Memory] = {}
+
+    def synchronize(self) -> None:
+        """Wait for all work of the current stream."""
+        self.machine.synchronize(self.current.record())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "streamfusion":  # what such an op does inside is the GPU's work, not the op itself
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        if func._schema.name.removeprefix("aten::") in _READS:
+            self.synchronize()
+            return func(*args, **kwargs)
+        kept = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        written = [place for place in func._schema.arguments if place.alias_info and place.alias_info.is_write]
+        if written:
+            self.current.add(str(func), lambda: func(*kept[0], **kept[1]))
+            names = [place.name for place in func._schema.arguments]
+            return (dict(zip(names, args, strict=False)) | kwargs)[written[0].name]
+        outputs = func(*args, **kwargs)  # for their shapes and strides; and views are what they are
+        old = {_address(value) for value in _tensors(kept)}
+        fresh = [value for value in _tensors(outputs) if _address(value) not in old]
+        for value in fresh:
+            _spoil(value)
+        if fresh and "empty" not in func._schema.name:
+            places = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+            self.current.add(str(func), lambda: _fill(places, func(*kept[0], **kept[1])))
+        self._hold(fresh, _tensors(outputs))
+        return outputs
+
+    def _hold(self, fresh: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        """Count the tensors by which the host holds memory of this GPU."""
+        for value in fresh:
+            self._owned.setdefault(_address(value), _Memory(value.untyped_storage(), self.current))
+        for value in outputs:
+            memory = self._owned.get(_address(value))
+            if memory is not None:  # else it is what the test brought
+                memory.holders += 1
+                weakref.finalize(value, self._let_go, memory)
+
+    def _let_go(self, memory: _Memory) -> None:
+        memory.holders -= 1
+        if memory.holders == 0:
+            del self._owned[memory.storage.data_ptr()]
+            memory.stream.add("give memory to others", lambda: memory.storage.fill_(_GARBAGE))
+
+
+class _Memory:
+    """A storage, the stream that it was allocated on, and how many tensors of the host's hold it."""
+
+    def __init__(self, storage: torch.UntypedStorage, stream: Stream) -> None:
+        self.storage, self.stream, self.holders = storage, stream, 0
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _spoil(tensor: torch.Tensor) -> None:
+    """Garbage, as in memory that was just allocated: NaN in floats, -1 in integers."""
+    tensor.untyped_storage().fill_(_GARBAGE)
+
+
+def _fill(places: Any, outputs: Any) -> None:
+    for place, value in zip(_tensors(places), _tensors(outputs), strict=True):
+        place.copy_(value)
+
+
+class Work:
+    """What tells of a group's end."""
+
+    def __init__(self, gpu: Gpu, done: Event) -> None:
+        self._gpu, self._done = gpu, done
+
+    def wait(self) -> None:
+        """Hold up the current stream."""
+        self._gpu.current.wait(self._done)
+
+
+class Message(NamedTuple):
+    """An operation of a group: ``isend`` or ``irecv``."""
+
+    op: Callable[..., object]
+    tensor: torch.Tensor
+    peer: int
+    group: Group
+
+
+class Group:
+    """One rank's place in a communicator."""
+
+    def __init__(self, gpu: Gpu, members: Sequence[Group]) -> None:
+        self.gpu, self.members = gpu, members
+        self.stream = Stream(gpu.machine, f"message stream of rank {gpu.rank}", carries_messages=True)
+        self.left: list[Message] | None = None  # messages of the running group that have not travelled
+
+
+class Nccl:
+    """What runtime/wires/c10d.py uses of ``torch.distributed``.
+
+    Args:
+        after_current: a group begins after what the current stream holds (False: a mutant).
+    """
+
+    P2POp = Message
+
+    def __init__(self, after_current: bool = True) -> None:
+        self._after_current = after_current
+
+    @staticmethod
+    def groups(gpus: Sequence[Gpu]) -> list[Group]:
+        """A communicator of these GPUs, as each of them holds it."""
+        members: list[Group] = []
+        members += [Group(gpu, members) for gpu in gpus]
+        return members
+
+    @staticmethod
+    def isend() -> None:
+        """Only named, in a :class:`Message`."""
+
+    @staticmethod
+    def irecv() -> None:
+        """Only named, in a :class:`Message`."""
+
+    @staticmethod
+    def get_process_group_ranks(group: Group) -> list[int]:
+        return list(range(len(group.members)))
+
+    def batch_isend_irecv(self, messages: Sequence[Message]) -> list[Work]:
+        """One group, on the communicator's own stream."""
+        group, gpu = messages[0].group, messages[0].group.gpu
+        if self._after_current:
+            group.stream.wait(gpu.current.record())
+        # The library looks at memory, not at tensors: who lets go of one too early does not keep it alive here.
+        held = [message._replace(tensor=_unheld(message.tensor)) for message in messages]
+        group.stream.add(f"begin {len(held)} messages", lambda: setattr(group, "left", list(held)))
+        group.stream.add(f"end {_names(held)}", lambda: None, lambda: self._ended(group))
+        done = group.stream.record()
+        return [Work(gpu, done)]
+
+    def _ended(self, group: Group) -> bool:
+        """Let the messages travel whose two ends are there; whether all of a group have."""
+        assert group.left is not None
+        for message in list(group.left):
+            peer = group.members[message.peer]
+            here, there = group.gpu.rank, peer.left or []
+            want = self.irecv if message.op is self.isend else self.isend
+            first = next((other for other in there if other.op is want and other.peer == here), None)
+            if first is not None:
+                source, target = (message, first) if message.op is self.isend else (first, message)
+                assert source.tensor.nbytes == target.tensor.nbytes, "messages of different sizes met"
+                target.tensor.copy_(source.tensor)
+                group.left.remove(message)
+                there.remove(first)
+        return not group.left
+
+
+def _names(messages: Sequence[Message]) -> str:
+    return " and ".join(f"{message.op.__name__} with rank {message.peer}" for message in messages)
+
+
+def _unheld(tensor: torch.Tensor) -> torch.Tensor:
+    with _disable_current_modes():
+        return tensor.detach()
