@@ -41,17 +41,17 @@ _GLOO_PLACE = re.compile(r"^\[[^\]]*\] *")  # "[/path/of/gloo.cc:553] "
 
 
 class _Message(NamedTuple):
-    """A message under way: what tells of its end, its bytes, and (of a receive) the slot that it is for."""
+    """A message under way to this rank: what is to be waited for, once, its bytes, and the slot that it is for."""
 
-    works: Sequence[Any]
+    works: list[Any]
     content: torch.Tensor
     slot: torch.Tensor
 
 
 class _Sent(NamedTuple):
-    """A message under way to a rank: its content is kept until it has left."""
+    """A message under way to another rank: its content is kept until it has left."""
 
-    works: Sequence[Any]
+    works: list[Any]
     content: torch.Tensor
     dst: int
     slot: int
@@ -135,10 +135,11 @@ class C10dTransport:
             for sent in self._sends.pop(old):
                 self._complete(sent.works, sent.dst, sent.slot, old)
 
-    def _complete(self, works: Sequence[Any], peer: int, slot: int, epoch: int) -> None:
+    def _complete(self, works: list[Any], peer: int, slot: int, epoch: int) -> None:
+        """Wait for what has not been waited for: gloo would wait for another message the second time."""
         try:
-            for work in works:
-                self._join(work)
+            while works:
+                self._join(works.pop())
         except RuntimeError as error:
             notice = self._notice()
             if notice is not None:
@@ -221,7 +222,7 @@ class PairedTransport(C10dTransport):
         """What this rank sends into a slot goes another way: only receive what comes in it."""
         self._exchange(-1, None, slot, epoch)
 
-    def _exchange(self, dst: int, message: torch.Tensor | None, slot: int, epoch: int) -> Sequence[Any]:
+    def _exchange(self, dst: int, message: torch.Tensor | None, slot: int, epoch: int) -> list[Any]:
         group = []
         if message is not None:
             group.append(dist.P2POp(dist.isend, message, self._global[dst], self._group))
@@ -229,7 +230,7 @@ class PairedTransport(C10dTransport):
         content = None if view is None else _empty_message(view)
         if content is not None:
             group.append(dist.P2POp(dist.irecv, content, self._global[src], self._group))
-        works: Sequence[Any] = dist.batch_isend_irecv(group) if group else []
+        works = list(dist.batch_isend_irecv(group)) if group else []
         if view is not None and content is not None:
             self._receives[epoch, slot] = _Message(works, content, view)
         return works
