@@ -62,10 +62,14 @@ class Stream:
 
     def add(self, name: str, run: Callable[[], object], may_run: Callable[[], bool] = lambda: True) -> None:
         """Put an item at the end."""
+        self.append(name, run, may_run)
+        self._machine.run_some()
+
+    def append(self, name: str, run: Callable[[], object], may_run: Callable[[], bool] = lambda: True) -> None:
+        """Put an item at the end, and run nothing now."""
         with self._machine.changed:
             self.items.append(Item(name, may_run, run))
             self._machine.changed.notify_all()
-        self._machine.run_some()
 
     def record(self) -> Event:
         """An event at the end."""
@@ -181,7 +185,7 @@ class Gpu(TorchDispatchMode):
         memory.holders -= 1
         if memory.holders == 0:
             del self._owned[memory.storage.data_ptr()]
-            memory.stream.add("give memory to others", lambda: memory.storage.fill_(_GARBAGE))
+            memory.stream.append("give memory to others", lambda: memory.storage.fill_(_GARBAGE))
 
 
 class _Memory:
