@@ -40,7 +40,7 @@ _WORD_BYTES = 8
 _GLOO_PLACE = re.compile(r"^\[[^\]]*\] *")  # "[/path/of/gloo.cc:553] "
 
 
-class _Message(NamedTuple):
+class _Received(NamedTuple):
     """A message under way to this rank: what is to be waited for, once, its bytes, and the slot that it is for."""
 
     works: list[Any]
@@ -80,7 +80,7 @@ class C10dTransport:
         self.timeout_s = timeout_s
         self._notice = notice
         self._tags = [0] * NUM_BANKS
-        self._receives: dict[tuple[int, int], _Message] = {}
+        self._receives: dict[tuple[int, int], _Received] = {}
         self._sends: dict[int, list[_Sent]] = {}
 
     def _tag(self, epoch: int, slot: int) -> int:
@@ -104,7 +104,7 @@ class C10dTransport:
             if view.numel():
                 message = _empty_message(view)
                 work = dist.irecv(message, self._global[arrival.src], self._group, self._tag(epoch, arrival.slot))
-                self._receives[epoch, arrival.slot] = _Message([work], message, view)
+                self._receives[epoch, arrival.slot] = _Received([work], message, view)
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -232,7 +232,7 @@ class PairedTransport(C10dTransport):
             group.append(dist.P2POp(dist.irecv, content, self._global[src], self._group))
         works = list(dist.batch_isend_irecv(group)) if group else []
         if view is not None and content is not None:
-            self._receives[epoch, slot] = _Message(works, content, view)
+            self._receives[epoch, slot] = _Received(works, content, view)
         return works
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
