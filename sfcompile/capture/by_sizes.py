@@ -8,6 +8,7 @@ part of what it is looked up by.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,10 @@ from torch import fx
 
 from sfcompile.capture.graph import numbers, present
 from sfcompile.runtime.rank.session import Session, use_session
+
+log = logging.getLogger("sfcompile")
+Key = tuple[tuple[Any, ...], tuple[Any, ...]]
+"""Of a program: sizes and strides of tensors, then the numbers that it does not take."""
 
 
 class SizedProgram(NamedTuple):
@@ -42,16 +47,14 @@ def _moves(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat))
 
 
-class _OfSizes:
-    """The programs for one set of tensor sizes: one, or one for each set of the numbers that it does not take."""
-
-    def __init__(self, takes: tuple[int, ...]) -> None:
-        self.takes = takes
-        self.programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+KEPT = 64
+"""How many programs of one graph are kept: those that were called last."""
 
 
 class BySizes:
     """Calls the program of the present sizes, compiling it first where they are new.
+
+    The KEPT programs that were called last are kept. Ranks make the same calls, so they drop the same ones.
 
     Args:
         gm: Dynamo's graph.
@@ -74,36 +77,50 @@ class BySizes:
         self._dressed = frozenset(known)  # floats that arrive as tensors
         self._tensors = tuple(i for i in moving if i not in known and isinstance(example_inputs[i], torch.Tensor))
         self._numbers = tuple(i for i in moving if i not in self._tensors)
+        self._said = False
         self._compile = compile
         self._session = session
-        self._by_sizes: dict[tuple[Any, ...], _OfSizes] = {}
-        present_numbers = {i: known[i] if i in known else present(example_inputs[i]) for i in self._numbers}
-        self._keep(self._sizes(example_inputs), present_numbers, first)
+        self._takes: dict[tuple[Any, ...], tuple[int, ...]] = {}  # by tensor sizes: the numbers that programs take
+        self._programs: dict[Key, Callable[..., Any]] = {}  # the one that was called last stands last
+        values = {i: known[i] if i in known else present(example_inputs[i]) for i in self._numbers}
+        self._keep(self._sizes(example_inputs), values, first)
 
     def _sizes(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(present(size) for i in self._tensors for size in (*inputs[i].shape, *inputs[i].stride()))
 
     def _keep(self, sizes: tuple[Any, ...], values: dict[int, Any], program: SizedProgram) -> None:
-        there = self._by_sizes.get(sizes)
-        if there is None or there.takes != program.takes:  # those of before would be looked up by other numbers
-            there = self._by_sizes[sizes] = _OfSizes(program.takes)
-        there.programs[_but(values, program.takes)] = program.run
+        self._takes[sizes] = program.takes
+        self._programs[sizes, _but(values, program.takes)] = program.run
+        if len(self._programs) > KEPT:
+            dropped, _ = next(iter(self._programs))
+            del self._programs[next(iter(self._programs))]
+            if all(there != dropped for there, _ in self._programs):
+                del self._takes[dropped]
+            if not self._said:
+                self._said = True
+                log.warning(
+                    "a graph was compiled for more than %d sets of sizes and numbers; those not called for longest are "
+                    "dropped, and compiled again when they come back. Round sizes to a few buckets.",
+                    KEPT,
+                )
 
     def __len__(self) -> int:
-        """How many programs were compiled."""
-        return sum(len(there.programs) for there in self._by_sizes.values())
+        """How many programs are kept."""
+        return len(self._programs)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run on inputs of any sizes that Dynamo's guards allow."""
         sizes = self._sizes(inputs)
         values = {i: float(inputs[i].item()) if i in self._dressed else present(inputs[i]) for i in self._numbers}
-        there = self._by_sizes.get(sizes)
-        run = there.programs.get(_but(values, there.takes)) if there is not None else None
+        key = sizes, _but(values, self._takes.get(sizes, ()))
+        run = self._programs.pop(key, None)
         if run is None:
             with self._session.turn(), self._session.guard(), use_session(self._session):
                 program = self._compile(inputs)
             self._keep(sizes, values, program)
             run = program.run
+        else:
+            self._programs[key] = run
         return run(*inputs)
 
 

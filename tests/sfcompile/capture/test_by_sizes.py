@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
+from sfcompile.capture.by_sizes import KEPT, BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.graph import capture
 from sfcompile.runtime.rank.session import Session
 
@@ -79,3 +79,23 @@ def test_python_floats_are_inputs_or_part_of_what_a_program_is_looked_up_by(
     for scale in (0.5, 0.25, 0.5):
         assert torch.equal(run(x, scale), x * scale)
     assert sum(map(len, traced)) in programs
+
+
+def test_programs_not_called_for_longest_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    compiled: list[int] = []
+    traced: list[BySizes] = []
+
+    def make(inputs: Sequence[Any]) -> SizedProgram:
+        compiled.append(next(len(x) for x in inputs if isinstance(x, torch.Tensor)))
+        return SizedProgram(lambda *args: (next(x for x in args if isinstance(x, torch.Tensor)) * 2,))
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        traced.append(BySizes(gm, make(inputs), inputs, moving_inputs(gm, inputs), make, cast(Session, Guarded())))
+        return traced[-1]
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: x * 2, backend=backend, dynamic=True)
+    for count in (*range(2, KEPT + 2), 2, KEPT + 2, 2, 3):
+        run(torch.zeros(count))
+    assert compiled == [*range(2, KEPT + 3), 3] and len(traced[0]) == KEPT  # 2 was called again, so 3 was dropped
+    assert sum("Round sizes to a few buckets" in record.message for record in caplog.records) == 1
