@@ -57,7 +57,7 @@ class Section:
 SECTIONS = (
     Section("numerics", "gpu_check_kernels", "every kernel variant against fp64", 200, 8),
     Section("virtual", "gpu_check_kernels", "all ranks of every schedule in one launch", 200, 4),
-    Section("bounded", "gpu_check_kernels", "debug builds give up and say what they waited for", 100),
+    Section("bounded", "gpu_check_kernels", "waits give up and say what they waited for", 100),
     Section("nvshmem", "gpu_check_runtime", "NVSHMEM with one PE", 150),
     Section("graph", "gpu_check_runtime", "CUDA graph of puts, attention, collects and credits", 100),
     Section("tiles", "gpu_check_speed", "tile sizes that speed will try, compiled", 200, 3),

@@ -19,6 +19,7 @@ from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.program.instructions import RankProgram
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.wires.symmetric_heap import STATUS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (32, 64, 72, 96, 128, 256)
@@ -122,37 +123,32 @@ def run_virtual(
 
 
 def bounded(bench: Bench) -> None:
-    """A debug build whose last V never comes: it ends, and says who waited for what."""
+    """The last V never comes: the kernel ends when its time is up, at once when it is told to, and says who waited."""
     site = site_of([40, 24] if bench.dry else [512, 512], 4, 32 if bench.dry else 64, torch.float16)
     q, k, v = inputs_of(site, bench.device)
-    for spins in (20,) if bench.dry else (1 << 14, 1 << 20):
-        with bench.case(f"waits give up after {spins} polls"):
-            ranks = VirtualRanks(
-                without_last_put(schedule_of(site)), KernelTarget(bench.device), spins=spins, bounded=True
-            )
-            assert ranks.attend_kernel is not None
+    for limit_s in (0.5,) if bench.dry else (0.5, 3.0):
+        with bench.case(f"waits give up after {limit_s} s"):
+            ranks = VirtualRanks(without_last_put(schedule_of(site)), KernelTarget(bench.device), limit_s=limit_s)
             ranks.put(q, k, v)
             outs = ranks.outputs()
+            ranks.attend(outs)  # compiled here
             bench.sync()
-            start = time.perf_counter()
-            ranks.attend(outs)
-            bench.sync()
-            took = time.perf_counter() - start
-            try:
-                ranks.attend_kernel.check()
-            except RuntimeTimeoutError as error:
-                named = error.rank is not None and error.slot is not None and (error.epoch, error.seen_epoch) == (1, 0)
-                bench.check(named, f"after {spins} polls, {took:.2f} s with compiling: {' '.join(str(error).split())}")
-            else:
-                bench.check(False, f"nothing was reported after {spins} polls ({took:.2f} s)")
-            if not bench.dry:
+            for abort in (0, 1):
+                ranks.status.zero_()
+                ranks.status[len(STATUS)] = abort
                 start = time.perf_counter()
                 ranks.attend(outs)
                 bench.sync()
                 took = time.perf_counter() - start
-                bench.note(
-                    f"{spins} polls take {took:.4f} s: the {SPINS} of a debug build {took * SPINS / spins:.0f} s"
-                )
+                try:
+                    ranks.check()
+                except RuntimeTimeoutError as error:
+                    named = (error.rank is not None, error.slot is not None, error.epoch, error.seen_epoch)
+                    bench.check(named == (True, True, 1, 0), " ".join(str(error).split()))
+                else:
+                    bench.check(False, f"nothing was reported after {took:.2f} s")
+                late = bench.dry or (took < limit_s / 2 if abort else limit_s <= took < limit_s + 1.0)
+                bench.check(late, f"{'told to stop' if abort else 'left alone'}: ended after {took:.3f} s")
 
 
 def without_last_put(schedule: Schedule) -> Schedule:

@@ -19,7 +19,7 @@ from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.device_run import DeviceRun, DeviceRuns
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
-from sfcompile.runtime.gpu.tags import TagStatus
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
@@ -66,8 +66,8 @@ def _transport(bench: Bench, joined: Nvshmem) -> None:
     """What attention='aten' does on GPUs, sent to itself: five epochs, so that credits are awaited too."""
     size = HeapSize(4, 1 << 16, 1)
     heap = NvshmemHeap(joined, size, (0,), share)
-    status = TagStatus(0, bench.device)
-    transport = NvshmemTransport(joined, heap, size.bank_bytes // 2, status.word)
+    status = DeviceStatus(0, bench.device, 60.0)
+    transport = NvshmemTransport(joined, heap, size.bank_bytes // 2, status.words)
     wrong = []
     for epoch in range(1, 6):
         chunk = torch.randn(4, 100, device=bench.device)
@@ -81,17 +81,16 @@ def _transport(bench: Bench, joined: Nvshmem) -> None:
     bench.check(not wrong, f"put, wait and credit on the stream, 5 epochs: {f'wrong in {wrong}' if wrong else 'right'}")
     credit = int(heap.words(size.credits_at, 1)[0])
     bench.check(credit == 5, f"credit after 5 epochs: {credit}")
-    bench.check(int(status.word) == 0, "no chunk of another call came")
+    bench.check(not status.words.any(), "no chunk of another call came")
     heap.close()
 
 
 def _emulated() -> tuple[Any, Any]:
     """What a dry run takes for nvshmem4py, and for NVSHMEM's functions on the device (tests/support/)."""
-    from deadline import Deadline
     from emulated_nvshmem import Library
 
     library = Library(0, lambda: None, lambda pe: True)
-    return library, Emulated(library.address_of, Deadline(20.0)).names()
+    return library, Emulated(library.address_of).names()
 
 
 @dataclass
@@ -131,11 +130,13 @@ class TwoRanks:
         table = torch.tensor(rows, dtype=torch.int64, device=device)
         self.heaps = [LocalHeap(size, table, (0, 0), part) for part in memory]
         releases = [ReleaseKernel(rank, 2, KernelTarget(device)) for rank in range(2)]
-        self.statuses = [TagStatus(rank, device) for rank in range(2)]
+        self.statuses = [DeviceStatus(rank, device, 60.0) for rank in range(2)]
         self.runs = [
-            DeviceRuns(heap, release, device, status.word)
+            DeviceRuns(heap, release, device, status)
             for heap, release, status in zip(self.heaps, releases, self.statuses, strict=True)
         ]
+        for runs, engine in zip(self.runs, self.engines, strict=True):
+            runs.prepare(engine)
         self.calls = 0
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,12 @@ everything is one device's memory, and nobody is late.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from sfcompile.codegen.engines.launch import AttendKernel, HeapView
+from sfcompile.codegen.engines.launch import AttendKernel, HeapView, gave_up
 from sfcompile.codegen.engines.target import INTERPRETED_PROGRAMS, KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.kernels.attend import VIRTUAL_ROW, attend_arguments, attend_source
@@ -21,11 +20,10 @@ from sfcompile.codegen.toolchain.loader import resident_programs
 from sfcompile.errors import CodegenError
 from sfcompile.runtime.program.intervals import Runs, count
 from sfcompile.runtime.program.sites import AttentionSite
-from sfcompile.runtime.wires.symmetric_heap import HeapSize
+from sfcompile.runtime.wires.symmetric_heap import STATUS, HeapSize, Watched
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 
 _ALIGN = 256
-_SPINS = re.compile(r"^SPINS = .*$", re.MULTILINE)
 
 
 class VirtualAttend:
@@ -36,20 +34,18 @@ class VirtualAttend:
 
     Args:
         kernels: every rank's, by rank of the mesh. Their tables and workspaces are used, not their own kernels.
-        spins: debug builds: polls before a wait gives up; None: as many as anywhere else.
+        places: every rank's (PLACE).
     """
 
-    def __init__(self, kernels: Sequence[AttendKernel], spins: int | None = None) -> None:
+    def __init__(self, kernels: Sequence[AttendKernel], places: torch.Tensor) -> None:
         first = kernels[0]
-        self.kernels = kernels
+        self.kernels, self._places = kernels, places
         self.spec = first.spec.with_(
             virtual=len(kernels),
             carry=any(kernel.spec.carry for kernel in kernels),
             copy_programs=max(len(kernel.tables.forwards) for kernel in kernels) or 1,
         )
         self.source = attend_source(self.spec)
-        if spins is not None:
-            self.source = _SPINS.sub(f"SPINS = tl.constexpr({spins})", self.source)
         self.kernel = first.target.load(self.source, "attend", self.spec.reach)
         self._workers = INTERPRETED_PROGRAMS if first.target.interpreted else 0
 
@@ -87,7 +83,7 @@ class VirtualAttend:
         strided = next((out for out in outs if out.numel()), outs[0])
         named |= dict(zip(("out_sb", "out_sh", "out_sr"), strided.stride()[:3], strict=True))
         rows = [
-            self._row(kernel, out, None if lses is None else lses[rank])
+            self._row(kernel, self._places[rank], out, None if lses is None else lses[rank])
             for rank, (kernel, out) in enumerate(zip(self.kernels, outs, strict=True))
         ]
         named["virtual_ptr"] = torch.tensor(rows, dtype=torch.int64, device=first.target.device)
@@ -109,17 +105,9 @@ class VirtualAttend:
             )
         return self._workers
 
-    def check(self) -> None:
-        """Raise what a rank of a debug build reported; synchronises with the device.
-
-        Raises:
-            RuntimeTimeoutError: a wait gave up.
-        """
-        for kernel in self.kernels:
-            kernel.check()
-
-    def _row(self, kernel: AttendKernel, out: torch.Tensor, lse: torch.Tensor | None) -> list[int]:
-        numbers: dict[str, Any] = {**kernel.fixed, **kernel.scalars, "out": out, "lse": 0 if lse is None else lse}
+    def _row(self, kernel: AttendKernel, place: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> list[int]:
+        numbers: dict[str, Any] = {**kernel.fixed, **kernel.scalars, "place": place, "out": out}
+        numbers["lse"] = 0 if lse is None else lse
         values = [numbers[name] for name in VIRTUAL_ROW]
         return [value.data_ptr() if isinstance(value, torch.Tensor) else int(value) for value in values]
 
@@ -133,7 +121,7 @@ class VirtualRanks:
         machine_of: machine of each rank of the mesh: between machines NVSHMEM carries what is sent.
         mask: kind and whether it is boolean.
         allocate: makes zeroed memory of some bytes, uint8; for NVSHMEM it is symmetric memory of PE 0.
-        spins: see VirtualAttend.
+        limit_s: how long a wait may last.
         changes: entries of the kernel's spec.
     """
 
@@ -144,25 +132,30 @@ class VirtualRanks:
         machine_of: tuple[int, ...] | None = None,
         mask: tuple[str, bool] = ("none", True),
         allocate: Callable[[int], torch.Tensor] | None = None,
-        spins: int | None = None,
+        limit_s: float = 600.0,
         **changes: Any,
     ) -> None:
         assert isinstance(schedule.site, AttentionSite)
         self.site, self.device = schedule.site, target.device
         ranks = range(schedule.mesh.num_ranks)
         self.kernels = [AttendKernel(schedule, rank, target, machine_of, mask, **changes) for rank in ranks]
-        self.attend_kernel = VirtualAttend(self.kernels, spins) if len(ranks) > 1 else None
         self._release = [ReleaseKernel(rank, len(ranks), target, machine_of) for rank in ranks]
         size = HeapSize(max(len(schedule.slots), 1), self.kernels[0].tables.bank_bytes, len(ranks))
         pitch = -(-size.segment_bytes // _ALIGN) * _ALIGN
         total = pitch * len(ranks)
         self.memory = allocate(total) if allocate else torch.zeros(total, dtype=torch.uint8, device=self.device)
         at = [self.memory.data_ptr() + pitch * rank for rank in ranks]
-        self.place = torch.tensor(size.place(0, word_of(0, 0)), dtype=torch.int64, device=self.device)
-        self.everyone = self._view([(address, 0, address) for address in at], range(0))
+        self.status, self._limit_s = torch.zeros(len(STATUS) + 1, dtype=torch.int64, device=self.device), limit_s
+        address = self.status.data_ptr()
+        watched = Watched(address, address + 8 * len(STATUS), round(limit_s * 1e9))
+        rows = [size.place(0, word_of(0, 0), watched, rank) for rank in ranks]
+        self.places = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self.attend_kernel = VirtualAttend(self.kernels, self.places) if len(ranks) > 1 else None
+        self.everyone = self._view(0, [(address, 0, address) for address in at], range(0))
         machines = machine_of or (0,) * len(ranks)
         self.heaps = [
             self._view(
+                rank,
                 [(at[other] if machines[other] == machines[rank] else 0, 0, at[other]) for other in ranks],
                 [other for other in ranks if other != rank],
             )
@@ -174,9 +167,9 @@ class VirtualRanks:
             for name, places in (("q", self.site.q_positions), ("k", self.site.kv_positions))
         }
 
-    def _view(self, rows: Sequence[tuple[int, int, int]], receivers: Sequence[int]) -> HeapView:
+    def _view(self, rank: int, rows: Sequence[tuple[int, int, int]], receivers: Sequence[int]) -> HeapView:
         table = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        return HeapView(table, self.place, torch.tensor(list(receivers), dtype=torch.int64, device=self.device))
+        return HeapView(table, self.places[rank], torch.tensor(list(receivers), dtype=torch.int64, device=self.device))
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """One epoch: the whole attention [B, H, Lq, E] of whole tensors [B, H, L, W], over all ranks."""
@@ -187,12 +180,23 @@ class VirtualRanks:
 
     def put(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Begin an epoch: every rank sends its parts of whole tensors."""
-        epoch = self.place[:1].add_(1)
-        self.place[1:2].copy_(epoch << TAG_BITS | epoch & 1)  # transport.word_of, with tag 0, on the device
+        epoch = self.places[:, :1].add_(1)
+        self.places[:, 1:2].copy_(epoch << TAG_BITS | epoch & 1)  # transport.word_of, with tag 0, on the device
         for rank, kernel in enumerate(self.kernels):
             for name, whole in (("q", q), ("k", k), ("v", v)):
                 mine = whole[:, :, self._rows["q" if name == "q" else "k"][rank]]
                 kernel.put(name, mine, self.heaps[rank])
+
+    def check(self) -> None:
+        """Raise what kernels noted; synchronises with the device.
+
+        Raises:
+            RuntimeTimeoutError: a wait gave up.
+        """
+        status = dict(zip(STATUS, self.status.tolist(), strict=False))
+        if status["gave_up"]:
+            schedule, rank = self.kernels[0].schedule, status["site"]
+            raise gave_up(schedule, rank, status["slot"], status["wanted"], status["seen"], self._limit_s)
 
     def outputs(self) -> list[torch.Tensor]:
         """Zeroed outputs of every rank, of equal strides."""
@@ -213,7 +217,7 @@ class VirtualRanks:
         for kernel, out, heap in zip(self.kernels, outs, self.heaps, strict=True):
             kernel.collect(out, heap)
         for release, heap in zip(self._release, self.heaps, strict=True):
-            release.run(heap.heaps, self.place)
+            release.run(heap.heaps, heap.place)
         rows = sum(count(owned) for owned in self.site.q_positions)
         whole = torch.zeros(*outs[0].shape[:2], rows, outs[0].shape[3], dtype=outs[0].dtype, device=self.device)
         for out, mine in zip(outs, self._rows["q"], strict=True):

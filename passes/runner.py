@@ -53,12 +53,19 @@ class Compiled:
         """
         files: dict[str, bytes] = {}
         if self.kernel_attention:
-            for node in self.gm.graph.nodes:
-                if node.target is ATTEND:
-                    _, mask, program, site = node.args
-                    kind = mask_kind(None if mask is None else mask.meta["val"])
-                    files |= kernel_files(self.programs[program][site], machine_of, kind, compile=cubins)
+            for (program, site), kind in self.masks.items():
+                files |= kernel_files(self.programs[program][site], machine_of, kind, compile=cubins)
         return files
+
+    @property
+    def masks(self) -> dict[tuple[str, int], tuple[str, bool]]:
+        """By program and site, the kind of an attention's mask (codegen/engines/launch.py's mask_kind)."""
+        kinds = {}
+        for node in self.gm.graph.nodes:
+            if node.target is ATTEND:
+                _, mask, program, site = node.args
+                kinds[program, site] = mask_kind(None if mask is None else mask.meta["val"])
+        return kinds
 
     @property
     def order(self) -> list[str]:

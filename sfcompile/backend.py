@@ -143,7 +143,7 @@ def _compile_rank(
     compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))
     compiled.report.break_reason, compiled.report.links = break_reason(gm), links.source
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
-    engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked)
+    engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked, compiled.masks)
     for program, schedules in compiled.programs.items():
         session.load(program, schedules, engines[program])
     name = hashlib.sha256(digest.encode()).hexdigest()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,8 +30,6 @@ from sfcompile.runtime.rank.session import Session, sessions
 log = logging.getLogger("sfcompile")
 PRESET_OF = {"A100": "a100-efa", "H100": "h100-ib", "H200": "h100-ib", "A10": "a10-ethernet"}
 """GPUs by a part of their names -> preset whose constants describe them best."""
-DEBUG_KERNELS = "SFCOMPILE_DEBUG_KERNELS"
-"""Environment variable: "1" makes waits inside kernels give up after a while and report."""
 
 
 def device_of(inputs: Sequence[Any]) -> torch.device:
@@ -98,14 +96,29 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
             target = KernelTarget.of(device, domains)
             return ReleaseKernel(session.rank, session.topology.num_ranks, target, domains)
 
-        side = NvshmemSide(nvshmem, session.topology, session.exchange, make_release, leave_device_state)
+        side = NvshmemSide(
+            nvshmem,
+            session.topology,
+            session.exchange,
+            make_release,
+            asked.timeout_s,
+            trouble=session.trouble,
+            leave=leave_device_state,
+        )
         session.use_side(side)
 
 
 def engines_for(
-    programs: dict[str, list[Schedule]], device: torch.device, session: Session, asked: Options
+    programs: dict[str, list[Schedule]],
+    device: torch.device,
+    session: Session,
+    asked: Options,
+    masks: Mapping[tuple[str, int], tuple[str, bool]] = MappingProxyType({}),
 ) -> tuple[dict[str, list[Engine | DeviceEngine | None]], str]:
     """By program and site what runs it (None: the executor), and a line for the report that says what and why.
+
+    Args:
+        masks: by program and site the kind of mask that an attention's calls bring; left out: none.
 
     Raises:
         CodegenError, UnsupportedError: generated kernels were asked for and cannot be had.
@@ -115,6 +128,10 @@ def engines_for(
     chosen, why = choose_attention(asked.attention, sites, device.type)
     line = f"{chosen} ({why})"
     shared: dict[Schedule, KernelEngine] = {}
+    kinds: dict[Schedule, list[tuple[str, bool]]] = {}
+    for program, schedules in programs.items():
+        for site, schedule in enumerate(schedules):
+            kinds.setdefault(schedule, []).append(masks.get((program, site), ("none", True)))
 
     def engine(schedule: Schedule) -> Engine | DeviceEngine | None:
         if chosen == "aten":
@@ -123,11 +140,10 @@ def engines_for(
             rank = schedule.members(session.rank)[0]
             return InterpreterEngine(schedule, rank) if isinstance(schedule, AttentionSchedule) else None
         domains = session.side.domains
-        bounded = os.environ.get(DEBUG_KERNELS) == "1"
         # Sites of one geometry share their kernels and workspace: calls of a stream follow each other.
         if schedule not in shared:
             target = KernelTarget.of(device, domains)
-            shared[schedule] = KernelEngine(schedule, session.rank, target, domains, bounded=bounded)
+            shared[schedule] = KernelEngine(schedule, session.rank, target, domains, kinds[schedule])
         return shared[schedule]
 
     return {program: [engine(schedule) for schedule in schedules] for program, schedules in programs.items()}, line

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from sfcompile.codegen.engines.launch import AttendKernel, HeapView, mask_kind
+from sfcompile.codegen.engines.launch import AttendKernel, HeapView, gave_up, mask_kind
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import TransferKernels
-from sfcompile.codegen.kernels.tables import make_tables
 from sfcompile.codegen.rows.rows import RowProgram
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.exchange import ExchangeSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.errors import StreamFusionError
 from sfcompile.runtime.program.instructions import Forward, Push, Put
 
 
@@ -25,7 +25,11 @@ class KernelEngine:
         job_rank: rank of the job; a schedule that runs in several groups is seen from its group.
         domains: by rank of the job; ranks of equal number reach each other's memory by load and store.
         target: with NVSHMEM's device code, if there are several domains.
-        bounded: waits give up after a while and :meth:`check` raises (debug builds).
+        masks: of an attention, the kinds of mask (launch.py's mask_kind) that its calls bring. Kernels, tables and
+            workspace for all of them are made here, and nothing in a call.
+
+    Attributes:
+        members: ranks of the job that the schedule is of, by rank of its mesh.
     """
 
     def __init__(
@@ -34,22 +38,22 @@ class KernelEngine:
         job_rank: int,
         target: KernelTarget,
         domains: Sequence[int],
-        bounded: bool = False,
+        masks: Iterable[tuple[str, bool]] = (("none", True),),
     ) -> None:
-        self._schedule, self._target, self._bounded = schedule, target, bounded
-        self._rank, self._members = schedule.members(job_rank)
-        self._domains = tuple(domains[member] for member in self._members)
+        self._schedule, self._target = schedule, target
+        self._rank, self.members = schedule.members(job_rank)
+        self._domains = tuple(domains[member] for member in self.members)
         self._attention: dict[tuple[str, bool], AttendKernel] = {}
         self._transfer: TransferKernels | None = None
         if isinstance(schedule, AttentionSchedule):
-            self._bank_bytes = make_tables(schedule, self._rank, 64, self._domains).bank_bytes
+            for kind in dict.fromkeys(masks):
+                self._attention[kind] = AttendKernel(schedule, self._rank, target, self._domains, kind)
+            self._bank_bytes = self._any.tables.bank_bytes
         else:
             assert isinstance(schedule, ExchangeSchedule)
-            self._transfer = TransferKernels(schedule, self._rank, target, self._domains, bounded)
+            self._transfer = TransferKernels(schedule, self._rank, target, self._domains)
             self._bank_bytes = self._transfer.bank_bytes
-        receivers = sorted({self._members[dst] for dst in self._receivers()})
-        self._whole: torch.Tensor | None = None
-        self._cut = torch.empty(0)
+        receivers = sorted({self.members[dst] for dst in self._receivers()})
         self._receivers_table = torch.tensor(receivers, dtype=torch.int64, device=target.device)
 
     def _receivers(self) -> set[int]:
@@ -69,16 +73,12 @@ class KernelEngine:
         return self._bank_bytes
 
     def view(self, table: torch.Tensor, place: torch.Tensor) -> HeapView:
-        """The heap of the mesh's ranks; ``table`` is the job's."""
-        if self._members != tuple(range(len(table))):
-            if table is not self._whole:  # a new heap
-                self._whole, self._cut = table, table[list(self._members)].contiguous()
-            table = self._cut
+        """What a call of the site sees of the heaps of its ranks, whose ``table`` it is given."""
         return HeapView(table, place, self._receivers_table)
 
     def put(self, name: str, tensor: torch.Tensor, view: HeapView) -> None:
         """Send "q", "k" or "v"."""
-        self._kernel(("none", True)).put(name, tensor, view)
+        self._any.put(name, tensor, view)
 
     def start(self, tensor: torch.Tensor, view: HeapView) -> torch.Tensor:
         """The start of an exchange; what its end needs of this rank's own shard."""
@@ -87,7 +87,7 @@ class KernelEngine:
 
     def put_fused(self, name: str, rows: RowProgram, sources: Sequence[torch.Tensor], view: HeapView) -> None:
         """Send "q", "k" or "v" as a row program makes it from its sources."""
-        self._kernel(("none", True)).put_fused(name, rows, sources, view)
+        self._any.put_fused(name, rows, sources, view)
 
     def attend(self, mask: torch.Tensor | None, view: HeapView) -> torch.Tensor:
         """Attend and push; the outputs [B, H, Lq, E] of this rank's queries, its own heads filled in."""
@@ -95,33 +95,23 @@ class KernelEngine:
         rows = sum(length for _, length in site.q_positions[self._rank])
         # Zeros: queries that no key is there for are not computed.
         out = torch.zeros(site.batch, site.heads, rows, site.v_head_dim, dtype=site.dtype, device=self._target.device)
-        self._kernel(mask_kind(mask)).run(out, view, mask=mask)
+        self._attention[mask_kind(mask)].run(out, view, mask=mask)
         return out
 
     def collect(self, out: torch.Tensor, view: HeapView) -> None:
         """Fill in the other ranks' heads as they come home."""
-        self._kernel(("none", True)).collect(out, view)
+        self._any.collect(out, view)
 
     def receive(self, out: torch.Tensor, own: torch.Tensor, view: HeapView) -> None:
         """The end of an exchange, with what its start returned."""
         assert self._transfer is not None
         self._transfer.receive(out, own, view)
 
-    def check(self) -> None:
-        """Raise what a debug build's waits reported; synchronises with the device.
+    def gave_up(self, slot: int, wanted: int, seen: int, limit_s: float) -> StreamFusionError:
+        """The error for a wait of one of these kernels that gave up; see launch.py."""
+        return gave_up(self._schedule, self._rank, slot, wanted, seen, limit_s)
 
-        Raises:
-            RuntimeTimeoutError: a wait gave up.
-        """
-        for kernel in self._attention.values():
-            kernel.check()
-        if self._transfer is not None:
-            self._transfer.check()
-
-    def _kernel(self, kind: tuple[str, bool]) -> AttendKernel:
-        if kind not in self._attention:
-            assert isinstance(self._schedule, AttentionSchedule)
-            self._attention[kind] = AttendKernel(
-                self._schedule, self._rank, self._target, self._domains, kind, bounded=self._bounded
-            )
-        return self._attention[kind]
+    @property
+    def _any(self) -> AttendKernel:
+        """Puts and collects are the same whatever the mask."""
+        return next(iter(self._attention.values()))

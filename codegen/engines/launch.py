@@ -30,7 +30,7 @@ class HeapView:
     Attributes:
         heaps: int64 [ranks of the mesh, 2]: address of each segment in this process (0: out of reach), and NVSHMEM's
             number of the rank.
-        place: int64 [9], see PLACE in codegen/kernels/text.py.
+        place: int64 [12], see PLACE in runtime/wires/symmetric_heap.py.
         receivers: int64, ranks of the job that must have given credit before a put.
     """
 
@@ -85,7 +85,7 @@ class AttendKernel:
 
     def _move_spec(self, width: int, tensor: str) -> MoveSpec:
         written = self.site.written(tensor)
-        return MoveSpec(self.spec.dtype, width, self.spec.reach, self.spec.bounded, written=written)
+        return MoveSpec(self.spec.dtype, width, self.spec.reach, written=written)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Tables and workspace on the device."""
@@ -101,7 +101,6 @@ class AttendKernel:
             "state": torch.empty(state, dtype=torch.float32, device=device),
             "slots": arrived_slots(self.schedule, self.rank, device),
             "counters": torch.zeros(max(len(self.schedule.slots), 1), dtype=torch.int32, device=device),
-            "report": torch.zeros(4, dtype=torch.int64, device=device),
         }
 
     @property
@@ -212,14 +211,6 @@ class AttendKernel:
         """The same by name, and some more."""
         return self._common(heap) | self.scalars | _strided("out", out) | {"lse_ptr": lse} | mask_arguments(mask)
 
-    def check(self) -> None:
-        """Raise what a debug build reported; synchronises with the device.
-
-        Raises:
-            RuntimeTimeoutError: a wait gave up.
-        """
-        raise_report(self.schedule, self.rank, self.fixed["report"], self.fixed["counters"])
-
 
 def arrived_slots(schedule: Schedule, rank: int, device: torch.device) -> torch.Tensor:
     """Slots of a rank of the mesh that something comes to, int64: chunks without elements are not sent by kernels."""
@@ -228,36 +219,30 @@ def arrived_slots(schedule: Schedule, rank: int, device: torch.device) -> torch.
     return torch.tensor(slots, dtype=torch.int64, device=device)
 
 
-def raise_report(schedule: Schedule, rank: int, report: torch.Tensor, counters: torch.Tensor) -> None:
-    """Raise what a debug build's kernels reported, and make them ready for other launches; see kernels/device.py.
+def gave_up(schedule: Schedule, rank: int, slot: int, wanted: int, seen: int, limit_s: float) -> RuntimeTimeoutError:
+    """The error for a wait that gave up.
 
-    Raises:
-        RuntimeTimeoutError: a wait gave up.
+    Args:
+        rank: of the mesh.
+        slot: of a chunk, whose signal holds the epoch and, below it, the call's tag; below 0 a credit, of rank
+            -1 - slot of the job.
+        wanted, seen: the word that was waited for, and what was there.
+        limit_s: how long it was waited for.
     """
-    failed, slot, epoch, seen = report.tolist()
-    if failed:
-        if slot >= 0:  # a signal: the epoch and, below it, the call's tag
-            epoch, seen = epoch >> TAG_BITS, seen >> TAG_BITS
-        report.zero_()
-        counters.zero_()
-        raise gave_up(schedule, rank, slot, epoch, seen)
-
-
-def gave_up(schedule: Schedule, rank: int, slot: int, epoch: int, seen: int) -> RuntimeTimeoutError:
-    """The error for a wait that a debug build gave up; slots below 0 are credits, of rank -1 - slot of the job."""
+    why = f"a kernel of {schedule.site.name} waited {limit_s:g} s, or was told to stop"
     if slot < 0:
         return RuntimeTimeoutError(
-            f"rank {-1 - slot} has not read epoch {epoch}: a kernel of {schedule.site.name} gave up on its bank",
+            f"rank {-1 - slot} has not read epoch {wanted}: {why}",
             "the receiver is late or dead",
-            "look at the receiver's log",
-            rank=rank, peer=-1 - slot, epoch=epoch, seen_epoch=seen,
+            "look at the receiver's log; raise options={'timeout_s': ...} if it is only slow",
+            rank=rank, peer=-1 - slot, epoch=wanted, seen_epoch=seen,
         )  # fmt: skip
     arrival = next(entry for entry in schedule.program(rank).arrivals if entry.slot == slot)
     return RuntimeTimeoutError(
-        f"{arrival} of {schedule.site.name} did not come: a kernel gave up waiting",
+        f"{arrival} did not come: {why}",
         "the sender is late, dead, or never sends it",
-        "look at the sender's log",
-        rank=rank, peer=arrival.src, slot=slot, epoch=epoch, seen_epoch=seen,
+        "look at the sender's log; raise options={'timeout_s': ...} if it is only slow",
+        rank=rank, peer=arrival.src, slot=slot, epoch=wanted >> TAG_BITS, seen_epoch=seen >> TAG_BITS,
     )  # fmt: skip
 
 

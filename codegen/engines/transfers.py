@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sfcompile.codegen.engines.launch import HeapView, arrived_slots, raise_report
+from sfcompile.codegen.engines.launch import HeapView, arrived_slots
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.kernels.chunk_tables import PackedChunk, make_chunk_tables
 from sfcompile.codegen.kernels.chunks import (
@@ -29,7 +29,6 @@ class TransferKernels:
     Args:
         rank: of the mesh.
         machine_of: machine of each rank of the mesh; None: all on one.
-        bounded: debug build: waits give up and report.
     """
 
     def __init__(
@@ -38,11 +37,10 @@ class TransferKernels:
         rank: int,
         target: KernelTarget,
         machine_of: Sequence[int] | None = None,
-        bounded: bool = False,
     ) -> None:
         self.schedule, self.rank, self.site, self._target = schedule, rank, schedule.site, target
         machines = machine_of or (0,) * schedule.mesh.num_ranks
-        self.spec = ChunkSpec(reach_of(machines), bounded)
+        self.spec = ChunkSpec(reach_of(machines))
         self.tables = make_chunk_tables(schedule, rank, machines)
         self._send = target.load(send_source(self.spec), "send", self.spec.reach)
         self._receive = target.load(receive_source(self.spec), "receive", self.spec.reach)
@@ -52,7 +50,6 @@ class TransferKernels:
             "receives_ptr": torch.from_numpy(self.tables.receives).to(device),
             "slots_ptr": arrived_slots(schedule, rank, device),
             "counters_ptr": torch.zeros(max(len(schedule.slots), 1), dtype=torch.int32, device=device),
-            "report_ptr": torch.zeros(4, dtype=torch.int64, device=device),
         }
 
     @property
@@ -84,14 +81,6 @@ class TransferKernels:
         place_chunk(self.site, out, own, self.rank, self.rank)
         for chunk in self.tables.incoming:
             place_chunk(self.site, out, _view(buffer, chunk, out.dtype), chunk.rank, self.rank)
-
-    def check(self) -> None:
-        """Raise what a debug build reported; synchronises with the device.
-
-        Raises:
-            RuntimeTimeoutError: a wait gave up.
-        """
-        raise_report(self.schedule, self.rank, self._fixed["report_ptr"], self._fixed["counters_ptr"])
 
     def _launch(self, name: str, kernel: Any, buffer: torch.Tensor, heap: HeapView) -> None:
         values: Mapping[str, Any] = {

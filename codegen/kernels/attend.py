@@ -28,8 +28,8 @@ from sfcompile.runtime.program.formats import SAME
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 VIRTUAL_ROW = (
-    "out", "state", "counters", "units", "queries", "keys", "forwards", "q_positions", "k_positions", "lse",
-    "report", "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
+    "out", "place", "state", "counters", "units", "queries", "keys", "forwards", "q_positions", "k_positions", "lse",
+    "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
 )  # fmt: skip
 """Arguments that differ between virtual ranks, as int64."""
 _INTEGERS = (
@@ -51,7 +51,6 @@ def attend_arguments(spec: KernelSpec) -> tuple[str, ...]:
     names += ["heaps_ptr", "place_ptr", "units_ptr", "queries_ptr", "keys_ptr"]
     names += ["forwards_ptr"] if spec.forwards else []
     names += ["counters_ptr"] if spec.forwards or spec.pushes else []
-    names += ["report_ptr"] if spec.bounded else []
     names += ["virtual_ptr"] if spec.virtual > 1 else []
     return (*names, *_INTEGERS)
 
@@ -62,13 +61,14 @@ def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
     Args:
         notes: lines for the docstring, for example the schedule as text.
     """
-    out = KernelText(spec.reach, spec.bounded)
+    out = KernelText(spec.reach)
     out(wrapped("@triton.jit(do_not_specialize=[", [f'"{name}"' for name in _INTEGERS], "])"))
     with out.block(wrapped(f"def {entry_name('attend', spec.reach)}(", attend_arguments(spec), "):")):
         out("program = tl.program_id(0)", "programs = tl.num_programs(0)")
         if spec.virtual > 1:
             _virtual(out, spec)
         out(*prologue())
+        out.stop_if_broken("num_units", *(["num_forwards"] if spec.forwards else []))
         if spec.forwards:
             with out.block("if program < COPY_PROGRAMS:"):
                 _forward(out)
@@ -141,7 +141,8 @@ def _forward(out: KernelText) -> None:
             f"raise_signal(to + {signal_at}, signal)",
         ]
         # Far away it goes straight from where it arrived: no staging.
-        out.fork(near, put_signal("dst", "bank + at", "bank_at + to_at", "nbytes", signal_at, "signal"))
+        with out.block("if unbroken(place_ptr) != 0:"):
+            out.fork(near, put_signal("dst", "bank + at", "bank_at + to_at", "nbytes", signal_at, "signal"))
         out("hop += COPY_PROGRAMS")
 
 

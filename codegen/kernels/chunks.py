@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sfcompile.codegen.kernels.reach import KernelText, put_signal
-from sfcompile.codegen.kernels.text import PLACE, columns, heap_of, line_of, module
+from sfcompile.codegen.kernels.text import columns, heap_of, line_of, module
+from sfcompile.runtime.wires.symmetric_heap import PLACE
 
 SEND = ("dst", "slot", "from_at", "to_at", "nbytes", "net", "staging")
 RECEIVE = ("slot", "at", "to_at", "nbytes")
@@ -19,24 +20,22 @@ class ChunkSpec:
     """What the kernels of this file are specialised to; see KernelSpec."""
 
     reach: str = "peer"
-    bounded: bool = False
 
 
 def chunk_arguments(name: str, spec: ChunkSpec) -> tuple[str, ...]:
     """Arguments of "send", "receive" or "release", in order."""
-    names: tuple[str, ...] = {
+    return {
         "send": ("x_ptr", "heaps_ptr", "place_ptr", "sends_ptr", "receivers_ptr", "counters_ptr", "rank",
                  "num_puts", "num_receivers"),
         "receive": ("x_ptr", "heaps_ptr", "place_ptr", "receives_ptr", "slots_ptr", "rank", "num_collects",
                     "num_slots"),
         "release": ("heaps_ptr", "place_ptr", "rank", "num_ranks"),
     }[name]  # fmt: skip
-    return (*names, "report_ptr") if spec.bounded and name != "release" else names
 
 
 def send_source(spec: ChunkSpec) -> str:
     """The module of ``send``: chunks of a local buffer go into the slots of other ranks, each with its signal."""
-    out = KernelText(spec.reach, spec.bounded)
+    out = KernelText(spec.reach)
     with out.kernel("send", chunk_arguments("send", spec)):
         out.wait_for_credits()
         out("x = x_ptr.to(tl.int64)", "p = 0")
@@ -52,7 +51,7 @@ def send_source(spec: ChunkSpec) -> str:
 
 def receive_source(spec: ChunkSpec) -> str:
     """The module of ``receive``: wait for each chunk and copy it into a local buffer, which no bank's turn moves."""
-    out = KernelText(spec.reach, spec.bounded)
+    out = KernelText(spec.reach)
     with out.kernel("receive", chunk_arguments("receive", spec)):
         out("x = x_ptr.to(tl.int64)", "c = 0")
         with out.block("while c < num_collects:"):

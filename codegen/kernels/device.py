@@ -10,18 +10,29 @@ scope. The chain that makes a put visible (``sender`` may be many programs of on
 
 The last program's add reads what the others' adds wrote, so their stores happen before its release; an acquire that
 reads the released epoch therefore sees them all (PTX memory model: causality order is transitive over scopes that
-include both sides).
+include both sides). What a network card wrote is ordered by the same acquire: NVSHMEM's own wait (3.4.5) is a bare
+volatile loop, after which loads of the chunk might still be served from before.
+
+A wait ends when its time is up, or when the host says so. Then the program goes on with what is there, so that the
+kernel ends, and *nothing of it may leave this rank*: ``gave_up``, which is never taken back, is looked at before each
+signal is raised. A program gives up before it counts itself at the arrival counter, and the last one looks after its
+own count; so it sees that any of them has. The host reads the status at the end of the call.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
 TAG_BITS = tl.constexpr(24)
 SIGNAL_SET = tl.constexpr(9)
-CMP_GE = tl.constexpr(5)
-SPINS = tl.constexpr(1 << 26)
+LOOK_EVERY = tl.constexpr(256)
+STATUS = tl.constexpr(8)
+ABORT = tl.constexpr(9)
+LIMIT_NS = tl.constexpr(10)
+SITE = tl.constexpr(11)
+GAVE_UP = tl.constexpr(8)
 
 
 @triton.jit
@@ -31,33 +42,45 @@ def word(address: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def wait_word(address: tl.tensor, value: tl.tensor) -> None:
-    """Spin until the word holds a value or a greater one; add-0 with acquire is Triton's portable load-acquire."""
-    seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
-    while seen < value:
-        seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
+def unbroken(place_ptr: tl.tensor) -> tl.tensor:
+    """1 while no wait of this rank has given up, else 0; the same for every thread of the program.
+
+    An atomic: one thread looks and tells the others, who might see it change at different times.
+    """
+    gave_up = word(tl.load(place_ptr + STATUS) + GAVE_UP)
+    return (tl.atomic_or(gave_up, 0, sem="relaxed", scope="gpu") == 0).to(tl.int32)
 
 
 @triton.jit
-def wait_word_bounded(address: tl.tensor, value: tl.tensor, report_ptr: tl.tensor, slot: tl.tensor) -> None:
-    """:func:`wait_word` of debug builds: after SPINS polls the first program to give up writes what it waited for.
+def wait_word(address: tl.tensor, value: tl.tensor, place_ptr: tl.tensor, slot: tl.tensor) -> None:
+    """Spin until the word holds a value or a greater one; add-0 with acquire is Triton's portable load-acquire.
 
-    ``report_ptr`` holds [given up, slot, value, value seen]. Whoever sees that one gave up gives up too, so the kernel
-    ends and the host raises.
+    Every so many polls one thread looks at the clock and at the host's abort word (in the host's memory: a look costs
+    a microsecond or two). Who gives up first writes down what it waited for: [1, site, slot, value, seen] after the
+    first word of the status.
     """
     seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
-    spins = 0
-    while (seen < value) & (spins < SPINS):
-        seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
-        spins += 1
-        if spins % 4096 == 0:
-            if tl.atomic_add(report_ptr, 0, sem="relaxed", scope="gpu") != 0:
-                spins = SPINS
     if seen < value:
-        if tl.atomic_add(report_ptr, 1, sem="relaxed", scope="gpu") == 0:
-            tl.store(report_ptr + 1, slot.to(tl.int64))
-            tl.store(report_ptr + 2, value)
-            tl.store(report_ptr + 3, seen)
+        status = tl.load(place_ptr + STATUS)
+        abort = word(tl.load(place_ptr + ABORT))
+        until = globaltimer() + tl.load(place_ptr + LIMIT_NS)
+        going = unbroken(place_ptr)
+        spins = 0
+        while (seen < value) & (going != 0):
+            seen = tl.atomic_add(word(address), 0, sem="acquire", scope="sys")
+            spins += 1
+            if spins % LOOK_EVERY == 0:
+                # Threads may differ in what they see here; the atomic takes one thread's word for all.
+                stop = ((tl.load(abort, volatile=True) != 0) | (globaltimer() >= until)).to(tl.int64)
+                before = tl.atomic_or(word(status + GAVE_UP), stop, sem="relaxed", scope="gpu")
+                going = (before == 0).to(tl.int32)
+        if seen < value:
+            if tl.atomic_add(word(status + GAVE_UP), 2, sem="relaxed", scope="gpu") < 2:
+                report = word(status + GAVE_UP)
+                tl.store(report + 1, tl.load(place_ptr + SITE))
+                tl.store(report + 2, slot.to(tl.int64))
+                tl.store(report + 3, value)
+                tl.store(report + 4, seen)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ class MoveSpec:
     Attributes:
         dtype: "fp32", "fp16" or "bf16".
         width: elements of a row, 1 to 256.
-        reach, bounded: as in KernelSpec.
+        reach: as in KernelSpec.
         lines: rows that a program copies at a time; 0: as many as registers allow without spilling.
         written: how rows travel (runtime/program/formats.py).
     """
@@ -37,7 +37,6 @@ class MoveSpec:
     dtype: str
     width: int
     reach: str = "peer"
-    bounded: bool = False
     lines: int = 0
     written: str = SAME
 
@@ -59,7 +58,7 @@ def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
     Args:
         rows: compute the tensor's rows from these sources instead of reading them (codegen/rows/rows.py).
     """
-    out = KernelText(spec.reach, spec.bounded)
+    out = KernelText(spec.reach)
     with out.kernel("put", move_arguments("put", spec, rows)):
         out.wait_for_credits()
         out("p = 0")
@@ -80,7 +79,7 @@ def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
 
 def collect_source(spec: MoveSpec) -> str:
     """The module of ``collect``: wait for each output that comes home and copy it to its heads and rows."""
-    out = KernelText(spec.reach, spec.bounded)
+    out = KernelText(spec.reach)
     with out.kernel("collect", move_arguments("collect", spec)):
         out("c = 0")
         with out.block("while c < num_collects:"):
@@ -99,7 +98,7 @@ def move_arguments(name: str, spec: MoveSpec, rows: RowProgram | None = None) ->
     names = {"put": PUT_ARGUMENTS, "collect": COLLECT_ARGUMENTS}[name]
     if rows is not None:
         names = (*rows.arguments, *(entry for entry in names if not entry.startswith("x_")))
-    return (*names, "report_ptr") if spec.bounded else names
+    return names
 
 
 def _constants(spec: MoveSpec, rows: RowProgram | None = None) -> str:

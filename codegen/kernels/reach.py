@@ -19,7 +19,6 @@ from contextlib import contextmanager
 
 from sfcompile.codegen.kernels.text import (
     HEAP,
-    PLACE,
     TAG_BITS,
     Lines,
     columns,
@@ -28,10 +27,12 @@ from sfcompile.codegen.kernels.text import (
     line_of,
     prologue,
 )
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE
 
 _SCALARS = ("rank", "num_puts", "num_collects", "num_slots", "num_receivers", "num_ranks", "batch", "nbytes")
 """Arguments that no kernel is specialised to: their values change from rank to rank."""
+_COUNTS = ("num_puts", "num_receivers", "num_collects", "num_slots", "num_ranks")
+"""Those that say how much there is to do."""
 
 
 def reach_of(machine_of: Sequence[int]) -> str:
@@ -45,12 +46,11 @@ class KernelText(Lines):
 
     Args:
         reach: "peer", "nvshmem" or "mixed".
-        bounded: debug build: waits give up after a while and report.
     """
 
-    def __init__(self, reach: str, bounded: bool = False) -> None:
+    def __init__(self, reach: str) -> None:
         super().__init__()
-        self.reach, self.bounded = reach, bounded
+        self.reach = reach
 
     @contextmanager
     def kernel(self, name: str, arguments: Sequence[str]) -> Iterator[None]:
@@ -59,7 +59,12 @@ class KernelText(Lines):
         self(f"@triton.jit(do_not_specialize=[{scalars}])")
         with self.block(f"def {entry_name(name, self.reach)}({', '.join(arguments)}):"):
             self("program = tl.program_id(0)", "programs = tl.num_programs(0)", *prologue())
+            self.stop_if_broken(*(name for name in arguments if name in _COUNTS))
             yield
+
+    def stop_if_broken(self, *counts: str) -> None:
+        """Leave nothing to do if a wait of this rank has given up: what would be sent is nothing that anyone wants."""
+        self("going = unbroken(place_ptr)", *(f"{count} *= going" for count in counts))
 
     def read(self, row: str, table: tuple[str, ...]) -> None:
         """Load every column of a table's row into a variable of its name; ``net`` where somebody asks for it."""
@@ -98,7 +103,8 @@ class KernelText(Lines):
         signal_at = f"signals_at + {line_of(slot)}"
         near = f"raise_signal({heap or heap_of('dst')} + {signal_at}, signal)"
         far = put_signal("dst", "bank + staging", f"bank_at + {slot_at}", "nbytes", signal_at, "signal")
-        self.fork([near], far, if_near)
+        with self.block("if unbroken(place_ptr) != 0:"):
+            self.fork([near], far, if_near)
 
     def wait(self, slot: str) -> None:
         """Wait until a slot of this rank is filled, by whatever call: a site's last kernel looks at the tags."""
@@ -112,9 +118,9 @@ class KernelText(Lines):
                 self(f"note_stranger(signals + {line_of('tl.load(slots_ptr + s)')}, signal, status)", "s += 1")
 
     def wait_for_credits(self) -> None:
-        """Wait until the bank is free on every rank of ``receivers_ptr`` (numbers of the job)."""
+        """Wait until the bank is free on every rank of ``receivers_ptr`` (numbers of the job); else put nothing."""
         self(
-            f"before = tl.maximum(epoch - {NUM_BANKS}, 0)  # NVSHMEM compares without a sign",
+            f"before = epoch - {NUM_BANKS}",
             f"credits = heap + tl.load(place_ptr + {PLACE.index('credits_at')})",
             "r = 0",
         )
@@ -122,26 +128,15 @@ class KernelText(Lines):
             self("receiver = tl.load(receivers_ptr + r)", f"credit = credits + {line_of('receiver')}")
             self.wait_word("credit", "before", "-1 - receiver")
             self("r += 1")
+        self.stop_if_broken("num_puts")  # whoever has not given credit still reads the bank
 
     def wait_word(self, address: str, value: str, reported: str) -> None:
-        """Wait until a word of this rank's segment holds a value or a greater one.
-
-        What a peer stored is ordered by the acquire of our own loop, what a network card wrote by NVSHMEM's wait; where
-        both may come, both are done: the second finds the word already there. What gave up must not wait in NVSHMEM.
+        """Wait until a word of this rank's segment holds a value or a greater one, or give up and report.
 
         Args:
-            reported: what a bounded wait that gives up reports: the slot, or -1 - rank for a credit.
+            reported: what a report calls it: the slot, or -1 - rank for a credit.
         """
-        if self.bounded:
-            self(f"wait_word_bounded({address}, {value}, report_ptr, {reported})")
-        elif self.reach != "nvshmem":
-            self(f"wait_word({address}, {value})")
-        theirs = f"signal_wait_until({address}, CMP_GE, {value})"
-        if self.reach != "peer" and self.bounded:
-            with self.block('if tl.atomic_add(report_ptr, 0, sem="relaxed", scope="gpu") == 0:'):
-                self(theirs)
-        elif self.reach != "peer":
-            self(theirs)
+        self(f"wait_word({address}, {value}, place_ptr, {reported})")
 
 
 def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str, value: str) -> list[str]:

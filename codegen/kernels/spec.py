@@ -38,7 +38,6 @@ class KernelSpec:
         tails: how a last block that keys do not fill is done: "none" (there is none), "apart" (after the loop, so that
             full blocks need no masks), "inside" (every block is masked: half the code, fewer registers).
         lse: whether the natural log-sum-exp of the own queries is stored.
-        bounded: debug build: waits give up and report.
         virtual: ranks that share one launch (one GPU, tests); 1 in production.
         block_m, block_n: queries and keys of a tile.
         copy_programs: programs that pass chunks on.
@@ -60,7 +59,6 @@ class KernelSpec:
     carry: bool = True
     tails: str = "apart"
     lse: bool = False
-    bounded: bool = False
     virtual: int = 1
     block_m: int = 64
     block_n: int = 64
@@ -103,7 +101,7 @@ def tiles_for(
 
     Args:
         masked: a whole mask is read, another tile of operands.
-        hard: the kernel does more than attend to peers' chunks (NVSHMEM, positions, grouped heads, bounded waits).
+        hard: the kernel does more than attend to peers' chunks (NVSHMEM, positions, grouped heads).
         coded: chunks that have come are decoded.
     """
     width = max(64, _power_of_two(head_dim), _power_of_two(v_head_dim))
@@ -186,7 +184,7 @@ def spec_of(
         )
     steps = schedule.origin.phases["attend"]
     reach, group = _reach(schedule, machine_of), site.heads // site.kv_heads
-    more = reach != "peer" or group > 1 or site.causal or mask[0] == "key" or bool(changes.get("bounded"))
+    more = reach != "peer" or group > 1 or site.causal or mask[0] == "key"
     wire = _wire(schedule)
     coded = (wire.q, wire.k, wire.v) != (SAME,) * 3
     tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full", more, coded)

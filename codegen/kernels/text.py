@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from functools import cache
 
 from sfcompile.runtime.program.sites import LINE_BYTES
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE
 
 IMPORTS = """import triton
 import triton.language as tl
 """
-CALLS = "from sfcompile.codegen.toolchain.nvshmem_calls import putmem_signal_nbi_block, signal_wait_until\n"
+CALLS = "from sfcompile.codegen.toolchain.nvshmem_calls import putmem_signal_nbi_block\n"
+CLOCK = "from triton.language.extra.cuda import globaltimer\n"
 
 
 class Lines:
@@ -49,13 +50,6 @@ def columns(row: str, names: tuple[str, ...], wanted: dict[str, str], small: boo
     return [f"{variable} = tl.load({row} + {names.index(column)}){cast}" for variable, column in wanted.items()]
 
 
-PLACE = (
-    "epoch", "signal", "banks_at", "bank_bytes", "signals_at", "signals_bytes", "credits_at", "scratch_at", "status",
-)  # fmt: skip
-"""What ``place_ptr`` points to, int64: the epoch of a site's call; what its signals hold (the epoch and, below it, the
-call's tag); where things lie in every rank's segment (runtime/wires/symmetric_heap.py); and the address of the word
-that says that a chunk of another call has come. Epoch and signal are read from memory and are no arguments, so that a
-captured CUDA graph can be replayed: what raises them is part of the graph."""
 TAG_BITS = 24
 """Bits of a signal below the epoch (runtime/wires/transport.py)."""
 HEAP = ("address", "pe", "name")
@@ -147,6 +141,7 @@ def module(title: str, body: str, more: Iterable[str] = ()) -> str:
         more: other lines of the docstring.
     """
     head = inspect.cleandoc(title) + "".join(f"\n{line}" for line in more)
-    calls = CALLS if "putmem_signal_nbi_block" in body or "signal_wait_until" in body else ""
     device = device_functions(body)
+    calls = CLOCK if "globaltimer" in device else ""
+    calls += CALLS if "putmem_signal_nbi_block" in body else ""
     return f'"""{head}\n"""\n\n{IMPORTS}{chr(10) if calls else ""}{calls}\n{device}\n\n{body}'

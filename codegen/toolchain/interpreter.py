@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton._C.libtriton.ir import ATOMIC_OP
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.runtime.jit import JITFunction
 
@@ -36,6 +37,8 @@ def interpreting(poll: Poll) -> Iterator[None]:
 
     def create_atomic_rmw(self: Any, op: Any, pointer: Any, value: Any, *rest: Any) -> Any:
         before = rmw(self, op, pointer, value, *rest)
+        if op == ATOMIC_OP.OR:  # a look at the status, between polls
+            return before
         if value.data.any():
             arrived()
         else:  # an add of 0 is a poll

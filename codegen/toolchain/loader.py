@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ def load_source(
     finally:
         knobs.runtime.interpret = before
     NVSHMEM_KERNELS.update(entry for entry in vars(module) if entry.endswith("_nvshmem"))
+    if interpret and "globaltimer" in vars(module):
+        module.__dict__["globaltimer"] = time.monotonic_ns
     if calls is not None:
         module.__dict__.update(calls)
         return module

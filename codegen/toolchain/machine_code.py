@@ -47,7 +47,7 @@ def disassembly(compiled: CompiledKernel) -> str:
 
 
 _EVENTS = (
-    ("wait", r"CALL\.\S+ \S*nvshmem_signal_wait_until|LDG\.E\.64\.STRONG\.SYS"),
+    ("wait", r"LDG\.E\.64\.STRONG\.SYS"),
     ("put", r"CALL\.\S+ \S*nvshmemx_putmem_signal_nbi_block"),
     ("release", r"ATOMG?\S*\.EXCH\S*\.STRONG\.SYS|\bREDG?\S*\.STRONG\.SYS"),
     ("copy", r"\bLDGSTS|\bUBLKCP|\bUTMALDG"),
@@ -59,7 +59,7 @@ _EVENTS = (
 def order(compiled: CompiledKernel) -> list[tuple[str, int]]:
     """Waits, puts, releases, asynchronous copies and matrix products as they stand in the code, runs counted.
 
-    NVSHMEM's waits and puts are calls in an unlinked kernel; linking dissolves them.
+    NVSHMEM's puts are calls in an unlinked kernel; linking dissolves them.
     """
     events: list[tuple[str, int]] = []
     for line in disassembly(compiled).splitlines():
@@ -79,7 +79,7 @@ def hoisted_loads(compiled: CompiledKernel) -> list[str]:
     would read what has not arrived.
     """
     lines = compiled.ttgir.splitlines()
-    waits = [i for i, line in enumerate(lines) if "nvshmem_signal_wait_until" in line or _is_poll(line)]
+    waits = [i for i, line in enumerate(lines) if _is_poll(line)]
     loads = [i for i, line in enumerate(lines) if _is_tile_load(line)]
     inner = [i for i, line in enumerate(lines) if "scf.for" in line and any(i < at < _end(lines, i) for at in loads)]
     if not waits:

@@ -21,7 +21,6 @@ SYMBOLS = {
         (_I64, _I64, _I64, _I64, _U64, _I32, _I32),
         _I32,
     ),
-    "signal_wait_until": ("nvshmem_signal_wait_until", (_I64, _I32, _U64), _I64),
 }
 """Name in generated source -> symbol of the device library, argument types, result (void is declared as int32)."""
 
@@ -39,8 +38,6 @@ def _declare(symbol: str, arguments: Sequence[Any], result: Any) -> Any:
 
 putmem_signal_nbi_block = _declare(*SYMBOLS["putmem_signal_nbi_block"])
 """``(dst, src, nbytes, signal, value, op, pe)``: every thread of the program calls it; addresses are this PE's own."""
-signal_wait_until = _declare(*SYMBOLS["signal_wait_until"])
-"""``(signal, comparison, value)``."""
 
 
 class Emulated:
@@ -48,12 +45,10 @@ class Emulated:
 
     Args:
         address_of: ``(own symmetric address, pe)`` -> address of the same place in that PE's heap.
-        poll: called while waiting, with the signal's address; raises to give up.
     """
 
-    def __init__(self, address_of: Callable[[int, int], int], poll: Callable[[], None]) -> None:
+    def __init__(self, address_of: Callable[[int, int], int]) -> None:
         self._address_of = address_of
-        self._poll = poll
 
     def putmem_signal_nbi_block(
         self, dst: Any, src: Any, nbytes: Any, signal: Any, value: Any, op: Any, pe: Any
@@ -63,13 +58,6 @@ class Emulated:
             raise ValueError(f"signal operation {op} is not NVSHMEM_SIGNAL_SET")
         ctypes.memmove(self._address_of(dst, pe), src, nbytes)
         ctypes.c_int64.from_address(self._address_of(signal, pe)).value = value  # x86 keeps the order of stores
-
-    def signal_wait_until(self, signal: Any, comparison: Any, value: Any) -> None:
-        signal, comparison, value = map(_int, (signal, comparison, value))
-        if comparison != 5:
-            raise ValueError(f"comparison {comparison} is not NVSHMEM_CMP_GE")
-        while ctypes.c_uint64.from_address(signal).value < value % 2**64:
-            self._poll()
 
     def names(self) -> dict[str, Callable[..., None]]:
         """What to put into a generated module's globals."""

@@ -13,14 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sfcompile.errors import StreamFusionError
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.program.phases import EXCHANGE_START
 from sfcompile.runtime.rank.executor import BankView
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize, bank_of
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE, HeapSize, bank_of
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class DeviceHeap(Protocol):
@@ -52,8 +59,12 @@ class DeviceEngine(Protocol):
     def bank_bytes(self) -> int:
         """Bytes of a bank: the schedule's slots and what the kernels keep beside them."""
 
+    @property
+    def members(self) -> Sequence[int]:
+        """Ranks of the job that the site is of, in the order of its mesh."""
+
     def view(self, table: torch.Tensor, place: torch.Tensor) -> Any:
-        """The heap of the site's ranks, for one call: what the methods below are given."""
+        """What the methods below are given for one call; ``table`` has the heaps of ``members``."""
 
     def put(self, name: str, tensor: torch.Tensor, view: Any) -> None:
         """Send "q", "k" or "v"."""
@@ -73,8 +84,8 @@ class DeviceEngine(Protocol):
     def receive(self, out: torch.Tensor, own: torch.Tensor, view: Any) -> None:
         """The end of an exchange, with what its start returned."""
 
-    def check(self) -> None:
-        """Raise what a debug build's waits reported."""
+    def gave_up(self, slot: int, wanted: int, seen: int, limit_s: float) -> StreamFusionError:
+        """The error for a wait of its kernels that gave up."""
 
 
 class Release(Protocol):
@@ -84,33 +95,67 @@ class Release(Protocol):
         """Every rank may overwrite the bank of the epoch in ``place`` and of those before."""
 
 
+class _SitePlaces(NamedTuple):
+    """What an engine's calls read on the device: the heaps of its ranks, and by bank a place (PLACE)."""
+
+    table: torch.Tensor
+    places: list[torch.Tensor]
+
+
 class DeviceRuns:
-    """The open calls of one rank, the device's epoch counter, and the stream of the puts.
+    """The open calls of one rank on one heap, the device's epoch counter, and the stream of the puts.
+
+    Whatever a call needs on the device is made by :meth:`prepare`. A call allocates nothing that outlives it: a graph
+    of CUDA calls that the compiler captures may not.
 
     Args:
-        status: on the device, int64 [1]: where kernels note that a chunk of another call has come.
         opened: epochs that were opened before (on an older heap).
+
+    Attributes:
+        captured: whether some call was captured in a CUDA graph, whose replays go on reading this heap.
     """
 
     def __init__(
-        self, heap: DeviceHeap, release: Release, device: torch.device, status: torch.Tensor, opened: int = 0
+        self, heap: DeviceHeap, release: Release, device: torch.device, status: DeviceStatus, opened: int = 0
     ) -> None:
         self._heap, self._release, self._device, self._status = heap, release, device, status
         self._tag = 0
+        self.captured = False
         # The epoch, and what its signals hold; an epoch on, both grow.
         self._counter = torch.tensor([opened, word_of(opened, 0)], dtype=torch.int64, device=device)
         self._step = torch.tensor([1, 1 << TAG_BITS], dtype=torch.int64, device=device)
-        row = heap.size.place(opened, word_of(opened, 0), status.data_ptr())
-        # Two calls may be open: each reads its epoch from a place of its own.
-        self._places = [torch.tensor(row, dtype=torch.int64, device=device) for _ in range(NUM_BANKS)]
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._prepared: dict[DeviceEngine, _SitePlaces] = {}
+        # By bank, the place of the call that used it last: two calls may be open.
+        self._places: list[torch.Tensor | None] = [None] * NUM_BANKS
+        # Puts come first where both streams have work: peers wait for what they send.
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def prepare(self, engine: DeviceEngine) -> None:
+        """Make what calls of an engine's sites need on the device."""
+        if engine in self._prepared:
+            return
+        row = self._heap.size.place(0, 0, self._status.watched, self._status.number_of(engine))
+        places = [torch.tensor(row, dtype=torch.int64, device=self._device) for _ in range(NUM_BANKS)]
+        table, members = self._heap.table, list(engine.members)
+        if members != list(range(len(table))):
+            table = table[members].contiguous()
+        self._prepared[engine] = _SitePlaces(table, places)
+
+    def limit_waits(self) -> None:
+        """Give every place the limit that the status has now; graphs that were captured read it there too."""
+        at = PLACE.index("limit_ns")
+        for prepared in self._prepared.values():
+            for place in prepared.places:
+                place[at : at + 1].fill_(self._status.watched.limit_ns)
 
     def open(self, engine: DeviceEngine, epoch: int) -> DeviceRun:
         """Begin a call; ``epoch`` is the host's count, which tells the two open calls apart."""
+        self.captured |= is_capturing(self._device)
         self._counter.add_(self._step)
-        place = self._places[bank_of(epoch)]
+        table, places = self._prepared[engine]
+        place = self._places[bank_of(epoch)] = places[bank_of(epoch)]
         place[:2].copy_(self._counter)
-        return DeviceRun(self, engine, epoch, engine.view(self._heap.table, place))
+        return DeviceRun(self, engine, epoch, engine.view(table, place))
 
     def host_bank(self, epoch: int) -> BankView:
         """Begin a call whose epoch the host bakes in (transport.py): both counts go on together."""
@@ -125,7 +170,9 @@ class DeviceRuns:
 
     def finish(self, epoch: int) -> None:
         """Everything up to the host's ``epoch`` has been read, as far as the main stream goes."""
-        self._release.run(self._heap.table, self._places[bank_of(epoch)])
+        place = self._places[bank_of(epoch)]
+        assert place is not None, "the epoch was opened here"
+        self._release.run(self._heap.table, place)
 
     @contextmanager
     def side(self) -> Iterator[None]:

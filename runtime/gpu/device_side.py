@@ -9,13 +9,12 @@ import torch
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.device_run import DeviceEngine, DeviceRuns, Release
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap, Share
-from sfcompile.runtime.gpu.tags import TagStatus
+from sfcompile.runtime.gpu.status import DeviceStatus, Watchdog
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
 from sfcompile.runtime.rank.sides import RunningSite, aligned, bank_room, run_on_host
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
-from sfcompile.runtime.wires.transport import notice_of
 
 MakeRelease = Callable[[Sequence[int]], Release]
 """The credit kernel for ranks of some domains (codegen makes it)."""
@@ -29,6 +28,8 @@ class NvshmemSide:
 
     Args:
         share: all-gather of Python values between the ranks.
+        timeout_s: how long a wait may last.
+        trouble: what is known of other ranks' failures; asked by a thread.
         leave: called before NVSHMEM is left, with whether something failed (codegen/toolchain/device_state.py).
 
     Attributes:
@@ -41,6 +42,8 @@ class NvshmemSide:
         topology: Topology,
         share: Share,
         make_release: MakeRelease,
+        timeout_s: float,
+        trouble: Callable[[], str | None],
         leave: Callable[[bool], object],
     ) -> None:
         self._nvshmem, self._topology, self._share, self._make_release = nvshmem, topology, share, make_release
@@ -48,7 +51,9 @@ class NvshmemSide:
         self._heap: NvshmemHeap | None = None
         self._runs: DeviceRuns | None = None
         self._transport: NvshmemTransport | None = None
-        self._status = TagStatus(nvshmem.rank, nvshmem.device)
+        self._kept: list[tuple[NvshmemHeap, DeviceRuns]] = []  # outgrown, and read by graphs that were captured
+        self._status = DeviceStatus(nvshmem.rank, nvshmem.device, timeout_s)
+        self._watchdog = Watchdog(self._status, trouble)
         probe = NvshmemHeap(nvshmem, HeapSize(1, 64), topology.machine_of, share)
         self.domains: Sequence[int] = probe.domains
         probe.close()
@@ -70,16 +75,29 @@ class NvshmemSide:
         return bank_room(schedules, engines).grown(HeapSize(0, max(packed, default=0), self._nvshmem.num_ranks))
 
     def make_heap(self, size: HeapSize, epoch: int) -> None:
-        """Collective: a new heap in place of the old one, whose calls have ended on every rank's stream."""
-        if self._heap is not None:
+        """Collective: a new heap in place of the old one, whose calls have ended on every rank's stream.
+
+        Where some rank has captured calls in a CUDA graph, the old heap stays beside the new one, for all ranks:
+        replays count epochs of their own there, and give each other credit for them.
+        """
+        if self._heap is not None and self._runs is not None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self._share(None, "leave the old heap")
-            self._heap.close()
+            if any(self._share(self._runs.captured, "leave the old heap")):
+                self._kept.append((self._heap, self._runs))
+            else:
+                self._heap.close()
         self._heap = NvshmemHeap(self._nvshmem, size, self._topology.machine_of, self._share)
         self._credit(self._heap, epoch)
-        self._runs = DeviceRuns(self._heap, self._make_release(self.domains), self.device, self._status.word, epoch)
-        self._transport = NvshmemTransport(self._nvshmem, self._heap, size.bank_bytes // 2, self._status.word)
+        self._runs = DeviceRuns(self._heap, self._make_release(self.domains), self.device, self._status, epoch)
+        self._transport = NvshmemTransport(self._nvshmem, self._heap, size.bank_bytes // 2, self._status.words)
+
+    def prepare(self, engines: Sequence[DeviceEngine | None]) -> None:
+        """Calls of these sites will find all that they need on the device."""
+        assert self._runs is not None
+        for engine in engines:
+            if engine is not None:
+                self._runs.prepare(engine)
 
     def _credit(self, heap: NvshmemHeap, epoch: int) -> None:
         """Nothing of older epochs lies in a new heap: every rank starts with credit for them from all."""
@@ -97,11 +115,13 @@ class NvshmemSide:
 
     def begin(self, tag: int) -> None:
         """Signals hold it from now on."""
+        for _, runs in self._kept:
+            runs.begin(tag)
         if self._runs is not None:
             self._runs.begin(tag)
 
     def end(self) -> None:
-        """See :class:`TagStatus`."""
+        """See :class:`DeviceStatus`."""
         self._status.end_call()
 
     def restart(self, epoch: int, life: int) -> None:
@@ -117,23 +137,29 @@ class NvshmemSide:
             rank=self._nvshmem.rank,
         )
 
-    def rewire(self) -> None:
-        """Nothing here depends on the world's options."""
+    def rewire(self, timeout_s: float) -> None:
+        """Waits last as long as the options now say."""
+        self._status.limit_s = timeout_s
+        for runs in (*(runs for _, runs in self._kept), *([] if self._runs is None else [self._runs])):
+            runs.limit_waits()
 
     def notice(self) -> str | None:
-        """That a chunk of another call came, as soon as the host knows; kernels in flight tell nothing else."""
-        error = self._status.error()
-        return None if error is None else notice_of(self._nvshmem.rank, error)
+        """What the host has learnt of waits in vain, of chunks of another call, and of ranks that failed."""
+        return self._status.notice()
 
     def abort(self, notice: str) -> None:
-        """Kernels in flight cannot be told; the job's store tells the hosts (runtime/rank/process_group.py)."""
+        """This rank's own kernels stop waiting; the job's store tells the other hosts, whose watchdogs look there."""
+        self._status.stop(notice)
 
     def close(self, failed: bool) -> None:
         """Leave NVSHMEM. After a failure nothing collective is tried: kernels may wait for ranks that are gone."""
+        self._watchdog.close()
         self._runs = self._transport = None
         self._leave(failed)
         if failed:
             return
+        while self._kept:
+            self._kept.pop()[0].close()
         if self._heap is not None:
             self._heap.close()
             self._heap = None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from sfcompile.errors import HeapError, InternalError, UnsupportedError
-from sfcompile.runtime.gpu.tags import TagStatus
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
 from sfcompile.runtime.rank.sides import RunningSite, SiteEngine, bank_room, run_on_host
@@ -47,7 +47,7 @@ class MessageSide:
     """
 
     def __init__(
-        self, rank: int, topology: Topology, device: torch.device, status: TagStatus, messages: MessageTransport
+        self, rank: int, topology: Topology, device: torch.device, status: DeviceStatus, messages: MessageTransport
     ) -> None:
         self._rank, self._topology, self._device = rank, topology, device
         self._status, self._messages = status, messages
@@ -90,11 +90,14 @@ class MessageSide:
             ) from error
         self._size = size
 
+    def prepare(self, engines: Sequence[SiteEngine | None]) -> None:
+        """No engine runs here."""
+
     def begin(self, tag: int) -> None:
         """Every site is told when it is opened."""
 
     def end(self) -> None:
-        """See :class:`TagStatus`."""
+        """See :class:`DeviceStatus`."""
         self._status.end_call()
 
     def open(self, call: SiteCall, engine: SiteEngine | None) -> RunningSite:
@@ -132,7 +135,7 @@ class MessageSide:
             rank=self._rank,
         )
 
-    def rewire(self) -> None:
+    def rewire(self, timeout_s: float) -> None:
         """The limit of NCCL's waits is its group's, set when the session began."""
 
     def notice(self) -> str | None:

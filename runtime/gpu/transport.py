@@ -31,11 +31,11 @@ class NvshmemTransport:
     Args:
         heap: its banks hold a second copy of every slot, where chunks are packed before they leave.
         staging_at: bytes from a bank's start to that copy.
-        status: on the device, int64 [1]: where it is noted that a chunk of another call has come.
+        status: on the device; its first word notes that a chunk of another call has come.
     """
 
     def __init__(self, nvshmem: Nvshmem, heap: NvshmemHeap, staging_at: int, status: torch.Tensor) -> None:
-        self._nvshmem, self._heap, self._staging_at, self._status = nvshmem, heap, staging_at, status
+        self._nvshmem, self._heap, self._staging_at, self._status = nvshmem, heap, staging_at, status[:1]
         self._tags = [0] * NUM_BANKS
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:

@@ -69,6 +69,9 @@ class CpuSide:
         self._access.clear()
         self._segments, self._wires = segments, wires
 
+    def prepare(self, engines: Sequence[Engine | None]) -> None:
+        """Engines make what they need when they are called."""
+
     def begin(self, tag: int) -> None:
         """Every site is told when it is opened."""
 
@@ -106,8 +109,8 @@ class CpuSide:
         if self._size is not None:
             self._make_heap(self._size, epoch)
 
-    def rewire(self) -> None:
-        """New wires over the same segments."""
+    def rewire(self, timeout_s: float) -> None:
+        """New wires over the same segments; the world gives them its longest wait."""
         if self._wires is not None:
             self._connect(self._segments)
 

@@ -9,7 +9,7 @@ import torch
 
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.wires.direct import DirectTransport
-from sfcompile.runtime.wires.symmetric_heap import Segment
+from sfcompile.runtime.wires.symmetric_heap import NO_LIMIT_NS, STATUS, Segment, Watched
 
 
 class Engine(Protocol):
@@ -52,15 +52,18 @@ class KernelAccess:
                 "use attention='aten', or ranks of one machine",
             )
         self._members, self._transport = members, transport
-        self._status = torch.zeros(1, dtype=torch.int64)  # of no use here: the executor looks at every tag
+        # Of no use here: the executor looks at every tag, and what watches the polls (watch) ends them.
+        self._status = torch.zeros(len(STATUS) + 1, dtype=torch.int64)
+        address = self._status.data_ptr()
+        self._watched = Watched(address, address + 8 * len(STATUS), NO_LIMIT_NS)
         segment = next(entry for entry in reached if entry is not None)
         self.size = segment.size
         addresses = [entry.address for entry in reached if entry is not None]
         self.heaps = torch.tensor([(address, pe, address) for pe, address in enumerate(addresses)], dtype=torch.int64)
 
     def place(self, epoch: int) -> torch.Tensor:
-        """The epoch, its signal, and where things lie in a segment (PLACE in codegen/kernels/text.py)."""
-        return torch.tensor(self.size.place(epoch, self._transport.word(epoch), self._status.data_ptr()))
+        """The epoch, its signal, and where things lie in a segment (PLACE in runtime/wires/symmetric_heap.py)."""
+        return torch.tensor(self.size.place(epoch, self._transport.word(epoch), self._watched))
 
     def await_banks(self, sends: Sequence[tuple[int, int]], epoch: int) -> None:
         """Wait until every bank that a kernel will write to has been read."""

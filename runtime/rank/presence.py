@@ -59,8 +59,11 @@ class Presence:
         """Say that this rank ends, and why."""
         self._store.set(f"left/{self._rank}", how_it_ended(), limit_s)
 
-    def gone(self, ranks: Sequence[int], limit_s: float) -> tuple[int, str] | None:
+    def gone(self, ranks: Sequence[int], limit_s: float, silence: bool = True) -> tuple[int, str] | None:
         """The first of some ranks that has gone, and how that is known; None: all may still come.
+
+        Args:
+            silence: whether a rank whose heart is not heard counts; nobody who waits for it may only be at rest.
 
         Raises:
             StoreLostError: the store does not answer.
@@ -71,14 +74,16 @@ class Presence:
                 return rank, self._store.get(f"left/{rank}", limit_s) or "its script ended"
         for rank in watched:
             word = self._store.get(f"alive/{rank}", limit_s)
-            if word is not None and (why := self._silent(rank, word)):
+            if word is not None and (why := self._silent(rank, word, silence)):
                 return rank, why
         return None
 
-    def _silent(self, rank: int, word: str) -> str | None:
+    def _silent(self, rank: int, word: str, silence: bool) -> str | None:
         its_home, _, pid = word.rpartition(" ")[0].rpartition(" ")
         if its_home == self._home and pid.isdigit() and not process_lives(int(pid)):
             return f"its process {pid} has gone: killed, or crashed"
+        if not silence:
+            return None
         now = time.monotonic()
         last, since = self._heard.get(rank, ("", now))
         if word != last:

@@ -50,6 +50,9 @@ _SHORT_S = 2.0
 _TOLD = 4
 """Calls of so many other ranks are named when ranks are out of step."""
 
+_NEIGHBOURS = 8
+"""Each rank looks after so many others while its kernels run."""
+
 _NAMED = 8
 """So many ranks of a group are named one by one."""
 
@@ -283,6 +286,21 @@ class ProcessWorld:
             return self._store.get(f"failed/{self.life}", _SHORT_S)
         except StoreLostError:
             return None
+
+    def trouble(self) -> str | None:
+        """A notice, or the first of the ranks after this one that has gone; a store that is lost tells nothing."""
+        count = len(self._members)
+        neighbours = [(self.rank + i) % count for i in range(1, min(count, 1 + _NEIGHBOURS))]
+        try:
+            notice = self._store.get(f"failed/{self.life}", _SHORT_S)
+            # Not by silence: a rank may rest between calls. Whoever waits for one that was cut off has a limit.
+            gone = self._presence.gone(neighbours, _SHORT_S, silence=False) if notice is None else None
+        except StoreLostError:
+            return None
+        if gone is not None:
+            notice = f"rank {gone[0]}: {gone[1]}"
+            self.announce(notice)  # others may not look at that rank
+        return notice
 
     def reset(self, life: int) -> None:
         """Collective: a new life knows no failure notices, and has new connections in place of those that were closed.

@@ -124,7 +124,7 @@ class Session:
             OptionError: another transport.
         """
         if self._world.reconfigure(transport, timeout_s):
-            self._side.rewire()
+            self._side.rewire(timeout_s)
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Collective: what ``make`` returns on rank 0, on every rank. If it fails there, every rank runs it and fails.
@@ -178,10 +178,18 @@ class Session:
             if self._runs:
                 raise InternalError("the heap must grow while a call is under way", "a graph left a site unfinished")
             self._side.make_heap(need if size is None else size.grown(need), self._finished)
+            for other in self._programs.values():
+                self._side.prepare(other.engines)
+        elif schedules:
+            self._side.prepare(loaded.engines)
 
     def forget(self, program: str) -> None:
         """Drop the program that was loaded last, if it is there; the heap keeps its size."""
         self._programs.pop(program, None)
+
+    def trouble(self) -> str | None:
+        """What the other ranks' hosts tell of a failure; any thread may ask."""
+        return self._world.trouble()
 
     @property
     def side(self) -> Side[Any]:

@@ -61,6 +61,9 @@ class World(Protocol):
     def reconfigure(self, transport: str, timeout_s: float) -> bool:
         """Take the options of a later compile; whether the wires must be made anew for them."""
 
+    def trouble(self) -> str | None:
+        """What other ranks' hosts tell of a failure: a notice, or that a process has ended. Any thread may ask."""
+
     def announce(self, text: str) -> None:
         """Leave a failure notice where ranks of every machine find it."""
 
@@ -150,6 +153,9 @@ class Side(Protocol[EngineT]):
     def make_heap(self, size: HeapSize, epoch: int) -> None:
         """Collective: a heap in place of the old one; all calls up to ``epoch`` have ended and no other is open."""
 
+    def prepare(self, engines: Sequence[EngineT | None]) -> None:
+        """Make what calls of a program's sites need beside the heap: after it was loaded, and in every new heap."""
+
     def begin(self, tag: int) -> None:
         """A call of a program begins, whose sites will be opened; ``tag`` (calls.py) tells it from others."""
 
@@ -173,8 +179,8 @@ class Side(Protocol[EngineT]):
             UnsupportedError: this side cannot.
         """
 
-    def rewire(self) -> None:
-        """The world's options have changed: make anew what depends on them."""
+    def rewire(self, timeout_s: float) -> None:
+        """The world's options have changed, its longest wait too: make anew what depends on them."""
 
     def notice(self) -> str | None:
         """What is known here of another rank's failure, without asking anyone; None: nothing."""

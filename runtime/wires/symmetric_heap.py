@@ -20,6 +20,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,33 @@ _DONE, _ABORT, _LEFT = 0, 1, 2
 def bank_of(epoch: int) -> int:
     """The bank that an epoch's chunks and signals lie in."""
     return epoch % NUM_BANKS
+
+
+PLACE = (
+    "epoch", "signal", "banks_at", "bank_bytes", "signals_at", "signals_bytes", "credits_at", "scratch_at", "status",
+    "abort", "limit_ns", "site",
+)  # fmt: skip
+"""What ``place_ptr`` points to, int64: the epoch of a site's call; what its signals hold (the epoch and, below it, the
+call's tag); where things lie in every rank's segment (HeapSize); the address of this rank's
+status (STATUS), and of the word in which the host says that waits shall end; how long a wait may last, in
+nanoseconds; and a number of the site, for reports. Epoch and signal are read from memory and are no arguments, so that
+a captured CUDA graph can be replayed: what raises them is part of the graph."""
+STATUS = ("stranger", "gave_up", "site", "slot", "wanted", "seen")
+"""The words of a rank's status, int64, which its kernels write: the signal of a chunk of another call that came; not 0
+if a wait gave up, and then the site, the slot (below 0: -1 - rank, for a credit), the word that was waited for, and
+what was there instead."""
+
+
+NO_LIMIT_NS = 1 << 61
+"""So long a wait lasts that something else ends (73 years)."""
+
+
+class Watched(NamedTuple):
+    """What kernels look at while they wait: addresses of the status and of the host's abort word; a limit."""
+
+    status: int
+    abort: int
+    limit_ns: int
 
 
 @dataclass(frozen=True)
@@ -90,16 +118,16 @@ class HeapSize:
         """Bytes of one segment."""
         return self.banks_at + NUM_BANKS * self.bank_bytes
 
-    def place(self, epoch: int, signal: int, status: int = 0) -> list[int]:
-        """What kernels read (PLACE in codegen/kernels/text.py).
+    def place(self, epoch: int, signal: int, watched: Watched, site: int = 0) -> list[int]:
+        """What kernels read: PLACE.
 
         Args:
             signal: what signals of the epoch hold.
-            status: address of the word that says that a chunk of another call has come.
+            site: a number of the caller's, for reports.
         """
         signals = self.signals_of(1) - self.signals_of(0)
         offsets = [self.banks_at, self.bank_bytes, self.signals_at, signals, self.credits_at, self.scratch_at]
-        return [epoch, signal, *offsets, status]
+        return [epoch, signal, *offsets, *watched, site]
 
     def holds(self, other: HeapSize) -> bool:
         """Whether ``other`` fits in."""

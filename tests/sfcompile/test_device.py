@@ -84,11 +84,12 @@ def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) 
         return KernelEngine(schedule, 0, KernelTarget(CPU), (0, 0))
 
     monkeypatch.setattr(device, "KernelEngine", engine)
-    monkeypatch.setenv(device.DEBUG_KERNELS, "1")
     session: Any = SimpleNamespace(rank=0, side=SimpleNamespace(domains=(0, 0)))
     engines, line = engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options())
     assert engines["p"][0] is engines["p"][2] and len(built) == 2 and line.startswith("triton (puts, waits")
-    assert all(kwargs == {"bounded": True} for _, kwargs in built)
+    kinds = {("p", 0): ("key", True)}
+    engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options(), kinds)
+    assert [list(args[-1]) for args, _ in built[2:]] == [[("key", True), ("none", True)], [("none", True)]]
 
 
 def test_constants_follow_the_gpus_name(monkeypatch: pytest.MonkeyPatch) -> None:

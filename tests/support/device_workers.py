@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deadline import Deadline
 from emulated_nvshmem import Library
-from random_sites import random_case
+from random_sites import Case, random_case
 from rank_workers import attend_and_gather, schedules_of, session_of, shared_memory_names
 from torch import fx
 from torch.nn import functional as F
@@ -21,8 +23,10 @@ from wire_bounds import attention_off
 from sfcompile.capture.graph import capture
 from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.engines.launch import mask_kind
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import leave_device_state
 from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
@@ -34,26 +38,35 @@ from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.gpu.message_side import MessageSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
-from sfcompile.runtime.gpu.tags import TagStatus
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.rank.session import Session
 from sfcompile.runtime.wires.c10d import PairedTransport
 
 CPU = torch.device("cpu")
 
 
-def _side_of(session: Session, rank: int) -> tuple[NvshmemSide, KernelTarget]:
+def _side_of(session: Session, rank: int, timeout_s: float = 20.0) -> tuple[NvshmemSide, KernelTarget]:
     """The session on an emulated GPU, and where its kernels run."""
     topology = session.topology
     library = Library(rank, lambda: session.exchange(None, "meet"), lambda pe: topology.same_machine(rank, pe))
     nvshmem = Nvshmem(rank, topology.num_ranks, CPU, session.exchange, (library, library))
-    target = KernelTarget(CPU, calls=Emulated(library.address_of, Deadline(20.0)).names())
+    target = KernelTarget(CPU, calls=Emulated(library.address_of).names())
 
     def make_release(domains: Sequence[int]) -> ReleaseKernel:
         return ReleaseKernel(rank, topology.num_ranks, target, domains)
 
-    side = NvshmemSide(nvshmem, topology, session.exchange, make_release, leave_device_state)
+    side = NvshmemSide(
+        nvshmem, topology, session.exchange, make_release, timeout_s, session.trouble, leave_device_state
+    )
     session.use_side(side)
     return side, target
+
+
+def _engines(
+    case: Case, schedules: Sequence[Schedule], rank: int, target: KernelTarget, side: NvshmemSide
+) -> list[KernelEngine]:
+    masks = [mask_kind(case.mask)]
+    return [KernelEngine(schedule, rank, target, side.domains, masks) for schedule in schedules]
 
 
 def run(rank: int, seed: int, kernels: bool, calls: int, late: int = -1) -> dict[str, Any]:
@@ -72,7 +85,7 @@ def run(rank: int, seed: int, kernels: bool, calls: int, late: int = -1) -> dict
         for case_seed in (seed, seed + 1, seed):
             case = random_case(case_seed, ranks=topology.num_ranks)
             schedules = schedules_of(case)
-            engines = [KernelEngine(schedule, rank, target, side.domains) for schedule in schedules]
+            engines = _engines(case, schedules, rank, target, side)
             program = f"p{case_seed}"
             session.load(program, schedules, engines if kernels else None)
             sizes.append(session.heap_bytes)
@@ -91,8 +104,8 @@ def over_messages(rank: int, seed: int, calls: int) -> dict[str, Any]:
     """The side of GPU ranks that reach no memory of others, with gloo's messages matched by order alone, as NCCL's."""
     session = session_of()
     group = dist.new_group(backend="gloo")
-    status = TagStatus(rank, CPU)
-    messages = PairedTransport(rank, group, 20.0, lambda: None, status.word)
+    status = DeviceStatus(rank, CPU, 20.0)
+    messages = PairedTransport(rank, group, 20.0, lambda: None, status.words[:1])
     session.use_side(MessageSide(rank, session.topology, CPU, status, messages))
     case, outs = random_case(seed, ranks=session.topology.num_ranks), []
     session.load("p", schedules_of(case))
@@ -116,7 +129,7 @@ def in_other_calls(rank: int, kernels: bool) -> tuple[float, str, str]:
     case = random_case(5, ranks=session.topology.num_ranks)
     schedules, said = schedules_of(case), []
     with interpreting(Deadline(20.0)):
-        engines = [KernelEngine(schedule, rank, target, side.domains) for schedule in schedules]
+        engines = _engines(case, schedules, rank, target, side)
         session.load("p", schedules, engines if kernels else None)
         for name in ("model", f"model {rank}", "model"):
             try:
@@ -211,3 +224,113 @@ def sleeps(rank: int, sleeper: int) -> None:
         time.sleep(6.0)
     else:
         attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))
+
+
+def graphs_out_of_order(rank: int) -> dict[str, Any]:
+    """Graphs whose sites end in another order than they begin, or are open side by side: twice each."""
+    session = session_of()
+    side, target = _side_of(session, rank)
+    errors, facts = {}, {"other order": False, "two gathers": False}
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 24, 32), *(torch.randn(32, 32) / 6 for _ in range(5))]
+    for fn in (two_outputs, read_early, two_gathers, other_order):
+        got = capture(fx.symbolic_trace(fn), inputs)
+        asked = Asked(shard_everything=True, split_batch=False, parts=(), kernels=True, fuse_puts=True, late_reads=True)
+        with torch.no_grad(), interpreting(Deadline(20.0)):
+            compiled = run_pipeline(State(got.gm, got.mode, session.topology, rank, asked))
+            (program, schedules), = compiled.programs.items()  # fmt: skip
+            alike = [replace(schedule, site=replace(schedule.site, name="")) for schedule in schedules]
+            shared = {schedule: KernelEngine(schedule, rank, target, side.domains) for schedule in alike}
+            session.load(program, schedules, [shared[schedule] for schedule in alike])
+            want = got.gm(*inputs)
+            for _ in range(2):
+                outs = compiled.gm(*inputs)
+                for out, wanted in zip(outs, want, strict=True):
+                    error = float((out - wanted).abs().max() / wanted.abs().max())
+                    errors[fn.__name__] = max(error, errors.get(fn.__name__, 0.0))
+        begun, open_sites = [], []
+        for call in compiled.order:
+            kind, site = call.split(".")[1], int(call.split(",")[1].strip(" ]"))
+            if site not in begun:
+                begun.append(site)
+                open_sites.append(site)
+                same = [other for other in open_sites[:-1] if alike[other] == alike[site]]
+                facts["two gathers"] |= kind == "exchange_start" and bool(same)
+            if kind in ("collect", "exchange_finish"):
+                facts["other order"] |= open_sites[0] != site
+                open_sites.remove(site)
+    return {"errors": errors, **facts}
+
+
+def _attended(x: torch.Tensor, to_q: torch.Tensor, to_k: torch.Tensor, to_v: torch.Tensor) -> torch.Tensor:
+    q, k, v = ((x @ weight).unflatten(-1, (2, 16)).transpose(1, 2) for weight in (to_q, to_k, to_v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _attention(x: torch.Tensor, to_q: torch.Tensor, to_k: torch.Tensor, to_v: torch.Tensor) -> torch.Tensor:
+    return _attended(x, to_q, to_k, to_v).transpose(1, 2).flatten(2)
+
+
+def two_outputs(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, e: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two gathers at the end."""
+    out = _attention(x, a, b, c)
+    return out @ d, torch.sin(out @ e)
+
+
+def read_early(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, e: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output that nobody else reads, and whose gather may end late."""
+    out = _attention(x, a, b, c)
+    return out @ d, _attention(out, a, b, c) @ e
+
+
+def two_gathers(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, e: torch.Tensor
+) -> tuple[torch.Tensor]:
+    """Two gathers of one geometry, for an op that needs all tokens of both."""
+    out = _attention(x, a, b, c)
+    one, two = out @ d, out @ e
+    return (torch.fft.fft(one, dim=1).real + torch.fft.fft(two, dim=1).real,)
+
+
+def other_order(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, e: torch.Tensor
+) -> tuple[torch.Tensor]:
+    """Two attentions beside each other; the second one's output is read first."""
+    one, two = _attended(x, a, b, c), _attended(x, d, b, e)
+    first_read = two.transpose(1, 2).flatten(2) @ d
+    return (first_read + one.transpose(1, 2).flatten(2) @ e,)
+
+
+def loses_a_peer(rank: int, victim: int, how: str) -> tuple[str, float]:
+    """A call that is right, then one in which a rank is missing: killed, raising before its puts, or asleep.
+
+    Returns:
+        what the others were told, and after how many seconds.
+    """
+    session = session_of()
+    side, target = _side_of(session, rank, timeout_s=3.0 if how == "asleep" else 60.0)
+    case = random_case(5, ranks=session.topology.num_ranks)
+    schedules = schedules_of(case)
+    ticket = torch.zeros(1, dtype=torch.int64)
+    with interpreting(lambda: time.sleep(0)):  # nothing but the kernels' own limit ends a wait
+        with session.call("model", []):
+            session.load("p", schedules, _engines(case, schedules, rank, target, side))
+            attend_and_gather(case, rank, ticket)
+        began = time.perf_counter()
+        if rank == victim and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == victim and how == "asleep":
+            time.sleep(9.0)
+            return "", 0.0
+        try:
+            with session.call("model", []):
+                if rank == victim:
+                    raise ValueError("the victim's own mistake")
+                attend_and_gather(case, rank, ticket)
+        except (StreamFusionError, ValueError) as error:
+            return f"{type(error).__name__}: {error}", time.perf_counter() - began
+    return "nothing", time.perf_counter() - began

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from watched import UNWATCHED
 
 from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.mesh import Mesh
@@ -180,7 +181,7 @@ def run_rank(job: Job, rank: int, places: Sequence[Place], size: HeapSize) -> to
     own = segments[rank].address
     heaps = torch.tensor([(segment.address, pe, own) for pe, segment in enumerate(segments)])
     poll = Deadline(10.0)
-    emulated = Emulated(lambda address, pe: address - own + segments[pe].address, poll)
+    emulated = Emulated(lambda address, pe: address - own + segments[pe].address)
     target = KernelTarget(torch.device("cpu"), calls=emulated.names() if job.net else None)
     schedule = job.schedule()
     kernel = AttendKernel(
@@ -198,7 +199,7 @@ def run_rank(job: Job, rank: int, places: Sequence[Place], size: HeapSize) -> to
     with interpreting(poll):
         for epoch in range(1, job.epochs + 1):
             sign = 1 if epoch == job.epochs else -1
-            heap = HeapView(heaps, torch.tensor(size.place(epoch, word_of(epoch, 0))), others)
+            heap = HeapView(heaps, torch.tensor(size.place(epoch, word_of(epoch, 0), UNWATCHED.watched)), others)
             for name in ("q", "k", "v"):
                 if job.late == rank:
                     time.sleep(job.late_s * (0.5 + sleep.random()))

@@ -12,7 +12,7 @@ from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.gpu.device_run import DeviceRuns
-from sfcompile.runtime.gpu.tags import TagStatus
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ class LocalHeap:
 class LocalRanks:
     """Every rank of some schedules: engines by rank and site, and the runs of their calls."""
 
-    def __init__(self, schedules: Sequence[Schedule], ranks: int) -> None:
+    def __init__(self, schedules: Sequence[Schedule], ranks: int, limit_s: float = 60.0) -> None:
         target, domains = KernelTarget(CPU), (0,) * ranks
         self.engines = [
             [KernelEngine(schedule, rank, target, domains) for schedule in schedules] for rank in range(ranks)
@@ -51,8 +51,11 @@ class LocalRanks:
         segments = [local_segment(size) for _ in range(ranks)]
         table = torch.tensor([(segment.address, 0, segment.address) for segment in segments])
         self.heaps = [LocalHeap(size, table, domains, segment) for segment in segments]
-        self.statuses = [TagStatus(rank, CPU) for rank in range(ranks)]
+        self.statuses = [DeviceStatus(rank, CPU, limit_s) for rank in range(ranks)]
         self.runs = [
-            DeviceRuns(heap, ReleaseKernel(rank, ranks, target), CPU, status.word)
+            DeviceRuns(heap, ReleaseKernel(rank, ranks, target), CPU, status)
             for rank, (heap, status) in enumerate(zip(self.heaps, self.statuses, strict=True))
         ]
+        for runs, engines in zip(self.runs, self.engines, strict=True):
+            for engine in engines:
+                runs.prepare(engine)

@@ -9,6 +9,7 @@ import torch
 from deadline import Deadline
 from torch import fx
 from torch.nn import functional as F
+from watched import UNWATCHED
 
 from sfcompile.capture.graph import capture
 from sfcompile.codegen.kernels.moves import MoveSpec, put_source
@@ -147,7 +148,7 @@ def sent(program: RowProgram, sources: Tensors, lines: int = 4) -> torch.Tensor:
     row = dict(zip(PUT, (-1, -1, 0, 0, shape[1], 0, shape[2], 0, 0, nbytes), strict=True))
     heaps = torch.tensor([(segment.address, 0, segment.address)])
     given = {
-        "heaps_ptr": heaps, "place_ptr": torch.tensor(size.place(1, word_of(1, 0))),
+        "heaps_ptr": heaps, "place_ptr": torch.tensor(size.place(1, word_of(1, 0), UNWATCHED.watched)),
         "puts_ptr": torch.tensor([[row[name] for name in PUT]]), "receivers_ptr": torch.zeros(0, dtype=torch.int64),
         "counters_ptr": torch.zeros(1, dtype=torch.int32), "rank": 0, "num_puts": 1, "num_receivers": 0,
         "batch": shape[0], **program.bind(sources),

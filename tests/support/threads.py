@@ -78,6 +78,10 @@ class ThreadWorld:
     def announce(self, text: str) -> None:
         """Notices lie in the segments, which every rank reaches."""
 
+    def trouble(self) -> str | None:
+        """Threads do not die alone."""
+        return None
+
     def tell_call(self, text: str, peer: int | None, limit_s: float) -> dict[int, str]:
         """Nobody reads it."""
         return {}

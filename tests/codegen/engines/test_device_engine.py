@@ -26,15 +26,14 @@ def test_every_rank_that_is_written_to_gives_credit() -> None:
         assert set(view.receivers.tolist()) == senders and rank not in senders
 
 
-def test_a_group_sees_its_part_of_the_jobs_table() -> None:
+def test_a_group_knows_its_ranks_of_the_job() -> None:
     gather = replace(build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 2, 1)), groups=((0, 2), (1, 3)))
     engine = KernelEngine(gather, 3, KernelTarget(CPU, calls={}), (0, 0, 2, 2))
-    table = torch.arange(12).view(4, 3)
-    view = engine.view(table, torch.zeros(7, dtype=torch.int64))
-    assert view.heaps.tolist() == table[[1, 3]].tolist() and view.receivers.tolist() == [1]
-    assert engine.view(table, view.place).heaps is view.heaps  # made once per heap
-    assert engine.view(table.clone(), view.place).heaps is not view.heaps
-    engine.check()
+    assert engine.members == (1, 3)
+    view = engine.view(torch.arange(6).view(2, 3), torch.zeros(12, dtype=torch.int64))
+    assert view.receivers.tolist() == [1]
+    error = engine.gave_up(gather.program(1).arrivals[0].slot, 5 << 24, 3 << 24, 2.0)
+    assert (error.epoch, error.seen_epoch, error.peer) == (5, 3, 0)
 
 
 def test_banks_have_room_for_the_schedule_and_what_lies_beside() -> None:

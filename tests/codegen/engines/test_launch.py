@@ -1,4 +1,4 @@
-"""Arguments of launches; reports of debug builds."""
+"""Arguments of launches; what waits that gave up say."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from deadline import Deadline
 from kernel_ranks import Job, make_site
+from watched import UNWATCHED
 
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView, gave_up, mask_arguments, mask_kind
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.interpreter import interpreting
-from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
 from sfcompile.runtime.wires.transport import word_of
 
@@ -44,7 +44,8 @@ def test_one_rank_with_its_log_sum_exp() -> None:
     size = HeapSize(1, kernel.tables.bank_bytes, 1)
     segment = local_segment(size)
     row = [segment.address, 0, segment.address]
-    heap = HeapView(torch.tensor([row]), torch.tensor(size.place(1, word_of(1, 0))), torch.zeros(0, dtype=torch.int64))
+    place = torch.tensor(size.place(1, word_of(1, 0), UNWATCHED.watched))
+    heap = HeapView(torch.tensor([row]), place, torch.zeros(0, dtype=torch.int64))
     q, k, v = (torch.randn(1, 2, 70, 32) for _ in range(3))
     out, lse = torch.empty(1, 2, 70, 32), torch.empty(1, 2, 70)
     with interpreting(Deadline(5.0)):
@@ -55,21 +56,13 @@ def test_one_rank_with_its_log_sum_exp() -> None:
     assert torch.allclose(out, torch.softmax(scores, -1) @ v, atol=1e-5)
     assert torch.allclose(lse, torch.logsumexp(scores, -1), atol=1e-5)
     assert kernel.copiers == 0 and kernel.options == {}
-    kernel.check()
 
 
-def test_a_wait_that_gave_up_is_reported_and_forgotten() -> None:
-    kernel = AttendKernel(JOB.schedule(), 0, KernelTarget(torch.device("cpu")), bounded=True)
-    arrival = JOB.schedule().program(0).arrivals[0]
-    kernel.fixed["report"].copy_(torch.tensor([1, arrival.slot, word_of(7, 3), word_of(5, 3)]))
-    with pytest.raises(RuntimeTimeoutError, match="gave up waiting") as caught:
-        kernel.check()
-    error = caught.value
-    assert (error.rank, error.peer, error.slot, error.epoch, error.seen_epoch) == (0, 1, arrival.slot, 7, 5)
-    kernel.check()
-
-
-def test_credits_are_reported_by_their_rank() -> None:
+def test_a_wait_that_gave_up_in_words() -> None:
     schedule: Schedule = JOB.schedule()
-    error = gave_up(schedule, 1, -1 - 3, 4, 2)
+    arrival = schedule.program(0).arrivals[0]
+    error = gave_up(schedule, 0, arrival.slot, word_of(7, 3), word_of(5, 3), 1.5)
+    assert "did not come: a kernel of site waited 1.5 s" in str(error)
+    assert (error.rank, error.peer, error.slot, error.epoch, error.seen_epoch) == (0, 1, arrival.slot, 7, 5)
+    error = gave_up(schedule, 1, -1 - 3, 4, 2, 60.0)
     assert "rank 3 has not read epoch 4" in str(error) and error.peer == 3

@@ -10,9 +10,8 @@ from sfcompile.codegen.kernels.chunks import ChunkSpec, chunk_arguments, receive
 
 
 @pytest.mark.parametrize("reach", ["peer", "nvshmem", "mixed"])
-@pytest.mark.parametrize("bounded", [False, True])
-def test_every_text_is_code_with_the_arguments_that_it_names(reach: str, bounded: bool) -> None:
-    spec = ChunkSpec(reach, bounded)
+def test_every_text_is_code_with_the_arguments_that_it_names(reach: str) -> None:
+    spec = ChunkSpec(reach)
     made = {"send": send_source(spec), "receive": receive_source(spec), "release": release_source(spec)}
     for name, source in made.items():
         kernel = ast.parse(source).body[-1]

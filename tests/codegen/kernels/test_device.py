@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from deadline import Deadline
+from watched import Watch
 
 from sfcompile.codegen.kernels import device as kernel_device
 from sfcompile.codegen.kernels.text import module
 from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.loader import load_source
 from sfcompile.runtime.program.formats import FP8, decode, encode
+from sfcompile.runtime.wires.symmetric_heap import PLACE, STATUS, HeapSize
+from sfcompile.runtime.wires.transport import TAG_BITS
 
 BODY = """
 @triton.jit
@@ -24,8 +26,8 @@ def copy(to, src, words):
 
 
 @triton.jit
-def wait(address, epoch, report_ptr, slot):
-    wait_word_bounded(address, epoch.to(tl.int64), report_ptr, slot)
+def wait(address, epoch, place_ptr, slot):
+    wait_word(address, epoch.to(tl.int64), place_ptr, slot)
 
 
 @triton.jit
@@ -79,17 +81,24 @@ def test_fp8_is_the_same_bytes_as_the_hosts() -> None:
     assert bool(back[62:].isnan().all())
 
 
-def test_a_bounded_wait_reports_once_and_everybody_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = module("Test.", BODY).replace("SPINS = tl.constexpr(1 << 26)", "SPINS = tl.constexpr(1 << 3)")
-    assert "1 << 3" in source and kernel_device.SPINS.value == 1 << 26
-    kernels = load_source(source, True)
-    word, report = torch.tensor([4], dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+def test_a_wait_reports_once_and_everybody_gives_up() -> None:
+    kernels = load_source(module("Test.", BODY), True)
+    word, watch = torch.tensor([4], dtype=torch.int64), Watch(limit_s=0.02)
+    place = torch.tensor(HeapSize(1, 64).place(1, 2, watch.watched, 3))
     with interpreting(lambda: None):
-        kernels.wait[(1,)](word.data_ptr(), 5, report, torch.tensor(7).item())
-        assert report.tolist() == [1, 7, 5, 4]
-        kernels.wait[(1,)](word.data_ptr(), 9, report, 8)
-        assert report[1:].tolist() == [7, 5, 4]  # the first report stays
-        word.fill_(9)
-        report.zero_()
-        kernels.wait[(1,)](word.data_ptr(), 9, report, 8)
-        assert report.tolist() == [0, 0, 0, 0]
+        kernels.wait[(1,)](word.data_ptr(), 4, place, 8)
+        assert not watch.words.any()  # it is there
+        kernels.wait[(1,)](word.data_ptr(), 5, place, 7)
+        report = watch.words[2:].tolist()
+        assert watch.status["gave_up"] and report == [3, 7, 5, 4]
+        place[PLACE.index("limit_ns")] = 1 << 60  # who comes later does not wait at all
+        kernels.wait[(3,)](word.data_ptr(), 9, place, 8)
+        assert watch.words[2:].tolist() == report  # the first report stays
+
+
+def test_constants_are_those_of_the_heap() -> None:
+    for name in ("status", "abort", "limit_ns", "site"):
+        assert getattr(kernel_device, name.upper()).value == PLACE.index(name)
+    assert kernel_device.GAVE_UP.value == 8 * STATUS.index("gave_up")
+    assert STATUS[STATUS.index("gave_up") :] == ("gave_up", "site", "slot", "wanted", "seen")
+    assert kernel_device.TAG_BITS.value == TAG_BITS

@@ -8,6 +8,7 @@ import pytest
 import torch
 from deadline import Deadline
 from row_forms import forms, traced
+from watched import UNWATCHED, Watch
 
 from sfcompile.codegen.kernels.moves import (
     MoveSpec,
@@ -34,8 +35,8 @@ def test_what_is_put_comes_home(width: int, dtype: torch.dtype) -> None:
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     segments = [local_segment(SIZE) for _ in range(2)]
     heaps = torch.tensor([(s.address, i, segments[0].address) for i, s in enumerate(segments)])
-    status = torch.zeros(1, dtype=torch.int64)
-    place = torch.tensor(SIZE.place(1, word_of(1, 5), status.data_ptr()))
+    watch = Watch()
+    place = torch.tensor(SIZE.place(1, word_of(1, 5), watch.watched))
     x = torch.randn(2, 4, 9, width).to(dtype)
     nbytes = 2 * 2 * 5 * width * dtype.itemsize
     row = dict(zip(PUT, (1, 1, 256, 1, 2, 2, 5, 0, 0, nbytes), strict=True))
@@ -52,7 +53,7 @@ def test_what_is_put_comes_home(width: int, dtype: torch.dtype) -> None:
         for tag, noted in ((5, 0), (6, word_of(1, 5))):  # a chunk of call 5, seen by ranks in call 5 and in call 6
             place[1] = word_of(1, tag)
             collect[(3,)](out, *out.stride()[:3], heaps, place, home, torch.tensor([0, 1]), 1, 1, 2, 2)
-            assert int(status) == noted
+            assert watch.status["stranger"] == noted
     assert torch.equal(out[:, 1:3, 2:7], x[:, 1:3, 2:7])
     assert not out[:, 0].any() and not out[:, :, :2].any()
 
@@ -66,7 +67,7 @@ def test_what_is_put_travels_as_the_hosts_bytes(written: str, width: int, dtype:
     segments = [local_segment(HeapSize(2, 8192, 2)) for _ in range(2)]
     size = segments[0].size
     heaps = torch.tensor([(s.address, i, segments[0].address) for i, s in enumerate(segments)])
-    place = torch.tensor(size.place(1, word_of(1, 5), torch.zeros(1, dtype=torch.int64).data_ptr()))
+    place = torch.tensor(size.place(1, word_of(1, 5), UNWATCHED.watched))
     x = torch.randn(2, 4, 9, width).to(dtype)
     sent = x[:, 1:3, 2:7]
     shape, kind = form(written, (2, 2, 5, width), dtype)
@@ -89,7 +90,8 @@ def test_what_is_put_travels_as_the_hosts_bytes(written: str, width: int, dtype:
 def test_a_bank_that_was_not_read_is_not_overwritten() -> None:
     """Epoch 3 uses the bank of epoch 1: without credit for it the put must wait."""
     segment = local_segment(SIZE)
-    heaps, place = torch.tensor([(segment.address, 0, segment.address)]), torch.tensor(SIZE.place(3, word_of(3, 0)))
+    heaps = torch.tensor([(segment.address, 0, segment.address)])
+    place = torch.tensor(SIZE.place(3, word_of(3, 0), UNWATCHED.watched))
     put = load_source(put_source(MoveSpec("fp32", 32)), True).put
     given = (
         heaps,
@@ -112,10 +114,43 @@ def test_a_bank_that_was_not_read_is_not_overwritten() -> None:
         put[(1,)](x, *x.stride()[:3], *given)
 
 
+def test_a_put_without_credit_gives_up_and_leaves_the_bank_alone() -> None:
+    """The receiver still reads the bank: neither a chunk nor a signal may go there, now or later."""
+    segments = [local_segment(SIZE) for _ in range(2)]
+    heaps = torch.tensor([(s.address, i, segments[0].address) for i, s in enumerate(segments)])
+    watch = Watch(limit_s=0.05)
+    put = load_source(put_source(MoveSpec("fp32", 32)), True).put
+    x = torch.ones(1, 1, 4, 32)
+    row = dict(zip(PUT, (1, 1, 256, 0, 1, 0, 4, 0, 0, 4 * 128), strict=True))
+    puts, counters = torch.tensor([[row[name] for name in PUT]]), torch.zeros(2).int()
+    with interpreting(Deadline(20.0)):
+        for epoch in (3, 2):  # epoch 2 has credit, but this rank is broken by then
+            place = torch.tensor(SIZE.place(epoch, word_of(epoch, 0), watch.watched, 6))
+            put[(2,)](x, *x.stride()[:3], heaps, place, puts, torch.tensor([1]), counters, 0, 1, 1, 1)
+    told = watch.status
+    assert told["gave_up"] and (told["site"], told["slot"], told["wanted"], told["seen"]) == (6, -2, 1, 0)
+    assert not segments[1].signals.any() and not segments[1]._bytes[SIZE.banks_at :].any()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_chunk_that_does_not_come_ends_a_collect(late: bool) -> None:
+    """Because its time is up, or because the host says so, in well under its time."""
+    segment, watch = local_segment(SIZE), Watch(limit_s=0.05 if late else 600.0)
+    watch.abort.fill_(0 if late else 1)
+    heaps = torch.tensor([(segment.address, 0, segment.address)])
+    place = torch.tensor(SIZE.place(1, word_of(1, 5), watch.watched, 4))
+    collect = load_source(collect_source(MoveSpec("fp32", 32)), True).collect
+    out = torch.zeros(1, 1, 4, 32)
+    home = torch.tensor([[dict(zip(COLLECT, (1, 256, 0, 1, 0, 4), strict=True))[name] for name in COLLECT]])
+    with interpreting(Deadline(20.0)):
+        collect[(2,)](out, *out.stride()[:3], heaps, place, home, torch.tensor([1]), 0, 1, 1, 1)
+    told = watch.status
+    assert told["gave_up"] and (told["site"], told["slot"], told["wanted"], told["seen"]) == (4, 1, word_of(1, 0), 0)
+
+
 @pytest.mark.parametrize("reach", ["peer", "nvshmem", "mixed"])
-@pytest.mark.parametrize("bounded", [False, True])
-def test_every_text_is_code_with_the_arguments_that_it_names(reach: str, bounded: bool) -> None:
-    spec = MoveSpec("fp16", 64, reach, bounded)
+def test_every_text_is_code_with_the_arguments_that_it_names(reach: str) -> None:
+    spec = MoveSpec("fp16", 64, reach)
     for name, source in (("put", put_source(spec)), ("collect", collect_source(spec))):
         tree = ast.parse(source)
         kernel = tree.body[-1]

@@ -62,13 +62,13 @@ def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
     assert len(re.findall(r"\bLDGSTS\S*128", code)) >= 4  # tiles arrive asynchronously, 16 bytes a thread
     assert not re.search(r"ld\.global(\.\w+)*\.b16\b", kernel.ptx)  # and never element by element
     assert "cp.async" in kernel.ptx
-    if reach != "nvshmem":  # acquire and release at system scope; NVSHMEM brings its own
-        assert "CCTL.IVALL" in code and re.search(r"EXCH\S*\.STRONG\.SYS", code)
+    assert "CCTL.IVALL" in code  # acquire at system scope, whatever the reach; NVSHMEM's own wait has none
+    assert reach == "nvshmem" or re.search(r"EXCH\S*\.STRONG\.SYS", code)
 
 
 @pytest.mark.parametrize("arch", EVERY_ARCH)
-def test_debug_builds_masks_and_grouped_heads_fit_too(arch: int) -> None:
-    for changes in ({"bounded": True}, {"causal": True, "group": 4}, {"mask": "key"}):
+def test_masks_and_grouped_heads_fit_too(arch: int) -> None:
+    for changes in ({"causal": True, "group": 4}, {"mask": "key"}):
         assert resources(compiled(arch, 128, "peer", **changes)).spill_stores == 0, changes
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 import triton.language as tl
 from deadline import Deadline
+from watched import UNWATCHED
 
 from sfcompile.codegen.kernels.text import module
 from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.codegen.toolchain.loader import load_source
+from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 SOURCE = module(
     "Test.",
@@ -33,8 +35,8 @@ def largest(x_ptr):
 
 
 @triton.jit
-def wait(address):
-    wait_word(address, 3)
+def wait(address, place_ptr):
+    wait_word(address, 3, place_ptr, 0)
 """,
 )
 
@@ -62,10 +64,11 @@ def test_bf16_is_rounded_to_the_nearest() -> None:
 def test_a_poll_in_vain_gives_up_and_what_was_patched_is_put_back() -> None:
     before = tl.max
     word = torch.tensor([2], dtype=torch.int64)
+    place = torch.tensor(HeapSize(1, 64).place(1, 2, UNWATCHED.watched))
     kernels = load_source(SOURCE, True)
     with interpreting(Deadline(0.1, "the word")), pytest.raises(Exception) as caught:
         assert tl.max is not before
-        kernels.wait[(1,)](word.data_ptr())
+        kernels.wait[(1,)](word.data_ptr(), place)
     cause: BaseException | None = caught.value
     while cause is not None and not isinstance(cause, TimeoutError):
         cause = cause.__cause__
@@ -73,7 +76,7 @@ def test_a_poll_in_vain_gives_up_and_what_was_patched_is_put_back() -> None:
     assert tl.max is before
     word.fill_(3)
     with interpreting(Deadline(0.1)):
-        kernels.wait[(1,)](word.data_ptr())
+        kernels.wait[(1,)](word.data_ptr(), place)
 
 
 def test_kernels_can_be_compiled_after_device_functions_were_interpreted() -> None:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from deadline import Deadline
+from kernel_ranks import Job, make_site
 from local_ranks import LocalRanks
 from random_sites import gather_site, rows
 
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.toolchain.interpreter import interpreting
-from sfcompile.errors import InternalError
+from sfcompile.errors import InternalError, StreamFusionError
 from sfcompile.runtime.gpu.device_run import DeviceRun, DeviceRuns
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.executor import SiteCall
 from sfcompile.runtime.rank.session import Session
-from sfcompile.runtime.wires.symmetric_heap import HeapSize
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE, HeapSize, Watched
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 
 SIZE = HeapSize(1, 64, 1)
-STATUS = torch.zeros(1, dtype=torch.int64)
+CPU = torch.device("cpu")
 
 
 class Heap:
@@ -52,7 +55,7 @@ class Told:
         self.released.append(int(place[0]))
 
     def view(self, table: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        assert place[2:].tolist() == SIZE.place(0, 0, STATUS.data_ptr())[2:]
+        assert place[2:8].tolist() == SIZE.place(0, 0, Watched(0, 0, 0))[2:8]
         self.signals.append(int(place[1]))
         return place
 
@@ -76,13 +79,21 @@ class Told:
     def receive(self, out: torch.Tensor, own: torch.Tensor, view: torch.Tensor) -> None:
         self.seen.append(("receive", int(view[0])))
 
-    def check(self) -> None:
-        """Nothing to report."""
+    members = (0,)
+
+    def gave_up(self, slot: int, wanted: int, seen: int, limit_s: float) -> StreamFusionError:
+        return StreamFusionError(f"slot {slot}", "", "")
+
+
+def runs_of(told: Told, opened: int = 0) -> DeviceRuns:
+    runs = DeviceRuns(Heap(), told, CPU, DeviceStatus(0, CPU, 2.0), opened)
+    runs.prepare(told)
+    return runs
 
 
 def test_two_open_calls_read_epochs_of_their_own() -> None:
     told = Told()
-    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS, opened=6)
+    runs = runs_of(told, opened=6)
     first = runs.open(told, 7)
     second = runs.open(told, 8)
     first.put("put_q", torch.zeros(1))
@@ -100,7 +111,7 @@ def test_two_open_calls_read_epochs_of_their_own() -> None:
 def test_the_device_counts_on_when_the_host_does_not() -> None:
     """A replayed graph repeats the device's work with the host's numbers of the capture."""
     told = Told()
-    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS)
+    runs = runs_of(told)
     for _ in range(3):
         run = runs.open(told, 1)
         run.put("put_v", torch.zeros(1))
@@ -110,7 +121,7 @@ def test_the_device_counts_on_when_the_host_does_not() -> None:
 
 def test_host_epochs_keep_the_count() -> None:
     told = Told()
-    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS)
+    runs = runs_of(told)
     assert runs.host_bank(4).chunk(0, 0, (2,), torch.int8).shape == (2,)
     run = runs.open(told, 5)
     run.attend(None)
@@ -120,7 +131,7 @@ def test_host_epochs_keep_the_count() -> None:
 def test_signals_hold_the_epoch_and_the_tag_of_the_call() -> None:
     """Whose kernels set it: a replayed graph counts on under the tag that stands outside of it."""
     told = Told()
-    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS, opened=4)
+    runs = runs_of(told, opened=4)
     for tag in (7, 2**TAG_BITS - 1, 0):
         runs.begin(tag)
         runs.open(told, 5)
@@ -140,14 +151,14 @@ GATHER = build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
 def test_nothing_is_released_before_the_older_site_has_ended() -> None:
     """Sites may end in the other order; a credit for an epoch that is still read lets peers overwrite its bank."""
     told = Told()
-    runs = DeviceRuns(Heap(), told, torch.device("cpu"), STATUS)
+    runs = runs_of(told)
     world: Any = SimpleNamespace(rank=0, global_rank=0, topology=Topology.grid(1, 2), group="")
 
     def open_site(call: SiteCall, engine: Told) -> DeviceRun:
         return runs.open(engine, call.epoch)
 
     session = Session(world)
-    side: Any = SimpleNamespace(size=SIZE, room=lambda *of_program: SIZE, open=open_site)
+    side: Any = SimpleNamespace(size=SIZE, room=lambda *of_program: SIZE, open=open_site, prepare=lambda engines: None)
     session._side = side
     session.load("p", [GATHER, GATHER, GATHER], [told, told, told])
     shard, whole = torch.zeros(2, 5, 3), torch.zeros(2, 10, 3)
@@ -180,3 +191,57 @@ def test_two_gathers_of_one_geometry_keep_what_is_theirs() -> None:
                 out = torch.full((2, 10, 3), torch.nan)
                 run.receive(out)
                 assert torch.equal(out, wholes[epoch - 1])
+
+
+def storages() -> set[int]:
+    """Memory of every tensor that is alive."""
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def test_a_call_allocates_nothing_that_outlives_it() -> None:
+    """The compiler's CUDA graphs check that: a table or a workspace that is made in a put would end the capture."""
+    schedules = [Job("torus", 1, 2, 1, 2, make_site(70, 2)).schedule(), GATHER]
+    ranks = LocalRanks(schedules, 2)
+    whole = torch.randn(2, 10, 3)
+    shards = [whole[:, rows(GATHER.site.owned[rank])] for rank in range(2)]
+    q = torch.randn(1, 4, 70, 32)
+    with interpreting(Deadline(20.0)):
+        LocalRanks(schedules, 2)  # what Triton's interpreter itself keeps
+        before = storages()
+        for epoch in (1, 3):
+            attends = [of_rank.open(ranks.engines[rank][0], epoch) for rank, of_rank in enumerate(ranks.runs)]
+            for run in attends:
+                for phase in ("put_q", "put_k", "put_v"):
+                    run.put(phase, q)
+            for run in attends:
+                run.attend(None)
+            for run in attends:
+                assert run.output is not None
+                run.collect(run.output)
+            for of_rank in ranks.runs:
+                of_rank.finish(epoch)
+            gathers = [of_rank.open(ranks.engines[rank][1], epoch + 1) for rank, of_rank in enumerate(ranks.runs)]
+            for run, shard in zip(gathers, shards, strict=True):
+                run.put("exchange_start", shard)
+            for run in gathers:
+                out = torch.empty_like(whole)
+                run.receive(out)
+                assert torch.equal(out, whole)
+            for of_rank in ranks.runs:
+                of_rank.finish(epoch + 1)
+            del attends, gathers, run, out
+            assert storages() <= before
+
+
+def test_limits_reach_places_that_were_made_before() -> None:
+    told = Told()
+    status = DeviceStatus(0, CPU, 2.0)
+    runs = DeviceRuns(Heap(), told, CPU, status)
+    runs.prepare(told)
+    status.limit_s = 5.0
+    runs.limit_waits()
+    for epoch in range(1, NUM_BANKS + 1):
+        runs.open(told, epoch)
+        assert int(runs._places[epoch % NUM_BANKS][PLACE.index("limit_ns")]) == 5 * 10**9  # type: ignore[index]

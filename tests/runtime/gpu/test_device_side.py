@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import device_workers
 import pytest
-from processes import run_processes
+import torch
+from emulated_nvshmem import Library
+from processes import run_outcomes, run_processes
+
+from sfcompile.codegen.engines.target import KernelTarget
+from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.runtime.gpu.device_side import NvshmemSide
+from sfcompile.runtime.gpu.nvshmem import Nvshmem
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 pytestmark = pytest.mark.ranks
 
@@ -39,6 +50,20 @@ def test_ranks_in_other_calls_are_told(kernels: bool) -> None:
         assert "GPU ranks cannot start afresh" in afterwards
 
 
+@pytest.mark.parametrize("how", ["killed", pytest.param("raises", marks=pytest.mark.thorough), "asleep"])
+def test_a_missing_peer_is_a_clear_error_in_time(how: str) -> None:
+    """Kernels wait for it: they end because the watchdog hears of it, or because their time (3 s) is up."""
+    outcomes = run_outcomes(3, device_workers.loses_a_peer, (1, how), (0, 0, 1))
+    for outcome in (outcomes[0], outcomes[2]):
+        told, seconds = outcome.value
+        assert seconds < 3.0 + 5.0, told  # well under the limit of the first two, which is 60 s
+        if how == "asleep":
+            assert told.startswith("RuntimeTimeoutError") and "a kernel of" in told and "waited 3 s" in told, told
+        else:
+            assert told.startswith("PeerFailedError") and "rank 1: " in told, told
+            assert ("its process" if how == "killed" else "the victim's own mistake") in told, told
+
+
 @pytest.mark.parametrize("machine_of", [(0, 0), (0, 0, 1)], ids=["one machine", "two"])
 def test_puts_that_compute_what_they_send(machine_of: tuple[int, ...]) -> None:
     """Norms and RoPE in the put kernels of q and k; v is a cat of two inputs. By peer stores, and by both ways."""
@@ -46,3 +71,35 @@ def test_puts_that_compute_what_they_send(machine_of: tuple[int, ...]) -> None:
     for result in results:
         assert max(result["errors"]) < 1e-5, result["errors"]
         assert result["fused"] == (3, 3) and result["order"] == results[0]["order"]
+
+
+def test_sites_that_end_in_the_other_order_and_gathers_side_by_side() -> None:
+    """Graphs as the passes make them for GPUs, twice each, over the session's device side."""
+    for result in run_processes(2, device_workers.graphs_out_of_order, (), (0, 0)):
+        assert max(result["errors"].values()) < 1e-5, result["errors"]
+        assert result["other order"] and result["two gathers"]  # what this is about does happen
+
+
+def test_a_heap_that_captured_graphs_read_is_kept() -> None:
+    """Replays go on in the old one; else the memory is given back when the heap grows."""
+    for captured in (False, True):
+        library = Library(0, lambda: None, lambda pe: True)
+        nvshmem = Nvshmem(0, 1, torch.device("cpu"), lambda value, doing: [value], (library, library))
+
+        def make_release(domains: Sequence[int]) -> ReleaseKernel:
+            return ReleaseKernel(0, 1, KernelTarget(torch.device("cpu")), domains)
+
+        topology, told = Topology.grid(1, 1), list[bool]()
+        side = NvshmemSide(
+            nvshmem, topology, lambda value, doing: [value], make_release, 5.0, lambda: None, told.append
+        )
+        side.make_heap(HeapSize(1, 4096, 1), 0)
+        assert side._runs is not None
+        side._runs.captured = captured
+        side.make_heap(HeapSize(1, 8192, 1), 4)
+        assert len(library._mapped) == (2 if captured else 1)
+        side.begin(7)
+        for runs in (*(runs for _, runs in side._kept), side._runs):
+            assert int(runs._counter[1]) & 7 == 7  # signals of replays hold the call's tag too
+        side.close(False)
+        assert library.finalized and not library._mapped and told == [False]

@@ -13,7 +13,7 @@ from threads import run_threads
 
 from sfcompile.errors import RankMismatchError
 from sfcompile.runtime.gpu.message_side import MessageSide
-from sfcompile.runtime.gpu.tags import TagStatus
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.rank.session import current_session
 from sfcompile.runtime.wires import c10d
 from sfcompile.runtime.wires.c10d import PairedTransport
@@ -36,8 +36,8 @@ def run(
     def work(rank: int) -> float:
         session = current_session()
         with gpus[rank]:
-            status = TagStatus(rank, CPU)
-            messages = PairedTransport(rank, groups[rank], 20.0, lambda: None, status.word)  # type: ignore[arg-type]
+            status = DeviceStatus(rank, CPU, 20.0)
+            messages = PairedTransport(rank, groups[rank], 20.0, lambda: None, status.words[:1])  # type: ignore[arg-type]
             session.use_side(MessageSide(rank, session.topology, CPU, status, messages))
             session.load("p", schedules_of(case))
             outs: list[torch.Tensor] = []

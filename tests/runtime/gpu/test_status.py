@@ -1,0 +1,85 @@
+"""What the host learns of chunks of other calls and of waits in vain, and when; what it tells kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+import pytest
+import torch
+
+from sfcompile.errors import PeerFailedError, RankMismatchError, RuntimeTimeoutError, StreamFusionError
+from sfcompile.runtime.gpu.status import LOOK_S, DeviceStatus, Watchdog
+from sfcompile.runtime.wires.transport import word_of
+
+
+def test_a_noted_chunk_is_an_error_at_the_end_of_the_call_and_stays_one() -> None:
+    status = DeviceStatus(1, torch.device("cpu"), 2.0)
+    status.end_call()
+    assert status.error() is None
+    status.words[0] = word_of(7, 5)
+    assert status.error() is None  # the host looks at its copy only
+    for _ in range(2):
+        with pytest.raises(
+            RankMismatchError, match="not in the same call: rank 1 got a chunk of another call"
+        ) as caught:
+            status.end_call()
+        assert caught.value.epoch == 7
+
+
+class Site:
+    """What says in words what a wait was for."""
+
+    def gave_up(self, slot: int, wanted: int, seen: int, limit_s: float) -> StreamFusionError:
+        return RuntimeTimeoutError(
+            f"slot {slot}: {wanted} not {seen} in {limit_s:g} s", "", "", rank=1, peer=2, epoch=wanted
+        )
+
+
+def broken(status: DeviceStatus, site: Site) -> None:
+    """What a kernel writes that gave up."""
+    status.words[1:] = torch.tensor([1, status.number_of(site), 5, 7, 6])
+
+
+def test_a_wait_in_vain_is_an_error_at_the_end_of_the_call() -> None:
+    status, site = DeviceStatus(1, torch.device("cpu"), 2.0), Site()
+    assert (status.number_of(Site()), status.number_of(site), status.number_of(site)) == (0, 1, 1)
+    broken(status, site)
+    with pytest.raises(RuntimeTimeoutError, match="slot 5: 7 not 6 in 2 s"):
+        status.end_call()
+    assert status.notice() == "rank 1: slot 5: 7 not 6 in 2 s"
+
+
+def test_kernels_are_told_of_a_failure_and_the_error_says_whose() -> None:
+    status, site = DeviceStatus(1, torch.device("cpu"), 2.0), Site()
+    watched = status.watched
+    assert watched.limit_ns == 2 * 10**9
+    status.stop("rank 2: out of memory")
+    status.stop("rank 1: rank 2 is gone")  # an echo
+    assert ctypes.c_int64.from_address(watched.abort).value == 1
+    status.end_call()  # nobody waited: the result is right
+    assert status.notice() == "rank 2: out of memory"
+    broken(status, site)
+    with pytest.raises(PeerFailedError, match="another rank failed first: rank 2: out of memory") as caught:
+        status.end_call()
+    assert (caught.value.peer, caught.value.epoch) == (2, 7)
+
+
+def test_the_watchdog_asks_until_it_hears_of_trouble_or_is_closed() -> None:
+    told = iter([None, None, "rank 2: gone"])
+    status = DeviceStatus(1, torch.device("cpu"), 2.0)
+
+    def trouble() -> str | None:
+        return next(told)
+
+    watchdog = Watchdog(status, trouble)
+    deadline = time.monotonic() + 20.0
+    while status.notice() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert status.notice() == "rank 2: gone"
+    watchdog.close()
+    quiet = DeviceStatus(1, torch.device("cpu"), 2.0)
+    watchdog = Watchdog(quiet, lambda: "rank 2: gone")
+    watchdog.close()
+    time.sleep(2 * LOOK_S)
+    assert quiet.notice() is None
