@@ -10,6 +10,8 @@
 * A **schedule** is a function that builds what one attention does on all ranks. Registered, it is a candidate of the
   planner on every mesh, and can be asked for with ``options={"schedule": name}``. The checker proves it before it is
   priced, and again before it runs: a wrong one is refused with its reason, it cannot give a wrong answer or hang.
+* An **attention** that a library computes in an op of its own is read by a function that says where q, k, v, scale and
+  mask stand among the op's arguments (:func:`register_attention`).
 * A **topology** is a set of constants under a name, used as ``"4x8:name"``.
 
 Register on every rank, before the model is compiled: ranks compare the options they compile with.
@@ -22,6 +24,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from sfcompile import options
+from sfcompile.capture import attention_calls
+from sfcompile.capture.attention_calls import AttentionCall, Reader
 from sfcompile.codegen.plan.choose_plan import forget_plans
 from sfcompile.codegen.schedule import builders
 from sfcompile.codegen.schedule.builders import BUILDERS, Builder
@@ -36,8 +40,10 @@ from sfcompile.runtime.program import presets as topology_presets
 from sfcompile.runtime.program.topology import Topology
 
 __all__ = [
+    "AttentionCall",
     "State",
     "passes",
+    "register_attention",
     "register_op_rule",
     "register_pass",
     "register_schedule",
@@ -119,6 +125,27 @@ def register_schedule(name: str, builder: Builder) -> None:
     forget_plans()
 
 
+def register_attention(op: str, reader: Reader) -> None:
+    """Have calls of an op sharded as the attention that they are.
+
+    Args:
+        op: its name with its namespace, as in its schema: ``"library::attention"``. It need not be loaded yet.
+        reader: ``(arguments by the schema's names, defaults filled in) -> AttentionCall | None``; None leaves the call
+            as it is, computed whole on every rank. It sees tensors without values: what a call is must show in shapes
+            and in arguments that are no tensors. Only the op's first result may be used by the model.
+
+    Raises:
+        OptionError: ``op`` is not of that form.
+    """
+    if op.count("::") != 1 or not all(op.split("::")):
+        raise OptionError(
+            f"an op cannot be named {op!r}",
+            "a name with its namespace is needed",
+            "write 'library::op', without '.default'",
+        )
+    attention_calls.READERS[op] = reader
+
+
 def register_topology(name: str, **constants: Any) -> None:
     """Make a set of constants known as ``"NxM:name"``; those left out have the defaults of Topology.
 
@@ -139,6 +166,7 @@ def scope() -> Iterator[None]:
         builders.REGISTERED,
         topology_presets.PRESETS,
         op_rules.RULES,
+        attention_calls.READERS,
     ]
     before = [dict(table) for table in tables]
     names = set(options.REGISTERED_SCHEDULES)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
@@ -39,6 +39,7 @@ __all__ = [
     "HigherOrderOperator",
     "AutocastState",
     "OpOverload",
+    "OpOverloadPacket",
     "TorchDispatchMode",
     "TracingContext",
     "aoti_compile",

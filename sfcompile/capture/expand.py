@@ -4,6 +4,7 @@
   subgraphs compiled once for many calls.
 * PyTorch's fused encoder layer and attention, which ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call
   at inference.
+* Attention ops of libraries (attention_calls.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from sfcompile.capture.attention_calls import read_call
 from sfcompile.torch_private import HigherOrderOperator, fused_attention, fused_encoder_layer
 
 _BODIES = {"tag_activation_checkpoint": 1, "wrap": 1, "invoke_subgraph": 2}
@@ -44,6 +46,9 @@ def _replacement(gm: fx.GraphModule, node: fx.Node) -> tuple[Callable[..., Any],
         return None
     if node.target in _FUSED:
         return _FUSED[node.target], 0
+    read = read_call(node)
+    if read is not None:
+        return read, 0
     name = getattr(node.target, "__name__", "")
     if isinstance(node.target, HigherOrderOperator) and name in _BODIES:
         body = gm.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]

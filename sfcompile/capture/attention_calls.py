@@ -1,0 +1,142 @@
+"""Attention that is called through a library's own op: read as what it is, so that it is sharded like any other.
+
+A registry from an op's name to a reader, which says where q, k, v, scale and mask stand among its arguments
+(:func:`sfcompile.extend.register_attention`). A call that a reader accepts becomes
+``scaled_dot_product_attention``, to the rounding of the library's kernel. A call that it does not accept (a window, a
+soft cap, results beside the output that are used) stays as it is, computed whole on every rank.
+
+Readers here know ops by their names and schemas; no library is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from sfcompile.torch_private import OpOverload, OpOverloadPacket
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a call of a library's attention computes: softmax(scale q k^T + mask) v.
+
+    Attributes:
+        q, k, v: [B, H, L, D], or [B, L, H, D] with ``heads_last``; k and v may have fewer heads, each for as many of q.
+        mask: for scaled_dot_product_attention.
+        scale: None: one over the root of D.
+        causal: a query sees keys up to its own place; queries and keys are equally many.
+        heads_last: of q, k, v, and of the output that the op returns.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+    causal: bool = False
+    heads_last: bool = False
+
+    def compute(self) -> torch.Tensor:
+        """The output, its heads where those of q are."""
+        q, k, v = (x.transpose(1, 2) if self.heads_last else x for x in (self.q, self.k, self.v))
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, self.mask, is_causal=self.causal, scale=self.scale, enable_gqa=grouped
+        )
+        return out.transpose(1, 2) if self.heads_last else out
+
+
+Reader = Callable[[Mapping[str, Any]], AttentionCall | None]
+"""From an op's arguments by the names of its schema, defaults filled in; None: this call is something else."""
+
+READERS: dict[str, Reader] = {}
+"""By the op's name with its namespace: ``library::op``."""
+
+
+class ReadCall:
+    """In place of a library's op in a Dynamo graph: attention if the reader accepts the call, else the op itself."""
+
+    __name__ = "attention_call"
+
+    def __init__(self, op: OpOverload, reader: Reader) -> None:
+        self._op, self._reader = op, reader
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._reader(_named(self._op, args, kwargs))
+        if call is None:
+            return self._op(*args, **kwargs)
+        returns = len(self._op._schema.returns)
+        return call.compute() if returns == 1 else (call.compute(), *[None] * (returns - 1))
+
+
+def read_call(node: fx.Node) -> ReadCall | None:
+    """What stands for a node that calls a registered op, if no more than its first result is used."""
+    target: Any = node.target
+    if isinstance(target, OpOverloadPacket) and target.overloads() == ["default"]:
+        target = target.default
+    if not isinstance(target, OpOverload) or target._schema.name not in READERS:
+        return None
+    if len(target._schema.returns) > 1:
+        if any(getattr(user.target, "__name__", "") != "getitem" or user.args[1] != 0 for user in node.users):
+            return None
+    return ReadCall(target, READERS[target._schema.name])
+
+
+def _named(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name."""
+    names = [argument.name for argument in op._schema.arguments]
+    defaults = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
+    return defaults | dict(zip(names, args, strict=False)) | kwargs
+
+
+def _plain(args: Mapping[str, Any], **wanted: Any) -> bool:
+    """Whether arguments, where the op has them, are one of the values that mean nothing special."""
+    return all(args[name] in values for name, values in wanted.items() if name in args)
+
+
+def flash(args: Mapping[str, Any]) -> AttentionCall | None:
+    """FlashAttention's forward ops, versions 2 and 3: [B, L, H, D], no window, no packed lengths, no cache."""
+    q, k, v = args["q"], args["k"], args["v"]
+    none = [None]
+    special = {name: none for name in args if name.startswith(("cu_seqlens", "seqused", "page_table", "kv_batch_idx"))}
+    special |= {
+        name: none for name in ("k_new", "v_new", "qv", "out", "out_", "rotary_cos", "alibi_slopes", "block_table")
+    }
+    special |= {name: none for name in ("q_descale", "k_descale", "v_descale")}
+    if not _plain(
+        args, dropout_p=[0.0], window_size_left=[-1], window_size_right=[-1, 0] if args.get("causal") else [-1],
+        softcap=[0.0], attention_chunk=[0], return_softmax=[False], **special,
+    ):  # fmt: skip
+        return None
+    causal = bool(args.get("causal", args.get("is_causal", False)))
+    if q.dim() != 4 or (causal and q.shape[1] != k.shape[1]):  # the library's corner is another one then
+        return None
+    return AttentionCall(q, k, v, None, args.get("softmax_scale"), causal, heads_last=True)
+
+
+def cutlass(args: Mapping[str, Any]) -> AttentionCall | None:
+    """xFormers' memory-efficient forward op: [B, L, H, D], a dense bias [B, H, Lq, Lk] or none."""
+    q, k, v = args["query"], args["key"], args["value"]
+    none = [None]
+    if q.dim() != 4 or not _plain(
+        args, seqstart_q=none, seqstart_k=none, seqlen_k=none, window_size=none, dropout_p=[0.0],
+        custom_mask_type=[0, 1],
+    ):  # fmt: skip
+        return None
+    causal, bias = args.get("custom_mask_type") == 1, args.get("attn_bias")
+    if causal and (bias is not None or q.shape[1] != k.shape[1]):
+        return None
+    return AttentionCall(q, k, v, bias, args.get("scale"), causal, heads_last=True)
+
+
+READERS |= {
+    "flash_attn::_flash_attn_forward": flash,
+    "flash_attn_3::fwd": flash,
+    "flash_attn_3::_flash_attn_forward": flash,
+    "xformers::efficient_attention_forward_cutlass": cutlass,
+}
