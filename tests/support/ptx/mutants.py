@@ -1,0 +1,173 @@
+"""Mistakes made in kernels on purpose, and whether the machine sees them.
+
+Most are edits of a kernel's PTX, as a compiler's or an author's mistake would leave it; some of its generated source;
+one is another order of launches.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kernel_ranks import Job, make_site
+
+from ptx.ranks import AttentionRanks
+from ptx.text import PtxError
+
+Edit = Callable[[str, str], str]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake.
+
+    Attributes:
+        name: what is wrong.
+        arch: the architecture whose kernels have it.
+        net: between ranks that reach each other by NVSHMEM only.
+        ptx, source: edits ``(kernel's name, text) -> text``.
+        order: of a rank's launches.
+    """
+
+    name: str
+    arch: int = 80
+    net: bool = False
+    ptx: Edit | None = None
+    source: Edit | None = None
+    order: Callable[[list[str]], list[str]] | None = None
+
+
+def job_of(arch: int, net: bool = False, dtype: torch.dtype = torch.float16, **changes: Any) -> Job:
+    """A small attention: two ranks, uneven tokens, several tiles and blocks, bank 0 used three times."""
+    tiles = (
+        {"block_m": 32, "block_n": 32, "warps": 4, "stages": 2}
+        if arch < 90
+        else {"block_m": 64, "block_n": 32, "warps": 4, "stages": 3}
+    )
+    site = make_site([72, 88], 2, heads=2, head_dim=64, dtype=dtype)
+    shape = (2, 1, 2, 1) if net else (1, 2, 2, 1)
+    return Job(
+        "torus" if net else "usp", *shape, site, net=net, epochs=changes.pop("epochs", 3), options=tiles | changes
+    )
+
+
+def caught(mutant: Mutant | None, arch: int = 80, seeds: int = 1, tolerance: float = 2e-3) -> tuple[str, float]:
+    """How a mutant shows itself ("" if it does not), and the seconds that it took.
+
+    Args:
+        mutant: None is the kernel as it is.
+        seeds: worlds to try.
+    """
+    start = time.monotonic()
+    arch, net = (mutant.arch, mutant.net) if mutant else (arch, False)
+    changes = {"change": mutant.ptx, "edit": mutant.source, "order": mutant.order} if mutant else {}
+    said = ""
+    for seed in range(seeds):
+        ranks = AttentionRanks(job_of(arch, net), arch, seed, **changes)  # type: ignore[arg-type]
+        try:
+            error = ranks.run()
+            said = "" if error < tolerance else f"wrong: error {error:.2g}"
+        except PtxError as problem:
+            said = f"{type(problem).__name__}: {problem}"
+        if ranks.world.memory.races:
+            said = f"{len(ranks.world.memory.races)} races, {min(ranks.world.races())}; {said}"
+        if said:
+            break
+    return said, time.monotonic() - start
+
+
+def edited(kernel: str, old: str, new: str, count: int = 0) -> Edit:
+    """Replace a pattern in a kernel whose name begins so; the pattern must be there.
+
+    Raises:
+        AssertionError: it is not: the mutant would mean nothing.
+    """
+
+    def edit(name: str, text: str) -> str:
+        if not name.startswith(kernel):
+            return text
+        changed, times = re.subn(old, new, text, count=count, flags=re.MULTILINE)
+        assert times, f"{old} is not in kernel {name}"
+        return changed
+
+    return edit
+
+
+def between(kernel: str, first: str, last: str, old: str, new: str) -> Edit:
+    """:func:`edited` in the stretch from the last ``first`` before the first ``last``."""
+
+    def edit(name: str, text: str) -> str:
+        if not name.startswith(kernel):
+            return text
+        end = re.search(last, text)
+        assert end is not None, f"{last} is not in kernel {name}"
+        start = [match.end() for match in re.finditer(first, text[: end.start()])][-1]
+        changed, times = re.subn(old, new, text[start : end.start()])
+        assert times, f"no {old} before {last} in kernel {name}"
+        return text[:start] + changed + text[end.start() :]
+
+    return edit
+
+
+def _signal_first(name: str, source: str) -> str:
+    """The put kernel raises each signal before it copies."""
+    if name != "put":
+        return source
+    line = re.search(r"^ +(raise_signal\(.*\))$", source[source.index("def put(") :], re.MULTILINE)
+    assert line is not None
+    return re.sub(
+        r"^( +)(target = tl\.load.*)$",
+        lambda found: f"{found[1]}{found[2]}\n{found[1]}{line[1]}",
+        source,
+        flags=re.MULTILINE,
+    )
+
+
+def _early(names: list[str]) -> list[str]:
+    return ["put", "release", *[name for name in names if name not in ("put", "release")]]
+
+
+_ACQUIRE, _RELAXED = r"ld\.global\.sys\.acquire", "ld.global.sys.relaxed"
+_RELEASE = r"atom\.global\.sys\.release\.exch"
+_BAR = r"bar\.sync\s+0;"
+_WAIT, _LAX = r"cp\.async\.wait_group\s+\d", "cp.async.wait_group 7"
+_WAIT_WGMMA, _LAX_WGMMA = r"wgmma\.wait_group\.sync\.aligned\s+0", "wgmma.wait_group.sync.aligned 2"
+_COUNT = r"acq_rel\.add"
+
+MUTANTS = (
+    Mutant("acquire of a chunk to relaxed", ptx=edited("attend", _ACQUIRE, _RELAXED)),
+    Mutant("acquire of an output to relaxed", ptx=edited("collect", _ACQUIRE, _RELAXED)),
+    Mutant("release of a put's signal to relaxed", ptx=edited("put", _RELEASE, "atom.global.sys.relaxed.exch")),
+    Mutant("release of a pushed output to relaxed", ptx=edited("attend", _RELEASE, "atom.global.sys.relaxed.exch")),
+    Mutant("release of a signal at the scope of one GPU", ptx=edited("put", _RELEASE, "atom.global.gpu.release.exch")),
+    Mutant("arrival counter relaxed", ptx=edited("put", r"sys\.acq_rel\.add", "sys.relaxed.add")),
+    Mutant("a barrier removed before the arrival counter", ptx=between("put", r"st\.global", _COUNT, _BAR, "")),
+    Mutant("a barrier removed after a copy's wait", ptx=edited("attend", rf"({_WAIT};[^;]*?){_BAR}", r"\1")),
+    Mutant("wait_group too lax", ptx=edited("attend", _WAIT, _LAX)),
+    Mutant("a signal dropped", ptx=edited("put", rf"^.*{_RELEASE}.*$", "")),
+    Mutant("a signal before its data", source=_signal_first),
+    Mutant("a wrong bank", source=edited("put", r"^( +bank_at = .*)epoch % 2", r"\1(epoch + 1) % 2")),
+    Mutant("credit given early", order=_early),
+    Mutant("fence.proxy.async removed", 90, ptx=edited("attend", r"fence\.proxy\.async\.shared::cta;", "")),
+    Mutant("wgmma.wait_group too lax", 90, ptx=edited("attend", _WAIT_WGMMA, _LAX_WGMMA)),
+    Mutant("cp.async.wait_group too lax before wgmma", 90, ptx=edited("attend", _WAIT, _LAX)),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Print the table: every mutant, how it shows itself, seconds."""
+    print(f"| mutant | caught by | s |\n|---|---|---|\n| none | {caught(None)[0] or '-'} | |")
+    for mutant in MUTANTS:
+        said, seconds = caught(mutant)
+        print(
+            f"| {mutant.name} (sm_{mutant.arch}) | {said[:160].replace('|', '/') or 'NOT CAUGHT'} | {seconds:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Every kernel that the generator writes, run from its PTX by all ranks of a job in one world, against fp64.
+
+Tolerances are those of the dtype: products in fp16 or bf16 with sums in fp32; fp32 as three products of TF32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kernel_ranks import Job, make_site
+from random_sites import even, rows
+from row_forms import forms, traced
+
+from ptx.mutants import job_of
+from ptx.ranks import AttentionRanks, ExchangeRanks
+from sfcompile.codegen.rows.row_ops import compile_rows
+from sfcompile.codegen.schedule.exchange import build_exchange
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.runtime.program.sites import ExchangeSite
+from sfcompile.runtime.program.topology import Topology
+
+pytestmark = pytest.mark.thorough
+
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
+SMALL: dict[str, Any] = {"block_m": 32, "block_n": 32, "warps": 4, "stages": 2}
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def check(job: Job, arch: int, seed: int = 0, together: float = 0.9) -> AttentionRanks:
+    """Run; no race, no deadlock, right in every epoch."""
+    ranks = AttentionRanks(job, arch, seed, together)
+    error = ranks.run()
+    assert ranks.world.races() == []
+    assert error < TOLERANCE[job.site.dtype], error
+    return ranks
+
+
+def small(kind: str, shape: tuple[int, int, int, int], tokens: list[int], net: bool = False, **changes: Any) -> Job:
+    """A job on few tokens."""
+    site_changes = {name: changes.pop(name) for name in ("causal", "kv_heads", "dtype", "heads") if name in changes}
+    site = make_site(tokens, len(tokens), **{"heads": 2, "head_dim": 64, "dtype": FP16} | site_changes)
+    options = SMALL | changes.pop("options", {})
+    return Job(kind, *shape, site, net=net, epochs=changes.pop("epochs", 2), options=options, **changes)
+
+
+def test_launches_are_the_real_ones() -> None:
+    ranks = check(job_of(80), 80)
+    launched = {entry.name: entry for entry in ranks.driver.launched}
+    assert set(launched) == {"put", "attend", "collect", "release"}
+    assert [launched[name].cooperative for name in ("attend", "put", "collect")] == [True, False, False]
+    assert launched["attend"].grid == (2, 1, 1) and launched["attend"].shared_bytes > 0
+    assert len(ranks.driver.launched) == ranks.world.launches == 2 * 3 * 6
+
+
+@pytest.mark.parametrize("dtype", [FP16, pytest.param(BF16, marks=pytest.mark.thorough)])
+def test_hopper(dtype: torch.dtype) -> None:
+    check(job_of(90, dtype=dtype), 90)
+
+
+CASES = {
+    "ring that passes chunks on": (small("usp", (1, 3, 1, 3), [40, 24, 33]), 80),
+    "two machines": (small("torus", (2, 2, 2, 2), [24, 17, 33, 8], True), 80),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_links(name: str) -> None:
+    check(*CASES[name])
+
+
+MORE = {
+    "nvshmem only": (job_of(80, True), 80),
+    "fp32": (job_of(80, dtype=FP32), 80),
+    "fp32 on hopper": (job_of(90, dtype=FP32), 90),
+    "bf16": (job_of(80, dtype=BF16), 80),
+    "causal, grouped heads": (small("usp", (1, 2, 1, 2), [40, 24], causal=True, kv_heads=1), 80),
+    "causal on hopper": (small("usp", (1, 2, 1, 2), [40, 24], causal=True, options={"block_m": 64}), 90),
+    "mask of keys": (small("usp", (1, 2, 2, 1), [40, 24], mask="key"), 80),
+    "whole mask, added": (small("usp", (1, 2, 2, 1), [40, 24], mask="full", mask_is_bool=False), 80),
+    "torus in one machine": (small("torus", (2, 2, 2, 2), [24, 17, 33, 8]), 80),
+    "torus in parts": (small("torus", (2, 2, 2, 2), [24, 17, 33, 8], parts=(2, 3)), 80),
+    "softmax state kept": (small("torus", (2, 2, 2, 2), [24, 17, 33, 8], merge=False), 80),
+    "all gathered": (small("allgather", (1, 3, 1, 3), [40, 0, 33]), 80),
+    "torus of two machines on hopper": (
+        small("torus", (2, 2, 2, 2), [24, 17, 33, 8], True, options={"block_m": 64}),
+        90,
+    ),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", list(MORE))
+def test_more(name: str) -> None:
+    check(*MORE[name])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_other_orders(seed: int) -> None:
+    """The same on other roads; warps for themselves at every other seed."""
+    check(job_of(80), 80, seed, (0.1, 0.9)[seed % 2])
+    check(replace(job_of(90), epochs=2), 90, seed, (0.1, 0.9)[seed % 2])
+    check(CASES["two machines"][0], 80, seed)
+
+
+@pytest.mark.parametrize("machine_of", [(0, 0, 0), (0, 1, 2), (0, 0, 1)], ids=["peer", "nvshmem", "mixed"])
+def test_exchanges(machine_of: tuple[int, ...]) -> None:
+    """Gathers are bitwise."""
+    whole = torch.randn(2, 6, 5)
+    mesh = Mesh.of(Topology.grid(3, 1), 3, 1)
+    gather = build_exchange(ExchangeSite.gather("g", (2, 6, 5), torch.float32, 1, even(6, 3)), mesh)
+    ranks = ExchangeRanks(gather, machine_of)
+    outs = ranks.run([whole[:, rows(owned)] for owned in even(6, 3)], [whole] * 3, 4)
+    assert ranks.world.races() == []
+    assert all(torch.equal(out, whole) for epoch in outs for out in epoch)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pairs", pytest.param("halves", marks=pytest.mark.thorough)],
+)
+def test_puts_that_compute(name: str) -> None:
+    """What a fused put leaves on every rank is what a plain put of the same rows leaves, but for rounding."""
+    fn, sources = forms(BF16, 64)[name]
+    gm, root = traced(fn, sources)
+    program = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))[0]
+    length = fn(*sources).shape[2]
+    site = make_site(length, 2, heads=2, head_dim=64, dtype=BF16, batch=2)
+    given = [[x * (1 if rank else 0.5) for x in sources] for rank in range(2)]
+    banks = []
+    for fused in (True, False):
+        ranks = AttentionRanks(Job("usp", 1, 2, 2, 1, site, options=SMALL), 80)
+        views = [ranks.heaps.view(rank, 1) for rank in range(2)]
+        for rank, (main, _) in enumerate(ranks.streams):
+            with ranks.driver.on(main):
+                if fused:
+                    ranks.kernels[rank].put_fused("q", program, given[rank], views[rank])
+                else:
+                    ranks.kernels[rank].put("q", fn(*given[rank]), views[rank])
+        ranks.world.run()
+        assert ranks.world.races() == []
+        banks.append([ranks.heaps.bank(rank, 1, BF16).clone() for rank in range(2)])
+    for got, want in zip(*banks, strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+        assert want.float().abs().sum() > 1
