@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import fx
 
 from sfcompile.errors import source_line
@@ -86,7 +88,8 @@ def _wire(state: State) -> str:
 def _count_work(state: State, report: GraphReport) -> None:
     """Ops and FLOPs of the graph that the token passes saw, and each rank's share of them."""
     owners, placement = state.layouts.owners, state.placement
-    per_rank = [0.0] * state.topology.num_ranks
+    per_rank = np.zeros(state.topology.num_ranks)
+    shares: dict[Layout, NDArray[np.float64]] = {}
     for node, op in state.tokens.views.items():
         cost = flops(op)
         report.total_flops += cost
@@ -97,9 +100,14 @@ def _count_work(state: State, report: GraphReport) -> None:
             report.sharded_ops += 1
         else:
             report.replicated_ops += 1
-        for rank in range(len(per_rank)):
-            per_rank[rank] += cost if layout is None else cost * _share(owners, layout, rank)
-    report.rank_flops = tuple(per_rank)
+        if layout is None:
+            per_rank += cost
+            continue
+        if layout not in shares:
+            counts = [owners.count(layout.runs, rank) for rank in range(len(per_rank))]
+            shares[layout] = np.array(counts) / max(layout.tokens, 1)
+        per_rank += cost * shares[layout]
+    report.rank_flops = tuple(per_rank.tolist())
 
 
 def _list_traffic(state: State, report: GraphReport) -> None:
@@ -134,10 +142,6 @@ def _moved(value: fx.Node, need: Layout | Window, owners: Ownership, layout: Lay
     row = _left(value, f"{kind}, read by {', '.join(user.name for user in list(value.users)[:3])}", 0.0)
     nbytes = value_bytes(value) * exchange_fraction(owners, layout, need) * (owners.num_ranks - 1)
     return replace(row, nbytes=int(nbytes))
-
-
-def _share(owners: Ownership, layout: Layout, rank: int) -> float:
-    return owners.count(layout.runs, rank) / max(layout.tokens, 1)
 
 
 def _reader(value: fx.Node, reasons: dict[fx.Node, str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -98,9 +99,13 @@ class Schedule(ABC):
     def members(self, rank: int) -> tuple[int, tuple[int, ...]]:
         """Which rank of the mesh a rank of the job is, and the job's ranks of its group, in the mesh's order."""
         if not self.groups:
-            return rank, tuple(range(self.mesh.num_ranks))
+            return rank, self._everyone
         group = next(group for group in self.groups if rank in group)
         return group.index(rank), group
+
+    @cached_property
+    def _everyone(self) -> tuple[int, ...]:
+        return tuple(range(self.mesh.num_ranks))
 
     @abstractmethod
     def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:

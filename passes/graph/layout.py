@@ -161,6 +161,7 @@ class Ownership:
         self._axes = {first: axis for (first, _), axis in zip(segments, axes, strict=True)}
         self._owners: dict[Runs, Owners] = {}
         self._vectors: dict[Owners, NDArray[np.int32]] = {}
+        self._held: dict[Runs, tuple[Runs, ...]] = {}
 
     def owners(self, runs: Runs) -> Owners:
         """The rank of each position, run-length coded."""
@@ -189,7 +190,7 @@ class Ownership:
         """
         finer = copy.copy(self)
         finer.num_ranks = self.num_ranks * parts
-        finer._starts, finer._ends, finer._owners, finer._vectors = [], [], {}, {}
+        finer._starts, finer._ends, finer._owners, finer._vectors, finer._held = [], [], {}, {}, {}
         turns = [0] * self.num_ranks
         for start, (end, rank) in zip(self._starts, self._ends, strict=True):
             home = self._segment_starts[bisect_right(self._segment_starts, start) - 1]
@@ -253,17 +254,18 @@ class Ownership:
 
     def position_runs(self, runs: Runs, rank: int) -> Runs:
         """The same positions as runs ``(first position, length)``."""
-        out: list[tuple[int, int]] = []
-        at = 0
-        for owner, count in self.owners(runs):
-            if owner == rank:
-                out.append((at, count))
-            at += count
-        return join(out)
+        if runs not in self._held:  # of all ranks at once: many are asked for every rank, one after the other
+            held: list[list[tuple[int, int]]] = [[] for _ in range(self.num_ranks)]
+            at = 0
+            for owner, count in self.owners(runs):
+                held[owner].append((at, count))
+                at += count
+            self._held[runs] = tuple(map(join, held))
+        return self._held[runs][rank]
 
     def count(self, runs: Runs, rank: int) -> int:
         """How many positions ``rank`` owns."""
-        return sum(count for owner, count in self.owners(runs) if owner == rank)
+        return intervals.count(self.position_runs(runs, rank))
 
     def busiest(self, layout: Layout) -> float:
         """The part of the tokens that the rank with most of them owns."""

@@ -68,6 +68,16 @@ class AttentionSite:
 
     def local_shape(self, tensor: str, rank: int, part: int = -1) -> Shape:
         """Shape of a rank's "q", "k", "v" or "o" [B, heads, tokens, width], of one of its parts or (-1) of all."""
+        key = tensor, rank, part
+        if key not in self._local_shapes:
+            self._local_shapes[key] = self._local_shape(tensor, rank, part)
+        return self._local_shapes[key]
+
+    @cached_property
+    def _local_shapes(self) -> dict[tuple[str, int, int], Shape]:
+        return {}
+
+    def _local_shape(self, tensor: str, rank: int, part: int) -> Shape:
         queries = tensor in ("q", "o")
         tokens = self.tokens[0 if queries else 1][rank]
         if part != -1:

@@ -14,8 +14,9 @@ from sfcompile.runtime.program.formats import SAME, decode, encode
 from sfcompile.runtime.program.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
 from sfcompile.runtime.program.phases import ATTEND, COLLECT, EXCHANGE_FINISH
 from sfcompile.runtime.program.sites import AttentionSite
-from sfcompile.runtime.rank.attention_aten import Partial, attend, merge
+from sfcompile.runtime.rank.attention_aten import attend
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
+from sfcompile.runtime.rank.partials import Partials
 from sfcompile.runtime.wires.symmetric_heap import bank_of
 from sfcompile.runtime.wires.transport import Source, Transport
 
@@ -136,7 +137,7 @@ class SiteRun:
         self._program = plan.program(rank)
         self._tensors: dict[tuple[str, int], torch.Tensor] = {}
         self._parts_left = plan.site.parts
-        self._partials: dict[Chunk, Partial | None] = {}
+        self._partials = Partials()
         self._arrivals = {arrival.slot: arrival for arrival in self._program.arrivals}
         self._views = {
             slot: heap.chunk(bank, plan.slots[slot].offset, *plan.form(rank, arrival))
@@ -182,8 +183,7 @@ class SiteRun:
                 self._transport.put(step.dst, step.slot, offset, encoded[key], self.epoch, Source.KEPT)
         stays = tensor
         if name != "x":
-            first, last = self._heads(name, self._rank)
-            stays = tensor[:, first:last]
+            stays = _cut(tensor, 1, *self._heads(name, self._rank))
         else:
             stays = cut_chunk(self.plan.site, tensor, self._rank, self._rank)
         if self._kernel is None:
@@ -294,11 +294,10 @@ class SiteRun:
             return cut_chunk(self.plan.site, tensor, self._rank, step.dst)
         first, last = self._heads(step.tensor, step.dst)
         start, stop = self._rows(step.tensor, Chunk(self._rank, step.part), part)
-        return tensor[:, first:last, start:stop]
+        return _cut(_cut(tensor, 1, first, last), 2, start, stop)
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
-        for chunk in step.q:
-            self._partials.setdefault(chunk, None)
+        self._partials.begin(step.q)
         site, bias = self.plan.site, None
         keys, k_slots, v_slots = step.kv, step.k_slots, step.v_slots
         if mask is not None or site.causal:
@@ -318,12 +317,8 @@ class SiteRun:
         done = attend(q, k, v, None if bias is None else bias.to(q.device), site.scale)
         if done is None:
             return
-        if len(step.q) == 1:
-            self._partials[step.q[0]] = merge(self._partials[step.q[0]], done, into_first=True)
-            return
         lengths = [stop - start for start, stop in (self._attention.rows("q", chunk) for chunk in step.q)]
-        for chunk, o, lse in zip(step.q, done[0].split(lengths, 2), done[1].split(lengths, 2), strict=True):
-            self._partials[chunk] = merge(self._partials[chunk], (o, lse), into_first=True)
+        self._partials.add(step.q, lengths, done)
 
     def _join(self, name: str, slots: tuple[int | None, ...], chunks: tuple[Chunk, ...]) -> torch.Tensor:
         """Some chunks of Q, K or V one after the other, with one key head per query head; kept for later calls."""
@@ -359,7 +354,7 @@ class SiteRun:
 
     def _output(self, chunk: Chunk) -> torch.Tensor:
         """The finished output of some queries, in the site's dtype; zeros where no key was allowed."""
-        partial = self._partials.get(chunk)
+        partial = self._partials[chunk]
         site = self.plan.site
         if partial is None:
             (first, last), (start, stop) = self._attention.heads(self._rank), self._attention.rows("q", chunk)
@@ -368,10 +363,15 @@ class SiteRun:
 
     def _output_leaving(self, chunk: Chunk) -> torch.Tensor:
         """The same as it goes home: encoded before it is rounded to the site's dtype, so that it is rounded once."""
-        written, partial = self.plan.site.written("o"), self._partials.get(chunk)
+        written, partial = self.plan.site.written("o"), self._partials[chunk]
         if written == SAME or partial is None:
             return encode(self._output(chunk), written)
         return encode(partial[0], written)
+
+
+def _cut(tensor: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
+    """A stretch of a tensor; the tensor itself if that is all of it, as it mostly is: a view takes microseconds."""
+    return tensor if stop - start == tensor.shape[dim] else tensor.narrow(dim, start, stop - start)
 
 
 def _cut_mask(

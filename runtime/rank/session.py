@@ -345,23 +345,22 @@ class Session:
 
     # ------------------------------------------------------------------ failure and end
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self) -> AbstractContextManager[None]:
         """Tell the other ranks if the body fails, so that none of them waits in vain."""
-        try:
-            yield
-        except BaseException as error:
-            if self._failed or (isinstance(error, StreamFusionError) and error.on_every_rank):
-                raise  # told already, or everybody's own
-            self._failed = True
-            notice = notice_of(self.rank, error)
-            # The notice first: it must be there when a peer finds its connection closed.
-            self._world.announce(notice)
-            self._side.abort(notice)
-            named = self._named(error)
-            if named is not error:
-                raise named from error
-            raise
+        return _Guard(self)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks of an error of this rank's own; raises it by another name, if it has one."""
+        if self._failed or (isinstance(error, StreamFusionError) and error.on_every_rank):
+            return  # told already, or everybody's own
+        self._failed = True
+        notice = notice_of(self.rank, error)
+        # The notice first: it must be there when a peer finds its connection closed.
+        self._world.announce(notice)
+        self._side.abort(notice)
+        named = self._named(error)
+        if named is not error:
+            raise named from error
 
     def _named(self, error: BaseException) -> BaseException:
         """An error of ranks out of step, with their calls by name; waits a moment for the others to say theirs."""
@@ -387,6 +386,22 @@ class Session:
         self._programs.clear()
         self._side.close(self._failed)
         self._world.close()
+
+
+class _Guard:
+    """Every node of a graph that talks to other ranks runs in one: a generator's context would cost more than it."""
+
+    __slots__ = ("_session",)
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._session.fail(error)
 
 
 Members = tuple[int, ...]

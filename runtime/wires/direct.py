@@ -129,6 +129,8 @@ class DirectTransport:
         """Wait until the receiver has read the epoch that used this bank before."""
         segment = self._segments[dst]
         assert segment is not None
+        if segment.done >= epoch - NUM_BANKS:
+            return
         self._await(lambda: segment.done, segment.done_address, epoch - NUM_BANKS, dst, slot, "its bank to be free")
 
     def wake(self, dst: int, slot: int, epoch: int) -> None:
@@ -144,8 +146,9 @@ class DirectTransport:
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Watch this rank's own signal word."""
         signals, bank = self._mine.signals, bank_of(epoch)
-        address = self._mine.signal_address(bank, slot)
-        self._await(lambda: int(signals[bank, slot]), address, epoch, src, slot, "a chunk", TAG_BITS)
+        if signals[bank, slot] < epoch << TAG_BITS:
+            address = self._mine.signal_address(bank, slot)
+            self._await(lambda: int(signals[bank, slot]), address, epoch, src, slot, "a chunk", TAG_BITS)
         self.check_tag(src, slot, epoch)
 
     def check_tag(self, src: int, slot: int, epoch: int) -> None:

@@ -149,12 +149,19 @@ def view_at(memory: torch.Tensor, start: int, shape: Sequence[int], dtype: torch
 
 
 class Segment:
-    """One rank's memory as this process sees it."""
+    """One rank's memory as this process sees it.
+
+    Attributes:
+        address: where the segment lies in this process; ``done_address``: where its done word does.
+    """
 
     def __init__(self, buffer: mmap.mmap | bytearray, size: HeapSize) -> None:
         self._buffer = buffer
         self.size = size
         self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        self.address = self._bytes.data_ptr()
+        self.done_address = self.address + 8 * _DONE
+        self._signals_at = tuple(self.address + size.signals_of(bank) for bank in range(NUM_BANKS))
         self._views: dict[tuple[int, int, tuple[int, ...], torch.dtype], torch.Tensor] = {}
         words = np.frombuffer(buffer, dtype=np.int64)
         self._header: NDArray[np.int64] = words[: _HEADER_BYTES // 8]
@@ -162,19 +169,9 @@ class Segment:
         lines = words[first : first + NUM_BANKS * size.num_slots * _WORDS_PER_LINE]
         self.signals: NDArray[np.int64] = lines.reshape(NUM_BANKS, size.num_slots, _WORDS_PER_LINE)[:, :, 0]
 
-    @property
-    def address(self) -> int:
-        """Where the segment lies in this process."""
-        return self._bytes.data_ptr()
-
-    @property
-    def done_address(self) -> int:
-        """Where the done word lies in this process."""
-        return self._bytes.data_ptr() + 8 * _DONE
-
     def signal_address(self, bank: int, slot: int) -> int:
         """Where a signal lies in this process."""
-        return self._bytes.data_ptr() + self.size.signal_at(bank, slot)
+        return self._signals_at[bank] + slot * LINE_BYTES
 
     def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A view of the bank at ``offset`` bytes; kept, for every step asks for the same ones."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -27,3 +29,19 @@ def test_two_sided_links_are_slower() -> None:
     top = Topology.grid(1, 2, local_bytes_per_s=2.0, two_sided_rate=0.5)
     _, end, _ = Links(top, two_sided=True).send(np.zeros(2), np.array([1, 0]), np.full(2, 2.0))
     assert end.tolist() == pytest.approx([2.0, 2.0])
+
+
+@pytest.mark.parametrize("cards", [1, 2, 4])
+def test_cards_in_pairs_serve_as_any_cards_do(cards: int) -> None:
+    """Whole machines send to whole machines: the quick way and the general one, message after message."""
+    topology = Topology.grid(4, 4, nics_per_machine=cards, network_bytes_per_s=3.0, local_bytes_per_s=50.0)
+    quick, general = Links(topology, two_sided=False), Links(topology, two_sided=False)
+    rng = np.random.default_rng(cards)
+    for _ in range(30):
+        dst = (np.arange(16) + 4 * rng.integers(4)) % 16
+        assert (quick.route(dst).queues is None) == (not quick.route(dst).crosses.any())
+        general._routes[id(dst)] = dst, replace(general.route(dst), queues=None)
+        ready, nbytes = rng.integers(0, 5, 16).astype(float), rng.integers(1, 9, 16).astype(float)
+        for one, other in zip(quick.send(ready, dst, nbytes), general.send(ready, dst, nbytes), strict=True):
+            assert (one == other).all()
+    assert quick.least_s() == general.least_s() > 0
