@@ -34,7 +34,6 @@ WIRES: dict[str, str | Mapping[str, str]] = {
     "same": "same",
     "bf16": "bf16",
     "KV fp8, QO bf16": {"kv": "fp8", "qo": "bf16"},
-    "KV fp8": {"kv": "fp8"},
     "fp8": "fp8",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -90,8 +89,11 @@ def worker(names: list[str], dtypes: list[str], mesh: dict[str, int]) -> int:
         if dist.get_rank() == 0:
             print(f"\n{dtype:<18}" + "".join(f"{name:>18}" for name in ("one process", *WIRES)))
         for name in names or MODELS:
-            with torch.no_grad():
-                line = row(name, DTYPES[dtype], mesh)
+            try:
+                with torch.no_grad():
+                    line = row(name, DTYPES[dtype], mesh)
+            except Exception as error:  # such as fewer heads than ranks; on every rank
+                line = f"{name:<18}  {next(iter(str(error).strip().splitlines()), '')[:100]}"
             if dist.get_rank() == 0:
                 print(line, flush=True)
     dist.destroy_process_group()
