@@ -28,7 +28,7 @@ from sfcompile.commands.launch import launch
 
 MODELS = (
     "flux2", "cogview4", "hunyuan_image", "longcat_image", "krea2", "z_image", "hunyuan_video15", "allegro",
-    "kandinsky5", "wan_vace",
+    "motif_video", "wan_vace",
 )  # fmt: skip
 WIRES: dict[str, str | Mapping[str, str]] = {
     "same": "same",
