@@ -50,7 +50,7 @@ from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, sessions, use_session
-from sfcompile.torch_private import autocast_off, is_comparable
+from sfcompile.torch_private import autocast_off, is_comparable, is_plain
 from sfcompile.tracing.trace import follow_environment
 from sfcompile.version import __version__
 
@@ -198,7 +198,7 @@ def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options, written
     described = {"options": str(asked.as_dict()), "graph": f"{len(gm.graph.nodes)} nodes"}
     described["versions"] = f"sfcompile {__version__}, torch {torch.__version__}"
     for name, value in zip(names, inputs, strict=False):
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and is_plain(value):
             described[f"input {name}"] = f"{str(value.dtype).removeprefix('torch.')}{list(map(present, value.shape))}"
     weights = [inputs[i] for i in compared_weights(inputs, asked) if i not in written]
     if weights:

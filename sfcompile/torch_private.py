@@ -59,6 +59,7 @@ __all__ = [
     "inductor_mode_options",
     "is_comparable",
     "is_composite",
+    "is_plain",
     "is_refs_tensor",
     "is_static_input",
     "default_store",
@@ -67,12 +68,16 @@ __all__ = [
     "no_modes",
     "registered_for_autocast",
     "same_storage",
+    "set_grad_enabled",
     "symbol_hint",
     "symbols_in",
     "tracing",
     "tree_leaves",
     "tree_map",
 ]
+
+set_grad_enabled: Any = torch._C._set_grad_enabled
+"""What ``torch.enable_grad()`` and ``torch.no_grad()`` are in a Dynamo graph."""
 
 fused_attention: Any = torch._native_multi_head_attention
 fused_encoder_layer: Any = torch._transformer_encoder_layer_fwd
@@ -153,6 +158,12 @@ def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a dense one, real or fake, whose class does not give its ops another meaning."""
+    own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return tensor.layout is torch.strided and not tensor.is_quantized and (isinstance(tensor, FakeTensor) or not own)
+
+
 def is_comparable(value: object) -> TypeGuard[torch.Tensor]:
     """Whether a value is a plain dense tensor with real data, which can be read."""
     if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
@@ -173,7 +184,8 @@ def is_refs_tensor(target: object) -> bool:
 def symbol_hint(size: Any) -> Any:
     """The present value of a symbolic number, without adding a guard; None if it has none (it depends on data)."""
     node = size.node
-    return node.hint if node.has_hint() else None
+    # The ragged length of a nested tensor is one too, of another kind.
+    return node.hint if hasattr(node, "has_hint") and node.has_hint() else None
 
 
 def symbols_in(*sizes: Any) -> set[Any]:

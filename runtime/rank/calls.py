@@ -54,11 +54,12 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
     noise, another timestep or another prompt is seen. Cost: some microseconds a tensor, whatever its size.
     """
     mark = 0
-    for tensor in tensors:
+    for given in tensors:
+        tensor = given.detach().resolve_conj().resolve_neg()  # that may be a copy, which lies otherwise
         places, span, geometry = _places(tuple(tensor.shape), tensor.stride(), tensor.dtype)
         mark = zlib.crc32(geometry, mark)
         if places.numel():
-            flat = tensor.detach().resolve_conj().resolve_neg().as_strided((span,), (1,))
+            flat = tensor.as_strided((span,), (1,))
             if tensor.dtype in _LIKE:
                 flat = flat.view(_LIKE[tensor.dtype])
             taken = flat.index_select(0, places.to(tensor.device)).cpu()
@@ -83,7 +84,8 @@ def _places(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype)
             left, index = divmod(left, size)
             place += index * step
         offsets.append(place)
-    return torch.tensor(offsets, dtype=torch.int64), max(offsets, default=0) + 1, f"{shape}{dtype}".encode()
+    places = torch.tensor(offsets, dtype=torch.int64, device="cpu")  # whatever the caller's default device is
+    return places, max(offsets, default=0) + 1, f"{shape}{dtype}".encode()
 
 
 class Calls:

@@ -1,9 +1,9 @@
 """A Dynamo graph becomes one functional graph of high-level ATen ops.
 
 Start in graph.py: `capture` lowers the graph, refuses what cannot be sharded safely and keeps inputs, outputs and
-writes in the caller's order. attention.py recognises attention written by hand, expand.py unfolds ops that hide tokens,
-opaque.py keeps calls that no trace can enter, by_sizes.py gives every set of input sizes its own program, randomness.py
-knows which graphs draw random numbers.
+writes in the caller's order. refused.py finds what no trace can hold, attention.py recognises attention written by
+hand, expand.py unfolds ops that hide tokens, opaque.py keeps calls that no trace can enter, by_sizes.py gives every set
+of input sizes its own program, randomness.py knows which graphs draw random numbers.
 
 May import: the leaves and runtime/rank.
 """

@@ -19,6 +19,7 @@ from sfcompile.capture.attention import recognise_attention
 from sfcompile.capture.autocast import Regions, bake_autocast
 from sfcompile.capture.expand import expand_calls
 from sfcompile.capture.opaque import hide_opaque
+from sfcompile.capture.refused import refuse_derivatives, refuse_odd_tensors
 from sfcompile.capture.runtime_numbers import Number, NumberNeeded, call, needed, numbers_in
 from sfcompile.errors import TrainingGraphError, UnsupportedError
 from sfcompile.torch_private import (
@@ -189,8 +190,10 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], keep_numbers: bool = Fals
 
     Raises:
         UnsupportedError: the graph cannot be traced with static sizes (sizes that depend on data, ops that do not
-            survive functionalisation).
+            survive functionalisation), takes derivatives, or has inputs that are no plain tensors.
     """
+    refuse_odd_tensors(gm, inputs)
+    refuse_derivatives(gm)
     running = changing_numbers(gm, inputs) if keep_numbers else ()
     while True:  # once more at most for every number
         try:

@@ -34,6 +34,19 @@ def test_equal_values_have_one_fingerprint_however_they_lie(dtype: torch.dtype) 
     assert fingerprint([value, value]) != fingerprint([value])
 
 
+def test_values_that_are_conjugated_or_negated_when_they_are_read() -> None:
+    value = torch.randn(3, 50, dtype=torch.complex64)
+    for lazy in (value.conj(), value.conj().imag, value[:, 3:].conj().imag):
+        assert fingerprint([lazy]) == fingerprint([lazy.resolve_conj().resolve_neg()])
+
+
+def test_a_fingerprint_is_read_where_the_values_are() -> None:
+    value = torch.randn(3, 53)
+    with torch.device("meta"):
+        mark = fingerprint([value])
+    assert mark == fingerprint([value])
+
+
 def test_other_noise_another_step_and_another_shape_are_seen() -> None:
     noise, step = torch.randn(1, 4096, 64), torch.tensor([0.3])
     mark = fingerprint([noise, step])

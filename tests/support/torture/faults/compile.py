@@ -190,3 +190,22 @@ def autocast_inside_and_out(rank: Rank) -> None:
     got = rank.attempt("region", lambda: run(x))
     error = float("inf") if got is None else float((got - reference).abs().max())
     rank.check("error of the casts", error <= limit, f"{error:.1e} against {limit:.1e}")
+
+
+@fault("exact: what is differentiated is computed whole on every rank")
+def derivatives_inside(rank: Rank) -> None:
+    """The model turns gradients on under the caller's no_grad() and returns what its loss wants of the tokens."""
+
+    class Guided(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Plain()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                y = x.detach().requires_grad_(True)
+                (guide,) = torch.autograd.grad(self.inner(y).square().sum(), y)
+            return guide
+
+    model = Guided()
+    rank.call("guide", rank.compiled(model), model)

@@ -1,0 +1,66 @@
+"""What no capture can hold, found before the trace: such a graph runs as it is, whole on every rank.
+
+A captured graph is one of plain tensors, and computes on this rank's tokens without a backward. Derivatives taken
+through it would be those of one rank's share, and a tensor that is not what it looks like (a wrapper, a sparse or
+nested one) would be planned as if it were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sfcompile.errors import UnsupportedError, source_line
+from sfcompile.torch_private import is_plain, set_grad_enabled
+
+_TRANSFORMS = ("_grad_increment_nesting", "_jvp_increment_nesting")
+"""Names of the calls in a Dynamo graph by which ``torch.func`` begins to differentiate."""
+
+
+def refuse_odd_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Refuse inputs that are no plain dense tensors.
+
+    Raises:
+        UnsupportedError: one is a wrapper with a dispatch of its own, sparse, nested or quantized.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=False):
+        if isinstance(value, torch.Tensor) and not is_plain(value):
+            raise UnsupportedError(
+                f"input {node.name!r} is a {type(value).__name__} with layout {value.layout} and dtype {value.dtype}",
+                "tokens are divided, and travel, in plain dense tensors only",
+                "give the model a dense tensor (dequantize(), to_dense(), to_padded_tensor()) to have it sharded",
+            )
+
+
+def refuse_derivatives(gm: fx.GraphModule) -> None:
+    """Refuse a Dynamo graph that takes derivatives, or turns gradients on for results that somebody may differentiate.
+
+    Dynamo's check of the caller's mode does not see the second: a model may say ``torch.enable_grad()`` itself.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    on = False
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if node.target is torch.autograd.grad or name in _TRANSFORMS:
+            raise _derivatives("the graph takes derivatives", node)
+        on = on or (node.target is set_grad_enabled and bool(node.args[0]))
+        if node.op == "output" and on:
+            for value in node.all_input_nodes:
+                if getattr(value.meta.get("example_value"), "requires_grad", False):
+                    raise _derivatives("the graph turns gradients on, and its result wants them", value)
+
+
+def _derivatives(what: str, node: fx.Node) -> UnsupportedError:
+    return UnsupportedError(
+        what,
+        "a sharded graph computes on this rank's tokens: a derivative through it would be that of one rank's share",
+        "leave enable_grad() out, or use model.requires_grad_(False), where no derivative is wanted",
+        node=node.name,
+        source=source_line(node.stack_trace),
+    )
