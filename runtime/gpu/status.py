@@ -91,7 +91,7 @@ class DeviceStatus:
 
     def error(self) -> StreamFusionError | None:
         """What the host knows by now of what kernels noted."""
-        known: dict[str, int] = dict(zip(STATUS, self._known.tolist(), strict=True))
+        known = dict(zip(STATUS, map(int, self._known.unbind()), strict=True))
         if known["stranger"]:
             what = f"rank {self._rank} got a chunk of another call than it is in"
             return out_of_step(what, self._rank, epoch=known["stranger"] >> TAG_BITS)
