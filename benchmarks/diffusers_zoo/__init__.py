@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import image, other, packed, video
+from . import convolutional, image, other, packed, video
 from .registry import ZOO
 
-__all__ = ["ZOO", "image", "other", "packed", "video"]
+__all__ = ["ZOO", "convolutional", "image", "other", "packed", "video"]
