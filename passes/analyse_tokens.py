@@ -15,13 +15,22 @@ from torch import fx
 from sfcompile.passes.graph.cost import flops
 from sfcompile.passes.graph.layout import Layout
 from sfcompile.passes.graph.op_view import OpView
+from sfcompile.passes.rules.linked import Linked
 from sfcompile.passes.rules.rule import Side, find_rule
+from sfcompile.passes.rules.windows import Windowed
 from sfcompile.passes.state import Site, State, Tokens
 from sfcompile.runtime.rank.ops import COMMUNICATION
 
+_GRID_WORK = 0.05
+"""Part of all FLOPs that must be done on a grid for another dim of it to be worth a look."""
+_GRID_WASTE = 0.05
+"""What another dim must save of an even share."""
+_GRID_SEEDS = 2
+"""How many such dims are tried: each is planned and priced."""
+
 
 def run(state: State) -> None:
-    """The pass: fills ``tokens`` from the attentions' queries, keys and folded batches, and from rows of products."""
+    """The pass: fills ``tokens`` from attentions' queries, keys and folded batches, grids, and rows of products."""
     graph = state.gm.graph
     seeds = [*seeds_of(state.sites), *folded_seeds(graph, state.sites)]
     state.tokens = analyse_tokens(graph, seeds, state.topology.num_ranks)
@@ -46,7 +55,7 @@ def folded_seeds(graph: fx.Graph, sites: Sequence[Site]) -> list[tuple[fx.Node, 
     seeds: dict[int, tuple[fx.Node, int]] = {}
     for site in sites:
         batch = int(site.q.meta["val"].shape[0])
-        if site.q.meta["val"].dim() == 4 and batch not in samples:
+        if site.q.meta["val"].dim() == 4 and batch > 1 and batch not in samples:
             seeds.setdefault(batch, (site.q, 0))
     return list(seeds.values())
 
@@ -56,14 +65,21 @@ def analyse_tokens(graph: fx.Graph, seeds: Sequence[tuple[fx.Node, int]], rows_f
 
     Args:
         rows_from: where work is left that no seed reaches (a graph without attention, a graph break before it, an
-            encoder of something else), label the rows of its results too if there are at least so many; 0: never.
+            encoder of something else), label the rows of its results too if there are at least so many; and where
+            work is done on a grid whose rows so many ranks cannot share evenly, label another dim of it. 0: never.
     """
     analysis = _Analysis(graph)
     for value, dim in seeds:
         analysis.seed(value, dim)
     if rows_from:
+        analysis.seed_grids(rows_from)
         analysis.seed_rows(rows_from)
     return analysis.tokens
+
+
+def _waste(rows: int, ranks: int) -> float:
+    """What the busiest rank has of so many rows beyond an even share, in even shares."""
+    return -(-rows // ranks) * ranks / rows - 1 if rows else math.inf
 
 
 class _Analysis:
@@ -99,14 +115,67 @@ class _Analysis:
                         self._add(target, spread, node)
 
     def _add(self, value: fx.Node, layout: Layout, origin: fx.Node) -> None:
-        if layout.grain > 1 and math.prod(value.meta["val"].shape[layout.dim + 1 :]) % layout.grain:
-            return  # a table of rows without their columns is not the grid, and would carry labels out of it
+        columns = math.prod(value.meta["val"].shape[layout.dim + 1 :])
+        if layout.grain > 1 and columns % layout.grain and not isinstance(self.tokens.rules.get(origin), Windowed):
+            # A table of rows without their columns is not the grid, and would carry labels out of it. A grid whose
+            # columns are padded, or fewer, is one.
+            return
         known = self.tokens.layouts.setdefault(value, {})
         if layout.key not in known:
             known[layout.key] = layout
             self._queue.append((value, layout))
         elif not self.tokens.space.unite(known[layout.key].runs, layout.runs):
             self.tokens.clashes.append(origin)
+
+    def seed_grids(self, ranks: int) -> None:
+        """Seed a second dim of grids whose rows do not divide, where much work is done on them (choose_axes.py).
+
+        A grid is a value that holds tokens as rows and columns, or what a convolution makes: only rows of it, or only
+        columns, can be cut.
+        """
+        tokens = self.tokens
+        costs = {node: cost for node, op in tokens.views.items() if node in tokens.layouts and (cost := flops(op))}
+        total = sum(map(flops, tokens.views.values()))
+        uneven = [node for node in costs if self._least_waste(node, ranks) > _GRID_WASTE]
+        if sum(costs[node] for node in uneven) < _GRID_WORK * total:
+            return
+        for node in sorted(uneven, key=lambda node: -costs[node]):
+            waste, shape = self._least_waste(node, ranks), node.meta["val"].shape
+            best = min(self._columns(node), key=lambda dim: _waste(int(shape[dim]), ranks), default=None)
+            if best is not None and _waste(int(shape[best]), ranks) + _GRID_WASTE <= waste:
+                self.seed(node, best)
+                tokens.turned.append((node, best))
+                if len(tokens.turned) == _GRID_SEEDS:
+                    return
+
+    def _least_waste(self, value: fx.Node, ranks: int) -> float:
+        return min(_waste(layout.positions, ranks) for layout in self.tokens.layouts[value].values())
+
+    def _columns(self, value: fx.Node) -> list[int]:
+        """The other dims of a grid that carry no labels yet."""
+        shape, places = value.meta["val"].shape, self.tokens.layouts[value].values()
+        taken = {layout.dim for layout in places}
+        if isinstance(self.tokens.rules.get(value), Windowed):
+            return [dim for dim in range(2, len(shape)) if dim not in taken]
+        columns = []
+        for layout in places:
+            inside = 1
+            for dim in range(layout.dim + 1, len(shape)):
+                if inside < layout.grain and layout.grain % (inside * int(shape[dim])) == 0:
+                    columns += [dim] if dim not in taken else []
+                    inside *= int(shape[dim])
+        return columns
+
+    def _adds_up_tokens(self, op: OpView, least: int) -> bool:
+        """Whether an op sums over a dim of enough tokens."""
+        rule = self.tokens.rules[op.node]
+        if not isinstance(rule, Linked) or rule.summed is None:
+            return False
+        return any(
+            rule.summed[operand.index][layout.dim] is not None and layout.positions >= least
+            for operand in op.operands
+            for layout in self.tokens.layouts.get(operand.node, {}).values()
+        )
 
     def seed_rows(self, least: int) -> None:
         """Seed the results of products and convolutions that hold no tokens, or too few, the costliest first."""
@@ -118,6 +187,8 @@ class _Analysis:
                 continue
             if any(layout.positions >= least for layout in tokens.layouts.get(node, {}).values()):
                 continue
+            if self._adds_up_tokens(op, least):
+                continue  # ranks add up their own
             shape = op.out_shapes[0]
             convolution = op.name.startswith("conv")
             # Channels are never rows; frames or samples in the batch of a convolution are, if there are enough.

@@ -7,7 +7,9 @@ between a spatial and a temporal block, by an all-to-all. What is tried:
 * the token axis with the most attention work for every value, as choose_layouts.py does by itself;
 * each batch axis for every value that has it;
 * for every attention its batch axis: a value then goes with the attention that alone it feeds, else with the last one
-  before it, so that the hidden states are switched once between two blocks.
+  before it, so that the hidden states are switched once between two blocks;
+* where much is computed on grids whose rows ranks cannot share evenly (few frames), another dim of the grid
+  (analyse_tokens.py) for every value that has it: attention then runs on tokens of every frame on every rank.
 
 This file proposes the ways; pipeline.py says what prices them: each is planned and cut (choose_schedules.py,
 place_min_cut.py), and the cheapest in seconds is taken.
@@ -20,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from sfcompile.passes.analyse_tokens import folded_seeds
-from sfcompile.passes.choose_layouts import choose_layouts
+from sfcompile.passes.choose_layouts import along, choose_layouts
 from sfcompile.passes.graph.layout import Layout
 from sfcompile.passes.state import Layouts, Site, State, Tokens
 
@@ -37,6 +39,7 @@ def ways(state: State) -> list[Layouts]:
         return [state.layouts]
     tokens, sites, ranks = state.tokens, state.sites, state.topology.num_ranks
     preferred = preferences(state.gm.graph, tokens, sites, state.layouts)
+    preferred += [along(tokens, value, dim) for value, dim in tokens.turned]
     return [state.layouts, *(choose_layouts(tokens, sites, ranks, prefer=preference) for preference in preferred)]
 
 

@@ -1,7 +1,8 @@
 """Choose one layout for every value, and who owns which token.
 
 A value may carry tokens in several places (a mask over queries and keys; frames and space). It is sharded in one of
-them: the place whose axis carries the most attention work, so that values agree with their neighbours.
+them: the place whose axis carries the most attention work, so that values agree with their neighbours. The axes of a
+grid at several sizes count together (``_kin``): what is sharded by rows at one size is sharded by rows at all.
 """
 
 from __future__ import annotations
@@ -49,8 +50,14 @@ def choose_layouts(
             # Rows of products count only where no attention says which axis to follow.
             weight[line.axis(layout)] = weight.get(line.axis(layout), 0.0) + 1e-9 * cost
 
-    def rank_of(layout: Layout) -> tuple[float, int, int]:
-        return weight.get(line.axis(layout), 0.0), -layout.grain, -layout.dim
+    kin = _kin(tokens, line)
+    of_kin: dict[int, float] = {}
+    for root, work in weight.items():
+        of_kin[kin.get(root, root)] = of_kin.get(kin.get(root, root), 0.0) + work
+
+    def rank_of(layout: Layout) -> tuple[float, float, int, int]:
+        root = line.axis(layout)
+        return of_kin.get(kin.get(root, root), 0.0), weight.get(root, 0.0), -layout.grain, -layout.dim
 
     chosen: dict[fx.Node, Layout] = {}
     for value, places in tokens.layouts.items():
@@ -72,6 +79,20 @@ def choose_layouts(
         for root, work in sorted(attention.items(), key=lambda item: -item[1])
     )
     return Layouts(chosen, owners, summary)
+
+
+def along(tokens: Tokens, value: fx.Node, dim: int) -> dict[fx.Node, Layout]:
+    """The values that have rows along a seed (a dim of a value) or its kin, each with its finest such layout."""
+    line = _LabelLine(tokens)
+    kin = _kin(tokens, line)
+    axis = line.axis(tokens.layouts[value][dim, 1, 1, 1])
+    having: dict[fx.Node, Layout] = {}
+    for other, places in tokens.layouts.items():
+        for layout in places.values():
+            if layout.runs and kin.get(line.axis(layout), line.axis(layout)) == kin.get(axis, axis):
+                if other not in having or layout.grain < having[other].grain:
+                    having[other] = layout
+    return having
 
 
 class _LabelLine:
@@ -123,32 +144,73 @@ class _LabelLine:
         """The axis that a layout lies on."""
         return self._find(self._first(self.vectors[layout.runs]))
 
+    def axis_of(self, runs: Runs) -> int | None:
+        """The axis of a vector of root labels; None if no value holds it."""
+        held = self.within(runs)
+        return self._find(held[0]) if held else None
+
+
+def _kin(tokens: Tokens, line: _LabelLine) -> dict[int, int]:
+    """By axis the first of its kin: axes that run along the same direction of a grid, at other sizes of it.
+
+    Kin are the pairs that rules name, and axes that share a dim of some value of such a grid.
+    """
+    parent: dict[int, int] = {}
+
+    def find(axis: int) -> int:
+        while parent.get(axis, axis) != axis:
+            axis = parent[axis]
+        return axis
+
+    def unite(axes: list[int]) -> None:
+        for axis in axes[1:]:
+            a, b = find(axes[0]), find(axis)
+            parent[max(a, b)] = min(a, b)
+
+    for pair in tokens.space.kin:
+        unite([axis for runs in pair if (axis := line.axis_of(tokens.space.roots(runs))) is not None])
+    if parent:
+        for places in tokens.layouts.values():
+            by_dim: dict[int, list[int]] = {}
+            for layout in places.values():
+                if layout.runs and layout.outer == 1:
+                    by_dim.setdefault(layout.dim, []).append(line.axis(layout))
+            for axes in by_dim.values():
+                unite(axes)
+    return {axis: find(axis) for axis in parent}
+
 
 def _grains(tokens: Tokens, chosen: Mapping[fx.Node, Layout], line: _LabelLine, num_ranks: int) -> dict[int, int]:
     """Segments to be cut between rows of a grid only, by first label.
 
     That costs evenness and pays where work (convolutions over the grid) can be sharded in no other way: the FLOPs of
-    ops whose value holds the tokens as rows, against the FLOPs that the busiest rank computes more.
+    ops whose value holds the tokens as rows, against the FLOPs that the busiest rank computes more of what is sharded
+    along that segment.
     """
     gain: dict[tuple[int, int], float] = {}
-    total = 0.0
+    work: dict[int, float] = {}
     for op in tokens.views.values():
         cost = flops(op)
-        total += cost
         layout = next((chosen[out] for out in op.outputs if out is not None and out in chosen), None)
-        if not cost or layout is None or layout.grain == 1:
+        if not cost or layout is None:
             continue
         for i in line.within(line.vectors[layout.runs]):
-            key = (i, layout.grain)
-            gain[key] = gain.get(key, 0.0) + cost * line.segments[i][1] / layout.tokens
+            part = cost * line.segments[i][1] / layout.tokens
+            work[i] = work.get(i, 0.0) + part
+            if layout.grain > 1:
+                gain[i, layout.grain] = gain.get((i, layout.grain), 0.0) + part
     grains: dict[int, int] = {}
     for (i, grain), saved in sorted(gain.items(), key=lambda item: -item[1]):
         first, length = line.segments[i]
         rows = -(-(length // grain) // num_ranks) * grain
         waste = (rows - -(-length // num_ranks)) * num_ranks / length
         # In units of an even share: replicated, this work is num_ranks instead of 1; the rest becomes 1 + waste.
-        if first not in grains and length % grain == 0 and saved * (num_ranks - 1) > total * waste:
+        if first not in grains and length % grain == 0 and saved * (num_ranks - 1) > work[i] * waste:
             grains[first] = grain
+    for pair in tokens.space.kin:  # rows of grids of several sizes: all are cut in proportion
+        for runs in pair:
+            for i in line.within(tokens.space.roots(runs)):
+                grains.setdefault(line.segments[i][0], 1)
     return grains
 
 

@@ -60,6 +60,8 @@ def sharded_attentions(
         op, rule = tokens.views[site.node], tokens.rules.get(site.node)
         chosen = replace(layouts, owners=owners).of(op)
         if isinstance(rule, Attention) and rule.torus(op, chosen):
+            if any(layout is not None and not owners.fits(layout) for layout in chosen.ins[:3]):
+                return {}  # rows of a grid that parts would cut
             sharded[site.node] = attention_site(op, chosen, site.q.meta["val"].dtype, parts, wire)
             if parts > 1 and _has_empty_part(sharded[site.node]):
                 return {}

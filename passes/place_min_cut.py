@@ -5,8 +5,9 @@ seconds to all-gather the value ``v``:
 
     cost = sum over w on side R of c(w)
          + sum over w on side S of c(w) b(w) + t(w)            b(w): what the busiest rank owns, 1 / P if even
-                                                               t(w): chunks sent by a torus attention, or the
-                                                               all-reduce of an op that sums over tokens
+                                                               t(w): chunks sent by a torus attention, the
+                                                               all-reduce of an op that sums over tokens, or
+                                                               the statistics of a norm over tokens
          + sum over values v made on side S and *read whole* of g(v)         (paid once, however many readers)
 
 A value is read whole by an op on side R, by the graph's output, and by an S op that needs it whole (``Rule.needs``).
@@ -40,9 +41,10 @@ import networkx as nx
 from torch import fx
 
 from sfcompile.passes.choose_schedules import choose_schedules
-from sfcompile.passes.graph.cost import exchange_fraction, flops, gather_seconds, seconds
-from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Ownership, Window
+from sfcompile.passes.graph.cost import exchange_fraction, flops, gather_seconds, seconds, spread_seconds
+from sfcompile.passes.graph.layout import Need, OpLayouts
 from sfcompile.passes.graph.op_view import OpView, is_getitem, is_tensor
+from sfcompile.passes.rules.rule import statistics_bytes
 from sfcompile.passes.state import Layouts, Placement, State, Tokens, maker_of
 from sfcompile.runtime.program.topology import Topology
 
@@ -108,7 +110,8 @@ def place_min_cut(
 
     net = _Network(candidates, topology, force_s if shard_everything else None, exchange_s or {})
     for node in candidates:
-        net.add_op(node, tokens.views[node], placement.chosen[node])
+        told = statistics_bytes(tokens.rules[node], tokens.views[node], placement.chosen[node])
+        net.add_op(node, tokens.views[node], placement.chosen[node], told)
     for value in graph.nodes:
         if is_tensor(value) and maker_of(value) in candidates and any(placement.chosen[maker_of(value)].outs):
             net.add_reads(value, tokens, placement)
@@ -136,11 +139,6 @@ def _why_whole(has_rule: bool, chosen: OpLayouts) -> str:
     if all(chosen.owners.same(operand, output) for operand in chosen.ins if operand is not None):
         return "it mixes the tokens of a sharded value"
     return "its operands hold the tokens in layouts that differ"
-
-
-def _agree(owners: Ownership, need: Layout | Window, own: Layout) -> bool:
-    """Whether shards under a value's own layout are what a reader needs."""
-    return isinstance(need, Layout) and owners.same(need, own)
 
 
 class _Network:
@@ -174,8 +172,8 @@ class _Network:
         forced = 0.0 if self._force_s is None else self._force_s + _FORCE * flops(op)
         return forced + seconds(op, self._topology)
 
-    def add_op(self, node: fx.Node, op: OpView, chosen: OpLayouts) -> None:
-        """Edges source -> w and w -> sink."""
+    def add_op(self, node: fx.Node, op: OpView, chosen: OpLayouts, told: int = 0) -> None:
+        """Edges source -> w and w -> sink; ``told``: bytes of statistics that ranks exchange inside the op."""
         ranks = self._topology.num_ranks
         whole = self.whole_s(op)
         layout = next((cut for cut in (*chosen.outs, *chosen.ins) if cut is not None), None)
@@ -185,6 +183,8 @@ class _Network:
             share += _FORCE * flops(op) * max(0.0, busiest - _UNEVEN / ranks)
         if not any(chosen.outs):
             share += ranks * gather_seconds(node, self._topology)
+        if told:
+            share += spread_seconds(told * ranks, self._topology)
         self._edge(0, self._ids[node], whole + 1e-9)
         self._share[self._ids[node]] = share
 
@@ -201,7 +201,7 @@ class _Network:
                         own = chosen.ins[operand.index]
                         movable = need is not None and own is not None
                         self._edge(gather, self._ids[user] if movable else 1, None)
-                        if need is not None and own is not None and not _agree(chosen.owners, need, own):
+                        if need is not None and own is not None and not chosen.owners.holds(own, need):
                             self._share[maker] += gather_seconds(
                                 value, self._topology, exchange_fraction(chosen.owners, own, need)
                             )

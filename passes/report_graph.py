@@ -11,7 +11,7 @@ from torch import fx
 
 from sfcompile.errors import source_line
 from sfcompile.options import AS_IT_IS
-from sfcompile.passes.graph.cost import exchange_fraction, flops, is_view, value_bytes
+from sfcompile.passes.graph.cost import exchange_fraction, flops, is_view, unpriced, value_bytes
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import is_getitem
 from sfcompile.passes.graph.stages import stages_of
@@ -93,6 +93,8 @@ def _count_work(state: State, report: GraphReport) -> None:
     for node, op in state.tokens.views.items():
         cost = flops(op)
         report.total_flops += cost
+        if unpriced(op):
+            report.unpriced.append(f"{op.namespace}.{op.name}")
         layout = None
         if node in placement.needs:
             cuts = (*placement.chosen[node].outs, *placement.needs[node])

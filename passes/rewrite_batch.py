@@ -19,6 +19,7 @@ from sfcompile.passes.graph.cost import flops
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.place_min_cut import place_min_cut
 from sfcompile.passes.rewrite_local import rewrite_local
+from sfcompile.passes.rules.attention import Attention
 from sfcompile.passes.state import Group, Layouts, Placement, State, Tokens
 
 
@@ -55,9 +56,17 @@ def _split(state: State, groups: list[tuple[int, ...]]) -> Group | None:
     heads = state.topology.subset(tuple(ranks[0] for ranks in groups))
     forced = state.asked.shard_everything or state.asked.batch > 1
     placement = place_min_cut(graph, tokens, layouts, heads, forced)
-    if not placement.needs:
+    if not placement.needs or any(_meets(tokens, placement, site.node) for site in sites):
         return None
     return _group(state, groups, tokens, layouts, placement)
+
+
+def _meets(tokens: Tokens, placement: Placement, attention: fx.Node) -> bool:
+    """Whether what counts as a batch are tokens of an attention: frames in the batch that attend to one another."""
+    rule = tokens.rules.get(attention)
+    if attention not in placement.needs or not isinstance(rule, Attention):
+        return False
+    return rule.torus(tokens.views[attention], placement.chosen[attention])
 
 
 def _group(

@@ -83,7 +83,7 @@ class _Rewriter:
     def shard(self, value: fx.Node, need: Layout | Window, part: int) -> fx.Node:
         """The value as an op needs it: as it was made, cut from the whole, or moved between ranks."""
         owners, own = self._owners, self._layouts.chosen.get(value)
-        if value in self._shards and isinstance(need, Layout) and owners.same(own, need):
+        if value in self._shards and (len(self._views) == 1 or isinstance(need, Layout)) and owners.holds(own, need):
             return self._shards[value][part]
         key = (value, need if isinstance(need, Window) else (need.key, owners.owners(need.runs)), part)
         if key not in self._cuts:

@@ -95,7 +95,8 @@ class Tokens:
 
     ``layouts[value][key]`` are the places where tokens sit in a value; ``views`` all calls, ``rules`` those that have
     a rule; ``clashes`` the ops at which two vectors could not be united (a shifted copy of the same tokens); ``rows``
-    the seeds beyond the given ones, with the FLOPs of the op.
+    the seeds beyond the given ones, with the FLOPs of the op; ``turned`` seeds along which grids could be cut instead
+    of along their rows.
     """
 
     space: LabelSpace = field(default_factory=LabelSpace)
@@ -104,6 +105,7 @@ class Tokens:
     rules: dict[fx.Node, Rule] = field(default_factory=dict)
     clashes: list[fx.Node] = field(default_factory=list)
     rows: list[tuple[fx.Node, int, float]] = field(default_factory=list)
+    turned: list[tuple[fx.Node, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

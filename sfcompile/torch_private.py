@@ -66,6 +66,7 @@ __all__ = [
     "keep_for_ever",
     "make_fx",
     "no_modes",
+    "pad_sequence",
     "registered_for_autocast",
     "same_storage",
     "set_grad_enabled",
@@ -82,6 +83,8 @@ set_grad_enabled: Any = torch._C._set_grad_enabled
 fused_attention: Any = torch._native_multi_head_attention
 fused_encoder_layer: Any = torch._transformer_encoder_layer_fwd
 """What ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call at inference."""
+pad_sequence: Any = torch._C._nn.pad_sequence
+"""What ``nn.utils.rnn.pad_sequence`` is in a graph of Dynamo's."""
 
 
 # Imported on first use: Dynamo and Inductor take seconds, and a loaded package needs neither.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from sfcompile.options import AS_IT_IS, Wire
-from sfcompile.passes.graph.layout import OpLayouts
+from sfcompile.passes.graph.layout import Layout, OpLayouts
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.runtime.program.formats import smaller
-from sfcompile.runtime.program.intervals import Runs, slice_of
+from sfcompile.runtime.program.intervals import Runs, count, slice_of
 from sfcompile.runtime.program.sites import AttentionSite
 
 
@@ -27,13 +27,14 @@ def attention_site(
     owners = chosen.owners
     everyone = range(owners.num_ranks // parts)
 
-    def places(runs: Runs) -> tuple[Runs, ...]:
+    # A layout may be of another axis than the tokens' own: rows of a grid whose tokens attend together.
+    def places(layout: Layout) -> tuple[Runs, ...]:
         return tuple(
-            tuple(run for j in range(parts) for run in owners.position_runs(runs, r * parts + j)) for r in everyone
+            tuple(run for j in range(parts) for run in owners.dim_runs(layout, r * parts + j)) for r in everyone
         )
 
-    def sizes(runs: Runs) -> tuple[tuple[int, ...], ...]:
-        lengths = tuple(tuple(owners.count(runs, r * parts + j) for j in range(parts)) for r in everyone)
+    def sizes(layout: Layout) -> tuple[tuple[int, ...], ...]:
+        lengths = tuple(tuple(count(owners.dim_runs(layout, r * parts + j)) for j in range(parts)) for r in everyone)
         spans = [[slice_of(sum(each), parts, j) for j in range(parts)] for each in lengths]
         even = all(each == tuple(b - a for a, b in span) for each, span in zip(lengths, spans, strict=True))
         return () if even else lengths
@@ -47,13 +48,13 @@ def attention_site(
         head_dim=q.shape[-1],
         v_head_dim=v.shape[-1],
         dtype=dtype,
-        q_positions=places(layout_q.runs),
-        kv_positions=places(layout_k.runs),
+        q_positions=places(layout_q),
+        kv_positions=places(layout_k),
         scale=float(scale) if scale is not None else q.shape[-1] ** -0.5,
         causal=bool(op.args.get("is_causal")),
         mask="full" if len(op.operands) > 3 else None,
         parts=parts,
-        q_sizes=sizes(layout_q.runs),
-        kv_sizes=sizes(layout_k.runs),
+        q_sizes=sizes(layout_q),
+        kv_sizes=sizes(layout_k),
         wire=smaller(wire, dtype, q.shape[-1], v.shape[-1]),
     )

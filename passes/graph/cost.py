@@ -21,6 +21,17 @@ _VIEWS = {
 }  # fmt: skip
 
 
+_READ_TWICE = {"group_norm", "native_group_norm", "instance_norm"}
+"""Norms over more than fits a core: once for the statistics, once to apply them."""
+_OF_TORCH = ("aten", "prims", "prim", "higher_order")
+_PRODUCTS = {
+    "addbmm", "bilinear", "_trilinear", "lstm", "gru", "rnn_tanh", "rnn_relu", "cdist", "_cdist_forward", "_grouped_mm",
+    "_scaled_grouped_mm", "_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu", "tensordot",
+    "scaled_dot_product_attention", "_scaled_mm", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "matrix_exp",
+}  # fmt: skip
+"""Ops of torch that are products, whether there is a formula for them or not."""
+
+
 def value_bytes(node: fx.Node) -> int:
     """Bytes of a tensor-valued node (all outputs of a node with several)."""
     value = node.meta["val"]
@@ -29,12 +40,29 @@ def value_bytes(node: fx.Node) -> int:
 
 
 def flops(op: OpView) -> float:
-    """Matmul, convolution and attention FLOPs (a multiply-add counts as two); 0 for everything else."""
+    """Matmul, convolution and attention FLOPs (a multiply-add counts as two); 0 for everything else.
+
+    What is 0 because nobody knows better is said by :func:`unpriced`.
+    """
+    return _formula(op) or 0.0
+
+
+def unpriced(op: OpView) -> bool:
+    """Whether the op may do much arithmetic of which nothing is known: another library's, or a product of torch's."""
+    if _formula(op) is not None:
+        return False
+    return op.namespace not in _OF_TORCH or op.name in _PRODUCTS
+
+
+def _formula(op: OpView) -> float | None:
+    """FLOPs, or None where there is no formula, or one that does not take this call."""
     if op.name == "linear":
         x, weight = op.operands[:2]
         return 2.0 * math.prod(x.shape) * weight.shape[0]
     if op.name in ("matmul", "einsum"):
         return _contraction_flops(op)
+    if "conv_transpose" in op.name or (op.name == "convolution" and op.args["transposed"]):
+        return 2.0 * math.prod(op.operands[0].shape) * math.prod(op.operands[1].shape[1:])
     if op.name in ("conv1d", "conv2d", "conv3d", "convolution"):
         weight = op.operands[1]
         return 2.0 * math.prod(op.out_shapes[0]) * math.prod(weight.shape[1:])
@@ -42,16 +70,18 @@ def flops(op: OpView) -> float:
         q, k, v = op.operands[:3]
         return 2.0 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
     if op.name == "opaque":
-        return OPAQUE[str(op.args["key"])].flops
+        return OPAQUE[str(op.args["key"])].flops or None
+    if op.name in ("mv", "_int_mm"):
+        return 2.0 * math.prod(op.operands[0].shape) * (op.operands[1].shape[-1] if op.name == "_int_mm" else 1)
     formula = flop_registry.get(getattr(op.node.target, "_overloadpacket", None))
     if formula is None:
-        return 0.0
+        return None
     args, kwargs = op.rebuild([operand.node for operand in op.operands])
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
     try:
         return float(formula(*values, **kwargs, out_val=op.node.meta["val"]))
     except (TypeError, AssertionError, ValueError, AttributeError):
-        return 0.0
+        return None
 
 
 def _contraction_flops(op: OpView) -> float:
@@ -76,6 +106,8 @@ def seconds(op: OpView, topology: Topology) -> float:
     if is_view(op):
         return 0.0
     moved = value_bytes(op.node) + sum(value_bytes(operand.node) for operand in op.operands)
+    if op.name in _READ_TWICE:
+        moved += value_bytes(op.operands[0].node)
     rate = topology.attention_flops_per_s if op.name == "scaled_dot_product_attention" else None
     return max(flops(op) / (rate or topology.flops_per_s), moved / topology.memory_bytes_per_s)
 
@@ -86,10 +118,14 @@ def gather_seconds(node: fx.Node, topology: Topology, fraction: float = 1.0) -> 
     Args:
         fraction: how much of an all-gather's bytes an exchange moves (:func:`exchange_fraction`).
     """
+    return spread_seconds(value_bytes(node) * fraction, topology)
+
+
+def spread_seconds(total: float, topology: Topology) -> float:
+    """Time until every rank has so many bytes, of which it had an even part."""
     ranks = topology.num_ranks
     if ranks == 1:
         return 0.0
-    total = value_bytes(node) * fraction
     local = total * (ranks - 1) / ranks / topology.local_bytes_per_s + topology.local_latency_s
     if topology.num_machines == 1:
         return local

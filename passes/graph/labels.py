@@ -14,9 +14,18 @@ from sfcompile.runtime.program.intervals import Runs, join
 
 
 class LabelSpace:
-    """The label line with its union-find."""
+    """The label line with its union-find.
+
+    Attributes:
+        kin: pairs of vectors that count the same thing in other steps (the rows of a grid, and those of the grid at
+            half the size): values hold the one or the other, and should be sharded along all of them or none.
+        glued: stretches ``(first, length, label, grain)`` of rows of ``grain`` labels that are no tokens of anything,
+            and go to the owner of that label (rows of padding beside the edge of a grid).
+    """
 
     def __init__(self) -> None:
+        self.kin: list[tuple[Runs, Runs]] = []
+        self.glued: list[tuple[int, int, int, int]] = []
         self._starts: list[int] = []
         self._targets: list[int] = []  # -1 for a root interval, else where its first label points to
         self._size = 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -128,7 +128,10 @@ class Ownership:
 
     Every segment (a maximal stretch of root labels that no vector tears apart) is cut into ``num_ranks`` contiguous
     stretches that differ by at most one token; the longer ones are rotated from segment to segment so that uneven
-    segments do not all burden rank 0. ``grains``, by first label of a segment: cut it at multiples of that only.
+    segments do not all burden rank 0. ``grains``, by first label of a segment: cut it at multiples of that only, and
+    in proportion: rank ``r`` begins at row ``floor(r n / ranks)``. The rows of a grid and those of the same grid in
+    half as many steps are then cut at the same places, give or take a row. Segments that are glued to a label
+    (``LabelSpace.glued``) and shorter than the ranks are many go to its owner.
     """
 
     def __init__(
@@ -147,21 +150,64 @@ class Ownership:
         self._starts: list[int] = []
         self._ends: list[tuple[int, int]] = []  # (end label, rank)
         turn = 0
+        glued = self._glued()
         for first, length in self.segments:
-            grain = (grains or {}).get(first, 1)
-            base, extra = divmod(length // grain, num_ranks)
+            if first in glued:
+                continue
+            grain = self._grains.get(first, 1)
+            units = length // grain
+            if first in self._grains:
+                cuts = [rank * units // num_ranks for rank in range(num_ranks + 1)]
+                counts = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
+            else:
+                base, extra = divmod(units, num_ranks)
+                counts = [base + ((rank - turn) % num_ranks < extra) for rank in range(num_ranks)]
+                turn = (turn + extra) % num_ranks
             at = first
-            for rank in range(num_ranks):
-                count = (base + ((rank - turn) % num_ranks < extra)) * grain
-                if count:
-                    self._starts.append(at)
-                    self._ends.append((at + count, rank))
-                at += count
-            turn = (turn + extra) % num_ranks
+            for rank, number in enumerate(counts):
+                if number:
+                    self._own(at, at + number * grain, rank)
+                at += number * grain
+        lengths = dict(self.segments)
+        for first, home in glued.items():
+            self._own(first, first + lengths[first], self._owner(home))
         self._axes = {first: axis for (first, _), axis in zip(segments, axes, strict=True)}
         self._owners: dict[Runs, Owners] = {}
         self._vectors: dict[Owners, NDArray[np.int32]] = {}
         self._held: dict[Runs, tuple[Runs, ...]] = {}
+
+    def _own(self, start: int, end: int, rank: int) -> None:
+        at = bisect_right(self._starts, start)
+        self._starts.insert(at, start)
+        self._ends.insert(at, (end, rank))
+
+    def _owner(self, label: int) -> int:
+        return self._ends[bisect_right(self._starts, label) - 1][1]
+
+    def _segment_of(self, label: int) -> int:
+        """The first label of the segment that holds a root label."""
+        return self._segment_starts[bisect_right(self._segment_starts, label) - 1]
+
+    def _glued(self) -> dict[int, int]:
+        """Short segments that are glued to a label of one that is not: first label to that label."""
+        near: dict[int, int] = {}
+        for first, length, label, grain in self._space.glued:
+            target = self._space.roots(((label, 1),))[0][0]
+            for root, count in self._space.roots(((first, length),)):
+                at = bisect_left(self._segment_starts, root)
+                while at < len(self.segments) and sum(self.segments[at]) <= root + count:
+                    segment, size = self.segments[at]
+                    short = size // grain < self.num_ranks
+                    if short and segment != self._segment_of(target):
+                        near.setdefault(segment, target)
+                    at += 1
+        glued: dict[int, int] = {}
+        for segment, label in near.items():
+            for _ in near:  # padding of padding
+                label = near.get(self._segment_of(label), label)
+            if self._segment_of(label) not in near:
+                glued[segment] = label
+        return glued
 
     def owners(self, runs: Runs) -> Owners:
         """The rank of each position, run-length coded."""
@@ -279,6 +325,18 @@ class Ownership:
         if a is None or b is None:
             return a is b
         return a.key == b.key and (a.runs == b.runs or self.owners(a.runs) == self.owners(b.runs))
+
+    def holds(self, own: Layout | None, need: Need) -> bool:
+        """Whether shards under a value's own layout are what a reader needs: the same rows of the dim on every rank."""
+        if own is None or need is None or own.dim != need.dim:
+            return False
+        if isinstance(need, Window):
+            return all(self.dim_runs(own, rank) == wanted for rank, wanted in enumerate(need.wanted))
+        if self.same(own, need):
+            return True
+        return own.size == need.size and all(
+            self.dim_runs(own, rank) == self.dim_runs(need, rank) for rank in range(self.num_ranks)
+        )
 
     def local_shape(self, shape: Shape, layout: Layout, rank: int) -> Shape:
         """Shape of ``rank``'s shard."""

@@ -131,6 +131,11 @@ class LocalGraph:
             for shape, layout in zip(op.out_shapes, chosen.outs, strict=True)
         ]
 
+    def empty(self, op: OpView, chosen: OpLayouts, like: fx.Node) -> fx.Node:
+        """The output of an op of one output, of which this rank owns nothing: torch refuses some ops on nothing."""
+        shape, dtype = list(self.out_shapes(op, chosen)[0]), op.node.meta["val"].dtype
+        return self.call(torch.ops.aten.new_zeros.default, [like, shape], {"dtype": dtype})
+
     # ------------------------------------------------------------------ shards
 
     def take(self, node: fx.Node, dim: int, positions: NDArray[np.int64]) -> fx.Node:
@@ -152,6 +157,11 @@ class LocalGraph:
         runs = np.split(positions, breaks)
         slices = [self._slice(node, dim, int(run[0]), int(run[-1]) + 1) for run in runs]
         return slices[0] if len(slices) == 1 else self.call(torch.ops.aten.cat.default, [slices, dim], {})
+
+    def narrow(self, node: fx.Node, dim: int, start: int, length: int) -> fx.Node:
+        """``length`` positions of ``dim`` from ``start`` on."""
+        whole = start == 0 and int(node.meta["val"].shape[dim]) == length
+        return node if whole else self._slice(node, dim, start, start + length)
 
     def _slice(self, node: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
         return self.call(torch.ops.aten.slice.Tensor, [node, dim, start, stop], {})
@@ -247,8 +257,8 @@ class LocalGraph:
         self.sites.append(site)
         return self._exchange(node, len(self.sites) - 1, site.wanted_shape(self.rank), dtype)
 
-    def all_reduce(self, node: fx.Node) -> fx.Node:
-        """The sum over ranks of a partial value, added in rank order, in fp32 or wider: the same bits everywhere."""
+    def of_all(self, node: fx.Node) -> fx.Node:
+        """Every rank's value of one shape, stacked: [ranks, *shape], in rank order."""
         value = node.meta["val"]
         ranks = self.owners.num_ranks
         site = len(self.sites)
@@ -256,8 +266,12 @@ class LocalGraph:
         runs = tuple(((rank, 1),) for rank in range(ranks))
         shape = (ranks, *(int(size) for size in value.shape))
         self.sites.append(ExchangeSite.gather(name, shape, value.dtype, 0, runs))
-        part = self.call(torch.ops.aten.unsqueeze.default, [node, 0], {})
-        parts = self._exchange(part, site, shape, value.dtype)
+        return self._exchange(self.call(torch.ops.aten.unsqueeze.default, [node, 0], {}), site, shape, value.dtype)
+
+    def all_reduce(self, node: fx.Node) -> fx.Node:
+        """The sum over ranks of a partial value, added in rank order, in fp32 or wider: the same bits everywhere."""
+        value = node.meta["val"]
+        parts = self.of_all(node)
         narrow = value.dtype in (torch.float16, torch.bfloat16)
         wide = {"dtype": torch.float32 if narrow else value.dtype}  # a sum of int32 would be int64
         total = self.call(torch.ops.aten.sum.dim_IntList, [parts, [0]], wide)

@@ -49,6 +49,7 @@ class GraphReport:
         topology: that the plan was made for, of this rank's group.
         other_s: seconds of compute that the plan assumes between two attentions.
         stages: what this rank's graph computes and when it talks to others: what a prediction of its step is made of.
+        unpriced: ops whose arithmetic nobody knows, which no FLOPs above count.
         graph: number of the graph in this process, from 1; break_reason: what made Dynamo end it before the model did
             (a graph break, with the user's line), or "".
         inputs: how ranks come to equal inputs, where it costs traffic; "": they are given them.
@@ -87,6 +88,7 @@ class GraphReport:
     topology: Topology | None = None
     other_s: float = 0.0
     stages: GraphStages | None = None
+    unpriced: list[str] = field(default_factory=list)
     graph: int = 0
     break_reason: str = ""
     wire: str = ""
@@ -108,8 +110,18 @@ class GraphReport:
         return (
             f"{self.schedule or 'no attention sharded'}, {self.sharded_sites} sharded and {self.local_sites} local "
             f"attentions, {gathers}, busiest rank {self.share:.2f} x FLOPs/{self.num_ranks}, "
-            f"{len(self.left_behind)} token ops not sharded{broken}"
+            f"{len(self.left_behind)} token ops not sharded{self._unknown}{broken}"
         )
+
+    @property
+    def _unknown(self) -> str:
+        """What the FLOPs do not count, for the headline."""
+        if not self.unpriced:
+            return ""
+        kinds = sorted(set(self.unpriced))
+        shown = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else "")
+        count = len(self.unpriced)
+        return f", FLOPs of {count} op{'s' * (count > 1)} unknown and not counted ({shown})"
 
     @property
     def left_behind(self) -> list[Left]:
@@ -133,7 +145,11 @@ class GraphReport:
             ("attention", f"{self.sharded_sites} sharded, {self.local_sites} local (keys whole on every rank)"),
             ("runs as", self.attention or "ATen"),
             ("ops", f"{self.sharded_ops} sharded, {self.replicated_ops} replicated"),
-            ("FLOPs", f"{self.total_flops / 1e9:.2f} G in all; busiest rank {self.share:.3f} x total/{self.num_ranks}"),
+            (
+                "FLOPs",
+                f"{self.total_flops / 1e9:.2f} G in all; busiest rank {self.share:.3f} x total/{self.num_ranks}"
+                f"{self._unknown}",
+            ),
             (
                 "schedules",
                 f"{self.schedules} distinct, each proved for all ranks before use",

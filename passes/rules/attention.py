@@ -69,7 +69,7 @@ class Attention:
         """Whether q, k and v are sharded over one token axis (then chunks travel, nothing is gathered)."""
         q, k, v = (chosen.ins[i] for i in (Q, K, V))
         out = chosen.outs[0]
-        if q is None or k is None or v is None or out is None or not (q.plain and k.plain):
+        if q is None or k is None or v is None or out is None:
             return False
         dims = (q.dim, k.dim, v.dim, out.dim)
         if dims != tuple(operand.ndim - 2 for operand in op.operands[:3]) + (self.query_dim,):

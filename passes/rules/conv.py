@@ -1,16 +1,17 @@
-"""Rule for convolutions: along a spatial dim that holds tokens, or whole rows of them, a rank needs a halo of rows.
+"""Rules for convolutions: along a spatial dim that holds tokens, or whole rows of them, a rank needs a halo of rows.
 
 With stride ``s``, padding ``p``, dilation ``d`` and ``k`` taps, output rows ``[a, b)`` read input rows
 
     a s - p  ...  (b - 1) s - p + (k - 1) d
 
 so that is the window of the input that a rank asks for: its own rows where the taps do not overlap (a patch embedding),
-else also some of its neighbours'. Rows beyond the edge of the grid are zeros: the local call pads those itself.
+else also some of its neighbours'. Rows beyond the edge of the grid are zeros: the local call pads those itself. A
+transposed convolution reads the other way round: its output row ``o`` is a sum over the input rows ``i`` with
+``o = i s - p + t d`` for some tap ``t``; the local call makes whole strides of rows, of which the wanted are cut out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +19,12 @@ import torch
 from torch import fx
 
 from sfcompile.passes.graph.labels import LabelSpace
-from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Window
+from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.rules.linked import Linked, Names
 from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
-from sfcompile.runtime.program.intervals import Runs
+from sfcompile.passes.rules.windows import Stretch, Windowed, arguments
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,24 @@ class _Axis:
         """Whether every input row is read by exactly one output row."""
         return self.taps == self.stride and self.before == self.after == 0 and self.size % self.stride == 0
 
-    def reads(self, start: int, stop: int) -> tuple[int, int]:
-        """The input rows that output rows ``[start, stop)`` read, which may lie beyond the edges."""
-        first = start * self.stride - self.before
-        return first, (stop - 1) * self.stride - self.before + (self.taps - 1) * self.dilation + 1
+    @property
+    def reach(self) -> int:
+        """Rows between the first tap and the last."""
+        return (self.taps - 1) * self.dilation
 
 
-class Convolution:
-    """A forward convolution x [B, C, *space] with weight [D, C / groups, *taps]."""
+class _OverSpace(Windowed):
+    """What convolutions share: x [B, C, *space] with weights that every rank needs whole."""
 
     def __init__(self, op: OpView, axes: list[_Axis]) -> None:
-        self._axes = axes
         names: Names = [0, *[None] * (op.operands[0].ndim - 1)]
-        self._batch = Linked([names, *([None] * operand.ndim for operand in op.operands[1:])], [names])
+        batch = Linked([names, *([None] * operand.ndim for operand in op.operands[1:])], [names])
+        super().__init__(frozenset(range(2, op.operands[0].ndim)), batch)
+        self._axes = axes
+
+
+class Convolution(_OverSpace):
+    """A forward convolution x [B, C, *space] with weight [D, C / groups, *taps]."""
 
     def _across(self, op: OpView, layout: Layout, inward: bool) -> Layout | None:
         """The layout on the other side of the call, where rows correspond."""
@@ -66,67 +72,84 @@ class Convolution:
         return layout if axis.stride == 1 and x[layout.dim] == out[layout.dim] else None
 
     def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
-        """Rows of the output are those of the input, or patches of them."""
-        if side not in (("in", 0), ("out", 0)) or layout.dim == 1:
-            return []
-        if layout.dim == 0:
-            return self._batch.spread(op, space, side, layout)
-        across = self._across(op, layout, side[0] == "out")
-        return [(("out", 0) if side[0] == "in" else ("in", 0), across)] if across else []
+        """Rows of the output are those of the input, or patches of them; else new ones."""
+        if side in (("in", 0), ("out", 0)) and layout.dim in self.rows:
+            across = self._across(op, layout, side[0] == "out")
+            if across is not None:
+                return [(("out", 0) if side[0] == "in" else ("in", 0), across)]
+        return super().spread(op, space, side, layout)
 
     def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
         """The same rows of the input, or a window of it; the weights whole."""
         out = chosen.outs[0]
-        if out is None or out.dim == 1:
-            return None
-        if out.dim == 0:
-            return self._batch.needs(op, chosen)
-        axis, others = self._axes[out.dim - 2], [None] * (len(op.operands) - 1)
-        if axis.patches:
-            return [self._across(op, out, True), *others]
-        if axis.taps == 1 and axis.stride == 1 and axis.before == axis.after == 0:
-            return [out, *others]
-        owned = [chosen.owners.dim_runs(out, rank) for rank in range(chosen.owners.num_ranks)]
-        if any(len(runs) > 1 for runs in owned):
-            return None  # rows in several places: their halos would be, too
-        return [Window(out.dim, tuple(self._window(runs, axis) for runs in owned)), *others]
+        if out is not None and out.dim in self.rows:
+            axis, others = self._axes[out.dim - 2], [None] * (len(op.operands) - 1)
+            if axis.patches:
+                return [self._across(op, out, True), *others]
+            if axis.taps == 1 and axis.stride == 1 and axis.before == axis.after == 0:
+                return [out, *others]
+        return super().needs(op, chosen)
 
-    def _window(self, runs: Runs, axis: _Axis) -> Runs:
-        if not runs:
-            return ()
-        first, stop = axis.reads(runs[0][0], runs[0][0] + runs[0][1])
-        first, stop = max(first, 0), min(stop, axis.size)
-        return ((first, stop - first),) if stop > first else ()
-
-    def partial(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
-        """Never a sum over tokens."""
-        return None
+    def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
+        """See the head of the file."""
+        axis = self._axes[dim - 2]
+        first = start * axis.stride - axis.before
+        return first, (stop - 1) * axis.stride - axis.before + axis.reach + 1
 
     def emit(self, op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
-        """Pad what lies beyond the edges, then convolve without padding along that dim."""
+        """The same call where rows correspond; else stretch by stretch."""
         out = chosen.outs[0]
         assert out is not None
-        args, kwargs = op.rebuild(operands)
-        axis = self._axes[out.dim - 2] if out.dim >= 2 else None
-        owned = chosen.owners.dim_runs(out, local.rank)
-        if not owned:
-            shape = list(local.out_shapes(op, chosen)[0])
-            return local.call(torch.ops.aten.new_zeros.default, [operands[0], shape], {})
-        if axis is None or axis.patches or (axis.taps == 1 and axis.before == axis.after == 0):
+        if out.dim in self.rows and chosen.ins[0] is not None and chosen.owners.count(out.runs, local.rank):
+            args, kwargs = op.rebuild(operands)
             return local.call(op.node.target, args, kwargs)
-        first, stop = axis.reads(owned[0][0], sum(owned[0]))
-        pad = [0, 0] * (op.operands[0].ndim - out.dim)
-        pad[-2:] = [max(0, -first), max(0, stop - axis.size)]
+        return super().emit(op, chosen, operands, local)
+
+    def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """Pad what lies beyond the edges, then convolve.
+
+        A call can only pad both ends alike. At an edge of the grid, where one end has other ranks' rows, that makes
+        some more rows than wanted, which are cut off: a few rows more to compute, but no copy of the input.
+        """
+        named: dict[str, Any] = arguments(op, operands)
+        axis, length = self._axes[stretch.dim - 2], stretch.stop - stretch.start
+        edges = [(axis.before, axis.after) for axis in self._axes]
+        edges[stretch.dim - 2] = stretch.before, stretch.after
+        cut = 0
+        if (stretch.after - stretch.before) % axis.stride == 0 or stretch.before > stretch.after:
+            both = max(stretch.before, stretch.after)
+            edges[stretch.dim - 2], cut = (both, both), (both - stretch.before) // axis.stride
+        pad = [n for before, after in reversed(edges) for n in ((before, after) if before != after else (0, 0))]
         if any(pad):
-            args[0] = local.call(torch.ops.aten.constant_pad_nd.default, [args[0], pad], {})
-        arguments = {**dict(zip(_arguments(op), args, strict=False)), **kwargs}
-        arguments["padding"] = [0 if d == out.dim - 2 else a.before for d, a in enumerate(self._axes)]
+            named["input"] = local.call(torch.ops.aten.constant_pad_nd.default, [named["input"], pad], {})
+        named["padding"] = [before if before == after else 0 for before, after in edges]
         # padding="same" is an overload of its own
-        return local.call(op.node.target.overloadpacket.default, [], arguments)  # type: ignore[union-attr]
+        made = local.call(op.node.target.overloadpacket.default, [], named)  # type: ignore[union-attr]
+        return local.narrow(made, stretch.dim, cut, length)
 
 
-def _arguments(op: OpView) -> list[str]:
-    return [argument.name for argument in op.node.target._schema.arguments]  # type: ignore[union-attr]
+class TransposedConvolution(_OverSpace):
+    """A transposed convolution x [B, C, *space] with weight [C, D / groups, *taps]."""
+
+    def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
+        """The input rows that reach some of these output rows; beyond the edges there is nothing to read."""
+        axis = self._axes[dim - 2]
+        # The call makes rows from the first one's on: it must not begin behind the first wanted row.
+        reached = -(-(start + axis.before - axis.reach) // axis.stride)
+        first = min(max(0, min(reached, (start + axis.before) // axis.stride)), axis.size - 1)
+        return first, max(first + 1, min((stop - 1 + axis.before) // axis.stride + 1, axis.size))
+
+    def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """Without padding along that dim the call makes rows from ``low * stride`` on; cut out the wanted ones."""
+        axis, named = self._axes[stretch.dim - 2], arguments(op, operands)
+        at = stretch.start + axis.before - stretch.low * axis.stride
+        length = stretch.stop - stretch.start
+        made = (stretch.high - stretch.low - 1) * axis.stride + axis.reach + 1
+        extra = _listed(op.args["output_padding"], len(self._axes))
+        extra[stretch.dim - 2] = max(0, at + length - made)  # rows that no tap reaches: the bias alone
+        named["padding"] = [0 if d == stretch.dim - 2 else self._axes[d].before for d in range(len(self._axes))]
+        named["output_padding"] = extra
+        return local.narrow(local.call(op.node.target, [], named), stretch.dim, at, length)
 
 
 def _listed(value: Any, length: int) -> list[int]:
@@ -134,14 +157,13 @@ def _listed(value: Any, length: int) -> list[int]:
     return values * length if len(values) == 1 else values
 
 
-@register_rule("convolution", "conv1d", "conv2d", "conv3d")
+@register_rule("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _convolution(op: OpView) -> Rule | None:
     x, weight = op.operands[:2]
     space = x.ndim - 2
     if space < 1 or weight.ndim != x.ndim:
         return None
-    if op.args.get("transposed"):
-        return _batch_only(op)
+    transposed = "transpose" in op.name or bool(op.args.get("transposed"))
     stride, dilation = _listed(op.args["stride"], space), _listed(op.args["dilation"], space)
     padding = op.args["padding"]
     axes = []
@@ -152,12 +174,4 @@ def _convolution(op: OpView) -> Rule | None:
         else:
             before = after = 0 if padding == "valid" else _listed(padding, space)[d]
         axes.append(_Axis(taps, stride[d], before, after, dilation[d], x.shape[2 + d]))
-    if any(axis.before != axis.after for axis in axes):
-        return _batch_only(op)
-    return Convolution(op, axes)
-
-
-@register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _batch_only(op: OpView) -> Rule:
-    names: list[Hashable | None] = [0, *[None] * (op.operands[0].ndim - 1)]
-    return Linked([names, *([None] * operand.ndim for operand in op.operands[1:])], [names])
+    return TransposedConvolution(op, axes) if transposed else Convolution(op, axes)

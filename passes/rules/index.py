@@ -1,4 +1,4 @@
-"""Rules for ops that pick, join or reorder positions along a dim: cat, slice, split, flip, roll, pad, repeat...
+"""Rules for ops that pick, join or reorder positions along a dim: cat, slice, split, flip, roll, repeat...
 
 When tokens sit in that very dim, each such op is described by one *master* vector of labels, of which every operand
 and output is a cut: ``cat``: the output, operands are stretches of it; ``slice``: the input, the output is a stretch.
@@ -8,6 +8,7 @@ these ops keep dims, and ``Linked`` serves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import fx
 
 from sfcompile.passes.graph.labels import LabelSpace
-from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
+from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, map_through_view
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import Operand, OpView
 from sfcompile.passes.rules.linked import Linked, Names
@@ -110,11 +111,13 @@ def _by_rows(cut: Cut, runs: Runs, grain: int) -> Runs:
     return join(run for each in stretches for run in each)
 
 
-def _identity(runs: Runs) -> Runs:
+def identity(runs: Runs) -> Runs:
+    """The cut that is everything."""
     return runs
 
 
-def _stretch(start: int, stop: int, step: int = 1) -> Cut:
+def stretch_of(start: int, stop: int, step: int = 1) -> Cut:
+    """The cut at every ``step``-th position of ``[start, stop)``."""
     return lambda runs: stretch(runs, start, stop, step)
 
 
@@ -132,10 +135,10 @@ def _cat(op: OpView) -> Rule | None:
     if any(operand.ndim != ndim for operand in op.operands):
         return None  # the legacy empty 1-D operand
     dim = op.dim("dim", ndim) if isinstance(op.args["dim"], int) else 0
-    cuts: dict[Side, Cut] = {("out", 0): _identity}
+    cuts: dict[Side, Cut] = {("out", 0): identity}
     at = 0
     for operand in op.operands:
-        cuts[("in", operand.index)] = _stretch(at, at + operand.shape[dim])
+        cuts[("in", operand.index)] = stretch_of(at, at + operand.shape[dim])
         at += operand.shape[dim]
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
@@ -167,7 +170,7 @@ def _slice(op: OpView) -> Rule:
     else:
         start, stop = _bounds(op.args["start"], op.args["end"], size)
         step = int(op.args["step"])
-    cuts: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): _stretch(start, stop, step)}
+    cuts: dict[Side, Cut] = {("in", 0): identity, ("out", 0): stretch_of(start, stop, step)}
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         owned = _owned(local, chosen, chosen.ins[0])
@@ -184,10 +187,10 @@ def _split(op: OpView) -> Rule | None:
         return None
     dim = op.dim("dim", x.ndim)
     sizes = [shape[dim] for shape in op.out_shapes]
-    cuts: dict[Side, Cut] = {("in", 0): _identity}
+    cuts: dict[Side, Cut] = {("in", 0): identity}
     at = 0
     for j, size in enumerate(sizes):
-        cuts[("out", j)] = _stretch(at, at + size)
+        cuts[("out", j)] = stretch_of(at, at + size)
         at += size
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
@@ -206,9 +209,9 @@ def _slice_scatter(op: OpView) -> Rule:
     start, stop = _bounds(op.args["start"], op.args["end"], x.shape[dim])
     step = int(op.args["step"])
     cuts: dict[Side, Cut] = {
-        ("in", 0): _identity,
-        ("in", 1): _stretch(start, stop, step),
-        ("out", 0): _identity,
+        ("in", 0): identity,
+        ("in", 1): stretch_of(start, stop, step),
+        ("out", 0): identity,
     }
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
@@ -225,7 +228,7 @@ def _slice_scatter(op: OpView) -> Rule:
     return Indexed(dim, x.shape[dim], ("in", 0), cuts, write, _same_dims_but(op, dim))
 
 
-# --------------------------------------------------------------------------- flip, roll, pad, repeat
+# --------------------------------------------------------------------------- flip, roll, repeat
 
 
 @register_rule("flip")
@@ -242,7 +245,7 @@ def _flip(op: OpView) -> Rule:
         # The reversed vector is owned by the same ranks: reversing the shard reverses this rank's positions.
         return local.call(torch.ops.aten.flip.default, [operands[0], [dim]], {})
 
-    cuts: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): flip}
+    cuts: dict[Side, Cut] = {("in", 0): identity, ("out", 0): flip}
     return Indexed(dim, x.shape[dim], ("in", 0), cuts, write, others)
 
 
@@ -270,35 +273,8 @@ def _roll(op: OpView) -> Rule | None:
         moved = int((owned >= size - shift).sum())
         return local.call(torch.ops.aten.roll.default, [operands[0], [moved], [dim]], {})
 
-    cuts: dict[Side, Cut] = {("in", 0): _identity, ("out", 0): turn}
+    cuts: dict[Side, Cut] = {("in", 0): identity, ("out", 0): turn}
     return Indexed(dim, size, ("in", 0), cuts, write, others)
-
-
-@register_rule("constant_pad_nd", "pad")
-def _pad(op: OpView) -> Rule | None:
-    x = op.operands[0]
-    amounts = [int(a) for a in op.args["pad"]]
-    if op.name == "pad" and op.args["mode"] != "constant":
-        return None
-    padded = [x.ndim - 1 - i for i in range(len(amounts) // 2) if amounts[2 * i] or amounts[2 * i + 1]]
-    names: Names = [None if d in padded else d for d in range(x.ndim)]
-    others = Linked([names], [names])
-    if len(padded) != 1 or min(amounts) < 0:
-        return others
-    dim = padded[0]
-    at = 2 * (x.ndim - 1 - dim)
-    before, size = amounts[at], x.shape[dim]
-
-    def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
-        owned = _owned(local, chosen, chosen.outs[0])
-        mine = list(amounts)
-        mine[at], mine[at + 1] = int((owned < before).sum()), int((owned >= before + size).sum())
-        args, kwargs = op.rebuild(operands)
-        args[1] = mine
-        return local.call(op.node.target, args, kwargs)
-
-    cuts: dict[Side, Cut] = {("in", 0): _stretch(before, before + size), ("out", 0): _identity}
-    return Indexed(dim, op.out_shapes[0][dim], ("out", 0), cuts, write, others)
 
 
 @dataclass
@@ -330,6 +306,43 @@ class _Tiled(Linked):
         return [scaled] if scaled else None
 
 
+@dataclass
+class _RepeatedFlat:
+    """``repeat_interleave`` without a dim: every element of the flattened value so many times."""
+
+    times: int
+
+    def _across(self, op: OpView, layout: Layout, inward: bool) -> Layout | None:
+        flat = (math.prod(op.operands[0].shape),)
+        if inward:
+            if self.times == 0 or layout.inner % self.times:
+                return None
+            return map_through_view(replace(layout, inner=layout.inner // self.times), flat, op.operands[0].shape)
+        mapped = map_through_view(layout, op.operands[0].shape, flat)
+        return replace(mapped, inner=mapped.inner * self.times) if mapped and self.times else None
+
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
+        """Tokens that lie in one dim of the flattened value."""
+        across = self._across(op, layout, side[0] == "out")
+        return [(("out", 0) if side[0] == "in" else ("in", 0), across)] if across else []
+
+    def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
+        """The layout of the output, mapped back."""
+        out = chosen.outs[0]
+        across = self._across(op, out, True) if out is not None else None
+        return [across] if across is not None and chosen.owners.fits(across) else None
+
+    def partial(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
+        """Never a sum over tokens."""
+        return None
+
+    def emit(self, op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """The same call; a size that it names is the whole one's."""
+        args, kwargs = op.rebuild(operands)
+        kwargs.pop("output_size", None)
+        return local.call(op.node.target, args, kwargs)
+
+
 @register_rule("repeat", "tile")
 def _repeat(op: OpView) -> Rule | None:
     x, out = op.operands[0], op.out_shapes[0]
@@ -342,8 +355,10 @@ def _repeat(op: OpView) -> Rule | None:
 @register_rule("repeat_interleave")
 def _repeat_interleave(op: OpView) -> Rule | None:
     x = op.operands[0]
-    if isinstance(op.args["repeats"], Operand) or op.args.get("dim") is None:
+    if isinstance(op.args["repeats"], Operand):
         return None
+    if op.args.get("dim") is None:
+        return _RepeatedFlat(int(op.args["repeats"]))
     dim = op.dim("dim", x.ndim)
     times = tuple(int(op.args["repeats"]) if d == dim else 1 for d in range(x.ndim))
 

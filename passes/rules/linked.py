@@ -240,6 +240,16 @@ def _stack(op: OpView) -> Rule:
     return Linked([list(range(ndim)) for _ in op.operands], [out])
 
 
+@register_rule("meshgrid")
+def _meshgrid(op: OpView) -> Rule | None:
+    if any(operand.ndim != 1 for operand in op.operands):
+        return None
+    out: list[Hashable | None] = list(range(len(op.operands)))
+    if op.args.get("indexing") == "xy" and len(out) > 1:
+        out[0], out[1] = 1, 0
+    return Linked([[i] for i in range(len(op.operands))], [out for _ in op.out_shapes])
+
+
 @register_rule("view_as_complex")
 def _view_as_complex(op: OpView) -> Rule:
     kept = list(range(op.operands[0].ndim - 1))

@@ -1,14 +1,14 @@
-"""Rules for look-ups by index and resampling: the dims they do not touch are kept (``Linked``)."""
+"""Rules for look-ups and writes by index: the dims they do not touch are kept (``Linked``)."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from sfcompile.passes.graph.op_view import Operand, OpView
 from sfcompile.passes.rules.linked import Linked, Names, aligned
 from sfcompile.passes.rules.rule import Rule, register_rule
-
-# --------------------------------------------------------------------------- look-ups
 
 
 @register_rule("embedding")
@@ -69,18 +69,54 @@ def _one_hot(op: OpView) -> Rule | None:
     return Linked([kept], [[*kept, None]])
 
 
-# --------------------------------------------------------------------------- resampling
+# --------------------------------------------------------------------------- writes
 
 
-@register_rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-               "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
-               "upsample_bicubic2d", "_adaptive_avg_pool2d", "upsample_trilinear3d", "_upsample_nearest_exact2d",
-               "replication_pad1d", "replication_pad2d", "replication_pad3d", "reflection_pad1d",
-               "reflection_pad2d", "pixel_shuffle", "pixel_unshuffle")  # fmt: skip
-def _resample(op: OpView) -> Rule:
+@register_rule("select_scatter")
+def _select_scatter(op: OpView) -> Rule:
+    ndim = op.operands[0].ndim
+    dim = op.dim("dim", ndim)
+    names: Names = [None if d == dim else d for d in range(ndim)]
+    return Linked([names, [d for d in range(ndim) if d != dim]], [names])
+
+
+@register_rule("scatter", "scatter_add", "scatter_reduce")
+def _scatter(op: OpView) -> Rule | None:
+    """Written is ``self[.., index[i, j], ..]``: along another dim row ``i`` of index and source goes to row ``i``."""
+    x, index = op.operands[0], op.operands[1]
+    if x.ndim == 0 or any(operand.ndim != x.ndim for operand in op.operands):
+        return None
+    dim = op.dim("dim", x.ndim)
+    alike = [all(operand.shape[d] == x.shape[d] for operand in op.operands) for d in range(x.ndim)]
+    names: Names = [d if d != dim and alike[d] else None for d in range(x.ndim)]
+    return Linked([names for _ in op.operands], [names]) if index.ndim else None
+
+
+@register_rule("index_add", "index_copy", "index_fill", "index_reduce")
+def _index_write(op: OpView) -> Rule:
     x = op.operands[0]
-    kept = x.ndim - {"1": 1, "2": 2, "3": 3}.get(op.name.rstrip("d")[-1:], 3)
-    if op.name.startswith("pixel"):
-        kept = x.ndim - 3
-    names: Names = [*range(kept), *[None] * (x.ndim - kept)]
-    return Linked([names], [names])
+    dim = op.dim("dim", x.ndim)
+    names: Names = [None if d == dim else d for d in range(x.ndim)]
+    ins: list[Names] = [names if operand.ndim == x.ndim else [None] * operand.ndim for operand in op.operands]
+    ins[1] = [None] * op.operands[1].ndim
+    return Linked(ins, [names])
+
+
+@register_rule("index_put", "_unsafe_index_put")
+def _index_put(op: OpView) -> Rule | None:
+    """Positions where a mask is true get one value, or one row of values."""
+    x, slots = op.operands[0], op.args["indices"]
+    masks = [slot for slot in slots if isinstance(slot, Operand)]
+    values = op.args["values"]
+    if len(masks) != 1 or not isinstance(slots[0], Operand) or not isinstance(values, Operand):
+        return None
+    mask = masks[0]
+    width = x.ndim - mask.ndim
+    row = values.shape[values.ndim - width :] if width else ()
+    if mask.node.meta["val"].dtype != torch.bool or math.prod(values.shape) != math.prod(row):
+        return None  # a value for every position
+    names: Names = list(range(x.ndim))
+    ins: list[Names] = [names, list(range(mask.ndim)), [None] * values.ndim]
+    written = aligned(values.shape, x.shape)
+    ins[2] = [name if isinstance(name, int) and name >= mask.ndim else None for name in written]
+    return Linked(ins, [names])

@@ -1,15 +1,14 @@
-"""Rules for ops that use a dim up: products, norms, reductions, orderings. Their other dims are kept (``Linked``)."""
+"""Rules for ops that use a dim up: products, reductions, orderings. Their other dims are kept (``Linked``)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import fx
 
-from sfcompile.passes.graph.layout import OpLayouts, Shape
+from sfcompile.passes.graph.layout import OpLayouts
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.rules.linked import FixArgs, Linked, Names, aligned
@@ -38,6 +37,11 @@ def _linear(op: OpView) -> Rule:
 def _matmul(op: OpView) -> Rule | None:
     out = op.out_shapes[0]
     a, b = op.operands[:2]
+    if a.ndim >= 2 and b.ndim == 1:  # tokens times a vector
+        return Linked(
+            [[*range(a.ndim - 1), None], [None]], [list(range(a.ndim - 1))], None,
+            [[*[None] * (a.ndim - 1), "c"], ["c"]],
+        )  # fmt: skip
     if a.ndim < 2 or b.ndim < 2:
         return None
     rows: Names = [*aligned(a.shape[:-2], out[:-2]), len(out) - 2, None]
@@ -54,6 +58,28 @@ def _addmm(op: OpView) -> Rule:
     return Linked(
         [aligned(op.operands[0].shape, out), [*batch, row, None], [*batch, None, column]], [list(range(len(out)))]
     )
+
+
+@register_rule("_int_mm", "_scaled_mm")
+def _quantised_mm(op: OpView) -> Rule:
+    """Scales are one number, or one for each row of the left and each column of the right factor."""
+    rows, columns = op.out_shapes[0]
+    ins: list[Names] = [[0, None], [None, 1]]
+    for operand in op.operands[2:]:
+        shape, left = operand.shape, op.args.get("scale_a") is operand
+        by_rows = left and shape == (rows, 1)
+        by_columns = not left and operand.ndim and shape[-1] == columns and math.prod(shape) == columns
+        names: list[Hashable | None] = [None] * operand.ndim
+        if by_rows:
+            names[0] = 0
+        elif by_columns:
+            names[-1] = 1
+        elif left and math.prod(shape) != 1:
+            ins[0] = [None, None]  # a scale for every block of rows
+        elif math.prod(shape) != 1:
+            ins[1] = [None, None]
+        ins.append(names)
+    return Linked(ins, [[0 if ins[0][0] == 0 else None, 1 if ins[1][1] == 1 else None]])
 
 
 @register_rule("outer", "ger")
@@ -80,35 +106,7 @@ def _einsum(op: OpView) -> Rule | None:
     return einsum_like(op, spec, out)
 
 
-# --------------------------------------------------------------------------- norms, reductions, orderings
-
-
-@register_rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
-def _layer_norm(op: OpView) -> Rule:
-    x = op.operands[0]
-    kept = x.ndim - len(op.args["normalized_shape"])
-    names: Names = [*range(kept), *[None] * (x.ndim - kept)]
-    ins: list[Names] = [names, *([None] * operand.ndim for operand in op.operands[1:])]
-    outs: list[Names] = [list(range(x.ndim))]
-    outs += [[*range(kept), *[None] * (len(shape) - kept)] for shape in op.out_shapes[1:]]
-    outs[0] = names
-    return Linked(ins, outs)
-
-
-@register_rule("group_norm", "native_group_norm", "batch_norm", "instance_norm")
-def _group_norm(op: OpView) -> Rule | None:
-    if op.name == "batch_norm" and op.args["training"]:
-        return None
-    ins: list[Names] = [[None] * operand.ndim for operand in op.operands]
-    ins[0] = [0, *[None] * (op.operands[0].ndim - 1)]
-    if op.name == "native_group_norm" and any(node is not None for node in op.outputs[1:]):
-        return None
-    outs: list[Names] = [[0, *[None] * (len(shape) - 1)] for shape in op.out_shapes]
-    return Linked(ins, outs, _fix_group_norm if op.name == "native_group_norm" else None)
-
-
-def _fix_group_norm(args: list[Any], kwargs: dict[str, Any], shapes: list[Shape]) -> None:
-    args[3] = shapes[0][0]
+# --------------------------------------------------------------------------- reductions, orderings
 
 
 def _keep_dims(op: OpView, reduced: tuple[int, ...], keepdim: bool) -> Linked:

@@ -12,8 +12,9 @@ the rewrite:
 A rule may also offer ``partial``: the output holds no tokens, but it is a sum over tokens, so every rank can add up its
 own and the partial sums are all-reduced (linear attention, means over tokens).
 
-A rule never communicates: an operand that is needed in another way than it was made is moved by the rewrite. An op
-without a rule is never guessed.
+A rule does not move tokens: an operand that is needed in another way than it was made is moved by the rewrite. Two
+families meet other ranks inside an op: attention (attention.py), and norms over tokens, which exchange statistics of a
+few numbers (norm.py; ``statistics`` says how many bytes). An op without a rule is never guessed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class Rule(Protocol):
 
     def emit(self, op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """Write the local op into ``local`` and return its node."""
+
+
+def statistics_bytes(rule: Rule, op: OpView, chosen: OpLayouts) -> int:
+    """Bytes that every rank tells every other inside the op, beside its operands; most rules have no ``statistics``."""
+    statistics = getattr(rule, "statistics", None)
+    return 0 if statistics is None else int(statistics(op, chosen))
 
 
 RULES: dict[str, Callable[[OpView], Rule | None]] = {}

@@ -4,12 +4,13 @@
   subgraphs compiled once for many calls.
 * PyTorch's fused encoder layer and attention, which ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call
   at inference.
+* Sequences of several lengths that are padded and stacked.
 * Attention ops of libraries (attention_calls.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from sfcompile.capture.attention_calls import read_call
-from sfcompile.torch_private import HigherOrderOperator, fused_attention, fused_encoder_layer
+from sfcompile.torch_private import HigherOrderOperator, fused_attention, fused_encoder_layer, pad_sequence
 
 _BODIES = {"tag_activation_checkpoint": 1, "wrap": 1, "invoke_subgraph": 2}
 """Higher-order ops that run their first argument on what follows, and where that begins."""
@@ -158,7 +159,24 @@ def encoder_layer(
     return norm(beside(feed(src), src), norm_weight_2, norm_bias_2)
 
 
+def padded_sequence(
+    sequences: Sequence[torch.Tensor],
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: str = "right",
+) -> torch.Tensor:
+    """Sequences [L_i, ...] as one tensor [B, max L, ...], or [max L, B, ...]."""
+    longest = max(x.shape[0] for x in sequences)
+    rows = []
+    for x in sequences:
+        missing = longest - x.shape[0]
+        ends = (0, missing) if padding_side == "right" else (missing, 0)
+        rows.append(F.pad(x, [0, 0] * (x.dim() - 1) + list(ends), value=padding_value))
+    return torch.stack(rows, 0 if batch_first else 1)
+
+
 _FUSED: dict[Any, Callable[..., Any]] = {
     fused_attention: multi_head_attention,
     fused_encoder_layer: encoder_layer,
+    pad_sequence: padded_sequence,
 }

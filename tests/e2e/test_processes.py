@@ -66,6 +66,11 @@ def test_diffusers_models(model: str, layout: str) -> None:
     passes(layout, "model", model)
 
 
+@pytest.mark.parametrize(("model", "layout"), [("image_decoder", "3"), ("video_decoder", "4")])
+def test_convolutional_decoders(model: str, layout: str) -> None:
+    passes(layout, "decoder", model)
+
+
 @pytest.mark.parametrize("layout", ["2x2", "3", thorough("4")])
 def test_every_mesh(layout: str) -> None:
     passes(layout, "meshes")

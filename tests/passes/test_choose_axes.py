@@ -90,3 +90,35 @@ def test_a_value_goes_with_the_attention_that_alone_it_feeds() -> None:
     adds = [node for node in got.gm.graph.nodes if str(node.target) == "aten.add.Tensor"]
     assert [region[node] for node in norms] == [first, second]
     assert [region[node] for node in adds] == [first, second], "the residual is read by both blocks"
+
+
+class Grid(nn.Module):
+    """Two blocks over tokens that are kept as [B, F, H, W, C] between attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mixers = nn.ModuleList([Mixer(), Mixer()])
+        self.mlps = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for mixer, mlp in zip(self.mixers, self.mlps, strict=True):
+            x = x + mixer(x.flatten(1, 3)).unflatten(1, x.shape[1:4])
+            x = x + torch.tanh(mlp(x))
+        return x
+
+
+@pytest.mark.parametrize(("frames", "dim"), [(3, 2), (4, 1)])
+def test_a_grid_of_few_frames_is_cut_along_another_dim(frames: int, dim: int) -> None:
+    """Three frames for four ranks, but four rows: every rank attends with one row of every frame."""
+    got = captured(Grid(), torch.zeros(1, frames, 4, 6, WIDTH))
+    every = states(got, 4)
+    compiled = [run_pipeline(state) for state in every]
+    report = compiled[0].report
+    assert report.sharded_sites == 2 and report.share == 1.0 and len(report.gathered) == 1 and not report.moved
+    assert every[0].layouts.chosen[got.gm.graph.output_node().args[0][0]].dim == dim  # type: ignore[index]
+    inputs = placeholder_values(got)
+    with torch.no_grad():
+        want = got.gm(*inputs)
+    for out in run_compiled(compiled, every[0].topology, inputs):
+        torch.testing.assert_close(out[0], want[0], rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models import transformers
+from diffusers.models import autoencoders, transformers
 from torch import nn
 
 HEADS, HEAD_DIM = 4, 16
@@ -84,12 +84,40 @@ def _cogvideox_rope() -> tuple[nn.Module, Inputs]:
     }  # fmt: skip
 
 
+class _Decoder(nn.Module):
+    """The decoding half of an autoencoder."""
+
+    def __init__(self, coder: nn.Module) -> None:
+        super().__init__()
+        self.coder = coder
+
+    def forward(self, x: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        return self.coder.decode(x, return_dict=return_dict)  # type: ignore[operator, no-any-return]
+
+
+def _image_decoder() -> tuple[nn.Module, Inputs]:
+    coder = autoencoders.AutoencoderKL(
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    return _Decoder(coder), {"x": torch.randn(2, 4, 22, 14)}
+
+
+def _video_decoder() -> tuple[nn.Module, Inputs]:
+    coder = autoencoders.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4,
+    )  # fmt: skip
+    return _Decoder(coder), {"x": torch.randn(1, 4, 3, 12, 6)}
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "flux": _flux,
     "sd3": _sd3,
     "pixart_sigma": _pixart_sigma,
     "wan_t2v": _wan_t2v,
     "cogvideox_rope": _cogvideox_rope,
+    "image_decoder": _image_decoder,
+    "video_decoder": _video_decoder,
 }
 
 

@@ -88,6 +88,26 @@ def case_model(name: str) -> None:
         assert share <= 1.10, f"rank {rank()} computes {share:.3f} x total/{ranks()}\n{plan}"
 
 
+def case_decoder(name: str) -> None:
+    """A convolutional decoder equals one-process eager; its FLOPs are divided.
+
+    What is gathered is the output (of groups of ranks, too) and, where attention has a mask, that.
+    """
+    from diffusers_models import build
+
+    torch._dynamo.reset()
+    model, inputs = build(name)
+    run = compiled(model, placement="shard")
+    first, second = run(**inputs)[0], run(**inputs)[0]
+    close(first, model(**inputs)[0])
+    assert torch.equal(first, second), "not repeatable"
+    plan = last_report()
+    assert plan is not None and plan.share <= 1.10, str(plan)
+    assert not any(row.flops for row in plan.left_behind), str(plan)
+    masks = sum("mask" in row.source for row in plan.gathered)
+    assert len(plan.gathered) == 1 + (plan.batch > 1) + masks, str(plan)
+
+
 def profiled_flops(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
     """Matmul and attention FLOPs that the profiler saw, by the shapes of the kernels that really ran."""
     from torch.profiler import ProfilerActivity, profile

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from helpers import captured
 
-from sfcompile.passes.graph.cost import flops, gather_seconds, is_view, seconds, value_bytes
+from sfcompile.passes.graph.cost import flops, gather_seconds, is_view, seconds, unpriced, value_bytes
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.runtime.program.topology import Topology
 
@@ -23,6 +23,33 @@ def test_flops_of_products() -> None:
     assert flops(found["linear"]) == flops(found["matmul"]) == 2 * 2 * 5 * 4 * 4
     assert flops(found["bmm"]) == flops(found["einsum"]) == 2 * 2 * 5 * 5 * 4
     assert flops(found["add"]) == 0
+
+
+def test_flops_of_convolutions_both_ways() -> None:
+    x, w = torch.zeros(2, 4, 5, 6), torch.zeros(4, 3, 2, 2)
+    found = ops(lambda x, w: torch.nn.functional.conv_transpose2d(x, w, stride=2), x, w)
+    assert flops(found["conv_transpose2d"]) == 2 * 2 * 4 * 5 * 6 * 3 * 2 * 2
+    back = ops(lambda x, w: torch.nn.functional.conv2d(x, w, stride=2), torch.zeros(2, 3, 10, 12), w)
+    assert flops(back["conv2d"]) == flops(found["conv_transpose2d"])
+
+
+@torch.library.custom_op("test_cost::kernel", mutates_args=())
+def kernel(x: torch.Tensor) -> torch.Tensor:
+    return x @ x
+
+
+@kernel.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def test_what_nobody_has_a_price_for_is_said() -> None:
+    found = ops(lambda x: torch.cdist(kernel(x) * 2, x) @ x, torch.zeros(4, 4))
+    assert {name for name, op in found.items() if unpriced(op)} == {"kernel", "cdist"}
+    assert all(flops(op) == 0.0 for op in found.values() if unpriced(op))
+    whole = (torch.zeros(20, 16, dtype=torch.int8), torch.zeros(16, 8, dtype=torch.int8))
+    (product,) = ops(lambda a, b: torch._int_mm(a, b), *whole).values()
+    assert flops(product) == 2 * 20 * 16 * 8 and not unpriced(product)
 
 
 def test_seconds_are_the_larger_of_arithmetic_and_memory() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfcompile.passes.graph.labels import LabelSpace
-from sfcompile.passes.graph.layout import Layout, Ownership, map_through_view
+from sfcompile.passes.graph.layout import Layout, Ownership, Window, map_through_view
 
 factors = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
@@ -65,9 +65,42 @@ def test_rows_have_one_owner_where_the_segment_is_cut_between_rows() -> None:
     assert not Ownership(space, [runs[0]], [0], 3).fits(rows)
     owners = Ownership(space, [runs[0]], [0], 3, {runs[0][0]: 5})
     assert owners.fits(rows)
-    assert [owners.rows(rows, rank).tolist() for rank in range(3)] == [[0, 1], [2], [3]]
-    assert owners.dim_runs(Layout(0, runs, 2, 3, 5), 1) == ((6, 3), (18, 3))
-    assert owners.local_shape((2, 4, 5), rows, 0) == (2, 2, 5)
+    assert [owners.rows(rows, rank).tolist() for rank in range(3)] == [[0], [1], [2, 3]]
+    assert owners.dim_runs(Layout(0, runs, 2, 3, 5), 1) == ((3, 3), (15, 3))
+    assert owners.local_shape((2, 4, 5), rows, 2) == (2, 2, 5)
+
+
+@given(st.integers(1, 60), st.integers(1, 7), st.integers(2, 4))
+def test_rows_of_grids_of_several_sizes_are_cut_at_the_same_places(n: int, ranks: int, factor: int) -> None:
+    space = LabelSpace()
+    small, large = space.fresh(n), space.fresh(factor * n)
+    owners = Ownership(space, [small[0], large[0]], [0, 1], ranks, {small[0][0]: 1, large[0][0]: 1})
+    for rank in range(ranks):
+        ends = [[sum(run) for run in owners.position_runs(runs, rank)] for runs in (small, large)]
+        for coarse, fine in zip(*ends, strict=False):
+            assert 0 <= fine - factor * coarse < factor
+    assert owners.holds(Layout(0, small), Layout(0, small, inner=1))
+
+
+def test_a_layout_holds_what_is_the_same_rows_under_another_name() -> None:
+    space = LabelSpace()
+    rows, tokens = space.fresh(6), space.fresh(24)
+    owners = Ownership(space, [rows[0], tokens[0]], [0, 1], 3, {rows[0][0]: 1, tokens[0][0]: 4})
+    assert not owners.same(Layout(1, rows), Layout(1, tokens, grain=4))
+    assert owners.holds(Layout(1, rows), Layout(1, tokens, grain=4))
+    assert owners.holds(Layout(1, rows), Window(1, (((0, 2),), ((2, 2),), ((4, 2),))))
+    assert not owners.holds(Layout(1, rows), Window(1, (((0, 3),), ((2, 2),), ((4, 2),))))
+    assert not owners.holds(Layout(1, rows), Layout(0, rows)) and not owners.holds(Layout(1, rows), None)
+
+
+def test_padding_goes_to_the_owner_of_the_edge() -> None:
+    space = LabelSpace()
+    before, rows, after, more = (space.fresh(n) for n in (2, 9, 1, 1))
+    space.glued += [(0, 2, 2, 1), (11, 1, 10, 1), (12, 1, 11, 1)]  # the last is padding of padding
+    segments = [before[0], rows[0], after[0], more[0]]
+    owners = Ownership(space, segments, [0] * 4, 3)
+    assert owners.owners((*before, *rows, *after, *more)) == ((0, 5), (1, 3), (2, 5))
+    assert Ownership(space, segments, [0] * 4, 2).owners(before) == ((0, 1), (1, 1)), "enough of it to be shared"
 
 
 def test_single_tokens_map_where_their_dim_is_kept() -> None:

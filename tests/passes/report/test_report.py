@@ -14,6 +14,14 @@ def test_the_plan_as_a_table() -> None:
     assert "14 token ops not sharded" in report.headline
 
 
+def test_the_headline_says_what_no_flops_count() -> None:
+    report = GraphReport(2, 1, 1, 2)
+    assert "unknown" not in report.headline
+    report.unpriced = ["mylib.fused", "aten.lstm", "mylib.fused"]
+    assert "FLOPs of 3 ops unknown and not counted (aten.lstm, mylib.fused)" in report.headline
+    assert "FLOPs of 3 ops unknown" in str(report)
+
+
 def test_a_long_plan_is_cut_in_print_only() -> None:
     report = GraphReport(2, 1, 1, 2, plans=["\n".join(f"row {i}" for i in range(30))])
     assert "row 9" in str(report) and "row 10" not in str(report) and "and 20 more candidates" in str(report)

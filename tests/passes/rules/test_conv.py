@@ -77,8 +77,49 @@ def test_temporal_convolution_of_frames_in_the_batch() -> None:
     check_sharded(spatial, [rand(2, 60, 6), rand(6, 6, 3, 3)], (0, 1), ranks=4)
 
 
-def test_transposed_convolution_keeps_the_batch_only() -> None:
-    weight = rand(4, 4, 3)
-    check_sharded(lambda x, w: F.conv_transpose1d(x * 2, w, padding=1), [rand(2, 4, 8), weight], (0, 2),
-                  whole=["conv_transpose1d"])  # fmt: skip
-    check_sharded(lambda x, w: F.conv_transpose1d(x * 2, w), [rand(5, 4, 8), weight], (0, 0))
+@few
+@given(st.integers(3, 9), st.integers(1, 5), st.integers(1, 4), st.integers(1, 2), st.integers(0, 2), ranks)
+def test_transposed_convolution(n: int, taps: int, stride: int, dilation: int, padding: int, p: int) -> None:
+    padding = min(padding, dilation * (taps - 1) // 2)
+    extra = min(padding, stride - 1)
+
+    def fn(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        options = dict(stride=stride, padding=padding, dilation=dilation, output_padding=extra)
+        return F.conv_transpose2d(x * 2, w, b, **options) + 1
+
+    check_sharded(fn, [rand(2, 4, n, 3), rand(4, 6, taps, 2), rand(6)], (0, 2), ranks=p)
+    check_sharded(lambda x, w: F.conv_transpose1d(x * 2, w), [rand(5, 4, 8), rand(4, 4, 3)], (0, 0))
+
+
+@few
+@given(st.integers(4, 12), st.integers(2, 5), st.integers(1, 4), st.integers(1, 2), ranks)
+def test_strides(n: int, taps: int, stride: int, dilation: int, p: int) -> None:
+    """Every size of grid has rows of its own."""
+    padding = dilation * (taps - 1) // 2 + 1
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x * 2, w, stride=stride, padding=padding, dilation=dilation) + 1
+
+    check_sharded(fn, [rand(2, 3, n, 4), rand(5, 3, taps, 1)], (0, 2), ranks=p)
+
+
+@few
+@given(st.integers(5, 9), st.integers(1, 4), ranks)
+def test_a_convolution_along_several_segments(n: int, m: int, p: int) -> None:
+    """Text padded to the length of the sound cuts the tokens in two stretches: each has its own halo."""
+
+    def fn(x: torch.Tensor, text: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        padded = torch.cat([text * 2, text.new_zeros(1, n, 4)], 1)
+        return F.conv1d((x + padded).transpose(1, 2), w, padding=2).transpose(1, 2) + x
+
+    check_sharded(fn, [rand(1, n + m, 4), rand(1, m, 4), rand(4, 4, 5)], (0, 1), (1, 1), ranks=p)
+
+
+@few
+@given(st.integers(6, 12), ranks)
+def test_causal_convolution_of_video(n: int, p: int) -> None:
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.silu(F.conv3d(F.pad(x * 2, (1, 1, 1, 1, 2, 0)), w)) + x
+
+    check_sharded(fn, [rand(1, 2, 3, n, 4), rand(2, 2, 3, 3, 3)], (0, 3), ranks=p)
+    check_sharded(fn, [rand(1, 2, n, 3, 4), rand(2, 2, 3, 3, 3)], (0, 2), ranks=p)

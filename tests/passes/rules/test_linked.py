@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import check_sharded
 from hypothesis import given
+from hypothesis import strategies as st
 from random_ops import Fn, few, rand, ranks, sizes, tokens
 from torch.nn import functional as F
 
@@ -74,3 +75,13 @@ def test_a_squeeze_of_no_dims_keeps_all() -> None:
     squeeze = torch.ops.aten.squeeze.dims
     check_sharded(lambda x: squeeze(x * 2, []) + 1, [rand(1, 5, 1, 3)], (0, 1), exact=True)
     check_sharded(lambda x: squeeze(x * 2, [0, -2]) + 1, [rand(1, 5, 1, 3)], (0, 1), exact=True)
+
+
+@few
+@given(tokens, ranks, st.sampled_from(["ij", "xy"]))
+def test_coordinates_of_a_grid(n: int, p: int, indexing: str) -> None:
+    def grid(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        first, second = torch.meshgrid(x * 2, y, indexing=indexing)
+        return first - second
+
+    check_sharded(grid, [rand(n), rand(4)], (0, 0), ranks=p)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 CONTRACTIONS: dict[str, tuple[Fn, list[tuple[int, ...]]]] = {
     "linear": (lambda x, w, b: F.linear(x, w, b), [(2, 0, 5), (4, 5), (4,)]),
     "matmul": (lambda x, w: x @ w, [(2, 0, 5), (5, 3)]),
+    "matmul_vector": (lambda x, w: (x @ w) * 2, [(2, 0, 5), (5,)]),
     "matmul_batch": (lambda x, w: x @ w, [(2, 3, 0, 5), (3, 5, 4)]),
     "bmm": (lambda x, w: torch.bmm(x, w), [(2, 0, 5), (2, 5, 3)]),
     "baddbmm": (lambda x, b, w: torch.baddbmm(b, x, w), [(2, 0, 5), (1, 1, 3), (2, 5, 3)]),
@@ -28,6 +29,24 @@ def test_contractions(name: str, n: int, p: int) -> None:
     fn, shapes = CONTRACTIONS[name]
     inputs = [rand(*(size or n for size in shape)) for shape in shapes]
     check_sharded(fn, inputs, (0, len(shapes[0]) - 2), ranks=p)
+
+
+@few
+@given(tokens, ranks, st.booleans())
+def test_quantised_products(n: int, p: int, by_rows: bool) -> None:
+    x, w = (rand(n, 16) * 20).to(torch.int8), (rand(16, 8) * 20).to(torch.int8)
+    check_sharded(lambda x, w: torch._int_mm(x, w) + 1, [x, w], (0, 0), ranks=p, exact=True)
+    a, b = rand(n, 16).to(torch.float8_e4m3fn), rand(32, 16).to(torch.float8_e4m3fn)
+    scales = (rand(n, 1).abs(), rand(1, 32).abs()) if by_rows else (torch.tensor(2.0), torch.tensor(0.5))
+
+    def product(a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch._scaled_mm(a, b.t(), left, right, out_dtype=torch.float32) * 2
+
+    check_sharded(product, [a, b, *scales], (0, 0), *([(2, 0)] if by_rows else []), ranks=p)
+
+
+def test_a_sum_over_tokens_by_a_vector() -> None:
+    check_sharded(lambda x, v: (x * 2).transpose(1, 2) @ v, [rand(2, 7, 5), rand(7)], (0, 1), (1, 0))
 
 
 @few
@@ -95,8 +114,6 @@ def test_layer_norm_over_two_dims(n: int, p: int) -> None:
         (lambda x: x.sort(dim=1).values, "sort"),
         (lambda x: x.amax(dim=1), "amax"),
         (lambda x: x[:, 2], "select"),
-        (lambda x: F.layer_norm(x, (7, 6)), "layer_norm"),
-        (lambda x: F.group_norm(x, 1), "group_norm"),
     ],
 )
 def test_ops_that_mix_tokens_are_computed_whole(fn: Fn, name: str) -> None:

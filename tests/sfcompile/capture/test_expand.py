@@ -98,3 +98,16 @@ def test_checkpoints_within_checkpoints_are_opened_up_and_keep_their_lines() -> 
     node = next(node for node in got.gm.graph.nodes if "scaled_dot" in str(node.target))
     assert "test_expand.py" in (node.stack_trace or "")
     torch.testing.assert_close(got.gm(x)[0], call(x))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_sequences_are_padded_and_stacked(batch_first: bool, side: str) -> None:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        rows = [x, x[:3], x[2:]]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=batch_first, padding_value=2.0, padding_side=side)
+
+    x = torch.randn(7, 4)
+    got = captured(call, x)
+    assert counts(got, "pad_sequence") == 0 and counts(got, "stack") == 1
+    assert torch.equal(through(got, call, x), call(x))

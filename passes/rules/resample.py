@@ -1,0 +1,219 @@
+"""Rules for resampling: interpolation, pooling, pixel shuffles. Along a spatial dim they are windowed (windows.py).
+
+A local call makes whole multiples of the scale from the rows of a window, of which a rank cuts out its own.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from sfcompile.passes.graph.local_graph import LocalGraph
+from sfcompile.passes.graph.op_view import OpView
+from sfcompile.passes.rules.linked import Linked, Names
+from sfcompile.passes.rules.rule import Rule, register_rule
+from sfcompile.passes.rules.windows import Stretch, Windowed, arguments, kept
+
+aten = torch.ops.aten
+
+
+# --------------------------------------------------------------------------- interpolation
+
+
+class _Interpolation(Windowed):
+    """x [B, C, *space] at another size; ``scales`` are those that the call names, by spatial dim, or None."""
+
+    def __init__(self, op: OpView, rows: frozenset[int], scales: list[float | None]) -> None:
+        spatial = frozenset(range(2, op.operands[0].ndim))
+        super().__init__(rows, kept(op, rows, spatial))
+        self._scales = scales
+
+    def _resize(self, op: OpView, x: fx.Node, dim: int, size: int, local: LocalGraph) -> fx.Node:
+        """The call on some rows: to ``size`` along ``dim``, as they are, to the size of the whole along the others."""
+        sizes = [size if d == dim else n for d, n in enumerate(op.out_shapes[0])][2:]
+        scales = [None if d == dim else scale for d, scale in enumerate(self._scales, 2)]
+        corners = [op.args["align_corners"]] if "align_corners" in op.args else []
+        target = op.node.target.overloadpacket.default  # type: ignore[union-attr]
+        return local.call(target, [x, sizes, *corners, *scales], {})
+
+
+class Nearest(_Interpolation):
+    """Every output row is a copy of one input row, the same as torch takes."""
+
+    def _sources(self, op: OpView, dim: int) -> NDArray[np.int64]:
+        size, rows, scale = op.operands[0].shape[dim], op.out_shapes[0][dim], self._scales[dim - 2]
+        step = np.float32(1.0 / scale if scale else size / rows)
+        half = np.float32(0.5 if "exact" in op.name else 0.0)
+        found = np.floor((np.arange(rows, dtype=np.float32) + half) * step).astype(np.int64)
+        clipped: NDArray[np.int64] = np.minimum(found, size - 1)
+        return clipped
+
+    def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
+        """From the first source to the last."""
+        sources = self._sources(op, dim)
+        return int(sources[start]), int(sources[stop - 1]) + 1
+
+    def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """The same call for a whole factor; else rows by index."""
+        dim, length = stretch.dim, stretch.stop - stretch.start
+        sources, rows = self._sources(op, dim), stretch.high - stretch.low
+        factor = op.out_shapes[0][dim] // op.operands[0].shape[dim]
+        if factor and np.array_equal(sources, np.arange(len(sources)) // factor):
+            made = self._resize(op, operands[0], dim, rows * factor, local)
+            return local.narrow(made, dim, stretch.start - stretch.low * factor, length)
+        picked = torch.from_numpy(sources[stretch.start : stretch.stop] - stretch.low)
+        x = local.call(aten.index_select.default, [operands[0], dim, local.constant(picked)], {})
+        return self._resize(op, x, dim, length, local)
+
+
+class Smooth(_Interpolation):
+    """Linear or cubic interpolation by a whole factor up or down, corners not aligned."""
+
+    def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
+        """The rows under the taps; of a shrinking call whole multiples of the factor."""
+        size, rows = op.operands[0].shape[dim], op.out_shapes[0][dim]
+        margin = 1 if "cubic" in op.name else 0
+        at = (start + 0.5) * size / rows - 0.5
+        end = (stop - 0.5) * size / rows - 0.5
+        first, last = int(np.floor(at)) - margin, int(np.floor(end)) + 2 + margin
+        if rows < size:
+            factor = size // rows
+            first, last = first // factor * factor, -(-last // factor) * factor
+        return max(first, 0), min(last, size)
+
+    def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """The same call on the window, and of that this rank's rows."""
+        size, rows, dim = op.operands[0].shape[stretch.dim], op.out_shapes[0][stretch.dim], stretch.dim
+        made = self._resize(op, operands[0], dim, (stretch.high - stretch.low) * rows // size, local)
+        return local.narrow(made, dim, stretch.start - stretch.low * rows // size, stretch.stop - stretch.start)
+
+
+def _scales(op: OpView, spatial: int) -> list[float | None]:
+    if "scale_factors" in op.args:
+        given = op.args["scale_factors"]
+        return [None] * spatial if given is None else [float(scale) for scale in given]
+    names = [name for name in op.args if name.startswith("scales")]
+    return [None if op.args[name] is None else float(op.args[name]) for name in names]
+
+
+@register_rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+               "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")  # fmt: skip
+def _nearest(op: OpView) -> Rule:
+    ndim = op.operands[0].ndim
+    return Nearest(op, frozenset(range(2, ndim)), _scales(op, ndim - 2))
+
+
+@register_rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")
+def _smooth(op: OpView) -> Rule:
+    x, out = op.operands[0], op.out_shapes[0]
+    scales = _scales(op, x.ndim - 2)
+    rows = set()
+    for dim in range(2, x.ndim):
+        small, large = sorted((x.shape[dim], out[dim]))
+        scale = scales[dim - 2]
+        as_sizes = scale is None or abs(scale * x.shape[dim] - out[dim]) < 1e-6
+        if not op.args["align_corners"] and small and large % small == 0 and as_sizes:
+            rows.add(dim)
+    return Smooth(op, frozenset(rows), scales)
+
+
+# --------------------------------------------------------------------------- pooling
+
+
+class Pool(Windowed):
+    """Averages or maxima of ``size`` rows, ``stride`` apart; edges are padded by what counts for nothing."""
+
+    def __init__(self, op: OpView, rows: frozenset[int], steps: list[tuple[int, int, int, int]]) -> None:
+        spatial = frozenset(range(op.operands[0].ndim - len(steps), op.operands[0].ndim))
+        super().__init__(rows, kept(op, rows, spatial))
+        self._first = op.operands[0].ndim - len(steps)
+        self._steps = steps
+
+    def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
+        """As a convolution's taps."""
+        size, stride, padding, dilation = self._steps[dim - self._first]
+        return start * stride - padding, (stop - 1) * stride - padding + (size - 1) * dilation + 1
+
+    def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """Pad this rank's edges, then pool without padding along that dim."""
+        named: dict[str, Any] = arguments(op, operands)
+        x = operands[0]
+        if stretch.before or stretch.after:
+            pad = [0, 0] * (op.operands[0].ndim - stretch.dim)
+            pad[-2:] = [stretch.before, stretch.after]
+            value = 0.0 if op.name.startswith("avg") else float("-inf")
+            x = local.call(aten.constant_pad_nd.default, [x, pad, value], {})
+        paddings = [0 if d == stretch.dim else step[2] for d, step in enumerate(self._steps, self._first)]
+        return local.call(op.node.target, [], {**named, "self": x, "padding": paddings})
+
+
+def _listed(value: Any, length: int) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+    return values * length if len(values) == 1 else values
+
+
+@register_rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d")
+def _pool(op: OpView) -> Rule | None:
+    x = op.operands[0]
+    spatial = int(op.name[-2])
+    first = x.ndim - spatial
+    sizes = _listed(op.args["kernel_size"], spatial)
+    strides = _listed(op.args["stride"], spatial) if op.args["stride"] else sizes
+    paddings = _listed(op.args["padding"], spatial)
+    dilations = _listed(op.args.get("dilation", 1), spatial)
+    counts_padding = bool(op.args.get("count_include_pad", True)) or op.name.startswith("max")
+    rows = set()
+    for i in range(spatial):
+        if not op.args["ceil_mode"] and (counts_padding or not paddings[i]):
+            rows.add(first + i)
+    floating = op.node.meta["val"].dtype.is_floating_point
+    if not floating and any(paddings):
+        rows.clear()
+    return Pool(op, frozenset(rows), list(zip(sizes, strides, paddings, dilations, strict=True)))
+
+
+@register_rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d",
+               "adaptive_max_pool2d")  # fmt: skip
+def _adaptive(op: OpView) -> Rule:
+    x = op.operands[0]
+    match = re.search(r"(\d)d$", op.name)
+    assert match is not None
+    first = x.ndim - int(match.group(1))
+    names: Names = [*range(first), *[None] * (x.ndim - first)]
+    return Linked([names], [names for _ in op.out_shapes])
+
+
+# --------------------------------------------------------------------------- pixel shuffles
+
+
+class Shuffle(Windowed):
+    """``pixel_shuffle`` [..., C r^2, H, W] -> [..., C, H r, W r], and back."""
+
+    def __init__(self, op: OpView, up: int, down: int) -> None:
+        ndim = op.operands[0].ndim
+        rows = frozenset((ndim - 2, ndim - 1))
+        super().__init__(rows, kept(op, rows, frozenset([ndim - 3])))
+        self._up, self._down = up, down
+
+    def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
+        """``up`` rows of one, or one of ``down``."""
+        return start * self._down // self._up, ((stop - 1) // self._up + 1) * self._down
+
+    def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """The same call on the window, and of that this rank's rows."""
+        args, kwargs = op.rebuild(operands)
+        made = local.call(op.node.target, args, kwargs)
+        at = stretch.start - stretch.low * self._up // self._down
+        return local.narrow(made, stretch.dim, at, stretch.stop - stretch.start)
+
+
+@register_rule("pixel_shuffle", "pixel_unshuffle")
+def _shuffle(op: OpView) -> Rule:
+    if op.name == "pixel_shuffle":
+        return Shuffle(op, int(op.args["upscale_factor"]), 1)
+    return Shuffle(op, 1, int(op.args["downscale_factor"]))
