@@ -203,9 +203,11 @@ class Ownership:
                     at += 1
         glued: dict[int, int] = {}
         for segment, label in near.items():
-            for _ in near:  # padding of padding
-                label = near.get(self._segment_of(label), label)
-            if self._segment_of(label) not in near:
+            passed = {segment}
+            while (home := self._segment_of(label)) in near and home not in passed:  # padding of padding
+                passed.add(home)
+                label = near[home]
+            if home not in near:
                 glued[segment] = label
         return glued
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from sfcompile.passes.graph.labels import LabelSpace
-from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
+from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.rules.linked import Linked, Names
@@ -57,6 +57,15 @@ class _OverSpace(Windowed):
         batch = Linked([names, *([None] * operand.ndim for operand in op.operands[1:])], [names])
         super().__init__(frozenset(range(2, op.operands[0].ndim)), batch)
         self._axes = axes
+
+    def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
+        """A window of the input, unless a rank would make rows of padding alone: torch has no call for that."""
+        needs = super().needs(op, chosen)
+        if needs is not None and isinstance(needs[0], Window) and chosen.outs[0] is not None:
+            owned = [chosen.owners.count(chosen.outs[0].runs, rank) for rank in range(chosen.owners.num_ranks)]
+            if any(own and not wanted for own, wanted in zip(owned, needs[0].wanted, strict=True)):
+                return None
+        return needs
 
 
 class Convolution(_OverSpace):

@@ -42,16 +42,31 @@ class _Interpolation(Windowed):
         return local.call(target, [x, sizes, *corners, *scales], {})
 
 
+def nearest_rows(op: OpView, dim: int, scale: float | None) -> NDArray[np.int64]:
+    """The input row of every output row, in the arithmetic of torch's kernels."""
+    size, rows = op.operands[0].shape[dim], op.out_shapes[0][dim]
+    step = np.float32(1.0 / scale if scale else size / rows)
+    half = np.float32(0.5 if "exact" in op.name else 0.0)
+    found = np.floor((np.arange(rows, dtype=np.float32) + half) * step).astype(np.int64)
+    clipped: NDArray[np.int64] = np.minimum(found, size - 1)
+    return clipped
+
+
+def _whole_factor(sources: NDArray[np.int64], size: int, exact: bool) -> int:
+    """The factor of copies that torch makes of every row, here and for fewer rows; 0 if they are not that regular."""
+    rows = np.arange(len(sources))
+    factor = len(sources) // size
+    if factor == 0 or not np.array_equal(sources, rows // factor):
+        return 0
+    local = np.floor((rows.astype(np.float32) + np.float32(0.5 if exact else 0.0)) * np.float32(1 / factor))
+    return factor if np.array_equal(local.astype(np.int64), rows // factor) else 0
+
+
 class Nearest(_Interpolation):
     """Every output row is a copy of one input row, the same as torch takes."""
 
     def _sources(self, op: OpView, dim: int) -> NDArray[np.int64]:
-        size, rows, scale = op.operands[0].shape[dim], op.out_shapes[0][dim], self._scales[dim - 2]
-        step = np.float32(1.0 / scale if scale else size / rows)
-        half = np.float32(0.5 if "exact" in op.name else 0.0)
-        found = np.floor((np.arange(rows, dtype=np.float32) + half) * step).astype(np.int64)
-        clipped: NDArray[np.int64] = np.minimum(found, size - 1)
-        return clipped
+        return nearest_rows(op, dim, self._scales[dim - 2])
 
     def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
         """From the first source to the last."""
@@ -62,8 +77,8 @@ class Nearest(_Interpolation):
         """The same call for a whole factor; else rows by index."""
         dim, length = stretch.dim, stretch.stop - stretch.start
         sources, rows = self._sources(op, dim), stretch.high - stretch.low
-        factor = op.out_shapes[0][dim] // op.operands[0].shape[dim]
-        if factor and np.array_equal(sources, np.arange(len(sources)) // factor):
+        factor = _whole_factor(sources, op.operands[0].shape[dim], "exact" in op.name)
+        if factor:
             made = self._resize(op, operands[0], dim, rows * factor, local)
             return local.narrow(made, dim, stretch.start - stretch.low * factor, length)
         picked = torch.from_numpy(sources[stretch.start : stretch.stop] - stretch.low)
@@ -104,8 +119,16 @@ def _scales(op: OpView, spatial: int) -> list[float | None]:
 @register_rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
                "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")  # fmt: skip
 def _nearest(op: OpView) -> Rule:
-    ndim = op.operands[0].ndim
-    return Nearest(op, frozenset(range(2, ndim)), _scales(op, ndim - 2))
+    x, out = op.operands[0], op.out_shapes[0]
+    scales, rows = _scales(op, x.ndim - 2), set()
+    for dim in range(2, x.ndim):
+        # To the same or to twice the size kernels take a short cut, not all of them, whatever scale the call names.
+        factor = {x.shape[dim]: 1, 2 * x.shape[dim]: 2}.get(out[dim])
+        sources = nearest_rows(op, dim, scales[dim - 2])
+        if 0 not in (x.shape[dim], out[dim]):
+            if factor is None or np.array_equal(sources, np.arange(out[dim]) // factor):
+                rows.add(dim)
+    return Nearest(op, frozenset(rows), scales)
 
 
 @register_rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")

@@ -103,6 +103,11 @@ def test_strides(n: int, taps: int, stride: int, dilation: int, p: int) -> None:
     check_sharded(fn, [rand(2, 3, n, 4), rand(5, 3, taps, 1)], (0, 2), ranks=p)
 
 
+def test_rows_of_padding_alone_are_nobodys() -> None:
+    check_sharded(lambda x, w: F.conv1d(x * 2, w, padding=6) + 1, [rand(1, 2, 4), rand(2, 2, 1)], (0, 2), ranks=4,
+                  whole=["conv1d"])  # fmt: skip
+
+
 @few
 @given(st.integers(5, 9), st.integers(1, 4), ranks)
 def test_a_convolution_along_several_segments(n: int, m: int, p: int) -> None:

@@ -61,6 +61,7 @@ def test_video_is_interpolated_by_rows() -> None:
     ("fn", "name"),
     [
         (lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True), "upsample_bilinear2d"),
+        (lambda x: F.interpolate(x, scale_factor=2.1, mode="nearest"), "upsample_nearest2d"),
         (lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), "avg_pool2d"),
         (lambda x: F.avg_pool2d(x, 2, ceil_mode=True), "avg_pool2d"),
         (lambda x: F.adaptive_avg_pool2d(x, 2), "adaptive_avg_pool2d"),
