@@ -212,7 +212,7 @@ FULL: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
         sample=(2, 4, 128, 128), timestep=(), encoder_hidden_states=(2, 77, 2048),
     ),
     "unet_motion": _on_meta(
-        lambda: diffusers.UNetMotionModel(),
+        lambda: diffusers.UNetMotionModel(cross_attention_dim=768),
         sample=(2, 4, 16, 64, 64), timestep=(), encoder_hidden_states=(32, 77, 768),
     ),
 }  # fmt: skip
