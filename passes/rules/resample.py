@@ -120,7 +120,8 @@ def _scales(op: OpView, spatial: int) -> list[float | None]:
                "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")  # fmt: skip
 def _nearest(op: OpView) -> Rule:
     x, out = op.operands[0], op.out_shapes[0]
-    scales, rows = _scales(op, x.ndim - 2), set()
+    scales = _scales(op, x.ndim - 2)
+    rows = set()
     for dim in range(2, x.ndim):
         # To the same or to twice the size kernels take a short cut, not all of them, whatever scale the call names.
         factor = {x.shape[dim]: 1, 2 * x.shape[dim]: 2}.get(out[dim])
