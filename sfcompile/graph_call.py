@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sfcompile.capture.aliases import refuse_overlap
+from sfcompile.capture.aliases import Alias, refuse_overlap
 from sfcompile.capture.graph import Captured, present
 from sfcompile.capture.randomness import draws, generator_state, set_generator_state, state_mark
 from sfcompile.codegen.plan.step import Step
@@ -60,6 +60,8 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
     tensors, written = call.captured.tensor_inputs, call.captured.written
     weights, loaded = Weights(), call.weights
     session, shared, made = call.session, call.shared, itertools.count(1)
+    # With rank 0's values in the step, an input that the graph does not write to holds other ones here.
+    views = [view for view in call.captured.aliases if shared is None or view.input in written]
 
     def run(*args: Any) -> Any:
         refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
@@ -77,13 +79,20 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
                 if call.draws:
                     set_generator_state(device, values[-1])
             out = local(*(given[i] for i in tensors))
-        if not written:
-            return out
         for i, value in zip(written, out[len(out) - len(written) :], strict=True):
             args[i].copy_(value)
-        return out[: len(out) - len(written)]
+        own = out[: len(out) - len(written)]
+        return _with_views(own, views, args) if views else own
 
     return run
+
+
+def _with_views(outputs: Sequence[Any], views: Sequence[Alias], inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """The outputs, of which those that are views of inputs are made so: gathered they are copies."""
+    values = list(outputs)
+    for view in views:
+        values[view.output] = view.of(inputs[view.input])
+    return tuple(values)
 
 
 def _can_look(device: torch.device, call: int) -> bool:

@@ -1,9 +1,10 @@
-"""Inputs that share memory: a functional graph must not write to one of them behind the other's back."""
+"""Values that share memory: a functional graph must not write to one input behind another's back, and what it returns
+must be a view of an input where the model's own result is one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,6 +45,43 @@ def refuse_overlap(inputs: Sequence[Any], written: Iterable[int], names: Sequenc
             "a sharded graph reads its inputs before it writes to them, so the other one would keep its old values",
             f"pass {other!r} as a clone, or write to {one!r} outside the compiled model",
         )
+
+
+class Alias(NamedTuple):
+    """An output that is a view of an input: who writes to one changes the other.
+
+    Attributes:
+        output, input: their positions.
+        offset: of the view's first element behind the input's, in elements.
+    """
+
+    output: int
+    input: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The view of that input."""
+        return tensor.as_strided(self.shape, self.stride, int(tensor.storage_offset()) + self.offset)
+
+
+def aliases(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Alias, ...]:
+    """Which outputs of a traced function are views of its inputs, which begin their storages.
+
+    Those that read the memory as another dtype, or conjugated or negated, are values of their own: left out.
+    """
+    found = []
+    for at, value in enumerate(outputs):
+        for i, given in enumerate(inputs):
+            if not isinstance(value, torch.Tensor) or not isinstance(given, torch.Tensor):
+                continue
+            alike = (value.dtype, value.is_conj(), value.is_neg()) == (given.dtype, given.is_conj(), given.is_neg())
+            if alike and same_storage(value, given):
+                offset = int(value.storage_offset())
+                found.append(Alias(at, i, tuple(map(int, value.shape)), tuple(map(int, value.stride())), offset))
+                break
+    return tuple(found)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from sfcompile.capture.aliases import Alias, aliases
 from sfcompile.capture.attention import recognise_attention
 from sfcompile.capture.autocast import Regions, bake_autocast
 from sfcompile.capture.expand import expand_calls
@@ -50,6 +51,7 @@ class Captured:
         tensor_inputs: positions of the placeholders among the original inputs (the others are sizes, now constants).
         written: positions of the inputs that the graph writes to. Their new values follow its own outputs.
         numbers: positions of the placeholders that are Python numbers; the graph takes them as 0-dim tensors.
+        aliases: outputs that are views of inputs. The graph gives their values; who calls it makes the views.
     """
 
     gm: fx.GraphModule
@@ -57,6 +59,7 @@ class Captured:
     tensor_inputs: tuple[int, ...]
     written: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
+    aliases: tuple[Alias, ...] = ()
 
     def as_tensors(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs, of which those in ``numbers`` are 0-dim tensors."""
@@ -214,6 +217,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
     known = numbers(gm, inputs)
     gm = hide_opaque(expand_calls(gm))
     written: list[int] = []
+    views: list[Alias] = []
     regions, before = Regions(), autocast_state()
 
     def run(*args: torch.Tensor) -> Any:
@@ -226,6 +230,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
             regions.close()
         written[:] = [i for i, arg in zip(tensors, args, strict=True) if has_data_mutation(arg)]
         outputs = out if isinstance(out, (tuple, list)) else (out,)
+        views[:] = aliases(outputs, full)
         return (*outputs, *(full[i] for i in written))
 
     with torch.no_grad(), mode, fx.traceback.preserve_node_meta(), _on_cpu(gm, inputs):
@@ -240,7 +245,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
     recognise_attention(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    return Captured(traced, mode, tensors, tuple(written), running)
+    return Captured(traced, mode, tensors, tuple(written), running, tuple(views))
 
 
 @contextmanager

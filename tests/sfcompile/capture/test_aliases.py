@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import captured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfcompile.capture.aliases import overlap, refuse_overlap
+from sfcompile.capture.aliases import aliases, overlap, refuse_overlap
 from sfcompile.errors import UnsupportedError
 from sfcompile.torch_private import FakeTensorMode
 
@@ -39,3 +40,26 @@ def test_the_refusal_names_both_inputs() -> None:
     x = torch.zeros(4)
     with pytest.raises(UnsupportedError, match="input 'k_cache' is written to in place.*with input 'window'"):
         refuse_overlap([x, x[1:3]], [0], ["k_cache", "window"])
+
+
+def test_outputs_that_are_views_of_inputs_are_found_and_made_anew() -> None:
+    def step(x: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x * 2
+        cache.add_(y)
+        return y, cache.t()[2:], x.clone(), x[:, 1:], x.expand(2, 3, 4), x.t().reshape(-1), y[1:]
+
+    x, cache = torch.randn(3, 4), torch.randn(3, 4)
+    views = captured(step, x, cache).aliases
+    assert [(view.output, view.input) for view in views] == [(1, 1), (3, 0), (4, 0)]
+    wide = torch.randn(5, 4)  # the caller's tensors may lie anywhere in their storages
+    given = [wide[1:4], cache]
+    want = step(*given)
+    for view in views:
+        got = view.of(given[view.input])
+        assert torch.equal(got, want[view.output]) and got.data_ptr() == want[view.output].data_ptr()
+
+
+def test_what_reads_an_inputs_memory_otherwise_is_no_view_of_it() -> None:
+    z, x = torch.randn(3, dtype=torch.complex64), torch.randn(3)
+    assert not aliases([z.conj(), torch.view_as_real(z), z.conj().imag, x.view(torch.int32), x.clone(), 3], [z, x])
+    assert len(aliases([z.flip(0), x[1:]], [z, x])) == 1

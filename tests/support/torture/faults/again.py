@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from model_cases import Plain, tokens
 
@@ -102,6 +104,28 @@ def overlapping_views(rank: Rank) -> None:
         return whole[:, :50], whole[:, 10:]
 
     rank.attempt("views", lambda: run(*views()), lambda: model(*views()), must="either")
+
+
+@fault("exact: who writes to the view writes to the input")
+def views_handed_back(rank: Rank) -> None:
+    """The model returns a part of its input and of a cache that it writes to, and the caller writes to both."""
+
+    class Cache(Plain):
+        def forward(self, x: torch.Tensor, cache: torch.Tensor) -> Any:  # type: ignore[override]
+            cache.add_(x)
+            return super().forward(x), x[:, 3:], cache[:, :7]
+
+    model = Cache()
+    run = rank.compiled(model)
+
+    def written(call: Any) -> torch.Tensor:
+        x, cache = tokens(), tokens() * 2
+        out, part, kept = call(x, cache)
+        part.mul_(3.0)
+        kept.zero_()
+        return torch.cat([out, x, cache])
+
+    rank.attempt("views", lambda: written(run), lambda: written(model))
 
 
 @fault("exact for rank 0's inputs, on every rank", ranks=3)
