@@ -50,6 +50,7 @@ from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, sessions, use_session
+from sfcompile.torch_logs import artifacts, follow_torch_logs
 from sfcompile.torch_private import autocast_off, is_comparable, is_plain
 from sfcompile.tracing.trace import follow_environment
 from sfcompile.version import __version__
@@ -138,7 +139,8 @@ def _compile_rank(
     topology = links.topology
 
     def passes(split_batch: bool) -> Compiled:
-        return run_passes(captured, topology, session.rank, asked, session.from_first, split_batch, dump=True)
+        with artifacts(asked, session.rank) as wish:
+            return run_passes(captured, topology, session.rank, wish, session.from_first, split_batch, dump=True)
 
     compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))
     compiled.report.break_reason, compiled.report.links = break_reason(gm), links.source
@@ -156,6 +158,7 @@ def _compile_rank(
     # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
     with autocast_off():
         local = run_inner(compiled.gm, inputs, captured.mode, asked)
+    log.info("graph %d is ready after %.1f s", compiled.report.graph, time.perf_counter() - began)
     session.meet()
     compared = compared_inputs(example_inputs, asked, captured)
     places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]
@@ -224,19 +227,25 @@ def _attribute(module: Any, path: str) -> Any:
 
 
 def _announce(compiled: Compiled, session: Session, seconds: float) -> None:
-    """Rank 0 says in a line what was compiled; the whole plan is at level DEBUG and in ``last_report()``."""
+    """Rank 0 says in a line what was planned; the whole plan is at level DEBUG and in ``last_report()``."""
     report = compiled.report
     remember(report)
     _speak(session.global_rank)
     for warning in report.warnings:
         log.warning(warning)
-    log.info("graph %d compiled for %d ranks in %.1f s: %s", report.graph, report.num_ranks, seconds, report.headline)
+    log.info(
+        "graph %d planned for %d ranks in %.1f s, compiling it: %s",
+        report.graph,
+        report.num_ranks,
+        seconds,
+        report.headline,
+    )
     log.debug("\n%s", report)
 
 
 def _speak(rank: int) -> None:
-    """Give our logger a voice unless the program configured logging: rank 0 from SFCOMPILE_LOG (default info) up."""
-    if log.handlers or logging.getLogger().handlers:
+    """Give our logger a voice: TORCH_LOGS', else the program's own, else rank 0's by SFCOMPILE_LOG (default info)."""
+    if follow_torch_logs(log, rank) or log.handlers or logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"[streamfusion, rank {rank}] %(message)s"))
