@@ -1,4 +1,6 @@
-"""Everything private that we need of torch (2.11 to 2.13), in one place. Leaf file: imports torch, nothing of ours.
+"""Everything private that we need of torch (2.11 to 2.13), in one place. Leaf file: of ours it imports the version.
+
+The names of TORCH_LOGS are registered in torch_logs.py, which runs before this file can be imported.
 
 When a new torch moves one of these, this is the only file to mend.
 """
@@ -14,6 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+
+from sfcompile.version import refuse_other_torch
+
+refuse_other_torch(torch.__version__)  # before its private parts are imported, which may be gone
+
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast

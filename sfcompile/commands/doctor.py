@@ -24,7 +24,7 @@ from sfcompile.commands.checks import check_writable
 from sfcompile.commands.launch import check_places, launch, num_cores
 from sfcompile.commands.models import positive
 from sfcompile.errors import StreamFusionError
-from sfcompile.version import __version__
+from sfcompile.version import TORCH, __version__, torch_range
 
 SHM = Path("/dev/shm")
 ROOM_BYTES = 1 << 30
@@ -125,7 +125,7 @@ def versions() -> list[Finding]:
     area = "versions"
     findings = [Finding(area, "sfcompile", __version__), Finding(area, "python", _python())]
     wanted = (
-        ("torch", (2, 11), (2, 14), "pip install 'torch>=2.11,<2.14'", True),
+        ("torch", *TORCH, f"pip install '{torch_range()}'", True),
         ("triton", (3, 6), (3, 10), "pip install 'triton>=3.6,<3.10'", False),
         ("nvshmem4py-cu13", None, None, "", False),
         ("nvidia-nvshmem-cu13", None, None, "", False),

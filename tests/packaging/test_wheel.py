@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,9 @@ def test_ranks_run_an_example_from_the_installed_wheel(tmp_path: Path) -> None:
     (wheel,) = wheels.glob("*.whl")
     done([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], tmp_path)
     shutil.rmtree(checkout)
+    metadata = next(target.glob("sfcompile-*.dist-info")).joinpath("METADATA").read_text(encoding="utf-8")
+    for line in ("License-Expression: Apache-2.0", "License-File: LICENSE", "Requires-Dist: networkx", "Keywords: "):
+        assert f"\n{line}" in metadata, metadata[:3000]
 
     names = ("sfcompile", *(f"sfcompile.{folder}" for folder in FOLDERS[1:]))
     code = f"import importlib; print(*(importlib.import_module(name).__file__ for name in {names}))"
@@ -51,3 +55,18 @@ def test_ranks_run_an_example_from_the_installed_wheel(tmp_path: Path) -> None:
     command = [sys.executable, str(target / "bin" / "sfcompile"), "run", "--ranks", "2", "hello.py"]
     said = done(command, tmp_path, PYTHONPATH=str(target))
     assert float(said.split("difference from one process: ")[1].split()[0]) <= 1e-5
+
+
+def test_the_source_distribution_holds_tests_and_docs(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in (*FOLDERS, "tests", "docs", "examples", "benchmarks"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "Makefile"):
+        shutil.copy(ROOT / name, checkout)
+    wanted = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*") if path.is_file()}
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    done([sys.executable, "-c", code], checkout)
+    (archive,) = tmp_path.glob("sfcompile-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert wanted <= held, sorted(wanted - held)[:20]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from sfcompile.errors import UnsupportedError
 from sfcompile.torch_private import (
     FakeTensorMode,
     FunctionalTensorMode,
@@ -34,6 +37,15 @@ def test_pre_dispatch_tracing_keeps_attention_whole_and_removes_writes() -> None
     targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
     assert all(isinstance(target, OpOverload) and not target._schema.is_mutable for target in targets)
     assert torch.ops.aten.scaled_dot_product_attention.default in targets
+
+
+def test_another_torch_is_refused_before_its_private_parts_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.find_spec("sfcompile.torch_private")
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    monkeypatch.setitem(sys.modules, "torch._ops", None)
+    with pytest.raises(UnsupportedError, match="torch 2.99.0 is installed"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_modes_are_inductors() -> None:
