@@ -144,6 +144,10 @@ class ScheduleError(InternalError):
     """A schedule breaks a rule that makes it safe to run; found by the checker."""
 
 
+class RuleError(StreamFusionError):
+    """An op rule is wrong: what it computes on shards is not the shard of what the op computes."""
+
+
 class CodegenError(StreamFusionError):
     """A kernel could not be generated, written, compiled or loaded."""
 

@@ -6,7 +6,8 @@
   other names of the same passes: ``schedule_puts`` is ``order_puts``, ``schedule_fused_puts`` is ``fuse_puts``,
   ``schedule_sites`` is ``build_schedules``.
 * An **op rule** says how an op behaves on shards (passes/rules/rule.py). ``@register_op_rule("my_op")`` adds or
-  replaces one. An op without a rule is computed whole on every rank, never guessed.
+  replaces one; :func:`register_row_wise` is the rule of an op that computes each token alone. An op without a rule is
+  computed whole on every rank, never guessed. :func:`check_op_rule` holds a rule against its op.
 * A **schedule** is a function that builds what one attention does on all ranks. Registered, it is a candidate of the
   planner on every mesh, and can be asked for with ``options={"schedule": name}``. The checker proves it before it is
   priced, and again before it runs: a wrong one is refused with its reason, it cannot give a wrong answer or hang.
@@ -31,21 +32,27 @@ from sfcompile.codegen.schedule import builders
 from sfcompile.codegen.schedule.builders import BUILDERS, Builder
 from sfcompile.errors import OptionError
 from sfcompile.passes import pipeline
+from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.pipeline import PIPELINE, Pass
 from sfcompile.passes.rules import rule as op_rules
+from sfcompile.passes.rules.linked import Linked, aligned
+from sfcompile.passes.rules.rule import Rule
 from sfcompile.passes.rules.rule import register_rule as register_op_rule
 from sfcompile.passes.runner import FIELDS, OLD_NAMES
 from sfcompile.passes.state import State
+from sfcompile.rule_check import check_op_rule
 from sfcompile.runtime.program import presets as topology_presets
 from sfcompile.runtime.program.topology import Topology
 
 __all__ = [
     "AttentionCall",
     "State",
+    "check_op_rule",
     "passes",
     "register_attention",
     "register_op_rule",
     "register_pass",
+    "register_row_wise",
     "register_schedule",
     "register_topology",
     "scope",
@@ -104,6 +111,39 @@ def register_pass(
         )
     pipeline.REGISTERED[name] = Pass(name, run, " ".join(needs), " ".join(makes), why or "from outside")
     return name
+
+
+def register_row_wise(*names: str, mixed: int = 1) -> None:
+    """The rule of ops that compute every row alone: a norm, a softmax, a projection by a table, quantisation by token.
+
+    Tokens may lie in any dim of the first tensor but the last ``mixed`` ones, which the op may mix. Dims of the other
+    tensors that line up with it from the right, as in pointwise ops, are cut with it; those of size 1 are not. Outputs
+    must have its leading dims, or nothing is sharded.
+
+    Args:
+        names: "rms_norm" of ATen, "mylib::my_norm" of others.
+        mixed: how many last dims the op may mix.
+
+    Raises:
+        OptionError: no name, or a negative number.
+    """
+    if not names or mixed < 0:
+        raise OptionError(f"register_row_wise({names}, mixed={mixed})", "it names ops, and a number of dims from 0 up")
+
+    def row_wise(op: OpView) -> Rule | None:
+        if not op.operands:
+            return None
+        lead = list(op.operands[0].shape[: max(0, op.operands[0].ndim - mixed)])
+        kept = len(lead)
+        if any(list(shape[:kept]) != lead for shape in op.out_shapes):
+            return None
+        whole = op.operands[0].shape
+        ins = [[name if isinstance(name, int) and name < kept else None for name in aligned(operand.shape, whole)]
+               for operand in op.operands]  # fmt: skip
+        outs = [[dim if dim < kept else None for dim in range(len(shape))] for shape in op.out_shapes]
+        return Linked(ins, outs)
+
+    register_op_rule(*names)(row_wise)
 
 
 def register_schedule(name: str, builder: Builder) -> None:

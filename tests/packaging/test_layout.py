@@ -93,6 +93,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "codegen/plan",
         "codegen/toolchain",
         "codegen/engines",
+        "passes/graph",
         "passes/rules",
         "passes/report",
         "passes",
