@@ -58,14 +58,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.out, "--out")
     from sfcompile.package.export import export
 
-    returned = find(args.model)()
-    if not isinstance(returned, tuple) or len(returned) not in (2, 3):
-        raise OptionError(
-            f"{args.model} returned a {type(returned).__name__}",
-            "it says what to export and how that is called",
-            "return (model, args) or (model, args, kwargs)",
-        )
-    model, inputs, kwargs = (*returned, {})[:3]
+    model, inputs, kwargs = made_by(args.model)
     path = export(
         model, inputs, kwargs, args.out, topology=args.topology, weights=args.weights, inner=args.inner,
         placement=args.placement,
@@ -73,6 +66,23 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     print(f"wrote {path}, {path.stat().st_size / 2**20:.1f} MiB")
     return show(path)
+
+
+def made_by(text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What the function that is named makes: a model, and the arguments that it is called with.
+
+    Raises:
+        OptionError: there is no such function, or it returns something else.
+    """
+    returned = find(text)()
+    if not isinstance(returned, tuple) or len(returned) not in (2, 3):
+        raise OptionError(
+            f"{text} returned a {type(returned).__name__}",
+            "it says which model is meant and how that is called",
+            "return (model, args) or (model, args, kwargs)",
+        )
+    model, inputs, kwargs = (*returned, {})[:3]
+    return model, inputs, kwargs
 
 
 def find(text: str) -> Callable[[], Any]:

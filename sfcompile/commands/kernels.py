@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfcompile.commands.checks import check_folder
-from sfcompile.commands.model_names import check_model_name
+from sfcompile.commands.models import check_model, predicted
 from sfcompile.commands.parsing import add_model_name
 from sfcompile.errors import OptionError
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.model:
         raise OptionError("No model and no shape is named", "", "say for example sfcompile kernels 1x24x4096x128")
     if shape(args.model) is None:
-        check_model_name(args.model)
+        check_model(args)
     check_folder(args.out, "--out", made=True)
     from sfcompile.codegen.toolchain.listing import HEAD, line, write_kernels
 
@@ -124,8 +124,6 @@ def sites_of(args: argparse.Namespace, topology: Topology) -> list[tuple[str, At
             getattr(torch, args.dtype), places, places, asked.head_dim**-0.5, args.causal,
         )  # fmt: skip
         return [("attention", site, plan_site(site, topology, schedule=args.schedule).best, topology)]
-    from sfcompile.commands.models import predicted
-
     args.placement = "auto"
     choices = predicted(args).choices
     planned = [(choices.sites[key], choices.plans[key]) for key in choices.counts]

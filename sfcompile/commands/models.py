@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfcompile.commands.checks import check_folder, check_writable
+from sfcompile.commands.checks import check_folder, check_readable, check_writable
+from sfcompile.commands.export import made_by
 from sfcompile.commands.model_names import check_model_name
 from sfcompile.commands.parsing import add_model_name
 from sfcompile.errors import OptionError
@@ -36,7 +37,11 @@ def positive(text: str) -> int:
 def add_model(parser: argparse.ArgumentParser, named: bool = True) -> None:
     """Arguments that choose a model, its inputs, a topology and a schedule; ``named``: with the model itself."""
     if named:
-        add_model_name(parser, "a transformer class of diffusers, by the start of its name; full size, no weights")
+        add_model_name(
+            parser,
+            "a transformer class of diffusers, by the start of its name: full size, no weights; or file.py:function of "
+            "yours, which returns (model, args) or (model, args, kwargs)",
+        )
     parser.add_argument(
         "--config",
         action="append",
@@ -97,7 +102,8 @@ def run_simulate(args: argparse.Namespace) -> int:
     prediction = predicted(args)
     print(prediction)
     shape = re.sub(r"[^\w]+", "-", args.topology)
-    for path in prediction.write(args.out / f"{args.model}-{args.tokens}-{shape}"):
+    stem = prediction.name if ":" in args.model else f"{args.model}-{args.tokens}"
+    for path in prediction.write(args.out / f"{stem}-{shape}"):
         print(f"wrote {path}")
     return 0
 
@@ -111,21 +117,19 @@ def predicted(args: argparse.Namespace) -> Prediction:
     from sfcompile.runtime.program.topology import Topology
 
     topology = Topology.parse(args.topology)
-    check_model_name(args.model)
-    fields_of(args.config)
+    check_model(args)
     from sfcompile.prediction.predict import simulate
 
-    name, model, kwargs = _built(args)
+    name, model, inputs, kwargs = _built(args)
     asked = {"schedule": args.schedule, "placement": args.placement, "wire": args.wire}
-    return simulate(model, topology=topology, name=name, **asked, **kwargs)
+    return simulate(model, *inputs, topology=topology, name=name, **asked, **kwargs)
 
 
 def run_explain(args: argparse.Namespace) -> int:
     """``sfcompile explain``: the exit code."""
     if not args.model:
         print(
-            "sfcompile explain: name a model by the start of its class's name; for one of your own call "
-            "sfcompile.explain(model, ...)",
+            "sfcompile explain: name a model by the start of its class's name, or one of your own as file.py:function",
             file=sys.stderr,
         )
         return EXIT_USAGE
@@ -134,16 +138,16 @@ def run_explain(args: argparse.Namespace) -> int:
     ranks = Topology.parse(args.topology).num_ranks
     if not 0 <= args.rank < ranks:
         raise OptionError(f"There is no rank {args.rank}", f"{args.topology} has ranks 0 to {ranks - 1}", "Name one")
-    check_model_name(args.model)
-    fields_of(args.config)
+    check_model(args)
     for path, argument in ((args.html, "--html"), (args.json, "--json")):
         if path is not None:
             check_writable(path, argument)
     from sfcompile.prediction.explain import explain
 
-    name, model, kwargs = _built(args)
+    name, model, inputs, kwargs = _built(args)
     explanation = explain(
         model,
+        *inputs,
         topology=args.topology,
         schedule=args.schedule,
         placement=args.placement,
@@ -160,8 +164,35 @@ def run_explain(args: argparse.Namespace) -> int:
     return 0
 
 
-def _built(args: argparse.Namespace) -> tuple[str, torch.nn.Module, dict[str, Any]]:
-    """Class name, model and inputs in the dtype asked for, on the meta device."""
+def check_model(args: argparse.Namespace) -> None:
+    """What can be known of the model's name and config before it is built.
+
+    Raises:
+        OptionError: no such class or file, a bad field, or fields for a model that a function makes.
+    """
+    fields_of(args.config)
+    if ":" not in args.model:
+        check_model_name(args.model)
+        return
+    if args.config:
+        raise OptionError(
+            f"--config is for models of diffusers, and {args.model} is a function",
+            "It makes its model by itself",
+            "Leave --config out",
+        )
+    file = args.model.rpartition(":")[0]
+    if file.endswith(".py"):
+        check_readable(Path(file), "MODEL")
+
+
+def _built(args: argparse.Namespace) -> tuple[str, torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Name, model, and positional and keyword inputs.
+
+    A class of diffusers is built in the dtype asked for, on the meta device; what a function makes is taken as it is.
+    """
+    if ":" in args.model:
+        model, inputs, named = made_by(args.model)
+        return type(model).__name__, model, tuple(inputs), dict(named)
     import torch
 
     from sfcompile.commands.meta_model import build_meta_model
@@ -170,7 +201,7 @@ def _built(args: argparse.Namespace) -> tuple[str, torch.nn.Module, dict[str, An
     built = build_meta_model(args.model, args.tokens, args.batch, args.text, fields_of(args.config))
     kwargs = {key: _cast(value, dtype) for key, value in built.kwargs.items()}
     # nn.Module's own: diffusers' warns of modules that it would keep in fp32, and nothing is computed here.
-    return built.class_name, torch.nn.Module.to(built.model, dtype), kwargs
+    return built.class_name, torch.nn.Module.to(built.model, dtype), (), kwargs
 
 
 def fields_of(pairs: list[str]) -> dict[str, Any]:

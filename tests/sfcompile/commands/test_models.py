@@ -35,6 +35,30 @@ def test_explain_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert plain["topology"]["asked"] == "2x4:h100-ib" and len(plain["graphs"]) == 1
 
 
+OWN = """
+import torch
+class Own(torch.nn.Module):
+    def forward(self, x, scale=1.0):
+        heads = x.unflatten(-1, (4, -1)).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        return out.transpose(1, 2).flatten(2) * scale
+def make():
+    return Own(), (torch.empty(1, 4096, 256, device="meta"),), {"scale": 2.0}
+"""
+
+
+def test_a_model_of_ones_own_by_file_and_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    own, flags = f"{tmp_path}/own.py:make", ["--topology", "1x4:h100-ib", "--placement", "shard"]
+    assert main(["explain", own, *flags]) == 0
+    assert "Own on 1x4:h100-ib" in (out := capsys.readouterr().out) and "4096 tokens, 4 heads x 64" in out
+    assert main(["simulate", own, *flags, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "Own-1x4-h100-ib.png").is_file()
+    assert main(["explain", own, "--config", "a=1"]) == EXIT_USAGE
+    assert main(["explain", f"{tmp_path}/gone.py:make"]) == EXIT_USAGE
+    assert "gone.py is not there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
