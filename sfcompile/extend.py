@@ -35,7 +35,7 @@ from sfcompile.passes import pipeline
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.pipeline import PIPELINE, Pass
 from sfcompile.passes.rules import rule as op_rules
-from sfcompile.passes.rules.linked import Linked, aligned
+from sfcompile.passes.rules.linked import Linked, Names, aligned
 from sfcompile.passes.rules.rule import Rule
 from sfcompile.passes.rules.rule import register_rule as register_op_rule
 from sfcompile.passes.runner import FIELDS, OLD_NAMES
@@ -138,10 +138,12 @@ def register_row_wise(*names: str, mixed: int = 1) -> None:
         if any(list(shape[:kept]) != lead for shape in op.out_shapes):
             return None
         whole = op.operands[0].shape
-        ins = [[name if isinstance(name, int) and name < kept else None for name in aligned(operand.shape, whole)]
-               for operand in op.operands]  # fmt: skip
-        outs = [[dim if dim < kept else None for dim in range(len(shape))] for shape in op.out_shapes]
-        return Linked(ins, outs)
+
+        def cut(names: Names) -> Names:
+            return [name if isinstance(name, int) and name < kept else None for name in names]
+
+        ins = [cut(aligned(operand.shape, whole)) for operand in op.operands]
+        return Linked(ins, [cut(range(len(shape))) for shape in op.out_shapes])
 
     register_op_rule(*names)(row_wise)
 

@@ -10,7 +10,7 @@ are tried: uneven and empty shards are where rules are wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ def _steps(
     ranks: int,
     inputs: Sequence[torch.Tensor],
     sent: dict[tuple[int, int], torch.Tensor],
-) -> Iterator[None]:
+) -> Generator[None, None, Any]:
     """Run a rank's graph; stops before each exchange is finished, when the others must have come as far."""
     values: dict[fx.Node, Any] = {}
     given = iter(inputs)

@@ -87,9 +87,7 @@ def artifacts(asked: Options, rank: int) -> Iterator[Options]:
 
 def _artifact_of(path: Path) -> str:
     """The artifact of a file of a dump, below ``graph-xxxxxxxx/``."""
-    parts = path.parts[1:]
-    if parts[:1] == ("kernels",):
+    name = "/".join(path.parts[1:])
+    if name.startswith("kernels/"):
         return "streamfusion_kernels"
-    return {("plan.txt",): "streamfusion_plan", ("schedules.txt",): "streamfusion_schedules"}.get(
-        parts, "streamfusion_graphs"
-    )
+    return {"plan.txt": "streamfusion_plan", "schedules.txt": "streamfusion_schedules"}.get(name, "streamfusion_graphs")
