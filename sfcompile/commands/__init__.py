@@ -1,4 +1,4 @@
-"""The command line: `sfcompile demo | doctor | explain | simulate | export | run | kernels`.
+"""The command line: `sfcompile demo | doctor | explain | simulate | export | run | kernels | completion`.
 
 Start in cli.py: it knows the commands, each file holds one or a family. launch.py starts ranks, meta_model.py builds a
 model without its weights, measure.py writes a topology file, progress_bar.py shows long work. No compile needs this

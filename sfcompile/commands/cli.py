@@ -1,4 +1,4 @@
-"""The command line: `sfcompile demo | run | explain | simulate | kernels | export | doctor`."""
+"""The command line: `sfcompile demo | run | explain | simulate | kernels | export | doctor | completion`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sfcompile.commands import export as export_command
 from sfcompile.commands import kernels as kernels_command
+from sfcompile.commands.completion import completion_script
 from sfcompile.commands.demo import DemoConfig, run_demo
 from sfcompile.commands.doctor import add_doctor, run_doctor
 from sfcompile.commands.launch import check_places, launch
@@ -82,6 +83,7 @@ def build_parser() -> CommandLine:
     export_command.add_arguments(
         commands.add_parser("export", help="write a model's program for all ranks to one file")
     )
+    commands.add_parser("completion", help='completion for bash and zsh: eval "$(sfcompile completion)"')
     return parser
 
 
@@ -150,6 +152,11 @@ def _run(args: argparse.Namespace) -> int:
     return launch(argv, args.ranks, args.machines, log_dir=args.logs)
 
 
+def _completion(args: argparse.Namespace) -> int:
+    print(completion_script(build_parser().commands), end="")
+    return 0
+
+
 _COMMANDS = {
     "demo": _demo,
     "run": _run,
@@ -158,4 +165,5 @@ _COMMANDS = {
     "doctor": run_doctor,
     "kernels": kernels_command.run,
     "export": export_command.run,
+    "completion": _completion,
 }
