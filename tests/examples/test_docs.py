@@ -94,9 +94,10 @@ def run_make(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     """What make would run, without running it; the demo and the tests run elsewhere in this suite."""
     done = subprocess.run(["make", "-n", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert any(tool in done.stdout for tool in ("sfcompile", "pytest", "run_tests", "ruff", "rm -rf", "gpu_check")), (
-        done.stdout
-    )
+    assert any(
+        tool in done.stdout
+        for tool in ("sfcompile", "pytest", "run_tests", "run_torture", "ruff", "rm -rf", "gpu_check")
+    ), done.stdout
 
 
 def run_sfcompile(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
