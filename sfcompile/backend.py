@@ -21,7 +21,7 @@ from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.capture.randomness import draws
-from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
+from sfcompile.device import device_of, dtype_of, engines_for, no_kernels, start, topology_for
 from sfcompile.errors import (
     MeshError,
     OptionError,
@@ -140,12 +140,16 @@ def _compile_rank(
 
     def passes(split_batch: bool) -> Compiled:
         with artifacts(asked, session.rank) as wish:
-            return run_passes(captured, topology, session.rank, wish, session.from_first, split_batch, dump=True)
+            return run_passes(
+                captured, topology, session.rank, wish, session.from_first, split_batch, dump=True,
+                kernels_put=not no_kernels(session.side),
+            )  # fmt: skip
 
     compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))
     compiled.report.break_reason, compiled.report.links = break_reason(gm), links.source
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked, compiled.masks)
+    compiled.report.transport = session.side.carried_by
     for program, schedules in compiled.programs.items():
         session.load(program, schedules, engines[program])
     name = hashlib.sha256(digest.encode()).hexdigest()

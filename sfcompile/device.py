@@ -1,10 +1,10 @@
-"""GPU ranks: which GPU a graph is on, NVSHMEM started for the session, engines for its sites."""
+"""GPU ranks: which GPU a graph is on, what carries chunks between them, engines for the sites."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,14 +18,25 @@ from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
+from sfcompile.codegen.toolchain.nvshmem_bitcode import require_library
 from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.options import Options
 from sfcompile.runtime.gpu.device_run import DeviceEngine
 from sfcompile.runtime.gpu.device_side import NvshmemSide
+from sfcompile.runtime.gpu.layers import LAYERS, choose_layer
+from sfcompile.runtime.gpu.message_side import MessageSide
+from sfcompile.runtime.gpu.nccl import connect
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
+from sfcompile.runtime.gpu.status import DeviceStatus
+from sfcompile.runtime.gpu.streams import CudaSideStream
+from sfcompile.runtime.gpu.symmetric import memory_maker
+from sfcompile.runtime.gpu.symmetric_side import SymmetricSide
+from sfcompile.runtime.gpu.together import together
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.engine import Engine
 from sfcompile.runtime.rank.session import Session, sessions
+from sfcompile.runtime.rank.sides import Side
+from sfcompile.runtime.wires.c10d import PairedTransport
 
 log = logging.getLogger("sfcompile")
 PRESET_OF = {"A100": "a100-efa", "H100": "h100-ib", "H200": "h100-ib", "A10": "a10-ethernet"}
@@ -65,47 +76,81 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
 
     Raises:
         OptionError: a transport that does not reach between such ranks.
-        UnsupportedError, HeapError: NVSHMEM is missing or does not start.
+        UnsupportedError, HeapError: nothing that may carry chunks between GPU ranks starts.
     """
     if device.type != "cuda":
-        if asked.transport == "nvshmem":
+        if asked.transport in LAYERS:
             raise OptionError(
-                "transport='nvshmem' with CPU ranks",
-                "NVSHMEM moves data between GPUs, and the model's inputs are on the CPU",
+                f"transport={asked.transport!r} with CPU ranks",
+                "it moves data between GPUs, and the model's inputs are on the CPU",
                 "use transport='auto', or move the model to GPUs",
             )
         return
-    if asked.transport not in ("auto", "nvshmem"):
+    if asked.transport not in ("auto", *LAYERS):
         raise OptionError(
             f"transport={asked.transport!r} with GPU ranks",
-            "GPU ranks store into each other's memory through NVSHMEM; shared memory and TCP serve CPU ranks",
-            "use transport='auto' or 'nvshmem'",
+            "shared memory, TCP and gloo serve CPU ranks",
+            f"use transport='auto', or one of {', '.join(map(repr, LAYERS))}",
         )
     if session.side.device.type == "cpu":
-        if any(other.side.device.type == "cuda" for other in sessions()):
-            raise UnsupportedError(
-                "a process in two groups of GPU ranks",
-                "NVSHMEM joins a process to one job and cannot be started twice",
-                "use one mesh for every model of a process on GPUs",
-                rank=session.rank,
-            )
-        nvshmem = Nvshmem(session.rank, session.topology.num_ranks, device, session.exchange)
+        chosen = choose_layer(asked.transport, layers_for(device, session, asked.timeout_s))
+        chosen.side.carried_by = chosen.line
+        session.use_side(chosen.side)
+
+
+def layers_for(
+    device: torch.device, session: Session, timeout_s: float
+) -> dict[str, Callable[[], NvshmemSide | MessageSide]]:
+    """What starts each of LAYERS for a session's ranks, all of them together."""
+    rank, topology, share = session.rank, session.topology, session.exchange
+
+    def nvshmem() -> NvshmemSide:
+        together(share, "look for NVSHMEM", lambda: _refuse_nvshmem(session, topology))
+        nvshmem = Nvshmem(rank, topology.num_ranks, device, share, limit_s=timeout_s)
         fill_device_state(nvshmem.bindings.cumodule_init, nvshmem.bindings.cumodule_finalize)
 
         def make_release(domains: Sequence[int]) -> ReleaseKernel:
-            target = KernelTarget.of(device, domains)
-            return ReleaseKernel(session.rank, session.topology.num_ranks, target, domains)
+            return ReleaseKernel(rank, topology.num_ranks, KernelTarget.of(device, domains), domains)
 
-        side = NvshmemSide(
-            nvshmem,
-            session.topology,
-            session.exchange,
-            make_release,
-            asked.timeout_s,
-            trouble=session.trouble,
-            leave=leave_device_state,
+        return NvshmemSide(
+            nvshmem, topology, share, make_release, timeout_s, trouble=session.trouble, leave=leave_device_state
         )
-        session.use_side(side)
+
+    def messages(members: Sequence[int], status: DeviceStatus) -> PairedTransport:
+        group = connect(rank, members, device, timeout_s, share)
+        return PairedTransport(rank, group, timeout_s, lambda: None, status.words)
+
+    def symm_mem() -> MessageSide:
+        members, status = share(session.global_rank, "name their ranks"), DeviceStatus(rank, device, timeout_s)
+        make_memory = memory_maker(rank, topology, members, device, timeout_s)
+        pairs = messages(members, status) if topology.num_machines > 1 else None
+        return SymmetricSide(
+            rank, topology, device, status, pairs, make_memory, CudaSideStream(device), share, session.trouble
+        )
+
+    def nccl() -> MessageSide:
+        members, status = share(session.global_rank, "name their ranks"), DeviceStatus(rank, device, timeout_s)
+        return MessageSide(rank, topology, device, status, messages(members, status), session.trouble)
+
+    return {"nvshmem": nvshmem, "symm_mem": symm_mem, "nccl": nccl}
+
+
+def _refuse_nvshmem(session: Session, topology: Topology) -> None:
+    """What is known to be in the way before NVSHMEM is started.
+
+    Raises:
+        UnsupportedError: another group of ranks has started it.
+        CodegenError: kernels that put between machines cannot be linked with its device code.
+    """
+    if any(other.side.device.type == "cuda" for other in sessions()):
+        raise UnsupportedError(
+            "a process in two groups of GPU ranks",
+            "NVSHMEM joins a process to one job and cannot be started twice",
+            "use one mesh for every model of a process on GPUs, or transport='nccl'",
+            rank=session.rank,
+        )
+    if topology.num_machines > 1:
+        require_library()
 
 
 def engines_for(
@@ -125,7 +170,7 @@ def engines_for(
     """
     every = [schedule for schedules in programs.values() for schedule in schedules]
     sites = [schedule.site for schedule in every if isinstance(schedule, AttentionSchedule)]
-    chosen, why = choose_attention(asked.attention, sites, device.type)
+    chosen, why = choose_attention(asked.attention, sites, device.type, no_kernels(session.side))
     line = f"{chosen} ({why})"
     shared: dict[Schedule, KernelEngine] = {}
     kinds: dict[Schedule, list[tuple[str, bool]]] = {}
@@ -147,6 +192,11 @@ def engines_for(
         return shared[schedule]
 
     return {program: [engine(schedule) for schedule in schedules] for program, schedules in programs.items()}, line
+
+
+def no_kernels(side: Side[Any]) -> str:
+    """Why generated kernels cannot put from where a session's sites run; "": they can."""
+    return "no NVSHMEM carries what kernels put" if isinstance(side, MessageSide) else ""
 
 
 def topology_for(device: torch.device, job: Topology) -> Topology:

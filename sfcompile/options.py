@@ -18,7 +18,7 @@ from sfcompile.errors import MeshError, OptionError, StreamFusionError, Topology
 MESH_AXES = ("ulysses", "ring")
 BATCH_AXIS = "batch"
 SCHEDULES = ("auto", "torus", "ulysses", "ring", "usp")
-TRANSPORTS = ("auto", "shm", "c10d", "nvshmem")
+TRANSPORTS = ("auto", "shm", "c10d", "nvshmem", "symm_mem", "nccl")
 ATTENTIONS = ("auto", "aten", "triton")
 INNERS = ("auto", "inductor", "eager")
 PLACEMENTS = ("auto", "shard")
@@ -69,10 +69,11 @@ class Options:
             other groups may run beside it (sfcompile/groups.py).
         group: the ranks of that mesh, in its order; None: the whole job. Not an option of its own.
         schedule: how attention runs: "auto" (the planner's choice) | "torus" | "ulysses" | "ring" | "usp".
-        transport: "auto" (NVSHMEM between GPU ranks; shared memory and TCP between CPU ranks) | "shm" (CPU ranks of
-            one machine) | "c10d" (gloo, CPU ranks) | "nvshmem" (GPU ranks).
-        attention: "auto" (generated kernels on GPUs, ATen's flash attention on CPUs) | "aten" | "triton" (on CPUs:
-            Triton's interpreter, for checking kernels, slow).
+        transport: "auto" (shared memory and TCP between CPU ranks; between GPU ranks the first that starts of the
+            following) | "shm" (CPU ranks of one machine) | "c10d" (gloo, CPU ranks) | "nvshmem" | "symm_mem" (stores
+            into the memory of GPUs of a machine, NCCL between machines) | "nccl".
+        attention: "auto" (generated kernels on GPUs with NVSHMEM, else torch's flash attention) | "aten" | "triton" (on
+            CPUs: Triton's interpreter, for checking kernels, slow).
         wire: what travels between ranks for an attention: "same" as it is computed | "bf16" | "fp8", for all of it or
             by tensor: {"kv": "fp8", "qo": "bf16"}; tensors that are not named travel as they are.
         inner: what runs the local graph: "auto" | "inductor" | "eager".

@@ -11,7 +11,7 @@ import ctypes
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -79,6 +79,7 @@ __all__ = [
     "set_grad_enabled",
     "symbol_hint",
     "symbols_in",
+    "symmetric_memory",
     "tracing",
     "tree_leaves",
     "tree_map",
@@ -220,6 +221,16 @@ def default_store(prefix: str) -> tuple[Any, Any]:
     kept = distributed_c10d._get_default_store()
     own = kept.clone() if hasattr(kept, "clone") else kept
     return kept, distributed_c10d.PrefixStore(prefix, own)
+
+
+def symmetric_memory(signal_bytes: int) -> Any:
+    """torch's symmetric memory, with pads of so many bytes for signals if nothing has been allocated there before."""
+    from torch.distributed import _symmetric_memory as library
+
+    if hasattr(library, "set_signal_pad_size") and library.get_signal_pad_size() < signal_bytes:
+        with suppress(RuntimeError):  # too late: who needs more looks at the size of the pad
+            library.set_signal_pad_size(signal_bytes)
+    return library
 
 
 def keep_for_ever(*objects: object) -> None:

@@ -11,7 +11,9 @@ from sfcompile.errors import CodegenError, UnsupportedError
 from sfcompile.runtime.program.sites import AttentionSite
 
 
-def choose_attention(asked: str, sites: Sequence[AttentionSite], device_type: str) -> tuple[str, str]:
+def choose_attention(
+    asked: str, sites: Sequence[AttentionSite], device_type: str, hindrance: str = ""
+) -> tuple[str, str]:
     """``("triton" or "aten", reason)`` for all attentions of a graph.
 
     One answer for the graph: the puts and gathers of generated kernels count epochs on the device, the others on the
@@ -20,6 +22,7 @@ def choose_attention(asked: str, sites: Sequence[AttentionSite], device_type: st
     Args:
         asked: the option ``attention``: "auto", "aten" or "triton".
         device_type: "cuda" or "cpu".
+        hindrance: why kernels of these ranks cannot put; "": they can.
 
     Raises:
         CodegenError: generated kernels were asked for and Triton is not installed.
@@ -27,6 +30,14 @@ def choose_attention(asked: str, sites: Sequence[AttentionSite], device_type: st
     """
     if asked == "aten":
         return "aten", "asked for"
+    if hindrance and asked == "triton":
+        raise UnsupportedError(
+            f"attention='triton', and {hindrance}",
+            "generated kernels put into the memory of the other ranks themselves",
+            "use attention='auto' or 'aten', or make NVSHMEM start (transport='nvshmem' says what it lacks)",
+        )
+    if hindrance:
+        return "aten", hindrance
     hindrances = [f"attention {site.name}: {cannot_generate(site)}" for site in sites if cannot_generate(site)]
     installed = find_spec("triton") is not None
     if asked == "triton":

@@ -41,8 +41,8 @@ def wheel() -> tuple[str, str, Path] | None:
     return None
 
 
-def device_library(arch: int) -> Path:
-    """NVSHMEM's whole device bitcode for an architecture (80, 90, ...): one file for all, or one each.
+def require_library() -> tuple[str, str, Path]:
+    """What :func:`wheel` says, if the installed Triton can read it.
 
     Raises:
         CodegenError: it is not installed, or a version that the installed Triton cannot read.
@@ -54,10 +54,19 @@ def device_library(arch: int) -> Path:
             "kernels that put between machines are linked with it",
             "pip install nvidia-nvshmem-cu13==3.4.5",
         )
-    name, version, folder = installed
     import triton
 
-    refuse_pair(triton.__version__, version)
+    refuse_pair(triton.__version__, installed[1])
+    return installed
+
+
+def device_library(arch: int) -> Path:
+    """NVSHMEM's whole device bitcode for an architecture (80, 90, ...): one file for all, or one each.
+
+    Raises:
+        CodegenError: it is not installed, or a version that the installed Triton cannot read.
+    """
+    name, version, folder = require_library()
     files = [
         folder / "lib" / "libnvshmem_device.bc",
         *sorted((folder / "lib").glob(f"libnvshmem_device*sm_{arch}*.bc")),

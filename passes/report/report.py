@@ -54,6 +54,7 @@ class GraphReport:
             (a graph break, with the user's line), or "".
         inputs: how ranks come to equal inputs, where it costs traffic; "": they are given them.
         links: the constants that the plan was made with, and where they come from.
+        transport: what carries chunks between GPU ranks, and why not what would be better; "": CPU ranks.
         steps: how long calls of the graph took on this rank; None: nobody looks.
         wire: how the chunks of attentions travel if not as they are, with the error bound.
         fused_puts: puts whose kernels compute what they send, and all puts of q, k and v; None: puts are no kernels.
@@ -95,6 +96,7 @@ class GraphReport:
     fused_puts: tuple[int, int] | None = None
     inputs: str = ""
     links: str = ""
+    transport: str = ""
     steps: StepWatch | None = None
 
     @property
@@ -159,6 +161,8 @@ class GraphReport:
         ]
         if self.links:
             rows.insert(1, ("links", self.links))
+        if self.transport:
+            rows.insert(-1, ("transport", self.transport))
         if self.fused_puts is not None:
             fused, puts = self.fused_puts
             rows.insert(

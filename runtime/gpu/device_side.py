@@ -8,8 +8,9 @@ import torch
 
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.device_run import DeviceEngine, DeviceRuns, Release
-from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap, Share
+from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
 from sfcompile.runtime.gpu.status import DeviceStatus, Watchdog
+from sfcompile.runtime.gpu.together import Share
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
@@ -34,7 +35,10 @@ class NvshmemSide:
 
     Attributes:
         domains: by rank of the job; see NvshmemHeap.
+        carried_by: see Side in runtime/rank/sides.py.
     """
+
+    carried_by = ""
 
     def __init__(
         self,

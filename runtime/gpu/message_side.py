@@ -1,35 +1,34 @@
-"""GPU ranks whose memory no other rank reaches: chunks travel as NCCL's messages (runtime/wires/c10d.py).
+"""GPU ranks whose sites run step by step (runtime/rank/executor.py) on the current stream, without NVSHMEM.
 
-Sites run step by step (runtime/rank/executor.py) on the current stream. The heap is plain memory of this GPU, for what
-arrived: all that reads or writes it is on that stream, so its two banks need neither signals nor credit.
+Where no rank reaches another's memory, chunks travel as NCCL's messages (runtime/wires/c10d.py). The heap is plain
+memory of this GPU, for what arrived: all that reads or writes it is on that stream, so its two banks need neither
+signals nor credit. symmetric_side.py has the ranks that reach each other's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from sfcompile.errors import HeapError, InternalError, UnsupportedError
-from sfcompile.runtime.gpu.status import DeviceStatus
+from sfcompile.runtime.gpu.status import DeviceStatus, Watchdog
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
+from sfcompile.runtime.rank.executor import BankView, SchedulePlan, SiteCall
 from sfcompile.runtime.rank.sides import RunningSite, SiteEngine, bank_room, run_on_host
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, view_at
-from sfcompile.runtime.wires.transport import MessageTransport, Transport, notice_of
+from sfcompile.runtime.wires.transport import MessageTransport, Transport
 
 
-class LocalBanks:
-    """Two banks in memory of this rank's own device."""
+class Banks:
+    """The banks of a heap, in memory of this rank's own device."""
 
-    def __init__(self, size: HeapSize, device: torch.device) -> None:
-        self._size = size
-        with torch.inference_mode(False):  # memory made in it could be written in it only
-            self._memory = torch.zeros(size.segment_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, memory: torch.Tensor, size: HeapSize) -> None:
+        self._memory, self._size = memory, size
 
     def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A view of a bank at ``offset`` bytes."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # a view made in it could be written in it only
             return view_at(self._memory, self._size.bank_at(bank) + offset, shape, dtype)
 
 
@@ -39,21 +38,32 @@ class MessageSide:
     Args:
         rank: this one.
         device: its GPU.
-        status: where the messages note chunks of other calls.
-        messages: carries all chunks; closed with the side.
+        status: where chunks of other calls are noted.
+        messages: carries chunks between ranks that reach no memory of each other; None: there are no such ranks.
+        trouble: what is known of other ranks' failures; asked by a thread.
 
     Attributes:
         domains: by rank of the job: each is alone.
+        carried_by: see Side in runtime/rank/sides.py.
     """
 
     def __init__(
-        self, rank: int, topology: Topology, device: torch.device, status: DeviceStatus, messages: MessageTransport
+        self,
+        rank: int,
+        topology: Topology,
+        device: torch.device,
+        status: DeviceStatus,
+        messages: MessageTransport | None,
+        trouble: Callable[[], str | None],
     ) -> None:
         self._rank, self._topology, self._device = rank, topology, device
-        self._status, self._messages = status, messages
-        self._banks: LocalBanks | None = None
+        self._status, self._messages, self._trouble = status, messages, trouble
+        self._watchdog = Watchdog(status, self._look)
+        self._banks: BankView | None = None
+        self._wires: Transport | None = messages
         self._size: HeapSize | None = None
         self.domains: Sequence[int] = tuple(range(topology.num_ranks))
+        self.carried_by = ""
 
     @property
     def device(self) -> torch.device:
@@ -65,12 +75,8 @@ class MessageSide:
         """Of the banks."""
         return self._size
 
-    @property
-    def _wires(self) -> Transport:
-        return self._messages
-
     def room(self, schedules: Sequence[SchedulePlan], engines: Sequence[SiteEngine | None]) -> HeapSize:
-        """Banks for what arrives; nobody signals or gives credit."""
+        """Banks for what arrives."""
         return bank_room(schedules, engines)
 
     def make_heap(self, size: HeapSize, epoch: int) -> None:
@@ -80,7 +86,8 @@ class MessageSide:
             HeapError: no room for them; the old ones stay.
         """
         try:
-            self._banks = LocalBanks(size, self._device)
+            with torch.inference_mode(False):
+                memory = torch.zeros(size.segment_bytes, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as error:
             raise HeapError(
                 f"two banks of {size.bank_bytes / 2**20:.1f} MiB cannot be had on {self._device} ({error})",
@@ -88,10 +95,18 @@ class MessageSide:
                 "use fewer tokens per call, or leave more of the GPU's memory free",
                 rank=self._rank,
             ) from error
-        self._size = size
+        self._banks, self._size = Banks(memory, size), size
+
+    def _look(self) -> str | None:
+        """Where another rank has failed or gone, nothing may wait for it any more; runs on the watchdog's thread."""
+        notice = self._trouble()
+        if notice is not None:
+            self._status.stop(notice)  # first: what is ended now must find the reason
+            self.abort(notice)
+        return notice
 
     def prepare(self, engines: Sequence[SiteEngine | None]) -> None:
-        """No engine runs here."""
+        """The executor needs nothing beside the heap."""
 
     def begin(self, tag: int) -> None:
         """Every site is told when it is opened."""
@@ -106,7 +121,7 @@ class MessageSide:
         Raises:
             UnsupportedError: a CUDA graph is being captured.
         """
-        if engine is not None or self._banks is None:
+        if engine is not None or self._banks is None or self._wires is None:
             raise InternalError(
                 f"site {call.site} was given kernels on rank {call.job_rank}, or has no heap",
                 "generated kernels store into other ranks' memory, which messages do not reach",
@@ -114,10 +129,10 @@ class MessageSide:
             )
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
-                "a CUDA graph is captured while chunks travel as NCCL messages",
-                "a message carries the number of its call, and a replay would send the number of the capture: ranks "
-                "out of step would no longer be noticed",
-                "use a mode of torch.compile without CUDA graphs, or transport='nvshmem'",
+                "a CUDA graph is captured while the executor runs the sites of a GPU rank",
+                "chunks carry the number of their call, and a replay would send that of the capture: ranks out of step "
+                "would no longer be noticed",
+                "use a mode of torch.compile without CUDA graphs, or transport='nvshmem' with attention='triton'",
                 rank=self._rank,
             )
         return run_on_host(call, self._topology, self._banks, self._wires)
@@ -136,19 +151,24 @@ class MessageSide:
         )
 
     def rewire(self, timeout_s: float) -> None:
-        """The limit of NCCL's waits is its group's, set when the session began."""
+        """The host's waits get the new limit; NCCL keeps that of its group, set when the session began."""
+        self._status.limit_s = timeout_s
+        if self._messages is not None:
+            self._messages.timeout_s = timeout_s
 
     def notice(self) -> str | None:
-        """That a chunk of another call came, as soon as the host knows."""
-        error = self._status.error()
-        return None if error is None else notice_of(self._rank, error)
+        """What the host has learnt of chunks of another call, and of ranks that failed."""
+        return self._status.notice()
 
     def abort(self, notice: str) -> None:
         """End what is under way on this GPU; the job's store tells the other hosts."""
-        self._wires.abort(notice)
+        self._status.stop(notice)
+        if self._wires is not None:
+            self._wires.abort(notice)
 
     def close(self, failed: bool) -> None:
         """Forget what is under way; nothing collective."""
-        self._wires.close()
-        self._messages.disconnect()
-        self._banks = self._size = None
+        self._watchdog.close()
+        if self._wires is not None:
+            self._wires.close()
+        self._banks = self._wires = self._size = None

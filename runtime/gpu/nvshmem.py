@@ -8,13 +8,16 @@ keep no reference, the state of a kernel's module.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from sfcompile.errors import HeapError, UnsupportedError
+from sfcompile.runtime.gpu.together import Share, together
 from sfcompile.runtime.program.sites import LINE_BYTES
+from sfcompile.runtime.rank.bounded import within
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, view_at
 
 SIGNAL_SET = 9
@@ -22,9 +25,6 @@ CMP_GE = 5
 IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
 """Environment variable of NVSHMEM: kernels drive the network card themselves, by code that links of 3.4.5 lack."""
 _INSTALL = "pip install nvshmem4py-cu13 nvidia-nvshmem-cu13==3.4.5"
-
-Share = Callable[[Any, str], list[Any]]
-"""``share(value, doing)``: every rank's value, by rank; ``doing`` is for errors."""
 
 
 def load() -> tuple[Any, Any]:
@@ -68,6 +68,7 @@ class Nvshmem:
         share: all-gather of Python values between the ranks.
         modules: what emulates :func:`load`'s result on machines without a GPU, in the dry run of
             benchmarks/gpu_check.py and in tests: only a job of GPUs could start the real ones.
+        limit_s: how long the start may take. What fails on one rank, or lasts longer there, fails on all of them.
 
     Raises:
         UnsupportedError: nvshmem4py is missing on some rank, or NVSHMEM is set up there for what kernels cannot do.
@@ -75,42 +76,53 @@ class Nvshmem:
     """
 
     def __init__(
-        self, rank: int, num_ranks: int, device: torch.device, share: Share, modules: tuple[Any, Any] | None = None
+        self,
+        rank: int,
+        num_ranks: int,
+        device: torch.device,
+        share: Share,
+        modules: tuple[Any, Any] | None = None,
+        limit_s: float = 60.0,
     ) -> None:
         self.rank, self.num_ranks, self.device = rank, num_ranks, device
-        problem = None
-        try:
+
+        def loaded() -> tuple[Any, Any]:
             refuse_ibgda()
-            self.core, self.bindings = modules or load()
-        except UnsupportedError as error:
-            problem = error
-        everyone = share(None if problem is None else problem.what, "load NVSHMEM")
-        if problem is not None:
-            raise problem
-        if any(everyone):  # all ranks or none: init is collective
-            first = next(i for i, text in enumerate(everyone) if text)
-            raise UnsupportedError(
-                f"rank {first}: {everyone[first]}", "every rank takes part in NVSHMEM", f"see the error of rank {first}"
-            )
-        self._start(share)
+            return modules or load()
 
-    def _start(self, share: Share) -> None:
-        import numpy as np
-
-        uid = self.core.get_unique_id(empty=self.rank != 0)
+        self.core, self.bindings = together(share, "load NVSHMEM", loaded)
+        uid = together(share, "make NVSHMEM's unique id", self._unique_id)
         raw = np.asarray(uid._data).view(np.uint8).reshape(-1)
         raw[:] = np.frombuffer(share(raw.tobytes(), "exchange NVSHMEM's unique id")[0], np.uint8)
+        together(share, "start NVSHMEM", lambda: self._start(uid, limit_s))
+
+    def _unique_id(self) -> Any:
         try:
+            return self.core.get_unique_id(empty=self.rank != 0)
+        except Exception as error:
+            raise self._not_started(error) from error
+
+    def _start(self, uid: Any, limit_s: float) -> None:
+        """Join; the library itself waits for a rank that does not come without end."""
+
+        def join() -> None:
             self.core.init(
                 device=self._current_device(), uid=uid, rank=self.rank, nranks=self.num_ranks, initializer_method="uid"
             )
+
+        try:
+            within(limit_s, join)
+            self._current_device()  # of this thread too: join() ran in another
         except Exception as error:
-            raise HeapError(
-                f"NVSHMEM does not start on rank {self.rank}: {error}",
-                "it needs a GPU per rank, and a network interface that all ranks reach for its bootstrap",
-                "set NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME to that interface; NVSHMEM_DEBUG=INFO says more",
-                rank=self.rank,
-            ) from error
+            raise self._not_started(error) from error
+
+    def _not_started(self, error: Exception) -> HeapError:
+        return HeapError(
+            f"NVSHMEM does not start on rank {self.rank}: {error}",
+            "it needs a GPU per rank, and a network interface that all ranks reach for its bootstrap",
+            "set NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME to that interface; NVSHMEM_DEBUG=INFO says more",
+            rank=self.rank,
+        )
 
     def _current_device(self) -> Any:
         if self.device.type != "cuda":

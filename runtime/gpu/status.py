@@ -92,6 +92,8 @@ class DeviceStatus:
     def error(self) -> StreamFusionError | None:
         """What the host knows by now of what kernels noted."""
         known = dict(zip(STATUS, map(int, self._known.unbind()), strict=True))
+        if known["stranger"] and self._notice is not None:
+            return peer_failed(self._rank, self._notice)  # messages that were ended hold anything
         if known["stranger"]:
             what = f"rank {self._rank} got a chunk of another call than it is in"
             return out_of_step(what, self._rank, epoch=known["stranger"] >> TAG_BITS)

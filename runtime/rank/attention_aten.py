@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from sfcompile.runtime.rank import attention_library
+
 Partial = tuple[torch.Tensor, torch.Tensor]
 """``(o [B, H, Lq, E], lse [B, H, Lq])``, fp32 or wider."""
 
@@ -19,14 +21,14 @@ def attend(
 ) -> Partial | None:
     """Attention of q [B, H, Lq, D] with k, v [B, H, Lk, D or E]; None if there is no query or no key.
 
-    ``bias`` is boolean (True: may attend) or additive, broadcastable to [B, H, Lq, Lk]. bf16 and fp16 are computed in
-    fp32: a partial rounded to half precision before the merge would cost up to 1.8 times the error of one-device
-    attention, and on CPUs fp32 is as fast.
+    ``bias`` is boolean (True: may attend) or additive, broadcastable to [B, H, Lq, Lk]. On CPUs bf16 and fp16 are
+    computed in fp32: a partial rounded to half precision before the merge would cost up to 1.8 times the error of
+    one-device attention, and fp32 is as fast. GPUs' library kernels (attention_library.py) do round.
     """
     if q.numel() == 0 or k.shape[2] == 0:
         return None
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1]:
-        return _efficient_cuda(q, k, v, bias, scale)
+    if attention_library.fits(q):
+        return attention_library.attend(q, k, v, bias, scale)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     dead: torch.Tensor | None = None
@@ -55,27 +57,6 @@ def _flash_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Te
         q, k, v, 0.0, False, attn_mask=bias, scale=scale
     )
     return o, lse
-
-
-def _efficient_cuda(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
-) -> Partial:
-    """Flash attention on a GPU, or the memory-efficient kernel where there is a bias.
-
-    Partial outputs are rounded to the inputs' type before the merge: attention="triton" keeps them in fp32.
-    """
-    if bias is None:
-        o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
-        return o.float(), lse
-    if bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(~bias, float("-inf"))
-    whole = bias.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    dead = (whole == float("-inf")).all(dim=-1)
-    # The kernel wants rows of a multiple of 8 elements: a view of something longer.
-    padded = torch.nn.functional.pad(whole, (0, -k.shape[2] % 8))[..., : k.shape[2]]
-    o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, padded, True, 0.0, False, scale=scale)
-    lse = lse[:, :, : q.shape[2]].masked_fill(dead, float("-inf"))
-    return o.float().masked_fill(dead.unsqueeze(-1), 0.0), lse
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float) -> Partial:

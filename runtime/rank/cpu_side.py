@@ -17,6 +17,8 @@ from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
 class CpuSide:
     """A session's CPU. Of every world there is one: a process has one heap and one set of connections."""
 
+    carried_by = ""
+
     def __init__(self, world: World) -> None:
         self._world = world
         self._size: HeapSize | None = None

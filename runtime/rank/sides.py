@@ -133,7 +133,12 @@ class Side(Protocol[EngineT]):
     """Where a rank's sites run: its heap, and calls on it. At most two calls are open at a time.
 
     Epochs are given to a side because it may have to write them into a new heap: nothing of them lies there any more.
+
+    Attributes:
+        carried_by: what carries chunks between GPU ranks, and why, for reports; "" on CPUs.
     """
+
+    carried_by: str
 
     @property
     def device(self) -> torch.device:

@@ -187,7 +187,7 @@ class PairedTransport(C10dTransport):
     reader is done, and no rank asks for credit.
 
     Args:
-        status: int64 [1], where the messages lie: a signal of another call that came is noted there.
+        status: int64, where the messages lie; its first word notes a chunk of another call that came.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class PairedTransport(C10dTransport):
         status: torch.Tensor,
     ) -> None:
         super().__init__(rank, group, timeout_s, notice)
-        self._status = status
+        self._status = status[:1]
         self._expected: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
@@ -219,7 +219,7 @@ class PairedTransport(C10dTransport):
             self._sends.setdefault(epoch, []).append(_Sent(works, message, dst, slot))
 
     def pass_by(self, slot: int, epoch: int) -> None:
-        """What this rank sends into a slot goes another way: only receive what comes in it."""
+        """What this rank sends into a slot went another way: receive what comes in it, if that has not been posted."""
         self._exchange(-1, None, slot, epoch)
 
     def _exchange(self, dst: int, message: torch.Tensor | None, slot: int, epoch: int) -> list[Any]:

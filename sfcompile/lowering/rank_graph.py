@@ -36,16 +36,18 @@ def run_passes(
     agree: Agree,
     split_batch: bool,
     dump: bool = False,
+    kernels_put: bool = True,
 ) -> Compiled:
     """All passes over a captured graph for one rank.
 
     Args:
         agree: see passes/state.py.
+        kernels_put: whether generated kernels of these ranks could reach the others.
         dump: write what ``asked.dump`` asks for.
     """
     values = [node.meta["val"] for node in captured.gm.graph.nodes if node.op == "placeholder"]
     on_gpu = any(value.device.type == "cuda" for value in values)
-    kernels = asked.attention == "triton" or (on_gpu and asked.attention == "auto")
+    kernels = asked.attention == "triton" or (on_gpu and kernels_put and asked.attention == "auto")
     wish = Asked(
         mesh=asked.mesh,
         schedule=asked.schedule,

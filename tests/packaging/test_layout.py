@@ -86,6 +86,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "sfcompile": (
         "runtime/program",
+        "runtime/wires",
         "runtime/rank",
         "runtime/gpu",
         "codegen/schedule",
@@ -116,6 +117,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "sfcompile/commands": (
         "runtime/program",
         "runtime/rank",
+        "runtime/gpu",
         "codegen/schedule",
         "codegen/plan",
         "codegen/toolchain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,8 @@ from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.device import device_of, engines_for, start, topology_for
 from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.options import Options
+from sfcompile.runtime.gpu.message_side import MessageSide
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.program.topology import Topology
 
 CPU = torch.device("cpu")
@@ -60,8 +63,11 @@ def test_transports_that_do_not_reach_are_refused() -> None:
     start(CPU, session, Options())
     with pytest.raises(OptionError, match="transport='nvshmem' with CPU ranks"):
         start(CPU, session, Options(transport="nvshmem"))
+    for transport in ("symm_mem", "nccl"):
+        with pytest.raises(OptionError, match=f"transport='{transport}' with CPU ranks"):
+            start(CPU, session, Options(transport=transport))
     for transport in ("shm", "c10d"):
-        with pytest.raises(OptionError, match="use transport='auto' or 'nvshmem'"):
+        with pytest.raises(OptionError, match="use transport='auto', or one of 'nvshmem', 'symm_mem', 'nccl'"):
             start(torch.device("cuda"), session, Options(transport=transport))
 
 
@@ -74,6 +80,32 @@ def test_engines_by_device_and_option() -> None:
     assert isinstance(engines["p"][0], InterpreterEngine) and engines["p"][1] is None and line == "triton (asked for)"
     engines, line = engines_for(programs, torch.device("cuda"), session, Options(attention="aten"))
     assert engines == {"p": [None, None, None]}
+
+
+def test_without_nvshmem_the_library_attends() -> None:
+    side = MessageSide(0, Topology((0, 0)), CPU, DeviceStatus(0, CPU, 1.0), None, lambda: None)
+    session: Any = SimpleNamespace(rank=0, side=side)
+    engines, line = engines_for({"p": [TORUS]}, torch.device("cuda"), session, Options())
+    assert engines == {"p": [None]} and line == "aten (no NVSHMEM carries what kernels put)"
+    with pytest.raises(UnsupportedError, match="attention='triton', and no NVSHMEM"):
+        engines_for({"p": [TORUS]}, torch.device("cuda"), session, Options(attention="triton"))
+
+
+def test_a_layer_is_started_and_its_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them fail here, where there is no GPU: in words, and one that is made to start is taken."""
+    used: list[Any] = []
+    session: Any = SimpleNamespace(
+        rank=0, global_rank=0, side=SimpleNamespace(device=CPU), topology=Topology((0,)), use_side=used.append,
+        exchange=lambda value, doing: [value],
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "nvshmem", None)
+    cuda = torch.device("cuda", 0)
+    with pytest.raises(UnsupportedError, match="needs nvshmem4py"):
+        start(cuda, session, Options(transport="nvshmem"))
+    side = SimpleNamespace(carried_by="")
+    monkeypatch.setattr(device, "layers_for", lambda *args: {"nccl": lambda: side})
+    start(cuda, session, Options())
+    assert used == [side] and side.carried_by == "nccl: messages between all ranks"
 
 
 def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:

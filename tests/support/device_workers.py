@@ -105,8 +105,8 @@ def over_messages(rank: int, seed: int, calls: int) -> dict[str, Any]:
     session = session_of()
     group = dist.new_group(backend="gloo")
     status = DeviceStatus(rank, CPU, 20.0)
-    messages = PairedTransport(rank, group, 20.0, lambda: None, status.words[:1])
-    session.use_side(MessageSide(rank, session.topology, CPU, status, messages))
+    messages = PairedTransport(rank, group, 20.0, lambda: None, status.words)
+    session.use_side(MessageSide(rank, session.topology, CPU, status, messages, session.trouble))
     case, outs = random_case(seed, ranks=session.topology.num_ranks), []
     session.load("p", schedules_of(case))
     sleep = random.Random(rank)

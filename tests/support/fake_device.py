@@ -20,7 +20,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -211,6 +212,65 @@ def _spoil(tensor: torch.Tensor) -> None:
 def _fill(places: Any, outputs: Any) -> None:
     for place, value in zip(_tensors(places), _tensors(outputs), strict=True):
         place.copy_(value)
+
+
+class FakeSide:
+    """A side stream (runtime/gpu/streams.py) of a fake GPU.
+
+    Args:
+        after_current: what is put on it runs after what the current stream held (False: a mutant).
+    """
+
+    def __init__(self, gpu: Gpu, after_current: bool = True) -> None:
+        self._gpu, self._after_current = gpu, after_current
+        self._stream = Stream(gpu.machine, f"side stream of rank {gpu.rank}", carries_messages=True)
+
+    @contextmanager
+    def after_current(self) -> Iterator[None]:
+        if self._after_current:
+            self._stream.wait(self._gpu.current.record())
+        before, self._gpu.current = self._gpu.current, self._stream
+        try:
+            yield
+        finally:
+            self._gpu.current = before
+
+    def event(self) -> Event:
+        return self._stream.record()
+
+    def hold_current(self, event: Event) -> None:
+        self._gpu.current.wait(event)
+
+
+class FakeMemory:
+    """Memory that ranks of a machine share, with signals (runtime/gpu/symmetric.py), as one of them holds it.
+
+    Args:
+        share: all-gather of Python values between all ranks.
+    """
+
+    channels = 512
+
+    def __init__(
+        self, nbytes: int, gpu: Gpu, machine_of: Sequence[int], share: Callable[[Any, str], list[Any]]
+    ) -> None:
+        self._gpu = gpu
+        with _disable_current_modes():
+            own = torch.zeros(nbytes, dtype=torch.uint8)
+        everyone = share((own, dict[tuple[int, int], bool]()), "share memory")
+        near = [machine == machine_of[gpu.rank] for machine in machine_of]
+        self.segments = [memory if is_near else None for (memory, _), is_near in zip(everyone, near, strict=True)]
+        self._signals = [signals for _, signals in everyone]
+
+    def raise_(self, rank: int, channel: int) -> None:
+        word, key = self._signals[rank], (channel, self._gpu.rank)
+        raised = f"raise signal {channel} of rank {rank}"
+        self._gpu.current.add(raised, lambda: word.update({key: True}), lambda: not word.get(key))
+
+    def wait(self, rank: int, channel: int) -> None:
+        word, key = self._signals[self._gpu.rank], (channel, rank)
+        taken = f"take signal {channel} from rank {rank}"
+        self._gpu.current.add(taken, lambda: word.update({key: False}), lambda: bool(word.get(key)))
 
 
 class Work:

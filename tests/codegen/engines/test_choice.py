@@ -38,3 +38,10 @@ def test_what_was_asked_for_is_refused_not_replaced(monkeypatch: pytest.MonkeyPa
     with pytest.raises(CodegenError, match="pip install 'triton"):
         choose_attention("triton", [SITE], "cpu")
     assert choose_attention("auto", [SITE], "cuda") == ("aten", "Triton is not installed")
+
+
+def test_kernels_that_cannot_put() -> None:
+    assert choose_attention("auto", [SITE], "cuda", "no way to them") == ("aten", "no way to them")
+    assert choose_attention("aten", [SITE], "cuda", "no way to them") == ("aten", "asked for")
+    with pytest.raises(UnsupportedError, match="attention='triton', and no way to them"):
+        choose_attention("triton", [SITE], "cuda", "no way to them")

@@ -6,48 +6,35 @@ from typing import Any
 
 import pytest
 import torch
-from fake_device import POLICIES, Gpu, Machine, Nccl
+from fake_device import POLICIES, Gpu, Nccl
+from fake_ranks import largest, on_fake_gpus
 from random_sites import random_case
 from rank_workers import attend_and_gather, schedules_of
-from threads import run_threads
 
 from sfcompile.errors import RankMismatchError
-from sfcompile.runtime.gpu.message_side import MessageSide
-from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.rank.session import current_session
-from sfcompile.runtime.wires import c10d
 from sfcompile.runtime.wires.c10d import PairedTransport
 
-CPU = torch.device("cpu")
 CALLS = 3
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, machine_of: tuple[int, ...], seed: int, policy: str, nccl: Nccl | None = None
-) -> float:
-    """Attention and gather of a random case, several times on every rank; the largest error, NaN if any."""
-    monkeypatch.setattr(c10d, "dist", nccl or Nccl())
-    ranks = len(machine_of)
-    machine = Machine(seed, policy)
-    gpus = [Gpu(machine, rank) for rank in range(ranks)]
-    groups = Nccl.groups(gpus)
-    case = random_case(seed, ranks=ranks)
+    monkeypatch: pytest.MonkeyPatch, machine_of: tuple[int, ...], policy: str, nccl: Nccl | None = None,
+    transport: type[PairedTransport] = PairedTransport,
+) -> float:  # fmt: skip
+    """Attention and gather of a random case, several times on every rank; the largest error."""
+    case = random_case(5, ranks=len(machine_of))
 
-    def work(rank: int) -> float:
-        session = current_session()
-        with gpus[rank]:
-            status = DeviceStatus(rank, CPU, 20.0)
-            messages = PairedTransport(rank, groups[rank], 20.0, lambda: None, status.words[:1])  # type: ignore[arg-type]
-            session.use_side(MessageSide(rank, session.topology, CPU, status, messages))
-            session.load("p", schedules_of(case))
-            outs: list[torch.Tensor] = []
-            for _ in range(CALLS):
-                with session.call("model", []):
-                    outs.append(attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))[0])
-            gpus[rank].synchronize()
-        return max(float((out.double() - case.expected).abs().max() / case.expected.abs().max()) for out in outs)
+    def work(rank: int, gpu: Gpu) -> float:
+        session, outs = current_session(), []
+        session.load("p", schedules_of(case))
+        for _ in range(CALLS):
+            with session.call("model", []):
+                outs.append(attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))[0])
+        gpu.synchronize()
+        return largest(float((out.double() - case.expected).abs().max() / case.expected.abs().max()) for out in outs)
 
-    return max(run_threads(ranks, work, machine_of), key=lambda error: (error != error, error))
+    return on_fake_gpus(monkeypatch, machine_of, work, 5, policy, nccl=nccl, transport=transport)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -55,7 +42,7 @@ def run(
 def test_attention_and_gather_over_messages(
     monkeypatch: pytest.MonkeyPatch, machine_of: tuple[int, ...], policy: str
 ) -> None:
-    assert run(monkeypatch, machine_of, 5, policy) < 1e-5
+    assert run(monkeypatch, machine_of, policy) < 1e-5
 
 
 class EarlyReader(PairedTransport):
@@ -93,11 +80,11 @@ class OutOfOrder(PairedTransport):
 @pytest.mark.parametrize("mutant", [EarlyReader, Forgetful, OutOfOrder, "starts before its data"])
 def test_a_wait_or_a_memory_too_little_is_seen(monkeypatch: pytest.MonkeyPatch, mutant: Any) -> None:
     """In some order of the streams what comes is not this call's, and the call says so: no wrong value passes."""
-    if isinstance(mutant, type):
-        monkeypatch.setattr(f"{__name__}.PairedTransport", mutant)
+    nccl = Nccl(after_current=isinstance(mutant, type))
+    transport = mutant if isinstance(mutant, type) else PairedTransport
     for policy in POLICIES:
         try:
-            error = run(monkeypatch, (0, 0), 5, policy, Nccl(after_current=isinstance(mutant, type)))
+            error = run(monkeypatch, (0, 0), policy, nccl, transport)
         except RankMismatchError as told:
             assert "got a chunk of another call" in told.what
             return

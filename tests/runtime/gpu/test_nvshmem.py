@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap, domains_of
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 CPU = torch.device("cpu")
+IBGDA_IS_ON = "NVSHMEM_IB_ENABLE_IBGDA=1 in the environment"
 
 
 def alone(value: Any, doing: str) -> list[Any]:
@@ -65,7 +67,7 @@ def test_missing_packages_are_named_on_every_rank(monkeypatch: pytest.MonkeyPatc
         Nvshmem(0, 1, CPU, alone)
     library = Library(0, lambda: None, lambda pe: True)
     with pytest.raises(UnsupportedError, match="rank 1: it is missing there"):
-        Nvshmem(0, 2, CPU, lambda value, doing: [None, "it is missing there"], (library, library))
+        Nvshmem(0, 2, CPU, lambda value, doing: [None, ("it is missing there", "", "")], (library, library))
 
 
 @pytest.mark.parametrize("value", ["1", "true", "Y", "on", ""])
@@ -76,11 +78,16 @@ def test_network_cards_driven_by_kernels_are_refused(value: str, monkeypatch: py
         started()
     monkeypatch.delenv("NVSHMEM_IB_ENABLE_IBGDA")
     library = Library(0, lambda: None, lambda pe: True)
-    with pytest.raises(UnsupportedError, match="rank 1: NVSHMEM_IB_ENABLE_IBGDA=1 in the environment"):
-        Nvshmem(0, 2, CPU, lambda value, doing: [None, "NVSHMEM_IB_ENABLE_IBGDA=1 in the environment"], (library,) * 2)
+    with pytest.raises(UnsupportedError, match=f"rank 1: {IBGDA_IS_ON}"):
+        Nvshmem(0, 2, CPU, lambda value, doing: [None, (IBGDA_IS_ON, "", "")], (library,) * 2)
     for harmless in ("0", "false", "no"):
         monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", harmless)
         started()
+
+
+def start_fails_on_the_other(value: Any, doing: str) -> list[Any]:
+    told = ("NVSHMEM does not start on rank 1: Status code 7", "", "") if doing == "start NVSHMEM" else None
+    return [value, told]
 
 
 def test_a_library_that_does_not_start_or_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +96,14 @@ def test_a_library_that_does_not_start_or_has_no_room(monkeypatch: pytest.Monkey
 
     library = Library(0, lambda: None, lambda pe: True)
     monkeypatch.setattr(library, "init", fails)
+    with pytest.raises(HeapError, match="does not start on rank 0: Status code 7"):
+        Nvshmem(0, 1, CPU, alone, (library, library))
+    with pytest.raises(UnsupportedError, match="rank 1: NVSHMEM does not start on rank 1: Status code 7"):
+        Nvshmem(0, 2, CPU, start_fails_on_the_other, (Library(0, lambda: None, lambda pe: True),) * 2)
+    monkeypatch.setattr(library, "init", lambda **kwargs: time.sleep(1.0))
+    with pytest.raises(HeapError, match="does not start on rank 0: no answer within 0.1 s"):
+        Nvshmem(0, 1, CPU, alone, (library, library), limit_s=0.1)
+    monkeypatch.setattr(library, "get_unique_id", fails)
     with pytest.raises(HeapError, match="does not start on rank 0: Status code 7"):
         Nvshmem(0, 1, CPU, alone, (library, library))
     pe, library = started()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,10 +108,14 @@ def test_gpus_and_their_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a < b)
     monkeypatch.setattr(doctor, "_output", lambda command: "GPU0 NV18")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "nvshmem", None)
     found = by_name(doctor.gpus())
     assert found["GPU 1"].value == "H100, 80 GiB, sm_90" and found["links"].value == "GPU0 NV18"
     assert found["peer access"].value.startswith("1 of 2 pairs")
-    assert by_name(doctor.choices())["transport"].value.startswith("nvshmem")
+    choices = by_name(doctor.choices())
+    assert "not nvshmem: nvshmem4py does not load" in choices["transport"].value
+    assert choices["attention"].value == "aten: no NVSHMEM carries what kernels put"
 
 
 def test_versions_of_nvshmem_and_triton_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

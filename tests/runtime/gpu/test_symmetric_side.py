@@ -1,0 +1,162 @@
+"""Stores inside a machine and messages between machines, on fake GPUs: exact in every order, mutants seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fake_device import POLICIES, FakeMemory, Gpu
+from fake_ranks import largest, on_fake_gpus
+from random_sites import random_case, rows
+from rank_workers import attend_and_gather, schedules_of
+
+from sfcompile.errors import HeapError, RankMismatchError
+from sfcompile.runtime.gpu import symmetric_side
+from sfcompile.runtime.gpu.stores import StoreTransport
+from sfcompile.runtime.rank.session import current_session
+
+sf = torch.ops.streamfusion
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, machine_of: tuple[int, ...], seeds: tuple[int, ...], policy: str,
+    after_current: bool = True,
+) -> float:  # fmt: skip
+    """Attention and gather of random cases, twice each, on heaps that grow; the largest error."""
+    cases = [random_case(seed, ranks=len(machine_of)) for seed in seeds]
+
+    def work(rank: int, gpu: Gpu) -> float:
+        session, errors = current_session(), []
+        for i, case in enumerate(cases):
+            gpu.synchronize()  # as CUDA's synchronize, before a heap is left
+            session.load(f"p{i}", schedules_of(case))
+            for _ in range(2):
+                with session.call("model", []):
+                    out = attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64), f"p{i}")[0]
+                gpu.synchronize()
+                errors.append(float((out.double() - case.expected).abs().max() / case.expected.abs().max()))
+        return largest(errors)
+
+    return on_fake_gpus(monkeypatch, machine_of, work, seeds[0], policy, stores=True, side_after_current=after_current)
+
+
+def run_overlapped(monkeypatch: pytest.MonkeyPatch, seed: int, policy: str) -> float:
+    """Two attentions in turn, each put before the other one is attended: ranks run a bank ahead of each other."""
+    cases = [random_case(2, ranks=4), random_case(3, ranks=4)]
+
+    def work(rank: int, gpu: Gpu) -> float:
+        session = current_session()
+        session.load("p", [schedules_of(case)[0] for case in cases])
+        ticket, outs = torch.zeros(1, dtype=torch.int64), []
+
+        def puts(site: int, ticket: torch.Tensor) -> torch.Tensor:
+            q, k, v = cases[site].shard(rank)
+            for op, tensor in ((sf.put_v, v), (sf.put_q, q), (sf.put_k, k)):
+                ticket = op(tensor, ticket, "p", site)
+            return ticket
+
+        ticket = puts(0, ticket)
+        for call in range(6):
+            case, site = cases[call % 2], call % 2
+            ticket = puts(1 - site, ticket)
+            ticket = sf.attend(ticket, case.mask, "p", site)
+            own = case.expected[:, :, rows(case.site.q_positions[rank])]
+            out, ticket = sf.collect(ticket, "p", site, list(own.shape), torch.float32)
+            outs.append((out, own))
+        gpu.synchronize()
+        return largest(float((out.double() - own).abs().max()) if own.numel() else 0.0 for out, own in outs)
+
+    return on_fake_gpus(monkeypatch, (0, 0, 0, 0), work, seed, policy, stores=True)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("machine_of", [(0, 0), (0, 0, 0, 0), (0, 0, 1, 1)], ids=str)
+def test_attention_and_gather_over_stores(
+    monkeypatch: pytest.MonkeyPatch, machine_of: tuple[int, ...], policy: str
+) -> None:
+    assert run(monkeypatch, machine_of, (5, 6), policy) < 1e-5
+
+
+class EarlyReader(StoreTransport):
+    """Reads without its signal; takes it later, so that nothing gets stuck."""
+
+    def wait(self, src: int, slot: int, epoch: int) -> None:
+        self._signals, real = _Silent(), self._signals
+        super().wait(src, slot, epoch)
+        self._signals = real
+        self._late = [*getattr(self, "_late", []), (src, self._channel(epoch % 2, slot))]
+
+    def finish(self, epoch: int) -> None:
+        for src, channel in self.__dict__.pop("_late", []):
+            self._signals.wait(src, channel)
+        super().finish(epoch)
+
+
+class Forgetful(StoreTransport):
+    """Lets go of packed chunks while the side stream still stores them."""
+
+    def put(self, *args: Any, **kwargs: Any) -> None:
+        super().put(*args, **kwargs)
+        self._kept.clear()
+
+
+class HastySignal(StoreTransport):
+    """Raises a chunk's signal before the chunk is stored."""
+
+    def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, *more: Any) -> None:
+        if chunk.numel():
+            with self._side.after_current():
+                self._signals.raise_(dst, self._channel(epoch % 2, slot))
+            self._signals, real = _Silent(), self._signals
+            super().put(dst, slot, offset, chunk, epoch, *more)
+            self._signals = real
+
+
+class WithoutCredit(StoreTransport):
+    """Overwrites a bank that others may still read."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._peers = []
+
+
+class _Silent:
+    def raise_(self, rank: int, channel: int) -> None:
+        """Nothing."""
+
+    def wait(self, rank: int, channel: int) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("mutant", [EarlyReader, Forgetful, HastySignal, "starts before its data"])
+def test_mutants_are_seen(monkeypatch: pytest.MonkeyPatch, mutant: Any) -> None:
+    """Each gives a wrong value, or a chunk that is not this call's, in some order of the streams."""
+    if isinstance(mutant, type):
+        monkeypatch.setattr(symmetric_side, "StoreTransport", mutant)
+    seen = []
+    for policy in POLICIES:
+        try:
+            error = run(monkeypatch, (0, 0), (5,), policy, after_current=isinstance(mutant, type))
+        except RankMismatchError:
+            return
+        seen.append(error)
+        if not error < 1e-5:
+            return
+    raise AssertionError(f"no order of the streams showed it: {seen}")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_ranks_that_run_a_bank_ahead(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    assert run_overlapped(monkeypatch, 1, policy) < 1e-5
+
+
+def test_a_bank_without_credit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symmetric_side, "StoreTransport", WithoutCredit)
+    assert any(not run_overlapped(monkeypatch, seed, "any order") < 1e-5 for seed in range(8))
+
+
+def test_more_slots_than_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeMemory, "channels", 3)
+    with pytest.raises(HeapError, match="signals and torch's pad has room for 3"):
+        run(monkeypatch, (0, 0), (5,), "any order")

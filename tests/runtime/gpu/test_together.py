@@ -1,0 +1,40 @@
+"""Steps of all ranks or of none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sfcompile.errors import HeapError, UnsupportedError
+from sfcompile.runtime.gpu.together import together
+
+TOLD = ("it is missing", "all ranks need it", "install it")
+
+
+def test_what_ends_well_everywhere_is_returned() -> None:
+    said: list[tuple[Any, str]] = []
+
+    def share(value: Any, doing: str) -> list[Any]:
+        said.append((value, doing))
+        return [value, None]
+
+    assert together(share, "take a step", lambda: 7) == 7 and said == [(None, "take a step")]
+
+
+def test_a_failure_is_told_and_everybodys() -> None:
+    def fails() -> None:
+        raise HeapError("no room", "two banks are needed", "make room")
+
+    told: list[Any] = []
+    with pytest.raises(HeapError, match="no room") as own:
+        together(lambda value, doing: told.append(value) or [value, None], "take a step", fails)
+    assert own.value.on_every_rank and told == [("no room", "two banks are needed", "make room")]
+    with pytest.raises(UnsupportedError, match="rank 1: it is missing. all ranks need it. install it") as other:
+        together(lambda value, doing: [value, TOLD], "take a step", lambda: 7)
+    assert other.value.on_every_rank
+
+
+def test_what_is_no_error_of_ours_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        together(lambda value, doing: [value], "take a step", lambda: 1 // 0)
