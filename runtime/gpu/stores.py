@@ -22,7 +22,7 @@ import torch
 from sfcompile.runtime.gpu.streams import SideStream
 from sfcompile.runtime.program.instructions import Arrival
 from sfcompile.runtime.wires.c10d import PairedTransport
-from sfcompile.runtime.wires.symmetric_heap import LINE_BYTES, NUM_BANKS, HeapSize, bank_of, view_at
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize, bank_of, view_at
 from sfcompile.runtime.wires.transport import RoutedTransport, Source, word_of
 
 
@@ -85,7 +85,7 @@ class StoreTransport:
         """Where the word of a chunk's call lies: int64 [1]."""
         segment = self._segments[rank]
         assert segment is not None, f"rank {rank} is out of reach"
-        return view_at(segment, self._size.signal_at(bank, slot), (LINE_BYTES // 8,), torch.int64)[:1]
+        return view_at(segment, self._size.signal_at(bank, slot), (1,), torch.int64)
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """Take the credit of the epoch that had the bank before."""

@@ -10,7 +10,7 @@ from sfcompile.runtime.gpu.layers import LAYERS
 
 def gpu_transport() -> tuple[str, str]:
     """The first layer that may start, with why none before it; and why generated kernels cannot put over it, or ""."""
-    reasons = []
+    reasons: list[str] = []
     for name, hindrance in (("nvshmem", _no_nvshmem()), ("symm_mem", _no_peer_access()), ("nccl", _no_nccl())):
         if not hindrance:
             text = "\n".join([f"{name}: {LAYERS[name]}", *reasons, "not shm, c10d: they serve CPU ranks"])
