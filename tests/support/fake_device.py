@@ -31,6 +31,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 POLICIES = ("any order", "messages late", "messages early")
 """Which of several items that may run does: any; those of message streams only when nothing else may, or first."""
+RANK_0_LATE = "rank 0 late"
+"""Of rank 0's main stream an item runs only when nothing else may."""
 
 _READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "allclose"}
 _STUCK_S = 3.0
@@ -87,7 +89,7 @@ class Machine:
     """All GPUs of a test, and the scheduler that runs their items, one at a time."""
 
     def __init__(self, seed: int, policy: str = "any order") -> None:
-        assert policy in POLICIES
+        assert policy in (*POLICIES, RANK_0_LATE)
         self.streams: list[Stream] = []
         self.changed = threading.Condition(threading.RLock())
         self._rng, self._policy = random.Random(seed), policy
@@ -121,7 +123,9 @@ class Machine:
             if self._error is not None:
                 raise RuntimeError(f"the device has failed: {self._error}") from self._error
             ready = [stream for stream in self.streams if stream.items and stream.items[0].may_run()]
-            if self._policy != "any order":
+            if self._policy == RANK_0_LATE:
+                ready = [stream for stream in ready if stream is not self.streams[0]] or ready
+            elif self._policy != "any order":
                 first = self._policy == "messages early"
                 ready = [stream for stream in ready if stream.carries_messages == first] or ready
             if not ready:

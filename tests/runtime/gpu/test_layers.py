@@ -38,7 +38,7 @@ def test_the_first_that_starts_is_taken_and_the_others_said() -> None:
     chosen = choose_layer("auto", attempts)
     assert chosen.name == "nccl" and chosen.side == "side of nccl"
     assert chosen.line == "nccl: messages between all ranks; not nvshmem: no library; not symm_mem: no peer access"
-    assert choose_layer("auto", {**attempts, "nvshmem": starts("nvshmem")}).name == "nccl"
+    assert choose_layer("auto", {**attempts, "nvshmem": starts("nvshmem")}).name == "nvshmem"
     assert choose_layer("auto", {name: starts(name) for name in LAYERS}).name == "nvshmem"
 
 
