@@ -41,12 +41,14 @@ def run(
     return on_fake_gpus(monkeypatch, machine_of, work, seeds[0], policy, stores=True, side_after_current=after_current)
 
 
-def run_overlapped(monkeypatch: pytest.MonkeyPatch, policy: str) -> float:
+def run_overlapped(monkeypatch: pytest.MonkeyPatch, policy: str, first: int = 0) -> float:
     """Two attentions in turn, each put before the other one is attended: ranks run a bank ahead of each other.
 
     On a ring of two: a rank is done with an epoch as soon as it has the other's keys, whether or not that one has read.
     """
-    cases = [case for case in (random_case(seed, ranks=2) for seed in range(60)) if case.mesh.ring == 2][:2]
+    cases = [case for case in (random_case(seed, ranks=2) for seed in range(60)) if case.mesh.ring == 2][
+        first : first + 2
+    ]
 
     def work(rank: int, gpu: Gpu) -> float:
         session = current_session()
@@ -156,7 +158,12 @@ def test_ranks_that_run_a_bank_ahead(monkeypatch: pytest.MonkeyPatch, policy: st
 
 def test_a_bank_without_credit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symmetric_side, "StoreTransport", WithoutCredit)
-    assert not run_overlapped(monkeypatch, RANK_0_LATE) < 1e-5
+    errors = []
+    for first in range(0, 8, 2):  # not every pair of attentions reads long enough
+        errors.append(run_overlapped(monkeypatch, RANK_0_LATE, first))
+        if not errors[-1] < 1e-5:
+            return
+    raise AssertionError(f"no pair of attentions showed it: {errors}")
 
 
 def test_more_slots_than_signals(monkeypatch: pytest.MonkeyPatch) -> None:
