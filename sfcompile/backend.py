@@ -48,6 +48,7 @@ from sfcompile.passes.report.history import last_report, remember, reports
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.calls import fingerprint
+from sfcompile.runtime.rank.job_store import check_secret
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, sessions, use_session
 from sfcompile.torch_logs import artifacts, follow_torch_logs
@@ -83,6 +84,8 @@ def streamfusion_backend(
         asked = replace(asked, topology=resolved(asked.topology))
         ranks = world_size(asked)
         asked.check_world(ranks)
+        if ranks > 1:
+            check_secret()
     except _REFUSALS as error:
         refuse(error, options, _describe(gm, example_inputs, Options()))
     try:
@@ -94,10 +97,10 @@ def streamfusion_backend(
     if ranks == 1:
         return run_inner(gm, example_inputs, None, asked)
     session = session_for(asked)
-    if "SFCOMPILE_TRACE" in os.environ:
-        follow_environment()
     with session.turn(), session.guard(), use_session(session):
         try:
+            if "SFCOMPILE_TRACE" in os.environ:
+                follow_environment()
             session.reconfigure(asked.transport, asked.timeout_s)
             start(device_of(example_inputs), session, asked)
             given = _given(asked, session)
@@ -254,7 +257,11 @@ def _speak(rank: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"[streamfusion, rank {rank}] %(message)s"))
     log.addHandler(handler)
-    log.setLevel(os.environ.get("SFCOMPILE_LOG", "info").upper() if rank == 0 else logging.ERROR)
+    asked = os.environ.get("SFCOMPILE_LOG") or "info"
+    level = logging.getLevelNamesMapping().get(asked.upper())
+    log.setLevel((level or logging.INFO) if rank == 0 else logging.ERROR)
+    if level is None:
+        log.warning("SFCOMPILE_LOG=%s is no level of Python's logging; info is taken", asked)
 
 
 __all__ = ["StreamFusionError", "last_report", "reports", "streamfusion_backend"]

@@ -19,14 +19,29 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from sfcompile.errors import RankMismatchError, StreamFusionError
-from sfcompile.runtime.wires.handshake import SECRET
+from sfcompile.errors import OptionError, RankMismatchError, StreamFusionError
+from sfcompile.runtime.wires.handshake import SECRET, SECRET_BYTES
 
 T = TypeVar("T")
 
 BOUND = "agreed/"
 """Keys of what ranks act on begin so, once they know of each other. Signs of life and notices of failure do not: ranks
 that have not met yet read them, and all that a recording of one could do is to end the job."""
+
+
+def check_secret() -> None:
+    """What signs what ranks tell each other is long enough, where there is one.
+
+    Raises:
+        OptionError: it is shorter than SECRET_BYTES.
+    """
+    length = len(os.environ.get(SECRET, "").encode())
+    if 0 < length < SECRET_BYTES:
+        raise OptionError(
+            f"{SECRET} has {length} bytes, and {SECRET_BYTES} at least are needed",
+            "who records what ranks say could try short secrets one after the other",
+            f"make one with: export {SECRET}=$(openssl rand -hex 32)",
+        )
 
 
 class StoreLostError(Exception):

@@ -149,9 +149,9 @@ def follow_environment() -> None:
     folder = os.environ.get(VARIABLE)
     if not folder or recorder.active is not None:
         return
-    recorder.active = Recorder()
     session = current_session()
     path = _folder(Path(folder) / session.group)
+    recorder.active = Recorder()
     with suppress(FileNotFoundError):
         _record_of(path, session.rank).unlink()  # left by an earlier run
     atexit.register(at_exit, path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from sfcompile.errors import RankMismatchError
-from sfcompile.runtime.rank.job_store import BOUND, JobStore, StoreLostError
+from sfcompile.errors import OptionError, RankMismatchError
+from sfcompile.runtime.rank.job_store import BOUND, JobStore, StoreLostError, check_secret
 from sfcompile.runtime.wires.handshake import SECRET
 
 
@@ -113,3 +114,10 @@ def test_the_heart_beats_until_the_end(shared: Any) -> None:
     store.close()
     store._thread.join(10.0)
     assert not store._thread.is_alive()
+
+
+@pytest.mark.parametrize(("secret", "short"), [("", False), ("fifteen bytes..", True), ("0123456789abcdef", False)])
+def test_short_secrets_are_refused(monkeypatch: pytest.MonkeyPatch, secret: str, short: bool) -> None:
+    monkeypatch.setenv(SECRET, secret)
+    with pytest.raises(OptionError, match="has 15 bytes, and 16 at least") if short else nullcontext():
+        check_secret()
