@@ -32,7 +32,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 POLICIES = ("any order", "messages late", "messages early")
 """Which of several items that may run does: any; those of message streams only when nothing else may, or first."""
 RANK_0_LATE = "rank 0 late"
-"""Of rank 0's main stream an item runs only when nothing else may."""
+"""Of rank 0's main stream an item runs only when nothing else may, and the other hosts have been silent for a while."""
+_LATE_STREAM, _SILENT_S = "main stream of rank 0", 0.05
 
 _READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "allclose"}
 _STUCK_S = 3.0
@@ -72,6 +73,7 @@ class Stream:
         """Put an item at the end, and run nothing now."""
         with self._machine.changed:
             self.items.append(Item(name, may_run, run))
+            self._machine.heard(self)
             self._machine.changed.notify_all()
 
     def record(self) -> Event:
@@ -93,7 +95,13 @@ class Machine:
         self.streams: list[Stream] = []
         self.changed = threading.Condition(threading.RLock())
         self._rng, self._policy = random.Random(seed), policy
+        self._heard_at = time.monotonic()
         self._error: BaseException | None = None
+
+    def heard(self, stream: Stream) -> None:
+        """A host has put something on a stream."""
+        if stream.name != _LATE_STREAM:
+            self._heard_at = time.monotonic()
 
     def run_some(self) -> None:
         """A few items, now and then: work need not wait until the host does."""
@@ -124,7 +132,9 @@ class Machine:
                 raise RuntimeError(f"the device has failed: {self._error}") from self._error
             ready = [stream for stream in self.streams if stream.items and stream.items[0].may_run()]
             if self._policy == RANK_0_LATE:
-                ready = [stream for stream in ready if stream is not self.streams[0]] or ready
+                others = [stream for stream in ready if stream.name != _LATE_STREAM]
+                silent = time.monotonic() - self._heard_at > _SILENT_S
+                ready = others or (ready if silent else [])
             elif self._policy != "any order":
                 first = self._policy == "messages early"
                 ready = [stream for stream in ready if stream.carries_messages == first] or ready

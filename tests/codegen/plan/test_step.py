@@ -50,9 +50,7 @@ CASES = {
     "whole tokens, one machine": Case("joint", Topology.grid(1, 4)),
     "tokens in parts, between machines": Case("joint", SLOW, parts=2),
     "batch split": Case("self", SLOW, {"mesh": {"batch": 2, "ulysses": 2, "ring": 1}}, samples=2, groups=2),
-    "two kinds of attention": Case(
-        "merged_and_split_tokens", Topology.grid(1, 2), TOKENS, samples=2, kinds=2, exchanges=True
-    ),
+    "two kinds of attention": Case("merged_and_split_tokens", Topology.grid(1, 2), TOKENS, samples=2, kinds=2),
     "exchanges": Case("depthwise_in_the_mlp", Topology.grid(1, 2), TOKENS, samples=2, exchanges=True),
 }
 

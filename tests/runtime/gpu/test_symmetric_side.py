@@ -41,34 +41,34 @@ def run(
     return on_fake_gpus(monkeypatch, machine_of, work, seeds[0], policy, stores=True, side_after_current=after_current)
 
 
-def run_overlapped(monkeypatch: pytest.MonkeyPatch, policy: str, first: int = 0) -> float:
+def run_overlapped(monkeypatch: pytest.MonkeyPatch, policy: str) -> float:
     """Two attentions in turn, each put before the other one is attended: ranks run a bank ahead of each other.
 
     On a ring of two: a rank is done with an epoch as soon as it has the other's keys, whether or not that one has read.
     """
-    cases = [case for case in (random_case(seed, ranks=2) for seed in range(60)) if case.mesh.ring == 2][
-        first : first + 2
-    ]
+    cases = [case for case in (random_case(seed, ranks=2) for seed in range(60)) if case.mesh.ring == 2][:2]
 
     def work(rank: int, gpu: Gpu) -> float:
         session = current_session()
         session.load("p", [schedules_of(case)[0] for case in cases])
         ticket, outs = torch.zeros(1, dtype=torch.int64), []
 
-        def puts(site: int, ticket: torch.Tensor) -> torch.Tensor:
+        def puts(call: int, ticket: torch.Tensor) -> torch.Tensor:
+            """Values of each call are its own: what a later call writes over an earlier one is seen."""
+            site = call % 2
             q, k, v = cases[site].shard(rank)
-            for op, tensor in ((sf.put_v, v), (sf.put_q, q), (sf.put_k, k)):
+            for op, tensor in ((sf.put_v, v * (call + 1)), (sf.put_q, q), (sf.put_k, k)):
                 ticket = op(tensor, ticket, "p", site)
             return ticket
 
         ticket = puts(0, ticket)
         for call in range(6):
             case, site = cases[call % 2], call % 2
-            ticket = puts(1 - site, ticket)
+            ticket = puts(call + 1, ticket)
             ticket = sf.attend(ticket, case.mask, "p", site)
             own = case.expected[:, :, rows(case.site.q_positions[rank])]
             out, ticket = sf.collect(ticket, "p", site, list(own.shape), torch.float32)
-            outs.append((out, own))
+            outs.append((out, own * (call + 1)))
         gpu.synchronize()
         return largest(float((out.double() - own).abs().max()) if own.numel() else 0.0 for out, own in outs)
 
@@ -158,12 +158,7 @@ def test_ranks_that_run_a_bank_ahead(monkeypatch: pytest.MonkeyPatch, policy: st
 
 def test_a_bank_without_credit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symmetric_side, "StoreTransport", WithoutCredit)
-    errors = []
-    for first in range(0, 8, 2):  # not every pair of attentions reads long enough
-        errors.append(run_overlapped(monkeypatch, RANK_0_LATE, first))
-        if not errors[-1] < 1e-5:
-            return
-    raise AssertionError(f"no pair of attentions showed it: {errors}")
+    assert not run_overlapped(monkeypatch, RANK_0_LATE) < 1e-5
 
 
 def test_more_slots_than_signals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,12 +115,12 @@ def test_wires_follow_the_options() -> None:
     """For the executor, and for kernels that look at the heaps: both wait as long as the options say now."""
     world = World()
     side = CpuSide(world)
-    side.rewire()  # nothing to make anew yet
+    side.rewire(1.0)  # nothing to make anew yet
     side.make_heap(side.room([GATHER], [None]), 0)
     before = heap_of(side)
     side.open(SiteCall(0, 0, 0, GATHER, 1), KernelEngine())
     world.timeout_s = 0.3
-    side.rewire()
+    side.rewire(0.3)
     assert heap_of(side) is before and world.told == ["new heap"]
     run = side.open(SiteCall(0, 0, 0, GATHER, 2), KernelEngine())
     with pytest.raises(RuntimeTimeoutError, match=r"waited 0\.3 s for a chunk from rank 1"):
