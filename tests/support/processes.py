@@ -14,6 +14,7 @@ import pickle
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ TAIL_LINES = 30
 # What the server imports before it is forked, and so what ranks need not.
 _preloaded = ["processes", "sfcompile.runtime.rank.ops", "sfcompile.runtime.rank.process_group"]
 IMPORTED_BY = os.getpid()
+_starting = threading.Lock()
 
 
 def preload(*modules: str) -> None:
@@ -147,13 +149,15 @@ def fork_server() -> Any:
     )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_preloaded)
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # it does not get ours, and passes over what it cannot import
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        os.environ |= {} if path is None else {"PYTHONPATH": path}
+    with _starting:  # several jobs may ask at once
+        path = os.environ.get("PYTHONPATH")
+        # The server does not get ours, and passes over what it cannot import.
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            os.environ.pop("PYTHONPATH")
+            os.environ |= {} if path is None else {"PYTHONPATH": path}
     return context
 
 
