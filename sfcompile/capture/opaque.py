@@ -124,9 +124,28 @@ class _Region:
         inputs = [values[i] for i in tensors]
         with no_modes(), FakeTensorMode(), torch.no_grad():
             fake = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-            outputs = [(list(map(int, out.shape)), out.dtype) for out in run(*fake)]
+            outputs = [(list(map(int, out.shape)), out.dtype) for out in self._shapes(run, fake)]
         OPAQUE[key] = Opaque(run, outputs, self._flops(values))
         return tuple(torch.ops.streamfusion.opaque(inputs, key))
+
+    def _shapes(self, run: Callable[..., list[torch.Tensor]], fake: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the stretch gives for fake tensors.
+
+        Raises:
+            UnsupportedError: that is only known once it runs: a loop whose end depends on data.
+        """
+        try:
+            return run(*fake)
+        except Exception as error:  # whatever torch's ops raise for what has no shape yet
+            names = [
+                str(node.target) for node in self._body.graph.nodes if isinstance(node.target, HigherOrderOperator)
+            ]
+            raise UnsupportedError(
+                f"what {', '.join(names) or 'a vmapped stretch'} gives is not known before it runs "
+                f"({type(error).__name__}: {error})",
+                "sharding needs the shape of every value",
+                "write the loop in Python, or let this graph run unsharded",
+            ) from error
 
     def _flops(self, values: Sequence[Any]) -> float:
         """Of attentions among the higher-order ops, as if no block were masked."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from helpers import captured
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sfcompile.passes.graph.cost import flops
@@ -55,3 +59,11 @@ def test_a_vmapped_function_keeps_its_sizes() -> None:
     x = torch.randn(6, 3)
     got = captured(outer, x)
     assert torch.equal(got.gm(x)[0], outer(x))
+
+
+def test_a_loop_whose_end_depends_on_data_is_not_captured() -> None:
+    def step(x: torch.Tensor) -> Any:
+        return torch.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y * 2), (torch.tensor(0), x))
+
+    with pytest.raises(BackendCompilerFailed, match="UnsupportedError: .*while_loop gives is not known before it runs"):
+        captured(step, torch.randn(2, 5))
