@@ -15,7 +15,6 @@ from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
-from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.device_run import DeviceRun, DeviceRuns
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
@@ -87,10 +86,10 @@ def _transport(bench: Bench, joined: Nvshmem) -> None:
 
 def _emulated() -> tuple[Any, Any]:
     """What a dry run takes for nvshmem4py, and for NVSHMEM's functions on the device (tests/support/)."""
-    from emulated_nvshmem import Library
+    from emulated_nvshmem import DeviceCalls, Library
 
     library = Library(0, lambda: None, lambda pe: True)
-    return library, Emulated(library.address_of).names()
+    return library, DeviceCalls(library.address_of).names()
 
 
 @dataclass

@@ -42,7 +42,7 @@ def order_puts(graph: fx.Graph) -> int:
     opened: fx.Node = start
     for i, site in enumerate(sites):
         free = _last_pick(sites[i - NUM_BANKS][-1]) if i >= NUM_BANKS else start
-        moved = [_hoist(graph, node, max(free, opened)) for node in site if _kind(node) in STARTS]
+        moved = [_hoist(node, max(free, opened)) for node in site if _kind(node) in STARTS]
         opened = min(moved)
     _tie(graph, nodes, start)
     return len(nodes)
@@ -191,7 +191,7 @@ def _sink(end: fx.Node, limit: fx.Node | None) -> None:
             target.prepend(node)
 
 
-def _hoist(graph: fx.Graph, put: fx.Node, after: fx.Node) -> fx.Node:
+def _hoist(put: fx.Node, after: fx.Node) -> fx.Node:
     """Move a put up to its tensor, but not above ``after``."""
     tensor = put.args[0]
     assert isinstance(tensor, fx.Node)

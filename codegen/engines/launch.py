@@ -147,7 +147,7 @@ class AttendKernel:
         """
         x = x if x.stride(-1) == 1 else x.contiguous()
         values = self._common(heap) | self._puts_of(tensor) | _strided("x", x)
-        names = move_arguments("put", self._move_spec(1, tensor))
+        names = move_arguments("put")
         self.target.move(self._puts[tensor], [values[name] for name in names], self.spec.reach)
 
     def put_fused(self, tensor: str, rows: RowProgram, sources: Sequence[torch.Tensor], heap: HeapView) -> None:
@@ -157,14 +157,14 @@ class AttendKernel:
         if kept not in self._puts:
             self._puts[kept] = self.target.load(put_source(spec, rows), "put", self.spec.reach)
         values = self._common(heap) | self._puts_of(tensor) | rows.bind(sources)
-        names = move_arguments("put", spec, rows)
+        names = move_arguments("put", rows)
         self.target.move(self._puts[kept], [values[name] for name in names], self.spec.reach, **FUSED_OPTIONS)
 
     def collect(self, out: torch.Tensor, heap: HeapView) -> None:
         """Wait for the outputs that come home and copy them into ``out`` [B, H, Lq, E]."""
         counts = {"num_collects": len(self.tables.collects), "num_slots": len(self.fixed["slots"])}
         values = self._common(heap) | _strided("out", out) | counts
-        names = move_arguments("collect", self._move_spec(1, "o"))
+        names = move_arguments("collect")
         self.target.move(self._collect, [values[name] for name in names], self.spec.reach)
 
     def _puts_of(self, tensor: str) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class TransferKernels:
             "num_collects": len(self.tables.receives),
             "num_slots": len(self._fixed["slots_ptr"]),
         }
-        names = chunk_arguments(name, self.spec)
+        names = chunk_arguments(name)
         self._target.move(kernel, [values[argument] for argument in names], self.spec.reach)
 
 
@@ -121,7 +121,7 @@ class ReleaseKernel:
     def run(self, heaps: torch.Tensor, place: torch.Tensor) -> None:
         """Give credit for the epoch in ``place``; ``heaps`` is [ranks, 3] (HEAP, codegen/kernels/text.py)."""
         values = {"heaps_ptr": heaps, "place_ptr": place, "rank": self._rank, "num_ranks": self._num_ranks}
-        names = chunk_arguments("release", self._spec)
+        names = chunk_arguments("release")
         self._target.move(self._kernel, [values[argument] for argument in names], self._spec.reach)
 
 

@@ -55,12 +55,8 @@ def attend_arguments(spec: KernelSpec) -> tuple[str, ...]:
     return (*names, *_INTEGERS)
 
 
-def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
-    """The module that holds the kernel ``attend``: text for Triton 3.6 and later, equal for equal specs.
-
-    Args:
-        notes: lines for the docstring, for example the schedule as text.
-    """
+def attend_source(spec: KernelSpec) -> str:
+    """The module that holds the kernel ``attend``: text for Triton 3.6 and later, equal for equal specs."""
     out = KernelText(spec.reach)
     out(wrapped("@triton.jit(do_not_specialize=[", [f'"{name}"' for name in _INTEGERS], "])"))
     with out.block(wrapped(f"def {entry_name('attend', spec.reach)}(", attend_arguments(spec), "):")):
@@ -88,7 +84,7 @@ def attend_source(spec: KernelSpec, notes: tuple[str, ...] = ()) -> str:
     ]
     sizes = f"head sizes {spec.head_dim} and {spec.v_head_dim}"
     title = f"Attention of {spec.dtype} queries against chunks as they arrive, {sizes}."
-    return module(title, "\n".join(constants) + "\n\n\n" + out.text, notes)
+    return module(title, "\n".join(constants) + "\n\n\n" + out.text)
 
 
 def _positions(spec: KernelSpec) -> bool:

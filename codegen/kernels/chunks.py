@@ -22,7 +22,7 @@ class ChunkSpec:
     reach: str = "peer"
 
 
-def chunk_arguments(name: str, spec: ChunkSpec) -> tuple[str, ...]:
+def chunk_arguments(name: str) -> tuple[str, ...]:
     """Arguments of "send", "receive" or "release", in order."""
     return {
         "send": ("x_ptr", "heaps_ptr", "place_ptr", "sends_ptr", "receivers_ptr", "counters_ptr", "rank",
@@ -36,7 +36,7 @@ def chunk_arguments(name: str, spec: ChunkSpec) -> tuple[str, ...]:
 def send_source(spec: ChunkSpec) -> str:
     """The module of ``send``: chunks of a local buffer go into the slots of other ranks, each with its signal."""
     out = KernelText(spec.reach)
-    with out.kernel("send", chunk_arguments("send", spec)):
+    with out.kernel("send", chunk_arguments("send")):
         out.wait_for_credits()
         out("x = x_ptr.to(tl.int64)", "p = 0")
         with out.block("while p < num_puts:"):
@@ -52,7 +52,7 @@ def send_source(spec: ChunkSpec) -> str:
 def receive_source(spec: ChunkSpec) -> str:
     """The module of ``receive``: wait for each chunk and copy it into a local buffer, which no bank's turn moves."""
     out = KernelText(spec.reach)
-    with out.kernel("receive", chunk_arguments("receive", spec)):
+    with out.kernel("receive", chunk_arguments("receive")):
         out("x = x_ptr.to(tl.int64)", "c = 0")
         with out.block("while c < num_collects:"):
             out(f"chunk = receives_ptr + c * {len(RECEIVE)}")
@@ -71,7 +71,7 @@ def release_source(spec: ChunkSpec) -> str:
     """
     # A rank gives credit to all, itself included, and itself it reaches by a store.
     out = KernelText("peer" if spec.reach == "peer" else "mixed")
-    with out.kernel("release", chunk_arguments("release", spec)):
+    with out.kernel("release", chunk_arguments("release")):
         out(f"credit = tl.load(place_ptr + {PLACE.index('credits_at')}) + {line_of('rank.to(tl.int64)')}")
         out(f"scratch = tl.load(place_ptr + {PLACE.index('scratch_at')})")
         out("other = program")

@@ -59,7 +59,7 @@ def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
         rows: compute the tensor's rows from these sources instead of reading them (codegen/rows/rows.py).
     """
     out = KernelText(spec.reach)
-    with out.kernel("put", move_arguments("put", spec, rows)):
+    with out.kernel("put", move_arguments("put", rows)):
         out.wait_for_credits()
         out("p = 0")
         with out.block("while p < num_puts:"):
@@ -80,7 +80,7 @@ def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
 def collect_source(spec: MoveSpec) -> str:
     """The module of ``collect``: wait for each output that comes home and copy it to its heads and rows."""
     out = KernelText(spec.reach)
-    with out.kernel("collect", move_arguments("collect", spec)):
+    with out.kernel("collect", move_arguments("collect")):
         out("c = 0")
         with out.block("while c < num_collects:"):
             out(f"row_of_table = collects_ptr + c * {len(COLLECT)}")
@@ -93,7 +93,7 @@ def collect_source(spec: MoveSpec) -> str:
     return module(f"Brings home rows of {spec.width} {spec.dtype}.", _constants(spec) + out.text)
 
 
-def move_arguments(name: str, spec: MoveSpec, rows: RowProgram | None = None) -> tuple[str, ...]:
+def move_arguments(name: str, rows: RowProgram | None = None) -> tuple[str, ...]:
     """Arguments of "put" (that computes ``rows``) or "collect", in order."""
     names = {"put": PUT_ARGUMENTS, "collect": COLLECT_ARGUMENTS}[name]
     if rows is not None:

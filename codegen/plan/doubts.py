@@ -7,7 +7,6 @@ first all at an end together; where the best one changes, each cost alone is ask
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from sfcompile.codegen.plan.choose_plan import Candidate, SitePlan
 from sfcompile.codegen.plan.step import price
@@ -22,28 +21,28 @@ WORTH = 0.98
 """A plan that is hardly faster is no other plan."""
 
 
-def doubts(plan: SitePlan, site: AttentionSite, topology: Topology, other_s: float, layers: int = 1) -> list[str]:
+def doubts(plan: SitePlan, site: AttentionSite, topology: Topology, other_s: float) -> list[str]:
     """Sentences: at which assumed costs another plan is faster than the one taken, and by how much. None: at none.
 
+    Only of attentions that take their tokens whole.
+
     Args:
-        other_s, layers: as the plan was made with.
+        other_s: as the plan was made with.
     """
     ranges = SOFTWARE.get(topology.software, {})
     candidates = [row.candidate for row in plan.rows if row.seconds is not None][:COMPARED]
     if not ranges or len(candidates) < 2:
         return []
-    if site.parts > 1:
-        candidates = [replace(candidate, q_parts=site.parts, kv_parts=site.parts) for candidate in candidates]
     schedules = [(candidate, candidate.schedule(site, topology)) for candidate in candidates]
     sentences = []
     for end in ("low", "high"):
         costs = {name: getattr(assumed, end) for name, assumed in ranges.items()}
-        if _better(schedules, topology, costs, other_s, layers) is None:
+        if _better(schedules, topology, costs, other_s) is None:
             continue
         alone = [
             (name, better)
             for name, cost in costs.items()
-            if (better := _better(schedules, topology, {name: cost}, other_s, layers)) is not None
+            if (better := _better(schedules, topology, {name: cost}, other_s)) is not None
         ]
         for name, (other, ratio) in alone:
             sentences.append(
@@ -51,7 +50,7 @@ def doubts(plan: SitePlan, site: AttentionSite, topology: Topology, other_s: flo
                 f"{ratio:.2f} x as fast as {plan.best}"
             )
         if not alone:
-            other, ratio = _better(schedules, topology, costs, other_s, layers) or (plan.best, 1.0)
+            other, ratio = _better(schedules, topology, costs, other_s) or (plan.best, 1.0)
             all_of_them = "least" if end == "low" else "most"
             sentences.append(
                 f"were all costs of software that are assumed the {all_of_them} they may be, {other} would be "
@@ -65,11 +64,10 @@ def _better(
     topology: Topology,
     costs: Mapping[str, float],
     other_s: float,
-    layers: int,
 ) -> tuple[Candidate, float] | None:
     """The plan that is faster than the first one with other costs, and how much; None: there is none."""
     changed = topology.with_constants(costs)
-    seconds = [price(built, changed, other_s, layers).seconds for _, built in schedules]
+    seconds = [price(built, changed, other_s).seconds for _, built in schedules]
     least = min(seconds)
     if least > WORTH * seconds[0]:
         return None

@@ -25,7 +25,7 @@ from sfcompile.codegen.plan.links import Vector
 from sfcompile.codegen.plan.simulator import Compute, Mark, Phase, Timeline, Work, simulate
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.runtime.program.phases import ATTEND, COLLECT, PUTS, STARTS
+from sfcompile.runtime.program.phases import ATTEND, COLLECT, PUTS
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.spans import Span
 from sfcompile.runtime.program.stages import GraphStages, Stage
@@ -250,17 +250,14 @@ def in_order(program: str, schedules: Sequence[Schedule], before_s: float) -> Gr
     return GraphStages((*stages, *late))
 
 
-def layer(schedule: Schedule, epoch: int, before_s: float = 0.0, under_s: float = 0.0) -> list[Work]:
+def layer(schedule: Schedule, epoch: int, before_s: float = 0.0) -> list[Work]:
     """One transformer layer around an attention site.
 
     Args:
         before_s: compute before q, k and v exist.
-        under_s: compute between the puts and the attention (projections of another stream, norms, an MLP).
     """
-    phases = [Phase(schedule, epoch, name) for name in schedule.origin.phases]
-    puts = [phase for phase in phases if phase.phase in STARTS]
-    line: list[Work] = [Compute(before_s, "layer"), *puts, Compute(under_s, "under the puts"), *phases[len(puts) :]]
-    return [work for work in line if not (isinstance(work, Compute) and work.seconds == 0.0)]
+    phases: list[Work] = [Phase(schedule, epoch, name) for name in schedule.origin.phases]
+    return [Compute(before_s, "layer"), *phases] if before_s else phases
 
 
 def pipelined(schedule: Schedule, layers: int, before_s: float) -> list[Work]:

@@ -90,14 +90,14 @@ def compile_move(
     types = {"x_ptr": f"*{spec.dtype}", "out_ptr": f"*{spec.dtype}"}
     types |= {f"s{i}_ptr": f"*{kind}" for i, kind in enumerate(rows.kinds if rows is not None else ())}
     options = MOVE_OPTIONS if rows is None else MOVE_OPTIONS | FUSED_OPTIONS
-    names = move_arguments(name, spec, rows)
+    names = move_arguments(name, rows)
     return compile_source(KernelSource(name, text, names, spec.reach, types, options), arch, library)
 
 
 def compile_chunks(name: str, spec: ChunkSpec, arch: int, library: Path | None = None) -> CompiledKernel:
     """The kernel "send", "receive" or "release"; see :func:`compile_source`."""
     text = {"send": send_source, "receive": receive_source, "release": release_source}[name](spec)
-    source = KernelSource(name, text, chunk_arguments(name, spec), spec.reach, {}, MOVE_OPTIONS)
+    source = KernelSource(name, text, chunk_arguments(name), spec.reach, {}, MOVE_OPTIONS)
     return compile_source(source, arch, library)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 
 from sfcompile.codegen.kernels.attend import attend_source
 from sfcompile.codegen.kernels.spec import spec_of
@@ -17,7 +16,6 @@ def kernel_files(
     schedule: Schedule,
     machine_of: tuple[int, ...],
     mask: tuple[str, bool] = ("none", True),
-    architectures: Sequence[int] = ARCHITECTURES,
     compile: bool = True,
 ) -> dict[str, bytes]:
     """The attention kernels of a site, one source (and one cubin) for each architecture, by file name.
@@ -36,7 +34,7 @@ def kernel_files(
     members = schedule.groups[0] if schedule.groups else tuple(range(schedule.mesh.num_ranks))
     homes = tuple(machine_of[rank] for rank in members)
     files: dict[str, bytes] = {}
-    for arch in architectures:
+    for arch in ARCHITECTURES:
         spec = spec_of(schedule, arch, homes, mask)
         stem = f"attend-{spec.key}-sm{arch}"
         files[f"{stem}.py"] = attend_source(spec).encode()

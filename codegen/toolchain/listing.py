@@ -55,13 +55,12 @@ def line(row: KernelRow) -> str:
 
 
 def compiled_kernels(
-    schedule: Schedule, arch: int, machine_of: Sequence[int], mask: tuple[str, bool] | None = None, link: bool = True
+    schedule: Schedule, arch: int, machine_of: Sequence[int], link: bool = True
 ) -> Iterator[tuple[str, CompiledKernel]]:
     """``(name, kernel)`` of everything that a schedule's ranks launch on an architecture.
 
     Args:
         machine_of: machine of each rank of the mesh; NVSHMEM is used between machines.
-        mask: kind of mask and whether it is boolean; None: what the site says.
         link: put NVSHMEM's device code into the cubins that call it.
 
     Raises:
@@ -73,7 +72,7 @@ def compiled_kernels(
     library = slim_library(arch) if link and reach != "peer" else None
     if isinstance(schedule, AttentionSchedule):
         site = schedule.site
-        spec = spec_of(schedule, arch, machines, mask or ("full" if site.mask else "none", True))
+        spec = spec_of(schedule, arch, machines, ("full" if site.mask else "none", True))
         ranks = range(min(schedule.mesh.num_ranks, _LOOKED_AT))
         for carry in sorted({make_tables(schedule, rank, spec.block_m, machines).carry for rank in ranks}):
             name = "attend" if carry else "attend-in-one"

@@ -1,14 +1,13 @@
 # mypy: ignore-errors
-"""NVSHMEM's device functions as Triton builtins, and what stands in for them in Triton's interpreter.
+"""NVSHMEM's device functions as Triton builtins.
 
-``extern_elementwise`` refuses to run in the interpreter, but plain Python functions found in a kernel's globals are
-called: the loader puts :class:`Emulated`'s methods there.
+``extern_elementwise`` refuses to run in the interpreter, but plain Python functions in a kernel's globals are called:
+the loader can put stand-ins there.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from triton.language import core
@@ -38,31 +37,3 @@ def _declare(symbol: str, arguments: Sequence[Any], result: Any) -> Any:
 
 putmem_signal_nbi_block = _declare(*SYMBOLS["putmem_signal_nbi_block"])
 """``(dst, src, nbytes, signal, value, op, pe)``: every thread of the program calls it; addresses are this PE's own."""
-
-
-class Emulated:
-    """Stand-ins over memory that this process can reach.
-
-    Args:
-        address_of: ``(own symmetric address, pe)`` -> address of the same place in that PE's heap.
-    """
-
-    def __init__(self, address_of: Callable[[int, int], int]) -> None:
-        self._address_of = address_of
-
-    def putmem_signal_nbi_block(
-        self, dst: Any, src: Any, nbytes: Any, signal: Any, value: Any, op: Any, pe: Any
-    ) -> None:
-        dst, src, nbytes, signal, value, op, pe = map(_int, (dst, src, nbytes, signal, value, op, pe))
-        if op != 9:
-            raise ValueError(f"signal operation {op} is not NVSHMEM_SIGNAL_SET")
-        ctypes.memmove(self._address_of(dst, pe), src, nbytes)
-        ctypes.c_int64.from_address(self._address_of(signal, pe)).value = value  # x86 keeps the order of stores
-
-    def names(self) -> dict[str, Callable[..., None]]:
-        """What to put into a generated module's globals."""
-        return {name: getattr(self, name) for name in SYMBOLS}
-
-
-def _int(x: Any) -> int:
-    return int(x.handle.data.flat[0]) if hasattr(x, "handle") else int(getattr(x, "value", x))

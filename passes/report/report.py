@@ -10,6 +10,8 @@ from sfcompile.runtime.program.topology import Topology
 
 PLAN_ROWS = 10
 """Lines of each planner's table that a printed report shows."""
+LEFT_ROWS = 12
+"""And of each list of what was left whole or gathered."""
 
 
 @dataclass(frozen=True)
@@ -197,13 +199,13 @@ def short_source(source: str) -> str:
     return f"{path.rsplit('/', 1)[-1]}:{rest}" if rest else path
 
 
-def _table(title: str, rows: list[Left], limit: int = 12) -> list[str]:
+def _table(title: str, rows: list[Left]) -> list[str]:
     if not rows:
         return [f"  {title}: none"]
     lines = [f"  {title}: {len(rows)}"]
-    for row in rows[:limit]:
+    for row in rows[:LEFT_ROWS]:
         cost = f"{row.flops / 1e6:.1f} MFLOP" if row.flops else f"{row.nbytes / 2**10:.1f} KiB"
         lines.append(f"    {row.node:<28} {row.op:<22} {cost:>14}  {row.source:<44} {row.reason}")
-    if len(rows) > limit:
-        lines.append(f"    ... and {len(rows) - limit} more")
+    if len(rows) > LEFT_ROWS:
+        lines.append(f"    ... and {len(rows) - LEFT_ROWS} more")
     return lines

@@ -95,11 +95,11 @@ class Indexed:
         return self.write(op, chosen, operands, local)
 
 
-def _same_dims_but(op: OpView, dim: int, fix: Any = None) -> Linked:
+def _same_dims_but(op: OpView, dim: int) -> Linked:
     ndim = len(op.out_shapes[0])
     names: Names = [None if d == dim else d for d in range(ndim)]
     ins: list[Names] = [names if operand.ndim == ndim else [None] * operand.ndim for operand in op.operands]
-    return Linked(ins, [names for _ in op.out_shapes], fix)
+    return Linked(ins, [names for _ in op.out_shapes])
 
 
 def _by_rows(cut: Cut, runs: Runs, grain: int) -> Runs:

@@ -11,17 +11,17 @@ from torch import fx
 from sfcompile.passes.graph.layout import OpLayouts
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.passes.rules.linked import FixArgs, Linked, Names, aligned
+from sfcompile.passes.rules.linked import Linked, Names, aligned
 from sfcompile.passes.rules.rule import Rule, register_rule
 
 # --------------------------------------------------------------------------- contractions
 
 
-def einsum_like(op: OpView, spec: Sequence[str], out: str, fix: FixArgs | None = None) -> Linked:
+def einsum_like(spec: Sequence[str], out: str) -> Linked:
     """Letters per operand and for the output; a letter missing from the output is contracted."""
     ins = [[letter if letter in out else None for letter in letters] for letters in spec]
     summed: list[Names] = [[None if letter in out else letter for letter in letters] for letters in spec]
-    return Linked(ins, [list(out)], fix, summed)  # type: ignore[arg-type]
+    return Linked(ins, [list(out)], None, summed)  # type: ignore[arg-type]
 
 
 @register_rule("linear")
@@ -103,7 +103,7 @@ def _einsum(op: OpView) -> Rule | None:
         out = out.replace("...", dots)
     if any(len(set(part)) != len(part) for part in (*spec, out)):
         return None
-    return einsum_like(op, spec, out)
+    return einsum_like(spec, out)
 
 
 # --------------------------------------------------------------------------- reductions, orderings

@@ -31,10 +31,6 @@ from numpy.typing import NDArray
 from sfcompile.options import Wire
 
 SAME, BF16, FP8 = "same", "bf16", "fp8"
-ERRORS = {SAME: 0.0, BF16: 2.0**-8, FP8: 2.0**-4}
-"""The most that an element may be off, relative to it; see the head of the file for what is very small in its row."""
-SMALL_FP8 = 2.0**-17
-"""The most that an element of a row of "fp8" may be off, relative to the row's largest, if that is more."""
 
 _E4M3 = torch.float8_e4m3fn
 _SCALE_BYTES = 4
@@ -127,7 +123,7 @@ def _fp8_parts(packed: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tens
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """A chunk [..., heads, tokens, W] in pieces whose intermediate values stay in a processor's cache."""
+    """A chunk [..., heads, tokens, W] cut so that intermediate values stay in a processor's cache."""
     if len(shape) < 3:
         yield (slice(None),)
         return

@@ -103,10 +103,6 @@ class JobStore:
         signed = self._signed(key, text)
         return self._ask(lambda: self._checked(key, self._store.compare_set(key, "", signed)), limit_s)
 
-    def delete(self, key: str, limit_s: float) -> None:
-        """Take a text back."""
-        self._ask(lambda: self._store.delete_key(key), limit_s)
-
     def add(self, key: str, number: int, limit_s: float) -> int:
         """Add to a counter; what it is then."""
         return self._ask(lambda: int(self._store.add(key, number)), limit_s)

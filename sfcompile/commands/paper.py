@@ -58,11 +58,10 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Row:
-    """Predicted ratios over USP of one workload, and USP's predicted seconds per layer."""
+    """Predicted ratios over USP of one workload."""
 
     workload: Workload
     predicted: tuple[float, float, float]
-    usp_s: float
 
     @property
     def errors(self) -> tuple[float, ...]:
@@ -95,7 +94,7 @@ def predict(workload: Workload, topology: Topology) -> Row:
     mesh = Mesh.of(topology, ulysses, ranks // ulysses, "ulysses", lanes)
     steps = seconds("tas", mesh, True), seconds("torus", mesh, True), seconds("torus", mesh, False)
     tas, torus, one_sided = (usp / step for step in steps)
-    return Row(workload, (tas, torus, one_sided), usp)
+    return Row(workload, (tas, torus, one_sided))
 
 
 def predict_table(constants: Topology | None = None) -> list[Row]:

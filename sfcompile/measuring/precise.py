@@ -55,13 +55,13 @@ class _Bench:
         """Collective: the largest of all ranks' values."""
         return max(float(other) for other in self.session.exchange(value, "measure"))
 
-    def timed(self, run: Callable[[], object], seconds: float = PATIENCE_S) -> float:
+    def timed(self, run: Callable[[], object]) -> float:
         """Seconds of one call while every rank does the same: the lower quartile, since noise only adds."""
         for _ in range(3):
             run()
         self.session.meet()
         times: list[float] = []
-        end = time.perf_counter() + seconds
+        end = time.perf_counter() + PATIENCE_S
         while len(times) < 8 or time.perf_counter() < end:
             start = time.perf_counter()
             run()

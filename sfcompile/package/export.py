@@ -71,16 +71,7 @@ def export(
         PackageError: a file cannot be written, or ``weights`` does not fit the model.
     """
     inner = options.pop("inner", "auto")
-    if inner not in INNERS:
-        allowed = ", ".join(map(repr, INNERS))
-        raise OptionError(f"Bad value for option 'inner': got {inner!r}", "", f"Allowed: {allowed}")
-    if isinstance(topology, str) and topology == "auto":
-        raise OptionError(
-            "export needs a topology, not 'auto'", "no ranks run from which it could be found", 'write e.g. "1x4"'
-        )
-    asked = Options.from_dict({"topology": topology, "inner": "auto" if inner == "aoti" else inner, **options})
-    where = topology if isinstance(topology, Topology) else Topology.parse(topology)
-    asked.check_world(where.num_ranks)
+    asked, where = _asked(topology, inner, options)
     traced = trace(model, args, kwargs or {})
     ranks = compile_ranks(traced.captured, where, asked)
     with PackageWriter(Path(path)) as out:
@@ -100,6 +91,21 @@ def export(
             _write_kernels(out, ranks, where)
         out.finish(manifest)
     return Path(path)
+
+
+def _asked(topology: Topology | str, inner: Any, options: Mapping[str, Any]) -> tuple[Options, Topology]:
+    """The options as the backend reads them, and the ranks that will run."""
+    if inner not in INNERS:
+        allowed = ", ".join(map(repr, INNERS))
+        raise OptionError(f"Bad value for option 'inner': got {inner!r}", "", f"Allowed: {allowed}")
+    if isinstance(topology, str) and topology == "auto":
+        raise OptionError(
+            "export needs a topology, not 'auto'", "no ranks run from which it could be found", 'write e.g. "1x4"'
+        )
+    asked = Options.from_dict({"topology": topology, "inner": "auto" if inner == "aoti" else inner, **options})
+    where = topology if isinstance(topology, Topology) else Topology.parse(topology)
+    asked.check_world(where.num_ranks)
+    return asked, where
 
 
 # ---------------------------------------------------------------------- ranks

@@ -17,7 +17,6 @@ from typing import IO, Any
 import torch
 
 from sfcompile.errors import PackageError
-from sfcompile.package.disk import open_regular
 from sfcompile.package.limits import HEADER_BYTES, integer, parse_json, sizes, table
 
 DTYPES = {
@@ -64,18 +63,12 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def map_file(path: Path, follow: bool = True) -> mmap.mmap:
-    """The bytes of a regular file as private memory: writes stay in this process.
+def map_open(file: IO[bytes], path: Path) -> mmap.mmap:
+    """The bytes of an open file as private memory: writes stay in this process. ``path`` is for the error.
 
     Raises:
-        PackageError: the file cannot be read, or is empty.
+        PackageError: the file is empty, or cannot be mapped.
     """
-    with open_regular(path, follow) as file:
-        return map_open(file, path)
-
-
-def map_open(file: IO[bytes], path: Path) -> mmap.mmap:
-    """:func:`map_file` of one that is open; ``path`` is for the error."""
     try:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:

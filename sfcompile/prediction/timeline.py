@@ -26,6 +26,7 @@ LANE_WORDS = {
 }  # fmt: skip
 """What the lanes are, in words."""
 _ROW, _GAP = 1.0, 0.35
+_MAX_RANKS = 16
 
 
 def write_perfetto(
@@ -95,8 +96,8 @@ def _name(kind: str, rank: int, lane: int, text: str) -> dict[str, Any]:
     return {"ph": "M", "name": kind, "pid": rank, "tid": lane, "args": {"name": text}}
 
 
-def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], title: str, max_ranks: int = 16) -> None:
-    """Draw the ranks side by side, by machine; beyond ``max_ranks`` the first ranks of every machine.
+def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], title: str) -> None:
+    """Draw the ranks side by side, by machine; beyond _MAX_RANKS the first ranks of every machine.
 
     Raises:
         OptionError: nothing to draw, no matplotlib, or the file cannot be written.
@@ -110,7 +111,7 @@ def write_png(path: Path, spans: Sequence[Span], machine_of: Sequence[int], titl
         raise OptionError(
             "a picture needs matplotlib, which is not installed", "", 'run pip install "sfcompile[plot]"'
         ) from error
-    shown = shown_ranks(machine_of, max_ranks)
+    shown = shown_ranks(machine_of, _MAX_RANKS)
     scale, unit = _unit(max(span.stop_s for span in spans))
     figure = Figure(figsize=(12.0, 1.6 + 0.42 * len(shown)), dpi=130, layout="constrained")
     axes = figure.add_subplot()

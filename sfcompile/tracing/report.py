@@ -238,10 +238,10 @@ def spans_of(events: Sequence[Event]) -> list[Span]:
     return spans
 
 
-def last_layers(events: Sequence[Event], report: TraceReport, count: int = 2) -> list[Event]:
-    """The events of the last calls of the last ``count`` attentions: what a picture shows."""
+def last_layers(events: Sequence[Event], report: TraceReport) -> list[Event]:
+    """The events of the last calls of the last two attentions: what a picture shows."""
     attentions = [row for row in report.rows if row.kind == "attention"]
-    keys = [row.key for row in (attentions or report.rows)[-count:]]
+    keys = [row.key for row in (attentions or report.rows)[-2:]]
     latest: Counter[tuple[int, Key]] = Counter()
     for e in events:
         latest[e.rank, (e.program, e.site)] = max(latest[e.rank, (e.program, e.site)], e.epoch)

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from deadline import Deadline
+from emulated_nvshmem import DeviceCalls
 from kernel_ranks import Job, expected, inputs_of, make_site
 from virtual_ranks import VirtualRanks
 
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.builders import BUILDERS
 from sfcompile.codegen.toolchain.interpreter import interpreting
-from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import CodegenError, RuntimeTimeoutError
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def job_of(kind: str, mask: str = "none", drop: str = "") -> Job:
 
 
 def ranks_of(job: Job, machine_of: tuple[int, ...] | None = None, limit_s: float = 60.0) -> VirtualRanks:
-    calls = Emulated(lambda address, pe: address).names() if machine_of else None
+    calls = DeviceCalls(lambda address, pe: address).names() if machine_of else None
     kind = (job.mask, job.mask_is_bool)
     target = KernelTarget(CPU, calls=calls)
     return VirtualRanks(job.schedule(), target, machine_of, kind, limit_s=limit_s)

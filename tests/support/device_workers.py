@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deadline import Deadline
-from emulated_nvshmem import Library
+from emulated_nvshmem import DeviceCalls, Library
 from random_sites import Case, random_case
 from rank_workers import attend_and_gather, schedules_of, session_of, shared_memory_names
 from torch import fx
@@ -29,7 +29,6 @@ from sfcompile.codegen.engines.transfers import ReleaseKernel
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import leave_device_state
 from sfcompile.codegen.toolchain.interpreter import interpreting
-from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.errors import StreamFusionError
 from sfcompile.measuring.quick import measure_quickly
 from sfcompile.options import AS_IT_IS, Wire
@@ -50,7 +49,7 @@ def _side_of(session: Session, rank: int, timeout_s: float = 20.0) -> tuple[Nvsh
     topology = session.topology
     library = Library(rank, lambda: session.exchange(None, "meet"), lambda pe: topology.same_machine(rank, pe))
     nvshmem = Nvshmem(rank, topology.num_ranks, CPU, session.exchange, (library, library))
-    target = KernelTarget(CPU, calls=Emulated(library.address_of).names())
+    target = KernelTarget(CPU, calls=DeviceCalls(library.address_of).names())
 
     def make_release(domains: Sequence[int]) -> ReleaseKernel:
         return ReleaseKernel(rank, topology.num_ranks, target, domains)

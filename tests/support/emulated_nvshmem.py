@@ -1,4 +1,4 @@
-"""NVSHMEM's host library for tests: PEs are processes of this machine, symmetric memory lies in /dev/shm."""
+"""NVSHMEM for tests: PEs are processes of this machine, symmetric memory lies in /dev/shm."""
 
 from __future__ import annotations
 
@@ -113,6 +113,35 @@ class Library:
             if time.monotonic() > end:
                 raise TimeoutError(f"{what} did not come")
             time.sleep(0)
+
+
+class DeviceCalls:
+    """NVSHMEM's functions on the device, for kernels in Triton's interpreter, over memory that this process can reach.
+
+    Args:
+        address_of: ``(own symmetric address, pe)`` -> address of the same place in that PE's heap.
+    """
+
+    def __init__(self, address_of: Callable[[int, int], int]) -> None:
+        self._address_of = address_of
+
+    def putmem_signal_nbi_block(
+        self, dst: Any, src: Any, nbytes: Any, signal: Any, value: Any, op: Any, pe: Any
+    ) -> None:
+        dst, src, nbytes, signal, value, op, pe = map(_int, (dst, src, nbytes, signal, value, op, pe))
+        assert op == SIGNAL_SET, f"signal operation {op} is not NVSHMEM_SIGNAL_SET"
+        ctypes.memmove(self._address_of(dst, pe), src, nbytes)
+        ctypes.c_int64.from_address(self._address_of(signal, pe)).value = value  # x86 keeps the order of stores
+
+    def names(self) -> dict[str, Callable[..., None]]:
+        """What to put into a generated module's globals."""
+        from sfcompile.codegen.toolchain.nvshmem_calls import SYMBOLS  # imports Triton
+
+        return {name: getattr(self, name) for name in SYMBOLS}
+
+
+def _int(x: Any) -> int:
+    return int(x.handle.data.flat[0]) if hasattr(x, "handle") else int(getattr(x, "value", x))
 
 
 def _map_file(path: str, nbytes: int) -> mmap.mmap:

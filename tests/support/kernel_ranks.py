@@ -170,18 +170,18 @@ def error_of(job: Job, outs: Sequence[torch.Tensor]) -> float:
 def run_rank(job: Job, rank: int, places: Sequence[Place], size: HeapSize) -> torch.Tensor:
     """One rank's part of a job."""
     from deadline import Deadline
+    from emulated_nvshmem import DeviceCalls
 
     from sfcompile.codegen.engines.launch import AttendKernel, HeapView
     from sfcompile.codegen.engines.target import KernelTarget
     from sfcompile.codegen.engines.transfers import ReleaseKernel
     from sfcompile.codegen.toolchain.interpreter import interpreting
-    from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 
     segments = [map_shared(place, size) for place in places]
     own = segments[rank].address
     heaps = torch.tensor([(segment.address, pe, own) for pe, segment in enumerate(segments)])
     poll = Deadline(10.0)
-    emulated = Emulated(lambda address, pe: address - own + segments[pe].address)
+    emulated = DeviceCalls(lambda address, pe: address - own + segments[pe].address)
     target = KernelTarget(torch.device("cpu"), calls=emulated.names() if job.net else None)
     schedule = job.schedule()
     kernel = AttendKernel(

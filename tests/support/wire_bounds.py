@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from random_sites import Case
 
-from sfcompile.runtime.program.formats import ERRORS, FP8, SMALL_FP8
+from sfcompile.runtime.program.formats import BF16, FP8, SAME
+
+ERRORS = {SAME: 0.0, BF16: 2.0**-8, FP8: 2.0**-4}
+"""The most that an element may be off, relative to it."""
+SMALL_FP8 = 2.0**-17
+"""The most that an element of a row of "fp8" may be off, relative to the row's largest, if that is more."""
 
 
 def most_off(values: torch.Tensor, written: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from deadline import Deadline
+from emulated_nvshmem import DeviceCalls
 from random_sites import even, rows
 from watched import Watch
 
@@ -15,7 +16,6 @@ from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.interpreter import interpreting
-from sfcompile.codegen.toolchain.nvshmem_calls import Emulated
 from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
@@ -40,7 +40,7 @@ def run(
 
     def target(rank: int) -> KernelTarget:
         base = [segment.address for segment in segments]
-        return KernelTarget(CPU, calls=Emulated(lambda address, pe: address - base[rank] + base[pe]).names())
+        return KernelTarget(CPU, calls=DeviceCalls(lambda address, pe: address - base[rank] + base[pe]).names())
 
     unused = KernelTarget(CPU, calls={})
     sizes = {TransferKernels(schedule, rank, unused, machine_of).bank_bytes for rank in range(RANKS)}

@@ -16,6 +16,6 @@ def test_every_text_is_code_with_the_arguments_that_it_names(reach: str) -> None
     for name, source in made.items():
         kernel = ast.parse(source).body[-1]
         assert isinstance(kernel, ast.FunctionDef) and kernel.name.startswith(name)
-        assert [entry.arg for entry in kernel.args.args] == list(chunk_arguments(name, spec))
+        assert [entry.arg for entry in kernel.args.args] == list(chunk_arguments(name))
         uses = "putmem_signal_nbi_block(" in source
         assert uses == (reach != "peer" and name != "receive")

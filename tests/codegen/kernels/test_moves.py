@@ -155,10 +155,10 @@ def test_every_text_is_code_with_the_arguments_that_it_names(reach: str) -> None
         tree = ast.parse(source)
         kernel = tree.body[-1]
         assert isinstance(kernel, ast.FunctionDef) and kernel.name.startswith(name)
-        assert [entry.arg for entry in kernel.args.args] == list(move_arguments(name, spec))
+        assert [entry.arg for entry in kernel.args.args] == list(move_arguments(name))
     gm, root = traced(*forms(width=64)["pairs"])
     rows, _ = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))
     (*_, fused) = ast.parse(put_source(spec, rows)).body
     assert isinstance(fused, ast.FunctionDef)
-    assert [entry.arg for entry in fused.args.args] == list(move_arguments("put", spec, rows))
+    assert [entry.arg for entry in fused.args.args] == list(move_arguments("put", rows))
     assert not any(entry.arg.startswith("x_") for entry in fused.args.args)

@@ -29,8 +29,6 @@ def test_what_it_does(shared: Any) -> None:
     assert store.first("b", "mine", 1.0) == "mine" and store.first("b", "late", 1.0) == "mine"
     assert store.get_all(["a", "b"], 1.0) == ["1", "mine"]
     assert [store.add("n", 1, 1.0), store.add("n", 2, 1.0)] == [1, 3]
-    store.delete("a", 1.0)
-    assert store.get("a", 1.0) is None
     store.close()
 
 

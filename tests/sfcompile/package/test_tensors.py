@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfcompile.errors import PackageError
-from sfcompile.package.tensors import ALIGN, NAMES, map_file, read_tensors, write_tensors
+from sfcompile.package.tensors import ALIGN, NAMES, map_open, read_tensors, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -25,6 +26,11 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert value.contiguous().view(torch.uint8).equal(b[name].contiguous().view(torch.uint8)), name
 
 
+def mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return map_open(file, path)
+
+
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     with (tmp_path / "ours").open("wb") as file:
         write_tensors(file, tensors())
@@ -33,7 +39,7 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
 
 def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
     save_file({name: value.contiguous() for name, value in tensors().items()}, tmp_path / "theirs", {"made": "here"})
-    memory = map_file(tmp_path / "theirs")
+    memory = mapped(tmp_path / "theirs")
     same(read_tensors(memory, 0, len(memory), "theirs"), tensors())
 
 
@@ -41,7 +47,7 @@ def test_every_tensor_lies_on_a_boundary_and_writing_to_it_leaves_the_file(tmp_p
     path = tmp_path / "ours"
     with path.open("wb") as file:
         write_tensors(file, tensors())
-    memory, before = map_file(path), path.read_bytes()
+    memory, before = mapped(path), path.read_bytes()
     found = read_tensors(memory, 0, len(memory), "ours")
     assert all(value.data_ptr() % ALIGN == 0 for value in found.values() if value.numel())
     found["wide"].zero_()
@@ -64,13 +70,14 @@ def test_damage_is_an_error(tmp_path: Path, damage: object) -> None:
     with path.open("wb") as file:
         write_tensors(file, tensors())
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
-    memory = map_file(path)
+    memory = mapped(path)
     with pytest.raises(PackageError, match="not in safetensors' format"):
         read_tensors(memory, 0, len(memory), "ours")
 
 
 def test_what_cannot_be_read_or_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
     with pytest.raises(PackageError, match="cannot be read"):
-        map_file(tmp_path / "nothing")
+        mapped(tmp_path / "empty")
     with (tmp_path / "x").open("wb") as file, pytest.raises(PackageError, match="complex128"):
         write_tensors(file, {"x": torch.zeros(1, dtype=torch.complex128)})
