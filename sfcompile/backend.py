@@ -21,7 +21,7 @@ from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.capture.randomness import draws
-from sfcompile.device import device_of, dtype_of, engines_for, no_kernels, start, topology_for
+from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
 from sfcompile.errors import (
     MeshError,
     OptionError,
@@ -103,22 +103,22 @@ def streamfusion_backend(
                 follow_environment()
             session.reconfigure(asked.transport, asked.timeout_s)
             start(device_of(example_inputs), session, asked)
-            given = _given(asked, session)
+            named = _named_topology(asked, session)
         except _REFUSALS as error:
             refuse_together(error, session, _describe(gm, example_inputs, asked))
-        first, any_size = _compile_rank(gm, example_inputs, asked, session, given)
+        first, any_size = _compile_rank(gm, example_inputs, asked, session, named)
     moving = moving_inputs(gm, example_inputs)
     if any_size or not moving:
         return first.run
 
     def compile(inputs: Sequence[Any]) -> SizedProgram:
-        return _compile_rank(gm, inputs, asked, session, given)[0]
+        return _compile_rank(gm, inputs, asked, session, named)[0]
 
     return BySizes(gm, first, example_inputs, moving, compile, session)
 
 
 def _compile_rank(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options, session: Session, given: Topology | None
+    gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options, session: Session, named: Topology | None
 ) -> tuple[SizedProgram, bool]:
     """A graph's program for the sizes of some inputs, and whether it serves other sizes too (an unsharded one does)."""
     began = time.perf_counter()
@@ -134,18 +134,18 @@ def _compile_rank(
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
         return SizedProgram(run_inner(gm, example_inputs, None, asked)), True
     capture_s = time.perf_counter() - began
-    digest = _digest_text(captured, asked, given or session.topology)
+    digest = _digest_text(captured, asked, named or session.topology)
     described = _describe(gm, example_inputs, asked, captured.written)
     session.agree(f"{digest}\n{described}", described)
     # Only now: ranks that compile different things have said so, and those that are here measure together.
-    links = _links(asked, given, session, example_inputs)
+    links = _links(asked, named, session, example_inputs)
     topology = links.topology
 
     def passes(split_batch: bool) -> Compiled:
         with artifacts(asked, session.rank) as wish:
             return run_passes(
                 captured, topology, session.rank, wish, session.from_first, split_batch, dump=True,
-                kernels_put=not no_kernels(session.side),
+                kernels_put=not session.side.no_kernels,
             )  # fmt: skip
 
     compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))
@@ -177,17 +177,17 @@ def _compile_rank(
     return SizedProgram(run, captured.numbers), False
 
 
-def _links(asked: Options, given: Topology | None, session: Session, inputs: Sequence[Any]) -> SourcedTopology:
+def _links(asked: Options, named: Topology | None, session: Session, inputs: Sequence[Any]) -> SourcedTopology:
     """What the graph is planned on. Collective: the first time they are wanted, links are measured."""
-    if given is not None:
-        return given_links(given)
+    if named is not None:
+        return given_links(named)
     base = topology_for(device_of(inputs), session.topology)
     if asked.topology == ASSUMED:
         return assumed_links(base)
     return measured_links(session, base, asked.transport, dtype_of(inputs))
 
 
-def _given(asked: Options, session: Session) -> Topology | None:
+def _named_topology(asked: Options, session: Session) -> Topology | None:
     """The topology that the options name; None: it is found, and measured.
 
     Raises:

@@ -21,9 +21,9 @@ from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_de
 from sfcompile.codegen.toolchain.nvshmem_bitcode import require_library
 from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.options import Options
+from sfcompile.runtime.gpu.carriers import CARRIERS, choose_carrier
 from sfcompile.runtime.gpu.device_run import DeviceEngine
 from sfcompile.runtime.gpu.device_side import NvshmemSide
-from sfcompile.runtime.gpu.layers import LAYERS, choose_layer
 from sfcompile.runtime.gpu.message_side import MessageSide
 from sfcompile.runtime.gpu.nccl import connect
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
@@ -35,7 +35,6 @@ from sfcompile.runtime.gpu.together import together
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.engine import Engine
 from sfcompile.runtime.rank.session import Session, sessions
-from sfcompile.runtime.rank.sides import Side
 from sfcompile.runtime.wires.c10d import PairedTransport
 
 log = logging.getLogger("sfcompile")
@@ -79,29 +78,29 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
         UnsupportedError, HeapError: nothing that may carry chunks between GPU ranks starts.
     """
     if device.type != "cuda":
-        if asked.transport in LAYERS:
+        if asked.transport in CARRIERS:
             raise OptionError(
                 f"transport={asked.transport!r} with CPU ranks",
                 "it moves data between GPUs, and the model's inputs are on the CPU",
                 "use transport='auto', or move the model to GPUs",
             )
         return
-    if asked.transport not in ("auto", *LAYERS):
+    if asked.transport not in ("auto", *CARRIERS):
         raise OptionError(
             f"transport={asked.transport!r} with GPU ranks",
             "shared memory, TCP and gloo serve CPU ranks",
-            f"use transport='auto', or one of {', '.join(map(repr, LAYERS))}",
+            f"use transport='auto', or one of {', '.join(map(repr, CARRIERS))}",
         )
-    if session.side.device.type == "cpu":
-        chosen = choose_layer(asked.transport, layers_for(device, session, asked.timeout_s))
+    if not session.side.on_gpu:
+        chosen = choose_carrier(asked.transport, carriers_for(device, session, asked.timeout_s))
         chosen.side.carried_by = chosen.line
         session.use_side(chosen.side)
 
 
-def layers_for(
+def carriers_for(
     device: torch.device, session: Session, timeout_s: float
 ) -> dict[str, Callable[[], NvshmemSide | MessageSide]]:
-    """What starts each of LAYERS for a session's ranks, all of them together."""
+    """What starts each of CARRIERS for a session's ranks, all of them together."""
     rank, topology, share = session.rank, session.topology, session.exchange
 
     def nvshmem() -> NvshmemSide:
@@ -142,7 +141,7 @@ def _refuse_nvshmem(session: Session, topology: Topology) -> None:
         UnsupportedError: another group of ranks has started it.
         CodegenError: kernels that put between machines cannot be linked with its device code.
     """
-    if any(other.side.device.type == "cuda" for other in sessions()):
+    if any(other.side.on_gpu for other in sessions()):
         raise UnsupportedError(
             "a process in two groups of GPU ranks",
             "NVSHMEM joins a process to one job and cannot be started twice",
@@ -170,7 +169,7 @@ def engines_for(
     """
     every = [schedule for schedules in programs.values() for schedule in schedules]
     sites = [schedule.site for schedule in every if isinstance(schedule, AttentionSchedule)]
-    chosen, why = choose_attention(asked.attention, sites, device.type, no_kernels(session.side))
+    chosen, why = choose_attention(asked.attention, sites, device.type, session.side.no_kernels)
     line = f"{chosen} ({why})"
     shared: dict[Schedule, KernelEngine] = {}
     kinds: dict[Schedule, list[tuple[str, bool]]] = {}
@@ -192,11 +191,6 @@ def engines_for(
         return shared[schedule]
 
     return {program: [engine(schedule) for schedule in schedules] for program, schedules in programs.items()}, line
-
-
-def no_kernels(side: Side[Any]) -> str:
-    """Why generated kernels cannot put from where a session's sites run; "": they can."""
-    return "no NVSHMEM carries what kernels put" if isinstance(side, MessageSide) else ""
 
 
 def topology_for(device: torch.device, job: Topology) -> Topology:

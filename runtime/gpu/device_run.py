@@ -19,15 +19,11 @@ import torch
 
 from sfcompile.errors import StreamFusionError
 from sfcompile.runtime.gpu.status import DeviceStatus
+from sfcompile.runtime.gpu.streams import is_capturing
 from sfcompile.runtime.program.phases import EXCHANGE_START
-from sfcompile.runtime.rank.executor import BankView
+from sfcompile.runtime.rank.site_call import OwnHeap
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE, HeapSize, bank_of
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched now goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class DeviceHeap(Protocol):
@@ -128,7 +124,7 @@ class DeviceRuns:
         # By bank, the place of the call that used it last: two calls may be open.
         self._places: list[torch.Tensor | None] = [None] * NUM_BANKS
         # Puts come first where both streams have work: peers wait for what they send.
-        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def prepare(self, engine: DeviceEngine) -> None:
         """Make what calls of an engine's sites need on the device."""
@@ -157,7 +153,7 @@ class DeviceRuns:
         place[:2].copy_(self._counter)
         return DeviceRun(self, engine, epoch, engine.view(table, place))
 
-    def host_bank(self, epoch: int) -> BankView:
+    def host_bank(self, epoch: int) -> OwnHeap:
         """Begin a call whose epoch the host bakes in (transport.py): both counts go on together."""
         self._counter[:1].fill_(epoch)
         self._counter[1:].fill_(word_of(epoch, self._tag))
@@ -175,23 +171,23 @@ class DeviceRuns:
         self._release.run(self._heap.table, place)
 
     @contextmanager
-    def side(self) -> Iterator[None]:
+    def on_the_side(self) -> Iterator[None]:
         """Inside, kernels run on the stream of the puts, after all that was launched before.
 
         What they read stays where it is until :meth:`join`: the graph holds it (passes/graph/lifetimes.py). So nobody
         need tell the allocator, which would keep every source of a captured graph for ever.
         """
-        if self._side is None:
+        if self._stream is None:
             yield
             return
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
         """The main stream goes on after the put kernels."""
-        if self._side is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._side)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 class DeviceRun:
@@ -215,7 +211,7 @@ class DeviceRun:
         """A phase that sends a local tensor; kernels take all of its tokens at a time."""
         assert part == -1
         self._reads(tensor)
-        with self._runs.side():
+        with self._runs.on_the_side():
             if phase == EXCHANGE_START:
                 self._own = self._engine.start(tensor, self._view)
             else:
@@ -224,7 +220,7 @@ class DeviceRun:
     def put_fused(self, phase: str, sources: Sequence[torch.Tensor], rows: Any) -> None:
         """:meth:`put` of what a row program makes of its sources."""
         self._reads(*sources)
-        with self._runs.side():
+        with self._runs.on_the_side():
             self._engine.put_fused(phase.removeprefix("put_"), rows, sources, self._view)
 
     def _reads(self, *tensors: torch.Tensor) -> None:

@@ -10,11 +10,12 @@ from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.device_run import DeviceEngine, DeviceRuns, Release
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
 from sfcompile.runtime.gpu.status import DeviceStatus, Watchdog
+from sfcompile.runtime.gpu.streams import synchronize
 from sfcompile.runtime.gpu.together import Share
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
 from sfcompile.runtime.rank.sides import RunningSite, aligned, bank_room, run_on_host
+from sfcompile.runtime.rank.site_call import SiteCall, SiteSchedule
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 MakeRelease = Callable[[Sequence[int]], Release]
@@ -35,10 +36,12 @@ class NvshmemSide:
 
     Attributes:
         domains: by rank of the job; see NvshmemHeap.
-        carried_by: see Side in runtime/rank/sides.py.
+        carried_by, no_kernels, on_gpu: see Side in runtime/rank/sides.py.
     """
 
     carried_by = ""
+    no_kernels = ""
+    on_gpu = True
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class NvshmemSide:
         """Of the symmetric heap."""
         return None if self._heap is None else self._heap.size
 
-    def room(self, schedules: Sequence[SchedulePlan], engines: Sequence[DeviceEngine | None]) -> HeapSize:
+    def room(self, schedules: Sequence[SiteSchedule], engines: Sequence[DeviceEngine | None]) -> HeapSize:
         """Every rank gives credits; puts by NVSHMEM's host calls are packed in the other half of a bank."""
         pairs = zip(schedules, engines, strict=True)
         packed = [2 * aligned(schedule.heap_bytes) for schedule, engine in pairs if engine is None]
@@ -85,8 +88,7 @@ class NvshmemSide:
         replays count epochs of their own there, and give each other credit for them.
         """
         if self._heap is not None and self._runs is not None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            synchronize(self.device)
             if any(self._share(self._runs.captured, "leave the old heap")):
                 self._kept.append((self._heap, self._runs))
             else:
@@ -106,8 +108,7 @@ class NvshmemSide:
     def _credit(self, heap: NvshmemHeap, epoch: int) -> None:
         """Nothing of older epochs lies in a new heap: every rank starts with credit for them from all."""
         heap.words(heap.size.credits_at, heap.size.num_credits).fill_(epoch)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         self._share(None, "start with credit")
 
     def open(self, call: SiteCall, engine: DeviceEngine | None) -> RunningSite:

@@ -13,9 +13,10 @@ import torch
 
 from sfcompile.errors import HeapError, InternalError, UnsupportedError
 from sfcompile.runtime.gpu.status import DeviceStatus, Watchdog
+from sfcompile.runtime.gpu.streams import is_capturing
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.rank.executor import BankView, SchedulePlan, SiteCall
 from sfcompile.runtime.rank.sides import RunningSite, SiteEngine, bank_room, run_on_host
+from sfcompile.runtime.rank.site_call import OwnHeap, SiteCall, SiteSchedule
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, view_at
 from sfcompile.runtime.wires.transport import MessageTransport, Transport
 
@@ -44,8 +45,11 @@ class MessageSide:
 
     Attributes:
         domains: by rank of the job: each is alone.
-        carried_by: see Side in runtime/rank/sides.py.
+        carried_by, no_kernels, on_gpu: see Side in runtime/rank/sides.py.
     """
+
+    no_kernels = "no NVSHMEM carries what kernels put"
+    on_gpu = True
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class MessageSide:
         self._rank, self._topology, self._device = rank, topology, device
         self._status, self._messages, self._trouble = status, messages, trouble
         self._watchdog = Watchdog(status, self._look)
-        self._banks: BankView | None = None
+        self._banks: OwnHeap | None = None
         self._wires: Transport | None = messages
         self._size: HeapSize | None = None
         self.domains: Sequence[int] = tuple(range(topology.num_ranks))
@@ -75,7 +79,7 @@ class MessageSide:
         """Of the banks."""
         return self._size
 
-    def room(self, schedules: Sequence[SchedulePlan], engines: Sequence[SiteEngine | None]) -> HeapSize:
+    def room(self, schedules: Sequence[SiteSchedule], engines: Sequence[SiteEngine | None]) -> HeapSize:
         """Banks for what arrives."""
         return bank_room(schedules, engines)
 
@@ -127,7 +131,7 @@ class MessageSide:
                 "generated kernels store into other ranks' memory, which messages do not reach",
                 "report this graph; options={'attention': 'aten'} goes round it",
             )
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._device):
             raise UnsupportedError(
                 "a CUDA graph is captured while the executor runs the sites of a GPU rank",
                 "chunks carry the number of their call, and a replay would send that of the capture: ranks out of step "

@@ -63,11 +63,11 @@ class StoreTransport:
         segments: Sequence[torch.Tensor | None],
         size: HeapSize,
         signals: Signals,
-        side: SideStream,
+        stream: SideStream,
         status: torch.Tensor,
     ) -> None:
         self._rank, self._segments, self._size = rank, segments, size
-        self._signals, self._side, self._status = signals, side, status[:1]
+        self._signals, self._stream, self._status = signals, stream, status[:1]
         self._peers = [peer for peer, segment in enumerate(segments) if segment is not None and peer != rank]
         self._tags = [0] * NUM_BANKS
         self._used = [False] * NUM_BANKS
@@ -94,7 +94,7 @@ class StoreTransport:
         self._open.append(epoch)
         self._expected.update((epoch, arrival.slot) for arrival, view in arrivals if view.numel())
         if self._used[bank]:
-            with self._side.after_current():
+            with self._stream.after_current():
                 for peer in self._peers:
                     self._signals.wait(peer, self._credit(bank))
         self._used[bank] = True
@@ -109,11 +109,11 @@ class StoreTransport:
         assert segment is not None, f"rank {dst} is out of reach"
         packed = torch.empty(chunk.shape, dtype=chunk.dtype, device=chunk.device)
         packed.copy_(chunk)
-        with self._side.after_current():
+        with self._stream.after_current():
             view_at(segment, self._size.bank_at(bank) + offset, chunk.shape, chunk.dtype).copy_(packed)
             self._word(dst, bank, slot).fill_(word_of(epoch, self._tags[bank]))
             self._signals.raise_(dst, self._channel(bank, slot))
-        self._kept.append(_Kept(epoch, packed, self._side.event()))
+        self._kept.append(_Kept(epoch, packed, self._stream.event()))
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """The stream waits for the chunk and notes if it is of another call."""
@@ -132,7 +132,7 @@ class StoreTransport:
             for peer in self._peers:
                 self._signals.raise_(peer, self._credit(bank_of(ended)))
         for kept in [each for each in self._kept if each.epoch <= epoch]:
-            self._side.hold_current(kept.event)
+            self._stream.hold_current(kept.event)
         self._kept = [each for each in self._kept if each.epoch > epoch]
 
     def notice(self) -> str | None:

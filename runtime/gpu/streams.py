@@ -1,4 +1,4 @@
-"""A stream beside the current one, and events of it."""
+"""The current stream, one beside it, and events of that. On a CPU all is in order and nothing is captured."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def synchronize(device: torch.device) -> None:
+    """Until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class SideStream(Protocol):
@@ -23,7 +34,7 @@ class SideStream(Protocol):
 
 
 class CudaSideStream:
-    """On a GPU, before others that are ready: what it sends, other ranks wait for. On a CPU all is in order anyway."""
+    """On a GPU, before others that are ready: what it sends, other ranks wait for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -10,7 +10,7 @@ from sfcompile.errors import HeapError
 from sfcompile.runtime.gpu.message_side import Banks, MessageSide
 from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.gpu.stores import StoresAndMessages, StoreTransport, num_channels
-from sfcompile.runtime.gpu.streams import SideStream
+from sfcompile.runtime.gpu.streams import SideStream, synchronize
 from sfcompile.runtime.gpu.symmetric import SharedMemory
 from sfcompile.runtime.gpu.together import Share, together
 from sfcompile.runtime.program.topology import Topology
@@ -37,12 +37,12 @@ class SymmetricSide(MessageSide):
         status: DeviceStatus,
         messages: PairedTransport | None,
         make_memory: MakeMemory,
-        side: SideStream,
+        stream: SideStream,
         share: Share,
         trouble: Callable[[], str | None],
     ) -> None:
         super().__init__(rank, topology, device, status, messages, trouble)
-        self._pairs, self._make_memory, self._side, self._share = messages, make_memory, side, share
+        self._pairs, self._make_memory, self._stream, self._share = messages, make_memory, stream, share
         self._memory: SharedMemory | None = None
         together(share, "map each other's memory", lambda: make_memory(HeapSize(1, 64).segment_bytes))
 
@@ -53,8 +53,7 @@ class SymmetricSide(MessageSide):
             HeapError: no room, or more slots than torch has signals.
         """
         if self._memory is not None:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            synchronize(self._device)
             self._share(None, "leave the old heap")
 
         def make() -> SharedMemory:
@@ -72,7 +71,7 @@ class SymmetricSide(MessageSide):
         own = memory.segments[self._rank]
         assert own is not None
         self._banks, self._size = Banks(own, size), size
-        stores = StoreTransport(self._rank, memory.segments, size, memory, self._side, self._status.words)
+        stores = StoreTransport(self._rank, memory.segments, size, memory, self._stream, self._status.words)
         near = [segment is not None for segment in memory.segments]
         self._wires = stores if self._pairs is None else StoresAndMessages(stores, self._pairs, near)
 

@@ -20,6 +20,7 @@ import torch
 
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.nvshmem import CMP_GE, SIGNAL_SET, Nvshmem, NvshmemHeap
+from sfcompile.runtime.gpu.streams import is_capturing
 from sfcompile.runtime.program.instructions import Arrival
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, bank_of
 from sfcompile.runtime.wires.transport import TAG_BITS, Source, word_of
@@ -44,7 +45,7 @@ class NvshmemTransport:
         Raises:
             UnsupportedError: a CUDA graph is being captured.
         """
-        if self._nvshmem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._nvshmem.device):
             raise UnsupportedError(
                 "a CUDA graph is captured while attention='aten' runs on several GPU ranks",
                 "its epochs are fixed when calls are enqueued, so a replay would wait for the past",

@@ -54,8 +54,8 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
     noise, another timestep or another prompt is seen. Cost: some microseconds a tensor, whatever its size.
     """
     mark = 0
-    for given in tensors:
-        tensor = given.detach().resolve_conj().resolve_neg()  # that may be a copy, which lies otherwise
+    for value in tensors:
+        tensor = value.detach().resolve_conj().resolve_neg()  # that may be a copy, which lies otherwise
         places, span, geometry = _places(tuple(tensor.shape), tensor.stride(), tensor.dtype)
         mark = zlib.crc32(geometry, mark)
         if places.numel():

@@ -8,9 +8,10 @@ import torch
 
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
-from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall, SiteRun
+from sfcompile.runtime.rank.executor import SiteRun
 from sfcompile.runtime.rank.presence import how_it_ended
 from sfcompile.runtime.rank.sides import Wires, World, bank_room, run_on_host
+from sfcompile.runtime.rank.site_call import SiteCall, SiteSchedule
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
 
 
@@ -18,6 +19,8 @@ class CpuSide:
     """A session's CPU. Of every world there is one: a process has one heap and one set of connections."""
 
     carried_by = ""
+    no_kernels = ""
+    on_gpu = False
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -41,7 +44,7 @@ class CpuSide:
         """Of every rank's segment."""
         return self._size
 
-    def room(self, schedules: Sequence[SchedulePlan], engines: Sequence[Engine | None]) -> HeapSize:
+    def room(self, schedules: Sequence[SiteSchedule], engines: Sequence[Engine | None]) -> HeapSize:
         """Slots and banks; nobody needs credits, who writes to a rank reads its ``done`` word."""
         return bank_room(schedules, engines)
 
@@ -88,7 +91,7 @@ class CpuSide:
         """
         own = self._segments[self._world.rank]
         assert own is not None and self._wires is not None
-        _, members = call.plan.members(call.job_rank)
+        _, members = call.schedule.members(call.job_rank)
         kernel = None if engine is None else (engine, self._kernel_access(members))
         return run_on_host(call, self._world.topology, own, self._wires.transport, kernel)
 

@@ -5,105 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from itertools import compress
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any
 
 import torch
 
 from sfcompile.runtime.program.chunks import cut_chunk, place_chunk
 from sfcompile.runtime.program.formats import SAME, decode, encode
-from sfcompile.runtime.program.instructions import Arrival, Attend, Chunk, Forward, Heads, Push, Put, RankProgram, Wait
+from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Heads, Push, Put, Wait
 from sfcompile.runtime.program.phases import ATTEND, COLLECT, EXCHANGE_FINISH
-from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.rank.attention_aten import attend
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
 from sfcompile.runtime.rank.partials import Partials
+from sfcompile.runtime.rank.site_call import AttentionSiteSchedule, OwnHeap, SiteCall, is_attention
 from sfcompile.runtime.wires.symmetric_heap import bank_of
 from sfcompile.runtime.wires.transport import Source, Transport
-
-
-class SlotPlace(Protocol):
-    """Where a slot lies in a bank."""
-
-    @property
-    def offset(self) -> int:
-        """Bytes from the start of the bank."""
-
-
-class SchedulePlan(Protocol):
-    """What the executor reads of a schedule (codegen hands it in)."""
-
-    @property
-    def site(self) -> Any:
-        """What the site asks for (runtime/program/sites.py)."""
-
-    @property
-    def slots(self) -> Sequence[SlotPlace]:
-        """Every slot of a bank."""
-
-    @property
-    def heap_bytes(self) -> int:
-        """Bytes of one bank, up to the end of its last slot."""
-
-    def members(self, rank: int) -> tuple[int, tuple[int, ...]]:
-        """Which rank of the schedule a rank of the job is, and the job's ranks of its group."""
-
-    def program(self, rank: int) -> RankProgram:
-        """One rank's instructions."""
-
-    def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
-        """Shape of what arrives at a rank."""
-
-    def form(self, rank: int, arrival: Arrival) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of it as it travels (runtime/program/formats.py)."""
-
-
-class AttentionPlan(SchedulePlan, Protocol):
-    """What it reads of an attention's schedule beyond that."""
-
-    @property
-    def site(self) -> AttentionSite:
-        """The attention."""
-
-    def heads(self, rank: int) -> Heads:
-        """The query heads that a rank computes."""
-
-    def kv_heads(self, rank: int) -> Heads:
-        """The key and value heads that a rank computes with."""
-
-    def rows(self, tensor: str, chunk: Chunk) -> tuple[int, int]:
-        """Which of its rank's local tokens a chunk is."""
-
-    def positions(self, tensor: str, chunk: Chunk) -> tuple[tuple[int, int], ...]:
-        """The global token positions of a chunk."""
-
-
-def is_attention(plan: SchedulePlan) -> TypeGuard[AttentionPlan]:
-    """Whether a schedule is an attention's: the site says so, schedules are codegen's and unknown here."""
-    return isinstance(plan.site, AttentionSite)
-
-
-class BankView(Protocol):
-    """This rank's own heap segment."""
-
-    def chunk(self, bank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of ``shape`` at ``offset`` bytes of a bank, in the segment's own memory."""
-
-
-class SiteCall(NamedTuple):
-    """A site begins, in a call of its program (calls.py).
-
-    Attributes:
-        program, site: numbers: which program of the session, which of its sites.
-        epoch: how-manieth site of the job this is to begin.
-        tag: of the program's call.
-    """
-
-    job_rank: int
-    program: int
-    site: int
-    plan: SchedulePlan
-    epoch: int
-    tag: int = 0
 
 
 class SiteRun:
@@ -121,12 +36,12 @@ class SiteRun:
     """
 
     def __init__(
-        self, call: SiteCall, heap: BankView, transport: Transport, kernel: tuple[Engine, KernelAccess] | None = None
+        self, call: SiteCall, heap: OwnHeap, transport: Transport, kernel: tuple[Engine, KernelAccess] | None = None
     ) -> None:
-        plan, epoch = call.plan, call.epoch
-        rank, self._members = plan.members(call.job_rank)
+        schedule, epoch = call.schedule, call.epoch
+        rank, self._members = schedule.members(call.job_rank)
         bank = bank_of(epoch)
-        self.plan = plan
+        self.schedule = schedule
         self.epoch = epoch
         self.blocked_s = 0.0
         self.waited_s: dict[int, float] = {}
@@ -134,13 +49,13 @@ class SiteRun:
         self.late_reads: Collection[int] = ()
         self._rank = rank
         self._transport = transport
-        self._program = plan.program(rank)
+        self._program = schedule.program(rank)
         self._tensors: dict[tuple[str, int], torch.Tensor] = {}
-        self._parts_left = plan.site.parts
+        self._parts_left = schedule.site.parts
         self._partials = Partials()
         self._arrivals = {arrival.slot: arrival for arrival in self._program.arrivals}
         self._views = {
-            slot: heap.chunk(bank, plan.slots[slot].offset, *plan.form(rank, arrival))
+            slot: heap.chunk(bank, schedule.slots[slot].offset, *schedule.form(rank, arrival))
             for slot, arrival in self._arrivals.items()
         }
         self._kernel = kernel
@@ -151,9 +66,9 @@ class SiteRun:
         transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()], call.tag)
 
     @property
-    def _attention(self) -> AttentionPlan:
-        assert is_attention(self.plan), "the graph attends and collects only at attentions"
-        return self.plan
+    def _attention(self) -> AttentionSiteSchedule:
+        assert is_attention(self.schedule), "the graph attends and collects only at attentions"
+        return self.schedule
 
     # ------------------------------------------------------------------ phases
 
@@ -167,12 +82,12 @@ class SiteRun:
         memory for something else, although it is read again later.
         """
         name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
-        written = self.plan.site.written(name)
+        written = self.schedule.site.written(name)
         encoded: dict[tuple[Heads, int], torch.Tensor] = {}  # several ranks may be sent the same
         for step in self._program.phases[phase]:
             assert isinstance(step, Put) and step.tensor == name
             if part in (-1, step.part):
-                offset = self.plan.slots[step.slot].offset
+                offset = self.schedule.slots[step.slot].offset
                 if written == SAME:
                     outgoing = self._outgoing(tensor, step, part)
                     self._transport.put(step.dst, step.slot, offset, outgoing, self.epoch)
@@ -185,7 +100,7 @@ class SiteRun:
         if name != "x":
             stays = _cut(tensor, 1, *self._heads(name, self._rank))
         else:
-            stays = cut_chunk(self.plan.site, tensor, self._rank, self._rank)
+            stays = cut_chunk(self.schedule.site, tensor, self._rank, self._rank)
         if self._kernel is None:
             self._tensors[name, part] = stays.clone(memory_format=torch.contiguous_format)
         else:
@@ -205,13 +120,13 @@ class SiteRun:
             if isinstance(step, Wait):
                 self._wait(step)
             elif isinstance(step, Forward):
-                offset = self.plan.slots[step.to_slot].offset
+                offset = self.schedule.slots[step.to_slot].offset
                 self._transport.put(step.dst, step.to_slot, offset, self._views[step.slot], self.epoch, Source.BANK)
             elif isinstance(step, Attend):
                 self._attend(step, mask)
             elif isinstance(step, Push):
                 out = self._output_leaving(step.q)
-                offset = self.plan.slots[step.slot].offset
+                offset = self.schedule.slots[step.slot].offset
                 self._transport.put(step.q.src, step.slot, offset, out, self.epoch, Source.KEPT)
         # Nothing but outputs is read from here on, and with parts the site stays open under the next layer.
         self._joined.clear()
@@ -219,7 +134,7 @@ class SiteRun:
         self._tensors.clear()
 
     def _run_kernel(self, engine: Engine, access: KernelAccess, mask: torch.Tensor | None) -> None:
-        site = self.plan.site
+        site = self.schedule.site
         rows = sum(length for _, length in site.q_positions[self._rank])
         self._own = torch.zeros(site.batch, site.heads, rows, site.v_head_dim, dtype=site.dtype)
         access.await_banks(engine.sends, self.epoch)
@@ -259,11 +174,11 @@ class SiteRun:
 
     def receive(self, out: torch.Tensor) -> None:
         """Fill ``out`` with what this rank wants, from every rank's shard, at its positions."""
-        place_chunk(self.plan.site, out, self._tensors["x", -1], self._rank, self._rank)
+        place_chunk(self.schedule.site, out, self._tensors["x", -1], self._rank, self._rank)
         for step in self._program.phases[EXCHANGE_FINISH]:
             assert isinstance(step, Wait)
             self._wait(step)
-            place_chunk(self.plan.site, out, self._views[step.slot], step.src, self._rank)
+            place_chunk(self.schedule.site, out, self._views[step.slot], step.src, self._rank)
 
     def finish(self, epoch: int) -> None:
         """This rank has read everything of ``epoch`` and of all epochs before."""
@@ -291,14 +206,14 @@ class SiteRun:
     def _outgoing(self, tensor: torch.Tensor, step: Put, part: int) -> torch.Tensor:
         """The heads that the receiver computes, of one part of the tokens."""
         if step.tensor == "x":
-            return cut_chunk(self.plan.site, tensor, self._rank, step.dst)
+            return cut_chunk(self.schedule.site, tensor, self._rank, step.dst)
         first, last = self._heads(step.tensor, step.dst)
         start, stop = self._rows(step.tensor, Chunk(self._rank, step.part), part)
         return _cut(_cut(tensor, 1, first, last), 2, start, stop)
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
         self._partials.begin(step.q)
-        site, bias = self.plan.site, None
+        site, bias = self.schedule.site, None
         keys, k_slots, v_slots = step.kv, step.k_slots, step.v_slots
         if mask is not None or site.causal:
             rows = [run for chunk in step.q for run in self._attention.positions("q", chunk)]
@@ -314,11 +229,11 @@ class SiteRun:
             if site.causal and _last(columns) > _first(rows):
                 bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None]
         q, k, v = self._join("q", step.q_slots, step.q), self._join("k", k_slots, keys), self._join("v", v_slots, keys)
-        done = attend(q, k, v, None if bias is None else bias.to(q.device), site.scale)
-        if done is None:
+        partial = attend(q, k, v, None if bias is None else bias.to(q.device), site.scale)
+        if partial is None:
             return
         lengths = [stop - start for start, stop in (self._attention.rows("q", chunk) for chunk in step.q)]
-        self._partials.add(step.q, lengths, done)
+        self._partials.add(step.q, lengths, partial)
 
     def _join(self, name: str, slots: tuple[int | None, ...], chunks: tuple[Chunk, ...]) -> torch.Tensor:
         """Some chunks of Q, K or V one after the other, with one key head per query head; kept for later calls."""
@@ -326,7 +241,7 @@ class SiteRun:
         if key not in self._joined:
             parts = [self._chunk(name, slot, chunk) for slot, chunk in zip(slots, chunks, strict=True)]
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-            group = self.plan.site.heads // self.plan.site.kv_heads
+            group = self.schedule.site.heads // self.schedule.site.kv_heads
             if name != "q" and group > 1:
                 first = self._attention.kv_heads(self._rank)[0]
                 heads = [head // group - first for head in range(*self._attention.heads(self._rank))]
@@ -346,16 +261,16 @@ class SiteRun:
 
     def _arrived(self, slot: int) -> torch.Tensor:
         """The chunk that has come to a slot, in the site's dtype."""
-        arrival, site = self._arrivals[slot], self.plan.site
+        arrival, site = self._arrivals[slot], self.schedule.site
         written = site.written(arrival.tensor)
         if written == SAME:
             return self._views[slot]
-        return decode(self._views[slot], written, self.plan.shape(self._rank, arrival), site.dtype)
+        return decode(self._views[slot], written, self.schedule.shape(self._rank, arrival), site.dtype)
 
     def _output(self, chunk: Chunk) -> torch.Tensor:
         """The finished output of some queries, in the site's dtype; zeros where no key was allowed."""
         partial = self._partials[chunk]
-        site = self.plan.site
+        site = self.schedule.site
         if partial is None:
             (first, last), (start, stop) = self._attention.heads(self._rank), self._attention.rows("q", chunk)
             return torch.zeros(site.batch, last - first, stop - start, site.v_head_dim, dtype=site.dtype)
@@ -363,7 +278,7 @@ class SiteRun:
 
     def _output_leaving(self, chunk: Chunk) -> torch.Tensor:
         """The same as it goes home: encoded before it is rounded to the site's dtype, so that it is rounded once."""
-        written, partial = self.plan.site.written("o"), self._partials[chunk]
+        written, partial = self.schedule.site.written("o"), self._partials[chunk]
         if written == SAME or partial is None:
             return encode(self._output(chunk), written)
         return encode(partial[0], written)

@@ -21,8 +21,8 @@ from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.instructions import Attend, Chunk
 from sfcompile.runtime.program.phases import ATTEND as ATTEND_PHASE
 from sfcompile.runtime.program.phases import COLLECT, EXCHANGE_FINISH
-from sfcompile.runtime.rank.executor import AttentionPlan, is_attention
 from sfcompile.runtime.rank.session import current_session
+from sfcompile.runtime.rank.site_call import AttentionSiteSchedule, is_attention
 
 _library = torch.library.Library("streamfusion", "DEF")
 _OPS = {
@@ -206,13 +206,13 @@ torch.library.register_fake("streamfusion::opaque", _fake_opaque, lib=_library)
 def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, **kwargs: Any) -> int:
     """FLOPs of this rank's pairs: two products of Lq x Lk for every head of its slice."""
     session = current_session()
-    plan = session.schedule(program, site)
-    assert is_attention(plan)
-    rank = plan.members(session.rank)[0]
-    facts, mine = plan.site, plan.program(rank)
-    start, stop = plan.heads(rank)
+    schedule = session.schedule(program, site)
+    assert is_attention(schedule)
+    rank = schedule.members(session.rank)[0]
+    facts, mine = schedule.site, schedule.program(rank)
+    start, stop = schedule.heads(rank)
     pairs: int = sum(
-        _tokens(plan, "q", step.q) * _tokens(plan, "k", step.kv)
+        _tokens(schedule, "q", step.q) * _tokens(schedule, "k", step.kv)
         for step in mine.phases["attend"]
         if isinstance(step, Attend)
     )
@@ -220,6 +220,6 @@ def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, *
     return per_pair * pairs
 
 
-def _tokens(plan: AttentionPlan, tensor: str, chunks: tuple[Chunk, ...]) -> int:
-    spans = [plan.rows(tensor, chunk) for chunk in chunks]
+def _tokens(schedule: AttentionSiteSchedule, tensor: str, chunks: tuple[Chunk, ...]) -> int:
+    spans = [schedule.rows(tensor, chunk) for chunk in chunks]
     return sum(stop - start for start, stop in spans)

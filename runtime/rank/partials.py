@@ -31,22 +31,22 @@ class Partials:
         for chunk in queries:
             self._of.setdefault(chunk, None)
 
-    def add(self, queries: tuple[Chunk, ...], lengths: Sequence[int], done: Partial) -> None:
-        """Add what some queries, one after the other in ``done``, found in keys that they had not met.
+    def add(self, queries: tuple[Chunk, ...], lengths: Sequence[int], partial: Partial) -> None:
+        """Add what some queries, one after the other in ``partial``, found in keys that they had not met.
 
         Args:
             lengths: tokens of each chunk.
         """
         if queries == self._together:
-            done = merge(self._whole, done, into_first=True) or done
+            partial = merge(self._whole, partial, into_first=True) or partial
         elif any(self._of[chunk] is not None for chunk in queries):
             # Some of them have met other keys than the rest: each by itself, and no longer as a part of a whole.
             self._together, self._whole = (), None
-            for chunk, one in zip(queries, _cut(done, lengths), strict=True):
+            for chunk, one in zip(queries, _cut(partial, lengths), strict=True):
                 self._of[chunk] = merge(self._of[chunk], one, into_first=True)
             return
-        self._together, self._whole = queries, done
-        self._of.update(zip(queries, _cut(done, lengths), strict=True))
+        self._together, self._whole = queries, partial
+        self._of.update(zip(queries, _cut(partial, lengths), strict=True))
 
 
 def _cut(partial: Partial, lengths: Sequence[int]) -> list[Partial]:

@@ -16,7 +16,8 @@ import torch
 from sfcompile.runtime.program.instructions import Arrival, Attend
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
-from sfcompile.runtime.rank.executor import BankView, SiteCall, SiteRun
+from sfcompile.runtime.rank.executor import SiteRun
+from sfcompile.runtime.rank.site_call import OwnHeap, SiteCall
 from sfcompile.runtime.wires.transport import Source, Transport
 
 
@@ -65,15 +66,15 @@ class RecordedRun(SiteRun):
         recorder: Recorder,
         topology: Topology,
         call: SiteCall,
-        heap: BankView,
+        heap: OwnHeap,
         transport: Transport,
         kernel: tuple[Engine, KernelAccess] | None,
     ) -> None:
         self._recorder = recorder
         self._where = (call.program, call.site, call.epoch)
         self._job_rank = call.job_rank
-        rank, members = call.plan.members(call.job_rank)
-        arrivals = {arrival.slot: arrival for arrival in call.plan.program(rank).arrivals}
+        rank, members = call.schedule.members(call.job_rank)
+        arrivals = {arrival.slot: arrival for arrival in call.schedule.program(rank).arrivals}
         super().__init__(call, heap, _Clocked(transport, self, arrivals, members, topology), kernel)
 
     def note(self, lane: str, name: str, start_s: float, nbytes: int = 0, peer: int | None = None) -> None:

@@ -22,11 +22,11 @@ import torch
 from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
 from sfcompile.runtime.rank.calls import Calls, fingerprint
 from sfcompile.runtime.rank.cpu_side import CpuSide
-from sfcompile.runtime.rank.executor import SchedulePlan, SiteCall
 from sfcompile.runtime.rank.fit import check_end, check_fused, check_held, check_put
 from sfcompile.runtime.rank.forks import Forked
 from sfcompile.runtime.rank.process_group import compare
 from sfcompile.runtime.rank.sides import RunningSite, Side, SiteEngine, World
+from sfcompile.runtime.rank.site_call import SiteCall, SiteSchedule
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 from sfcompile.runtime.wires.transport import notice_of, peer_failed, with_calls
 from sfcompile.torch_private import keep_for_ever
@@ -42,7 +42,7 @@ class _Loaded(NamedTuple):
     """A program that this session can run, and what runs its sites (None: the executor)."""
 
     number: int
-    schedules: list[SchedulePlan]
+    schedules: list[SiteSchedule]
     engines: Sequence[SiteEngine | None]
 
 
@@ -158,7 +158,7 @@ class Session:
     def load(
         self,
         program: str,
-        schedules: Sequence[SchedulePlan],
+        schedules: Sequence[SiteSchedule],
         engines: Sequence[SiteEngine | None] | None = None,
     ) -> None:
         """Register a program; collective when the heap has to grow.
@@ -212,11 +212,11 @@ class Session:
         self._side = side
 
     @property
-    def programs(self) -> dict[str, list[SchedulePlan]]:
+    def programs(self) -> dict[str, list[SiteSchedule]]:
         """Every loaded program and its schedules, in the order of loading, which is the same on every rank."""
         return {program: loaded.schedules for program, loaded in self._programs.items()}
 
-    def schedule(self, program: str, site: int) -> SchedulePlan:
+    def schedule(self, program: str, site: int) -> SiteSchedule:
         """The schedule of a loaded site."""
         return self._programs[program].schedules[site]
 

@@ -14,7 +14,8 @@ import torch
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import recorder
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
-from sfcompile.runtime.rank.executor import BankView, SchedulePlan, SiteCall, SiteRun
+from sfcompile.runtime.rank.executor import SiteRun
+from sfcompile.runtime.rank.site_call import OwnHeap, SiteCall, SiteSchedule
 from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
 from sfcompile.runtime.wires.transport import GroupTransport, Transport
@@ -136,9 +137,13 @@ class Side(Protocol[EngineT]):
 
     Attributes:
         carried_by: what carries chunks between GPU ranks, and why, for reports; "" on CPUs.
+        no_kernels: why generated kernels cannot put from there; "" if they can.
+        on_gpu: whether it is a GPU's; the host does not take part in what is sent there.
     """
 
     carried_by: str
+    no_kernels: str
+    on_gpu: bool
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +157,7 @@ class Side(Protocol[EngineT]):
     def size(self) -> HeapSize | None:
         """Of the heap; None: there is none yet, or no longer."""
 
-    def room(self, schedules: Sequence[SchedulePlan], engines: Sequence[EngineT | None]) -> HeapSize:
+    def room(self, schedules: Sequence[SiteSchedule], engines: Sequence[EngineT | None]) -> HeapSize:
         """The heap that a program needs; ``engines`` by site, None: the executor runs it."""
 
     def make_heap(self, size: HeapSize, epoch: int) -> None:
@@ -202,7 +207,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
-def bank_room(schedules: Sequence[SchedulePlan], engines: Sequence[SiteEngine | None]) -> HeapSize:
+def bank_room(schedules: Sequence[SiteSchedule], engines: Sequence[SiteEngine | None]) -> HeapSize:
     """What every side needs for a program: slots for each site, bytes for its chunks and for what its kernels keep."""
     slots = max((len(schedule.slots) for schedule in schedules), default=0)
     sizes = [schedule.heap_bytes for schedule in schedules]
@@ -213,7 +218,7 @@ def bank_room(schedules: Sequence[SchedulePlan], engines: Sequence[SiteEngine | 
 def run_on_host(
     call: SiteCall,
     topology: Topology,
-    heap: BankView,
+    heap: OwnHeap,
     transport: Transport,
     kernel: tuple[Engine, KernelAccess] | None = None,
 ) -> SiteRun:
@@ -224,7 +229,7 @@ def run_on_host(
         transport: of the job.
         kernel: runs the attend phase, and what it sees of the heaps.
     """
-    _, members = call.plan.members(call.job_rank)
+    _, members = call.schedule.members(call.job_rank)
     everyone = members == tuple(range(topology.num_ranks))
     wires = transport if everyone else GroupTransport(transport, members)
     if recorder.active is not None:

@@ -121,13 +121,13 @@ def connect(rank: int, peers: Sequence[int], exchange: Exchange, timeout_s: floa
 
 def _require_secrets(rank: int, lengths: Sequence[int | None]) -> None:
     """All ranks have a secret that is long enough, or none has one."""
-    given = [other for other, length in enumerate(lengths) if length is not None]
+    having = [other for other, length in enumerate(lengths) if length is not None]
     short = [other for other, length in enumerate(lengths) if length is not None and length < SECRET_BYTES]
     error: StreamFusionError
-    if given and len(given) < len(lengths):
-        without = [other for other in range(len(lengths)) if other not in given]
+    if having and len(having) < len(lengths):
+        without = [other for other in range(len(lengths)) if other not in having]
         error = RankMismatchError(
-            f"{SECRET} is set on {_listed(given)} and not on {_listed(without)}",
+            f"{SECRET} is set on {_listed(having)} and not on {_listed(without)}",
             "a connection is made only between ranks that have the same secret",
             f"set {SECRET} to the same value on every rank, or on none",
             rank=rank,
@@ -220,7 +220,7 @@ class _Hands:
                 if now > deadline:
                     why = "".join(f"; rank {peer}: {self._why[peer]}" for peer in missing if peer in self._why)
                     return f"rank {self._rank} has no connection with {_listed(missing)} after {timeout_s:g} s{why}"
-                self._begin_calls(now, deadline)
+                self._begin_calls(now)
                 self._end_late_ones(now)
                 for key, _ in self._selector.select(self._nap(now, deadline)):
                     if key.data is None:
@@ -242,7 +242,7 @@ class _Hands:
         until = [deadline, *self._call_at.values(), *(hand.ends_at for hand in self._open)]
         return max(0.0, min(until) - now) + 1e-3
 
-    def _begin_calls(self, now: float, deadline: float) -> None:
+    def _begin_calls(self, now: float) -> None:
         for peer in [peer for peer, at in self._call_at.items() if at <= now]:
             del self._call_at[peer]
             link = socket.socket()

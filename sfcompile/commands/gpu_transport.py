@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from sfcompile.runtime.gpu.layers import LAYERS
+from sfcompile.runtime.gpu.carriers import CARRIERS
+from sfcompile.runtime.gpu.message_side import MessageSide
 
 
 def gpu_transport() -> tuple[str, str]:
-    """The first layer that may start, with why none before it; and why generated kernels cannot put over it, or ""."""
+    """The first carrier that may start, with why none before it; why generated kernels cannot put over it, or ""."""
     reasons: list[str] = []
     for name, hindrance in (("nvshmem", _no_nvshmem()), ("symm_mem", _no_peer_access()), ("nccl", _no_nccl())):
         if not hindrance:
-            text = "\n".join([f"{name}: {LAYERS[name]}", *reasons, "not shm, c10d: they serve CPU ranks"])
-            return text, "" if name == "nvshmem" else "no NVSHMEM carries what kernels put"
+            text = "\n".join([f"{name}: {CARRIERS[name]}", *reasons, "not shm, c10d: they serve CPU ranks"])
+            return text, "" if name == "nvshmem" else MessageSide.no_kernels
         reasons.append(f"not {name}: {hindrance}")
     return "\n".join(["none: several GPU ranks cannot run", *reasons]), "there is nothing to put over"
 

@@ -27,39 +27,39 @@ def line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
     return float(start), float(max(slope, 0.0))
 
 
-def rates_in(marks: Sequence[tuple[float, float]], begin_s: float, end_s: float, pieces: int) -> list[float]:
-    """Bytes per second in equal pieces of a stretch of time.
+def rates_in(marks: Sequence[tuple[float, float]], begin_s: float, end_s: float, count: int) -> list[float]:
+    """Bytes per second in ``count`` equal slices of a stretch of time.
 
     Args:
         marks: ``(seconds, bytes that had come)``, ascending; between two marks bytes are taken to come evenly.
         begin_s, end_s: the stretch.
     """
     times, came = zip(*marks, strict=True)
-    edges = np.interp(np.linspace(begin_s, end_s, pieces + 1), times, came)
-    return [float(rate) for rate in np.diff(edges) / max((end_s - begin_s) / pieces, 1e-12)]
+    edges = np.interp(np.linspace(begin_s, end_s, count + 1), times, came)
+    return [float(rate) for rate in np.diff(edges) / max((end_s - begin_s) / count, 1e-12)]
 
 
-def link_rate(rates: Matrix, machine_of: Sequence[int], piece_s: float) -> tuple[float, float]:
+def link_rate(rates: Matrix, machine_of: Sequence[int], slice_s: float) -> tuple[float, float]:
     """What the slowest machine's link carries, and how far that may be off.
 
     Args:
-        piece_s: seconds of a piece.
-        rates: [ranks, pieces], bytes per second that came to each rank in the same pieces of time; a rank to which
+        slice_s: seconds of a slice.
+        rates: [ranks, slices], bytes per second that came to each rank in the same slices of time; a rank to which
             nothing was sent has zeros.
 
     Returns:
-        Bytes per second in the best stretch of the pieces that carries ENOUGH_BYTES, or is three quarters of them; and
-        the part of it by which all pieces together are slower. (0, 1) if nothing came anywhere.
+        Bytes per second in the best stretch of the slices that carries ENOUGH_BYTES, or is three quarters of them; and
+        the part of it by which all slices together are slower. (0, 1) if nothing came anywhere.
     """
     machines = np.array(machine_of)
-    found: list[tuple[float, float]] = []
+    rates_and_spreads: list[tuple[float, float]] = []
     for machine in sorted(set(machine_of)):
-        pieces = rates[machines == machine].sum(axis=0)
-        if pieces.any():
-            enough = math.ceil(ENOUGH_BYTES / max(float(pieces.mean()) * piece_s, 1e-12))
-            best = _best_stretch(pieces, min(max(enough, 2), 3 * len(pieces) // 4))
-            found.append((best, 1.0 - float(pieces.mean()) / best))
-    return min(found, default=(0.0, 1.0))
+        rate = rates[machines == machine].sum(axis=0)
+        if rate.any():
+            enough = math.ceil(ENOUGH_BYTES / max(float(rate.mean()) * slice_s, 1e-12))
+            best = _best_stretch(rate, min(max(enough, 2), 3 * len(rate) // 4))
+            rates_and_spreads.append((best, 1.0 - float(rate.mean()) / best))
+    return min(rates_and_spreads, default=(0.0, 1.0))
 
 
 def _best_stretch(values: NDArray[np.float64], least: int) -> float:

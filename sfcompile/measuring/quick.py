@@ -28,7 +28,6 @@ from sfcompile.measuring.estimate import line, link_rate, rates_in
 from sfcompile.measuring.shifts import LANES, Shifts
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import recorder
-from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.session import Session
 from sfcompile.torch_private import autocast_off
 
@@ -40,7 +39,7 @@ STREAM_S = 0.2
 CHUNK_S = 0.015
 GROUP = 3
 """So many messages, then the ranks' word on how long they take."""
-PIECES = 8
+SLICES = 8
 LATER = 0.5
 """The first part of a stream, which does not count."""
 _SMALL = 64
@@ -77,8 +76,8 @@ class _Own:
 
     slowest: dict[str, float]
     usual: dict[str, float]
-    pieces: list[float]
-    piece_s: float
+    rates: list[float]
+    slice_s: float
     busy: float
 
 
@@ -90,23 +89,23 @@ def measure_quickly(session: Session, base: Topology, dtype: torch.dtype, budget
         dtype: of the model.
         budget_s: what all of it may take, apart from what a first compile does anyway: making heap and connections.
     """
-    on_gpu = not isinstance(session.side, CpuSide)
+    on_gpu = session.side.on_gpu
     inside = (_SMALL, *(_GPU_INSIDE if on_gpu else _INSIDE)) if _shares_machines(base) else ()
     across = (_SMALL, *_SIZES) if base.num_machines > 1 else ()
     with torch.no_grad(), autocast_off(), _unrecorded(), Shifts(session, inside, across) as shifts:
         bench = _QuickBench(session, base, shifts, budget_s)
         slowest, usual = bench.inside(inside, on_gpu) if inside else ({}, {})
-        pieces: list[float] = []
-        piece_s = 0.0
+        rates: list[float] = []
+        slice_s = 0.0
         if across:
-            more, late, pieces, piece_s = bench.across(on_gpu)
+            more, late, rates, slice_s = bench.across(on_gpu)
             slowest, usual = slowest | more, late | usual
         slowest |= compute_rates(shifts.device, dtype, shifts.synchronize, shifts.meet)
         if "launch_s" in slowest:
             usual["launch_s"] = slowest.pop("launch_s")
         if not on_gpu and "copy_bytes_per_s" not in slowest:  # one rank a machine: its own copies only
             slowest["copy_bytes_per_s"] = _copies()
-        everyone: list[_Own] = session.exchange(_Own(slowest, usual, pieces, piece_s, bench.busy), "measure")
+        everyone: list[_Own] = session.exchange(_Own(slowest, usual, rates, slice_s, bench.busy), "measure")
         seconds = float(shifts.meet(bench.elapsed_s).max())
     return _together(everyone, base, seconds, on_gpu)
 
@@ -120,7 +119,7 @@ def _together(everyone: list[_Own], base: Topology, seconds: float, on_gpu: bool
         constants[name] = statistics.median(own.usual[name] for own in everyone if name in own.usual)
     spread: float | None = None
     if base.num_machines > 1:
-        rate, spread = link_rate(np.array([own.pieces for own in everyone]), base.machine_of, everyone[0].piece_s)
+        rate, spread = link_rate(np.array([own.rates for own in everyone]), base.machine_of, everyone[0].slice_s)
         ranks = max(len(base.ranks_of(machine)) for machine in set(base.machine_of))
         share = -(-ranks // base.nics_per_machine)
         constants["network_bytes_per_s"] = rate / -(-ranks // share)
@@ -190,7 +189,7 @@ class _QuickBench:
     # ------------------------------------------------------------------ between machines
 
     def across(self, on_gpu: bool) -> tuple[dict[str, float], dict[str, float], list[float], float]:
-        """Latency and a message's cost; what moving bytes costs; rates by piece of time, and a piece's length."""
+        """Latency and a message's cost; what moving bytes costs; rates by slice of time, and a slice's length."""
         self._shifts.meet()
         put_s, total_s = self.rounds(True, _SMALL, 12)
         usual = {"network_latency_s": total_s if on_gpu else max(total_s - put_s, 1e-6)}
@@ -202,13 +201,13 @@ class _QuickBench:
             marks, wires_s = self.stream(max(self._budget_s - COMPUTE_S, elapsed_s + STREAM_S))
             self.busy = (_without_core_s() - ready_s) / max(marks[-1][0], 1e-9)
         end_s = float(self._shifts.meet(marks[-1][0])[:, 0].min())
-        piece_s = (1.0 - LATER) * end_s / PIECES
+        slice_s = (1.0 - LATER) * end_s / SLICES
         if not self._shifts.comes(True, _SMALL):
-            return {}, usual, [0.0] * PIECES, piece_s
-        pieces = rates_in(marks, LATER * end_s, end_s, PIECES)
+            return {}, usual, [0.0] * SLICES, slice_s
+        rates = rates_in(marks, LATER * end_s, end_s, SLICES)
         noticed = wires_s > _NOTICED * marks[-1][0] and not self.has_idle_cores
         touch = {"touch_bytes_per_s": 2.0 * marks[-1][1] / wires_s} if noticed and not on_gpu else {}
-        return touch, usual, pieces, piece_s
+        return touch, usual, rates, slice_s
 
     def stream(self, until_s: float) -> tuple[list[tuple[float, float]], float]:
         """One stream of messages between machines.

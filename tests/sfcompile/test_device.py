@@ -59,7 +59,7 @@ def test_the_device_of_a_graph() -> None:
 
 
 def test_transports_that_do_not_reach_are_refused() -> None:
-    session: Any = SimpleNamespace(side=SimpleNamespace(device=CPU))
+    session: Any = SimpleNamespace(side=SimpleNamespace(on_gpu=False))
     start(CPU, session, Options())
     with pytest.raises(OptionError, match="transport='nvshmem' with CPU ranks"):
         start(CPU, session, Options(transport="nvshmem"))
@@ -73,7 +73,7 @@ def test_transports_that_do_not_reach_are_refused() -> None:
 
 def test_engines_by_device_and_option() -> None:
     programs = {"p": [TORUS, GATHER, replace(TORUS)]}
-    session: Any = SimpleNamespace(rank=1, side=SimpleNamespace(domains=(0, 0)))
+    session: Any = SimpleNamespace(rank=1, side=SimpleNamespace(domains=(0, 0), no_kernels=""))
     engines, line = engines_for(programs, CPU, session, Options())
     assert engines == {"p": [None, None, None]} and line.startswith("aten (on CPU ranks")
     engines, line = engines_for(programs, CPU, session, Options(attention="triton"))
@@ -91,11 +91,11 @@ def test_without_nvshmem_the_library_attends() -> None:
         engines_for({"p": [TORUS]}, torch.device("cuda"), session, Options(attention="triton"))
 
 
-def test_a_layer_is_started_and_its_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_carrier_is_started_and_its_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them fail here, where there is no GPU: in words, and one that is made to start is taken."""
     used: list[Any] = []
     session: Any = SimpleNamespace(
-        rank=0, global_rank=0, side=SimpleNamespace(device=CPU), topology=Topology((0,)), use_side=used.append,
+        rank=0, global_rank=0, side=SimpleNamespace(on_gpu=False), topology=Topology((0,)), use_side=used.append,
         exchange=lambda value, doing: [value],
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "nvshmem", None)
@@ -103,7 +103,7 @@ def test_a_layer_is_started_and_its_reason_kept(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UnsupportedError, match="needs nvshmem4py"):
         start(cuda, session, Options(transport="nvshmem"))
     side = SimpleNamespace(carried_by="")
-    monkeypatch.setattr(device, "layers_for", lambda *args: {"nccl": lambda: side})
+    monkeypatch.setattr(device, "carriers_for", lambda *args: {"nccl": lambda: side})
     start(cuda, session, Options())
     assert used == [side] and side.carried_by == "nccl: messages between all ranks"
 
@@ -116,7 +116,7 @@ def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) 
         return KernelEngine(schedule, 0, KernelTarget(CPU), (0, 0))
 
     monkeypatch.setattr(device, "KernelEngine", engine)
-    session: Any = SimpleNamespace(rank=0, side=SimpleNamespace(domains=(0, 0)))
+    session: Any = SimpleNamespace(rank=0, side=SimpleNamespace(domains=(0, 0), no_kernels=""))
     engines, line = engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options())
     assert engines["p"][0] is engines["p"][2] and len(built) == 2 and line.startswith("triton (puts, waits")
     kinds = {("p", 0): ("key", True)}

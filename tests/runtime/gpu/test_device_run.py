@@ -20,8 +20,8 @@ from sfcompile.errors import InternalError, StreamFusionError
 from sfcompile.runtime.gpu.device_run import DeviceRun, DeviceRuns
 from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.rank.executor import SiteCall
 from sfcompile.runtime.rank.session import Session
+from sfcompile.runtime.rank.site_call import SiteCall
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE, HeapSize, Watched
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 

@@ -14,8 +14,8 @@ from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.errors import RuntimeTimeoutError, UnsupportedError
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.cpu_side import CpuSide
-from sfcompile.runtime.rank.executor import SiteCall
 from sfcompile.runtime.rank.sides import Wires
+from sfcompile.runtime.rank.site_call import SiteCall
 from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment, local_segment
 

@@ -1,4 +1,4 @@
-"""What a phase is given is compared with its plan before anything is sent."""
+"""What a phase is given is compared with its schedule before anything is sent."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ TICKET = torch.zeros(1, dtype=torch.int64)
 def test_every_shape_of_a_random_attention_is_what_is_planned() -> None:
     for seed in range(8):
         case = random_case(seed)
-        plan = schedules_of(case)[0]
+        schedule = schedules_of(case)[0]
         for rank in range(case.mesh.num_ranks):
             q, k, v = case.shard(rank)
             for phase, tensor in (("put_q", q), ("put_k", k), ("put_v", v)):
-                check_put(plan, rank, phase, tensor)
+                check_put(schedule, rank, phase, tensor)
                 with pytest.raises(InternalError, match=phase):
-                    check_put(plan, rank, phase, tensor.double())
+                    check_put(schedule, rank, phase, tensor.double())
                 with pytest.raises(InternalError, match="was planned for float32"):
-                    check_put(plan, rank, phase, tensor[:, :, :-1] if tensor.shape[2] else tensor[:, :-1])
+                    check_put(schedule, rank, phase, tensor[:, :, :-1] if tensor.shape[2] else tensor[:, :-1])
 
 
 def test_parts_are_looked_at_one_by_one() -> None:
     case = random_case(7, ranks=2)
-    plan = schedules_of(case)[0]
+    schedule = schedules_of(case)[0]
     site = replace(case.site, parts=2)
-    plan = replace(plan, site=site)
+    schedule = replace(schedule, site=site)
     q = case.shard(0)[0]
     start, stop = site.rows(True, 0, 2, 1)
-    check_put(plan, 0, "put_q", q[:, :, start:stop], 1)
-    check_end(plan, 0, torch.empty(site.local_shape("o", 0, 1)), 1)
+    check_put(schedule, 0, "put_q", q[:, :, start:stop], 1)
+    check_end(schedule, 0, torch.empty(site.local_shape("o", 0, 1)), 1)
     with pytest.raises(InternalError, match="collect of .* is given"):
-        check_end(plan, 0, torch.empty(site.local_shape("o", 0)).new_empty(1, 1), 1)
+        check_end(schedule, 0, torch.empty(site.local_shape("o", 0)).new_empty(1, 1), 1)
 
 
 def test_a_row_program_is_looked_at_with_its_sources() -> None:
     case = random_case(7, ranks=2)
-    plan = schedules_of(case)[0]
+    schedule = schedules_of(case)[0]
     q = case.shard(0)[0]
     rows = SimpleNamespace(shapes=((3, 4), tuple(q.shape)))
-    check_fused(plan, 0, "put_q", [torch.zeros(3, 4)], rows)
+    check_fused(schedule, 0, "put_q", [torch.zeros(3, 4)], rows)
     with pytest.raises(InternalError, match=r"float32\[4, 4\]"):
-        check_fused(plan, 0, "put_q", [torch.zeros(4, 4)], rows)
+        check_fused(schedule, 0, "put_q", [torch.zeros(4, 4)], rows)
     with pytest.raises(InternalError, match="planned for"):
-        check_fused(plan, 0, "put_q", [torch.zeros(3, 4)], SimpleNamespace(shapes=((3, 4), (1, 2))))
+        check_fused(schedule, 0, "put_q", [torch.zeros(3, 4)], SimpleNamespace(shapes=((3, 4), (1, 2))))
 
 
 @pytest.mark.parametrize("wrong", ["dtype", "shape", "out"])

@@ -12,8 +12,9 @@ from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import recorder
-from sfcompile.runtime.rank.executor import SiteCall, SiteRun
+from sfcompile.runtime.rank.executor import SiteRun
 from sfcompile.runtime.rank.sides import aligned, bank_room, run_on_host
+from sfcompile.runtime.rank.site_call import SiteCall
 from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
 from sfcompile.runtime.wires.transport import GroupTransport

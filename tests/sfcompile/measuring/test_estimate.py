@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sfcompile.measuring.estimate import line, link_rate, rates_in
-from sfcompile.measuring.quick import LATER, PIECES
+from sfcompile.measuring.quick import LATER, SLICES
 
 Marks = list[tuple[float, float]]
 
@@ -33,9 +33,9 @@ def estimate(streams: list[Marks], machine_of: list[int]) -> tuple[float, float]
     """As quick.py estimates."""
     end = min(marks[-1][0] for marks in streams)
     return link_rate(
-        np.array([rates_in(marks, LATER * end, end, PIECES) for marks in streams]),
+        np.array([rates_in(marks, LATER * end, end, SLICES) for marks in streams]),
         machine_of,
-        (1 - LATER) * end / PIECES,
+        (1 - LATER) * end / SLICES,
     )
 
 
@@ -62,19 +62,19 @@ def test_ranks_of_a_machine_share_its_link_and_the_slowest_machine_counts() -> N
 
 
 def test_a_machine_to_which_nothing_was_sent_is_no_slow_one() -> None:
-    assert link_rate(np.array([[5.0] * PIECES, [0.0] * PIECES]), [0, 1], 1.0) == (5.0, 0.0)
-    assert link_rate(np.zeros((2, PIECES)), [0, 1], 1.0) == (0.0, 1.0)
+    assert link_rate(np.array([[5.0] * SLICES, [0.0] * SLICES]), [0, 1], 1.0) == (5.0, 0.0)
+    assert link_rate(np.zeros((2, SLICES)), [0, 1], 1.0) == (0.0, 1.0)
 
 
 def test_the_spread_says_that_a_link_was_not_steady() -> None:
-    pieces = np.array([[1.0, 1.0] + [10.0] * 6])
-    assert link_rate(pieces, [0], 0.02) == (10.0, pytest.approx(0.225))
+    rates = np.array([[1.0, 1.0] + [10.0] * 6])
+    assert link_rate(rates, [0], 0.02) == (10.0, pytest.approx(0.225))
 
 
 def test_a_fast_link_may_lose_most_of_its_turns() -> None:
-    pieces = np.array([[1.0, 1.0, 10.0, 10.0, 1.0, 1.0, 1.0, 1.0]])
-    assert link_rate(1e7 * pieces, [0], 0.1) == (1e8, pytest.approx(0.675))
-    assert link_rate(1e4 * pieces, [0], 0.1)[0] < 5e4  # it may have saved that up
+    rates = np.array([[1.0, 1.0, 10.0, 10.0, 1.0, 1.0, 1.0, 1.0]])
+    assert link_rate(1e7 * rates, [0], 0.1) == (1e8, pytest.approx(0.675))
+    assert link_rate(1e4 * rates, [0], 0.1)[0] < 5e4  # it may have saved that up
 
 
 def test_bytes_between_two_marks_come_evenly() -> None:

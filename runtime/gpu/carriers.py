@@ -1,4 +1,4 @@
-"""What carries chunks between GPU ranks: the first layer that starts on all of them, and why not the ones before it."""
+"""What carries chunks between GPU ranks: the first that starts on all of them, and why not the ones before it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from sfcompile.errors import StreamFusionError, UnsupportedError
 
-LAYERS = {
+CARRIERS = {
     "nvshmem": "one-sided puts between all ranks, from kernels and from streams",
     "symm_mem": "stores between GPUs of a machine that map each other's memory, NCCL's messages between machines",
     "nccl": "messages between all ranks",
@@ -17,8 +17,8 @@ LAYERS = {
 S = TypeVar("S")
 
 
-class Chosen(NamedTuple, Generic[S]):
-    """A layer that has started.
+class Started(NamedTuple, Generic[S]):
+    """A carrier that has started.
 
     Attributes:
         side: what its attempt returned.
@@ -30,19 +30,19 @@ class Chosen(NamedTuple, Generic[S]):
     line: str
 
 
-def choose_layer(asked: str, attempts: Mapping[str, Callable[[], S]]) -> Chosen[S]:
-    """Collective: start a layer.
+def choose_carrier(asked: str, attempts: Mapping[str, Callable[[], S]]) -> Started[S]:
+    """Collective: start a carrier.
 
     Args:
-        asked: one of LAYERS, or "auto".
-        attempts: by name, in order, what starts a layer. Each fails on every rank or on none (together.py).
+        asked: one of CARRIERS, or "auto".
+        attempts: by name, in order, what starts a carrier. Each fails on every rank or on none (together.py).
 
     Raises:
-        StreamFusionError: the layer that was asked for does not start, or a rank has gone.
+        StreamFusionError: the carrier that was asked for does not start, or a rank has gone.
         UnsupportedError: none starts.
     """
     if asked != "auto":
-        return Chosen(asked, attempts[asked](), f"{asked} (asked for): {LAYERS[asked]}")
+        return Started(asked, attempts[asked](), f"{asked} (asked for): {CARRIERS[asked]}")
     problems: list[str] = []
     for name, attempt in attempts.items():
         try:
@@ -52,7 +52,7 @@ def choose_layer(asked: str, attempts: Mapping[str, Callable[[], S]]) -> Chosen[
                 raise  # the others may be elsewhere: no further attempt would find them
             problems.append(f"not {name}: {error.what}")
             continue
-        return Chosen(name, side, f"{name}: {'; '.join([LAYERS[name], *problems])}")
+        return Started(name, side, f"{name}: {'; '.join([CARRIERS[name], *problems])}")
     failure = UnsupportedError(
         f"nothing carries chunks between the GPU ranks ({'; '.join(problems)})",
         "the ranks compute one model together and exchange its tokens",
