@@ -238,7 +238,7 @@ class Traffic:
     moves: list[tuple[fx.Node, Layout | Window]] = field(default_factory=list)
 
 
-def _made() -> Any:
+def _by_a_pass() -> Any:
     """A field that a pass makes: to read it before is an AttributeError, which the runner puts into words."""
     return field(init=False, repr=False)
 
@@ -255,17 +255,17 @@ class State:
     topology: Topology
     rank: int
     asked: Asked = Asked()
-    sites: list[Site] = _made()
-    tokens: Tokens = _made()
-    layouts: Layouts = _made()
-    choices: Choices = _made()
+    sites: list[Site] = _by_a_pass()
+    tokens: Tokens = _by_a_pass()
+    layouts: Layouts = _by_a_pass()
+    choices: Choices = _by_a_pass()
     group: Group | None = field(default=None, init=False)
-    placement: Placement = _made()
-    local: LocalGraph = _made()  # this rank's graph
-    traffic: Traffic = _made()
+    placement: Placement = _by_a_pass()
+    local: LocalGraph = _by_a_pass()  # this rank's graph
+    traffic: Traffic = _by_a_pass()
     fused_puts: tuple[int, int] | None = field(default=None, init=False)  # how many, of how many; None: no kernels
-    programs: dict[str, list[Schedule]] = _made()  # one proved schedule per site, by program
-    report: GraphReport = _made()
+    programs: dict[str, list[Schedule]] = _by_a_pass()  # one proved schedule per site, by program
+    report: GraphReport = _by_a_pass()
 
     @property
     def num_groups(self) -> int:

@@ -59,7 +59,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
     """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
     tensors, written = call.captured.tensor_inputs, call.captured.written
     weights, loaded = Weights(), call.weights
-    session, shared, made = call.session, call.shared, itertools.count(1)
+    session, shared, calls = call.session, call.shared, itertools.count(1)
     # With rank 0's values in the step, an input that the graph does not write to holds other ones here.
     views = [view for view in call.captured.aliases if shared is None or view.input in written]
 
@@ -68,17 +68,17 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
         args = tuple(call.captured.as_tensors(args))
         called = f"{call.name}/{weights.mark([args[i] for i in loaded])}" if loaded else call.name
         mine, device = [args[i] for i in call.compared], session.side.device
-        looks = shared is None and _can_look(device, next(made))
+        looks = shared is None and _can_look(device, next(calls))
         looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
         with session.call(called, looked_at, call.talks), autocast_off():
-            given = list(args)
+            inputs = list(args)
             if shared is not None:
                 values = shared.share(session, [*mine, *([generator_state(device)] if call.draws else [])])
                 for i, value in zip(call.compared, values, strict=False):
-                    given[i] = value
+                    inputs[i] = value
                 if call.draws:
                     set_generator_state(device, values[-1])
-            out = local(*(given[i] for i in tensors))
+            out = local(*(inputs[i] for i in tensors))
         for i, value in zip(written, out[len(out) - len(written) :], strict=True):
             args[i].copy_(value)
         own = out[: len(out) - len(written)]

@@ -119,11 +119,11 @@ def _readable(options: Mapping[str, Any]) -> Options | None:
     for key in ("mesh", "transport", "timeout_s"):
         with suppress(OptionError):
             values[key] = getattr(Options.from_dict({key: options[key]} if key in options else {}), key)
-    mesh, given = values.pop("mesh", None), options.get("mesh")
+    mesh, named = values.pop("mesh", None), options.get("mesh")
     asked = Options(**values)
     if mesh is None or isinstance(mesh, dict):
         in_groups = bool(sessions()) and existing_session() is None
-        unknown = mesh is None and given not in (None, "auto") and not isinstance(given, Mapping)
+        unknown = mesh is None and named not in (None, "auto") and not isinstance(named, Mapping)
         return None if in_groups or unknown else asked
     try:
         members = ranks_of(mesh)

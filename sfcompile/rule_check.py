@@ -60,20 +60,20 @@ def check_op_rule(
     if not tokens or not counts or not ranks:
         raise OptionError("nothing is checked", "tokens, counts or ranks is empty", "say tokens={0: 1}, for example")
     for count in counts:
-        given = list(inputs(count))
+        operands = list(inputs(count))
         for index, dim in tokens.items():
-            if index >= len(given) or dim >= given[index].ndim or given[index].shape[dim] != count:
-                shape = list(given[index].shape) if index < len(given) else "not there"
+            if index >= len(operands) or dim >= operands[index].ndim or operands[index].shape[dim] != count:
+                shape = list(operands[index].shape) if index < len(operands) else "not there"
                 raise OptionError(
                     f"tokens={{{index}: {dim}}}, but input {index} for {count} tokens is {shape}",
                     "that dim must have as many entries as there are tokens",
                     "name the dim that holds them",
                 )
-        captured = capture(_calling(function, len(given)), given)
+        captured = capture(_calling(function, len(operands)), operands)
         with torch.no_grad():
-            want = captured.gm(*given)
+            want = captured.gm(*operands)
         for number in ranks:
-            _compare(captured, given, want, tokens, number, f"{count} tokens on {number} ranks", tolerance)
+            _compare(captured, operands, want, tokens, number, f"{count} tokens on {number} ranks", tolerance)
     return len(counts) * len(ranks)
 
 
@@ -86,14 +86,14 @@ def _calling(function: Callable[..., Any], arity: int) -> fx.GraphModule:
 
 def _compare(
     captured: Captured,
-    given: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor],
     want: Sequence[torch.Tensor],
     seeds: Mapping[int, int],
     ranks: int,
     case: str,
     tolerance: float,
 ) -> None:
-    for rank, result in enumerate(_run(_graphs(captured, seeds, ranks, case), given)):
+    for rank, result in enumerate(_run(_graphs(captured, seeds, ranks, case), operands)):
         for index, (mine, whole) in enumerate(zip(result, want, strict=True)):
             where = f"output {index} of rank {rank}, {case}"
             if mine.shape != whole.shape or mine.dtype != whole.dtype:
@@ -174,13 +174,13 @@ def _steps(
 ) -> Generator[None, None, Any]:
     """Run a rank's graph; stops before each exchange is finished, when the others must have come as far."""
     values: dict[fx.Node, Any] = {}
-    given = iter(inputs)
+    operands = iter(inputs)
     ticket = torch.zeros(1, dtype=torch.int64)
     for node in gm.graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         name = str(node.target)
         if node.op == "placeholder":
-            values[node] = next(given)
+            values[node] = next(operands)
         elif node.op == "get_attr":
             values[node] = getattr(gm, node.target)
         elif node.op == "output":

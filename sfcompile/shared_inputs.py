@@ -101,10 +101,10 @@ class SharedInputs:
             buffer[at : at + nbytes(shape, dtype)].view(dtype).view(shape).copy_(tensor)
         return buffer
 
-    def _exchange(self, session: Session, index: int, given: torch.Tensor) -> torch.Tensor:
+    def _exchange(self, session: Session, index: int, tensor: torch.Tensor) -> torch.Tensor:
         site = self.schedules[index].site
         assert isinstance(site, ExchangeSite)
-        session.put(self.program, index, EXCHANGE_START, given)
+        session.put(self.program, index, EXCHANGE_START, tensor)
         out = torch.empty(site.wanted_shape(session.rank), dtype=torch.uint8, device=self._device)
         session.receive(self.program, index, out)
         return out
@@ -125,6 +125,6 @@ def _laid_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
                 "give the model x.contiguous()",
             )
         reach = step * (size - 1) + reach
-    made = torch.empty_strided(sizes, like.stride(), dtype=like.dtype, device=like.device)
-    made.copy_(value[tuple(slice(0, size) for size in sizes)])
-    return made.expand(like.shape)
+    dense = torch.empty_strided(sizes, like.stride(), dtype=like.dtype, device=like.device)
+    dense.copy_(value[tuple(slice(0, size) for size in sizes)])
+    return dense.expand(like.shape)

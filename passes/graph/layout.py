@@ -155,12 +155,12 @@ class Ownership:
             if first in glued:
                 continue
             grain = self._grains.get(first, 1)
-            units = length // grain
+            num_grains = length // grain
             if first in self._grains:
-                cuts = [rank * units // num_ranks for rank in range(num_ranks + 1)]
+                cuts = [rank * num_grains // num_ranks for rank in range(num_ranks + 1)]
                 counts = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
             else:
-                base, extra = divmod(units, num_ranks)
+                base, extra = divmod(num_grains, num_ranks)
                 counts = [base + ((rank - turn) % num_ranks < extra) for rank in range(num_ranks)]
                 turn = (turn + extra) % num_ranks
             at = first
@@ -349,7 +349,7 @@ class Ownership:
 
 @dataclass(frozen=True)
 class OpLayouts:
-    """What the choose phase decided about the tensors of one op."""
+    """What was chosen about the tensors of one op."""
 
     ins: list[Layout | None]
     outs: list[Layout | None]

@@ -298,8 +298,8 @@ class LocalGraph:
             self._communicate(put.default, [operand, self.ticket(), self.program, site])
         self._communicate(ops.attend.default, [self.ticket(), mask, self.program, site])
         size = list(self.owners.local_shape(op.out_shapes[0], out, self.rank))
-        done = self._communicate(ops.collect.default, [self.ticket(), self.program, site, size, dtype])
-        return self.getitem(done, 0)
+        collect = self._communicate(ops.collect.default, [self.ticket(), self.program, site, size, dtype])
+        return self.getitem(collect, 0)
 
     def attention_in_parts(
         self, op: OpView, chosen: OpLayouts, operands: Sequence[Sequence[fx.Node]], views: Sequence[LocalGraph]
@@ -328,8 +328,8 @@ class LocalGraph:
         for part, view in enumerate(views):
             size = list(view.owners.local_shape(op.out_shapes[0], out, view.rank))
             args = [self.ticket(), self.program, site, size, dtype, part]
-            done = self._communicate(ops.collect.default, args)
-            outputs.append(self.getitem(done, 0))
-            for node in (done, *done.users):
+            collect = self._communicate(ops.collect.default, args)
+            outputs.append(self.getitem(collect, 0))
+            for node in (collect, *collect.users):
                 node.meta["part"] = part
         return outputs

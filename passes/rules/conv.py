@@ -133,8 +133,8 @@ class Convolution(_OverSpace):
             named["input"] = local.call(torch.ops.aten.constant_pad_nd.default, [named["input"], pad], {})
         named["padding"] = [before if before == after else 0 for before, after in edges]
         # padding="same" is an overload of its own
-        made = local.call(op.node.target.overloadpacket.default, [], named)  # type: ignore[union-attr]
-        return local.narrow(made, stretch.dim, cut, length)
+        rows = local.call(op.node.target.overloadpacket.default, [], named)  # type: ignore[union-attr]
+        return local.narrow(rows, stretch.dim, cut, length)
 
 
 class TransposedConvolution(_OverSpace):
@@ -153,9 +153,9 @@ class TransposedConvolution(_OverSpace):
         axis, named = self._axes[stretch.dim - 2], arguments(op, operands)
         at = stretch.start + axis.before - stretch.low * axis.stride
         length = stretch.stop - stretch.start
-        made = (stretch.high - stretch.low - 1) * axis.stride + axis.reach + 1
+        rows = (stretch.high - stretch.low - 1) * axis.stride + axis.reach + 1
         extra = _listed(op.args["output_padding"], len(self._axes))
-        extra[stretch.dim - 2] = max(0, at + length - made)  # rows that no tap reaches: the bias alone
+        extra[stretch.dim - 2] = max(0, at + length - rows)  # rows that no tap reaches: the bias alone
         named["padding"] = [0 if d == stretch.dim - 2 else self._axes[d].before for d in range(len(self._axes))]
         named["output_padding"] = extra
         return local.narrow(local.call(op.node.target, [], named), stretch.dim, at, length)

@@ -73,9 +73,9 @@ class Padding(Windowed):
         if not any(before or after for before, after in amounts.values()):
             return x
         named: dict[str, Any] = arguments(op, [x])
-        given = "padding" if "padding" in named else "pad"
-        pairs = [amounts.get(x.meta["val"].dim() - 1 - i, (0, 0)) for i in range(len(named[given]) // 2)]
-        named[given] = [n for pair in pairs for n in pair]
+        name = "padding" if "padding" in named else "pad"
+        pairs = [amounts.get(x.meta["val"].dim() - 1 - i, (0, 0)) for i in range(len(named[name]) // 2)]
+        named[name] = [n for pair in pairs for n in pair]
         return local.call(op.node.target, [], named)
 
     def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
@@ -136,8 +136,8 @@ class Padding(Windowed):
                "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")  # fmt: skip
 def _padding(op: OpView) -> Rule:
     x = op.operands[0]
-    given = [int(a) for a in op.args["pad" if "pad" in op.args else "padding"]]
-    pairs = {x.ndim - 1 - i: (given[2 * i], given[2 * i + 1]) for i in range(len(given) // 2)}
+    edges = [int(a) for a in op.args["pad" if "pad" in op.args else "padding"]]
+    pairs = {x.ndim - 1 - i: (edges[2 * i], edges[2 * i + 1]) for i in range(len(edges) // 2)}
     amounts = {dim: pair for dim, pair in pairs.items() if pair != (0, 0)}
     kinds = {"pad": str(op.args.get("mode")), "constant_pad_nd": "constant"}
     mode = kinds.get(op.name) or ("replicate" if op.name.startswith("replication") else "reflect")

@@ -47,8 +47,8 @@ def nearest_rows(op: OpView, dim: int, scale: float | None) -> NDArray[np.int64]
     size, rows = op.operands[0].shape[dim], op.out_shapes[0][dim]
     step = np.float32(1.0 / scale if scale else size / rows)
     half = np.float32(0.5 if "exact" in op.name else 0.0)
-    found = np.floor((np.arange(rows, dtype=np.float32) + half) * step).astype(np.int64)
-    clipped: NDArray[np.int64] = np.minimum(found, size - 1)
+    sources = np.floor((np.arange(rows, dtype=np.float32) + half) * step).astype(np.int64)
+    clipped: NDArray[np.int64] = np.minimum(sources, size - 1)
     return clipped
 
 
@@ -79,8 +79,8 @@ class Nearest(_Interpolation):
         sources, rows = self._sources(op, dim), stretch.high - stretch.low
         factor = _whole_factor(sources, op.operands[0].shape[dim], "exact" in op.name)
         if factor:
-            made = self._resize(op, operands[0], dim, rows * factor, local)
-            return local.narrow(made, dim, stretch.start - stretch.low * factor, length)
+            copies = self._resize(op, operands[0], dim, rows * factor, local)
+            return local.narrow(copies, dim, stretch.start - stretch.low * factor, length)
         picked = torch.from_numpy(sources[stretch.start : stretch.stop] - stretch.low)
         x = local.call(aten.index_select.default, [operands[0], dim, local.constant(picked)], {})
         return self._resize(op, x, dim, length, local)
@@ -104,14 +104,14 @@ class Smooth(_Interpolation):
     def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """The same call on the window, and of that this rank's rows."""
         size, rows, dim = op.operands[0].shape[stretch.dim], op.out_shapes[0][stretch.dim], stretch.dim
-        made = self._resize(op, operands[0], dim, (stretch.high - stretch.low) * rows // size, local)
-        return local.narrow(made, dim, stretch.start - stretch.low * rows // size, stretch.stop - stretch.start)
+        resized = self._resize(op, operands[0], dim, (stretch.high - stretch.low) * rows // size, local)
+        return local.narrow(resized, dim, stretch.start - stretch.low * rows // size, stretch.stop - stretch.start)
 
 
 def _scales(op: OpView, spatial: int) -> list[float | None]:
     if "scale_factors" in op.args:
-        given = op.args["scale_factors"]
-        return [None] * spatial if given is None else [float(scale) for scale in given]
+        factors = op.args["scale_factors"]
+        return [None] * spatial if factors is None else [float(scale) for scale in factors]
     names = [name for name in op.args if name.startswith("scales")]
     return [None if op.args[name] is None else float(op.args[name]) for name in names]
 
@@ -231,9 +231,9 @@ class Shuffle(Windowed):
     def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """The same call on the window, and of that this rank's rows."""
         args, kwargs = op.rebuild(operands)
-        made = local.call(op.node.target, args, kwargs)
+        shuffled = local.call(op.node.target, args, kwargs)
         at = stretch.start - stretch.low * self._up // self._down
-        return local.narrow(made, stretch.dim, at, stretch.stop - stretch.start)
+        return local.narrow(shuffled, stretch.dim, at, stretch.stop - stretch.start)
 
 
 @register_rule("pixel_shuffle", "pixel_unshuffle")

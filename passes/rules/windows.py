@@ -127,17 +127,15 @@ class Windowed:
         if dim not in self.rows:
             return self.others.emit(op, chosen, operands, local)
         wanted = self._wanted(op, dim, owned)
-        pieces = []
+        outs = []
         for start, n in owned:
             first, last = self.reads(op, dim, start, start + n)
             low, high = self._clipped(op, dim, start, start + n)
             before, after = max(0, min(last, 0) - first), max(0, last - max(first, op.operands[0].shape[dim]))
             stretch = Stretch(dim, start, start + n, low, high, before, after)
             at = places(((low, high - low),), wanted)[0][0] if high > low else 0
-            pieces.append(
-                self.local(op, stretch, [local.narrow(operands[0], dim, at, high - low), *operands[1:]], local)
-            )
-        return pieces[0] if len(pieces) == 1 else local.call(torch.ops.aten.cat.default, [pieces, dim], {})
+            outs.append(self.local(op, stretch, [local.narrow(operands[0], dim, at, high - low), *operands[1:]], local))
+        return outs[0] if len(outs) == 1 else local.call(torch.ops.aten.cat.default, [outs, dim], {})
 
 
 def kept(op: OpView, rows: frozenset[int], mixed: frozenset[int]) -> Linked:

@@ -71,17 +71,17 @@ def aliases(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Alias, ...]:
 
     Those that read the memory as another dtype, or conjugated or negated, are values of their own: left out.
     """
-    found = []
+    views = []
     for at, value in enumerate(outputs):
-        for i, given in enumerate(inputs):
-            if not isinstance(value, torch.Tensor) or not isinstance(given, torch.Tensor):
+        for i, tensor in enumerate(inputs):
+            if not isinstance(value, torch.Tensor) or not isinstance(tensor, torch.Tensor):
                 continue
-            alike = (value.dtype, value.is_conj(), value.is_neg()) == (given.dtype, given.is_conj(), given.is_neg())
-            if alike and same_storage(value, given):
+            alike = (value.dtype, value.is_conj(), value.is_neg()) == (tensor.dtype, tensor.is_conj(), tensor.is_neg())
+            if alike and same_storage(value, tensor):
                 offset = int(value.storage_offset())
-                found.append(Alias(at, i, tuple(map(int, value.shape)), tuple(map(int, value.stride())), offset))
+                views.append(Alias(at, i, tuple(map(int, value.shape)), tuple(map(int, value.stride())), offset))
                 break
-    return tuple(found)
+    return tuple(views)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

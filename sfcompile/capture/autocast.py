@@ -212,24 +212,24 @@ class _Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[tuple[OpOverload, Any]] = []
+        self.calls: list[tuple[OpOverload, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.namespace != "prim":
-            self.made.append((func, _facts(out)))
+            self.calls.append((func, _facts(out)))
         return out
 
     @property
     def casts_unseen(self) -> bool:
         """Whether autocast may do more inside than these calls show."""
-        return any(func in _CASTS_INSIDE for func, _ in self.made)
+        return any(func in _CASTS_INSIDE for func, _ in self.calls)
 
     @property
     def numeric(self) -> list[tuple[OpOverload, list[torch.dtype]]]:
         """Without views, copies and casts: what decides the result once the operands are what they are."""
         moves = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default)
-        return [(f, [t for t, _ in facts]) for f, facts in self.made if not f.is_view and f not in moves]
+        return [(f, [t for t, _ in facts]) for f, facts in self.calls if not f.is_view and f not in moves]
 
 
 def _calls_inside(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState) -> _Calls:
@@ -246,7 +246,7 @@ def _is_transparent(target: OpOverload, args: Any, kwargs: Any, mode: FakeTensor
     if not is_composite(target):
         return True
     inside = _calls_inside(target, args, kwargs, mode, state)
-    return inside.made == _calls_inside(target, args, kwargs, mode, {}).made and not inside.casts_unseen
+    return inside.calls == _calls_inside(target, args, kwargs, mode, {}).calls and not inside.casts_unseen
 
 
 def _casts_to_lower(

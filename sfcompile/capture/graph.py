@@ -63,11 +63,11 @@ class Captured:
 
     def as_tensors(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs, of which those in ``numbers`` are 0-dim tensors."""
-        given = list(inputs)
+        tensors = list(inputs)
         for i in self.numbers:
-            if not isinstance(given[i], torch.Tensor) or isinstance(given[i], FakeTensor):
-                given[i] = _number(given[i])
-        return given
+            if not isinstance(tensors[i], torch.Tensor) or isinstance(tensors[i], FakeTensor):
+                tensors[i] = _number(tensors[i])
+        return tensors
 
 
 def refuse_training(inputs: Sequence[Any]) -> None:

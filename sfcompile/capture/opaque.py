@@ -190,16 +190,16 @@ def hide_call(graph: fx.Graph, node: fx.Node, state: AutocastState) -> None:
     OPAQUE[key] = Opaque(_under(node, operands, state), shapes, 0.0)
     with graph.inserting_before(node):
         call = graph.call_function(torch.ops.streamfusion.opaque.default, (operands, key))
-        made = [graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))]
+        items = [graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))]
     call.meta = {**node.meta, "val": outputs}
-    for each, output in zip(made, outputs, strict=True):
+    for each, output in zip(items, outputs, strict=True):
         each.meta = {**node.meta, "val": output}
     if isinstance(node.meta["val"], torch.Tensor):
-        node.replace_all_uses_with(made[0])
+        node.replace_all_uses_with(items[0])
     for user in list(node.users):
         assert user.target is operator.getitem and isinstance(user.args[1], int)
         before = [value for value in values[: user.args[1]] if isinstance(value, torch.Tensor)]
-        user.replace_all_uses_with(made[len(before)])
+        user.replace_all_uses_with(items[len(before)])
         graph.erase_node(user)
     graph.erase_node(node)
 
@@ -208,13 +208,13 @@ def _under(node: fx.Node, operands: list[fx.Node], state: AutocastState) -> Call
     """The call as a function of its operands, under an autocast state."""
     target: Any = node.target
     places: dict[fx.Node, Any] = {operand: _OperandAt(i) for i, operand in enumerate(operands)}
-    given: Any = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: places[operand])
+    template: Any = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: places[operand])
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
         def put_in(leaf: Any) -> Any:
             return tensors[leaf.index] if isinstance(leaf, _OperandAt) else leaf
 
-        args, kwargs = fx.node.map_aggregate(given, put_in)
+        args, kwargs = fx.node.map_aggregate(template, put_in)
         with autocast_as(state):
             return [out for out in tree_leaves(target(*args, **kwargs)) if isinstance(out, torch.Tensor)]
 

@@ -57,15 +57,15 @@ class Number:
 
 def numbers_in(*values: Any) -> list[Number]:
     """The numbers in some arguments, in slices and nested ones too."""
-    found: list[Number] = []
+    numbers: list[Number] = []
 
     def look(value: Any) -> Any:
         if isinstance(value, Number):
-            found.append(value)
+            numbers.append(value)
         return value
 
     fx.node.map_aggregate(values, look)
-    return found
+    return numbers
 
 
 def needed(*values: Any) -> NumberNeeded:

@@ -30,13 +30,13 @@ def check_writable(path: Path, argument: str) -> None:
     check_folder(path.parent, argument)
 
 
-def check_folder(folder: Path, argument: str, made: bool = False) -> None:
-    """A folder that files will be written into. ``made``: it will be made if it is not there.
+def check_folder(folder: Path, argument: str, create: bool = False) -> None:
+    """A folder that files will be written into. ``create``: it will be made if it is not there.
 
     Raises:
         OptionError: it is not there, is a file, or may not be written to.
     """
-    while made and not folder.exists() and folder != folder.parent:
+    while create and not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "is not there"

@@ -39,9 +39,9 @@ def completion_script(commands: Mapping[str, argparse.ArgumentParser]) -> str:
     """The script for commands and their parsers. Where it has nothing to offer, bash offers files."""
     values, options = [], []
     for name, parser in commands.items():
-        found = _OPTION.findall(parser.format_help())
+        offered = _OPTION.findall(parser.format_help())
         values += [
-            f'    "{name} {option}") words="{listed.replace(",", " ")}" ;;' for option, listed in found if listed
+            f'    "{name} {option}") words="{listed.replace(",", " ")}" ;;' for option, listed in offered if listed
         ]
-        options.append(f'      "{name} -"*) words="{" ".join(dict.fromkeys(option for option, _ in found))}" ;;')
+        options.append(f'      "{name} -"*) words="{" ".join(dict.fromkeys(option for option, _ in offered))}" ;;')
     return _SCRIPT.format(commands=" ".join(commands), values="\n".join(values), options="\n".join(options))

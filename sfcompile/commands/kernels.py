@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("No model and no shape is named", "", "say for example sfcompile kernels 1x24x4096x128")
     if shape(args.model) is None:
         check_model(args)
-    check_folder(args.out, "--out", made=True)
+    check_folder(args.out, "--out", create=True)
     from sfcompile.codegen.toolchain.listing import HEAD, line, write_kernels
 
     for folder, site, kind, where in sites_of(args, topology):

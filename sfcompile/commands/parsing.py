@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
             return []
         known = _OPTION.findall(self.format_help())
         matches = (difflib.get_close_matches(word, known, n=1) for word in _OPTION.findall(message))
-        return list(dict.fromkeys(match for found in matches for match in found))
+        return list(dict.fromkeys(match for close in matches for match in close))
 
 
 def add_model_name(parser: argparse.ArgumentParser, text: str) -> None:

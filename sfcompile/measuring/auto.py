@@ -82,8 +82,8 @@ def measured_links(session: Session, base: Topology, transport: str, dtype: torc
     key = session.side.device.type, dtype
     if key not in known:
         kept, how = _decide(session, base, transport, dtype)
-        topology = base.with_constants(kept.found.constants)
-        known[key] = SourcedTopology(topology, f"{how}: {in_a_line(topology, kept.found.spread)}")
+        topology = base.with_constants(kept.quick.constants)
+        known[key] = SourcedTopology(topology, f"{how}: {in_a_line(topology, kept.quick.spread)}")
     return known[key]
 
 
@@ -99,18 +99,18 @@ def _decide(session: Session, base: Topology, transport: str, dtype: torch.dtype
     kept: cache.Kept | None = session.exchange(cache.read(setting) if first else None, "ask for measured links")[0]
     if kept is not None:
         return _Decided(kept, f"from the cache of {kept.date}")
-    found = measure_quickly(session, base, dtype)
-    decided: list[Any] = session.exchange(_keep(setting, found) if first else None, "agree on measured links")
+    quick = measure_quickly(session, base, dtype)
+    decided: list[Any] = session.exchange(_keep(setting, quick) if first else None, "agree on measured links")
     first_says: _Decided = decided[0]
     return first_says
 
 
-def _keep(setting: dict[str, Any], found: Quick) -> _Decided:
+def _keep(setting: dict[str, Any], quick: Quick) -> _Decided:
     """What was measured, written down unless the links were too unsteady: the next job measures anew then."""
-    kept = cache.Kept(found, cache.today())
-    if found.busy > UNSTEADY:
-        problem = f"other work had the cores for {min(found.busy, 1.0):.0%} of the time, links may carry more"
+    kept = cache.Kept(quick, cache.today())
+    if quick.busy > UNSTEADY:
+        problem = f"other work had the cores for {min(quick.busy, 1.0):.0%} of the time, links may carry more"
     else:
-        problem = "links were unsteady" if (found.spread or 0.0) > UNSTEADY else cache.write(setting, found)
+        problem = "links were unsteady" if (quick.spread or 0.0) > UNSTEADY else cache.write(setting, quick)
     more = f", not kept ({problem})" if problem else ""
-    return _Decided(kept, f"measured {kept.date} in {found.seconds:.2f} s{more}")
+    return _Decided(kept, f"measured {kept.date} in {quick.seconds:.2f} s{more}")

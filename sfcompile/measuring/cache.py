@@ -35,7 +35,7 @@ _FORMAT = 1
 class Kept:
     """Something measured, and when: a date for people, in UTC."""
 
-    found: Quick
+    quick: Quick
     date: str
 
 
@@ -103,23 +103,23 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def write(setting: dict[str, Any], found: Quick, now: datetime.datetime | None = None) -> str:
+def write(setting: dict[str, Any], quick: Quick, now: datetime.datetime | None = None) -> str:
     """Keep what was measured: why it could not be written, or ""."""
     now = now or datetime.datetime.now(datetime.UTC)
     raw = {
-        "format": _FORMAT, "measured": now.isoformat(), "setting": setting, "constants": found.constants,
-        "spread": found.spread, "seconds": found.seconds,
+        "format": _FORMAT, "measured": now.isoformat(), "setting": setting, "constants": quick.constants,
+        "spread": quick.spread, "seconds": quick.seconds,
     }  # fmt: skip
-    path, made = place(setting), ""
+    path, new = place(setting), ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".new")
+        handle, new = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".new")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(raw, file, indent=1)
-        os.replace(made, path)
+        os.replace(new, path)
     except OSError as error:
-        if made:
+        if new:
             with suppress(OSError):
-                os.unlink(made)
+                os.unlink(new)
         return str(error)
     return ""

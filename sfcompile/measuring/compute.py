@@ -48,17 +48,17 @@ class _Windows:
         self._generator = torch.Generator(device).manual_seed(0)
 
     def rate(self, work: Callable[[int], tuple[Run, float]]) -> float:
-        """Units a second of what ``work`` makes for a scale: a call, and how many units it does."""
+        """How much a second of what ``work`` makes for a scale: a call, and how much it does."""
         scale = 16 if self._on_gpu else 1
         while True:
-            run, units = work(scale)
+            run, amount = work(scale)
             run()  # the first call of a kind sets things up
             took = self._timed(run)
             if took >= _LEAST_S or scale >= 64:
                 break
             scale *= 4
         self._meet()
-        return units * max(self._calls_per_s(run) for _ in range(2))
+        return amount * max(self._calls_per_s(run) for _ in range(2))
 
     def _timed(self, run: Run) -> float:
         self._synchronize()

@@ -75,12 +75,12 @@ def load(
         PackageError: damaged, changed, of another version, or made for another number of ranks; on every rank.
         RankMismatchError: ranks load different packages.
     """
-    given = {"transport": transport, "timeout_s": timeout_s, "mesh": mesh}
+    options = {"transport": transport, "timeout_s": timeout_s, "mesh": mesh}
     try:
         _check(inner, libraries)
-        asked = in_group(Options.from_dict(given))
+        asked = in_group(Options.from_dict(options))
     except OptionError as error:
-        refuse(error, given, dict(_BEGIN))
+        refuse(error, options, dict(_BEGIN))
     wanted = Wanted(Path(path), None if weights is None else Path(weights), inner, verify, tuple(libraries))
     session = existing_session(asked.group)
     ranks = session.topology.num_ranks if session is not None else world_size(asked)

@@ -79,7 +79,7 @@ class LoadedModel:
             mine = [*inputs, *self.beside(whole=self.shared is not None)]
             with self.session.call(self.name, mine if self.manifest["inputs"] == "checked" else []):
                 if self.shared is not None:
-                    values = self._given(self.shared.share(self.session, mine), len(inputs))
+                    values = self._placed_by_rank0(self.shared.share(self.session, mine), len(inputs))
                 return _outputs(self.run, values)
 
     def beside(self, whole: bool) -> list[torch.Tensor]:
@@ -88,7 +88,7 @@ class LoadedModel:
         state = [generator_state(_CPU) if whole else state_mark(_CPU)] if self.draws else []
         return [*(self._values[place] for place in self._kept), *state]
 
-    def _given(self, shared: Sequence[torch.Tensor], inputs: int) -> list[Any]:
+    def _placed_by_rank0(self, shared: Sequence[torch.Tensor], inputs: int) -> list[Any]:
         """As :meth:`_placed`, with rank 0's buffers and state too; ``shared``: its inputs, then its :meth:`beside`."""
         values = self._placed(shared[:inputs])
         for place, value in zip(self._kept, shared[inputs:], strict=False):

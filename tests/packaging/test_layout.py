@@ -133,10 +133,12 @@ TOP = "sfcompile/__init__.py"
 # As does what `python -m sfcompile` runs: the command line.
 MAIN = "sfcompile/__main__.py"
 
-# Inside passes/ the prefix is the phase; the files without one join the passes, in this order.
-PHASES = ("analyse", "choose", "place", "rewrite", "order", "fuse", "build", "report")
+# Inside passes/ the prefix is the kind; the files without one join the passes, in this order.
+KINDS = ("analyse", "choose", "place", "rewrite", "order", "fuse", "build", "report")
 JOINERS = ("state", "pipeline", "runner")
 MAX_LINES = 500
+# They say how a value came here, and not what it is.
+EMPTY_NAMES = {"found", "made", "given"}
 # The worker of the demo runs one particular model of a library, so it has to name it.
 NAMES_A_MODEL = ("sfcompile/commands/demo_worker.py",)
 MODEL_NAME = re.compile(
@@ -272,15 +274,15 @@ def test_there_is_no_circle() -> None:
 
 
 def test_passes_are_in_order() -> None:
-    """A pass imports earlier phases only, and nothing that joins them but the state that they share."""
-    order = {name: i for i, name in enumerate((*PHASES, *JOINERS[1:]))}
+    """A pass imports earlier kinds only, and nothing that joins them but the state that they share."""
+    order = {name: i for i, name in enumerate((*KINDS, *JOINERS[1:]))}
     bad = []
     for path in (ROOT / "passes").glob("*.py"):
         prefix = path.stem if path.stem in JOINERS else path.stem.split("_")[0]
         if path.stem in ("__init__", "state"):
             continue
         if prefix not in order:
-            bad.append(f"{name_of(path)} begins with no phase: {', '.join(PHASES)}")
+            bad.append(f"{name_of(path)} begins with no kind: {', '.join(KINDS)}")
             continue
         for other in own_imports(path):
             if room_of(other) != "passes" or other.stem in ("__init__", "state"):
@@ -335,6 +337,16 @@ def test_the_list_of_passes_is_short_and_no_class_takes_anothers_name() -> None:
                 places.setdefault(node.name, []).append(name_of(path))
     bad = [f"class {name} stands in {', '.join(files)}" for name, files in places.items() if len(files) > 1]
     offenders(bad + [f"passes/pipeline.py has {lines} lines, 80 or more"] * (lines >= 80))
+
+
+def test_names_say_what_they_hold() -> None:
+    bad = []
+    for path in SOURCES:
+        for node in ast.walk(parse(path)):
+            names = [getattr(node, field, None) for field in ("id", "arg", "attr", "name")]
+            if set(names) & EMPTY_NAMES:
+                bad.append(f"{name_of(path)}:{node.lineno} {next(name for name in names if name)}: of what?")  # type: ignore[attr-defined]
+    offenders(bad)
 
 
 def test_no_model_is_named() -> None:

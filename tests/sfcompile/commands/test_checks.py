@@ -17,7 +17,7 @@ def test_what_can_be_used_passes_and_nothing_is_made(tmp_path: Path) -> None:
     check_writable(tmp_path / "there", "--out")
     check_writable(tmp_path / "new", "--out")
     check_folder(tmp_path, "--out")
-    check_folder(tmp_path / "a" / "b", "--out", made=True)
+    check_folder(tmp_path / "a" / "b", "--out", create=True)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -37,7 +37,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         with pytest.raises(OptionError, match="file is a file"):
             check_folder(tmp_path / "file", "--out", made)
     with pytest.raises(OptionError, match="file is a file"):
-        check_folder(tmp_path / "file" / "in it", "--out", made=True)
+        check_folder(tmp_path / "file" / "in it", "--out", create=True)
 
 
 def test_a_closed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

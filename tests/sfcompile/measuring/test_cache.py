@@ -108,7 +108,7 @@ def test_jobs_that_write_at_once_leave_one_whole_file() -> None:
         for _ in range(50):
             failed.append(cache.write(setting(), Quick({"flops_per_s": float(number)}, None, 0.1)))
             kept = cache.read(setting())
-            if kept is None or kept.found.constants["flops_per_s"] not in (1.0, 2.0):
+            if kept is None or kept.quick.constants["flops_per_s"] not in (1.0, 2.0):
                 failed.append(f"read {kept}")
 
     jobs = [threading.Thread(target=job, args=(number,)) for number in (1, 2)]
