@@ -111,7 +111,7 @@ class HastySignal(StoreTransport):
 
     def put(self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, *more: Any) -> None:
         if chunk.numel():
-            with self._side.after_current():
+            with self._stream.after_current():
                 self._signals.raise_(dst, self._channel(epoch % 2, slot))
             self._signals, real = _Silent(), self._signals
             super().put(dst, slot, offset, chunk, epoch, *more)

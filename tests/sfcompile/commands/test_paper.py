@@ -27,7 +27,7 @@ def test_where_traffic_is_all_the_ratio_is_half_the_machines() -> None:
 
 
 def test_the_table_shows_both_and_the_errors() -> None:
-    rows = [Row(TABLE[0], (1.11, 1.01, 2.22), 0.01)]
+    rows = [Row(TABLE[0], (1.11, 1.01, 2.22))]
     text = format_table(rows)
     assert all(column in text for column in COLUMNS)
     assert "1.11 / 1.11 (+0%)" in text and "2.22 / 1.11 (+100%)" in text
