@@ -151,17 +151,20 @@ MUTANTS = (
     Mutant("a signal dropped", ptx=edited("put", rf"^.*{_RELEASE}.*$", "")),
     Mutant("a signal before its data", source=_signal_first),
     Mutant("a wrong bank", source=edited("put", r"^( +bank_at = .*)epoch % 2", r"\1(epoch + 1) % 2")),
-    Mutant("credit given early", order=_early),
     Mutant("fence.proxy.async removed", 90, ptx=edited("attend", r"fence\.proxy\.async\.shared::cta;", "")),
     Mutant("wgmma.wait_group too lax", 90, ptx=edited("attend", _WAIT_WGMMA, _LAX_WGMMA)),
     Mutant("cp.async.wait_group too lax before wgmma", 90, ptx=edited("attend", _WAIT, _LAX)),
 )  # fmt: skip
+HARMLESS = (Mutant("credit given early", order=_early),)
+"""Two ranks that attend in turn need no credit: a rank puts into a bank again only after it has the other's chunks of
+the epoch between, and those were put after the bank was read. Where puts run ahead, a bank without credit is seen over
+fake GPUs (tests/runtime/gpu/test_symmetric_side.py)."""
 
 
 def main() -> None:
     """Print the table: every mutant, how it shows itself, seconds."""
     print(f"| mutant | caught by | s |\n|---|---|---|\n| none | {caught(None)[0] or '-'} | |")
-    for mutant in MUTANTS:
+    for mutant in (*MUTANTS, *HARMLESS):
         said, seconds = caught(mutant)
         print(
             f"| {mutant.name} (sm_{mutant.arch}) | {said[:160].replace('|', '/') or 'NOT CAUGHT'} | {seconds:.1f} |",
