@@ -9,7 +9,10 @@ part of what it is looked up by.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -81,28 +84,51 @@ class BySizes:
         self._compile = compile
         self._session = session
         self._takes: dict[tuple[Any, ...], tuple[int, ...]] = {}  # by tensor sizes: the numbers that programs take
-        self._programs: dict[Key, Callable[..., Any]] = {}  # the one that was called last stands last
-        values = {i: known[i] if i in known else present(example_inputs[i]) for i in self._numbers}
-        self._keep(self._sizes(example_inputs), values, first)
+        self._programs: OrderedDict[Key, Callable[..., Any]] = OrderedDict()  # the one that was called last stands last
+        self._looking = Lock()  # threads may call one model
+        sizes = self._sizes(example_inputs)
+        self._keep(sizes, self._values(example_inputs, first.takes, known), first)
 
     def _sizes(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(present(size) for i in self._tensors for size in (*inputs[i].shape, *inputs[i].stride()))
 
-    def _keep(self, sizes: tuple[Any, ...], values: dict[int, Any], program: SizedProgram) -> None:
-        self._takes[sizes] = program.takes
-        self._programs[sizes, _but(values, program.takes)] = program.run
-        if len(self._programs) > KEPT:
-            dropped, _ = next(iter(self._programs))
-            del self._programs[next(iter(self._programs))]
+    def _values(
+        self, inputs: Sequence[Any], takes: tuple[int, ...], known: Mapping[int, float] = MappingProxyType({})
+    ) -> tuple[Any, ...]:
+        """The numbers that a program does not take; ``known``: those whose example inputs cannot be read."""
+        asked = [i for i in self._numbers if i not in takes]
+        return tuple(
+            known[i] if i in known else float(inputs[i].item()) if i in self._dressed else present(inputs[i])
+            for i in asked
+        )
+
+    def _find(self, inputs: Sequence[Any]) -> Callable[..., Any] | None:
+        """The program for some inputs, which is now the one that was called last."""
+        sizes = self._sizes(inputs)
+        with self._looking:
+            key = sizes, self._values(inputs, self._takes.get(sizes, ()))
+            run = self._programs.get(key)
+            if run is not None:
+                self._programs.move_to_end(key)
+            return run
+
+    def _keep(self, sizes: tuple[Any, ...], values: tuple[Any, ...], program: SizedProgram) -> None:
+        with self._looking:
+            self._takes[sizes] = program.takes
+            self._programs[sizes, values] = program.run
+            if len(self._programs) <= KEPT:
+                return
+            (dropped, _), _ = self._programs.popitem(last=False)
             if all(there != dropped for there, _ in self._programs):
                 del self._takes[dropped]
-            if not self._said:
-                self._said = True
-                log.warning(
-                    "a graph was compiled for more than %d sets of sizes and numbers; those not called for longest are "
-                    "dropped, and compiled again when they come back. Round sizes to a few buckets.",
-                    KEPT,
-                )
+            if self._said:
+                return
+            self._said = True
+        log.warning(
+            "a graph was compiled for more than %d sets of sizes and numbers; those not called for longest are "
+            "dropped, and compiled again when they come back. Round sizes to a few buckets.",
+            KEPT,
+        )
 
     def __len__(self) -> int:
         """How many programs are kept."""
@@ -110,20 +136,12 @@ class BySizes:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run on inputs of any sizes that Dynamo's guards allow."""
-        sizes = self._sizes(inputs)
-        values = {i: float(inputs[i].item()) if i in self._dressed else present(inputs[i]) for i in self._numbers}
-        key = sizes, _but(values, self._takes.get(sizes, ()))
-        run = self._programs.pop(key, None)
+        run = self._find(inputs)
         if run is None:
             with self._session.turn(), self._session.guard(), use_session(self._session):
-                program = self._compile(inputs)
-            self._keep(sizes, values, program)
-            run = program.run
-        else:
-            self._programs[key] = run
+                run = self._find(inputs)  # another thread may have compiled it meanwhile
+                if run is None:
+                    program = self._compile(inputs)
+                    self._keep(self._sizes(inputs), self._values(inputs, program.takes), program)
+                    run = program.run
         return run(*inputs)
-
-
-def _but(values: dict[int, Any], takes: tuple[int, ...]) -> tuple[Any, ...]:
-    """The values of the numbers that a program does not take."""
-    return tuple(value for i, value in values.items() if i not in takes)

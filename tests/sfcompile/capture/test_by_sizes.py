@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -99,3 +103,36 @@ def test_programs_not_called_for_longest_are_dropped(caplog: pytest.LogCaptureFi
         run(torch.zeros(count))
     assert compiled == [*range(2, KEPT + 3), 3] and len(traced[0]) == KEPT  # 2 was called again, so 3 was dropped
     assert sum("Round sizes to a few buckets" in record.message for record in caplog.records) == 1
+
+
+def test_threads_that_call_one_model_compile_it_once() -> None:
+    """Each size once, however many threads ask for it; a program that one thread calls is not missing for another."""
+    compiled: list[int] = []
+    turns = threading.RLock()
+    session = Guarded()
+    session.turn = lambda: turns  # type: ignore[method-assign, assignment, return-value]
+
+    def make(inputs: Sequence[Any]) -> SizedProgram:
+        compiled.append(next(len(x) for x in inputs if isinstance(x, torch.Tensor)))
+        time.sleep(0.01)
+        return SizedProgram(lambda *args: (next(x for x in args if isinstance(x, torch.Tensor)) * 2,))
+
+    traced: list[BySizes] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        traced.append(BySizes(gm, make(inputs), inputs, moving_inputs(gm, inputs), make, cast(Session, session)))
+        return traced[-1]
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: x * 2, backend=backend, dynamic=True)
+    run(torch.zeros(4))
+
+    def call(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(200):
+            count = rng.randint(2, 9)
+            traced[0](count, torch.zeros(count))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(4)))
+    assert sorted(compiled) == list(range(2, 10))
