@@ -12,6 +12,7 @@ ranks are added in their order, and every rank gets the same bits.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
 aten = torch.ops.aten
 
 
-class Norm:
+class Norm(ABC):
     """Normalise x over some dims, of which one may hold tokens.
 
     Attributes:
@@ -78,13 +79,13 @@ class Norm:
         same = normed.meta["val"].dtype == dtype
         return normed if same else local.call(aten._to_copy.default, [normed], {"dtype": dtype})
 
+    @abstractmethod
     def over_tokens(self, op: OpView, x: fx.Node, named: dict[str, fx.Node], shares: Shares) -> fx.Node:
         """The normalised shard.
 
         Args:
             x: this rank's shard in fp32 or wider; ``named``: all local operands by the names of the arguments.
         """
-        raise NotImplementedError
 
 
 class Shares:

@@ -12,6 +12,7 @@ Output rows that a rank owns in several stretches (an axis cut into segments) ar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +47,7 @@ class Stretch:
 
 
 @dataclass
-class Windowed:
+class Windowed(ABC):
     """An op from ``operands[0]`` to an output of as many dims.
 
     Attributes:
@@ -58,13 +59,13 @@ class Windowed:
     others: Linked
     _told: set[int] = field(default_factory=set)
 
+    @abstractmethod
     def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
         """The input rows ``[first, last)`` that output rows ``[start, stop)`` are made of, perhaps beyond the edges."""
-        raise NotImplementedError
 
+    @abstractmethod
     def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """Write the op that makes a stretch; ``operands[0]`` holds its input rows and no others."""
-        raise NotImplementedError
 
     def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
         """Rows on one side are rows on the other, their kin (``LabelSpace.kin``) with labels of their own."""

@@ -11,15 +11,15 @@ kernels outside of any graph that the compiler captures.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from sfcompile.errors import StreamFusionError
 from sfcompile.runtime.gpu.status import DeviceStatus
-from sfcompile.runtime.gpu.streams import is_capturing
+from sfcompile.runtime.gpu.streams import CudaSideStream, is_capturing
 from sfcompile.runtime.program.phases import EXCHANGE_START
 from sfcompile.runtime.rank.site_call import OwnHeap
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE, HeapSize, bank_of
@@ -123,8 +123,7 @@ class DeviceRuns:
         self._prepared: dict[DeviceEngine, _SitePlaces] = {}
         # By bank, the place of the call that used it last: two calls may be open.
         self._places: list[torch.Tensor | None] = [None] * NUM_BANKS
-        # Puts come first where both streams have work: peers wait for what they send.
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._side = CudaSideStream(device)
 
     def prepare(self, engine: DeviceEngine) -> None:
         """Make what calls of an engine's sites need on the device."""
@@ -170,24 +169,17 @@ class DeviceRuns:
         assert place is not None, "the epoch was opened here"
         self._release.run(self._heap.table, place)
 
-    @contextmanager
-    def on_the_side(self) -> Iterator[None]:
+    def on_the_side(self) -> AbstractContextManager[None]:
         """Inside, kernels run on the stream of the puts, after all that was launched before.
 
         What they read stays where it is until :meth:`join`: the graph holds it (passes/graph/lifetimes.py). So nobody
         need tell the allocator, which would keep every source of a captured graph for ever.
         """
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            yield
+        return self._side.after_current()
 
     def join(self) -> None:
         """The main stream goes on after the put kernels."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._side.hold_current(self._side.event())
 
 
 class DeviceRun:
