@@ -156,7 +156,7 @@ def test_simulate_prints_the_papers_table(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("model", "found"),
     [
-        ("sd3", "18 attentions: 4608 tokens, 18 heads x 64"),
+        pytest.param("sd3", "18 attentions: 4608 tokens, 18 heads x 64", marks=pytest.mark.thorough),
         pytest.param("flux", "57 attentions: 4608 tokens, 24 heads x 128", marks=pytest.mark.thorough),
     ],
 )

@@ -6,8 +6,6 @@ import pytest
 
 from ptx.mutants import MUTANTS, Mutant, caught
 
-pytestmark = pytest.mark.thorough
-
 # One of each side of an edge; they share what is compiled.
 QUICK = {"acquire of an output to relaxed", "release of a put's signal to relaxed"}
 

@@ -22,8 +22,6 @@ from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 
-pytestmark = pytest.mark.thorough
-
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 SMALL: dict[str, Any] = {"block_m": 32, "block_n": 32, "warps": 4, "stages": 2}
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -66,6 +64,7 @@ CASES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", list(CASES))
 def test_links(name: str) -> None:
     check(*CASES[name])
@@ -106,6 +105,7 @@ def test_other_orders(seed: int) -> None:
     check(CASES["two machines"][0], 80, seed)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("machine_of", [(0, 0, 0), (0, 1, 2), (0, 0, 1)], ids=["peer", "nvshmem", "mixed"])
 def test_exchanges(machine_of: tuple[int, ...]) -> None:
     """Gathers are bitwise."""
@@ -118,10 +118,8 @@ def test_exchanges(machine_of: tuple[int, ...]) -> None:
     assert all(torch.equal(out, whole) for epoch in outs for out in epoch)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["pairs", pytest.param("halves", marks=pytest.mark.thorough)],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["pairs", "halves"])
 def test_puts_that_compute(name: str) -> None:
     """What a fused put leaves on every rank is what a plain put of the same rows leaves, but for rounding."""
     fn, sources = forms(BF16, 64)[name]
