@@ -1,80 +1,68 @@
-"""A server: HTTP requests come to rank 0 and are computed by all ranks in one order.
+"""A server to start from: HTTP on rank 0, and all ranks compute what it is asked for, in one order.
 
-    sfcompile run --ranks 2 examples/server.py 8000          then: curl -d '{"seed": 1, "steps": 4}' localhost:8000
+    sfcompile run --ranks 2 examples/server.py 8000          then open http://localhost:8000, or
+    curl -d '{"seed": 1, "steps": 4}' localhost:8000
 
-Rank 0 has a thread for each client, and none of them calls the model: the main thread takes their jobs from a queue and
-gives *orders*: start with this seed, one more step, idle, stop. Every rank, rank 0 too, obeys every order, so all make
-the same calls with equal inputs. The job of a client that hangs up ends between two steps. SIGTERM or Ctrl-C: the queue
-is emptied, then every rank ends.
+Clients' threads (serving/door.py lists the addresses) queue jobs and never call the model. The main thread takes them
+from the queue and gives *orders*: start with this seed, one more step, idle, stop. Every rank, rank 0 too, obeys every
+order, so all make the same calls with equal inputs. Rank 0 alone looks whether one is cancelled, between orders: no
+rank can be a step behind. SIGTERM or Ctrl-C: no new jobs; what waits has ``--stop-within`` seconds. A rank that dies:
+every client gets an error and every rank ends, so that what started them may start them again. Pictures need pillow.
 """
 
+import argparse
+import datetime
+import io
 import json
-import queue
 import signal
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from hello import DiT
+from PIL import Image
+from serving.door import Server
+from serving.jobs import Job, Jobs
 
-from sfcompile.errors import StreamFusionError
+from sfcompile.errors import PeerDiedError, StreamFusionError
 
 ORDER_BYTES = 1024
+IDLE_S = 1.0
 
 
-class Job:
-    """One request; ``answer`` is there once it is ``done``."""
-
-    def __init__(self, asked: dict[str, Any]) -> None:
-        self.seed, self.steps = int(asked["seed"]) % 2**63, min(max(int(asked["steps"]), 1), 1000)
-        self.done, self.given_up, self.answer = threading.Event(), False, {}
-
-
-class Door(BaseHTTPRequestHandler):
-    """A thread for each client queues its job and answers when it is done."""
-
-    jobs, stopping = queue.Queue[Job](maxsize=64), False
-
-    def do_POST(self) -> None:
-        try:
-            job = Job(json.loads(self.rfile.read(min(int(self.headers["Content-Length"]), ORDER_BYTES))))
-            if self.stopping or self.jobs.full():
-                return self.send_error(503, "too many requests wait, or the server is about to stop")
-        except (KeyError, TypeError, ValueError):
-            return self.send_error(400, 'send {"seed": 1, "steps": 4}')
-        self.jobs.put(job)
-        self.connection.settimeout(0.02)
-        while not job.done.wait(0.05):
-            try:
-                job.given_up |= self.connection.recv(1) == b""  # so reads a client that has hung up
-            except OSError as error:
-                job.given_up |= not isinstance(error, TimeoutError)
-        if not job.given_up:
-            self.connection.settimeout(10.0)
-            self.send_response(500 if "error" in job.answer else 200)
-            self.end_headers()
-            self.wfile.write(json.dumps(job.answer).encode())
-
-
-def orders(state: dict[str, Any]) -> Any:
+def orders(jobs: Jobs, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Rank 0: what all ranks do next, in the end to stop. ``state`` is what obeying leaves on this rank."""
-    while not (Door.stopping and Door.jobs.empty()):
-        try:
-            job = Door.jobs.get(timeout=1.0)
-        except queue.Empty:
-            yield {"do": "idle"}  # the other ranks wait for orders, and the process group has a time limit
+    while not jobs.over():
+        if (job := jobs.next(IDLE_S)) is None:
+            yield {"do": "idle"}  # the other ranks wait for orders: so they hear that rank 0 lives, and it that they do
+            continue
+        if not job.start():
             continue
         yield {"do": "start", "seed": job.seed}
         for step in range(job.steps):
-            if not job.given_up and "error" not in state:
-                yield {"do": "step", "t": 1000.0 * (1 - step / job.steps), "of": job.steps}
-        job.answer = {"error": state["error"]} if "error" in state else {"row": state["latents"][0, 0, 0].tolist()}
-        print(f"seed {job.seed}: {'given up' if job.given_up else job.answer.get('error', 'done')}", flush=True)
-        job.done.set()
+            if job.cancelled or "error" in state or time.monotonic() > jobs.stop_at:
+                break
+            yield {"do": "step", "t": 1000.0 * (1 - step / job.steps), "of": job.steps}
+            if "error" not in state:
+                job.tell("step", step=step + 1, of=job.steps)
+        else:
+            if "error" not in state:
+                jobs.ready, job.picture = True, picture(state["latents"])
+                job.tell("done", row=state["latents"][0, 0, 0].tolist(), picture=f"/jobs/{job.id}/picture")
+        job.tell("cancelled") if job.cancelled else job.tell("error", error=state.get("error", "the server stops"))
+        print(f"seed {job.seed}: {job.last_event}", flush=True)
     yield {"do": "stop"}
+
+
+def picture(latents: torch.Tensor) -> bytes:
+    """A PNG of the first three channels of [1, 4, height, width]; a decoder belongs here."""
+    shown = ((latents[0, :3].permute(1, 2, 0) / 3).tanh() * 127.5 + 127.5).to(torch.uint8)
+    png = io.BytesIO()
+    Image.fromarray(shown.numpy()).save(png, "PNG")
+    return png.getvalue()
 
 
 def heard(order: dict[str, Any] | None) -> dict[str, Any]:
@@ -92,6 +80,8 @@ def obey(model: Any, order: dict[str, Any], state: dict[str, Any]) -> None:
     elif order["do"] == "step" and "error" not in state:
         try:
             state["latents"] -= model(state["latents"], torch.tensor([order["t"]])) / order["of"]
+        except PeerDiedError:
+            raise  # nobody can start without it
         except StreamFusionError as error:  # every rank gets one, here or at its next call; then all start afresh
             state["error"] = str(error)
 
@@ -99,19 +89,30 @@ def obey(model: Any, order: dict[str, Any], state: dict[str, Any]) -> None:
 @torch.no_grad()
 def main() -> None:
     """Open the door on rank 0, and obey until told to stop."""
-    dist.init_process_group("gloo")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int, help="0: any that is free")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--stop-within", type=float, default=3.0, help="seconds; sfcompile run allows 5 in all")
+    parser.add_argument("--options", type=json.loads, default={"placement": "shard"}, help="of the backend, as JSON")
+    args = parser.parse_args()
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     torch.manual_seed(0)
-    model, state = torch.compile(DiT().eval(), backend="streamfusion", options={"placement": "shard"}), {}
-    first, given = dist.get_rank() == 0, orders(state)
+    model, state, jobs = torch.compile(DiT().eval(), backend="streamfusion", options=args.options), {}, Jobs()
+    first, given, why = dist.get_rank() == 0, orders(jobs, state), ""
     for number in (signal.SIGTERM, signal.SIGINT):  # the launcher tells every rank: the others wait for rank 0's order
-        signal.signal(number, (lambda *_: setattr(Door, "stopping", True)) if first else signal.SIG_IGN)
+        signal.signal(number, (lambda *_: jobs.stop(args.stop_within)) if first else signal.SIG_IGN)
     if first:
-        Door.jobs.put(Job({"seed": 0, "steps": 1}))  # compile before the first client comes
-        server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Door)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        print(f"listening on port {server.server_port}", flush=True)
-    while (order := heard(next(given) if first else None))["do"] != "stop":
-        obey(model, order, state)
+        jobs.put(Job({"seed": 0, "steps": 1}))  # compile before the first client comes
+        server = Server(args.host, args.port, jobs)
+    try:
+        while (order := heard(next(given) if first else None))["do"] != "stop":
+            obey(model, order, state)
+    except RuntimeError as error:  # a StreamFusionError, or the broadcast's: a rank has gone
+        why = f"rank {dist.get_rank()} cannot go on: {error}"
+    if first:
+        server.end(why or "the server stops")
+    if why:
+        sys.exit(why)
     dist.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -31,7 +32,7 @@ from sfcompile.runtime.program.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("make", "sfcompile", "python", "torchrun", "pip")
+PROGRAMS = ("make", "sfcompile", "python", "torchrun", "pip", "curl", "sbatch", "kubectl")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -85,6 +86,9 @@ def test_command(
         "python": run_python,
         "torchrun": run_torchrun,
         "pip": run_pip,
+        "curl": run_curl,
+        "sbatch": run_launch_file,
+        "kubectl": run_launch_file,
     }
     monkeypatch.chdir(tmp_path)
     check[program](shlex.split(command)[1:], tmp_path, monkeypatch)
@@ -199,6 +203,20 @@ def run_pip(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     extras = re.findall(r"\[(\w+)\]", " ".join(words))
     text = (ROOT / "pyproject.toml").read_text()
     assert all(f"\n{extra} = [" in text for extra in extras)
+
+
+def run_curl(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's answers are looked at in test_server.py; here, that it would understand this one."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    flag, body, address = words
+    assert flag == "-d" and address.startswith("localhost:8000")
+    assert importlib.import_module("serving.jobs").Job(json.loads(body)).steps > 0
+
+
+def run_launch_file(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no cluster here. What the file says is tried in test_launch.py."""
+    path = ROOT / words[-1]
+    assert path.is_file() and path.parent == ROOT / "examples" / "launch"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

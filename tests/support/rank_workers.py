@@ -369,6 +369,14 @@ def script(rank: int, path: str) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
+def program(rank: int, path: str, args: Sequence[str], folder: str) -> None:
+    """A program with arguments; it leaves its process id in a folder, for signals."""
+    Path(folder, f"{rank}.pid").write_text(str(os.getpid()))
+    sys.argv = [path, *args]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
+
+
 def imported_by(rank: int) -> tuple[int, int]:
     """The process that imported the processes' module, and this one."""
     return processes.IMPORTED_BY, os.getpid()
