@@ -21,6 +21,9 @@ optimum and not a heuristic:
     g(v) -> u    infinite                 a reader u on R forces "read whole"
     g(v) -> sink infinite                 some reader needs v whole whatever its side
 
+Both prices are those of the busiest link: where a few ranks own all of v (eight frames on 64 ranks), their links carry
+all of it to everybody, and a gather takes many times what it takes from even shards.
+
 A reader on S that needs v under another layout, or a window of it (the halo of a convolution), gets it by an exchange
 of its maker's shards; its seconds are added to t(maker). If the reader ends on R they were counted in vain: an upper
 bound, so that a halo is taken only where it is cheaper than the gather.
@@ -41,7 +44,14 @@ import networkx as nx
 from torch import fx
 
 from sfcompile.passes.choose_schedules import choose_schedules
-from sfcompile.passes.graph.cost import exchange_fraction, flops, gather_seconds, seconds, spread_seconds
+from sfcompile.passes.graph.cost import (
+    exchange_seconds,
+    flops,
+    gather_seconds,
+    seconds,
+    spread_seconds,
+    value_bytes,
+)
 from sfcompile.passes.graph.layout import Need, OpLayouts
 from sfcompile.passes.graph.op_view import OpView, is_getitem, is_tensor
 from sfcompile.passes.rules.rule import statistics_bytes
@@ -182,7 +192,7 @@ class _Network:
         if self._force_s is not None:  # to give nearly all of the tokens to one rank is not to shard them
             share += _FORCE * flops(op) * max(0.0, busiest - _UNEVEN / ranks)
         if not any(chosen.outs):
-            share += ranks * gather_seconds(node, self._topology)
+            share += spread_seconds(ranks * value_bytes(node), self._topology)
         if told:
             share += spread_seconds(told * ranks, self._topology)
         self._edge(0, self._ids[node], whole + 1e-9)
@@ -202,16 +212,17 @@ class _Network:
                         movable = need is not None and own is not None
                         self._edge(gather, self._ids[user] if movable else 1, None)
                         if need is not None and own is not None and not chosen.owners.holds(own, need):
-                            self._share[maker] += gather_seconds(
-                                value, self._topology, exchange_fraction(chosen.owners, own, need)
-                            )
+                            self._share[maker] += exchange_seconds(value, chosen.owners, own, need, self._topology)
                         read = True
             elif not is_getitem(user):
                 self._edge(gather, 1, None)
                 read = True
         if read:
             self._next += 1
-            self._edge(maker, gather, gather_seconds(value, self._topology))
+            made = placement.chosen[maker_of(value)]
+            layout = made.outs[tokens.views[maker_of(value)].outputs.index(value)]
+            shares = None if layout is None else made.owners.shares(layout)
+            self._edge(maker, gather, gather_seconds(value, self._topology, shares))
 
     def solve(self) -> tuple[set[fx.Node], float]:
         """The ops on side S (the largest such side among the minimum cuts), and the cost in seconds."""

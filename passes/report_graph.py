@@ -11,7 +11,7 @@ from torch import fx
 
 from sfcompile.errors import source_line
 from sfcompile.options import AS_IT_IS
-from sfcompile.passes.graph.cost import exchange_fraction, flops, is_view, unpriced, value_bytes
+from sfcompile.passes.graph.cost import exchanged, flops, is_view, unpriced, value_bytes
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import is_getitem
 from sfcompile.passes.graph.stages import stages_of
@@ -142,8 +142,7 @@ def _list_whole_ops(state: State, report: GraphReport) -> None:
 def _moved(value: fx.Node, need: Layout | Window, owners: Ownership, layout: Layout) -> Left:
     kind = "halo" if isinstance(need, Window) else "another cut" if need.dim == layout.dim else "another dim"
     row = _left(value, f"{kind}, read by {', '.join(user.name for user in list(value.users)[:3])}", 0.0)
-    nbytes = value_bytes(value) * exchange_fraction(owners, layout, need) * (owners.num_ranks - 1)
-    return replace(row, nbytes=int(nbytes))
+    return replace(row, nbytes=round(value_bytes(value) * float(exchanged(owners, layout, need)[0].sum())))
 
 
 def _reader(value: fx.Node, reasons: dict[fx.Node, str]) -> str:

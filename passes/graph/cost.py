@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
@@ -20,6 +23,9 @@ _VIEWS = {
     "view_as_real", "view_as_complex", "dropout", "_unsafe_view",
 }  # fmt: skip
 
+
+Shares = NDArray[np.float64]
+"""By rank: a part of a value, or so many bytes."""
 
 _READ_TWICE = {"group_norm", "native_group_norm", "instance_norm"}
 """Norms over more than fits a core: once for the statistics, once to apply them."""
@@ -112,36 +118,68 @@ def seconds(op: OpView, topology: Topology) -> float:
     return max(flops(op) / (rate or topology.flops_per_s), moved / topology.memory_bytes_per_s)
 
 
-def gather_seconds(node: fx.Node, topology: Topology, fraction: float = 1.0) -> float:
-    """Time to all-gather a sharded value to every rank: what must cross the slower link, plus one latency.
+def gather_seconds(node: fx.Node, topology: Topology, shares: Shares | None = None) -> float:
+    """Time to all-gather a sharded value to every rank.
 
     Args:
-        fraction: how much of an all-gather's bytes an exchange moves (:func:`exchange_fraction`).
+        shares: the part of the value that each rank owns; None: even parts.
     """
-    return spread_seconds(value_bytes(node) * fraction, topology)
+    return spread_seconds(value_bytes(node), topology, shares)
 
 
-def spread_seconds(total: float, topology: Topology) -> float:
-    """Time until every rank has so many bytes, of which it had an even part."""
+def spread_seconds(total: float, topology: Topology, shares: Shares | None = None) -> float:
+    """Time until every rank has so many bytes, of which it had its share; None: even shares."""
+    ranks = topology.num_ranks
+    own = np.full(ranks, total / ranks) if shares is None else total * shares
+    return traffic_seconds(total - own, own * (ranks - 1), topology)
+
+
+def exchange_seconds(
+    node: fx.Node, owners: Ownership, held: Layout, need: Layout | Window, topology: Topology
+) -> float:
+    """Time until every rank has what it needs of a value of which ranks own other shards."""
+    into, out = exchanged(owners, held, need)
+    total = value_bytes(node)
+    return traffic_seconds(total * into, total * out, topology)
+
+
+def exchanged(owners: Ownership, held: Layout, need: Layout | Window) -> tuple[Shares, Shares]:
+    """The parts of a value that come to each rank, and leave each rank, when all get what they need."""
+    own = owners.shares(held)
+    if isinstance(need, Layout) and need.dim != held.dim:  # of every row that others own, the columns of its own
+        wanted = owners.shares(need)
+        return wanted * (1.0 - own), own * (1.0 - wanted)
+    ranks = range(owners.num_ranks)
+    runs = need.wanted if isinstance(need, Window) else tuple(owners.dim_runs(need, rank) for rank in ranks)
+    wanted = np.array([count(runs[rank]) for rank in ranks]) / max(1, held.size)
+    kept = np.array([count(overlap(owners.dim_runs(held, rank), runs[rank])) for rank in ranks]) / max(1, held.size)
+    if isinstance(need, Window):  # neighbours' halos: as much leaves as comes, give or take an edge
+        return wanted - kept, wanted - kept
+    return wanted - kept, own - kept
+
+
+def traffic_seconds(into: Shares, out: Shares, topology: Topology) -> float:
+    """Time of the busiest link, when so many bytes come to each rank and leave it, and one latency.
+
+    Of what a rank sends and gets, as much crosses machines as if it went to all other ranks alike.
+    """
     ranks = topology.num_ranks
     if ranks == 1:
         return 0.0
-    local = total * (ranks - 1) / ranks / topology.local_bytes_per_s + topology.local_latency_s
+    busiest = max(float(into.max()), float(out.max()))
+    local = busiest / topology.local_bytes_per_s + topology.local_latency_s
     if topology.num_machines == 1:
         return local
-    per_machine = ranks / topology.num_machines
-    crossing = total * (ranks - per_machine) / ranks * per_machine
+    card, away = _cards(topology.machine_of, topology.nics_per_machine)
+    crossing = max(float(np.bincount(card, away * way).max()) for way in (into, out))
     return max(local, crossing / topology.network_bytes_per_s + topology.network_latency_s)
 
 
-def exchange_fraction(owners: Ownership, held: Layout, need: Layout | Window) -> float:
-    """Bytes that an exchange moves, over those of an all-gather of the same value."""
-    ranks = range(owners.num_ranks)
-    if need.dim != held.dim:
-        return 1.0 / len(ranks)
-    size = max(1, held.size)
-    moved = 0
-    for rank in ranks:
-        wanted = need.wanted[rank] if isinstance(need, Window) else owners.dim_runs(need, rank)
-        moved += count(wanted) - count(overlap(owners.dim_runs(held, rank), wanted))
-    return moved / size / max(1, len(ranks) - 1)
+@lru_cache(maxsize=64)
+def _cards(machine_of: tuple[int, ...], nics_per_machine: int) -> tuple[NDArray[np.int64], Shares]:
+    """By rank its network card, and the part of the other ranks that is on other machines."""
+    topology = Topology(machine_of, nics_per_machine=nics_per_machine)
+    card = np.unique(np.array(topology.nic_of()), return_inverse=True)[1]
+    machine = np.unique(np.array(machine_of), return_inverse=True)[1]
+    away = (len(machine_of) - np.bincount(machine)[machine]) / (len(machine_of) - 1)
+    return card, away

@@ -175,6 +175,7 @@ class Ownership:
         self._owners: dict[Runs, Owners] = {}
         self._vectors: dict[Owners, NDArray[np.int32]] = {}
         self._held: dict[Runs, tuple[Runs, ...]] = {}
+        self._shares: dict[Runs, NDArray[np.float64]] = {}
 
     def _own(self, start: int, end: int, rank: int) -> None:
         at = bisect_right(self._starts, start)
@@ -238,7 +239,8 @@ class Ownership:
         """
         finer = copy.copy(self)
         finer.num_ranks = self.num_ranks * parts
-        finer._starts, finer._ends, finer._owners, finer._vectors, finer._held = [], [], {}, {}, {}
+        finer._starts, finer._ends = [], []
+        finer._owners, finer._vectors, finer._held, finer._shares = {}, {}, {}, {}
         turns = [0] * self.num_ranks
         for start, (end, rank) in zip(self._starts, self._ends, strict=True):
             home = self._segment_starts[bisect_right(self._segment_starts, start) - 1]
@@ -315,12 +317,18 @@ class Ownership:
         """How many positions ``rank`` owns."""
         return intervals.count(self.position_runs(runs, rank))
 
+    def shares(self, layout: Layout) -> NDArray[np.float64]:
+        """The part of the tokens that each rank owns."""
+        known = self._shares.get(layout.runs)
+        if known is None:
+            owned = np.array(self.owners(layout.runs), dtype=np.int64).reshape(-1, 2)
+            known = np.bincount(owned[:, 0], owned[:, 1], self.num_ranks) / max(1, layout.tokens)
+            self._shares[layout.runs] = known
+        return known
+
     def busiest(self, layout: Layout) -> float:
         """The part of the tokens that the rank with most of them owns."""
-        counts = [0] * self.num_ranks
-        for rank, count in self.owners(layout.runs):
-            counts[rank] += count
-        return max(counts) / max(1, layout.tokens)
+        return float(self.shares(layout).max())
 
     def same(self, a: Layout | None, b: Layout | None) -> bool:
         """Whether two layouts of one value put every element on the same rank."""

@@ -55,7 +55,7 @@ def cost(graph: fx.Graph, tokens: Tokens, layouts: Layouts, topology: Topology, 
                     agrees = layouts.owners.same(need, layouts.chosen.get(value))
                     whole = whole or (operand.node is value and (need is None or not agrees))
             if whole:
-                total += gather_seconds(value, topology)
+                total += gather_seconds(value, topology, layouts.owners.shares(layouts.chosen[value]))
                 break
     return total
 
@@ -151,3 +151,24 @@ def test_all_tokens_on_one_rank_is_as_dear_as_no_sharding() -> None:
     assert lonely.busiest(layouts.chosen[node]) == 1.0
     uneven = place_min_cut(graph, tokens, replace(layouts, owners=lonely), topology, True)
     assert uneven.seconds > 1.5 * even.seconds
+
+
+def test_rows_that_few_ranks_own_are_dear_to_gather() -> None:
+    """Two of 16 ranks own all: each sends half of the product to 15 others, eight times what it takes from even shards.
+
+    Computed whole the product takes four times as long as a gather of even shards.
+    """
+    x, weight = torch.zeros(1, 64, 4), torch.zeros(4, 4)
+    nbytes, operations = 64 * 4 * 4, 2 * 64 * 4 * 4
+    topology = Topology(
+        (0,) * 16, operations / 4, 1e12, local_bytes_per_s=nbytes * 15 / 16, local_latency_s=0.0, network_bytes_per_s=1.0
+    )
+    graph, tokens, layouts, even = placed(lambda x, w: x @ w, topology, x, weight)
+    (node,) = (node for node, op in tokens.views.items() if op.name == "matmul")
+    assert node in even.needs and even.seconds == pytest.approx(1 + 4 / 16)
+    segments = layouts.owners.segments
+    few = replace(layouts, owners=Ownership(tokens.space, segments, [0] * len(segments), 16, {segments[0][0]: 32}))
+    whole = place_min_cut(graph, tokens, few, topology, shard_everything=False)
+    assert node not in whole.needs and whole.seconds == pytest.approx(4)
+    forced = place_min_cut(graph, tokens, few, topology, shard_everything=True)
+    assert node in forced.needs

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from helpers import captured
 
-from sfcompile.passes.graph.cost import flops, gather_seconds, is_view, seconds, unpriced, value_bytes
+from sfcompile.codegen.plan.simulator import simulate
+from sfcompile.codegen.plan.step import layer
+from sfcompile.codegen.schedule.builders import build
+from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.passes.graph.cost import flops, gather_seconds, is_view, seconds, spread_seconds, unpriced, value_bytes
 from sfcompile.passes.graph.op_view import OpView
+from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -76,3 +83,23 @@ def test_a_gather_costs_what_crosses_the_slower_link() -> None:
     two = Topology((0, 0, 1, 1), local_bytes_per_s=1e9, network_bytes_per_s=1.0, network_latency_s=0.0)
     assert gather_seconds(node, two) == 128, "each of a machine's two ranks fetches the other machine's half"
     assert gather_seconds(node, Topology((0,))) == 0.0
+
+
+@pytest.mark.parametrize("shares", ["even", "uneven", "few"])
+@pytest.mark.parametrize("topology", ["1x8:a100-efa", "4x8:a100-efa", "3x4:a100-efa", "4x2"])
+def test_a_gather_is_priced_as_it_is_simulated(topology: str, shares: str) -> None:
+    """Without software: no run is faster than the busiest link, and ranks that start at once are not much slower."""
+    given = {"message_s": 0.0, "wait_s": 0.0, "copy_bytes_per_s": None, "local_latency_s": 0.0}
+    where = Topology.parse(topology).with_constants({**given, "network_latency_s": 0.0})
+    ranks = where.num_ranks
+    rows = np.full(ranks, 64)
+    if shares == "uneven":
+        rows = np.random.default_rng(ranks).integers(1, 128, ranks)
+    elif shares == "few":
+        rows = np.where(np.arange(ranks) < max(2, ranks // 8), 512, 0)
+    edges = np.concatenate([[0], np.cumsum(rows)])
+    held = tuple(((int(first), int(n)),) if n else () for first, n in zip(edges, rows, strict=False))
+    site = ExchangeSite.gather("x", (int(edges[-1]), 2**16), torch.float32, 0, held)
+    played = simulate(layer(build("exchange", site, Mesh.of(where, 1, ranks)), 1), where).seconds
+    priced = spread_seconds(float(edges[-1]) * 2**18, where, rows / edges[-1])
+    assert 0.5 * played <= priced <= 1.05 * played
