@@ -161,7 +161,12 @@ def test_rows_that_few_ranks_own_are_dear_to_gather() -> None:
     x, weight = torch.zeros(1, 64, 4), torch.zeros(4, 4)
     nbytes, operations = 64 * 4 * 4, 2 * 64 * 4 * 4
     topology = Topology(
-        (0,) * 16, operations / 4, 1e12, local_bytes_per_s=nbytes * 15 / 16, local_latency_s=0.0, network_bytes_per_s=1.0
+        (0,) * 16,
+        operations / 4,
+        1e12,
+        local_bytes_per_s=nbytes * 15 / 16,
+        local_latency_s=0.0,
+        network_bytes_per_s=1.0,
     )
     graph, tokens, layouts, even = placed(lambda x, w: x @ w, topology, x, weight)
     (node,) = (node for node, op in tokens.views.items() if op.name == "matmul")
