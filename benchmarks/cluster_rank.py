@@ -13,17 +13,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import cluster_hand_peers
 import cluster_models
 import cluster_peers
+import cluster_times
 import torch
 import torch.distributed as dist
+from cluster_cell import SETTINGS
+from cluster_contender import Contender, Silence
 from emulated_machines import shape_command
 
 import sfcompile
@@ -49,54 +52,8 @@ PAYLOAD = 1448 / 1514
 TIMEOUT_S = 120.0
 
 
-@dataclass
-class Contender:
-    """One way to run the model.
-
-    Attributes:
-        key: what it really is; two contenders with one key are timed once.
-        across_bytes: between machines, all ranks, a step; None: not counted.
-        seconds: the slowest rank's time of each round.
-        blocked: seconds that the most blocked rank waited for peers in each round.
-    """
-
-    name: str
-    run: Callable[[], torch.Tensor]
-    key: str
-    plan: str = ""
-    across_bytes: int | None = None
-    error: float = float("nan")
-    seconds: list[float] = field(default_factory=list)
-    blocked: list[float] = field(default_factory=list)
-
-
 class _Stop(Exception):
     """The arguments are known; nothing need be computed."""
-
-
-class Silence:
-    """A transport that moves nothing and never waits: what is left of a step is compute alone."""
-
-    def open(self, epoch: int, arrivals: Sequence[Any], tag: int = 0) -> None:
-        """Nothing."""
-
-    def notice(self) -> None:
-        """Nothing has failed."""
-
-    def put(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
-
-    def wait(self, src: int, slot: int, epoch: int) -> None:
-        """Nothing."""
-
-    def finish(self, epoch: int) -> None:
-        """Nothing."""
-
-    def abort(self, text: str) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
 
 
 class Rank:
@@ -321,6 +278,7 @@ class Rank:
         if self.config["trace"] and mine:
             with sfcompile.trace(Path(self.config["trace"]) / f"{self.layout}-{rate}-{name}"):
                 mine[0].run()
+        where = self.where_time_goes(mine[0]) if mine and mine[0].name == TYPED else {}
         for name_, twin_name in same.items():
             twin = next(c for c in mine if c.name == twin_name)
             running.append(
@@ -336,17 +294,47 @@ class Rank:
                 )
             )
         if self.rank == 0:
-            self.write(name, rate, topology, [*running, *alone], compile_s)
+            took_s = time.perf_counter() - start
+            self.write(name, rate, topology, [*running, *alone], {"compile_s": compile_s, "took_s": took_s}, where)
 
-    def write(self, name: str, rate: str, topology: Topology, rows: list[Contender], compile_s: float) -> None:
+    def where_time_goes(self, contender: Contender) -> dict[str, float]:
+        """Parts of the slowest rank's step (cluster_times.py), means of traced steps; on rank 0, else empty."""
+
+        def steps() -> list[list[dict[str, float]]]:
+            mine = []
+            for _ in range(self.config["rounds"]):
+                dist.barrier()
+                mine.append(cluster_times.traced(contender.run, self.rank))
+            return self.session.exchange(mine, "tell where their time went")
+
+        everyone = steps()
+        with self.silence():
+            silent = steps()
+        if self.rank:
+            return {}
+        slowest = [max(of_ranks, key=lambda parts: parts["step"]) for of_ranks in zip(*everyone, strict=True)]
+        alone = [max(of_ranks, key=lambda parts: parts["step"]) for of_ranks in zip(*silent, strict=True)]
+        parts = cluster_times.mean(slowest)
+        return {**parts, "slowed": cluster_times.slowed(parts, cluster_times.mean(alone))}
+
+    def write(
+        self,
+        name: str,
+        rate: str,
+        topology: Topology,
+        rows: list[Contender],
+        seconds: dict[str, float],
+        where: dict[str, float],
+    ) -> None:
+        """A finished cell: a line of the results, and one for people."""
         machines, layout = topology.num_machines, self.layout
         report = last_report()
         cell = {
-            "layout": layout, "rate": rate, "model": name, "inner": self.config["inner"],
-            "blocks": self.config["blocks"],
+            "layout": layout, "rate": rate, "model": name,
+            **{name: self.config[name] for name in SETTINGS}, "times": where,
             "payload_bytes_per_s": bits(rate) / 8 * PAYLOAD, "machines": machines,
             "sites": report.sharded_sites if report else 0, "heap_bytes": self.session.heap_bytes,
-            "compile_s": compile_s, "topology": topology.to_toml(),
+            **seconds, "topology": topology.to_toml(),
             "rows": [
                 {
                     "name": row.name, "plan": row.plan, "seconds": row.seconds, "blocked": row.blocked,
@@ -359,8 +347,9 @@ class Rank:
             file.write(json.dumps(cell) + "\n")
         shown = ", ".join(f"{row.name} {statistics.median(row.seconds):.2f}" for row in rows if row.seconds)
         print(
-            f"  {layout} {rate:>8} {name:<10} {shown}  (plan {rows[0].plan}; compiled in {compile_s:.0f} s)", flush=True
-        )
+            f"  {layout} {rate:>8} {name:<10} {shown}  (plan {rows[0].plan}; compiled in {seconds['compile_s']:.0f} s; "
+            f"the cell took {seconds['took_s']:.0f} s)", flush=True,
+        )  # fmt: skip
 
     def memory(self) -> None:
         """One contender for some steps: the heap after each, peak RSS, and the CPU time that is not about tokens."""
@@ -412,21 +401,29 @@ class Rank:
             f"{plain_s * 1e3:.1f} ms; added: {(ours_s - plain_s) / whole:.1%}"
         )
 
+    def is_over(self) -> bool:
+        """Whether the time for the run is over, by rank 0's clock: the same answer on every rank."""
+        stop_at = self.config["stop_at"]
+        over = stop_at is not None and time.time() > stop_at
+        return bool(self.session.exchange(over, "agree on the time")[0])
+
     def main(self) -> None:
-        """Models outside, rates inside: weights and peers are made once per model."""
+        """Every cell, in order; weights and peers are made once for cells of a model that follow one another."""
         config = self.config
         constants: dict[str, Topology] = {}
-        for rate in config["rates"]:
+        for rate in dict.fromkeys(rate for _, rate in config["cells"]):
             self.set_rate(rate)
             constants[rate] = self.session.exchange(measure(self.session), "measure")[0]
             self.say(f"  {rate}: {table(constants[rate]).replace(chr(10), ';')}")
-        for name in config["models"]:
+        for name, cells in groupby(config["cells"], key=lambda cell: cell[0]):
             self.set_rate("10gbit")
             model, inputs = cluster_models.build(name, config["scale"], config["blocks"])
             want = first(model(**inputs)) if self.rank == 0 else torch.empty_like(first_meta(model, inputs))
             dist.broadcast(want, 0)
             fixed = self.peers(name, model, inputs) if config["peers"] else []
-            for rate in config["rates"]:
+            for _, rate in cells:
+                if self.is_over():
+                    return
                 self.set_rate(rate)
                 self.cell(name, rate, constants[rate], fixed, model, inputs, want)
             torch._dynamo.reset()

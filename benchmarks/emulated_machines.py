@@ -15,7 +15,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,8 +39,18 @@ class Cluster:
     net: int
     machines: int
 
-    def torchrun(self, ranks: int, argv: Sequence[str], env: dict[str, str] | None = None) -> tuple[int, list[str]]:
-        """Run torchrun on every machine; torchrun's exit code (the first that is not 0) and each machine's output."""
+    def torchrun(
+        self,
+        ranks: int,
+        argv: Sequence[str],
+        env: dict[str, str] | None = None,
+        heard: Callable[[int, str], None] | None = None,
+    ) -> tuple[int, list[str]]:
+        """Run torchrun on every machine; torchrun's exit code (the first that is not 0) and each machine's output.
+
+        Args:
+            heard: is told every line when it comes, with the machine that printed it.
+        """
         port = str(random.randrange(20000, 40000))
         cores = sorted(os.sched_getaffinity(0))
         running = []
@@ -61,8 +72,28 @@ class Cluster:
             running.append(
                 subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             )
-        outputs = [process.communicate()[0] for process in running]
-        return next((process.returncode for process in running if process.returncode), 0), outputs
+        outputs: list[list[str]] = [[] for _ in running]
+
+        def follow(machine: int) -> None:
+            for line in running[machine].stdout or ():
+                outputs[machine].append(line)
+                if heard is not None:
+                    heard(machine, line.rstrip())
+
+        readers = [threading.Thread(target=follow, args=(machine,), daemon=True) for machine in range(len(running))]
+        try:
+            for reader in readers:
+                reader.start()
+            for process, reader in zip(running, readers, strict=True):
+                process.wait()
+                reader.join()
+        except BaseException:  # also where the user stops it: no rank stays behind
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+            raise
+        return next((process.returncode for process in running if process.returncode), 0), list(map("".join, outputs))
 
 
 @contextmanager

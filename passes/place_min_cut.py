@@ -219,9 +219,9 @@ class _Network:
                 read = True
         if read:
             self._next += 1
-            made = placement.chosen[maker_of(value)]
-            layout = made.outs[tokens.views[maker_of(value)].outputs.index(value)]
-            shares = None if layout is None else made.owners.shares(layout)
+            chosen = placement.chosen[maker_of(value)]
+            layout = chosen.outs[tokens.views[maker_of(value)].outputs.index(value)]
+            shares = None if layout is None else chosen.owners.shares(layout)
             self._edge(maker, gather, gather_seconds(value, self._topology, shares))
 
     def solve(self) -> tuple[set[fx.Node], float]:
