@@ -26,7 +26,8 @@ from sfcompile.runtime.program.instructions import Instruction
 from sfcompile.runtime.program.intervals import Runs
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.wires.shared_segments import Place, map_shared, shared_segment
+from sfcompile.runtime.wires.shared_files import Place
+from sfcompile.runtime.wires.shared_segments import map_shared, shared_segment
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 from sfcompile.runtime.wires.transport import word_of
 

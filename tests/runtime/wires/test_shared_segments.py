@@ -18,8 +18,9 @@ import tcp_ranks
 import torch
 
 from sfcompile.errors import HeapError
-from sfcompile.runtime.wires import shared_segments
-from sfcompile.runtime.wires.shared_segments import Place, in_words, map_shared, share, shared_segment
+from sfcompile.runtime.wires import shared_files, shared_segments
+from sfcompile.runtime.wires.shared_files import Place
+from sfcompile.runtime.wires.shared_segments import map_shared, share, shared_segment
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
 
 SIZE = HeapSize(num_slots=5, bank_bytes=4096)
@@ -96,7 +97,7 @@ def test_no_room_is_said_at_once_in_units_that_can_be_read() -> None:
 
 
 def test_without_shared_memory_the_reason_is_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shared_segments, "SHM", str(tmp_path / "nothing"))
+    monkeypatch.setattr(shared_files, "SHM", str(tmp_path / "nothing"))
     with pytest.raises(HeapError, match="cannot be made in .*nothing"):
         shared_segment(SIZE).__enter__()
 
@@ -168,9 +169,3 @@ def test_what_one_rank_cannot_map_is_an_error_on_all(monkeypatch: pytest.MonkeyP
         assert isinstance(error, HeapError) and error.on_every_rank
         assert error.what.startswith("rank 1: the memory of process 4194305 on this machine cannot be mapped")
         assert "docker: --pid" in error.fix
-
-
-def test_bytes_have_sensible_units() -> None:
-    assert [in_words(n) for n in (0, 1000, 4096, 3 << 19, 5 << 30, 1 << 41)] == [
-        "0 B", "1000 B", "4.0 KiB", "1.5 MiB", "5.0 GiB", "2.0 TiB",
-    ]  # fmt: skip
