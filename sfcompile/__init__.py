@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from sfcompile.commands.progress_bar import progress as progress
     from sfcompile.package.export import export as export
     from sfcompile.package.load import load as load
+    from sfcompile.package.weight_files import load_sharded as load_sharded
     from sfcompile.prediction.explain import explain as explain
     from sfcompile.prediction.predict import simulate as simulate
     from sfcompile.tracing.trace import trace as trace
@@ -38,6 +39,7 @@ __all__ = [
     "export",
     "extend",
     "load",
+    "load_sharded",
     "progress",
     "simulate",
     "trace",
@@ -55,6 +57,7 @@ _LAZY = {
     "explain": "sfcompile.prediction.explain",
     "export": "sfcompile.package.export",
     "load": "sfcompile.package.load",
+    "load_sharded": "sfcompile.package.weight_files",
     "progress": "sfcompile.commands.progress_bar",
     "simulate": "sfcompile.prediction.predict",
     "trace": "sfcompile.tracing.trace",

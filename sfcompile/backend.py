@@ -36,7 +36,9 @@ from sfcompile.graph_call import (
     compared_inputs,
     compared_weights,
     not_shared,
+    refuse_sharded,
     share_inputs,
+    share_weights,
     watched,
 )
 from sfcompile.groups import in_group, refuse, refuse_together, session_for, world_size
@@ -51,7 +53,7 @@ from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.job_store import check_secret
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, sessions, use_session
-from sfcompile.torch_logs import artifacts, follow_torch_logs
+from sfcompile.torch_logs import artifacts, speak
 from sfcompile.torch_private import autocast_off, is_comparable, is_plain
 from sfcompile.tracing.trace import follow_environment
 from sfcompile.version import __version__
@@ -103,6 +105,7 @@ def streamfusion_backend(
                 follow_environment()
             session.reconfigure(asked.transport, asked.timeout_s)
             start(device_of(example_inputs), session, asked)
+            refuse_sharded(asked, device_of(example_inputs), session.topology)
             named = _named_topology(asked, session)
         except _REFUSALS as error:
             refuse_together(error, session, _describe(gm, example_inputs, asked))
@@ -137,7 +140,8 @@ def _compile_rank(
     digest = _digest_text(captured, asked, named or session.topology)
     described = _describe(gm, example_inputs, asked, captured.written)
     session.agree(f"{digest}\n{described}", described)
-    # Only now: ranks that compile different things have said so, and those that are here measure together.
+    # Only now: ranks that compile different things have said so, and those that are here share and measure together.
+    kept = share_weights(names, example_inputs, captured, session, asked)
     links = _links(asked, named, session, example_inputs)
     topology = links.topology
 
@@ -160,6 +164,7 @@ def _compile_rank(
     if shared is not None:
         compiled.report.inputs = shared.line(topology)
         compiled.report.programs[shared.program] = [schedule.site.name for schedule in shared.schedules]
+    compiled.report.weights = "" if kept is None else kept.line
     _announce(compiled, session, time.perf_counter() - began)
     inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
     # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
@@ -171,7 +176,7 @@ def _compile_rank(
     places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]
     talks = shared is not None or any(compiled.programs.values())
     draw = draws(captured.gm) and asked.inputs != "trusted"
-    run = as_called(local, CallFacts(session, name, names, captured, *places, shared, talks, draw))
+    run = as_called(local, CallFacts(session, name, names, captured, *places, shared, talks, draw, kept))
     if device.type == "cpu":
         run = watched(run, compiled, session, topology)
     return SizedProgram(run, captured.numbers), False
@@ -237,7 +242,7 @@ def _announce(compiled: Compiled, session: Session, seconds: float) -> None:
     """Rank 0 says in a line what was planned; the whole plan is at level DEBUG and in ``last_report()``."""
     report = compiled.report
     remember(report)
-    _speak(session.global_rank)
+    speak(session.global_rank)
     for warning in report.warnings:
         log.warning(warning)
     log.info(
@@ -248,20 +253,6 @@ def _announce(compiled: Compiled, session: Session, seconds: float) -> None:
         report.headline,
     )
     log.debug("\n%s", report)
-
-
-def _speak(rank: int) -> None:
-    """Give our logger a voice: TORCH_LOGS', else the program's own, else rank 0's by SFCOMPILE_LOG (default info)."""
-    if follow_torch_logs(log, rank) or log.handlers or logging.getLogger().handlers:
-        return
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"[streamfusion, rank {rank}] %(message)s"))
-    log.addHandler(handler)
-    asked = os.environ.get("SFCOMPILE_LOG") or "info"
-    level = logging.getLevelNamesMapping().get(asked.upper())
-    log.setLevel((level or logging.INFO) if rank == 0 else logging.ERROR)
-    if level is None:
-        log.warning("SFCOMPILE_LOG=%s is no level of Python's logging; info is taken", asked)
 
 
 __all__ = ["StreamFusionError", "last_report", "reports", "streamfusion_backend"]

@@ -128,6 +128,10 @@ class HeapError(StreamFusionError):
     """The symmetric heap cannot be made, is too small, or differs between ranks."""
 
 
+class WeightsError(StreamFusionError):
+    """The ranks of a machine cannot hold one copy of their weights, or files of weights do not fit a model."""
+
+
 class NotShardedError(StreamFusionError):
     """`strict=True` and part of the model stays replicated."""
 

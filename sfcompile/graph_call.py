@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,13 @@ from sfcompile.capture.graph import Captured, present
 from sfcompile.capture.randomness import draws, generator_state, set_generator_state, state_mark
 from sfcompile.codegen.plan.step import Step
 from sfcompile.device import device_of, engines_for
-from sfcompile.errors import UnsupportedError
+from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.options import Options
 from sfcompile.passes.report.steps import PredictedStep, StepWatch
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import Session
+from sfcompile.runtime.rank.shared_weights import SharedWeights
 from sfcompile.runtime.rank.weights import Weights
 from sfcompile.shared_inputs import SharedInputs
 from sfcompile.torch_private import autocast_off, is_comparable, is_static_input
@@ -42,6 +44,7 @@ class CallFacts(NamedTuple):
         weights: which inputs are weights that must be.
         talks: whether a call has sites; if not, it needs no other rank.
         draws: whether it draws random numbers, which must be the same too.
+        kept: the weights that are shared by the ranks of a machine; None: every rank holds its own.
     """
 
     session: Session
@@ -53,20 +56,22 @@ class CallFacts(NamedTuple):
     shared: SharedInputs | None
     talks: bool
     draws: bool
+    kept: SharedWeights | None = None
 
 
 def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
     """What Dynamo calls: all inputs in, sizes among them; the graph's outputs back; inputs written to where it does."""
     tensors, written = call.captured.tensor_inputs, call.captured.written
     weights, loaded = Weights(), call.weights
-    session, shared, calls = call.session, call.shared, itertools.count(1)
+    session, shared, kept, calls = call.session, call.shared, call.kept, itertools.count(1)
     # With rank 0's values in the step, an input that the graph does not write to holds other ones here.
     views = [view for view in call.captured.aliases if shared is None or view.input in written]
 
     def run(*args: Any) -> Any:
         refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
         args = tuple(call.captured.as_tensors(args))
-        called = f"{call.name}/{weights.mark([args[i] for i in loaded])}" if loaded else call.name
+        mark = weights.mark([args[i] for i in loaded]) if loaded else 0
+        called = f"{call.name}/{mark}" if loaded else call.name
         mine, device = [args[i] for i in call.compared], session.side.device
         looks = shared is None and _can_look(device, next(calls))
         looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
@@ -79,6 +84,8 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
                 if call.draws:
                     set_generator_state(device, values[-1])
             out = local(*(inputs[i] for i in tensors))
+            if kept is not None and loaded and call.talks:  # a call that talks has compared the marks
+                kept.share_again(mark, [args[i] for i in loaded])
         for i, value in zip(written, out[len(out) - len(written) :], strict=True):
             args[i].copy_(value)
         own = out[: len(out) - len(written)]
@@ -144,6 +151,55 @@ def compared_weights(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
     if asked.inputs == "trusted":
         return ()
     return tuple(i for i, value in enumerate(inputs) if is_comparable(value) and is_static_input(value))
+
+
+def share_weights(
+    names: Sequence[str], inputs: Sequence[Any], captured: Captured, session: Session, asked: Options
+) -> SharedWeights | None:
+    """Collective: the large weights of a graph lie once on every machine, if that is asked for.
+
+    Raises:
+        WeightsError: there is no room, or the ranks of a machine share no memory.
+        RankMismatchError: they hold different weights.
+    """
+    if asked.weights == "whole":
+        return None
+    places = [i for i in compared_weights(inputs, replace(asked, inputs="checked")) if i not in captured.written]
+    kept = SharedWeights(session, [names[i] for i in places])
+    kept.share([inputs[i] for i in places])
+    return kept
+
+
+def refuse_sharded(asked: Options, device: torch.device, topology: Topology) -> None:
+    """Refuse to shard weights where that is not possible.
+
+    Args:
+        topology: the machines that the ranks run on, whatever they plan for.
+
+    Raises:
+        OptionError: GPU ranks, ranks that share no memory, or one copy asked for over several machines.
+    """
+    what = f"weights={asked.weights!r}"
+    if asked.weights == "whole":
+        return
+    if device.type != "cpu":
+        raise OptionError(
+            f"{what} with a model on {device}",
+            "ranks share weights in the memory of a machine; between the memories of GPUs they are not sharded yet",
+            "use weights='whole', or offload weights to the CPU between the steps",
+        )
+    if asked.transport == "c10d":
+        raise OptionError(
+            f"{what} with transport='c10d'",
+            "that transport shares no memory between ranks, and the ranks of a machine share their weights in memory",
+            "use transport='auto', or weights='whole'",
+        )
+    if asked.weights == "sharded" and topology.num_machines > 1:
+        raise OptionError(
+            f"{what} with ranks on {topology.num_machines} machines",
+            "each machine holds the weights once; to gather them from other machines while a step runs is not done yet",
+            "use weights='sharded-by-machine'",
+        )
 
 
 def share_inputs(

@@ -28,6 +28,8 @@ ASSUMED = "auto:assumed"
 WIRES = ("same", "bf16", "fp8")
 INPUTS = ("checked", "trusted", "rank0")
 """Whether ranks compare samples of their inputs and weights, trust each other, or take rank 0's inputs."""
+WEIGHTS = ("whole", "sharded", "sharded-by-machine")
+"""Whether every rank holds all weights, all ranks together hold them once, or the ranks of each machine do."""
 REGISTERED_SCHEDULES: set[str] = set()
 """Names that sfcompile.extend.register_schedule added to SCHEDULES."""
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
@@ -81,6 +83,8 @@ class Options:
         inputs: "checked" (ranks compare samples of weights at the compile, and of inputs at every call) | "trusted"
             (nothing is compared) | "rank0" (rank 0's inputs are sent to all before every step, whatever the others
             were given; shapes must be equal, weights are compared).
+        weights: "whole" (every rank holds all of them) | "sharded" (all ranks together hold the large ones once) |
+            "sharded-by-machine" (the ranks of each machine do). CPU ranks; "sharded" on one machine only.
         strict: raise when anything is left replicated.
         timeout_s: longest wait on a peer, in seconds: 0.1 to a week.
         dump: directory that receives graphs, schedules, kernels and plans, or None.
@@ -97,6 +101,7 @@ class Options:
     inner: str = "auto"
     placement: str = "auto"
     inputs: str = "checked"
+    weights: str = "whole"
     strict: bool = False
     timeout_s: float = 60.0
     dump: Path | None = None
@@ -302,6 +307,7 @@ _VALIDATORS: dict[str, Callable[[str, object], Any]] = {
     "inner": _choice(INNERS),
     "placement": _choice(PLACEMENTS),
     "inputs": _choice(INPUTS),
+    "weights": _choice(WEIGHTS),
     "strict": _strict,
     "timeout_s": _timeout_s,
     "dump": _dump,

@@ -11,6 +11,7 @@ only when it is named.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from pathlib import Path
 from sfcompile.options import Options
 
 LOG = "streamfusion"
+_log = logging.getLogger("sfcompile")
 ARTIFACTS = {
     "streamfusion_plan": "The plan of every graph, with every candidate of the planner",
     "streamfusion_schedules": "Every schedule as text: puts, waits and attention calls of a rank",
@@ -57,6 +59,20 @@ def follow_torch_logs(log: logging.Logger, rank: int) -> bool:
     log.propagate = False
     log.setLevel(asked.level if rank == 0 else logging.ERROR)
     return True
+
+
+def speak(rank: int) -> None:
+    """Give our logger a voice: TORCH_LOGS', else the program's own, else rank 0's by SFCOMPILE_LOG (default info)."""
+    if follow_torch_logs(_log, rank) or _log.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"[streamfusion, rank {rank}] %(message)s"))
+    _log.addHandler(handler)
+    asked = os.environ.get("SFCOMPILE_LOG") or "info"
+    level = logging.getLevelNamesMapping().get(asked.upper())
+    _log.setLevel((level or logging.INFO) if rank == 0 else logging.ERROR)
+    if level is None:
+        _log.warning("SFCOMPILE_LOG=%s is no level of Python's logging; info is taken", asked)
 
 
 @contextmanager

@@ -77,6 +77,7 @@ __all__ = [
     "registered_for_autocast",
     "same_storage",
     "set_grad_enabled",
+    "storage_users",
     "symbol_hint",
     "symbols_in",
     "symmetric_memory",
@@ -167,6 +168,12 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are views of the same memory; fake tensors too."""
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+def storage_users(tensor: torch.Tensor) -> int:
+    """How many tensors lie in the memory that a tensor lies in: itself, and views of it."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # less the storage's own wrapper, of the line above
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

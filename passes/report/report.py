@@ -55,6 +55,7 @@ class GraphReport:
         graph: number of the graph in this process, from 1; break_reason: what made Dynamo end it before the model did
             (a graph break, with the user's line), or "".
         inputs: how ranks come to equal inputs, where it costs traffic; "": they are given them.
+        weights: how much of the weights the ranks of a machine hold once; "": every rank holds all of them.
         links: the constants that the plan was made with, and where they come from.
         transport: what carries chunks between GPU ranks, and why not what would be better; "": CPU ranks.
         steps: how long calls of the graph took on this rank; None: nobody looks.
@@ -97,6 +98,7 @@ class GraphReport:
     wire: str = ""
     fused_puts: tuple[int, int] | None = None
     inputs: str = ""
+    weights: str = ""
     links: str = ""
     transport: str = ""
     steps: StepWatch | None = None
@@ -175,6 +177,8 @@ class GraphReport:
             rows.insert(-1, ("wire", self.wire))
         if self.inputs:
             rows.insert(-1, ("inputs", self.inputs))
+        if self.weights:
+            rows.insert(-1, ("weights", self.weights))
         if self.steps is not None and self.steps.summary:
             rows.append(("steps", self.steps.summary))
         if self.break_reason:

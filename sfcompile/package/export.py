@@ -21,7 +21,7 @@ from torch import fx
 from sfcompile.capture.graph import Captured
 from sfcompile.errors import InternalError, OptionError, PackageError
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
-from sfcompile.options import Options
+from sfcompile.options import WEIGHTS, Options
 from sfcompile.package.disk import file_hash, open_regular, refusing, writing
 from sfcompile.package.file import PackageWriter, processor, to_json
 from sfcompile.package.graph import empty_of, graph_from_json, graph_to_json, libraries_of, tensor_facts
@@ -70,6 +70,12 @@ def export(
         UnsupportedError: the model has a graph break, keeps state, or calls what no package can hold.
         PackageError: a file cannot be written, or ``weights`` does not fit the model.
     """
+    if weights in WEIGHTS:
+        raise OptionError(
+            f"weights={weights!r} at an export",
+            "there it names a safetensors file; ranks of a machine share the pages of that file in any case",
+            "leave it out, or name a file",
+        )
     inner = options.pop("inner", "auto")
     asked, where = _asked(topology, inner, options)
     traced = trace(model, args, kwargs or {})

@@ -10,9 +10,10 @@ import itertools
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -75,13 +76,32 @@ def map_open(file: IO[bytes], path: Path) -> mmap.mmap:
         raise PackageError(f"{path} cannot be read: {error}", "", "check the path") from error
 
 
+class Entry(NamedTuple):
+    """A tensor of a file: ``nbytes`` bytes from ``start`` on."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    start: int
+    nbytes: int
+
+
 def read_tensors(memory: mmap.mmap, start: int, size: int, source: str) -> dict[str, torch.Tensor]:
     """The tensors of ``size`` bytes of safetensors that begin at ``start``; views of ``memory`` where aligned.
 
     Raises:
         PackageError: it is not safetensors; ``source`` says in the message what was read.
     """
-    try:
+    with _in_format(source):
+        return {name: _tensor(memory, entry) for name, entry in find_tensors(memory, start, size, source).items()}
+
+
+def find_tensors(memory: mmap.mmap, start: int, size: int, source: str) -> dict[str, Entry]:
+    """Where the tensors lie of ``size`` bytes of safetensors that begin at ``start``.
+
+    Raises:
+        PackageError: it is not safetensors; ``source`` says in the message what was read.
+    """
+    with _in_format(source):
         length = int.from_bytes(memory[start : start + 8], "little")
         if size < 8 or length > min(size - 8, HEADER_BYTES):
             raise ValueError(f"a header of {length} bytes in {size}")
@@ -91,23 +111,31 @@ def read_tensors(memory: mmap.mmap, start: int, size: int, source: str) -> dict[
         places = sorted(entry["data_offsets"] for entry in header.values())
         if any(last > first for (_, last), (first, _) in itertools.pairwise(places)):
             raise ValueError("two tensors share bytes")
-        return {name: _tensor(memory, data, room, entry) for name, entry in header.items()}
+        return {name: _entry(data, room, entry) for name, entry in header.items()}
+
+
+@contextmanager
+def _in_format(source: str) -> Iterator[None]:
+    """What goes wrong in the body is the fault of what was read."""
+    try:
+        yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise PackageError(
             f"{source} is not in safetensors' format: {error}", "it is damaged or another kind of file", "write it anew"
         ) from error
 
 
-def _tensor(memory: mmap.mmap, data: int, room: int, entry: Mapping[str, Any]) -> torch.Tensor:
+def _entry(data: int, room: int, entry: Mapping[str, Any]) -> Entry:
     dtype, shape = DTYPES[entry["dtype"]], sizes(entry["shape"], "a tensor")
     first, last = (integer(place, "a place") for place in entry["data_offsets"])
-    count = math.prod(shape)
-    if not 0 <= first <= last <= room or last - first != count * dtype.itemsize:
+    if not 0 <= first <= last <= room or last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{last - first} bytes at {first} for {shape} of {dtype}")
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    if (data + first) % dtype.itemsize:
-        raw = torch.frombuffer(memory, dtype=torch.uint8, count=last - first, offset=data + first)
-        return raw.clone().view(dtype).reshape(shape)
-    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=data + first)
-    return (flat if flat.data_ptr() % ALIGN == 0 else flat.clone()).reshape(shape)
+    return Entry(dtype, shape, data + first, last - first)
+
+
+def _tensor(memory: mmap.mmap, entry: Entry) -> torch.Tensor:
+    if entry.nbytes == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes, offset=entry.start)
+    aligned = raw if raw.data_ptr() % ALIGN == 0 else raw.clone()
+    return aligned.view(entry.dtype).reshape(entry.shape)

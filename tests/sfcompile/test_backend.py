@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from torch import nn
 
-from sfcompile import backend
 from sfcompile.backend import last_report, streamfusion_backend
 
 
@@ -41,13 +38,3 @@ def test_torch_finds_the_backend_by_name() -> None:
 def test_options_are_checked_before_anything_runs(model: nn.Module) -> None:
     with torch.no_grad(), pytest.raises(Exception, match="Did you mean 'mesh'"):
         torch.compile(model, backend="streamfusion", options={"meshh": 1})(torch.randn(3, 8))
-
-
-@pytest.mark.parametrize(("asked", "level"), [("verbose", "INFO"), ("", "INFO"), ("warning", "WARNING")])
-def test_a_level_that_is_none_is_no_error(monkeypatch: pytest.MonkeyPatch, asked: str, level: str) -> None:
-    monkeypatch.setenv("SFCOMPILE_LOG", asked)
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    monkeypatch.setattr(backend.log, "handlers", [])
-    monkeypatch.setattr(backend.log, "level", backend.log.level)
-    backend._speak(0)
-    assert logging.getLevelName(backend.log.level) == level

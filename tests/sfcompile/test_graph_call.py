@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from threads import run_threads
 from torch import nn
 from torch.fx import symbolic_trace
 
 from sfcompile.capture.graph import Captured
-from sfcompile.errors import UnsupportedError
-from sfcompile.graph_call import GPU_LOOKS, _can_look, compared_inputs, compared_weights, not_shared
+from sfcompile.errors import OptionError, UnsupportedError
+from sfcompile.graph_call import (
+    GPU_LOOKS,
+    _can_look,
+    compared_inputs,
+    compared_weights,
+    not_shared,
+    refuse_sharded,
+    share_weights,
+)
 from sfcompile.options import Options
+from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.session import current_session
 from sfcompile.torch_private import FakeTensorMode
 
 INPUTS = [torch.ones(2), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), 3, torch.ones(2).to_sparse()]
@@ -42,3 +53,38 @@ def test_gpus_look_at_first_calls_only() -> None:
 def test_a_refusal_is_every_ranks() -> None:
     error = not_shared(UnsupportedError("a graph with a loop"))
     assert error.on_every_rank and "a graph with a loop" in str(error) and "'checked'" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "machines", "text"),
+    [
+        ({"weights": "sharded"}, "cuda", 1, "with a model on cuda"),
+        ({"weights": "sharded-by-machine"}, "cuda", 2, "with a model on cuda"),
+        ({"weights": "sharded", "transport": "c10d"}, "cpu", 1, "transport='c10d'"),
+        ({"weights": "sharded"}, "cpu", 2, "use weights='sharded-by-machine'"),
+    ],
+)
+def test_where_weights_cannot_be_sharded(asked: dict[str, str], device: str, machines: int, text: str) -> None:
+    with pytest.raises(OptionError, match=text):
+        refuse_sharded(Options.from_dict(asked), torch.device(device), Topology.grid(machines, 2))
+
+
+def test_where_weights_can_be_sharded() -> None:
+    refuse_sharded(Options(), torch.device("cuda"), Topology.grid(2, 2))
+    refuse_sharded(Options(weights="sharded"), torch.device("cpu"), Topology.grid(1, 2))
+    refuse_sharded(Options(weights="sharded-by-machine"), torch.device("cpu"), Topology.grid(2, 2))
+
+
+def test_weights_that_the_graph_writes_to_stay_each_ranks() -> None:
+    """Also of ranks that trust each other: what is shared is compared to the last bit."""
+
+    def work(rank: int) -> str:
+        inputs = [torch.ones(2), nn.Parameter(torch.ones(200, 200)), nn.Parameter(torch.ones(200, 200))]
+        assert share_weights(["x", "w", "b"], inputs, graph(), current_session(), Options()) is None
+        asked = Options(weights="sharded", inputs="trusted")
+        kept = share_weights(["x", "w", "b"], inputs, graph(written=(2,)), current_session(), asked)
+        assert kept is not None
+        return kept.line
+
+    for line in run_threads(2, work):
+        assert line == "156.2 KiB of 156.2 KiB lie once for the 2 ranks of a machine"

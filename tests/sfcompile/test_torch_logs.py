@@ -143,3 +143,13 @@ def test_the_level_is_torchs_on_rank_0_and_errors_elsewhere(kept: Kept) -> None:
     for rank, level in ((0, logging.DEBUG), (1, logging.ERROR)):
         assert follow_torch_logs(log, rank) and log.level == level and kept in log.handlers
     assert torch_logs.LOG == "streamfusion"
+
+
+@pytest.mark.parametrize(("asked", "level"), [("verbose", "INFO"), ("", "INFO"), ("warning", "WARNING")])
+def test_a_level_that_is_none_is_no_error(monkeypatch: pytest.MonkeyPatch, asked: str, level: str) -> None:
+    monkeypatch.setenv("SFCOMPILE_LOG", asked)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(torch_logs._log, "handlers", [])
+    monkeypatch.setattr(torch_logs._log, "level", torch_logs._log.level)
+    torch_logs.speak(0)
+    assert logging.getLevelName(torch_logs._log.level) == level

@@ -20,6 +20,7 @@ from sfcompile.torch_private import (
     inductor_mode_options,
     keep_for_ever,
     make_fx,
+    storage_users,
 )
 
 
@@ -69,3 +70,13 @@ def test_what_is_kept_for_ever_is_not_destroyed() -> None:
     before = sys.getrefcount(kept), sys.getrefcount(dropped)
     keep_for_ever(kept)
     assert (sys.getrefcount(kept), sys.getrefcount(dropped)) == (before[0] + 1, before[1])
+
+
+def test_users_of_a_storage_are_the_tensors_that_lie_in_it() -> None:
+    tensor = torch.zeros(4, 4)
+    assert storage_users(tensor) == 1
+    views = [tensor[0], tensor.detach()]
+    assert storage_users(tensor) == 3
+    views.clear()
+    weight = nn.Parameter(torch.zeros(2))
+    assert storage_users(tensor) == storage_users(weight) == 1

@@ -86,6 +86,7 @@ def test_what_a_package_cannot_hold_is_refused(tmp_path: Path, model: type[Small
         ((X, X), {}, InputError, "do not fit Small.forward"),
         (X, {}, OptionError, "args is a tensor"),
         ((X,), {"inner": "fast"}, OptionError, "got 'fast'"),
+        ((X,), {"weights": "sharded"}, OptionError, "it names a safetensors file"),
         ((X,), {"topology": "auto"}, OptionError, "not 'auto'"),
         ((X,), {"meshh": 1}, OptionError, "Did you mean 'mesh'"),
         ((X,), {"mesh": {"ulysses": 3}}, Exception, "2 ranks run"),
