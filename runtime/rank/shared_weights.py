@@ -34,6 +34,8 @@ LARGE_BYTES = 1 << 16
 """A weight of so many bytes or more is shared; below that, pages and files cost more than they save."""
 BUNDLE_BYTES = 64 << 20
 """So much is shared at a time, or one weight: what a machine holds twice for a moment."""
+_EVERY_S = 5.0
+"""So often rank 0 says how far it has come."""
 BUNDLE_FILES = 64
 """And so many files are open at a time."""
 _WHY = "the ranks of a machine hold one copy of the large weights, in memory that they share"
@@ -253,8 +255,13 @@ def share_copies(ranks: Ranks, copies: Sequence[MachineCopy]) -> None:
         RankMismatchError: the bytes of some rank are others; on every rank.
     """
     neighbours = [rank for rank in range(ranks.topology.num_ranks) if ranks.topology.same_machine(rank, ranks.rank)]
+    total, shared, said = sum(copy.nbytes for copy in copies), 0, time.monotonic()
     for number, bundle in enumerate(_bundles(copies)):
         _share_bundle(ranks, neighbours[number % len(neighbours)], bundle)
+        shared += sum(copy.nbytes for copy in bundle)
+        if time.monotonic() - said > _EVERY_S:
+            said = time.monotonic()
+            log.info("weights: %s of %s lie once for every machine", in_words(shared), in_words(total))
 
 
 def _bundles(copies: Sequence[MachineCopy]) -> Iterator[list[MachineCopy]]:

@@ -56,9 +56,13 @@ def sharing(session: Session, weights: list[torch.Tensor]) -> SharedWeights:
 
 
 @pytest.mark.parametrize(("ranks", "machines"), [(1, 1), (3, 1), (4, 2)])
-def test_values_stay_and_memory_is_the_machines(ranks: int, machines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_stay_and_memory_is_the_machines(
+    ranks: int, machines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Bundles of one weight and of two; tensors stay the same objects, laid out as before."""
     monkeypatch.setattr(shared_weights, "BUNDLE_BYTES", 300_000)
+    monkeypatch.setattr(shared_weights, "_EVERY_S", -1.0)
+    caplog.set_level("INFO", logger="sfcompile")
 
     def work(rank: int, session: Session) -> SharedWeights:
         weights = weights_of()
@@ -75,6 +79,8 @@ def test_values_stay_and_memory_is_the_machines(ranks: int, machines: int, monke
     for shared in on_ranks(work, ranks, machines):
         assert f"lie once for the {ranks // machines} ranks of a machine" in shared.line
         assert "1 (32 B) are each rank's own: below 64.0 KiB" in shared.line
+    assert "weights: 100.0 KiB of 656.0 KiB lie once" in caplog.text
+    assert "weights: 656.0 KiB of 656.0 KiB lie once" in caplog.text
 
 
 def test_a_write_is_one_ranks_own() -> None:
