@@ -32,8 +32,6 @@ from torch import nn
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SIDE = 32
 EVERY_S = 0.005
-CASES = ((2, 1), (4, 1), (4, 2), (2, 2))
-"""Ranks and machines."""
 
 
 def pss_bytes(pid: int) -> int:
@@ -199,7 +197,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=8, help="blocks")
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--steps", type=int, default=10, help="pairs of steps for the ratio")
+    parser.add_argument("--steps", type=int, default=10, help="pairs of steps for the ratio; 0: memory only")
+    parser.add_argument("--cases", default="2x1 4x1 4x2 2x2", help="ranks x machines")
     parser.add_argument("--inner", default="eager", help="what runs the local graph: eager or inductor")
     parser.add_argument("--out", default="", help="a file for the result")
     parser.add_argument("--kind", default="", help=argparse.SUPPRESS)
@@ -226,14 +225,18 @@ def main() -> int:
             "ratios (range), ms with whole weights, largest difference",
         ]
         fits = True
-        for ranks, machines in CASES:
-            argv = [f"--{name}={value}" for name, value in vars(args).items() if name not in ("kind", "file", "out")]
+        for ranks, machines in (map(int, case.split("x")) for case in args.cases.split()):
+            argv = [
+                f"--{name}={value}"
+                for name, value in vars(args).items()
+                if name not in ("kind", "file", "out", "cases")
+            ]
             argv += [f"--file={path}"]
             most = max(peaks(ranks, machines, [*argv, "--kind=whole"]))
             least = max(peaks(ranks, machines, [*argv, "--kind=sharded-by-machine"]))
             bound = 1.05 * (most - whole + whole / (ranks // machines) + 2 * layer)
             fits = fits and least <= bound
-            said = ratio(ranks, machines, [*argv, "--kind=steps"])
+            said = ratio(ranks, machines, [*argv, "--kind=steps"]) if args.steps else "-"
             numbers = " ".join(f"{value / 2**20:{width}.0f}" for value, width in ((most, 8), (least, 14), (bound, 8)))
             lines.append(f"{ranks:>5} {machines:>8} {numbers}  {'yes' if least <= bound else 'NO':>6}  {said}")
             print(lines[-1], flush=True)
