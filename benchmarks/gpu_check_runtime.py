@@ -12,7 +12,7 @@ from gpu_check_report import Bench, Skip, compare, distance, exact, inputs_of, s
 
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.target import KernelTarget
-from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
 from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.errors import UnsupportedError
@@ -66,7 +66,8 @@ def _transport(bench: Bench, joined: Nvshmem) -> None:
     size = HeapSize(4, 1 << 16, 1)
     heap = NvshmemHeap(joined, size, (0,), share)
     status = DeviceStatus(0, bench.device, 60.0)
-    transport = NvshmemTransport(joined, heap, size.bank_bytes // 2, status.words)
+    wait = WaitKernel(0, KernelTarget(bench.device))
+    transport = NvshmemTransport(joined, heap, size.bank_bytes // 2, status, wait)
     wrong = []
     for epoch in range(1, 6):
         chunk = torch.randn(4, 100, device=bench.device)

@@ -14,7 +14,7 @@ from sfcompile.codegen.engines.choice import choose_attention
 from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.target import KernelTarget
-from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
@@ -108,11 +108,12 @@ def carriers_for(
         nvshmem = Nvshmem(rank, topology.num_ranks, device, share, limit_s=timeout_s)
         fill_device_state(nvshmem.bindings.cumodule_init, nvshmem.bindings.cumodule_finalize)
 
-        def make_release(domains: Sequence[int]) -> ReleaseKernel:
-            return ReleaseKernel(rank, topology.num_ranks, KernelTarget.of(device, domains), domains)
+        def make_kernels(domains: Sequence[int]) -> tuple[ReleaseKernel, WaitKernel]:
+            target = KernelTarget.of(device, domains)
+            return ReleaseKernel(rank, topology.num_ranks, target, domains), WaitKernel(rank, target)
 
         return NvshmemSide(
-            nvshmem, topology, share, make_release, timeout_s, trouble=session.trouble, leave=leave_device_state
+            nvshmem, topology, share, make_kernels, timeout_s, trouble=session.trouble, leave=leave_device_state
         )
 
     def messages(members: Sequence[int], status: DeviceStatus) -> PairedTransport:

@@ -1,4 +1,4 @@
-"""A rank's generated kernels for exchanges, and for credits, ready to launch."""
+"""A rank's generated kernels for exchanges, for credits and for waits of the stream, ready to launch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sfcompile.codegen.kernels.chunks import (
     receive_source,
     release_source,
     send_source,
+    wait_source,
 )
 from sfcompile.codegen.kernels.reach import reach_of
 from sfcompile.codegen.schedule.exchange import ExchangeSchedule
@@ -123,6 +124,30 @@ class ReleaseKernel:
         values = {"heaps_ptr": heaps, "place_ptr": place, "rank": self._rank, "num_ranks": self._num_ranks}
         names = chunk_arguments("release")
         self._target.move(self._kernel, [values[argument] for argument in names], self._spec.reach)
+
+
+class WaitKernel:
+    """A wait of the stream that ends as waits inside kernels do: by its limit, or when the host says so.
+
+    Args:
+        rank: of the job.
+    """
+
+    def __init__(self, rank: int, target: KernelTarget) -> None:
+        self._rank, self._target = rank, target
+        self._kernel = target.load(wait_source(), "wait", "peer")
+
+    def run(self, heaps: torch.Tensor, place: torch.Tensor, word_at: int, epoch: int, tag_bits: int, slot: int) -> None:
+        """What is launched next follows the word ``word_at`` bytes into this rank's segment, or a status that says that
+        the wait gave up.
+
+        Args:
+            heaps: [ranks of the job, 3], see HEAP in codegen/kernels/text.py.
+            tag_bits: bits of the word below the epoch.
+            slot: what a report calls the word; below 0: -1 - rank, for a credit.
+        """
+        values = [heaps, place, self._rank, word_at, epoch, tag_bits, slot]
+        self._kernel[(1,)](*values, **self._target.options("peer"))
 
 
 def _view(buffer: torch.Tensor, chunk: PackedChunk, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Writes the kernels that move whole chunks as bytes: send, receive (exchanges), and release (credits)."""
+"""Writes the kernels that move whole chunks as bytes (send, receive), that give credits (release), or only wait."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class ChunkSpec:
 
 
 def chunk_arguments(name: str) -> tuple[str, ...]:
-    """Arguments of "send", "receive" or "release", in order."""
+    """Arguments of "send", "receive", "release" or "wait", in order."""
     return {
         "send": ("x_ptr", "heaps_ptr", "place_ptr", "sends_ptr", "receivers_ptr", "counters_ptr", "rank",
                  "num_puts", "num_receivers"),
         "receive": ("x_ptr", "heaps_ptr", "place_ptr", "receives_ptr", "slots_ptr", "rank", "num_collects",
                     "num_slots"),
         "release": ("heaps_ptr", "place_ptr", "rank", "num_ranks"),
+        "wait": ("heaps_ptr", "place_ptr", "rank", "word_at", "epoch_awaited", "tag_bits", "slot"),
     }[name]  # fmt: skip
 
 
@@ -82,3 +83,15 @@ def release_source(spec: ChunkSpec) -> str:
             out.fork(["raise_signal(to + credit, epoch)"], put, if_near="to != 0")
             out("other += programs")
     return module("Gives credits.", out.text)
+
+
+def wait_source() -> str:
+    """The module of ``wait``: what follows on the stream comes after a word of this rank's segment, or finds that the
+    wait gave up.
+
+    ``tag_bits`` are those below the epoch in the word: TAG_BITS for a slot's signal, 0 for a credit.
+    """
+    out = KernelText("peer")
+    with out.kernel("wait", chunk_arguments("wait")):
+        out.wait_word("heap + word_at", "(epoch_awaited.to(tl.int64) << tag_bits)", "slot")
+    return module("Waits for a word.", out.text)

@@ -29,7 +29,10 @@ from sfcompile.codegen.kernels.text import (
 )
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE
 
-_SCALARS = ("rank", "num_puts", "num_collects", "num_slots", "num_receivers", "num_ranks", "batch", "nbytes")
+_SCALARS = (
+    "rank", "num_puts", "num_collects", "num_slots", "num_receivers", "num_ranks", "batch", "nbytes", "word_at",
+    "epoch_awaited", "tag_bits", "slot",
+)  # fmt: skip
 """Arguments that no kernel is specialised to: their values change from rank to rank."""
 _COUNTS = ("num_puts", "num_receivers", "num_collects", "num_slots", "num_ranks")
 """Those that say how much there is to do."""

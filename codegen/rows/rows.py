@@ -78,7 +78,8 @@ class RowProgram:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def bind(self, sources: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """Arguments for some tensors; those whose last dim has gaps are copied."""
+        """Arguments for some tensors, in the order of ``shapes``; those whose last dim has gaps are copied."""
+        assert [tuple(x.shape) for x in sources] == list(self.shapes[:-1]), "a kernel would read other memory"
         arguments: dict[str, Any] = {}
         for i, (x, dims) in enumerate(zip(sources, self.dims, strict=True)):
             if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:

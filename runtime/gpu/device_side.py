@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sfcompile.errors import UnsupportedError
-from sfcompile.runtime.gpu.device_run import DeviceEngine, DeviceRuns, Release
+from sfcompile.runtime.gpu.device_run import DeviceEngine, DeviceRuns, Release, WordWait
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
 from sfcompile.runtime.gpu.status import DeviceStatus, Watchdog
 from sfcompile.runtime.gpu.streams import synchronize
@@ -18,8 +18,8 @@ from sfcompile.runtime.rank.sides import RunningSite, aligned, bank_room, run_on
 from sfcompile.runtime.rank.site_call import SiteCall, SiteSchedule
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
-MakeRelease = Callable[[Sequence[int]], Release]
-"""The credit kernel for ranks of some domains (codegen makes it)."""
+MakeKernels = Callable[[Sequence[int]], tuple[Release, WordWait]]
+"""The kernels of credits and of the stream's waits, for ranks of some domains (codegen makes them)."""
 
 
 class NvshmemSide:
@@ -48,12 +48,12 @@ class NvshmemSide:
         nvshmem: Nvshmem,
         topology: Topology,
         share: Share,
-        make_release: MakeRelease,
+        make_kernels: MakeKernels,
         timeout_s: float,
         trouble: Callable[[], str | None],
         leave: Callable[[bool], object],
     ) -> None:
-        self._nvshmem, self._topology, self._share, self._make_release = nvshmem, topology, share, make_release
+        self._nvshmem, self._topology, self._share, self._make_kernels = nvshmem, topology, share, make_kernels
         self._leave = leave
         self._heap: NvshmemHeap | None = None
         self._runs: DeviceRuns | None = None
@@ -95,8 +95,9 @@ class NvshmemSide:
                 self._heap.close()
         self._heap = NvshmemHeap(self._nvshmem, size, self._topology.machine_of, self._share)
         self._credit(self._heap, epoch)
-        self._runs = DeviceRuns(self._heap, self._make_release(self.domains), self.device, self._status, epoch)
-        self._transport = NvshmemTransport(self._nvshmem, self._heap, size.bank_bytes // 2, self._status.words)
+        release, wait = self._make_kernels(self.domains)
+        self._runs = DeviceRuns(self._heap, release, self.device, self._status, epoch)
+        self._transport = NvshmemTransport(self._nvshmem, self._heap, size.bank_bytes // 2, self._status, wait)
 
     def prepare(self, engines: Sequence[DeviceEngine | None]) -> None:
         """Calls of these sites will find all that they need on the device."""
@@ -145,6 +146,8 @@ class NvshmemSide:
     def rewire(self, timeout_s: float) -> None:
         """Waits last as long as the options now say."""
         self._status.limit_s = timeout_s
+        if self._transport is not None:
+            self._transport.limit_waits()
         for runs in (*(runs for _, runs in self._kept), *([] if self._runs is None else [self._runs])):
             runs.limit_waits()
 

@@ -21,7 +21,6 @@ from sfcompile.runtime.rank.bounded import within
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, view_at
 
 SIGNAL_SET = 9
-CMP_GE = 5
 IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
 """Environment variable of NVSHMEM: kernels drive the network card themselves, by code that links of 3.4.5 lack."""
 _INSTALL = "pip install nvshmem4py-cu13 nvidia-nvshmem-cu13==3.4.5"

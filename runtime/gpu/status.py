@@ -73,6 +73,17 @@ class DeviceStatus:
         self._notice = self._notice or notice
         self._abort.fill_(1)
 
+    def check_waits(self) -> None:
+        """After a wait of the stream: what is launched next runs only if no wait of this rank has given up.
+
+        Raises:
+            RuntimeTimeoutError, PeerFailedError: the host knows that one gave up.
+        """
+        self._demand(self.words[1:2], "streamfusion: a wait of the stream ended in vain")
+        error = self.error() if int(self._known[1]) else None
+        if error is not None:
+            raise error
+
     def end_call(self) -> None:
         """After a call's last kernel, on its stream.
 
@@ -80,14 +91,17 @@ class DeviceStatus:
             RankMismatchError: the host knows already that a chunk of another call has come.
             RuntimeTimeoutError, PeerFailedError: it knows that a wait gave up.
         """
-        self._known.copy_(self.words, non_blocking=True)
-        if self._on_gpu:
-            # After the copy: when the assertion has stopped the stream, the host's copy says why.
-            fine = self.words[:2].any().logical_not()
-            assert_on_device(fine, "streamfusion: a kernel waited in vain, or got a chunk of another call")
+        self._demand(self.words[:2], "streamfusion: a kernel waited in vain, or got a chunk of another call")
         error = self.error()
         if error is not None:
             raise error
+
+    def _demand(self, zeros: torch.Tensor, message: str) -> None:
+        """Copy the status to the host; on a GPU, stop the stream with a message unless these words of it are 0."""
+        self._known.copy_(self.words, non_blocking=True)
+        if self._on_gpu:
+            # After the copy: when the assertion has stopped the stream, the host's copy says why.
+            assert_on_device(zeros.any().logical_not(), message)
 
     def error(self) -> StreamFusionError | None:
         """What the host knows by now of what kernels noted."""

@@ -6,7 +6,9 @@ hold on the stream:
 * put: the chunk is packed into this rank's staging area; ``putmem_signal`` sends it and raises the signal after it.
   The staging area of a bank is used anew two epochs later, after credit from every receiver: a receiver that has read
   a chunk has received it, so its bytes have left the staging area.
-* wait: ``signal_wait_until`` on the stream; kernels launched later see the chunk.
+* wait: a kernel of one program on the stream; kernels launched later see the chunk. It ends as waits inside of kernels
+  do (codegen/kernels/device.py), NVSHMEM's own would not. If it gave up, an assertion behind it stops the stream: what
+  follows would send what never came.
 * finish: a signal to every rank, after the kernels that read the epoch. A put waits for the receiver's on the stream.
 
 Epochs are numbers that the host bakes into the calls, so a captured graph of them cannot be replayed.
@@ -18,12 +20,14 @@ from collections.abc import Sequence
 
 import torch
 
-from sfcompile.errors import UnsupportedError
-from sfcompile.runtime.gpu.nvshmem import CMP_GE, SIGNAL_SET, Nvshmem, NvshmemHeap
+from sfcompile.errors import RuntimeTimeoutError, UnsupportedError
+from sfcompile.runtime.gpu.device_run import WordWait
+from sfcompile.runtime.gpu.nvshmem import SIGNAL_SET, Nvshmem, NvshmemHeap
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.gpu.streams import is_capturing
 from sfcompile.runtime.program.instructions import Arrival
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, bank_of
-from sfcompile.runtime.wires.transport import TAG_BITS, Source, word_of
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE, bank_of
+from sfcompile.runtime.wires.transport import TAG_BITS, Source, too_late, word_of
 
 
 class NvshmemTransport:
@@ -32,12 +36,24 @@ class NvshmemTransport:
     Args:
         heap: its banks hold a second copy of every slot, where chunks are packed before they leave.
         staging_at: bytes from a bank's start to that copy.
-        status: on the device; its first word notes that a chunk of another call has come.
+        status: notes waits that gave up, and chunks of another call.
+        waits: makes the stream wait.
     """
 
-    def __init__(self, nvshmem: Nvshmem, heap: NvshmemHeap, staging_at: int, status: torch.Tensor) -> None:
-        self._nvshmem, self._heap, self._staging_at, self._status = nvshmem, heap, staging_at, status[:1]
+    def __init__(
+        self, nvshmem: Nvshmem, heap: NvshmemHeap, staging_at: int, status: DeviceStatus, waits: WordWait
+    ) -> None:
+        self._nvshmem, self._heap, self._staging_at, self._status = nvshmem, heap, staging_at, status
+        self._waits, self._stranger = waits, status.words[:1]
         self._tags = [0] * NUM_BANKS
+        self._senders: dict[int, int] = {}  # by slot: whom the last wait for it was for
+        row = heap.size.place(0, 0, status.watched, status.number_of(self))
+        self._place = torch.tensor(row, dtype=torch.int64, device=nvshmem.device)
+
+    def limit_waits(self) -> None:
+        """Waits last as long as the status now says."""
+        at = PLACE.index("limit_ns")
+        self._place[at : at + 1].fill_(self._status.watched.limit_ns)
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """Only the tag is kept: senders store when they like.
@@ -61,7 +77,7 @@ class NvshmemTransport:
         """Pack, send, signal; see the head of the file."""
         b, size, base = self._nvshmem.bindings, self._heap.size, self._heap.address
         bank = bank_of(epoch)
-        self._await(size.credit_at(dst), max(epoch - NUM_BANKS, 0))
+        self._await(size.credit_at(dst), max(epoch - NUM_BANKS, 0), 0, -1 - dst)
         # Chunks of one slot go to one receiver per epoch: the slot's place in the staging area is this put's own.
         packed = self._heap.chunk(bank, self._staging_at + offset, chunk.shape, chunk.dtype)
         packed.copy_(chunk)
@@ -73,9 +89,10 @@ class NvshmemTransport:
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """The stream waits for the chunk and notes if it is of another call (before credit its word stays)."""
         bank = bank_of(epoch)
-        self._await(self._heap.size.signal_at(bank, slot), epoch << TAG_BITS)
+        self._senders[slot] = src
+        self._await(self._heap.size.signal_at(bank, slot), epoch, TAG_BITS, slot)
         seen = self._heap.words(self._heap.size.signal_at(bank, slot), 1)
-        self._status.copy_(torch.where(seen == word_of(epoch, self._tags[bank]), self._status, seen))
+        self._stranger.copy_(torch.where(seen == word_of(epoch, self._tags[bank]), self._stranger, seen))
 
     def finish(self, epoch: int) -> None:
         """Credit to every rank."""
@@ -88,13 +105,22 @@ class NvshmemTransport:
         return None
 
     def abort(self, text: str) -> None:
-        """Kernels in flight cannot be told; the job's store tells the hosts (runtime/rank/process_group.py)."""
+        """Waits look at the status, which is told by its owner."""
 
     def close(self) -> None:
         """The heap is closed by its owner."""
 
-    def _await(self, word_at: int, value: int) -> None:
-        self._nvshmem.bindings.signal_wait_until_on_stream(self._heap.address + word_at, CMP_GE, value, self._stream())
+    def gave_up(self, slot: int, wanted: int, seen: int, limit_s: float) -> RuntimeTimeoutError:
+        """The error for a wait of the stream that gave up; see codegen/engines/launch.py."""
+        rank, waited = self._nvshmem.rank, f"rank {self._nvshmem.rank} waited {limit_s:g} s, or was told to stop"
+        if slot < 0:
+            return too_late(f"rank {-1 - slot} has not read epoch {wanted}: {waited}", rank, -1 - slot, slot, wanted)
+        peer, epoch = self._senders[slot], wanted >> TAG_BITS
+        return too_late(f"the chunk of slot {slot} from rank {peer} did not come: {waited}", rank, peer, slot, epoch)
+
+    def _await(self, word_at: int, epoch: int, tag_bits: int, slot: int) -> None:
+        self._waits.run(self._heap.table, self._place, word_at, epoch, tag_bits, slot)
+        self._status.check_waits()
 
     def _stream(self) -> int:
         device = self._nvshmem.device

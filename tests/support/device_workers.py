@@ -25,7 +25,7 @@ from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.launch import mask_kind
 from sfcompile.codegen.engines.target import KernelTarget
-from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import leave_device_state
 from sfcompile.codegen.toolchain.interpreter import interpreting
@@ -51,11 +51,11 @@ def _side_of(session: Session, rank: int, timeout_s: float = 20.0) -> tuple[Nvsh
     nvshmem = Nvshmem(rank, topology.num_ranks, CPU, session.exchange, (library, library))
     target = KernelTarget(CPU, calls=DeviceCalls(library.address_of).names())
 
-    def make_release(domains: Sequence[int]) -> ReleaseKernel:
-        return ReleaseKernel(rank, topology.num_ranks, target, domains)
+    def make_kernels(domains: Sequence[int]) -> tuple[ReleaseKernel, WaitKernel]:
+        return ReleaseKernel(rank, topology.num_ranks, target, domains), WaitKernel(rank, target)
 
     side = NvshmemSide(
-        nvshmem, topology, session.exchange, make_release, timeout_s, session.trouble, leave_device_state
+        nvshmem, topology, session.exchange, make_kernels, timeout_s, session.trouble, leave_device_state
     )
     session.use_side(side)
     return side, target
@@ -187,7 +187,8 @@ def measured(rank: int) -> dict[str, float]:
     """The constants that ranks on emulated GPUs measure."""
     session = session_of()
     _side_of(session, rank)
-    return measure_quickly(session, session.topology, torch.bfloat16).constants
+    with interpreting(Deadline(20.0)):
+        return measure_quickly(session, session.topology, torch.bfloat16).constants
 
 
 def interpreted(rank: int, seed: int, calls: int, wire: Wire = AS_IT_IS) -> dict[str, Any]:
@@ -304,8 +305,11 @@ def other_order(
     return (first_read + one.transpose(1, 2).flatten(2) @ e,)
 
 
-def loses_a_peer(rank: int, victim: int, how: str) -> tuple[str, float]:
+def loses_a_peer(rank: int, victim: int, how: str, kernels: bool) -> tuple[str, float]:
     """A call that is right, then one in which a rank is missing: killed, raising before its puts, or asleep.
+
+    Args:
+        kernels: see :func:`run`.
 
     Returns:
         what the others were told, and after how many seconds.
@@ -317,7 +321,7 @@ def loses_a_peer(rank: int, victim: int, how: str) -> tuple[str, float]:
     ticket = torch.zeros(1, dtype=torch.int64)
     with interpreting(lambda: time.sleep(0)):  # nothing but the kernels' own limit ends a wait
         with session.call("model", []):
-            session.load("p", schedules, _engines(case, schedules, rank, target, side))
+            session.load("p", schedules, _engines(case, schedules, rank, target, side) if kernels else None)
             attend_and_gather(case, rank, ticket)
         began = time.perf_counter()
         if rank == victim and how == "killed":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sfcompile.runtime.gpu.nvshmem import CMP_GE, SIGNAL_SET
+from sfcompile.runtime.gpu.nvshmem import SIGNAL_SET
 
 
 class Library:
@@ -24,10 +23,8 @@ class Library:
         reaches: whether ``ptr`` finds the memory of another PE; puts and signals always do.
     """
 
-    def __init__(
-        self, rank: int, meet: Callable[[], object], reaches: Callable[[int], bool], timeout_s: float = 20.0
-    ) -> None:
-        self.rank, self._meet, self._reaches, self._timeout_s = rank, meet, reaches, timeout_s
+    def __init__(self, rank: int, meet: Callable[[], object], reaches: Callable[[int], bool]) -> None:
+        self.rank, self._meet, self._reaches = rank, meet, reaches
         self.num_ranks = 0
         self.job = ""
         self.finalized = False
@@ -94,11 +91,6 @@ class Library:
         assert op == SIGNAL_SET and value >= 0
         ctypes.c_uint64.from_address(self.address_of(signal, pe)).value = value
 
-    def signal_wait_until_on_stream(self, signal: int, comparison: int, value: int, stream: int) -> None:
-        assert comparison == CMP_GE and value >= 0
-        word = ctypes.c_uint64.from_address(signal)
-        self._wait(lambda: word.value >= value, f"a signal of {value}")
-
     # ------------------------------------------------------------------ common
 
     def address_of(self, address: int, pe: int) -> int:
@@ -106,13 +98,6 @@ class Library:
             if base <= address < base + copies[self.rank].numel():
                 return copies[pe].data_ptr() + address - base
         raise AssertionError(f"address {address:#x} is not symmetric")
-
-    def _wait(self, ready: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + self._timeout_s
-        while not ready():
-            if time.monotonic() > end:
-                raise TimeoutError(f"{what} did not come")
-            time.sleep(0)
 
 
 class DeviceCalls:

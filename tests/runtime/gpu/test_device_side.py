@@ -11,7 +11,7 @@ from emulated_nvshmem import Library
 from processes import run_outcomes, run_processes
 
 from sfcompile.codegen.engines.target import KernelTarget
-from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
 from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
 from sfcompile.runtime.program.topology import Topology
@@ -50,10 +50,17 @@ def test_ranks_in_other_calls_are_told(kernels: bool) -> None:
         assert "GPU ranks cannot start afresh" in afterwards
 
 
-@pytest.mark.parametrize("how", ["killed", pytest.param("raises", marks=pytest.mark.thorough), "asleep"])
-def test_a_missing_peer_is_a_clear_error_in_time(how: str) -> None:
-    """Kernels wait for it: they end because the watchdog hears of it, or because their time (3 s) is up."""
-    outcomes = run_outcomes(3, device_workers.loses_a_peer, (1, how), (0, 0, 1))
+MISSING = [
+    ("killed", True), pytest.param("raises", True, marks=pytest.mark.thorough), ("asleep", True),
+    ("killed", False), pytest.param("raises", False, marks=pytest.mark.thorough),
+    pytest.param("asleep", False, marks=pytest.mark.thorough),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "kernels"), MISSING)
+def test_a_missing_peer_is_a_clear_error_in_time(how: str, kernels: bool) -> None:
+    """Kernels, or the stream, wait for it: they end because the watchdog hears of it, or after their 3 s."""
+    outcomes = run_outcomes(3, device_workers.loses_a_peer, (1, how, kernels), (0, 0, 1))
     survivors = [outcomes[0].value, outcomes[2].value]
     if how == "asleep":  # the times of both are up at once: who looks later may hear of it from the other
         assert any(told.startswith("RuntimeTimeoutError") for told, _ in survivors), survivors
@@ -62,7 +69,8 @@ def test_a_missing_peer_is_a_clear_error_in_time(how: str) -> None:
         if how == "asleep":
             heard = told.startswith("PeerFailedError") and "another rank failed first" in told
             assert heard or told.startswith("RuntimeTimeoutError"), told
-            assert "from rank 1 did not come" in told and "a kernel of" in told and "waited 3 s" in told, told
+            assert "from rank 1 did not come" in told and "waited 3 s" in told, told
+            assert not kernels or "a kernel of" in told, told
         else:
             assert told.startswith("PeerFailedError") and "rank 1: " in told, told
             assert ("its process" if how == "killed" else "the victim's own mistake") in told, told
@@ -90,12 +98,13 @@ def test_a_heap_that_captured_graphs_read_is_kept() -> None:
         library = Library(0, lambda: None, lambda pe: True)
         nvshmem = Nvshmem(0, 1, torch.device("cpu"), lambda value, doing: [value], (library, library))
 
-        def make_release(domains: Sequence[int]) -> ReleaseKernel:
-            return ReleaseKernel(0, 1, KernelTarget(torch.device("cpu")), domains)
+        def make_kernels(domains: Sequence[int]) -> tuple[ReleaseKernel, WaitKernel]:
+            target = KernelTarget(torch.device("cpu"))
+            return ReleaseKernel(0, 1, target, domains), WaitKernel(0, target)
 
         topology, told = Topology.grid(1, 1), list[bool]()
         side = NvshmemSide(
-            nvshmem, topology, lambda value, doing: [value], make_release, 5.0, lambda: None, told.append
+            nvshmem, topology, lambda value, doing: [value], make_kernels, 5.0, lambda: None, told.append
         )
         side.make_heap(HeapSize(1, 4096, 1), 0)
         assert side._runs is not None

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+
 import pytest
 import torch
 from emulated_nvshmem import Library
 
-from sfcompile.errors import UnsupportedError
+from sfcompile.codegen.engines.target import KernelTarget
+from sfcompile.codegen.engines.transfers import WaitKernel
+from sfcompile.codegen.toolchain.interpreter import interpreting
+from sfcompile.errors import PeerFailedError, RuntimeTimeoutError, UnsupportedError
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 from sfcompile.runtime.wires.transport import word_of
@@ -15,15 +23,25 @@ from sfcompile.runtime.wires.transport import word_of
 SIZE = HeapSize(2, 512, 1)
 
 
-def transport(timeout_s: float = 0.2) -> tuple[NvshmemTransport, NvshmemHeap]:
-    library = Library(0, lambda: None, lambda pe: True, timeout_s)
-    pe = Nvshmem(0, 1, torch.device("cpu"), lambda value, doing: [value], (library, library))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    with interpreting(lambda: time.sleep(0)):  # nothing but a wait's own limit ends it
+        yield
+
+
+def transport(timeout_s: float = 0.2) -> tuple[NvshmemTransport, NvshmemHeap, DeviceStatus]:
+    library = Library(0, lambda: None, lambda pe: True)
+    pe = Nvshmem(0, 1, CPU, lambda value, doing: [value], (library, library))
     heap = NvshmemHeap(pe, SIZE, (0,), lambda value, doing: [value])
-    return NvshmemTransport(pe, heap, 256, torch.zeros(1, dtype=torch.int64)), heap
+    status = DeviceStatus(0, CPU, timeout_s)
+    return NvshmemTransport(pe, heap, 256, status, WaitKernel(0, KernelTarget(CPU))), heap, status
 
 
 def test_chunks_arrive_before_their_signal_in_the_bank_of_their_epoch() -> None:
-    wires, heap = transport()
+    wires, heap, _ = transport()
     x = torch.arange(12.0).view(3, 4)
     for epoch in (1, 2, 3):
         wires.put(0, 1, 64, x.t() * epoch, epoch)  # a view that has to be packed
@@ -33,17 +51,34 @@ def test_chunks_arrive_before_their_signal_in_the_bank_of_their_epoch() -> None:
 
 
 def test_a_bank_waits_for_credit_and_a_wait_for_its_signal() -> None:
-    wires, _ = transport()
-    wires.put(0, 0, 0, torch.zeros(4), 1)
-    wires.put(0, 0, 0, torch.zeros(4), 2)
-    with pytest.raises(TimeoutError):  # epoch 1 was not finished
-        wires.put(0, 0, 0, torch.zeros(4), 3)
-    with pytest.raises(TimeoutError):
-        wires.wait(0, 0, 3)
+    for awaits_credit in (True, False):
+        wires, heap, _ = transport()
+        for epoch in (1, 2):
+            wires.put(0, 0, 0, torch.zeros(4), epoch)
+        with pytest.raises(RuntimeTimeoutError) as caught:
+            if awaits_credit:  # epoch 1 was not finished
+                wires.put(0, 0, 0, torch.ones(4), 3)
+            else:
+                wires.wait(0, 0, 3)
+        said = "rank 0 has not read epoch 1" if awaits_credit else "the chunk of slot 0 from rank 0 did not come"
+        assert said in str(caught.value) and "waited 0.2 s" in str(caught.value)
+        assert not heap.chunk(1, 0, (4,), torch.float32).any(), "a put that did not wait"
+
+
+def test_waits_get_a_new_limit_and_end_when_the_host_says_so() -> None:
+    wires, _, status = transport(timeout_s=600.0)
+    threading.Timer(0.3, status.stop, ("rank 1: its process has ended",)).start()
+    with pytest.raises(PeerFailedError, match="rank 1: its process has ended"):
+        wires.wait(0, 0, 1)
+    wires, _, status = transport(timeout_s=600.0)
+    status.limit_s = 0.1
+    wires.limit_waits()
+    with pytest.raises(RuntimeTimeoutError, match=r"waited 0\.1 s"):
+        wires.wait(0, 0, 1)
 
 
 def test_a_captured_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    wires, _ = transport()
+    wires, _, _ = transport()
     wires.open(1, [])
     monkeypatch.setattr(wires._nvshmem, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -52,11 +87,11 @@ def test_a_captured_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_chunk_of_another_call_is_noted() -> None:
-    wires, heap = transport()
+    wires, heap, status = transport()
     wires.open(1, [], tag=5)
     wires.put(0, 1, 64, torch.ones(4), 1)
     wires.wait(0, 1, 1)
-    assert int(wires._status) == 0
+    assert int(status.words[0]) == 0
     wires.open(1, [], tag=6)  # as another rank would be
     wires.wait(0, 1, 1)
-    assert int(wires._status) == word_of(1, 5) == int(heap.words(SIZE.signal_at(1, 1), 1))
+    assert int(status.words[0]) == word_of(1, 5) == int(heap.words(SIZE.signal_at(1, 1), 1))

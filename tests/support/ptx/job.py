@@ -16,7 +16,7 @@ from threads import run_threads
 from ptx.driver import MachineDriver, MachineTarget
 from ptx.network import Network
 from ptx.world import Stream, World
-from sfcompile.codegen.engines.transfers import ReleaseKernel
+from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
 from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
 from sfcompile.runtime.rank.session import Session, current_session
@@ -79,11 +79,11 @@ class MachineJob:
             nvshmem = Nvshmem(rank, len(self.machine_of), torch.device("cpu"), session.exchange, (library, library))
             target = MachineTarget(torch.device("cpu"), programs=2, driver=self.driver)
 
-            def make_release(domains: Sequence[int]) -> Any:
-                return ReleaseKernel(rank, len(self.machine_of), target, domains)
+            def make_kernels(domains: Sequence[int]) -> Any:
+                return ReleaseKernel(rank, len(self.machine_of), target, domains), WaitKernel(rank, target)
 
             side = NvshmemSide(
-                nvshmem, session.topology, session.exchange, make_release, 60.0, session.trouble, lambda failed: None
+                nvshmem, session.topology, session.exchange, make_kernels, 60.0, session.trouble, lambda failed: None
             )
             with self.driver.lock:
                 watched = side._status.watched

@@ -119,12 +119,14 @@ def test_exchanges(machine_of: tuple[int, ...]) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["pairs", "halves"])
+@pytest.mark.parametrize("name", list(forms()))
 def test_puts_that_compute(name: str) -> None:
     """What a fused put leaves on every rank is what a plain put of the same rows leaves, but for rounding."""
     fn, sources = forms(BF16, 64)[name]
     gm, root = traced(fn, sources)
-    program = compile_rows(root, frozenset(node for node in gm.graph.nodes if node.op == "call_function"))[0]
+    inline = frozenset(node for node in gm.graph.nodes if node.op == "call_function")
+    program, read = compile_rows(root, inline)  # in the order in which the program meets its sources
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     length = fn(*sources).shape[2]
     site = make_site(length, 2, heads=2, head_dim=64, dtype=BF16, batch=2)
     given = [[x * (1 if rank else 0.5) for x in sources] for rank in range(2)]
@@ -135,7 +137,8 @@ def test_puts_that_compute(name: str) -> None:
         for rank, (main, _) in enumerate(ranks.streams):
             with ranks.driver.on(main):
                 if fused:
-                    ranks.kernels[rank].put_fused("q", program, given[rank], views[rank])
+                    by_node = dict(zip(placeholders, given[rank], strict=True))
+                    ranks.kernels[rank].put_fused("q", program, [by_node[node] for node in read], views[rank])
                 else:
                     ranks.kernels[rank].put("q", fn(*given[rank]), views[rank])
         ranks.world.run()
