@@ -20,7 +20,9 @@ from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
 from sfcompile.codegen.toolchain.nvshmem_bitcode import require_library
 from sfcompile.errors import OptionError, UnsupportedError
-from sfcompile.options import Options
+from sfcompile.measuring.attention import attention_work, decide_attention
+from sfcompile.measuring.auto import resolved
+from sfcompile.options import ASSUMED, Options
 from sfcompile.runtime.gpu.carriers import CARRIERS, choose_carrier
 from sfcompile.runtime.gpu.device_run import DeviceEngine
 from sfcompile.runtime.gpu.device_side import NvshmemSide
@@ -170,13 +172,19 @@ def engines_for(
     """
     every = [schedule for schedules in programs.values() for schedule in schedules]
     sites = [schedule.site for schedule in every if isinstance(schedule, AttentionSchedule)]
-    chosen, why = choose_attention(asked.attention, sites, device.type, session.side.no_kernels)
-    line = f"{chosen} ({why})"
     shared: dict[Schedule, KernelEngine] = {}
     kinds: dict[Schedule, list[tuple[str, bool]]] = {}
     for program, schedules in programs.items():
         for site, schedule in enumerate(schedules):
             kinds.setdefault(schedule, []).append(masks.get((program, site), ("none", True)))
+
+    def faster() -> tuple[str, str]:
+        """Collective."""
+        measure = resolved(asked.topology) != ASSUMED
+        return decide_attention(session, device, attention_work(kinds), measure)
+
+    chosen, why = choose_attention(asked.attention, sites, device.type, session.side.no_kernels, faster)
+    line = f"{chosen} ({why})"
 
     def engine(schedule: Schedule) -> Engine | DeviceEngine | None:
         if chosen == "aten":

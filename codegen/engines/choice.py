@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 from sfcompile.codegen.kernels.spec import MAX_HEAD_DIM, cannot_generate
@@ -12,7 +12,11 @@ from sfcompile.runtime.program.sites import AttentionSite
 
 
 def choose_attention(
-    asked: str, sites: Sequence[AttentionSite], device_type: str, hindrance: str = ""
+    asked: str,
+    sites: Sequence[AttentionSite],
+    device_type: str,
+    hindrance: str = "",
+    faster: Callable[[], tuple[str, str]] = lambda: ("triton", "puts, waits and attention in one kernel"),
 ) -> tuple[str, str]:
     """``("triton" or "aten", reason)`` for all attentions of a graph.
 
@@ -23,6 +27,7 @@ def choose_attention(
         asked: the option ``attention``: "auto", "aten" or "triton".
         device_type: "cuda" or "cpu".
         hindrance: why kernels of these ranks cannot put; "": they can.
+        faster: asked where both can run them and neither was asked for (sfcompile/measuring/attention.py).
 
     Raises:
         CodegenError: generated kernels were asked for and Triton is not installed.
@@ -60,4 +65,4 @@ def choose_attention(
         return "aten", "Triton is not installed"
     if hindrances:
         return "aten", hindrances[0]
-    return "triton", "puts, waits and attention in one kernel"
+    return faster()

@@ -319,7 +319,7 @@ def choices() -> list[Finding]:
         transport = "shm inside a machine, TCP between machines\nnot nvshmem: it moves data between GPUs, none here"
     else:
         transport = "c10d (gloo)\nnot shm: it needs an x86-64 processor; not nvshmem: it needs GPUs"
-    attention, why = choose_attention("auto", [], device, hindrance)
+    attention, why = choose_attention("auto", [], device, hindrance, _faster_attention)
     compiler = device == "cuda" or any(shutil.which(name) for name in _compilers())
     inner = "inductor" if compiler else "eager\nnot inductor: there is no C++ compiler"
     return [
@@ -327,6 +327,22 @@ def choices() -> list[Finding]:
         Finding(area, "attention", f"{attention}: {why}"),
         Finding(area, "inner", inner),
     ]
+
+
+def _faster_attention() -> tuple[str, str]:
+    """What is known before any attention of a model can be timed."""
+    import torch
+
+    from sfcompile.codegen.toolchain.gpu_results import result_of
+
+    gpu = torch.cuda.get_device_name()
+    result = result_of(gpu)
+    rates = "" if result is None else "; ".join(
+        f"head size {size}: " + ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in of.items())
+        for size, of in sorted(result.rates.items())
+    )  # fmt: skip
+    known = f"gpu-check of {result.measured}: {rates}" if result else f"gpu-check was not run on {gpu}"
+    return "triton or aten", f"the faster one, timed when a model is compiled ({known})"
 
 
 # ---------------------------------------------------------------------- helpers

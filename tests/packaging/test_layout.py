@@ -41,6 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "codegen/toolchain": ("codegen/schedule", "codegen/rows", "codegen/kernels"),
     "codegen/engines": (
         "runtime/program",
+        "runtime/wires",
         "runtime/rank",
         "codegen/schedule",
         "codegen/rows",
@@ -83,6 +84,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "codegen/schedule",
         "codegen/proof",
         "codegen/toolchain",
+        "codegen/engines",
     ),
     "sfcompile": (
         "runtime/program",

@@ -115,13 +115,23 @@ def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) 
         built.append((args, kwargs))
         return KernelEngine(schedule, 0, KernelTarget(CPU), (0, 0))
 
+    asked: list[Any] = []
+
+    def decide(session: Any, where: Any, work: Any, measure: bool) -> tuple[str, str]:
+        asked.append(([entry[1:] for entry in work], measure))
+        return "triton", "puts, waits"
+
     monkeypatch.setattr(device, "KernelEngine", engine)
+    monkeypatch.setattr(device, "decide_attention", decide)
     session: Any = SimpleNamespace(rank=0, side=SimpleNamespace(domains=(0, 0), no_kernels=""))
     engines, line = engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options())
     assert engines["p"][0] is engines["p"][2] and len(built) == 2 and line.startswith("triton (puts, waits")
     kinds = {("p", 0): ("key", True)}
     engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options(), kinds)
-    assert [list(args[-1]) for args, _ in built[2:]] == [[("key", True), ("none", True)], [("none", True)]]
+    engines_for({"p": [TORUS]}, torch.device("cuda"), session, Options(topology="auto:assumed"))
+    none, key = ("none", True), ("key", True)
+    assert asked == [([(none, 2)], True), ([(key, 1), (none, 1)], True), ([(none, 1)], False)]
+    assert [list(args[-1]) for args, _ in built[2:4]] == [[("key", True), ("none", True)], [("none", True)]]
 
 
 def test_constants_follow_the_gpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
