@@ -1,4 +1,4 @@
-"""Which attention is faster: by a fake clock, agreed between ranks, kept in a file; by gpu-check's rates; by neither."""
+"""Which attention is faster: by a fake clock, agreed between ranks, kept in a file; by gpu-check's rates."""
 
 from __future__ import annotations
 
