@@ -18,7 +18,7 @@ from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
-from sfcompile.codegen.toolchain.nvshmem_bitcode import require_library
+from sfcompile.codegen.toolchain.nvshmem_bitcode import refuse_other_host, require_library
 from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.measuring.attention import attention_work, decide_attention
 from sfcompile.measuring.auto import resolved
@@ -108,6 +108,8 @@ def carriers_for(
     def nvshmem() -> NvshmemSide:
         together(share, "look for NVSHMEM", lambda: _refuse_nvshmem(session, topology))
         nvshmem = Nvshmem(rank, topology.num_ranks, device, share, limit_s=timeout_s)
+        if topology.num_machines > 1:
+            together(share, "compare NVSHMEM's libraries", lambda: refuse_other_host(nvshmem.version()))
         fill_device_state(nvshmem.bindings.cumodule_init, nvshmem.bindings.cumodule_finalize)
 
         def make_kernels(domains: Sequence[int]) -> tuple[ReleaseKernel, WaitKernel]:

@@ -60,6 +60,24 @@ def require_library() -> tuple[str, str, Path]:
     return installed
 
 
+def refuse_other_host(host: str) -> None:
+    """Kernels are linked with the wheel's device code and filled with the state of the host library that is loaded.
+
+    Args:
+        host: the host library's release.
+
+    Raises:
+        CodegenError: it is of another release than the wheel.
+    """
+    name, version, folder = require_library()
+    if host != version:
+        raise CodegenError(
+            f"the host library of NVSHMEM that is loaded is {host}, and the device library in {folder} is {version}",
+            "kernels would read the state that the host fills in by another layout",
+            f"take other NVSHMEM libraries from LD_LIBRARY_PATH, or pip install {name}=={host}",
+        )
+
+
 def device_library(arch: int) -> Path:
     """NVSHMEM's whole device bitcode for an architecture (80, 90, ...): one file for all, or one each.
 

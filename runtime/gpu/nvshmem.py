@@ -7,6 +7,7 @@ keep no reference, the state of a kernel's module.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from sfcompile.runtime.rank.bounded import within
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, view_at
 
 SIGNAL_SET = 9
+_log = logging.getLogger("sfcompile")
 IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
 """Environment variable of NVSHMEM: kernels drive the network card themselves, by code that links of 3.4.5 lack."""
 _INSTALL = "pip install nvshmem4py-cu13 nvidia-nvshmem-cu13==3.4.5"
@@ -30,14 +32,14 @@ def load() -> tuple[Any, Any]:
     """nvshmem4py's modules ``nvshmem.core`` and ``nvshmem.bindings``.
 
     Raises:
-        UnsupportedError: one of the packages is missing; says what to install.
+        UnsupportedError: one of the packages, or a library that they load, is missing; says what to install.
     """
     try:
         import nvshmem.bindings
         import nvshmem.core
-    except ImportError as error:
+    except Exception as error:  # a library that is not found is no ImportError
         raise UnsupportedError(
-            f"transport='nvshmem' needs nvshmem4py, which cannot be imported ({error})",
+            f"transport='nvshmem' needs nvshmem4py, which cannot be imported ({' '.join(str(error).split())})",
             "GPU ranks store into each other's memory through NVSHMEM's symmetric heap",
             _INSTALL,
         ) from error
@@ -70,7 +72,8 @@ class Nvshmem:
         limit_s: how long the start may take. What fails on one rank, or lasts longer there, fails on all of them.
 
     Raises:
-        UnsupportedError: nvshmem4py is missing on some rank, or NVSHMEM is set up there for what kernels cannot do.
+        UnsupportedError: nvshmem4py is missing on some rank, NVSHMEM is set up there for what kernels cannot do, or
+            the ranks have several releases of it.
         HeapError: NVSHMEM does not start.
     """
 
@@ -84,16 +87,31 @@ class Nvshmem:
         limit_s: float = 60.0,
     ) -> None:
         self.rank, self.num_ranks, self.device = rank, num_ranks, device
+        self._share, self._limit_s = share, limit_s
 
         def loaded() -> tuple[Any, Any]:
             refuse_ibgda()
             return modules or load()
 
         self.core, self.bindings = together(share, "load NVSHMEM", loaded)
+        self._refuse_several(share(self.version(), "compare releases of NVSHMEM"))
         uid = together(share, "make NVSHMEM's unique id", self._unique_id)
         raw = np.asarray(uid._data).view(np.uint8).reshape(-1)
         raw[:] = np.frombuffer(share(raw.tobytes(), "exchange NVSHMEM's unique id")[0], np.uint8)
-        together(share, "start NVSHMEM", lambda: self._start(uid, limit_s))
+        together(share, "start NVSHMEM", lambda: self._start(uid))
+
+    def _refuse_several(self, releases: Sequence[str]) -> None:
+        """Every rank sees the same list."""
+        if len(set(releases)) > 1:
+            listed = ", ".join(f"rank {rank} {release}" for rank, release in enumerate(releases))
+            refusal = UnsupportedError(
+                f"the ranks have several releases of NVSHMEM: {listed}",
+                "its ranks describe their memory to each other, and releases do so differently",
+                "install the same nvidia-nvshmem wheel on every machine",
+                rank=self.rank,
+            )
+            refusal.on_every_rank = True
+            raise refusal
 
     def _unique_id(self) -> Any:
         try:
@@ -101,7 +119,7 @@ class Nvshmem:
         except Exception as error:
             raise self._not_started(error) from error
 
-    def _start(self, uid: Any, limit_s: float) -> None:
+    def _start(self, uid: Any) -> None:
         """Join; the library itself waits for a rank that does not come without end."""
 
         def join() -> None:
@@ -110,7 +128,7 @@ class Nvshmem:
             )
 
         try:
-            within(limit_s, join)
+            within(self._limit_s, join)
             self._current_device()  # of this thread too: join() ran in another
         except Exception as error:
             raise self._not_started(error) from error
@@ -141,17 +159,28 @@ class Nvshmem:
         """Collective: zeroed symmetric memory, uint8 [nbytes]; give it back with :meth:`free`.
 
         Raises:
-            HeapError: no room.
+            HeapError: no room, or a rank does not come.
+            UnsupportedError: another rank has none.
         """
-        try:
+
+        def make() -> torch.Tensor:
+            self._current_device()  # of this thread
             memory: torch.Tensor = self.core.tensor((nbytes,), dtype=torch.uint8)
-        except Exception as error:
-            raise HeapError(
-                f"a symmetric heap of {nbytes / 2**20:.1f} MiB per rank cannot be had from NVSHMEM ({error})",
-                "every rank keeps two banks of chunk buffers in symmetric memory",
-                "set NVSHMEM_SYMMETRIC_SIZE to more, or use fewer tokens per call",
-                rank=self.rank,
-            ) from error
+            return memory
+
+        def made() -> torch.Tensor:
+            try:
+                return within(self._limit_s, make)
+            except Exception as error:
+                said = " ".join(str(error).split())
+                raise HeapError(
+                    f"a symmetric heap of {nbytes / 2**20:.1f} MiB per rank cannot be had from NVSHMEM ({said})",
+                    "every rank keeps two banks of chunk buffers in symmetric memory, and all make them together",
+                    "if there is no room, set NVSHMEM_SYMMETRIC_SIZE to more, or use fewer tokens per call",
+                    rank=self.rank,
+                ) from error
+
+        memory = together(self._share, "make the symmetric heap", made)
         memory.zero_()
         return memory
 
@@ -165,8 +194,16 @@ class Nvshmem:
         return [base if pe == self.rank else int(self.bindings.ptr(base, pe)) for pe in range(self.num_ranks)]
 
     def close(self) -> None:
-        """Collective: leave NVSHMEM."""
-        self.core.finalize()
+        """Collective: leave NVSHMEM. If a rank does not come to leave with this one, this one leaves alone."""
+
+        def leave() -> None:
+            self._current_device()
+            self.core.finalize()
+
+        try:
+            within(self._limit_s, leave)
+        except TimeoutError as error:
+            _log.warning("rank %d leaves NVSHMEM alone: %s from the other ranks", self.rank, error)
 
 
 class NvshmemHeap:

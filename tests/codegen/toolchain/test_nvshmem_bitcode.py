@@ -50,3 +50,11 @@ def test_no_library_and_a_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "lib" / "libnvshmem_device_sm_90.bc").write_bytes(b"not bitcode")
     with pytest.raises(CodegenError, match="cannot read"):
         slim_library(90)
+
+
+def test_a_host_library_of_another_release_than_the_device_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = ("nvidia-nvshmem-cu13", "3.4.5", Path("/wheel"))
+    monkeypatch.setattr(nvshmem_bitcode, "wheel", lambda: installed)
+    nvshmem_bitcode.refuse_other_host("3.4.5")
+    with pytest.raises(CodegenError, match=r"loaded is 3.8.0, and the device library in /wheel is 3.4.5"):
+        nvshmem_bitcode.refuse_other_host("3.8.0")

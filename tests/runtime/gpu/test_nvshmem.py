@@ -1,14 +1,18 @@
-"""NVSHMEM's start, symmetric heaps, domains; the library is emulated (tests/support/emulated_nvshmem.py)."""
+"""NVSHMEM's start, symmetric heaps, domains; the library is emulated (tests/support/emulated_nvshmem.py), or the real
+one, which starts without a GPU and then has no memory."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import nvshmem_workers
 import pytest
 import torch
 from emulated_nvshmem import Library
+from processes import run_outcomes
 
 from sfcompile.errors import HeapError, UnsupportedError
 from sfcompile.runtime.gpu import nvshmem
@@ -61,6 +65,8 @@ def test_domains(reached: list[list[int]], machine_of: tuple[int, ...], domains:
 
 def test_missing_packages_are_named_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvshmem", None)
+    monkeypatch.setitem(sys.modules, "nvshmem.core", None)
+    monkeypatch.setitem(sys.modules, "nvshmem.bindings", None)
     with pytest.raises(UnsupportedError, match="pip install nvshmem4py-cu13"):
         nvshmem.load()
     with pytest.raises(UnsupportedError, match="needs nvshmem4py"):
@@ -68,6 +74,19 @@ def test_missing_packages_are_named_on_every_rank(monkeypatch: pytest.MonkeyPatc
     library = Library(0, lambda: None, lambda pe: True)
     with pytest.raises(UnsupportedError, match="rank 1: it is missing there"):
         Nvshmem(0, 2, CPU, lambda value, doing: [None, ("it is missing there", "", "")], (library, library))
+
+
+def test_a_library_that_is_not_found_is_told_as_a_missing_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvshmem4py is there and its libraries are not: it raises a RuntimeError, of several lines."""
+    (tmp_path / "nvshmem").mkdir()
+    (tmp_path / "nvshmem" / "__init__.py").write_text("raise RuntimeError('libnvshmem_host.so.3\\n not found')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nvshmem"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UnsupportedError, match=r"cannot be imported \(libnvshmem_host.so.3 not found\)"):
+        nvshmem.load()
 
 
 @pytest.mark.parametrize("value", ["1", "true", "Y", "on", ""])
@@ -86,8 +105,8 @@ def test_network_cards_driven_by_kernels_are_refused(value: str, monkeypatch: py
 
 
 def start_fails_on_the_other(value: Any, doing: str) -> list[Any]:
-    told = ("NVSHMEM does not start on rank 1: Status code 7", "", "") if doing == "start NVSHMEM" else None
-    return [value, told]
+    told = ("NVSHMEM does not start on rank 1: Status code 7", "", "")
+    return [value, told if doing == "start NVSHMEM" else value]
 
 
 def test_a_library_that_does_not_start_or_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +129,38 @@ def test_a_library_that_does_not_start_or_has_no_room(monkeypatch: pytest.Monkey
     monkeypatch.setattr(library, "tensor", fails)
     with pytest.raises(HeapError, match="NVSHMEM_SYMMETRIC_SIZE"):
         pe.allocate(1 << 20)
+
+
+def test_a_rank_that_does_not_come_holds_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """To make memory, or to leave."""
+    library = Library(0, lambda: None, lambda pe: True)
+    pe = Nvshmem(0, 1, CPU, alone, (library, library), limit_s=0.1)
+    library.tensor = lambda *args, **kwargs: time.sleep(1.0)  # type: ignore[method-assign]
+    with pytest.raises(HeapError, match=r"cannot be had from NVSHMEM \(no answer within 0.1 s\)"):
+        pe.allocate(64)
+    library.finalize = lambda: time.sleep(1.0)  # type: ignore[method-assign]
+    pe.close()
+    assert "rank 0 leaves NVSHMEM alone: no answer within 0.1 s" in caplog.text
+
+
+NO_MEMORY = "a symmetric heap of 0.1 MiB per rank cannot be had from NVSHMEM"
+REAL = {  # by what is wrong: what every rank that is left says
+    "well": ["3.4.5", NO_MEMORY],
+    "other release": ["the ranks have several releases of NVSHMEM: rank 0 3.4.5, rank 1 3.8.0"],
+    "IBGDA": [IBGDA_IS_ON],
+    "no interface": ["NVSHMEM does not start on rank 0"],
+    "killed": ["rank 1"],
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "how", ["well", "killed", *(pytest.param(how, marks=pytest.mark.thorough) for how in list(REAL)[1:4])]
+)
+def test_the_real_library_starts_on_two_ranks_or_on_none(how: str) -> None:
+    outcomes = run_outcomes(2, nvshmem_workers.starts, (how,), timeout_s=60.0)
+    for outcome in outcomes[:1] if how == "killed" else outcomes:
+        assert outcome.error is None and outcome.value is not None, outcome
+        assert len(outcome.value) == len(REAL[how]), outcome.value
+        for said, expected in zip(outcome.value, REAL[how], strict=True):
+            assert expected in said, outcome.value
