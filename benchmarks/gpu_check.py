@@ -43,7 +43,7 @@ PACKAGES = ("torch", "triton", "nvidia-nvshmem-cu13", "nvshmem4py-cu13", "diffus
 class Section:
     """A function ``name`` of module ``module``; ``parts`` processes share its cases.
 
-    ``alone``: timed, so nothing else runs meanwhile. ``limit_s``: of each process.
+    ``decides``: what follows from it. ``alone``: timed, so nothing else runs meanwhile. ``limit_s``: of each process.
     """
 
     name: str
@@ -52,19 +52,56 @@ class Section:
     limit_s: float
     parts: int = 1
     alone: bool = False
+    decides: str = ""
 
 
 SECTIONS = (
-    Section("numerics", "gpu_check_kernels", "every kernel variant against fp64", 200, 8),
-    Section("virtual", "gpu_check_kernels", "all ranks of every schedule in one launch", 200, 4),
-    Section("bounded", "gpu_check_kernels", "waits give up and say what they waited for", 100),
-    Section("nvshmem", "gpu_check_runtime", "NVSHMEM with one PE", 150),
-    Section("graph", "gpu_check_runtime", "CUDA graph of puts, attention, collects and credits", 100),
-    Section("tiles", "gpu_check_speed", "tile sizes that speed will try, compiled", 200, 3),
-    Section("speed", "gpu_check_speed", "attention beside cuDNN and flash", 150, alone=True),
-    Section("puts", "gpu_check_speed", "cost of interleaved pushes", 60, alone=True),
-    Section("model", "gpu_check_speed", "whole models through the backend, one rank", 200, alone=True),
-)
+    Section(
+        "numerics", "gpu_check_kernels", "every kernel variant against fp64", 200, 8,
+        decides="whether generated kernels may be used on this GPU at all",
+    ),
+    Section(
+        "virtual", "gpu_check_kernels", "all ranks of every schedule in one launch", 200, 4,
+        decides="whether puts, signals and waits are ordered here as the PTX machine has them",
+    ),
+    Section(
+        "bounded", "gpu_check_kernels", "waits give up and say what they waited for", 100,
+        decides="whether a rank that waits in vain comes to an end",
+    ),
+    Section("nvshmem", "gpu_check_runtime", "NVSHMEM with one PE", 150, decides="whether transport='nvshmem' can work"),
+    Section(
+        "graph", "gpu_check_runtime", "CUDA graph of puts, attention, collects and credits", 100,
+        decides="whether mode='reduce-overhead' may capture calls of sites",
+    ),
+    Section(
+        "order", "gpu_check_jobs", "calls open side by side, of which the younger ends first", 100,
+        decides="whether sites of a graph may end in any order",
+    ),
+    Section(
+        "lost", "gpu_check_jobs", "a peer that never comes", 100,
+        decides="whether a dead rank is an error on the others, and not a result",
+    ),
+    Section(
+        "tiles", "gpu_check_speed", "tile sizes that speed will try, compiled", 200, 3,
+        decides="nothing; it saves speed its compilations",
+    ),
+    Section(
+        "speed", "gpu_check_speed", "attention beside cuDNN and flash", 150, alone=True,
+        decides="the tile of plain attentions on this GPU (result file)",
+    ),
+    Section(
+        "library", "gpu_check_jobs", "the library's calls beside the generated kernel", 100, alone=True,
+        decides="attention='auto' where a compile cannot time it (result file)",
+    ),
+    Section(
+        "puts", "gpu_check_speed", "cost of interleaved pushes", 60, alone=True,
+        decides="whether outputs are better sent by a kernel of their own",
+    ),
+    Section(
+        "model", "gpu_check_speed", "whole models through the backend, one rank", 200, alone=True,
+        decides="whether the backend costs a model anything before it is sharded",
+    ),
+)  # fmt: skip
 
 
 @dataclass
@@ -118,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = args.out / f"{datetime.now(UTC):%Y-%m-%d}-gpu-check-{_slug(gpu_name())}.txt"
         path.write_text(text, encoding="utf-8")
         print(f"written to {path}")
+        keep_figures(found, args.out)
     return int(failed)
 
 
@@ -261,6 +299,37 @@ def _read(path: Path) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------- report
 
 
+def figures(found: Sequence[Found]) -> dict[str, dict[int, dict[str, Any]]]:
+    """What sections found for the result file: entries of GpuResult, by head size."""
+    named: dict[str, dict[int, dict[str, Any]]] = {"rates": {}, "tiles": {}}
+    for entry in found:
+        for result in entry.results:
+            if "figure" in result:
+                name, head_dim, value = json.loads(result["figure"])
+                named[name][int(head_dim)] = value
+    return named
+
+
+def keep_figures(found: Sequence[Found], out: Path) -> None:
+    """Write the file that defaults are read from: among the results, to be committed, and where this machine looks.
+
+    A section that was left out (--only), or failed, keeps what an older file says of it.
+    """
+    from sfcompile.codegen.toolchain.gpu_results import GpuResult, folders, result_of, write_result
+
+    gpu, named = gpu_name(), figures(found)
+    failed = any(task.failure for entry in found for task in entry.tasks)
+    failed |= any(result["kind"] == "FAIL" for entry in found for result in entry.results)
+    if failed or not any(named.values()):
+        print("no result file: something failed, or nothing that decides a default was run")
+        return
+    before = result_of(gpu) or GpuResult(gpu, "")
+    rates, tiles = {**before.rates, **named["rates"]}, {**before.tiles, **named["tiles"]}
+    made = GpuResult(gpu, f"{datetime.now(UTC):%Y-%m-%d}", rates, tiles)
+    for folder in dict.fromkeys((out, folders()[0])):
+        print(f"defaults are read from {write_result(made, folder)}")
+
+
 def report(found: Sequence[Found], installed: str, took_s: float, dry: bool) -> tuple[str, bool]:
     """The whole report, and whether something failed."""
     lines = header(dry) + ([f"wheels     {installed}"] if installed else [])
@@ -280,6 +349,7 @@ def report(found: Sequence[Found], installed: str, took_s: float, dry: bool) -> 
         seconds += f" in {len(entry.tasks)} processes" if len(entry.tasks) > 1 else ""
         said = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "done"
         lines += ["", f"== {entry.section.name}: {entry.section.what} ({said}{seconds})"]
+        lines += [f"     decides {entry.section.decides}"] if entry.section.decides else []
         lines += [f"{result['kind']:<5}{result['text']}" for result in results]
     failed |= totals["FAIL"] > 0
     end = f"{totals['ok']} passed, {totals['FAIL']} failed, {totals['skip']} skipped, {totals['MISS']} goals missed"

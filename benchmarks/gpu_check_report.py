@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,16 @@ class Bench:
     def note(self, text: str) -> None:
         """A number that is no check."""
         self.tell("note", text)
+
+    def figure(self, name: str, head_dim: int, value: Mapping[str, object]) -> None:
+        """A figure for the result file that defaults are read from: an entry of GpuResult, for a head size."""
+        said = ", ".join(
+            f"{key} {entry:.3g}" if isinstance(entry, float) else f"{key} {entry}" for key, entry in value.items()
+        )
+        text = f"D={head_dim} {name}: {said}"
+        with self.lines.open("a", encoding="utf-8") as file:
+            figure = json.dumps([name, head_dim, dict(value)])
+            file.write(json.dumps({"section": self.section, "kind": "note", "text": text, "figure": figure}) + "\n")
 
     def check(self, fine: bool, text: str) -> None:
         """A check's result with its numbers."""

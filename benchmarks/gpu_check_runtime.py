@@ -13,6 +13,7 @@ from gpu_check_report import Bench, Skip, compare, distance, exact, inputs_of, s
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 from sfcompile.errors import UnsupportedError
@@ -120,9 +121,9 @@ class LocalHeap:
 class TwoRanks:
     """Two ranks of one process on one device, through runtime/gpu/device_run.py as in a job."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, schedule: Schedule | None = None, limit_s: float = 60.0) -> None:
         self.site = site_of([40, 24] if bench.dry else [1024, 640], 4, 32 if bench.dry else 64, torch.float16)
-        schedule, device = schedule_of(self.site), bench.device
+        schedule, device = schedule or schedule_of(self.site), bench.device
         self.engines = [KernelEngine(schedule, rank, KernelTarget(device), (0, 0)) for rank in range(2)]
         size = HeapSize(len(schedule.slots), max(engine.bank_bytes for engine in self.engines), 2)
         memory = torch.zeros(2, -(-size.segment_bytes // 256) * 256, dtype=torch.uint8, device=device)
@@ -130,7 +131,7 @@ class TwoRanks:
         table = torch.tensor(rows, dtype=torch.int64, device=device)
         self.heaps = [LocalHeap(size, table, (0, 0), part) for part in memory]
         releases = [ReleaseKernel(rank, 2, KernelTarget(device)) for rank in range(2)]
-        self.statuses = [DeviceStatus(rank, device, 60.0) for rank in range(2)]
+        self.statuses = [DeviceStatus(rank, device, limit_s) for rank in range(2)]
         self.runs = [
             DeviceRuns(heap, release, device, status)
             for heap, release, status in zip(self.heaps, releases, self.statuses, strict=True)
@@ -139,17 +140,29 @@ class TwoRanks:
             runs.prepare(engine)
         self.calls = 0
 
+    def open(self) -> list[DeviceRun]:
+        """Begin a call on both ranks."""
+        self.calls += 1
+        return [run.open(engine, self.calls) for run, engine in zip(self.runs, self.engines, strict=True)]
+
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """One call of the site on both ranks: whole tensors in, the whole output back."""
-        self.calls += 1
+        opened = self.open()
+        self.put(opened, q, k, v)
+        out = self.attend(opened)
+        self.finish()
+        return out
+
+    def put(self, opened: Sequence[DeviceRun], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Both ranks send their parts of whole tensors."""
         split = [owned[0][1] for owned in self.site.q_positions]
         parts = list(zip(*(x.split(split, 2) for x in (q, k, v)), strict=True))
-        opened: list[DeviceRun] = [
-            run.open(engine, self.calls) for run, engine in zip(self.runs, self.engines, strict=True)
-        ]
         for run, tensors in zip(opened, parts, strict=True):
             for name, tensor in zip("qkv", tensors, strict=True):
                 run.put(f"put_{name}", tensor)
+
+    def attend(self, opened: Sequence[DeviceRun]) -> torch.Tensor:
+        """Both ranks attend and collect; the whole output."""
         for runs in self.runs:  # both ranks' puts come before either's attention: here one device does it all
             runs.join()
         for run in opened:
@@ -159,9 +172,12 @@ class TwoRanks:
             assert run.output is not None
             run.collect(run.output)
             outs.append(run.output)
+        return torch.cat(outs, 2)
+
+    def finish(self) -> None:
+        """All calls have ended."""
         for runs in self.runs:
             runs.finish(self.calls)
-        return torch.cat(outs, 2)
 
 
 def graph(bench: Bench) -> None:

@@ -77,6 +77,12 @@ class Call:
     def __call__(self) -> None:
         self.ranks.kernels[0].run(self.out, self.ranks.everyone)
 
+    @property
+    def tile(self) -> dict[str, object]:
+        """Entries of KernelSpec that were tried."""
+        spec = self.ranks.kernels[0].spec
+        return {name: getattr(spec, name) for name in ("block_m", "block_n", "warps", "stages")}
+
     def built(self) -> str:
         """Registers, spills and shared memory of the kernel as the driver loaded it."""
         kernel = self.ranks.kernels[0]
@@ -120,10 +126,8 @@ def speed(bench: Bench) -> None:
         for length in (64,) if bench.dry else LENGTHS:
             with bench.case(f"D={size} L={length}"):
                 _beside(bench, size, length, backends)
-        with bench.case(f"tiles of D={size}"):
-            _tiles(bench, size)
-        with bench.case(f"last blocks of D={size}"):
-            _tails(bench, size)
+        with bench.case(f"tiles and last blocks of D={size}"):
+            bench.figure("tiles", size, _tiles(bench, size) | {"tails": _tails(bench, size)})
 
 
 def _beside(bench: Bench, size: int, length: int, backends: Mapping[str, SDPBackend]) -> None:
@@ -150,28 +154,33 @@ def _beside(bench: Bench, size: int, length: int, backends: Mapping[str, SDPBack
     bench.tell(kind, f"D={size} L={length} bf16, TFLOP/s: {listed}; ours is {ratio:.2f} of the best (goal {GOAL})")
 
 
-def _tiles(bench: Bench, size: int) -> None:
+def _tiles(bench: Bench, size: int) -> dict[str, object]:
+    """The fastest, as entries of KernelSpec."""
     length = 128 if bench.dry else 16384
     functions = {"of the table": kernel_of(bench, length, size)}
+    tried = {"of the table": functions["of the table"].tile}
     for m, n, warps, stages in TILES.get(size, ()):
         name = f"{m} x {n}, {warps} warps, {stages} stages"
         with bench.case(f"D={size} tile {name}"):
             call = kernel_of(bench, length, size, block_m=m, block_n=n, warps=warps, stages=stages)
             call()
-            functions[name] = call
+            functions[name], tried[name] = call, call.tile
     seconds = timed(bench, functions, 5)
     for name, value in sorted(seconds.items(), key=lambda entry: entry[1]):
         rate = _flops(bench, length, size) / value / 1e12
         built = "" if bench.dry else f"; {functions[name].built()}"
         bench.note(f"D={size} L={length} tile {name}: {rate:.1f} TFLOP/s{built}")
+    return dict(tried[min(seconds, key=lambda name: seconds[name])])
 
 
-def _tails(bench: Bench, size: int) -> None:
-    """A length that blocks do not fill: two ways to do the last one."""
+def _tails(bench: Bench, size: int) -> str:
+    """A length that blocks do not fill: two ways to do the last one; the faster."""
     length = 100 if bench.dry else 16384 - 40
     ways = {tails: kernel_of(bench, length, size, tails=tails) for tails in ("apart", "inside")}
-    for tails, value in timed(bench, ways, 5).items():
+    seconds = timed(bench, ways, 5)
+    for tails, value in seconds.items():
         bench.note(f"D={size} L={length} last block {tails}: {_flops(bench, length, size) / value / 1e12:.1f} TFLOP/s")
+    return min(seconds, key=lambda tails: seconds[tails])
 
 
 def puts(bench: Bench) -> None:

@@ -69,7 +69,9 @@ class AttendKernel:
         **changes: Any,
     ) -> None:
         self.schedule, self.rank, self.site, self.target = schedule, rank, schedule.site, target
-        spec = spec_of(schedule, target.architecture, machine_of, mask, **changes)
+        alone = machine_of is None or len(set(machine_of)) == 1  # what gpu-check times
+        measured = target.measured_tile(schedule, mask) if alone else {}
+        spec = spec_of(schedule, target.architecture, machine_of, mask, **{**measured, **changes})
         self.tables: KernelTables = make_tables(schedule, rank, spec.block_m, machine_of, merge)
         self.spec: KernelSpec = spec.with_(carry=self.tables.carry)
         self.source = attend_source(self.spec)

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from sfcompile.codegen.kernels.text import entry_name
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.toolchain.device_state import require_device_state
+from sfcompile.codegen.toolchain.gpu_results import result_of
 from sfcompile.codegen.toolchain.loader import link_options, load_source
 from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
+from sfcompile.options import AS_IT_IS
 
 MOVE_PROGRAMS = 32
 """Programs of a kernel that only moves: few, for it runs beside the products that make the next tensor."""
@@ -59,6 +62,17 @@ class KernelTarget:
             return 0
         major, minor = torch.cuda.get_device_capability(self.device)
         return 10 * major + minor
+
+    def measured_tile(self, schedule: AttentionSchedule, mask: tuple[str, bool]) -> Mapping[str, Any]:
+        """Entries of KernelSpec that gpu-check found fastest on this GPU, for attentions like those that it ran; {}: no
+        such."""
+        site = schedule.site
+        plain = mask[0] == "none" and not site.causal and site.heads == site.kv_heads and site.wire == AS_IT_IS
+        plain &= site.dtype in (torch.bfloat16, torch.float16) and site.head_dim == site.v_head_dim
+        if self.device.type != "cuda" or not plain:
+            return {}
+        result = result_of(torch.cuda.get_device_name(self.device))
+        return {} if result is None else result.tiles.get(site.head_dim, {})
 
     def load(self, source: str, name: str, reach: str) -> Any:
         """The kernel ``name`` of a generated source."""

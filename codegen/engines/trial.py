@@ -151,12 +151,12 @@ def _generator(device: torch.device) -> torch.Generator:
 
 def _local(schedule: AttentionSchedule, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
     """A rank's own q, k and v."""
-    site, made = schedule.site, {}
+    site, tensors = schedule.site, {}
     for name in ("q", "k", "v"):
         rows = count(site.q_positions[rank] if name == "q" else site.kv_positions[rank])
         shape = (site.batch, site.heads if name == "q" else site.kv_heads, rows, schedule.width(name))
-        made[name] = torch.randn(shape, generator=_generator(device), device=device).to(site.dtype)
-    return made
+        tensors[name] = torch.randn(shape, generator=_generator(device), device=device).to(site.dtype)
+    return tensors
 
 
 def _output_shape(schedule: AttentionSchedule, rank: int) -> tuple[int, ...]:

@@ -168,7 +168,7 @@ class Nvshmem:
             memory: torch.Tensor = self.core.tensor((nbytes,), dtype=torch.uint8)
             return memory
 
-        def made() -> torch.Tensor:
+        def memory_in_time() -> torch.Tensor:
             try:
                 return within(self._limit_s, make)
             except Exception as error:
@@ -180,7 +180,7 @@ class Nvshmem:
                     rank=self.rank,
                 ) from error
 
-        memory = together(self._share, "make the symmetric heap", made)
+        memory = together(self._share, "make the symmetric heap", memory_in_time)
         memory.zero_()
         return memory
 

@@ -92,7 +92,7 @@ class DeviceClock:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What rank 0 found.
+    """What rank 0 comparison.
 
     Attributes:
         seconds: of all attentions that were timed, by way; ways that failed are left out.
@@ -139,16 +139,18 @@ def decide_attention(
         told: list[Any] = session.exchange(from_results(gpu, work, why), "agree on the attention")
         return told[0][0], told[0][1]
     first, setting = session.rank == 0, _setting(gpu, work)
-    found: Comparison | None = session.exchange(_read(setting) if first else None, "ask which attention is faster")[0]
+    comparison: Comparison | None = session.exchange(
+        _read(setting) if first else None, "ask which attention is faster"
+    )[0]
     how = "cached, "
-    if found is None:
+    if comparison is None:
         how = ""
         mine = _measured(device, work, clock, ways, setting) if first else None
-        found = session.exchange(mine, "time which attention is faster")[0]
-    assert found is not None
-    if found.best is not None:
-        return found.best, how + found.line
-    told = session.exchange(from_results(gpu, work, found.line), "agree on the attention")
+        comparison = session.exchange(mine, "time which attention is faster")[0]
+    assert comparison is not None
+    if comparison.best is not None:
+        return comparison.best, how + comparison.line
+    told = session.exchange(from_results(gpu, work, comparison.line), "agree on the attention")
     return told[0][0], told[0][1]
 
 
@@ -171,11 +173,11 @@ def _measured(
     setting: dict[str, Any],
 ) -> Comparison:  # fmt: skip
     with torch.no_grad(), autocast_off():
-        found = compare(work, ways or ways_on(device), clock or DeviceClock(device))
-    if len(found.seconds) == len(TITLES):  # one that failed may do better the next time
+        comparison = compare(work, ways or ways_on(device), clock or DeviceClock(device))
+    if len(comparison.seconds) == len(TITLES):  # one that failed may do better the next time
         with suppress(OSError):
-            _write(setting, found)
-    return found
+            _write(setting, comparison)
+    return comparison
 
 
 def ways_on(device: torch.device) -> dict[str, Make]:
@@ -201,18 +203,18 @@ def compare(work: Sequence[Work], ways: dict[str, Make], clock: Clock, budget_s:
     for entry in sorted(work, key=lambda entry: entry.calls * flops(entry.schedule), reverse=True):
         if timed and clock.now() >= until:
             break
-        made = {}
+        steps_of = {}
         for name, make in ways.items():
             if name not in problems:
                 try:
-                    made[name] = make(entry.schedule, entry.mask)
-                    _once(made[name], clock)  # compiled here
+                    steps_of[name] = make(entry.schedule, entry.mask)
+                    _once(steps_of[name], clock)  # compiled here
                 except Exception as error:  # a way that cannot run here raises whatever it likes
                     problems[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        turns: dict[str, list[float]] = {name: [] for name in made if name not in problems}
+        turns: dict[str, list[float]] = {name: [] for name in steps_of if name not in problems}
         for _ in range(ROUNDS):
             for name in turns:
-                turns[name].append(_once(made[name], clock))
+                turns[name].append(_once(steps_of[name], clock))
         for name, values in turns.items():
             seconds[name] += entry.calls * statistics.median(values)
         timed += 1
@@ -255,11 +257,11 @@ def from_results(gpu: str, work: Sequence[Work], why_not_timed: str) -> tuple[st
     return best, f"{ratio:.2f} x as fast by gpu-check of {result.measured} on {gpu}; not timed ({why_not_timed})"
 
 
-# ---------------------------------------------------------------------- what was found, in a file
+# ---------------------------------------------------------------------- what was comparison, in a file
 
 
 def _setting(gpu: str, work: Sequence[Work]) -> dict[str, Any]:
-    """All that two compiles must have in common to share what was found."""
+    """All that two compiles must have in common to share what was comparison."""
     described = sorted(repr((_geometry(entry.schedule), entry.mask, entry.calls)) for entry in work)
     return {
         "format": _FORMAT,
@@ -292,17 +294,17 @@ def _place(setting: dict[str, Any]) -> Path:
 def _read(setting: dict[str, Any]) -> Comparison | None:
     try:
         raw = json.loads(_place(setting).read_text(encoding="utf-8"))
-        found = Comparison(**raw["found"])
-        sound = raw["setting"] == setting and set(found.seconds) == set(TITLES)
-        return found if sound and all(float(value) > 0.0 for value in found.seconds.values()) else None
+        comparison = Comparison(**raw["found"])
+        sound = raw["setting"] == setting and set(comparison.seconds) == set(TITLES)
+        return comparison if sound and all(float(value) > 0.0 for value in comparison.seconds.values()) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _write(setting: dict[str, Any], found: Comparison) -> None:
+def _write(setting: dict[str, Any], comparison: Comparison) -> None:
     path = _place(setting)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, new = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".new")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"setting": setting, "found": asdict(found)}, file, indent=1)
+        json.dump({"setting": setting, "found": asdict(comparison)}, file, indent=1)
     os.replace(new, path)

@@ -85,3 +85,32 @@ def test_wheels_that_cannot_be_installed_are_a_failure(tmp_path: Path, monkeypat
     (tmp_path / "broken-1.0-py3-none-any.whl").write_bytes(b"not a wheel")
     said = gpu_check.install(tmp_path)
     assert "could not be installed" in said and gpu_check.report([], said, 1.0, True)[1]
+
+
+def test_figures_of_sections_that_ended_well_become_the_file_that_defaults_are_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_check_report import Bench
+
+    from sfcompile.codegen.toolchain.gpu_results import result_of
+
+    monkeypatch.setenv("SFCOMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_check, "gpu_name", lambda: "A GPU")
+    lines = tmp_path / "lines"
+    bench = Bench(lines, "speed", True)
+    bench.figure("tiles", 64, {"block_m": 128, "tails": "apart"})
+    bench.figure("rates", 64, {"fused": 2.0, "library": 3.0})
+    speed = Found(Section("speed", "", "speed", 1.0), [], gpu_check._read(lines))
+    gpu_check.keep_figures([speed], tmp_path)
+    bench.figure("rates", 64, {"fused": 4.0, "library": 3.0})
+    again = Found(Section("library", "", "library", 1.0), [], gpu_check._read(lines)[2:])
+    gpu_check.keep_figures([again], tmp_path)
+    kept = result_of("A GPU")
+    assert kept is not None and kept.rates == {64: {"fused": 4.0, "library": 3.0}}
+    assert kept.tiles == {64: {"block_m": 128, "tails": "apart"}}  # of the first run
+    assert [path.name for path in tmp_path.glob("*.json")] == [f"{kept.measured}-gpu-check-a-gpu.json"]
+    bench.figure("rates", 64, {"fused": 9.0, "library": 9.0})
+    bench.check(False, "something else")
+    broken = Found(Section("library", "", "library", 1.0), [], gpu_check._read(lines)[3:])
+    gpu_check.keep_figures([broken], tmp_path)
+    assert result_of("A GPU") == kept
