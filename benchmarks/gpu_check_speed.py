@@ -157,8 +157,8 @@ def _beside(bench: Bench, size: int, length: int, backends: Mapping[str, SDPBack
 def _tiles(bench: Bench, size: int) -> dict[str, object]:
     """The fastest, as entries of KernelSpec."""
     length = 128 if bench.dry else 16384
-    functions = {"of the table": kernel_of(bench, length, size)}
-    tried = {"of the table": functions["of the table"].tile}
+    functions = {"of the defaults": kernel_of(bench, length, size)}
+    tried = {"of the defaults": functions["of the defaults"].tile}
     for m, n, warps, stages in TILES.get(size, ()):
         name = f"{m} x {n}, {warps} warps, {stages} stages"
         with bench.case(f"D={size} tile {name}"):

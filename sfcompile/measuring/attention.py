@@ -92,7 +92,7 @@ class DeviceClock:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What rank 0 comparison.
+    """What rank 0 saw.
 
     Attributes:
         seconds: of all attentions that were timed, by way; ways that failed are left out.
@@ -139,14 +139,15 @@ def decide_attention(
         told: list[Any] = session.exchange(from_results(gpu, work, why), "agree on the attention")
         return told[0][0], told[0][1]
     first, setting = session.rank == 0, _setting(gpu, work)
-    comparison: Comparison | None = session.exchange(
-        _read(setting) if first else None, "ask which attention is faster"
-    )[0]
+    known: list[Comparison | None]
+    known = session.exchange(_read(setting) if first else None, "ask which attention is faster")
+    comparison = known[0]
     how = "cached, "
     if comparison is None:
         how = ""
         mine = _measured(device, work, clock, ways, setting) if first else None
-        comparison = session.exchange(mine, "time which attention is faster")[0]
+        known = session.exchange(mine, "time which attention is faster")
+        comparison = known[0]
     assert comparison is not None
     if comparison.best is not None:
         return comparison.best, how + comparison.line
@@ -257,11 +258,11 @@ def from_results(gpu: str, work: Sequence[Work], why_not_timed: str) -> tuple[st
     return best, f"{ratio:.2f} x as fast by gpu-check of {result.measured} on {gpu}; not timed ({why_not_timed})"
 
 
-# ---------------------------------------------------------------------- what was comparison, in a file
+# ---------------------------------------------------------------------- comparisons as files
 
 
 def _setting(gpu: str, work: Sequence[Work]) -> dict[str, Any]:
-    """All that two compiles must have in common to share what was comparison."""
+    """All that two compiles must have in common to share a comparison."""
     described = sorted(repr((_geometry(entry.schedule), entry.mask, entry.calls)) for entry in work)
     return {
         "format": _FORMAT,

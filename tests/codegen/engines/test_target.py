@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_ranks import Job, make_site
 
 from sfcompile.codegen.engines import target as kernel_target
+from sfcompile.codegen.engines.launch import AttendKernel
 from sfcompile.codegen.engines.target import INTERPRETED_PROGRAMS, MOVE_PROGRAMS, KernelTarget
 from sfcompile.codegen.kernels.chunks import ChunkSpec, send_source
+from sfcompile.codegen.toolchain.gpu_results import GpuResult, write_result
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -63,3 +66,33 @@ def test_stand_ins_go_to_kernels_that_call_nvshmem(monkeypatch: pytest.MonkeyPat
     for reach, want in (("peer", "near"), ("mixed", "far")):
         assert target.load(send_source(ChunkSpec(reach)), "send", reach) == want
     assert loads == [(True, None), (True, {})]
+
+
+def test_tiles_that_gpu_check_found_fastest_are_taken_for_what_it_ran(
+    hopper: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    fastest = {"block_m": 64, "block_n": 32, "warps": 4, "stages": 2, "tails": "inside"}
+
+    def schedule(**changes: Any) -> Any:
+        site = make_site([8, 8], 2, **{"head_dim": 64, "dtype": torch.bfloat16} | changes)
+        return Job("torus", 2, 1, 2, 1, site).schedule()
+
+    none = ("none", True)
+    assert KernelTarget(GPU).measured_tile(schedule(), none) == {}
+    write_result(GpuResult("A GPU", "2026-12-01", {}, {64: fastest}), tmp_path / "gpu-check")
+    assert KernelTarget(GPU).measured_tile(schedule(), none) == fastest
+    for other in ({"causal": True}, {"head_dim": 32}, {"dtype": torch.float32}, {"kv_heads": 1}):
+        assert KernelTarget(GPU).measured_tile(schedule(**other), none) == {}, other
+    assert KernelTarget(GPU).measured_tile(schedule(), ("key", True)) == {}
+    assert KernelTarget(CPU).measured_tile(schedule(), none) == {}
+
+
+def test_a_measured_tile_is_the_kernels_and_what_is_set_by_hand_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Job("torus", 2, 1, 2, 1, make_site([8, 8], 2)).schedule()
+    monkeypatch.setattr(KernelTarget, "measured_tile", lambda *given: {"block_m": 32, "block_n": 16})
+    spec = AttendKernel(schedule, 0, KernelTarget(CPU)).spec
+    assert (spec.block_m, spec.block_n) == (32, 16)
+    assert AttendKernel(schedule, 0, KernelTarget(CPU), block_n=64).spec.block_n == 64
+    assert AttendKernel(schedule, 0, KernelTarget(CPU), (0, 1)).spec.block_m != 32  # gpu-check times one machine
