@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ from random_sites import random_case, rows
 from rank_workers import attend_and_gather, schedules_of
 from torch import fx
 
-from ptx.capture import Capture
+from ptx.capture import Capture, follow_inductor
 from ptx.driver import MachineTarget
 from ptx.job import MachineJob
 from sfcompile.capture.graph import capture
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.launch import mask_kind
 from sfcompile.codegen.schedule.schedule import Schedule
-from sfcompile.passes.runner import run_pipeline
+from sfcompile.lowering.inner import run_inner
+from sfcompile.options import Options
+from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.program.topology import Topology
@@ -109,18 +112,23 @@ def test_captured_calls_are_replayed() -> None:
     assert job.world.races() == []
 
 
-def test_a_compiled_graph_with_fused_puts() -> None:
-    """A joint attention with norms and RoPE, as the passes leave it for each rank, against the whole graph."""
+def joint() -> tuple[Any, list[torch.Tensor], list[Compiled]]:
+    """A joint attention with norms and RoPE: captured, its inputs, and what the passes leave for each of two ranks."""
     torch.manual_seed(0)
     tables = (torch.randn(1, 14, 1, 16), torch.randn(1, 14, 1, 16))
     inputs = [torch.randn(1, 10, 32), torch.randn(1, 4, 32), *(torch.randn(32, 32) for _ in range(4))]
     inputs += [torch.randn(16), torch.randn(16), *tables]
-    got = capture(fx.symbolic_trace(joint_attention), inputs)
-    want = got.gm(*inputs)[0]
-
+    whole = capture(fx.symbolic_trace(joint_attention), inputs)
     asked = Asked(shard_everything=True, split_batch=False, parts=(), kernels=True, fuse_puts=True, late_reads=True)
-    graphs = [run_pipeline(State(got.gm, got.mode, Topology((0, 0)), rank, asked)) for rank in range(2)]
+    graphs = [run_pipeline(State(whole.gm, whole.mode, Topology((0, 0)), rank, asked)) for rank in range(2)]
     assert all(graph.report.fused_puts for graph in graphs)
+    return whole, inputs, graphs
+
+
+def test_a_compiled_graph_with_fused_puts() -> None:
+    """Against the whole graph."""
+    whole, inputs, graphs = joint()
+    want = whole.gm(*inputs)[0]
 
     def work(session: Session, target: MachineTarget, side: NvshmemSide) -> float:
         ((program, schedules),) = graphs[session.rank].programs.items()
@@ -132,3 +140,38 @@ def test_a_compiled_graph_with_fused_puts() -> None:
     job = MachineJob((0, 0))
     assert max(job.run(work)) < 1e-5
     assert job.world.races() == []
+
+
+def test_inductors_graph_is_captured_and_replayed() -> None:
+    """Inductor's loops and memory between the ranks' kernels: once, then recorded, then replayed on other inputs."""
+    whole, inputs, graphs = joint()
+    with follow_inductor(), torch.no_grad():
+        local = [run_inner(graph.gm, inputs, whole.mode, Options(inner="inductor")) for graph in graphs]
+
+    def work(session: Session, target: MachineTarget, side: NvshmemSide) -> tuple[float, int, int]:
+        ((program, schedules),) = graphs[session.rank].programs.items()
+        session.load(program, schedules, engines_of(schedules, session.rank, target, side))
+        own = [x.clone() for x in inputs]
+        assert target.driver is not None
+        errors = []
+        with torch.no_grad():
+            errors.append(_error(local[session.rank](*own)[0], whole.gm(*own)[0]))
+            with Capture(target.driver) as recorded:
+                outs = [local[session.rank](*own)[0] for _ in range(2)]
+            for factor in (1.0, -0.5, 2.0):
+                own[0].copy_(inputs[0] * factor)
+                want = whole.gm(*own)[0]
+                for out in outs:
+                    out.fill_(torch.nan)
+                recorded.replay()
+                errors += [_error(out, want) for out in outs]
+        return max(errors), recorded.launches, recorded.loops
+
+    job = MachineJob((0, 0))
+    errors, launches, loops = zip(*job.run(work), strict=True)
+    assert max(errors) < 1e-5 and min(launches) > 0 and min(loops) > 0, (errors, launches, loops)
+    assert job.world.races() == []
+
+
+def _error(out: torch.Tensor, want: torch.Tensor) -> float:
+    return float((out - want).abs().max() / want.abs().max())
