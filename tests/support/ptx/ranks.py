@@ -18,10 +18,10 @@ from ptx.driver import MachineDriver, MachineTarget
 from ptx.network import Network
 from ptx.world import Stream, World
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView
-from sfcompile.codegen.engines.transfers import ReleaseKernel, TransferKernels
+from sfcompile.codegen.engines.transfers import ReleaseKernel, TransferKernels, WaitKernel
 from sfcompile.codegen.schedule.exchange import ExchangeSchedule
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, bank_of
-from sfcompile.runtime.wires.transport import word_of
+from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 
 CPU = torch.device("cpu")
 
@@ -145,15 +145,19 @@ class ExchangeRanks:
 
     Args:
         machine_of: machine of each rank.
+        change, edit: see :class:`AttentionRanks`.
+        stream_waits: the stream waits for every chunk before the kernel that receives.
     """
 
     def __init__(
         self, schedule: ExchangeSchedule, machine_of: tuple[int, ...], arch: int = 80, seed: int = 0,
-        change: Callable[[str, str], str] | None = None,
+        change: Callable[[str, str], str] | None = None, edit: Callable[[str, str], str] | None = None,
+        stream_waits: bool = False,
     ) -> None:  # fmt: skip
         self.world, ranks = World(seed), range(len(machine_of))
         self.driver = MachineDriver(self.world, arch, change)
-        target = MachineTarget(CPU, driver=self.driver)
+        target = MachineTarget(CPU, driver=self.driver, edit=edit)
+        self._waits = [WaitKernel(rank, target) for rank in ranks] if stream_waits else []
         self.kernels = [TransferKernels(schedule, rank, target, machine_of) for rank in ranks]
         self.releases = [ReleaseKernel(rank, len(machine_of), target, machine_of) for rank in ranks]
         size = HeapSize(len(schedule.slots), self.kernels[0].bank_bytes, len(machine_of))
@@ -172,6 +176,9 @@ class ExchangeRanks:
                 with self.driver.on(self.streams[rank]):
                     self.driver.after = self._finish
                     out = torch.full_like(like, torch.nan)
+                    for arrival in self.kernels[rank].schedule.program(rank).arrivals if self._waits else ():
+                        at = self.heaps.size.signal_at(bank_of(epoch), arrival.slot)
+                        self._waits[rank].run(views[rank].heaps, views[rank].place, at, epoch, TAG_BITS, arrival.slot)
                     self.kernels[rank].receive(out, own[rank], views[rank])
                     self.driver.after = lambda stream: None
                     self.releases[rank].run(views[rank].heaps, views[rank].place)

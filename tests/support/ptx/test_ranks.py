@@ -5,6 +5,7 @@ Tolerances are those of the dtype: products in fp16 or bf16 with sums in fp32; f
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +117,23 @@ def test_exchanges(machine_of: tuple[int, ...]) -> None:
     outs = ranks.run([whole[:, rows(owned)] for owned in even(6, 3)], [whole] * 3, 4)
     assert ranks.world.races() == []
     assert all(torch.equal(out, whole) for epoch in outs for out in epoch)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_wait_of_the_stream_orders_the_kernels_behind_it(waits: bool) -> None:
+    """The kernel that receives does not wait itself here: the stream does, or chunks are read too early."""
+
+    def without_wait(name: str, source: str) -> str:
+        return re.sub(r"^ +wait_word\(signals.*\n", "", source, flags=re.MULTILINE) if name == "receive" else source
+
+    whole, owned = torch.randn(2, 6, 5), even(6, 2)
+    mesh = Mesh.of(Topology.grid(2, 1), 2, 1)
+    gather = build_exchange(ExchangeSite.gather("g", (2, 6, 5), torch.float32, 1, owned), mesh)
+    ranks = ExchangeRanks(gather, (0, 0), edit=without_wait, stream_waits=waits)
+    outs = ranks.run([whole[:, rows(mine)] for mine in owned], [whole] * 2, 4)
+    right = all(torch.equal(out, whole) for epoch in outs for out in epoch)
+    assert (right and ranks.world.races() == []) == waits
 
 
 @pytest.mark.thorough
