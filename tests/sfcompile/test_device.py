@@ -123,6 +123,7 @@ def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(device, "KernelEngine", engine)
     monkeypatch.setattr(device, "decide_attention", decide)
+    monkeypatch.delenv("SFCOMPILE_LINKS", raising=False)  # tests assume links
     session: Any = SimpleNamespace(rank=0, side=SimpleNamespace(domains=(0, 0), no_kernels=""))
     engines, line = engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options())
     assert engines["p"][0] is engines["p"][2] and len(built) == 2 and line.startswith("triton (puts, waits")
