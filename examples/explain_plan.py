@@ -24,7 +24,7 @@ def main() -> None:
     with torch.device("meta"):
         model = DiT(width=3072, heads=24, depth=2, side=256).to(torch.bfloat16).eval()
         latents, t = torch.empty(1, 4, 256, 256, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)
-    report = sfcompile.explain(model, latents, t, topology=TOPOLOGY)
+    report = sfcompile.explain(model, args=(latents, t), topology=TOPOLOGY)
     print(report)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "plan.html"

@@ -32,7 +32,8 @@ def export(path: Path, ranks: int) -> None:
     """The machine that exports."""
     model, args = make()
     start = time.perf_counter()
-    sfcompile.export(model, args, {}, path, topology=f"1x{ranks}", placement="shard", inner="eager")
+    options = {"placement": "shard", "inner": "eager"}
+    sfcompile.export(model, args=args, path=path, topology=f"1x{ranks}", options=options)
     print(f"exported for {ranks} ranks in {time.perf_counter() - start:.1f} s: {path.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -228,11 +228,11 @@ def _refuse_whole_ops(report: GraphReport) -> None:
 def _write_plan(writer: Dump, compiled: Compiled, machines: tuple[int, ...]) -> None:
     """What a dump holds beside the passes: the plan, the schedules, the kernels' sources."""
     tables = "\n\n".join(["every candidate of the planner:", *compiled.report.plans])
-    writer.write("plan.txt", f"{compiled.report}\n\n{tables}\n")
+    writer.add("plan.txt", f"{compiled.report}\n\n{tables}\n")
     distinct = dict.fromkeys(schedule for schedules in compiled.programs.values() for schedule in schedules)
-    writer.write("schedules.txt", "\n\n".join(str(schedule) for schedule in distinct) + "\n")
+    writer.add("schedules.txt", "\n\n".join(str(schedule) for schedule in distinct) + "\n")
     for file, data in compiled.kernels(machines, cubins=False).items():
-        writer.write(f"kernels/{file}", data.decode())
+        writer.add(f"kernels/{file}", data.decode())
 
 
 def _known(state: State) -> dict[str, str]:

@@ -6,7 +6,7 @@ light on purpose: importing it loads neither torch nor any of our rooms; its fun
 The files beside this one are the door: backend.py (start there), graph_call.py (what a call does around its graph),
 groups.py (which ranks compute together), shared_inputs.py (rank 0's inputs for all), torch_logs.py (TORCH_LOGS),
 device.py, extend.py and rule_check.py (op rules held against their ops); and the leaves, which every room may import:
-errors.py, options.py, version.py and torch_private.py. The rooms are the folders.
+errors.py, one_style.py (arguments), options.py, version.py and torch_private.py. The rooms are the folders.
 
 May import: everything; nothing imports this file.
 """

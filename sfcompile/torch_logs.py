@@ -102,8 +102,9 @@ def artifacts(asked: Options, rank: int) -> Iterator[Options]:
 
 
 def _artifact_of(path: Path) -> str:
-    """The artifact of a file of a dump, below ``graph-xxxxxxxx/``."""
+    """The artifact of a file of a dump, below ``graph-xxxxxxxx/``; "" for the page that links to the others."""
     name = "/".join(path.parts[1:])
     if name.startswith("kernels/"):
         return "streamfusion_kernels"
-    return {"plan.txt": "streamfusion_plan", "schedules.txt": "streamfusion_schedules"}.get(name, "streamfusion_graphs")
+    others = {"plan.txt": "streamfusion_plan", "schedules.txt": "streamfusion_schedules", "index.html": ""}
+    return others.get(name, "streamfusion_graphs")

@@ -74,6 +74,7 @@ __all__ = [
     "make_fx",
     "no_modes",
     "pad_sequence",
+    "profiler_runs",
     "registered_for_autocast",
     "same_storage",
     "set_grad_enabled",
@@ -238,6 +239,11 @@ def symmetric_memory(signal_bytes: int) -> Any:
         with suppress(RuntimeError):  # too late: who needs more looks at the size of the pad
             library.set_signal_pad_size(signal_bytes)
     return library
+
+
+def profiler_runs() -> bool:
+    """Whether a profiler (or ``emit_nvtx``) records this thread."""
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 def keep_for_ever(*objects: object) -> None:

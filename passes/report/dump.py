@@ -5,9 +5,10 @@
                        ...
                        08_rewrite_local.txt        op counts before -> after, and the new graph
                        plan.txt  schedules.txt  kernels/
+                       index.html                  from which all of it is read
 
 The folder is named after the captured graph, so that every compile of one model lands in one place and two compiles can
-be compared with ``diff -r``. Texts hold no addresses and no times but the pass's own, in the first line.
+be compared with ``diff -r``. Texts hold no addresses and no times but those of passes, in first lines and in the index.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from torch import fx
 
 from sfcompile.errors import OptionError
+from sfcompile.passes.report.dump_index import DumpedPass, index_page
 
 
 class Dump:
@@ -33,6 +35,8 @@ class Dump:
         self._last, self._last_name = text, "00_captured.txt"
         self._counts = count_ops(captured)
         self._known: Mapping[str, str] = {}
+        self._index: list[DumpedPass] = []
+        self._others: list[str] = []
         self.write(self._last_name, text)
 
     def after(self, name: str, why: str, seconds: float, graph: fx.Graph, known: Mapping[str, str]) -> None:
@@ -49,12 +53,30 @@ class Dump:
                 lines += ["", f"# {key}", *text.splitlines()]
         self._known = dict(known)
         text, counts = graph_text(graph), count_ops(graph)
+        changes: list[str] = []
         if text == self._last:
             lines += ["", f"# graph as in {self._last_name}"]
         else:
-            lines += ["", *difference(self._counts, counts), "", text.rstrip()]
+            changes = difference(self._counts, counts)
+            lines += ["", *changes, "", text.rstrip()]
             self._last, self._last_name, self._counts = text, file, counts
         self.write(file, "\n".join(lines) + "\n")
+        words = [line.lstrip("# ") for line in changes]
+        self._index.append(DumpedPass(file, why, seconds, counts.total(), words))
+        self._write_index()
+
+    def add(self, name: str, text: str) -> None:
+        """Write a file that is no pass's, and list it in the index.
+
+        Raises:
+            OptionError: it cannot be written.
+        """
+        self.write(name, text)
+        self._others.append(name)
+        self._write_index()
+
+    def _write_index(self) -> None:
+        self.write("index.html", index_page(self._folder.name, "00_captured.txt", self._index, self._others))
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the folder, whole or not at all.

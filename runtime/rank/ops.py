@@ -20,7 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.instructions import Attend, Chunk
 from sfcompile.runtime.program.phases import ATTEND as ATTEND_PHASE
-from sfcompile.runtime.program.phases import COLLECT, EXCHANGE_FINISH
+from sfcompile.runtime.program.phases import COLLECT, EXCHANGE_FINISH, EXCHANGE_START
+from sfcompile.runtime.rank.profiles import named
 from sfcompile.runtime.rank.session import current_session
 from sfcompile.runtime.rank.site_call import AttentionSiteSchedule, is_attention
 
@@ -55,9 +56,11 @@ Held = Sequence[torch.Tensor] | None
 
 
 def _start(phase: str) -> Any:
+    kind = "exchange" if phase == EXCHANGE_START else "attention"
+
     def run(x: torch.Tensor, ticket: torch.Tensor, program: str, site: int, part: int = -1) -> torch.Tensor:
         session = current_session()
-        with session.guard():
+        with session.guard(), named(kind, site, phase, program):
             session.put(program, site, phase, x, part)
         return torch.empty_like(ticket)
 
@@ -72,7 +75,7 @@ def _put_fused(
     sources: list[torch.Tensor], ticket: torch.Tensor, program: str, site: int, phase: str, key: str
 ) -> torch.Tensor:
     session = current_session()
-    with session.guard():
+    with session.guard(), named("attention", site, phase, program):
         session.put_fused(program, site, phase, sources, ROW_PROGRAMS[key])
     return torch.empty_like(ticket)
 
@@ -92,7 +95,7 @@ def _attend(
     held: Held = None,
 ) -> torch.Tensor:
     session = current_session()
-    with session.guard():
+    with session.guard(), named("attention", site, ATTEND_PHASE, program):
         session.attend(program, site, mask, held or ())
     return torch.empty_like(ticket)
 
@@ -114,7 +117,7 @@ def _collect(
     session = current_session()
     begun = session.output(program, site)
     out = torch.empty(size, dtype=dtype, device=ticket.device) if begun is None else begun
-    with session.guard():
+    with session.guard(), named("attention", site, COLLECT, program):
         session.collect(program, site, out, part)
     return out, torch.empty_like(ticket)
 
@@ -130,7 +133,7 @@ def _exchange_finish(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     session = current_session()
     out = torch.empty(size, dtype=dtype, device=ticket.device)
-    with session.guard():
+    with session.guard(), named("exchange", site, EXCHANGE_FINISH, program):
         session.receive(program, site, out, held or ())
     return out, torch.empty_like(ticket)
 

@@ -21,6 +21,7 @@ from torch import fx
 from sfcompile.capture.graph import Captured
 from sfcompile.errors import InternalError, OptionError, PackageError
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
+from sfcompile.one_style import merged
 from sfcompile.options import WEIGHTS, Options
 from sfcompile.package.disk import file_hash, open_regular, refusing, writing
 from sfcompile.package.file import PackageWriter, processor, to_json
@@ -41,13 +42,14 @@ INSIDE = "inside"
 
 def export(
     model: torch.nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    path: str | os.PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    path: str | os.PathLike[str] = "",
     *,
     topology: Topology | str,
     weights: str | os.PathLike[str] = INSIDE,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
+    **spelled: Any,
 ) -> Path:
     """Write a package that runs ``model`` on the ranks of a topology, without the model's source and without a trace.
 
@@ -59,14 +61,14 @@ def export(
         weights: "inside", or a safetensors file: used as it is if it exists (and holds every weight by its name in
             ``model.state_dict()``), else written. It is found beside the package, under its own name, or where
             ``sfcompile.load(weights=...)`` says.
-        options: those of the backend; ``inner`` may also be "aoti": the local graphs are compiled now, to native code
-            for this machine's kind of processor (needs a C++ compiler).
+        options: those of the backend, as a dict or ``spelled`` as keywords; ``inner`` may also be "aoti": the local
+            graphs are compiled now, to native code for this machine's kind of processor (needs a C++ compiler).
 
     Returns:
         The path.
 
     Raises:
-        OptionError: a bad option.
+        OptionError: a bad option, one that is given twice, or no path.
         UnsupportedError: the model has a graph break, keeps state, or calls what no package can hold.
         PackageError: a file cannot be written, or ``weights`` does not fit the model.
     """
@@ -76,8 +78,11 @@ def export(
             "there it names a safetensors file; ranks of a machine share the pages of that file in any case",
             "leave it out, or name a file",
         )
-    inner = options.pop("inner", "auto")
-    asked, where = _asked(topology, inner, options)
+    if not os.fspath(path):
+        raise OptionError("export is not told where to write", "", 'say path="model.sf"')
+    chosen = merged(options, spelled, {})
+    inner = chosen.pop("inner", "auto")
+    asked, where = _asked(topology, inner, chosen)
     traced = trace(model, args, kwargs or {})
     ranks = compile_ranks(traced.captured, where, asked)
     with PackageWriter(Path(path)) as out:

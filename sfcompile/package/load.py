@@ -22,6 +22,7 @@ from sfcompile.capture.randomness import call_draws
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import OptionError, PackageError, StreamFusionError
 from sfcompile.groups import in_group, refuse, session_for, world_size
+from sfcompile.one_style import merged
 from sfcompile.options import Options
 from sfcompile.package.disk import beside, file_hash, open_regular
 from sfcompile.package.file import Package, processor
@@ -51,6 +52,7 @@ class Wanted:
 def load(
     path: str | os.PathLike[str],
     *,
+    options: Mapping[str, Any] | None = None,
     weights: str | os.PathLike[str] | None = None,
     inner: str | None = None,
     transport: str = "auto",
@@ -65,6 +67,8 @@ def load(
         weights: the safetensors file, if it is not beside the package under its own name.
         inner: what runs the local graph: "inductor", "eager", "auto", or "aoti", the native code that the package
             holds, which runs what it likes: for packages of people you trust. None: as exported, but for "aoti".
+        options: of the backend's, those that a package leaves open: inner, transport, timeout_s, mesh; as a dict, or
+            each as the keyword of its name.
         transport, timeout_s: as in the backend's options.
         verify: check the hashes of everything that is read. Without it a damaged weight goes unnoticed.
         mesh: a torch DeviceMesh or ProcessGroup of the ranks that run the package; None: all ranks of the job.
@@ -75,12 +79,16 @@ def load(
         PackageError: damaged, changed, of another version, or made for another number of ranks; on every rank.
         RankMismatchError: ranks load different packages.
     """
-    options = {"transport": transport, "timeout_s": timeout_s, "mesh": mesh}
+    spelled = {"inner": inner, "transport": transport, "timeout_s": timeout_s, "mesh": mesh}
+    chosen: dict[str, Any] = {}
     try:
+        chosen = merged(options, spelled, {"inner": None, "transport": "auto", "timeout_s": 60.0, "mesh": None})
+        inner = chosen.pop("inner", None)
+        _check_open(chosen)
         _check(inner, libraries)
-        asked = in_group(Options.from_dict(options))
+        asked = in_group(Options.from_dict(chosen))
     except OptionError as error:
-        refuse(error, options, dict(_BEGIN))
+        refuse(error, chosen or {name: value for name, value in spelled.items() if name != "inner"}, dict(_BEGIN))
     wanted = Wanted(Path(path), None if weights is None else Path(weights), inner, verify, tuple(libraries))
     session = existing_session(asked.group)
     ranks = session.topology.num_ranks if session is not None else world_size(asked)
@@ -105,6 +113,25 @@ def load(
 
 _BEGIN = {"what follows": "the load of a package"}
 """What ranks compare first, in words."""
+
+
+_OPEN = ("inner", "transport", "timeout_s", "mesh")
+"""Options of the backend that a package leaves to those who load it."""
+
+
+def _check_open(options: Mapping[str, Any]) -> None:
+    """That a package leaves these options open.
+
+    Raises:
+        OptionError: one of them was settled by the export.
+    """
+    settled = [name for name in options if name not in _OPEN]
+    if settled:
+        raise OptionError(
+            f"load takes no option {settled[0]!r}",
+            "a package keeps the options that it was exported with",
+            f"leave it out, or export with it; open are {', '.join(_OPEN)}",
+        )
 
 
 def _check(inner: str | None, libraries: Sequence[str]) -> None:

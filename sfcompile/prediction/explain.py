@@ -7,7 +7,7 @@ the simulator and of the cost model on the topology's constants; nothing is time
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from sfcompile.capture.graph import Captured, break_reason
 from sfcompile.codegen.plan.step import Step
 from sfcompile.codegen.plan.volumes import volume
 from sfcompile.errors import OptionError, StreamFusionError, UnsupportedError
-from sfcompile.options import Options
+from sfcompile.one_style import model_call
 from sfcompile.passes.runner import Compiled, run_pipeline
-from sfcompile.passes.state import Asked, State
+from sfcompile.passes.state import State
 from sfcompile.prediction.code import Facts, blocks_of, input_names
 from sfcompile.prediction.explained import Attentions, Axis, Explained, ExplainedGraph, written
 from sfcompile.prediction.html import page
-from sfcompile.prediction.predict import each_graph, step_of, travels
+from sfcompile.prediction.predict import asked_of, each_graph, step_of, travels
 from sfcompile.prediction.text import text_of
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
@@ -51,39 +51,44 @@ class Explanation(Explained):
 
 def explain(
     model: torch.nn.Module,
-    *args: Any,
+    *inputs: Any,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     topology: Topology | str = "4x8:a100-efa",
+    options: Mapping[str, Any] | None = None,
     mesh: Mapping[str, int] | None = None,
     schedule: str = "auto",
     placement: str = "auto",
     wire: str | Mapping[str, str] = "same",
     rank: int = 0,
     name: str = "",
-    **kwargs: Any,
+    **named: Any,
 ) -> Explanation:
     """Run every pass on a model for a topology and say what each decided. Nothing is computed, no rank is started.
 
     Args:
-        model: any module; it may be on the meta device, at full size. ``args`` and ``kwargs`` are what it is called
-            with: meta tensors, or real ones if the model's own code looks at values between graphs.
+        model: any module; it may be on the meta device, at full size.
+        args, kwargs: what it is called with: meta tensors, or real ones if the model's own code looks at values between
+            graphs. Or ``inputs`` and ``named``, behind the model.
         topology: as in the backend's option: "4x8:a100-efa", a file, or a Topology.
-        mesh, schedule, placement, wire: as in the backend's options.
+        options: the backend's; those that do not change the plan (timeouts, transports) are only checked.
+        mesh, schedule, placement, wire: as in the backend's options, of which they are.
         rank: whose graph is shown.
         name: of the model, for titles.
 
     Raises:
         TopologyError: it cannot be read.
-        OptionError: no such rank or wire.
+        OptionError: no such rank, a bad option, or something is given twice.
         MeshError: mesh or schedule are not possible.
         UnsupportedError: torch.compile traces nothing of the model.
     """
     where, asked = _topology(topology, rank)
-    asked_wire = Options.from_dict({"wire": wire}).wire
+    args, kwargs = model_call(inputs, named, args, kwargs)
+    wish = asked_of(options, {"mesh": mesh, "schedule": schedule, "placement": placement, "wire": wire})
     begun = time.perf_counter()
     graphs: list[ExplainedGraph] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        wish = Asked(mesh, schedule, shard_everything=placement == "shard", wire=asked_wire)
         state = State(captured.gm, captured.mode, where, rank, wish)
         compiled = run_pipeline(state)
         compiled.report.graph, compiled.report.break_reason = len(graphs) + 1, break_reason(gm)

@@ -16,7 +16,8 @@ from sfcompile.codegen.plan.choose_plan import SitePlan
 from sfcompile.codegen.plan.step import DRAWN_LAYERS, Drawn, Step, draw
 from sfcompile.codegen.plan.volumes import volume
 from sfcompile.codegen.proof.checker import check
-from sfcompile.errors import UnsupportedError
+from sfcompile.errors import OptionError, UnsupportedError
+from sfcompile.one_style import merged, model_call
 from sfcompile.options import AS_IT_IS, Options
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, Choices, State
@@ -152,37 +153,43 @@ def _words(topology: Topology) -> str:
 
 def simulate(
     model: torch.nn.Module,
-    *args: Any,
+    *inputs: Any,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     topology: Topology | str,
+    options: Mapping[str, Any] | None = None,
     mesh: Mapping[str, int] | None = None,
     schedule: str = "auto",
     placement: str = "auto",
     wire: str | Mapping[str, str] = "same",
     name: str = "",
-    **kwargs: Any,
+    **named: Any,
 ) -> Prediction:
     """Trace a model, plan every attention for a topology, and predict a step. Nothing is computed.
 
     Args:
-        model: may be on the meta device; ``args`` and ``kwargs`` are what it is called with.
+        model: may be on the meta device.
+        args, kwargs: what it is called with; or ``inputs`` and ``named``, behind the model.
         topology: as in the backend's option: "4x8:a100-efa", a file, or a Topology.
-        mesh, schedule, placement, wire: as in the backend's options.
+        options: the backend's; those that do not change the plan (timeouts, transports) are only checked.
+        mesh, schedule, placement, wire: as in the backend's options, of which they are.
+        name: of the model, for titles.
 
     Raises:
         TopologyError: it cannot be read.
         MeshError: mesh or schedule are not possible.
-        OptionError: no such wire.
+        OptionError: a bad option, or something is given twice.
         UnsupportedError: the model's first graph cannot be captured.
     """
     where = topology if isinstance(topology, Topology) else Topology.parse(topology)
-    asked_wire = Options.from_dict({"wire": wire}).wire
+    args, kwargs = model_call(inputs, named, args, kwargs)
+    wish = asked_of(options, {"mesh": mesh, "schedule": schedule, "placement": placement, "wire": wire})
     begun = time.perf_counter()
     planned: list[Choices] = []
     steps: list[Step] = []
     warnings: list[str] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        wish = Asked(mesh, schedule, shard_everything=placement == "shard", wire=asked_wire)
         state = State(captured.gm, captured.mode, where, 0, wish)
         compiled = run_pipeline(state)
         steps.append(step_of(compiled, 0, where))
@@ -193,6 +200,26 @@ def simulate(
     taken_s = time.perf_counter() - begun
     # Several graphs: the one with most attention stands for the model; the others add their own.
     return Prediction(name or type(model).__name__, where, _joined(planned), tuple(steps), taken_s, tuple(warnings))
+
+
+def asked_of(options: Mapping[str, Any] | None, spelled: Mapping[str, Any]) -> Asked:
+    """What the passes read of the backend's options, some of which may be spelled as keywords of their own.
+
+    Raises:
+        OptionError: a bad option, one that is given twice, or one that no prediction knows.
+    """
+    chosen = merged(options, spelled, {"mesh": None, "schedule": "auto", "placement": "auto", "wire": "same"})
+    if "topology" in chosen:
+        raise OptionError("topology is an argument of its own here", "a prediction needs one", "write topology=...")
+    asked = Options.from_dict(chosen)
+    if asked.attention == "triton":
+        raise OptionError(
+            "attention='triton' cannot be predicted",
+            "the plan is priced for attention that computes chunk by chunk, not for kernels that hold the waits",
+            "leave attention out; sfcompile kernels shows what would be generated",
+        )
+    shard = asked.placement == "shard"
+    return Asked(asked.mesh, asked.schedule, shard_everything=shard, order=asked.passes, wire=asked.wire)
 
 
 def step_of(compiled: Compiled, rank: int, job: Topology) -> Step:

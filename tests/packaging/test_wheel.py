@@ -47,8 +47,10 @@ def test_ranks_run_an_example_from_the_installed_wheel(tmp_path: Path) -> None:
     code = f"import importlib; print(*(importlib.import_module(name).__file__ for name in {names}))"
     places = done([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(target)).split()
     assert len(places) == 4 and all(Path(place).is_relative_to(target) for place in places), places
-    installed = {path.relative_to(target / "sfcompile") for path in (target / "sfcompile").rglob("*.py")}
-    ours = {path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    installed = {path.relative_to(target / "sfcompile") for path in (target / "sfcompile").rglob("*.*")}
+    installed = {path for path in installed if path.suffix != ".pyc"}
+    ours = {path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+    ours = {path for path in ours if path.suffix != ".pyc"}
     assert installed == {Path(*path.parts[1:]) if path.parts[0] == "sfcompile" else path for path in ours}
 
     shutil.copy(ROOT / "examples" / "hello.py", tmp_path)

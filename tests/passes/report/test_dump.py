@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import resource
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,11 @@ def test_each_pass_has_a_file_that_says_what_changed(tmp_path: Path) -> None:
     assert first.endswith("# graph as in 00_captured.txt\n")
     assert "# sites" not in second and "# made\nx\ny" in second and "aten.mul.Tensor: 1 -> 2 (+1)" in second
     assert second.rstrip().endswith(graph_text(other).rstrip())
+    dump.add("plan.txt", "a plan")
+    index = (folder / "index.html").read_text()
+    links = re.findall(r'href="([^"]+)"', index)
+    assert links == ["00_captured.txt", "01_look.txt", "02_change.txt", "plan.txt"]
+    assert all((folder / link).is_file() for link in links)
 
 
 def test_a_full_disk_is_an_error_of_ours_and_leaves_no_half_file(tmp_path: Path) -> None:

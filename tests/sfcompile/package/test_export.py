@@ -36,6 +36,16 @@ def test_every_rank_is_in_the_package(tmp_path: Path) -> None:
     assert any(node[0] == "call" and node[2].startswith("streamfusion.") for node in nodes)
 
 
+def test_options_are_a_dict_or_keywords(tmp_path: Path) -> None:
+    first = export(Small(), (X,), {}, tmp_path / "a.sf", topology="1x2", placement="shard")
+    second = export(Small(), args=(X,), path=tmp_path / "b.sf", topology="1x2", options={"placement": "shard"})
+    assert first.read_bytes() == second.read_bytes()
+    with pytest.raises(OptionError, match="placement is given twice"):
+        export(Small(), (X,), {}, tmp_path / "c.sf", topology="1x2", placement="auto", options={"placement": "shard"})
+    with pytest.raises(OptionError, match="not told where to write"):
+        export(Small(), (X,), topology="1x2")
+
+
 def _written(folder: Path, text: str) -> Path:
     path = folder / "topology.toml"
     path.write_text(text)

@@ -140,6 +140,10 @@ def test_ranks_and_options_that_do_not_fit(package: Path) -> None:
         run_threads(3, lambda rank: load(package))
     with pytest.raises(OptionError, match="Bad value for inner"):
         load(package, inner="fast")
+    with pytest.raises(OptionError, match="Bad value for inner"):
+        load(package, options={"inner": "fast"})
+    with pytest.raises(OptionError, match="load takes no option 'schedule'"):
+        load(package, options={"schedule": "ring"})
     with pytest.raises(PackageError, match="holds no compiled objects"):
         run_threads(RANKS, lambda rank: load(package, inner="aoti"))
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from models import build
 
+from sfcompile.prediction import html
 from sfcompile.prediction.explain import ExplainedGraph, Explanation, explain
-from sfcompile.prediction.html import page
+from sfcompile.prediction.html import bytes_rows, page
 
+STYLE, SCRIPT = (Path(html.__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 VOID = {"meta", "link", "br", "input", "rect", "line"}
 
 
@@ -74,8 +77,8 @@ def test_plan_timeline_and_graph_are_there(found: Explanation, read: Reader) -> 
     (kind,) = found.graphs[0].attentions
     text = page(found)
     assert text.count('class="taken"') == 1 and all(str(row.candidate) in text for row in kind.plan.rows)
-    lanes = {value for tag, name, value in read.attributes if tag == "rect" and name == "class"}
-    assert {"l-compute", "l-send"} <= lanes
+    drawn = {value for tag, name, value in read.attributes if tag == "rect" and name == "class"}
+    assert {"l-compute", "l-send", "block", "p-wire"} <= drawn
     bars = [value for tag, name, value in read.attributes if tag == "rect" and name in ("x", "width")]
     assert bars and all(0.0 <= float(value.rstrip("%")) <= 100.0 for value in bars)
     code = read.text["code"]
@@ -97,4 +100,34 @@ def test_refused_graphs_and_a_stopped_trace_are_said(found: Explanation) -> None
 
 def test_a_page_without_attention() -> None:
     text = page(explain(torch.nn.Linear(4, 4), torch.zeros(2, 4), topology="1x2"))
-    assert "<svg" not in text and "linear(" in text
+    assert "predicted timeline" not in text and "linear(" in text
+
+
+def test_bytes_go_where_the_rank_sends_them(found: Explanation) -> None:
+    (graph,) = found.graphs
+    rows = bytes_rows(graph)
+    assert {"put", "gather"} <= {name for name, *_ in rows}
+    sent, across = graph.sent
+    assert sum(inside + away for _, inside, away, _ in rows) == sent
+    assert sum(away for _, _, away, _ in rows) == across > 0
+
+
+def test_every_bar_of_the_graph_opens_a_block_that_is_there(found: Explanation, read: Reader) -> None:
+    ids = {value for _, name, value in read.attributes if name == "id"}
+    named = {value for _, name, value in read.attributes if name == "data-block"}
+    assert named and named <= ids
+    assert {value for _, name, value in read.attributes if name == "data-of"} <= ids
+
+
+def test_braces_and_colours_of_the_style() -> None:
+    assert STYLE.count("{") == STYLE.count("}") and SCRIPT.count("{") == SCRIPT.count("}")
+    used, defined = set(re.findall(r"var\((--\w+)\)", STYLE)), re.findall(r"(--\w+):", STYLE)
+    assert used == set(defined)
+    assert all(defined.count(name) == 2 for name in used), "each colour has a light and a dark form"
+
+
+def test_every_class_of_the_markup_is_known(found: Explanation) -> None:
+    body = re.sub(r"<(style|script).*?</\1>", "", page(found), flags=re.DOTALL)
+    classes = {name for value in re.findall(r'class="([^"]*)"', body) for name in value.split()}
+    known = set(re.findall(r"\.([a-z][\w-]*)", STYLE)) | set(re.findall(r'"\.?([a-z][\w-]*)[" ]', SCRIPT))
+    assert classes <= known, classes - known

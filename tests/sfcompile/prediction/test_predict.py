@@ -68,6 +68,22 @@ def test_a_smaller_wire_is_priced_and_named() -> None:
         simulate(model, *inputs, topology=topology, wire="fp4")
 
 
+def test_options_are_those_of_the_backend_and_nothing_is_said_twice() -> None:
+    model, inputs = build("joint")
+    options = {"schedule": "ring", "placement": "shard", "timeout_s": 5.0}
+    found = simulate(model, args=inputs, topology="2x2", options=options)
+    assert found.step_s == predicted(schedule="ring").step_s
+    for wrong, text in (
+        ({"args": inputs}, "inputs stand behind the model, and args= holds"),
+        ({"options": {"topology": "1x2"}}, "topology is an argument of its own"),
+        ({"options": {"attention": "triton"}}, "attention='triton' cannot be predicted"),
+        ({"options": {"schedul": "ring"}}, "Did you mean 'schedule'"),
+        ({"schedule": "usp", "options": options}, "schedule is given twice"),
+    ):
+        with pytest.raises(OptionError, match=text):
+            simulate(model, *inputs, **{"topology": "2x2", **wrong})
+
+
 def test_picture_and_trace(tmp_path: Path) -> None:
     png, trace = predicted(schedule="torus").write(tmp_path / "step")
     assert png.read_bytes()[:4] == b"\x89PNG"
