@@ -5,6 +5,7 @@
 #   make test-all   those too that `make test` leaves out: whole matrices, every GPU architecture
 #   make torture    faults thrown at running jobs: kills, cut networks, full disks, ranks out of step (root for some)
 #   make check      formatting, lint, types, layout rules
+#   make docs       the pages as a site that can be searched, in build/site
 #   make gpu-check  on a machine with a GPU: are the kernels right, how fast are they (make gpu-check WHEELS=folder)
 #   make clean      remove everything that was built, the venv included
 
@@ -26,7 +27,7 @@ PACKAGES := sfcompile passes codegen runtime
 SOURCES := $(PACKAGES) tests $(wildcard examples benchmarks)
 LINKS := build/typecheck/sfcompile
 
-.PHONY: demo test test-all torture check format lint typecheck layout gpu-check clean
+.PHONY: demo test test-all torture check format lint typecheck layout docs gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/sfcompile demo $(DEMO_ARGS)
@@ -60,6 +61,9 @@ typecheck: $(STAMP)
 
 layout: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not thorough" tests/packaging
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 # With the Python at hand, which has torch and Triton: such machines may reach no package index.
 gpu-check:

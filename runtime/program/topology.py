@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from sfcompile.errors import TopologyError
 from sfcompile.runtime.program.presets import PRESETS, SOFTWARE
@@ -149,16 +152,10 @@ class Topology:
 
     def to_toml(self) -> str:
         """What :meth:`parse` reads back."""
-        lines = [f"machine_of = {list(self.machine_of)}"]
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.name == "software":
-                lines += [f'software = "{value}"'] if value else []
-            elif entry.name != "machine_of" and value is not None:
-                lines.append(f"{entry.name} = {value!r}")
-            elif value is None:
-                lines.append(f"{entry.name} = inf")
-        return "\n".join(lines) + "\n"
+        table = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        if not self.software:
+            del table["software"]
+        return tomli_w.dumps({name: math.inf if value is None else value for name, value in table.items()})
 
 
 def _unreadable(text: str) -> TopologyError:

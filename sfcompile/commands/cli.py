@@ -23,6 +23,7 @@ from sfcompile.commands.models import (
     run_simulate,
 )
 from sfcompile.commands.parsing import Parser, model_name
+from sfcompile.commands.screen import show_error
 from sfcompile.errors import OptionError, StreamFusionError
 from sfcompile.options import INNERS
 from sfcompile.version import __version__
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.model = model_name(args)
         return _COMMANDS[args.command](args)
     except StreamFusionError as error:
-        print(f"sfcompile: {error}", file=sys.stderr)
+        show_error(str(error))
         return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

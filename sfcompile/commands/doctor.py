@@ -23,6 +23,7 @@ from typing import Any
 from sfcompile.commands.checks import check_writable
 from sfcompile.commands.launch import check_places, launch, num_cores
 from sfcompile.commands.models import positive
+from sfcompile.commands.screen import show
 from sfcompile.errors import StreamFusionError
 from sfcompile.version import TORCH, __version__, torch_range
 
@@ -70,7 +71,8 @@ def run_doctor(args: argparse.Namespace) -> int:
         check_places(args.ranks, args.machines)
         check_writable(args.out, "--out")
     findings = examine()
-    print(report(findings), flush=True)
+    show(report(findings))
+    sys.stdout.flush()
     problems = int(any(finding.is_problem for finding in findings))
     if not args.measure:
         print("\nlinks were not measured; say --measure [--ranks N] [--machines M]")

@@ -16,6 +16,7 @@ from sfcompile.commands.checks import check_folder, check_readable, check_writab
 from sfcompile.commands.export import made_by
 from sfcompile.commands.model_names import check_model_name
 from sfcompile.commands.parsing import add_model_name
+from sfcompile.commands.screen import show
 from sfcompile.errors import OptionError
 from sfcompile.options import PLACEMENTS, SCHEDULES, WIRES
 
@@ -93,14 +94,14 @@ def run_simulate(args: argparse.Namespace) -> int:
     if args.paper:
         from sfcompile.commands.paper import format_table, predict_table
 
-        print(format_table(predict_table()))
+        show(format_table(predict_table()))
         return 0
     if not args.model:
         print("sfcompile simulate: say --paper, or name a model by the start of its class's name", file=sys.stderr)
         return EXIT_USAGE
     check_folder(args.out, "--out")
     prediction = predicted(args)
-    print(prediction)
+    show(str(prediction))
     shape = re.sub(r"[^\w]+", "-", args.topology)
     stem = prediction.name if ":" in args.model else f"{args.model}-{args.tokens}"
     for path in prediction.write(args.out / f"{stem}-{shape}"):
@@ -156,7 +157,7 @@ def run_explain(args: argparse.Namespace) -> int:
         name=name,
         **kwargs,
     )
-    print(explanation.full() if args.full else explanation)
+    show(explanation.full() if args.full else str(explanation))
     for path, write in ((args.html, explanation.to_html), (args.json, explanation.to_json)):
         if path is not None:
             write(path)

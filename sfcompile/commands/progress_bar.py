@@ -1,4 +1,4 @@
-"""A progress bar of steps that only rank 0 draws."""
+"""A progress bar of steps that only rank 0 draws: by rich in a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -34,21 +34,36 @@ def progress(
         yield from steps
         return
     out = sys.stderr if stream is None else stream
-    moves = out.isatty()
-    start, drawn, done = time.monotonic(), -1, 0
-    try:
+    if out.isatty():
+        yield from _in_terminal(steps, text, total, out)
+        return
+    start, drawn = time.monotonic(), -1
+    for done, step in enumerate(steps, start=1):
+        yield step
+        tenth = done * LINES // total if total else done
+        if tenth != drawn:
+            drawn = tenth
+            out.write(f"{_line(text, done, total, time.monotonic() - start)}\n")
+            out.flush()
+
+
+def _in_terminal(steps: Iterable[T], text: str, total: int | None, out: TextIO) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[each]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    start = time.monotonic()
+    # No thread that draws and nothing redirected: a debugger's prompt in the loop stays readable.
+    with Progress(
+        *columns, console=Console(file=out), auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+    ) as bar:
+        task = bar.add_task(text, total=total, each="")
         for done, step in enumerate(steps, start=1):
             yield step
-            tenth = done * LINES // total if total else done
-            if moves or tenth != drawn:
-                drawn = tenth
-                line = _line(text, done, total, time.monotonic() - start)
-                out.write(f"\r{line}\x1b[K" if moves else f"{line}\n")
-                out.flush()
-    finally:
-        if moves and done:
-            out.write("\n")
-            out.flush()
+            bar.update(task, completed=done, each=f"{(time.monotonic() - start) / done:.3g} s each", refresh=True)
 
 
 def _line(text: str, done: int, total: int | None, seconds: float) -> str:

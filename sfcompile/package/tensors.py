@@ -2,6 +2,10 @@
 
 Reading maps the file: nothing is copied until a kernel touches a page, and ranks of one machine share the pages. No
 code runs and no pickle is opened.
+
+The library of that name would do neither half here. It maps whole files only, and the tensors of a package lie inside a
+larger one: it would copy them, on every rank. And it lays tensors on boundaries of 8 bytes, where a kernel may give
+other bits than the model gave. tests/sfcompile/package/test_tensors.py holds this file against it both ways.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ _SENDERS = {
 }
 
 
-class Mark(NamedTuple):
+class Bar(NamedTuple):
     """A bar of a drawing: its class, its place (across in percent, down in pixels), and what it says when pointed at;
     ``block`` is the id of the block of lines that it belongs to."""
 
@@ -70,7 +70,7 @@ class TimelineDrawing(NamedTuple):
     height: int
     lane: int
     rules: list[int]
-    marks: list[Mark]
+    marks: list[Bar]
 
 
 def page(explained: Explained) -> str:
@@ -137,14 +137,14 @@ def _timeline(explained: Explained) -> TimelineDrawing | None:
         text = f"rank {span.rank}: {span.name}, {duration(took)}" + (f", {size(span.nbytes)}" if span.nbytes else "")
         y = rows[span.rank] * _ROW + 3 + lanes[span.lane] * (_LANE + 1)
         width = max(100 * took / end, NARROWEST)
-        marks.append(Mark(f"l-{span.lane}", 100 * span.start_s / end, width, y, text))
+        marks.append(Bar(f"l-{span.lane}", 100 * span.start_s / end, width, y, text))
     some = "" if len(shown) == len(homes) else f"; {len(shown)} of {len(homes)} ranks shown"
     rules = [row * _ROW for row, rank in enumerate(shown) if row and homes[rank] != homes[shown[row - 1]]]
     places = [(rank, homes[rank]) for rank in shown]
     return TimelineDrawing(title + some, end, places, len(shown) * _ROW, _LANE, rules, marks)
 
 
-def _map(graph: ExplainedGraph, number: int) -> list[Mark]:
+def _map(graph: ExplainedGraph, number: int) -> list[Bar]:
     """The graph by time: its blocks, each as wide as all that are like it take together, above their lines."""
     whole = sum(block.alike * block.seconds for block in graph.blocks)
     if not whole:
@@ -154,11 +154,11 @@ def _map(graph: ExplainedGraph, number: int) -> list[Mark]:
         name, times = block.name or "between layers", f"{block.alike} x " if block.alike > 1 else ""
         width, key = 100 * block.alike * block.seconds / whole, f"block-{number}-{index}"
         if width:
-            marks.append(Mark("block", x, width, 0, f"{name}: {times}{duration(block.seconds)}", key))
+            marks.append(Bar("block", x, width, 0, f"{name}: {times}{duration(block.seconds)}", key))
         for line in block.lines:
             wide = 100 * block.alike * line.seconds / whole
             if wide:
-                marks.append(Mark(f"p-{line.placement}", x, wide, _MAP_ROW, f"{line.text}: {_took(line)}", key))
+                marks.append(Bar(f"p-{line.placement}", x, wide, _MAP_ROW, f"{line.text}: {_took(line)}", key))
             x += wide
     return marks
 

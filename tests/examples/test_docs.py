@@ -100,7 +100,7 @@ def run_make(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert done.returncode == 0, done.stderr
     assert any(
         tool in done.stdout
-        for tool in ("sfcompile", "pytest", "run_tests", "run_torture", "ruff", "rm -rf", "gpu_check")
+        for tool in ("sfcompile", "pytest", "run_tests", "run_torture", "ruff", "rm -rf", "gpu_check", "mkdocs")
     ), done.stdout
 
 

@@ -63,7 +63,16 @@ def test_the_source_distribution_holds_tests_and_docs(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     for name in (*FOLDERS, "tests", "docs", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "Makefile"):
+    for name in (
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "LICENSE",
+        "Makefile",
+        "mkdocs.yml",
+    ):
         shutil.copy(ROOT / name, checkout)
     wanted = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*") if path.is_file()}
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
@@ -28,12 +29,19 @@ def test_rank_0_draws_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "0:00 left" in lines[-1]
 
 
-def test_a_terminal_gets_one_line() -> None:
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_gets_one_line_that_fits(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(width))
     out = Terminal()
-    assert list(progress((n for n in range(3)), total=3, stream=out)) == [0, 1, 2]
-    assert out.getvalue().count("\r") == 3 and out.getvalue().count("\n") == 1
+    assert list(progress((n for n in range(3)), "denoise", total=3, stream=out)) == [0, 1, 2]
+    drawn = [
+        line for line in re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n").splitlines() if line
+    ]
+    assert all(line.startswith("denoise") and len(line) <= width for line in drawn)
+    assert "3/3" in drawn[-1] and "s each" in drawn[-1] and "0:00:00" in drawn[-1]
     out = Terminal()
-    assert list(progress((n for n in range(3)), stream=out)) == [0, 1, 2] and "step 3" in out.getvalue()
+    assert list(progress((n for n in range(3)), stream=out)) == [0, 1, 2] and "3/?" in out.getvalue()
 
 
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,4 +55,4 @@ def test_a_loop_that_is_left_ends_its_line() -> None:
     for step in progress(range(9), stream=out):
         if step == 4:
             break
-    assert out.getvalue().endswith("\n") and "4/9" in out.getvalue()
+    assert out.getvalue().rstrip("\x1b[?25hl").endswith("\n") and "4/9" in out.getvalue()
