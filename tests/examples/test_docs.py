@@ -279,6 +279,12 @@ def test_every_option_is_in_the_table_and_the_reverse() -> None:
     assert listed == {entry.name for entry in fields(Options)} - {"mode", "group"}
 
 
+def test_every_wish_of_users_is_met_or_says_what_is_missing() -> None:
+    text = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \| (met|in part|not met) \| ([^|]+) \|$", text, re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == list(range(1, 18))
+
+
 def test_the_keys_of_an_explanation_are_those_of_its_page() -> None:
     text = (ROOT / "docs" / "looking.md").read_text(encoding="utf-8")
     empty = Explained("", "", Topology.parse("1x2"), 0, (), 0, 0.0).to_dict()
