@@ -1,4 +1,5 @@
-"""Every command printed in README.md and docs/ is run here, on smaller sizes where it is long, and every link leads on.
+"""Every command printed in docs/ and the pages beside it is run here, on smaller sizes where it is long, or looked at,
+for a reason that its function states; and every link leads on.
 
 Commands stand in fenced blocks without a language (or ``sh``) and in inline code. One that is not covered is a failure.
 """
@@ -32,7 +33,10 @@ from sfcompile.runtime.program.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("make", "sfcompile", "python", "torchrun", "pip", "curl", "sbatch", "kubectl")
+WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+PROGRAMS = (
+    "make", "sfcompile", "python", "torchrun", "pip", "pytest", "curl", "sbatch", "kubectl", "openssl", "eval",
+)  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -44,7 +48,7 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 def commands() -> dict[str, str]:
     """Command -> the page that prints it."""
     found: dict[str, str] = {}
-    for page in PAGES:
+    for page in WITH_COMMANDS:
         text = page.read_text(encoding="utf-8")
         lines = [line for kind, body in blocks(page) if kind in ("", "sh") for line in joined(body).splitlines()]
         lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
@@ -86,6 +90,9 @@ def test_command(
         "python": run_python,
         "torchrun": run_torchrun,
         "pip": run_pip,
+        "pytest": run_pytest,
+        "openssl": run_openssl,
+        "eval": run_eval,
         "curl": run_curl,
         "sbatch": run_launch_file,
         "kubectl": run_launch_file,
@@ -203,6 +210,22 @@ def run_pip(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     extras = re.findall(r"\[(\w+)\]", " ".join(words))
     text = (ROOT / "pyproject.toml").read_text()
     assert all(f"\n{extra} = [" in text for extra in extras)
+
+
+def run_pytest(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are this suite's own tests: here, that they are there."""
+    (path,) = (ROOT / word for word in words if word.endswith(".py"))
+    assert words[words.index("-k") + 1] in path.read_text(encoding="utf-8")
+
+
+def run_openssl(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not ours, and not on every machine: what it prints is a secret of more than the 16 bytes that are asked for."""
+    assert words[:2] == ["rand", "-hex"] and 2 * int(words[2]) >= 16
+
+
+def run_eval(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluated by bash in tests/sfcompile/commands/test_completion.py."""
+    assert words == ["$(sfcompile completion)"]
 
 
 def run_curl(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
