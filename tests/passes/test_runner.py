@@ -71,6 +71,7 @@ def test_a_failing_pass_leaves_the_dump_up_to_it(tmp_path: Path, monkeypatch: py
     assert sorted(path.name for path in next(tmp_path.iterdir()).iterdir()) == [
         "00_captured.txt",
         "01_analyse_attention.txt",
+        "index.html",
     ]
 
 
