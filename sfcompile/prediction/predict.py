@@ -218,6 +218,12 @@ def asked_of(options: Mapping[str, Any] | None, spelled: Mapping[str, Any]) -> A
             "the plan is priced for attention that computes chunk by chunk, not for kernels that hold the waits",
             "leave attention out; sfcompile kernels shows what would be generated",
         )
+    if asked.weights != "whole":
+        raise OptionError(
+            f"weights={asked.weights!r} cannot be predicted",
+            "what is said of memory is for ranks that hold all weights each",
+            "leave weights out; the plan is the same",
+        )
     shard = asked.placement == "shard"
     return Asked(asked.mesh, asked.schedule, shard_everything=shard, order=asked.passes, wire=asked.wire)
 
