@@ -154,13 +154,14 @@ class _Facts:
         self._after: dict[int, NDArray[np.int64]] = {}
 
     def _coded_bytes(self, arrival: Arrival) -> Vector:
-        """What a CPU passes over, beyond a copy, to encode or to decode an arrival (runtime/program/formats.py)."""
+        """What a CPU could copy instead of encoding or decoding an arrival (runtime/program/formats.py)."""
         schedule = self.schedule
         written = schedule.site.written(arrival.tensor)
         if written == SAME:
             return np.zeros_like(self.nbytes[arrival.slot])
         assert isinstance(schedule, AttentionSchedule)
-        return self._of_job(schedule.arrival_bytes(arrival, SAME)).astype(np.float64) * CODING_PASSES[written]
+        elements = schedule.arrival_bytes(arrival, SAME) / schedule.site.dtype.itemsize
+        return self._of_job(elements * CODED_AS_BYTES[written])
 
     def _of_job(self, by_place: NDArray[Any]) -> NDArray[Any]:
         return by_place[self._place] if self._place.size else by_place
@@ -201,8 +202,11 @@ class _Facts:
         return self._of_job(sizes)
 
 
-CODING_PASSES = {BF16: 1.0, FP8: 3.0}
-"""Encoding or decoding a chunk on a CPU takes as long as so many copies of it as the model has it."""
+CODED_AS_BYTES = {BF16: 4.0, FP8: 27.0}
+"""To encode or to decode an element takes a CPU as long as to copy so many bytes, whatever the model's dtype.
+
+Measured on 2026-11-29 by benchmarks/coding_cost.py, which tells it in copies of the chunk.
+"""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from random_sites import attention_site, gather_site, random_case
 
-from sfcompile.codegen.plan.simulator import CODING_PASSES, Compute, Phase, Work, simulate
+from sfcompile.codegen.plan.simulator import CODED_AS_BYTES, Compute, Phase, Work, simulate
 from sfcompile.codegen.plan.step import layer
 from sfcompile.codegen.schedule.builders import BUILDERS, build
 from sfcompile.codegen.schedule.mesh import Mesh
@@ -84,16 +84,16 @@ def test_a_smaller_wire_is_sent_sooner(wire: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ulysses", "allgather", "ring"])
-def test_coding_costs_a_cpu_passes_over_what_is_coded(kind: str) -> None:
+def test_coding_costs_a_cpu_time_for_each_element_that_is_coded(kind: str) -> None:
     """On links that cost nothing. What is sent to several ranks is encoded once, what is sent on not at all."""
     top = topology(4, 1, flops_per_s=1e18, network_bytes_per_s=1e18, copy_bytes_per_s=1.0)
     built = build(kind, site(4), mesh(top, 1 if kind == "ring" else 4))
     coded = build(kind, replace(site(4), wire=Wire(*["fp8"] * 4)), built.mesh)
-    chunk_bytes = 6 * 8 * 4  # of a head and a rank, as the model has it
+    elements = 6 * 8  # of a head and a rank
     sent, came = {"ulysses": (12, 12), "allgather": (8, 24), "ring": (8, 24)}[kind]  # such chunks, at every rank
     beside = [simulate(layer(each, 1), top).busy_s - _copies(each, top) for each in (built, coded)]
     assert beside[0] == pytest.approx(0.0)
-    assert beside[1] == pytest.approx(CODING_PASSES["fp8"] * chunk_bytes * (sent + came))
+    assert beside[1] == pytest.approx(CODED_AS_BYTES["fp8"] * elements * (sent + came))
 
 
 def _copies(schedule: Schedule, top: Topology) -> Any:
