@@ -42,6 +42,7 @@ from sfcompile.graph_call import (
     watched,
 )
 from sfcompile.groups import in_group, refuse, refuse_together, session_for, world_size
+from sfcompile.lowering.compile_once import compile_once
 from sfcompile.lowering.inner import run_inner
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
 from sfcompile.measuring.auto import SourcedTopology, assumed_links, given_links, measured_links, resolved
@@ -166,10 +167,10 @@ def _compile_rank(
         compiled.report.programs[shared.program] = [schedule.site.name for schedule in shared.schedules]
     compiled.report.weights = "" if kept is None else kept.line
     _announce(compiled, session, time.perf_counter() - began)
-    inputs = [node.meta["val"] for node in compiled.gm.graph.nodes if node.op == "placeholder"]
+    machine_of = session.topology.machine_of
     # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
     with autocast_off():
-        local = run_inner(compiled.gm, inputs, captured.mode, asked)
+        local = compile_once(compiled.gm, captured.mode, asked, session.rank, machine_of, session.exchange)
     log.info("graph %d is ready after %.1f s", compiled.report.graph, time.perf_counter() - began)
     session.meet()
     compared = compared_inputs(example_inputs, asked, captured)

@@ -63,6 +63,7 @@ __all__ = [
     "fused_encoder_layer",
     "has_autocast_kernel",
     "has_data_mutation",
+    "inductor_keeps",
     "inductor_mode_options",
     "is_comparable",
     "is_composite",
@@ -79,6 +80,7 @@ __all__ = [
     "same_storage",
     "set_grad_enabled",
     "storage_users",
+    "static_mode",
     "symbol_hint",
     "symbols_in",
     "symmetric_memory",
@@ -219,6 +221,24 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
 
     options: dict[str, Any] = _inductor.list_mode_options(mode)
     return options
+
+
+def static_mode() -> FakeTensorMode:
+    """A mode of fake tensors whose sizes are numbers, and whose values nobody may ask for.
+
+    Inductor keeps on disk what it made of a graph only where the mode has a ShapeEnv, were it to say that there are no
+    symbols.
+    """
+    # By name: types of this module would have mypy read torch's symbolic shapes and with them all of sympy.
+    shapes = importlib.import_module("torch.fx.experimental.symbolic_shapes")
+    env = shapes.ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=env, static_shapes=True)
+
+
+def inductor_keeps() -> bool:
+    """Whether Inductor keeps on disk what it makes of a graph, and looks there first."""
+    config = importlib.import_module("torch._inductor.config")
+    return bool(config.fx_graph_cache) and not config.force_disable_caches
 
 
 def default_store(prefix: str) -> tuple[Any, Any]:

@@ -35,6 +35,7 @@ from sfcompile.torch_private import (
     exit_autocast,
     has_data_mutation,
     make_fx,
+    static_mode,
     symbol_hint,
     symbols_in,
     tracing,
@@ -207,7 +208,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], keep_numbers: bool = Fals
 
 def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]) -> Captured:
     """:func:`capture` with the numbers at ``running`` kept; raises NumberNeeded."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = static_mode()
     values = [_static_fake(mode, x) if isinstance(x, torch.Tensor) else present(x) for x in inputs]
     for i in running:
         if not isinstance(values[i], torch.Tensor):

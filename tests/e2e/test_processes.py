@@ -92,8 +92,8 @@ def test_every_schedule_and_the_batch_split(layout: str) -> None:
     passes(layout, "schedules")
 
 
-@pytest.mark.thorough  # examples/hello.py runs through Inductor too
-def test_inductor_runs_the_local_graph() -> None:
+def test_inductor_runs_the_local_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INDUCTOR_FOLDER", str(tmp_path))
     passes("2", "inductor")
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -305,16 +306,17 @@ def other_order(
     return (first_read + one.transpose(1, 2).flatten(2) @ e,)
 
 
-def loses_a_peer(rank: int, victim: int, how: str, kernels: bool) -> tuple[str, float]:
+def loses_a_peer(rank: int, victim: int, how: str, kernels: bool, told_in: Path) -> tuple[str, float]:
     """A call that is right, then one in which a rank is missing: killed, raising before its puts, or asleep.
 
     Args:
         kernels: see :func:`run`.
+        told_in: a folder in which ranks say that they were told; one that sleeps does so until all others were.
 
     Returns:
         what the others were told, and after how many seconds.
     """
-    session = session_of()
+    session = session_of(timeout_s=60.0)
     side, target = _side_of(session, rank, timeout_s=3.0 if how == "asleep" else 60.0)
     case = random_case(5, ranks=session.topology.num_ranks)
     schedules = schedules_of(case)
@@ -327,7 +329,8 @@ def loses_a_peer(rank: int, victim: int, how: str, kernels: bool) -> tuple[str, 
         if rank == victim and how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == victim and how == "asleep":
-            time.sleep(9.0)
+            while len(list(told_in.iterdir())) < session.topology.num_ranks - 1:
+                time.sleep(0.1)
             return "", 0.0
         try:
             with session.call("model", []):
@@ -335,5 +338,7 @@ def loses_a_peer(rank: int, victim: int, how: str, kernels: bool) -> tuple[str, 
                     raise ValueError("the victim's own mistake")
                 attend_and_gather(case, rank, ticket)
         except (StreamFusionError, ValueError) as error:
-            return f"{type(error).__name__}: {error}", time.perf_counter() - began
+            took = time.perf_counter() - began
+            (told_in / f"rank{rank}").touch()
+            return f"{type(error).__name__}: {error}", took
     return "nothing", time.perf_counter() - began

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import device_workers
 import pytest
@@ -58,20 +59,21 @@ MISSING = [
 
 
 @pytest.mark.parametrize(("how", "kernels"), MISSING)
-def test_a_missing_peer_is_a_clear_error_in_time(how: str, kernels: bool) -> None:
+def test_a_missing_peer_is_a_clear_error_in_time(how: str, kernels: bool, tmp_path: Path) -> None:
     """Kernels, or the stream, wait for it: they end because the watchdog hears of it, or after their 3 s."""
-    outcomes = run_outcomes(3, device_workers.loses_a_peer, (1, how, kernels), (0, 0, 1))
+    outcomes = run_outcomes(3, device_workers.loses_a_peer, (1, how, kernels, tmp_path), (0, 0, 1))
     survivors = [outcomes[0].value, outcomes[2].value]
+    assert None not in survivors, outcomes
     if how == "asleep":  # the times of both are up at once: who looks later may hear of it from the other
         assert any(told.startswith("RuntimeTimeoutError") for told, _ in survivors), survivors
     for told, seconds in survivors:
-        assert seconds < 3.0 + 5.0, told  # well under the limit of the first two, which is 60 s
         if how == "asleep":
             heard = told.startswith("PeerFailedError") and "another rank failed first" in told
             assert heard or told.startswith("RuntimeTimeoutError"), told
             assert "from rank 1 did not come" in told and "waited 3 s" in told, told
             assert not kernels or "a kernel of" in told, told
         else:
+            assert seconds < 60.0, told  # they heard of it: their kernels alone would have waited so long
             assert told.startswith("PeerFailedError") and "rank 1: " in told, told
             assert ("its process" if how == "killed" else "the victim's own mistake") in told, told
 

@@ -1,0 +1,77 @@
+"""Who compiles, and who waits and finds what was made."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from threads import run_threads
+from torch import fx
+
+from sfcompile.capture.graph import Captured, capture
+from sfcompile.lowering import compile_once as module
+from sfcompile.lowering.compile_once import compile_once
+from sfcompile.lowering.own_rows import slices_of
+from sfcompile.options import Options
+from sfcompile.runtime.rank.session import current_session
+
+
+def captured(start: int, length: int) -> Captured:
+    graphs: list[Captured] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(capture(gm, inputs))
+        return gm
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(lambda x: x[start : start + length].cos(), backend=backend)(torch.ones(64))
+    return graphs[0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "machine_of", "keeps", "waves"),
+    [
+        ((4, 4, 4), (0, 0, 0), True, [{0}, {1, 2}]),
+        ((4, 4, 4, 4), (0, 0, 1, 1), True, [{0, 2}, {1, 3}]),
+        ((4, 5, 4, 5), (0, 0, 0, 0), True, [{0, 1}, {2, 3}]),
+        ((4, 5), (0, 0), True, [{0, 1}, set()]),
+        ((4, 4, 4), (0, 0, 0), False, [{0, 1, 2}, set()]),
+    ],
+    ids=["one machine", "two machines", "two kinds", "all differ", "nothing is kept"],
+)
+def test_the_first_of_each_kind_on_a_machine_compiles(
+    lengths: tuple[int, ...],
+    machine_of: tuple[int, ...],
+    keeps: bool,
+    waves: list[set[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs = [captured(8 * rank, length) for rank, length in enumerate(lengths)]
+    seen: list[tuple[int, str]] = []
+    lock, rank_of = threading.Lock(), threading.local()
+
+    def run_inner(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
+        with lock:
+            seen.append((rank_of.rank, slices_of(gm)[0]))
+        return gm
+
+    monkeypatch.setattr(module, "run_inner", run_inner)
+    monkeypatch.setattr(module, "inductor_keeps", lambda: keeps)
+
+    def work(rank: int) -> torch.Tensor:
+        rank_of.rank = rank
+        exchange = current_session().exchange
+        run = compile_once(graphs[rank].gm, graphs[rank].mode, Options(), rank, machine_of, exchange)
+        (out,) = run(torch.arange(64.0))
+        return out
+
+    for rank, out in enumerate(run_threads(len(lengths), work, machine_of)):
+        assert torch.equal(out, torch.arange(64.0)[8 * rank : 8 * rank + lengths[rank]].cos())
+    order = [rank for rank, _ in seen]
+    assert [set(order[: len(waves[0])]), set(order[len(waves[0]) :])] == waves
+    if keeps:
+        assert len({text for _, text in seen}) == len(set(lengths))
