@@ -35,17 +35,17 @@ class OwnRows(NamedTuple):
 
 def slices_of(gm: fx.GraphModule) -> tuple[str, dict[str, Bounds]]:
     """A graph's text without the bounds of its slices, with the shapes of its values; and the bounds by node."""
-    bounds: dict[str, Bounds] = {}
+    bounds_of: dict[str, Bounds] = {}
     lines = []
     for node in gm.graph.nodes:
-        found = _bounds(node)
-        args = node.args[:1] if found else node.args
+        bounds = _bounds(node)
+        args = node.args[:1] if bounds else node.args
         value = node.meta.get("val")
         shape = (tuple(value.shape), value.stride(), str(value.dtype)) if isinstance(value, torch.Tensor) else ""
         lines.append(f"{node.name} = {node.op} {node.target} {args} {node.kwargs} {shape}")
-        if found:
-            bounds[node.name] = found
-    return "\n".join(lines), bounds
+        if bounds:
+            bounds_of[node.name] = bounds
+    return "\n".join(lines), bounds_of
 
 
 def differing(all_bounds: Sequence[Mapping[str, Sequence[int]]]) -> set[str]:

@@ -92,9 +92,8 @@ def test_every_schedule_and_the_batch_split(layout: str) -> None:
     passes(layout, "schedules")
 
 
-def test_inductor_runs_the_local_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INDUCTOR_FOLDER", str(tmp_path))
-    passes("2", "inductor")
+def test_inductor_runs_the_local_graph(tmp_path: Path) -> None:
+    passes("2", "inductor", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["shm", "c10d"])

@@ -138,16 +138,15 @@ def case_two_machines(*names: str) -> None:
     assert current_session().topology.machine_of == (0, 0, 1, 1)
 
 
-def case_inductor() -> None:
+def case_inductor(folder: str) -> None:
     """The default inner compiler: one rank compiles, another finds what it made; after that, all do."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["INDUCTOR_FOLDER"]
-    model, x = Plain(), tokens()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"], model, x = folder, Plain(), tokens()
     for misses in (1 if rank() == 0 else 0, 0):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         close(torch.compile(model, backend="streamfusion", options={"placement": "shard"})(x), model(x))
-        counters = torch._dynamo.utils.counters["inductor"]
-        assert (counters["fxgraph_cache_miss"], counters["fxgraph_cache_bypass"]) == (misses, 0), counters
+        seen = torch._dynamo.utils.counters["inductor"]
+        assert (seen["fxgraph_cache_miss"], seen["fxgraph_cache_bypass"]) == (misses, 0), seen
 
 
 def case_meshes() -> None:
