@@ -19,6 +19,7 @@ from torch import fx
 
 from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
+from sfcompile.capture.fewer_breaks import fewer_breaks
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.capture.randomness import draws
 from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
@@ -64,6 +65,7 @@ _REFUSALS = (OptionError, MeshError, TopologyError)
 """What is found wrong with the options before ranks meet for a compile: on one rank, or on all of them."""
 
 
+@fewer_breaks
 def streamfusion_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -6,6 +6,7 @@ in-place writes are functionalised, and every value gets a fake tensor with stat
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -297,9 +298,20 @@ def _clean(gm: fx.GraphModule, mode: FakeTensorMode) -> None:
             if first is not node:
                 node.replace_all_uses_with(first)
                 gm.graph.erase_node(node)
+        elif node.op == "call_function" and node.target is torch.ops.aten.cat.default:
+            _drop_empties(node)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
+
+
+def _drop_empties(cat: fx.Node) -> None:
+    """Take tensors without elements out of a cat: the rows behind the last token, mostly, which would be gathered."""
+    tensors, out = cast(Sequence[fx.Node], cat.args[0]), cat.meta["val"]
+    full = [tensor for tensor in tensors if tensor.meta["val"].numel()]
+    dtypes = [tensor.meta["val"].dtype for tensor in full]
+    if full and functools.reduce(torch.promote_types, dtypes) == out.dtype:
+        cat.args = (full, *cat.args[1:])
 
 
 def compile_with_inductor(

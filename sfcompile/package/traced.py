@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sfcompile.capture.fewer_breaks import fewer_breaks
 from sfcompile.capture.graph import Captured, capture, refuse_training
 from sfcompile.errors import OptionError, StreamFusionError, UnsupportedError
 from sfcompile.package.call import bind, describe
@@ -159,6 +160,7 @@ def _refill(values: Mapping[str, Any], arguments: Mapping[str, Any], inputs: Seq
 
 
 def _tracer(seen: _Seen) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    @fewer_breaks
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
             refuse_training(example_inputs)

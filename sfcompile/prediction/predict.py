@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sfcompile.capture.fewer_breaks import fewer_breaks
 from sfcompile.capture.graph import Captured, capture
 from sfcompile.codegen.plan.choose_plan import SitePlan
 from sfcompile.codegen.plan.step import DRAWN_LAYERS, Drawn, Step, draw
@@ -255,6 +256,7 @@ def each_graph(
     failed: list[Exception] = []
     graphs = 0
 
+    @fewer_breaks
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1

@@ -1,0 +1,30 @@
+"""What one rank does with the models of video_models.py."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import video_models
+from model_cases import close, compiled
+
+from sfcompile.backend import reports
+
+
+@torch.no_grad()
+def as_authors_write_them(rank: int) -> None:
+    """Each is one graph with a site for each attention, equals one process, and gathers nothing but its outputs."""
+    warnings.filterwarnings("ignore", message="Padding mask")
+    for name, (_, _, attentions) in video_models.VIDEO_MODELS.items():
+        torch._dynamo.reset()
+        before = len(reports())
+        model, inputs = video_models.build(name)
+        want = model(**inputs)
+        model, inputs = video_models.build(name)
+        got = compiled(model, placement="shard")(**inputs)
+        for a, b in zip(got, want, strict=True):
+            close(a, b)
+        (plan,) = reports()[before:]
+        assert plan.sharded_sites == attentions, f"{name}: {plan}"
+        assert plan.share <= 1.10, f"{name}: {plan}"
+        assert all(row.reason == "model output" for row in plan.gathered), f"{name}: {plan}"
