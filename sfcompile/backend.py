@@ -6,12 +6,15 @@ does before and after the graph is in graph_call.py.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import CodeType
 from typing import Any
 
 import torch
@@ -48,7 +51,9 @@ from sfcompile.lowering.inner import run_inner
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
 from sfcompile.measuring.auto import SourcedTopology, assumed_links, given_links, measured_links, resolved
 from sfcompile.options import ASSUMED, Options
-from sfcompile.passes.report.history import last_report, remember, reports
+from sfcompile.passes.report.history import last_report, next_whole_call, remember, remember_skipped, reports
+from sfcompile.passes.report.report import short_source
+from sfcompile.passes.report.whole_call import Skipped
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.calls import fingerprint
@@ -65,7 +70,11 @@ _REFUSALS = (OptionError, MeshError, TopologyError)
 """What is found wrong with the options before ranks meet for a compile: on one rank, or on all of them."""
 
 
-@fewer_breaks
+def _left_to_python(code: CodeType, reason: str) -> None:
+    remember_skipped(Skipped(code.co_qualname, short_source(f"{code.co_filename}:{code.co_firstlineno}"), reason))
+
+
+@functools.partial(fewer_breaks, skipped=_left_to_python)
 def streamfusion_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -182,7 +191,19 @@ def _compile_rank(
     run = as_called(local, CallFacts(session, name, names, captured, *places, shared, talks, draw, kept))
     if device.type == "cpu":
         run = watched(run, compiled, session, topology)
-    return SizedProgram(run, captured.numbers), False
+    return SizedProgram(_second_call_speaks(run), captured.numbers), False
+
+
+def _second_call_speaks(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``; at its second call the model's first is over, and rank 0 says what it was if it was several graphs."""
+    calls = itertools.count(1)
+
+    def called(*args: Any) -> Any:
+        if next(calls) == 2 and (said := next_whole_call()):
+            log.info(said)
+        return run(*args)
+
+    return called
 
 
 def _links(asked: Options, named: Topology | None, session: Session, inputs: Sequence[Any]) -> SourcedTopology:

@@ -13,8 +13,9 @@ import importlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -312,27 +313,43 @@ They are lengths, sizes of grids, tables of offsets. Dynamo's own bound is one e
 LOGGER_METHODS = frozenset({"debug", "info", "warning", "error", "critical", "warning_once"})
 """Methods of loggers that write a record and give nothing back."""
 
-_traced_with_fewer_breaks: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+SkippedFrame = Callable[[CodeType, str], None]
+"""Is told of a function that Dynamo leaves to Python, and why."""
+
+_traced_with_fewer_breaks: weakref.WeakKeyDictionary[Callable[..., Any], SkippedFrame] = weakref.WeakKeyDictionary()
 
 
-def trace_with_fewer_breaks(backend: Callable[..., Any]) -> None:
+def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame) -> None:
     """From now on, what Dynamo traces for ``backend`` breaks in fewer places (sfcompile/capture/fewer_breaks.py).
 
     Dynamo has no settings of one backend, so its entry is wrapped, once for a process: settings are changed while a
     frame is traced for a marked backend and put back after it. Dynamo traces one frame at a time, under a lock.
+
+    Args:
+        skipped: is told of functions in which Dynamo finds a break that it cannot continue after: it runs them as
+            Python, and what they call is traced by itself.
     """
     from torch._dynamo.convert_frame import ConvertFrameAssert
+    from torch._dynamo.exc import Unsupported
 
-    _traced_with_fewer_breaks.add(backend)
+    _traced_with_fewer_breaks[backend] = skipped
     convert: Any = ConvertFrameAssert.__call__
     if hasattr(convert, "__wrapped__"):
         return
 
     @functools.wraps(convert)
-    def convert_frame(self: Any, *args: Any, **kwargs: Any) -> Any:
-        marked = _innermost(self._torchdynamo_orig_backend) in _traced_with_fewer_breaks
-        with _fewer_breaks() if marked else nullcontext():
-            return convert(self, *args, **kwargs)
+    def convert_frame(self: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        tell = _traced_with_fewer_breaks.get(_innermost(self._torchdynamo_orig_backend))
+        if tell is None:
+            return convert(self, frame, *args, **kwargs)
+        try:
+            with _fewer_breaks():
+                return convert(self, frame, *args, **kwargs)
+        except Unsupported as error:
+            stack = getattr(error, "real_stack", None)
+            place = f" at {stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+            tell(frame.f_code, f"{str(error).strip().splitlines()[0]}{place}")
+            raise
 
     ConvertFrameAssert.__call__ = convert_frame  # type: ignore[method-assign]
 
@@ -346,7 +363,7 @@ def _innermost(backend: Any) -> Any:
 
 @contextmanager
 def _fewer_breaks() -> Iterator[None]:
-    """While Dynamo traces: numbers read from tensors whose values are known are constants; records are written later."""
+    """While Dynamo traces: numbers read from tensors of known values are constants; records are written later."""
     from torch._dynamo import config
     from torch._dynamo.variables.misc import DebuggingVariable, LoggingLoggerVariable
     from torch._dynamo.variables.tensor import NumpyNdarrayVariable, TensorVariable
@@ -382,7 +399,7 @@ def _item_of(method: Any) -> Any:
 
 
 def _array_item_of(method: Any) -> Any:
-    """``ndarray.item``, which ``int()`` and ``float()`` of an array call too: numpy's functions are traced as torch's."""
+    """``ndarray.item``, which ``int()`` and ``float()`` of an array call too: Dynamo traces arrays as tensors."""
 
     def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         known = _known_number(self) if name == "item" and not args and not kwargs else None

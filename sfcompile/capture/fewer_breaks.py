@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from types import CodeType
+from typing import ParamSpec, TypeVar
 
 from torch import fx
 
@@ -24,8 +25,14 @@ Rest = ParamSpec("Rest")
 Compiled = TypeVar("Compiled")
 
 
-def fewer_breaks(backend: Callable[Rest, Compiled]) -> Callable[Rest, Compiled]:
-    """A backend of ``torch.compile`` for which Dynamo breaks models in fewer places; also as a decorator."""
+def fewer_breaks(
+    backend: Callable[Rest, Compiled], skipped: Callable[[CodeType, str], None] | None = None
+) -> Callable[Rest, Compiled]:
+    """A backend of ``torch.compile`` for which Dynamo breaks models in fewer places; also as a decorator.
+
+    Args:
+        skipped: is told of each function that Dynamo leaves to Python, with the break in it.
+    """
 
     @functools.wraps(backend)
     def marked(*args: Rest.args, **kwargs: Rest.kwargs) -> Compiled:
@@ -33,7 +40,7 @@ def fewer_breaks(backend: Callable[Rest, Compiled]) -> Callable[Rest, Compiled]:
         _drop_folded_reads(gm)
         return backend(*args, **kwargs)
 
-    trace_with_fewer_breaks(marked)
+    trace_with_fewer_breaks(marked, skipped or (lambda code, reason: None))
     return marked
 
 
