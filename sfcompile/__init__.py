@@ -4,9 +4,10 @@ torch finds the backend through the entry point in pyproject.toml, so a user nev
 light on purpose: importing it loads neither torch nor any of our rooms; its functions load theirs on first use.
 
 The files beside this one are the door: backend.py (start there), graph_call.py (what a call does around its graph),
-groups.py (which ranks compute together), shared_inputs.py (rank 0's inputs for all), torch_logs.py (TORCH_LOGS),
-device.py, extend.py and rule_check.py (op rules held against their ops); and the leaves, which every room may import:
-errors.py, one_style.py (arguments), options.py, version.py and torch_private.py. The rooms are the folders.
+groups.py (which ranks compute together), shared_inputs.py (rank 0's inputs for all), pipelines.py (all networks of a
+diffusers pipeline), torch_logs.py (TORCH_LOGS), device.py, extend.py and rule_check.py (op rules held against their
+ops); and the leaves, which every room may import: errors.py, one_style.py (arguments), options.py, version.py and
+torch_private.py. The rooms are the folders.
 
 May import: everything; nothing imports this file.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from sfcompile.package.export import export as export
     from sfcompile.package.load import load as load
     from sfcompile.package.weight_files import load_sharded as load_sharded
+    from sfcompile.pipelines import compile_pipeline as compile_pipeline
     from sfcompile.prediction.explain import explain as explain
     from sfcompile.prediction.predict import simulate as simulate
     from sfcompile.tracing.trace import trace as trace
@@ -34,6 +36,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
 __all__ = [
     "__version__",
     "backend",
+    "compile_pipeline",
     "errors",
     "explain",
     "export",
@@ -54,6 +57,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
 # Loaded on first use, as they need torch: name -> module. A file may not be named like a function, which it would hide
 # once imported.
 _LAZY = {
+    "compile_pipeline": "sfcompile.pipelines",
     "explain": "sfcompile.prediction.explain",
     "export": "sfcompile.package.export",
     "load": "sfcompile.package.load",

@@ -117,13 +117,6 @@ def test_a_package_gives_the_bits_of_the_compile(tmp_path: Path) -> None:
     passes("4", "package", str(tmp_path / "plain.sf"))
 
 
-# examples/diffusers_pipeline.py draws an image too.
-@pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["video", "image"])
-def test_a_diffusers_pipeline_draws_the_same(kind: str) -> None:
-    passes("4", "pipeline", kind)
-
-
 @pytest.mark.parametrize("layout", ["2", thorough("3"), thorough("4")])
 def test_a_dit_in_plain_pytorch_at_three_resolutions(layout: str) -> None:
     passes(layout, "own_dit")

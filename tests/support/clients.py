@@ -66,6 +66,49 @@ def image_pipeline() -> Any:
     )
 
 
+def two_experts() -> Any:
+    """A video pipeline whose early steps run one transformer and whose late steps run another."""
+    from diffusers import WanPipeline
+
+    pipe, other = video_pipeline(), video_pipeline().transformer
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    return WanPipeline(**{**pipe.components, "transformer_2": other}, boundary_ratio=0.8)
+
+
+def audio_pipeline() -> Any:
+    """Stable Audio: T5 encoder, a projection of the times, transformer, convolutional VAE of the waveform."""
+    from diffusers import (
+        AutoencoderOobleck,
+        EDMDPMSolverMultistepScheduler,
+        StableAudioDiTModel,
+        StableAudioPipeline,
+        StableAudioProjectionModel,
+    )
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    text = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=8, downsampling_ratios=[2, 2], channel_multiples=[1, 2], decoder_channels=8,
+        decoder_input_channels=4, audio_channels=2, sampling_rate=64,
+    )  # fmt: skip
+    transformer = StableAudioDiTModel(
+        sample_size=63, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
+        num_key_value_attention_heads=2, cross_attention_dim=32, time_proj_dim=8, global_states_input_dim=64,
+        cross_attention_input_dim=32,
+    )  # fmt: skip
+    return StableAudioPipeline(
+        vae=redrawn(vae),
+        text_encoder=redrawn(T5EncoderModel(text)),
+        projection_model=redrawn(StableAudioProjectionModel(32, 32, 0, 512)),
+        tokenizer=tokenizer(24),
+        transformer=redrawn(transformer),
+        scheduler=EDMDPMSolverMultistepScheduler(solver_order=2, prediction_type="v_prediction", sigma_data=1.0),
+    )
+
+
 def video_pipeline() -> Any:
     """Wan: UMT5 encoder, transformer, causal video VAE, flow-matching scheduler."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel

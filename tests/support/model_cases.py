@@ -261,27 +261,6 @@ def case_dynamic(name: str) -> None:
     assert len(reports()) - before == 3 * traces["streamfusion"]
 
 
-def case_pipeline(kind: str) -> None:
-    """A diffusers pipeline draws the same picture or video when its transformer is compiled in place."""
-    import clients
-
-    pipe = {"image": clients.image_pipeline, "video": clients.video_pipeline}[kind]()
-    pipe.set_progress_bar_config(disable=True)
-    given: dict[str, Any] = {"prompt": "a photo of a cat in the rain", "height": 32, "num_inference_steps": 3}
-    given |= {"max_sequence_length": 24, "output_type": "pt"}
-    given |= {"width": 40} if kind == "image" else {"width": 48, "num_frames": 9, "guidance_scale": 3.0}
-
-    def draw() -> torch.Tensor:
-        out = pipe(**given, generator=torch.Generator().manual_seed(0))
-        return torch.as_tensor(out[0])
-
-    want = draw()
-    pipe.transformer.compile(backend="streamfusion", options={"placement": "shard", "inner": "eager"})
-    close(draw(), want)
-    plan = last_report()
-    assert plan is not None and plan.sharded_sites > 0, str(plan)
-
-
 def case_own_dit() -> None:
     """A DiT in plain PyTorch, attention by hand and fused; three resolutions in one process with dynamic=True."""
     import clients

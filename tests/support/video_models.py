@@ -83,7 +83,7 @@ class GridVideo(nn.Module):
         super().__init__()
         self.embed = nn.Conv3d(4, WIDTH, PATCH, PATCH)
         self.text, self.time = nn.Linear(24, WIDTH), nn.Linear(32, 6 * WIDTH)
-        self.blocks = nn.ModuleList(GridBlock() for _ in range(2))
+        self.blocks = nn.ModuleList(GridBlock() for _ in range(1))
         self.out = nn.Linear(WIDTH, 4 * math.prod(PATCH))
 
     def forward(self, videos: list[torch.Tensor], t: torch.Tensor, text: torch.Tensor, seq_len: int) -> Any:
@@ -128,7 +128,7 @@ class StreamingVideo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.out = nn.Linear(12, WIDTH), nn.Linear(WIDTH, 12)
-        self.blocks = nn.ModuleList(StreamBlock() for _ in range(2))
+        self.blocks = nn.ModuleList(StreamBlock() for _ in range(1))
 
     def forward(self, x: torch.Tensor, caches: list[dict[str, torch.Tensor]], position: torch.Tensor) -> Any:
         start = position.item()
@@ -161,7 +161,7 @@ class PackedVideo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.out = nn.Linear(12, WIDTH), nn.Linear(WIDTH, 12)
-        self.blocks = nn.ModuleList(PackedBlock() for _ in range(2))
+        self.blocks = nn.ModuleList(PackedBlock() for _ in range(1))
 
     def forward(self, videos: list[torch.Tensor]) -> Any:
         lengths = torch.tensor([0] + [int(np.prod(video.shape[:3])) for video in videos])
@@ -187,7 +187,7 @@ def _grid(heights: list[int]) -> dict[str, Any]:
 
 
 def _stream() -> dict[str, Any]:
-    caches = [{name: torch.randn(1, 160, HEADS, WIDTH // HEADS) for name in "kv"} for _ in range(2)]
+    caches = [{name: torch.randn(1, 160, HEADS, WIDTH // HEADS) for name in "kv"} for _ in range(1)]
     return {"x": torch.randn(1, 48, 12), "caches": caches, "position": torch.tensor(48)}
 
 
@@ -196,11 +196,11 @@ def _packed() -> dict[str, Any]:
 
 
 VIDEO_MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], int]] = {
-    "grid": (GridVideo, lambda: _grid([16]), 4),
-    "streaming": (StreamingVideo, _stream, 2),
-    "packed": (PackedVideo, _packed, 4),
+    "grid": (GridVideo, lambda: _grid([16]), 1),
+    "streaming": (StreamingVideo, _stream, 1),
+    "packed": (PackedVideo, _packed, 2),
 }
-"""Name -> the model, its inputs, and how many attentions it calls."""
+"""Name -> the model, its inputs, and how many of its attentions are to its own tokens."""
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -13,7 +13,11 @@ from sfcompile.backend import reports
 
 @torch.no_grad()
 def as_authors_write_them(rank: int) -> None:
-    """Each is one graph with a site for each attention, equals one process, and gathers nothing but its outputs."""
+    """Each is one graph with a site for each attention to its own tokens, equals one process, and gathers little.
+
+    That is: its outputs, keys and values of what is attended to whole (the text), and what patches become tokens of, or
+    are made of.
+    """
     warnings.filterwarnings("ignore", message="Padding mask")
     for name, (_, _, attentions) in video_models.VIDEO_MODELS.items():
         torch._dynamo.reset()
@@ -27,4 +31,4 @@ def as_authors_write_them(rank: int) -> None:
         (plan,) = reports()[before:]
         assert plan.sharded_sites == attentions, f"{name}: {plan}"
         assert plan.share <= 1.10, f"{name}: {plan}"
-        assert all(row.reason == "model output" for row in plan.gathered), f"{name}: {plan}"
+        assert len(plan.gathered) <= len(got) + 2 * plan.local_sites + 2, f"{name}: {plan}"

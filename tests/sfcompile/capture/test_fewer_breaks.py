@@ -14,7 +14,6 @@ from torch import fx
 from torch._dynamo import config
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._subclasses import fake_tensor
-from video_models import VIDEO_MODELS, build
 
 from sfcompile.capture.fewer_breaks import fewer_breaks
 
@@ -165,16 +164,3 @@ def test_settings_are_put_back_when_a_trace_fails() -> None:
         torch.compile(tolist, backend=fewer_breaks(fails))(torch.randn(4, 6))
     assert fake_tensor.CONSTANT_NUMEL_LIMIT == 1
     assert not config.reorderable_logging_functions
-
-
-@pytest.mark.parametrize("name", VIDEO_MODELS)
-@pytest.mark.filterwarnings("ignore:Padding mask")
-def test_models_as_authors_write_them_are_one_graph(name: str) -> None:
-    model, inputs = build(name)
-    count, got = graphs(model, **inputs)
-    assert count == 1
-    with torch.no_grad():
-        model, inputs = build(name)
-        want = model(**inputs)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)

@@ -1,0 +1,148 @@
+"""``compile_pipeline(pipe)``: a diffusers pipeline on all ranks, its networks compiled in place.
+
+A pipeline is a box of components. Those that work on tokens are compiled, each with a plan of its own; they share this
+process's session, and with it one heap. Schedulers, tokenizers, processors and every other component stay what they
+are, and so do the pipeline's own loop and its callbacks.
+
+What is compiled of a component is its innermost ``forward`` (of a VAE ``encode`` and ``decode`` too). Hooks that move
+weights to a device and away again are wrapped around it, whether they were installed before or come later: they run as
+Python, and the graph between them sees weights where they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from sfcompile.backend import streamfusion_backend
+from sfcompile.errors import OptionError
+from sfcompile.options import Options
+
+log = logging.getLogger("sfcompile")
+Pipeline = TypeVar("Pipeline")
+KINDS = ("transformer", "unet", "controlnet", "vae", "text_encoder")
+"""Beginnings of the names that diffusers gives the components which are compiled unless ``components`` says otherwise."""
+METHODS = ("encode", "decode")
+"""What pipelines call of a component instead of its ``forward``, where it has them."""
+
+
+def compile_pipeline(
+    pipe: Pipeline,
+    *,
+    options: Mapping[str, Any] | None = None,
+    components: Mapping[str, Mapping[str, Any] | None] | None = None,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+) -> Pipeline:
+    """Compile the networks of a diffusers pipeline with this backend, in place.
+
+    Call it on every rank with the same pipeline, then call the pipeline on every rank with the same arguments and seed.
+    Called again, it compiles anew with the new options.
+
+    Args:
+        pipe: a diffusers pipeline, or anything with ``components``: a dict of name -> component.
+        options: of the backend, as for ``torch.compile``; they hold for every component.
+        components: name -> options of that component alone, beside ``options``; or None: it is left as it is. A
+            component that is not compiled by default is compiled if it is named here.
+        mode, dynamic: as for ``torch.compile``.
+
+    Returns:
+        ``pipe``.
+
+    Raises:
+        OptionError: unknown options; a name in ``components`` that is no network of the pipeline; nothing to compile.
+    """
+    networks = _networks(pipe)
+    asked = dict(components or {})
+    for name in asked:
+        if name not in networks:
+            raise OptionError(
+                f"components={{{name!r}: ...}} names no network of the {type(pipe).__name__}",
+                "only torch modules among its components can be compiled",
+                f"name some of {', '.join(networks) or 'its components (it has no network)'}",
+            )
+    chosen = {
+        name: dict(options or {}) | dict(asked.get(name) or {})
+        for name in networks
+        if (asked[name] is not None if name in asked else name.startswith(KINDS))
+    }
+    if not chosen:
+        raise OptionError(
+            f"the {type(pipe).__name__} has nothing to compile",
+            f"its networks are {', '.join(networks) or 'none'}; compiled are those named {', '.join(KINDS)}...",
+            "name others as components={'name': {}}",
+        )
+    for own in chosen.values():
+        Options.from_dict(own, mode)  # a mistake is told here, before any component has changed
+    for name, own in chosen.items():
+        _compile_component(networks[name], own, mode, dynamic)
+    left = [name for name in networks if name not in chosen]
+    log.info("compiled when called: %s%s", ", ".join(chosen), f"; left as they are: {', '.join(left)}" if left else "")
+    return pipe
+
+
+def _networks(pipe: object) -> dict[str, nn.Module]:
+    """The components that are torch modules, by name."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        raise OptionError(
+            f"compile_pipeline was given a {type(pipe).__name__}, which has no components",
+            "it compiles the networks of a diffusers pipeline",
+            'hand in the pipeline, or write torch.compile(model, backend="streamfusion") for a single model',
+        )
+    return {name: component for name, component in components.items() if isinstance(component, nn.Module)}
+
+
+def _compile_component(module: nn.Module, options: dict[str, Any], mode: str | None, dynamic: bool | None) -> None:
+    """Compile what pipelines call of a component.
+
+    It becomes an attribute of the object: Python finds it before the class's, hooks find it as any ``forward``.
+    """
+    compiled = functools.partial(
+        torch.compile, backend=streamfusion_backend, options=options or None, mode=mode, dynamic=dynamic
+    )
+    others = [name for name in METHODS if callable(getattr(module, name, None))]
+    for name in others:
+        setattr(module, name, _under_hook(module, compiled(_as_written(getattr(module, name)))))
+    if not others:
+        owner, name = _innermost_forward(module)
+        setattr(owner, name, compiled(_as_written(getattr(owner, name))))
+
+
+def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
+    """The object and its attribute that hold a component's own ``forward``, under whatever hooks were installed."""
+    if "_old_forward" in module.__dict__:  # accelerate's
+        return module, "_old_forward"
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", None)
+    if references:  # diffusers' own; one that replaces forward keeps it beside
+        return references[0], "forward" if references[0].original_forward is None else "original_forward"
+    return module, "forward"
+
+
+def _as_written(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as its author wrote it: not compiled, and without what diffusers puts around it to call a hook."""
+    method = getattr(method, "_sfcompile_as_written", method)
+    method = getattr(method, "_torchdynamo_orig_callable", method)
+    function = getattr(method, "__func__", None)
+    if function is not None and function.__code__.co_freevars == ("method",):  # diffusers' apply_forward_hook
+        method = function.__wrapped__.__get__(method.__self__)
+    return method
+
+
+def _under_hook(module: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is not ``forward``: a hook that accelerate installed goes first, as diffusers has it."""
+
+    @functools.wraps(compiled)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and hasattr(hook, "pre_forward"):
+            hook.pre_forward(module)
+        return compiled(*args, **kwargs)
+
+    method._sfcompile_as_written = _as_written(compiled)  # type: ignore[attr-defined]
+    return method
