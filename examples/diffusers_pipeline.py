@@ -1,12 +1,16 @@
-"""A diffusers pipeline on several ranks: the transformer is compiled in place, the pipeline is not touched.
+"""A diffusers pipeline on several ranks: its networks are compiled in place, the pipeline is not touched.
 
     sfcompile run --ranks 2 examples/diffusers_pipeline.py
 
-The pipeline is a tiny Flux with random weights, so nothing is downloaded; with a real one only ``load`` changes:
+The pipeline is a tiny Flux with random weights, so nothing is downloaded. A real one is five lines:
 
     pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)
+    sfcompile.compile_pipeline(pipe)
+    image = pipe("a cat in the rain", generator=torch.Generator().manual_seed(0)).images[0]
+    if os.environ["RANK"] == "0":
+        image.save("cat.png")
 
-Every rank runs the whole pipeline with the same seed; only the transformer's work on tokens is divided.
+Every rank runs the whole pipeline with the same seed; the work of its networks on tokens and pixels is divided.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import nn
+
+import sfcompile
 
 
 def load() -> FluxPipeline:
@@ -84,7 +90,7 @@ def main() -> None:
     """Draw with one process and with all ranks, and compare the pictures."""
     pipe = load()
     want = draw(pipe)
-    pipe.transformer.compile(backend="streamfusion", options={"placement": "shard", "inner": "eager"})
+    sfcompile.compile_pipeline(pipe, options={"placement": "shard", "inner": "eager"})
     got = draw(pipe)
     if os.environ.get("RANK", "0") == "0":
         error = float((got - want).abs().max() / want.abs().max())

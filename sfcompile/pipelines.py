@@ -26,7 +26,7 @@ from sfcompile.options import Options
 log = logging.getLogger("sfcompile")
 Pipeline = TypeVar("Pipeline")
 KINDS = ("transformer", "unet", "controlnet", "vae", "text_encoder")
-"""Beginnings of the names that diffusers gives the components which are compiled unless ``components`` says otherwise."""
+"""What is compiled by default: components whose names, which diffusers gives, begin so."""
 METHODS = ("encode", "decode")
 """What pipelines call of a component instead of its ``forward``, where it has them."""
 
@@ -124,13 +124,13 @@ def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
     return module, "forward"
 
 
-def _as_written(method: Callable[..., Any]) -> Callable[..., Any]:
+def _as_written(method: Any) -> Any:
     """A method as its author wrote it: not compiled, and without what diffusers puts around it to call a hook."""
     method = getattr(method, "_sfcompile_as_written", method)
     method = getattr(method, "_torchdynamo_orig_callable", method)
     function = getattr(method, "__func__", None)
     if function is not None and function.__code__.co_freevars == ("method",):  # diffusers' apply_forward_hook
-        method = function.__wrapped__.__get__(method.__self__)
+        method = function.__wrapped__.__get__(getattr(method, "__self__", None))
     return method
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 import video_models
@@ -12,14 +13,15 @@ from sfcompile.backend import reports
 
 
 @torch.no_grad()
-def as_authors_write_them(rank: int) -> None:
+def as_authors_write_them(rank: int, names: Sequence[str]) -> None:
     """Each is one graph with a site for each attention to its own tokens, equals one process, and gathers little.
 
     That is: its outputs, keys and values of what is attended to whole (the text), and what patches become tokens of, or
     are made of.
     """
     warnings.filterwarnings("ignore", message="Padding mask")
-    for name, (_, _, attentions) in video_models.VIDEO_MODELS.items():
+    for name in names:
+        attentions = video_models.VIDEO_MODELS[name][2]
         torch._dynamo.reset()
         before = len(reports())
         model, inputs = video_models.build(name)

@@ -119,3 +119,19 @@ def test_what_ended_a_graph_is_named() -> None:
     torch._dynamo.reset()
     torch.compile(two, backend=backend)(torch.zeros(3))
     assert len(seen) == 2 and "test_graph.py:" in seen[0] and seen[1] == ""
+
+
+def test_rows_behind_the_last_one_are_no_part_of_a_cat() -> None:
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.double() * 2, x[:, x.shape[1] :], x.new_zeros(2, 0)], dim=1)
+
+    def widened_by_nothing(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x[:, :0].double()], dim=1)
+
+    x = torch.randn(2, 5)
+    for function, operands in ((padded, 1), (widened_by_nothing, 2)):
+        got = captured(function, x)
+        (cat,) = got.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+        assert len(cat.args[0]) == operands
+        result, want = got.gm(x)[0], function(x)
+        assert result.dtype == want.dtype and torch.equal(result, want)
