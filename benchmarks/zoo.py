@@ -2,6 +2,7 @@
 
     python benchmarks/zoo.py --ranks 4 [--zoo FOLDER] [--inductor] [--wide] [names ...]
     python benchmarks/zoo.py --ranks 2 --resolutions [names ...]
+    python benchmarks/zoo.py --page docs/models.md
 
 The models are those of ``benchmarks/diffusers_zoo`` and of another folder, if there is one, with a ``zoo.py`` whose
 ``ZOO`` maps a name to a function that returns ``(model, kwargs)``. They are compiled with ``placement="shard"``
@@ -29,9 +30,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers_zoo.registry import CLASSES
 from torch import fx
 from torch._dynamo.utils import compilation_time_metrics, counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo_page import page, tried
 
 from sfcompile.backend import reports, streamfusion_backend
 from sfcompile.commands.launch import launch
@@ -274,9 +277,13 @@ def main() -> int:
     parser.add_argument("--inductor", action="store_true", help="compile the local graphs, and time that")
     parser.add_argument("--wide", action="store_true", help="compute in fp32 what a model computes in bf16 inside")
     parser.add_argument("--resolutions", action="store_true", help="count traces at three sizes instead")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="only write docs/models.md from the result files")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()
+    if args.page is not None:
+        args.page.write_text(page(tried(), CLASSES), encoding="utf-8")
+        return 0
     if args.worker:
         mesh = {"ulysses": args.mesh[0], "ring": args.mesh[1]} if args.mesh else None
         if args.resolutions:

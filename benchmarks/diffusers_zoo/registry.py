@@ -21,6 +21,8 @@ TEXT = 24
 Inputs = dict[str, Any]
 Declaration = Callable[["Draw"], tuple[dict[str, Any], Inputs]]
 ZOO: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {}
+CLASSES: dict[str, str] = {}
+"""Name -> the model's class in diffusers, where it is one."""
 
 
 class Draw:
@@ -57,6 +59,8 @@ def case(name: str, class_name: str, module: str = "diffusers.models.transformer
         if name in ZOO:
             raise ValueError(f"two models are named {name}")
         ZOO[name] = build
+        if module.startswith("diffusers."):
+            CLASSES[name] = class_name
 
     return register
 
