@@ -13,7 +13,7 @@ from sfcompile.errors import source_line
 from sfcompile.options import AS_IT_IS
 from sfcompile.passes.graph.cost import exchanged, flops, is_view, unpriced, value_bytes
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
-from sfcompile.passes.graph.op_view import is_getitem
+from sfcompile.passes.graph.op_view import OpView, is_getitem
 from sfcompile.passes.graph.stages import stages_of
 from sfcompile.passes.report.report import GraphReport, Left, short_source
 from sfcompile.passes.state import State
@@ -66,11 +66,31 @@ def report_graph(state: State) -> GraphReport:
     report.local_sites = len(state.sites) - report.sharded_sites
     _list_traffic(state, report)
     _list_whole_ops(state, report)
+    report.warnings += _likely_attentions(state)
     if not state.sites and not state.placement.needs:
         report.warnings.append("no attention found: nothing was sharded, every rank computes the whole graph")
     elif not state.placement.needs and group is None:
         report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
     return report
+
+
+def _likely_attentions(state: State) -> list[str]:
+    """A warning for each kind of op that looks like an attention, which no reader or rule knows: by its name, or as it
+    takes three tensors of one shape [.., .., .., ..]."""
+    kinds: Counter[str] = Counter()
+    for node in state.gm.graph.nodes:
+        op = OpView.of(node)
+        if op is None or op.namespace == "aten" or node in state.placement.needs:
+            continue
+        shapes = Counter(operand.shape for operand in op.operands if len(operand.shape) == 4)
+        named = "attn" in op.name.lower() or "attention" in op.name.lower()
+        if (named and len(op.operands) >= 3) or max(shapes.values(), default=0) >= 3:
+            kinds[f"{op.namespace}::{op.name}"] += 1
+    return [
+        f"{count} x {kind} look{'s' * (count == 1)} like attention and {'is' if count == 1 else 'are'} computed whole: "
+        "say where q, k and v stand with sfcompile.extend.register_attention"
+        for kind, count in kinds.items()
+    ]
 
 
 def _wire(state: State) -> str:

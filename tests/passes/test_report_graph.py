@@ -70,3 +70,16 @@ def test_halos_are_listed_with_their_bytes() -> None:
     (halo,) = plan.moved
     assert "halo" in halo.reason and halo.nbytes == 6 * 6 * 4 * 4, "six rows of six positions of four floats"
     assert "exchanged in part" in str(plan)
+
+
+def test_an_op_that_looks_like_attention_and_is_left_whole_is_named_with_the_cure() -> None:
+    @torch.library.custom_op("report_graph::fused", mutates_args=())
+    def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    fused.register_fake(lambda q, k, v: torch.empty_like(q))
+    got = captured(lambda x: fused(fused(x, x + 1, x), x * 2, x).sin(), torch.zeros(1, 2, 8, 4))
+    plan = run_pipeline(State(got.gm, got.mode, Topology.grid(1, 2), 0, Asked(shard_everything=True))).report
+    assert "2 x report_graph::fused look like attention and are computed whole" in plan.warnings[0]
+    assert "register_attention" in plan.warnings[0]
+    assert not any("look" in warning for warning in report("self", 2).warnings)
