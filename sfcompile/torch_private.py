@@ -446,7 +446,10 @@ def _logged_later(method: Any) -> Any:
 
     def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
         write = getattr(self.value, name, None)
-        ignored = {write, getattr(write, "__func__", None)} & config.ignore_logging_functions
+        ignored = {
+            write,
+            getattr(write, "__func__", None),
+        } & config.ignore_logger_methods  # the name that torch 2.11 has too
         if name not in LOGGER_METHODS or write is None or self.source is None or ignored:
             return method(self, tx, name, args, kwargs)
         return DebuggingVariable(write, source=AttrSource(self.source, name)).call_function(tx, args, kwargs)
