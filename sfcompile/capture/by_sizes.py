@@ -77,7 +77,7 @@ class BySizes:
         session: Session,
     ) -> None:
         known = numbers(gm, example_inputs)
-        self._dressed = frozenset(known)  # floats that arrive as tensors
+        self._dressed = frozenset(known)  # numbers that arrive as tensors
         self._tensors = tuple(i for i in moving if i not in known and isinstance(example_inputs[i], torch.Tensor))
         self._numbers = tuple(i for i in moving if i not in self._tensors)
         self._said = False
@@ -93,13 +93,12 @@ class BySizes:
         return tuple(present(size) for i in self._tensors for size in (*inputs[i].shape, *inputs[i].stride()))
 
     def _values(
-        self, inputs: Sequence[Any], takes: tuple[int, ...], known: Mapping[int, float] = MappingProxyType({})
+        self, inputs: Sequence[Any], takes: tuple[int, ...], known: Mapping[int, float | int] = MappingProxyType({})
     ) -> tuple[Any, ...]:
         """The numbers that a program does not take; ``known``: those whose example inputs cannot be read."""
         asked = [i for i in self._numbers if i not in takes]
         return tuple(
-            known[i] if i in known else float(inputs[i].item()) if i in self._dressed else present(inputs[i])
-            for i in asked
+            known[i] if i in known else inputs[i].item() if i in self._dressed else present(inputs[i]) for i in asked
         )
 
     def _find(self, inputs: Sequence[Any]) -> Callable[..., Any] | None:

@@ -103,14 +103,15 @@ def present(size: Any) -> Any:
     return hint
 
 
-def numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, float]:
-    """Inputs that are Python floats dressed as 0-dim tensors (Dynamo with dynamic=True), with their present values."""
+def numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, float | int]:
+    """Inputs that are only read as numbers, with their present values: Python floats that Dynamo dressed as 0-dim
+    tensors (dynamic=True), tensors of a position or a length of which the model takes ``item()`` (fullgraph=True)."""
     values = {}
     for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
         items = [user for user in node.users if user.op == "call_method" and user.target == "item"]
         if items and len(items) == len(node.users) and isinstance(inputs[i], torch.Tensor):
             fake = isinstance(inputs[i], FakeTensor)
-            values[i] = float(present(items[0].meta["example_value"]) if fake else inputs[i].item())
+            values[i] = present(items[0].meta["example_value"]) if fake else inputs[i].item()
     return values
 
 
@@ -143,7 +144,9 @@ def changing_numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[int, ..
 class _Replay(fx.Interpreter):
     """Runs a Dynamo graph; what it reads from tensors that are numbers is known, or stays an input (``running``)."""
 
-    def __init__(self, gm: fx.GraphModule, known: dict[int, float], running: Sequence[int], regions: Regions) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, known: dict[int, float | int], running: Sequence[int], regions: Regions
+    ) -> None:
         super().__init__(gm)
         self._regions = regions
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]

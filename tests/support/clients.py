@@ -100,12 +100,15 @@ def audio_pipeline() -> Any:
         cross_attention_input_dim=32,
     )  # fmt: skip
     return StableAudioPipeline(
-        vae=redrawn(vae),
+        vae=vae.eval(),  # its weights as they are drawn: periodic activations of larger ones magnify rounding
         text_encoder=redrawn(T5EncoderModel(text)),
         projection_model=redrawn(StableAudioProjectionModel(32, 32, 0, 512)),
         tokenizer=tokenizer(24),
         transformer=redrawn(transformer),
-        scheduler=EDMDPMSolverMultistepScheduler(solver_order=2, prediction_type="v_prediction", sigma_data=1.0),
+        # Few steps from little noise: from much, random weights make a thousand of a rounding error.
+        scheduler=EDMDPMSolverMultistepScheduler(
+            solver_order=2, prediction_type="v_prediction", sigma_data=1.0, sigma_min=0.3, sigma_max=1.0
+        ),
     )
 
 
