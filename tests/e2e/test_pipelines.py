@@ -14,4 +14,4 @@ preload("clients", "model_cases", "pipelines")
 @pytest.mark.parametrize("homes", [[0, 0, 0, 0], [0, 0, 1, 1]], ids=["4", "2x2"])
 @pytest.mark.parametrize("kind", pipelines.PIPELINES)
 def test_a_pipeline_draws_the_same(kind: str, homes: list[int]) -> None:
-    run_processes(4, pipelines.draws_the_same, (kind,), homes, timeout_s=300.0)
+    run_processes(4, pipelines.draws_the_same, (kind,), homes, timeout_s=600.0)
