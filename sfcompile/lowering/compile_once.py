@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from sfcompile.lowering.inner import run_inner, runs_eagerly
-from sfcompile.lowering.own_rows import can_take_out, differing, slices_of, take_out, with_rows
+from sfcompile.lowering.own_rows import OwnRows, can_take_out, differing, slices_of, take_out, with_rows
 from sfcompile.options import Options
 from sfcompile.torch_private import FakeTensorMode, inductor_keeps
 
@@ -36,7 +36,7 @@ def compile_once(
     everyone = exchange([mark, bounds], "compare their graphs before they are compiled")
     alike = [other for other, (its_mark, _) in enumerate(everyone) if its_mark == mark]
     names = differing([everyone[other][1] for other in alike])
-    rows = []
+    rows: list[OwnRows] = []
     if names and can_take_out(gm, names):
         gm, rows = take_out(gm, mode, names)
         inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -57,7 +57,7 @@ def differing(all_bounds: Sequence[Mapping[str, Sequence[int]]]) -> set[str]:
 def can_take_out(gm: fx.GraphModule, names: Collection[str]) -> bool:
     """Whether these slices may leave the graph: those of computed values are small beside all that it computes."""
     written = [_size(node) for node in gm.graph.nodes if node.op == "call_function" and not _bounds(node)]
-    selected = [_size(node) for node in gm.graph.nodes if node.name in names and node.args[0].op != "placeholder"]
+    selected = [_size(node) for node in gm.graph.nodes if node.name in names and _source(node).op != "placeholder"]
     return sum(selected) <= _COPIED * sum(written)
 
 
@@ -71,12 +71,13 @@ def take_out(gm: fx.GraphModule, mode: FakeTensorMode, names: Collection[str]) -
     result = graph.graph_copy(gm.graph, {})
     graph.output(result)
     places = [node for node in graph.nodes if node.op == "placeholder"]
-    last, rows = places[-1], []
+    last = places[-1]
+    rows: list[OwnRows] = []
     for node in list(graph.nodes):
         bounds = _bounds(node)
         if node.name not in names or bounds is None:
             continue
-        source, value = node.args[0], node.meta["val"]
+        source, value = _source(node), node.meta["val"]
         with graph.inserting_after(last):
             last = graph.placeholder(f"own_rows_{len(rows)}")
         if source in places:
@@ -118,13 +119,19 @@ def _bounds(node: fx.Node) -> Bounds | None:
     """Of a slice by numbers, as they are once what is left out or beyond the end is said; None: it is no such slice."""
     if node.op != "call_function" or node.target is not _SLICE or node.kwargs:
         return None
-    dim, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-    size = node.args[0].meta["val"].shape[dim]
-    start, stop = 0 if start is None else start, size if stop is None else stop
-    if not all(type(value) is int for value in (dim, start, stop, step, size)):
+    args: tuple[Any, ...] = node.args
+    said: list[Any] = [*args[1:], *(0, None, None, 1)[len(args) - 1 :]]
+    size = args[0].meta["val"].shape[said[0]]
+    if not all(value is None or type(value) is int for value in (*said, size)):
         return None
-    start, stop, step = slice(start, stop, step).indices(size)
-    return dim, start, max(start, stop), step
+    start, stop, step = slice(*said[1:]).indices(size)
+    return said[0], start, max(start, stop), step
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a slice is taken of."""
+    source: Any = node.args[0]
+    return cast(fx.Node, source)
 
 
 def _size(node: fx.Node) -> int:
