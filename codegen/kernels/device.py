@@ -38,7 +38,7 @@ GAVE_UP = tl.constexpr(8)
 @triton.jit
 def word(address: tl.tensor) -> tl.tensor:
     """An int64 word of the heap."""
-    return address.to(tl.pointer_type(tl.int64))
+    return address.to(tl.int64).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
@@ -120,8 +120,8 @@ def copy_words(
     dst: tl.tensor, src: tl.tensor, count: tl.tensor, part: tl.tensor, parts: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     """This program's part of ``count`` int32 words from ``src`` to ``dst`` (byte addresses, multiples of 16)."""
-    from_ptr = tl.multiple_of(src.to(tl.pointer_type(tl.int32)), 16)
-    to_ptr = tl.multiple_of(dst.to(tl.pointer_type(tl.int32)), 16)
+    from_ptr = tl.multiple_of(src.to(tl.int64).to(tl.pointer_type(tl.int32)), 16)
+    to_ptr = tl.multiple_of(dst.to(tl.int64).to(tl.pointer_type(tl.int32)), 16)
     at = part * BLOCK
     while at < count:
         i = tl.multiple_of(at, BLOCK) + tl.arange(0, BLOCK)
