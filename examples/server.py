@@ -25,12 +25,12 @@ import torch.distributed as dist
 from hello import DiT
 from PIL import Image
 from serving.door import Server
-from serving.jobs import Job, Jobs
+from serving.job import Job
+from serving.jobs import Jobs
 
 from sfcompile.errors import PeerDiedError, StreamFusionError
 
-ORDER_BYTES = 1024
-IDLE_S = 1.0
+ORDER_BYTES, IDLE_S = 1024, 1.0
 
 
 def orders(jobs: Jobs, state: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from serving.jobs import Job, Jobs, Refused
+from serving.job import Job
+from serving.jobs import Jobs, Refused
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_BYTES = 1024

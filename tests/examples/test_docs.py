@@ -233,7 +233,7 @@ def run_curl(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     flag, body, address = words
     assert flag == "-d" and address.startswith("localhost:8000")
-    assert importlib.import_module("serving.jobs").Job(json.loads(body)).steps > 0
+    assert importlib.import_module("serving.job").Job(json.loads(body)).steps > 0
 
 
 def run_launch_file(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

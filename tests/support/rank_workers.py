@@ -207,12 +207,15 @@ def disagree(rank: int) -> None:
 
 
 def one_does_not_compile(rank: int) -> None:
-    """Rank 2 never comes to the agreement."""
+    """Rank 2 never comes to the agreement. Rank 0, which serves the store, ends after the others had time to look."""
     session = session_of(timeout_s=2.0)
     if rank == 2:
-        time.sleep(4)
+        time.sleep(8)
         return
-    session.agree("graph", {"graph": "12 nodes"})
+    try:
+        session.agree("graph", {"graph": "12 nodes"})
+    finally:
+        time.sleep(3 if rank == 0 else 0)
 
 
 def heap_does_not_fit(rank: int) -> None:
