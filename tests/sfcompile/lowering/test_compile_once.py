@@ -6,8 +6,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import compile_ranks
 import pytest
 import torch
+from processes import run_outcomes
 from threads import run_threads
 from torch import fx
 
@@ -75,3 +77,12 @@ def test_the_first_of_each_kind_on_a_machine_compiles(
     assert [set(order[: len(waves[0])]), set(order[len(waves[0]) :])] == waves
     if keeps:
         assert len({text for _, text in seen}) == len(set(lengths))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", [pytest.param("raises", marks=pytest.mark.thorough), "killed"])
+def test_a_rank_that_is_lost_while_it_compiles_for_others_is_an_error_on_them(how: str) -> None:
+    lost, waits = run_outcomes(2, compile_ranks.first_is_lost, (how,))
+    assert "the compiler's own mistake" in str(lost.error) if how == "raises" else lost.exit_code == -9
+    assert waits.value is None and waits.exit_code is not None, waits
+    assert "rank 0" in str(waits.error), waits.error
