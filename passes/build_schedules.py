@@ -25,7 +25,7 @@ def run(state: State) -> None:
             check(proved[key])
         schedules.append(proved[key])
     state.programs = {state.local.program: schedules}
-    if state.group is not None:
+    if state.group is not None and state.group.sites:
         state.programs[state.group.program] = [state.group.schedule(site) for site in state.group.sites]
         for schedule in state.programs[state.group.program]:
             check(schedule)

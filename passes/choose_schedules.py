@@ -1,10 +1,12 @@
 """Choose how every sharded attention of a graph runs: one plan per distinct site (codegen/plan/choose_plan.py).
 
-A plan is found per geometry of a site. Beyond that two things are decided for the whole graph, each by the predicted
+A plan is found per geometry of a site. Beyond that three things are decided for the whole graph, each by the predicted
 seconds of all its attentions:
 
 * the *batch*: attention needs no traffic along it, so groups of ranks may take whole samples each, and shard the tokens
   inside a group (rewrite_batch.py carries that out);
+* *copies*: where links between machines are the bottleneck, several groups of whole machines may each compute the same,
+  so that more machines are never predicted to be slower than fewer (rewrite_batch.py too);
 * *parts*: a rank's tokens may be cut into parts, so that one part travels while another is computed (order_puts.py).
 
 ``_ways`` lists what is possible, the same on every rank; ``_decide`` prices it and picks, on one rank for all.
@@ -14,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -38,6 +40,10 @@ _WORTH_MORE = 0.99
 
 Attentions = Mapping[fx.Node, AttentionSite]
 """The attentions of a graph that are sharded over tokens, as sites for all ranks (of one group)."""
+
+Split = tuple[int, int]
+"""Into how many parts the batch is split, and how many copies of that there are: groups are their product."""
+WHOLE: Split = (1, 1)
 
 
 def run(state: State) -> None:
@@ -79,16 +85,31 @@ class _Ways:
     """What is possible for a graph: every split of the batch, and every cut of the tokens of the whole batch.
 
     Attributes:
-        splits: per number of groups the attentions of one group.
+        of_group: the attentions of one of so many groups; that of a split it knows is not asked for twice.
+        batches: into how many parts the batch may be split, beyond not at all.
+        copies: how many groups of whole machines may compute the same, beyond one.
         cuts: per number of parts the attentions in so many parts; none: tokens are not cut.
         refused: why the batch cannot be split otherwise.
         other_s: seconds that a rank computes between two attentions.
+        compute_s: seconds that a rank computes in all, if nothing travelled.
     """
 
-    splits: Mapping[int, Attentions]
+    of_group: Callable[[int], Attentions]
+    batches: tuple[int, ...]
+    copies: tuple[int, ...]
     cuts: Mapping[int, Attentions]
     refused: tuple[str, ...]
     other_s: float
+    compute_s: float
+    known: dict[Split, Attentions] = field(default_factory=dict)
+
+    def split(self, split: Split) -> Attentions:
+        """The attentions of one group of a split."""
+        if split not in self.known:
+            batch, copies = split
+            of_all = self.of_group(batch * copies)
+            self.known[split] = {node: replace(site, batch=site.batch // batch) for node, site in of_all.items()}
+        return self.known[split]
 
 
 @dataclass(frozen=True)
@@ -96,14 +117,14 @@ class _Decision:
     """What one rank decided for all: it travels between ranks, so it names no node of a graph.
 
     Attributes:
-        batch: into how many parts the batch is split.
+        split: into how many parts the batch is split, and how often all is computed.
         plans: one per distinct site of that split.
         parts: into how many parts a rank's tokens are cut.
         part_plans: one per distinct site of that cut; none if tokens stay whole.
         notes: prices of what was not taken.
     """
 
-    batch: int
+    split: Split
     plans: list[SitePlan]
     parts: int
     part_plans: list[SitePlan]
@@ -121,14 +142,17 @@ def choose_schedules(
     ways = _ways(tokens, layouts, sites, topology, asked)
     decision = asked.agree(lambda: _decide(ways, topology, asked))
     assert isinstance(decision, _Decision)
+    batch, copies = decision.split
     planned = Choices(
-        topology.subset(groups_of(topology, decision.batch)[0]),
-        other_s=ways.other_s,
-        batch=decision.batch,
+        topology.subset(groups_of(topology, batch * copies)[0]),
+        other_s=ways.other_s * copies,
+        batch=batch,
+        copies=copies,
         notes=decision.notes,
     )
-    shares = {site.node: seconds(tokens.views[site.node], topology) / topology.num_ranks for site in sites}
-    whole = _with_plans(planned, ways.splits[decision.batch], decision.plans, shares)
+    group_ranks = topology.num_ranks // copies
+    shares = {site.node: seconds(tokens.views[site.node], topology) / group_ranks for site in sites}
+    whole = _with_plans(planned, ways.split(decision.split), decision.plans, shares)
     if decision.parts == 1:
         return whole
     cut = _with_plans(planned, ways.cuts[decision.parts], decision.part_plans, shares)
@@ -152,13 +176,9 @@ def _with_plans(
 def _ways(tokens: Tokens, layouts: Layouts, sites: Sequence[Site], topology: Topology, asked: Asked) -> _Ways:
     attentions = sharded_attentions(tokens, layouts, sites, wire=asked.wire)
     other = sum(seconds(op, topology) for node, op in tokens.views.items() if node not in attentions)
-    splits: dict[int, Attentions] = {1: attentions}
     refused: list[str] = []
-    for batch in _batches(attentions, topology, asked, refused) if asked.split_batch else ():
-        inner = choose_layouts(tokens, sites, topology.num_ranks // batch)
-        of_all = sharded_attentions(tokens, inner, sites, wire=asked.wire)
-        splits[batch] = {node: replace(site, batch=site.batch // batch) for node, site in of_all.items()}
-    if asked.split_batch and asked.batch > 1 and asked.batch not in splits:
+    batches = _batches(attentions, topology, asked, refused) if asked.split_batch else []
+    if asked.split_batch and asked.batch > 1 and asked.batch not in batches:
         raise MeshError(
             f"mesh={dict(asked.mesh or {})} splits the batch {asked.batch} ways",
             "; ".join(refused),
@@ -168,48 +188,90 @@ def _ways(tokens: Tokens, layouts: Layouts, sites: Sequence[Site], topology: Top
     if topology.num_machines > 1 and topology.copy_bytes_per_s is not None:  # the executor's; kernels take tokens whole
         cuts = {parts: sharded_attentions(tokens, layouts, sites, parts, asked.wire) for parts in asked.parts}
         cuts = {parts: cut for parts, cut in cuts.items() if cut}
-    return _Ways(splits, cuts, tuple(refused), other / topology.num_ranks / max(1, len(attentions)))
+
+    def of_group(groups: int) -> Attentions:
+        inner = choose_layouts(tokens, sites, topology.num_ranks // groups)
+        return sharded_attentions(tokens, inner, sites, wire=asked.wire)
+
+    other_s = other / topology.num_ranks / max(1, len(attentions))
+    compute_s = sum(seconds(op, topology) for op in tokens.views.values()) / topology.num_ranks
+    copies = _copies(topology, asked) if attentions else ()
+    return _Ways(of_group, tuple(batches), copies, cuts, tuple(refused), other_s, compute_s, {WHOLE: attentions})
+
+
+def _copies(topology: Topology, asked: Asked) -> tuple[int, ...]:
+    """How many equal groups of whole machines, of two ranks at least, could compute the same each."""
+    if not asked.copies or asked.mesh is not None or asked.schedule != "auto" or asked.shard_everything:
+        return ()
+    ranks, machines = topology.num_ranks, topology.num_machines
+    if len(set(Counter(topology.machine_of).values())) > 1:
+        return ()
+    return tuple(count for count in range(2, machines + 1) if machines % count == 0 and ranks // count > 1)
 
 
 def _decide(ways: _Ways, topology: Topology, asked: Asked) -> _Decision:
     forced = asked.batch if asked.split_batch and asked.mesh is not None else None
-    plans = {
-        batch: [
-            plan_site(site, topology.subset(groups_of(topology, batch)[0]), ways.other_s, asked.mesh, asked.schedule)
-            for site in _distinct(split).values()
-        ]
-        for batch, split in ways.splits.items()
-        if forced is None or batch == forced
-    }
-    step_s = {batch: _step(ways.splits[batch], plans[batch]) for batch in plans}
-    best = min(step_s, key=lambda batch: (step_s[batch], batch))
-    notes = [f"batch split {batch} ways: {cost * 1e3:.3f} ms a step" for batch, cost in step_s.items()]
+    plans: dict[Split, list[SitePlan]] = {}
+    step_s: dict[Split, float] = {}
+
+    def price(split: Split) -> None:
+        own, other_s = _group_topology(topology, split), ways.other_s * split[1]
+        sites = _distinct(ways.split(split)).values()
+        plans[split] = [plan_site(site, own, other_s, asked.mesh, asked.schedule) for site in sites]
+        step_s[split] = _step(ways.split(split), plans[split])
+
+    for batch in (1, *ways.batches):
+        if forced is None or batch == forced:
+            price((batch, 1))
+    best = min(step_s, key=lambda split: (step_s[split], split))
+    notes = [f"batch split {batch} ways: {cost * 1e3:.3f} ms a step" for (batch, _), cost in step_s.items()]
     notes = notes if len(notes) > 1 else []
     parts, part_plans, least = 1, [], step_s[best]
-    for count, cut in ways.cuts.items() if best == 1 else ():
+    for count, cut in ways.cuts.items() if best == WHOLE else ():
         times = Counter(site.geometry() for site in cut.values())
         tried = [
             plan_site(site, topology, ways.other_s, asked.mesh, asked.schedule, times[key])
             for key, site in _distinct(cut).items()
         ]
         cost = _step(cut, tried)
-        notes.append(f"tokens in {count} parts: {cost * 1e3:.3f} ms a step, whole {step_s[1] * 1e3:.3f} ms")
+        notes.append(f"tokens in {count} parts: {cost * 1e3:.3f} ms a step, whole {step_s[WHOLE] * 1e3:.3f} ms")
         if cost <= (_WORTH if parts == 1 else _WORTH_MORE) * least:
             parts, part_plans, least = count, tried, cost
+    # So many copies take so many times the compute: where a step is nearer to its compute alone, none can win.
+    for copies in ways.copies:
+        for batch in (1, *ways.batches) if copies * ways.compute_s < _WORTH * least else ():
+            if topology.num_ranks % (batch * copies) or topology.num_ranks == batch * copies:
+                continue
+            split = batch, copies
+            price(split)
+            notes.append(
+                f"computed by {copies} groups of machines{_ways_words(batch)}: {step_s[split] * 1e3:.3f} ms a step"
+            )
+            if step_s[split] <= _WORTH * least:
+                best, least, parts, part_plans = split, step_s[split], 1, []
     if parts == 1 and plans[best]:
-        heaviest = max(zip(_distinct(ways.splits[best]).values(), plans[best], strict=True), key=_seconds)
-        notes += doubts(heaviest[1], heaviest[0], topology.subset(groups_of(topology, best)[0]), ways.other_s)
+        own = _group_topology(topology, best)
+        heaviest = max(zip(_distinct(ways.split(best)).values(), plans[best], strict=True), key=_seconds)
+        notes += doubts(heaviest[1], heaviest[0], own, ways.other_s * best[1])
     return _Decision(best, plans[best], parts, part_plans, (*notes, *ways.refused))
+
+
+def _ways_words(batch: int) -> str:
+    return f", the batch split {batch} ways" if batch > 1 else ""
+
+
+def _group_topology(topology: Topology, split: Split) -> Topology:
+    return topology.subset(groups_of(topology, split[0] * split[1])[0])
 
 
 def _seconds(planned: tuple[AttentionSite, SitePlan]) -> float:
     return planned[1].price.seconds or 0.0
 
 
-def groups_of(topology: Topology, batch: int) -> list[tuple[int, ...]]:
-    """The ranks of each of ``batch`` groups: whole machines, or equal parts of one."""
+def groups_of(topology: Topology, count: int) -> list[tuple[int, ...]]:
+    """The ranks of each of ``count`` groups: whole machines, or equal parts of one."""
     ranks = sorted(range(topology.num_ranks), key=lambda rank: (topology.machine_of[rank], rank))
-    size = topology.num_ranks // batch
+    size = topology.num_ranks // count
     return [tuple(ranks[at : at + size]) for at in range(0, topology.num_ranks, size)]
 
 

@@ -43,11 +43,12 @@ def report_graph(state: State) -> GraphReport:
     report.wire = _wire(state)
     _count_work(state, report)
     if group is not None:
-        report.batch = len(group.groups)
-        report.num_ranks *= report.batch
+        report.batch, report.copies = group.batch, group.copies
+        report.num_ranks *= len(group.groups)
         report.num_machines = group.num_machines
         report.total_flops *= report.batch / group.share
-        report.rank_flops *= report.batch
+        report.rank_flops *= len(group.groups)
+    if group is not None and group.sites:
         report.programs[group.program] = [site.name for site in group.sites]
         schedules = [*schedules, *state.programs[group.program]]
     report.schedules = len(set(map(id, schedules)))
@@ -58,7 +59,8 @@ def report_graph(state: State) -> GraphReport:
         for key, count in state.choices.counts.items()
     ]
     if main is not None and main.price.seconds is not None:
-        report.schedule = str(main.best) if group is None else f"batch {report.batch} x {main.best}"
+        split = f"batch {report.batch} x " if report.batch > 1 else ""
+        report.schedule = f"{split}{main.best}{f', {report.copies} copies' if report.copies > 1 else ''}"
         report.predicted_s = main.price.seconds
         report.exposed_s, report.limit_s = main.price.exposed_s, main.price.limit_s
     names = {site.name for site in state.local.sites if isinstance(site, AttentionSite)}
@@ -139,7 +141,7 @@ def _list_traffic(state: State, report: GraphReport) -> None:
         _left(value, "model output" if value in outputs else _reader(value, state.placement.reasons), 0.0)
         for value in state.traffic.gathers
     ]
-    if state.group is not None:
+    if state.group is not None and state.group.sites:
         report.gathered += [
             Left(schedule.site.name, "batch gather", "", "every rank returns all samples", 0.0, schedule.heap_bytes)
             for schedule in state.programs[state.group.program]

@@ -1,5 +1,8 @@
 """Give each group of ranks its own samples: the same analysis and rewriting, with the batch as the axis.
 
+Where links between machines would only slow everything down, several groups of machines each do the same: such a
+*copy* of the job needs nothing of the others, and its ranks are the job from here on.
+
 The samples of a batch (a guidance pair, say) never look at each other, so a group that has its own needs no traffic
 until the output is gathered. What comes out is an ordinary captured graph of a part of the batch, with the gathers at
 its end; the token passes then shard that over the ranks of the group.
@@ -11,6 +14,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from sfcompile.passes import choose_schedules
 from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
@@ -24,28 +28,37 @@ from sfcompile.passes.state import Group, Layouts, Placement, State, Tokens
 
 
 def run(state: State) -> bool:
-    """The pass: if the plan splits the batch, fills ``group`` and puts its graph, topology and rank into the state.
+    """The pass: if the plan splits the ranks, fills ``group`` and puts its graph, topology and rank into the state.
+
+    Where it turns out that splitting the batch costs more than that all compute everything, it is planned without.
 
     Returns:
-        Whether the passes above shall run once more: for the group's graph, or, where it turns out that splitting the
-        batch costs more than that all compute everything, to plan without.
+        Whether the passes above shall run once more, for the group's graph.
     """
-    if state.choices.batch == 1:
-        return False
-    groups = groups_of(state.topology, state.choices.batch)
-    group = _split(state, groups)
-    state.asked = replace(state.asked, split_batch=False)
-    if group is not None:
-        # From here on the job is this group and the model is its part of the batch.
-        mine = next(ranks for ranks in groups if state.rank in ranks)
-        state.group = group
-        state.gm, state.topology, state.rank = group.gm, state.topology.subset(mine), mine.index(state.rank)
-    return True
+    while state.choices.batch * state.choices.copies > 1:
+        groups = groups_of(state.topology, state.choices.batch * state.choices.copies)
+        group = _split(state, groups) if state.choices.batch > 1 else _copy(state, groups)
+        if group is not None:
+            # From here on the job is this group and the model is its part of the batch.
+            mine = next(ranks for ranks in groups if state.rank in ranks)
+            state.group, state.asked = group, replace(state.asked, split_batch=False, copies=False)
+            state.gm, state.topology, state.rank = group.gm, state.topology.subset(mine), mine.index(state.rank)
+            return True
+        state.asked = replace(state.asked, split_batch=False)
+        choose_schedules.run(state)
+    return False
+
+
+def _copy(state: State, groups: list[tuple[int, ...]]) -> Group:
+    """A group that computes what every other group computes: the graph as it is, and nothing to gather."""
+    key = f"{state.program}-copy"
+    machines, notes = state.topology.num_machines, state.choices.notes
+    return Group(state.gm, key, (), tuple(groups), 1.0, machines, {}, notes, copies=len(groups))
 
 
 def _split(state: State, groups: list[tuple[int, ...]]) -> Group | None:
     """The part of the batch of this rank's group; None if it costs less that all compute everything."""
-    graph, count = state.gm.graph, len(groups)
+    graph, count = state.gm.graph, state.choices.batch
     sites = analyse_attention(graph)
     tokens = analyse_tokens(graph, seeds_of(sites, "batch"))
     layouts = choose_layouts(tokens, sites, count, "batch")
@@ -53,7 +66,7 @@ def _split(state: State, groups: list[tuple[int, ...]]) -> Group | None:
         # Every group must get a graph of the same shapes: one sample for two groups stays with both.
         if len({layouts.owners.count(layout.runs, g) for g in range(count)}) > 1:
             del layouts.chosen[value]
-    heads = state.topology.subset(tuple(ranks[0] for ranks in groups))
+    heads = state.topology.subset(tuple(ranks[0] for ranks in groups[:count]))
     forced = state.asked.shard_everything or state.asked.batch > 1
     placement = place_min_cut(graph, tokens, layouts, heads, forced)
     if not placement.needs or any(_meets(tokens, placement, site.node) for site in sites):
@@ -72,18 +85,20 @@ def _meets(tokens: Tokens, placement: Placement, attention: fx.Node) -> bool:
 def _group(
     state: State, groups: list[tuple[int, ...]], tokens: Tokens, layouts: Layouts, placement: Placement
 ) -> Group:
-    mine = next(g for g, ranks in enumerate(groups) if state.rank in ranks)
+    count = state.choices.batch
+    mine = next(g for g, ranks in enumerate(groups) if state.rank in ranks) % count
     local = LocalGraph(state.mode, layouts.owners, mine, f"{state.program}-batch")
     rewrite_local(state.gm, tokens, layouts, placement, local)
     total = sum(flops(op) for op in tokens.views.values())
-    own = sum(flops(op) / (len(groups) if node in placement.needs else 1) for node, op in tokens.views.items())
+    own = sum(flops(op) / (count if node in placement.needs else 1) for node, op in tokens.views.items())
     return Group(
         gm=fx.GraphModule(local.root, local.graph, "StreamFusionBatch"),
         program=local.program,
         sites=tuple(local.sites),
         groups=tuple(groups),
-        share=own * len(groups) / max(total, 1.0),
+        share=own * count / max(total, 1.0),
         num_machines=state.topology.num_machines,
         left={node: (tokens.views[node], why) for node, why in placement.reasons.items() if node in tokens.views},
         notes=state.choices.notes,
+        copies=state.choices.copies,
     )

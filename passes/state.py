@@ -48,6 +48,7 @@ class Asked:
         fuse_puts: puts are kernels too, and may compute what they send.
         late_reads: puts may read what they send after they have returned, as on GPUs (passes/graph/lifetimes.py).
         split_batch: groups of ranks may take whole samples each; not if the batch was split before.
+        copies: groups of machines may compute the same each; not if ranks were split into groups before.
         parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
         wire: how the chunks of attentions are written while they travel.
     """
@@ -61,6 +62,7 @@ class Asked:
     fuse_puts: bool = False
     late_reads: bool = False
     split_batch: bool = True
+    copies: bool = True
     parts: tuple[int, ...] = (2, 3)
     wire: Wire = AS_IT_IS
 
@@ -137,6 +139,7 @@ class Choices:
         sites: one site per geometry, with the name of the first attention of that kind.
         other_s: what a rank computes between two attentions.
         batch: into how many parts the batch is split, each for a group of ranks.
+        copies: how many groups of machines compute the same.
         notes: prices of other splits of the batch, and why some are not possible.
         parts: into how many parts a rank's tokens are cut, so that one is computed while another travels.
         whole: what to do if this graph cannot be cut into parts.
@@ -149,6 +152,7 @@ class Choices:
     sites: Mapping[Geometry, AttentionSite] = field(default_factory=dict)
     other_s: float = 0.0
     batch: int = 1
+    copies: int = 1
     notes: tuple[str, ...] = ()
     parts: int = 1
     whole: Choices | None = None
@@ -173,12 +177,14 @@ class Choices:
 
 @dataclass(frozen=True)
 class Group:
-    """One of the groups of ranks that share out the batch (rewrite_batch.py): its graph, and the exchanges at its end.
+    """One of the groups of ranks that share out the batch, or compute the same (rewrite_batch.py): its graph, and the
+    exchanges at its end.
 
     Attributes:
         gm: the group's part of the batch as a captured graph.
         program: key of the program that gathers the samples of all groups; ``sites`` are its exchanges.
-        groups: the ranks of each group, all of one size.
+        groups: the ranks of each group, all of one size; those that share a batch follow one another.
+        copies: how often the batch is shared out.
         share: a group's FLOPs over an equal part: 1.0 is perfect.
         num_machines: those of the whole job.
         left: the ops that mix samples, or have no rule, with the reason: every group computes them for all samples.
@@ -193,11 +199,18 @@ class Group:
     num_machines: int
     left: dict[fx.Node, tuple[OpView, str]]
     notes: tuple[str, ...]
+    copies: int = 1
+
+    @property
+    def batch(self) -> int:
+        """Into how many parts the batch is split."""
+        return len(self.groups) // self.copies
 
     def schedule(self, site: AnySite) -> Schedule:
         """The schedule of one of ``sites``: ranks of equal place in their groups hold equal shards."""
-        count = len(self.groups)
-        peers = tuple(zip(*self.groups, strict=True))
+        count = self.batch
+        shares = [self.groups[at : at + count] for at in range(0, len(self.groups), count)]
+        peers = tuple(ranks for groups in shares for ranks in zip(*groups, strict=True))
         return replace(build("exchange", site, Mesh(1, count, tuple(range(count)))), groups=peers)
 
 
@@ -247,7 +260,7 @@ def _by_a_pass() -> Any:
 class State:
     """One graph on its way through the passes: a captured graph for a rank of a topology, and what was asked for.
 
-    When the batch is split, ``gm``, ``topology`` and ``rank`` become those of this rank's group, and ``group`` says so.
+    When ranks work in groups, ``gm``, ``topology`` and ``rank`` become those of this rank's group; ``group`` says so.
     """
 
     gm: fx.GraphModule
@@ -269,7 +282,7 @@ class State:
 
     @property
     def num_groups(self) -> int:
-        """How many groups of ranks share out the batch; 1: it is not split."""
+        """Into how many groups of ranks the job is split; 1: it is not."""
         return 1 if self.group is None else len(self.group.groups)
 
     @property

@@ -44,6 +44,7 @@ class GraphReport:
         schedules: distinct schedules of the sites.
         schedule: how the heaviest attention runs, and the seconds predicted for it and the compute before it: in all,
             exposed communication, and the limit (predicted_s, exposed_s, limit_s).
+        batch, copies: into how many parts the batch is split, and how many groups of machines compute the same.
         plans: the planner's table for each distinct attention, every rejected candidate with its reason.
         pass_seconds: wall time per pass.
         warnings: what a user should know.
@@ -80,6 +81,7 @@ class GraphReport:
     heap_bytes: int = 0
     schedules: int = 0
     batch: int = 1
+    copies: int = 1
     schedule: str = ""
     attention: str = ""
     predicted_s: float = 0.0
@@ -120,6 +122,10 @@ class GraphReport:
         )
 
     @property
+    def _copies(self) -> str:
+        return f"; {self.copies} groups of machines {groups_do(1, self.copies)}" if self.copies > 1 else ""
+
+    @property
     def _unknown(self) -> str:
         """What the FLOPs do not count, for the headline."""
         if not self.unpriced:
@@ -137,7 +143,7 @@ class GraphReport:
     def __str__(self) -> str:
         rows = [
             ("ranks", f"{self.num_ranks} on {self.num_machines} machine{'s' * (self.num_machines > 1)}"),
-            ("mesh", f"batch {self.batch} x ulysses {self.ulysses} x ring {self.ring}"),
+            ("mesh", f"batch {self.batch} x ulysses {self.ulysses} x ring {self.ring}{self._copies}"),
             (
                 "plan",
                 f"{self.schedule or 'none'}: {self.predicted_s * 1e3:.3f} ms a layer predicted, "
@@ -213,3 +219,11 @@ def _table(title: str, rows: list[Left]) -> list[str]:
     if len(rows) > LEFT_ROWS:
         lines.append(f"    ... and {len(rows) - LEFT_ROWS} more")
     return lines
+
+
+def groups_do(batch: int, copies: int) -> str:
+    """What groups of ranks do, of which ``batch`` share out a batch, ``copies`` times."""
+    if batch == 1:
+        return "compute the same each, as links between them would cost more than that"
+    part = "take a part of the batch each"
+    return part if copies == 1 else f"{part}, every part by {copies} of them, as links between them would cost more"

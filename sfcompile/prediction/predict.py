@@ -20,6 +20,7 @@ from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import OptionError, UnsupportedError
 from sfcompile.one_style import merged, model_call
 from sfcompile.options import AS_IT_IS, Options
+from sfcompile.passes.report.report import groups_do
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, Choices, State
 from sfcompile.prediction.timeline import write_perfetto, write_png
@@ -93,19 +94,22 @@ class Prediction:
             OptionError: a file cannot be written, or matplotlib is missing.
         """
         drawn = self.timeline()
-        title = f"{self.name} on {_words(self.topology)}, {caption(drawn, self.choices, self.choices.batch)}"
+        title = f"{self.name} on {_words(self.topology)}, {caption(drawn, self.choices, self._num_groups)}"
         paths = [stem.with_suffix(".png"), stem.with_suffix(".json")]
         write_png(paths[0], drawn.spans, drawn.topology.machine_of, title)
         write_perfetto(paths[1], drawn.spans, drawn.topology.machine_of, title)
         return paths
 
+    @property
+    def _num_groups(self) -> int:
+        return self.choices.batch * self.choices.copies
+
     def __str__(self) -> str:
         lines = [f"{self.name} on {_words(self.topology)}, traced and planned in {self.seconds:.1f} s"]
         lines += [*self.choices.notes, *self.warnings]
-        if self.choices.batch > 1:
-            lines.append(
-                f"{self.choices.batch} groups of {_words(self.choices.topology)} take a part of the batch each:"
-            )
+        if self._num_groups > 1:
+            doing = groups_do(self.choices.batch, self.choices.copies)
+            lines.append(f"{self._num_groups} groups of {_words(self.choices.topology)} {doing}:")
         for n, site, plan in self._parts():
             schedule = plan.best.schedule(site, self.choices.topology)
             check(schedule)
@@ -120,7 +124,7 @@ class Prediction:
                 *(f"  {text}" for text in str(volume(schedule, self.choices.topology)).splitlines()),
             ]
         if not self.choices.counts:
-            alone = "groups of one rank share no attention" if self.choices.batch > 1 else (
+            alone = "groups of one rank share no attention" if self._num_groups > 1 else (
                 "no attention can be sharded over tokens: every rank would compute the whole model"
             )  # fmt: skip
             lines.append(alone)
@@ -195,7 +199,8 @@ def simulate(
         compiled = run_pipeline(state)
         steps.append(step_of(compiled, 0, where))
         warnings.extend(compiled.report.warnings)
-        planned.append(replace(state.choices, batch=state.num_groups))
+        batch, copies = (state.group.batch, state.group.copies) if state.group is not None else (1, 1)
+        planned.append(replace(state.choices, batch=batch, copies=copies))
 
     each_graph(model, args, kwargs, visit)
     taken_s = time.perf_counter() - begun

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from sfcompile.passes.report.report import Left, short_source
+from sfcompile.passes.report.report import Left, groups_do, short_source
 from sfcompile.prediction.code import Block, Line
 from sfcompile.prediction.explained import Attentions, Axis, Explained, ExplainedGraph
 
@@ -149,10 +149,11 @@ def _graph(graph: ExplainedGraph, explained: Explained, full: bool) -> list[str]
 
 
 def batch_words(graph: ExplainedGraph) -> str:
-    """How the batch is split over groups of ranks, or ""."""
-    if graph.groups < 2:
+    """What groups of ranks do, or ""."""
+    if graph.groups < 2 or graph.report is None:
         return ""
-    return f"{graph.groups} groups of ranks take a part of the batch each; what follows is one group's"
+    doing = groups_do(graph.report.batch, graph.report.copies)
+    return f"{graph.groups} groups of ranks {doing}; what follows is one group's"
 
 
 def _notes(graph: ExplainedGraph) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import pytest
@@ -40,9 +41,9 @@ class Guided(nn.Module):
         return x
 
 
-def guided(batch: int = 2) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+def guided(batch: int = 2, tokens: int = 21) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     torch.manual_seed(1)
-    return Guided(), (torch.randn(batch, 21, 32), torch.randn(batch, 16), torch.randn(batch, 6, 16))
+    return Guided(), (torch.randn(batch, tokens, 32), torch.randn(batch, 16), torch.randn(batch, 6, 16))
 
 
 def compile_rank(got: Captured, rank: int, topology: Topology, mesh: Mapping[str, int] | None) -> Compiled:
@@ -133,3 +134,60 @@ def test_the_first_sample_alone_leaves_all_groups_with_one_order_of_communicatio
     values = placeholder_values(got)
     for (out,) in run_compiled(compiled, topology, values):
         torch.testing.assert_close(out, got.gm(*values)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_machines_behind_slow_links_compute_the_same_each(batch: int) -> None:
+    """Attention between them would take longer than computing all of it twice: each machine is a job of its own. Two
+    samples too, of which no machine can take one: to gather the output would cost more than to compute it."""
+    model, inputs = guided(batch, 1024)
+    got = captured(model, *inputs)
+    slow = Topology.grid(2, 2, network_bytes_per_s=1e6)
+    values = placeholder_values(got)
+    states = [State(got.gm, got.mode, slow, rank) for rank in range(4)]
+    compiled = [run_pipeline(state) for state in states]
+    report = compiled[0].report
+    assert (report.copies, report.batch, report.num_ranks) == (2, 1, 4), report
+    assert 2.0 <= report.share < 2.1 and "2 copies" in report.headline and "compute the same" in str(report)
+    for state in states:
+        assert state.group is not None and state.group.groups == ((0, 1), (2, 3))
+    with torch.no_grad():
+        want = got.gm(*values)[0]
+    outs = [out for (out,) in run_compiled(compiled, slow, values)]
+    for out in outs:
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
+
+
+def test_copies_share_out_the_batch_each() -> None:
+    """Four machines of two ranks: two groups of machines, in each of which a machine has a sample."""
+    model, inputs = guided(2, 1024)
+    got = captured(model, *inputs)
+    topology = Topology.grid(4, 2, network_bytes_per_s=1e8)
+    values = placeholder_values(got)
+    compiled = [run_pipeline(State(got.gm, got.mode, topology, rank)) for rank in range(8)]
+    report = compiled[0].report
+    assert (report.copies, report.batch, report.num_ranks) == (2, 2, 8), report
+    with torch.no_grad():
+        want = got.gm(*values)[0]
+    for (out,) in run_compiled(compiled, topology, values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [Asked(shard_everything=True), Asked(schedule="torus"), Asked({"ulysses": 4, "ring": 1})])
+def test_what_a_user_asks_for_is_done_by_all_ranks_together(asked: Asked) -> None:
+    model, inputs = guided(1, 1024)
+    got = captured(model, *inputs)
+    slow = Topology.grid(2, 2, network_bytes_per_s=1e6)
+    assert run_pipeline(State(got.gm, got.mode, slow, 0, asked)).report.copies == 1
+
+
+@pytest.mark.parametrize("speed", [1e5, 1e8])
+def test_more_machines_are_never_predicted_to_be_slower(speed: float) -> None:
+    model, inputs = guided(1, 2048)
+    got = captured(model, *inputs)
+    steps = []
+    for machines in (1, 2, 4, 8):
+        topology = Topology.grid(machines, 2, network_bytes_per_s=speed)
+        steps.append(run_pipeline(State(got.gm, got.mode, topology, 0)).report.predicted_s)
+    assert all(more <= 1.03 * fewer for fewer, more in itertools.pairwise(steps)), steps
