@@ -71,7 +71,7 @@ def report_graph(state: State) -> GraphReport:
     report.warnings += _likely_attentions(state)
     if not state.sites and not state.placement.needs:
         report.warnings.append("no attention found: nothing was sharded, every rank computes the whole graph")
-    elif not state.placement.needs and group is None:
+    elif not state.placement.needs and (group is None or group.batch == 1):
         report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
     return report
 

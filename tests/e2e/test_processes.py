@@ -92,6 +92,12 @@ def test_every_schedule_and_the_batch_split(layout: str) -> None:
     passes(layout, "schedules")
 
 
+def test_machines_behind_slow_links_compute_the_same_each(tmp_path: Path) -> None:
+    slow = tmp_path / "slow.toml"
+    slow.write_text("machine_of = [0, 0, 1, 1]\nnetwork_bytes_per_s = 1e5\n")
+    passes("2x2", "copies", str(slow))
+
+
 def test_inductor_runs_the_local_graph(tmp_path: Path) -> None:
     passes("2", "inductor", str(tmp_path))
 

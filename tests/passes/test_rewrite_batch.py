@@ -174,7 +174,9 @@ def test_copies_share_out_the_batch_each() -> None:
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("asked", [Asked(shard_everything=True), Asked(schedule="torus"), Asked({"ulysses": 4, "ring": 1})])
+@pytest.mark.parametrize(
+    "asked", [Asked(shard_everything=True), Asked(schedule="torus"), Asked({"ulysses": 4, "ring": 1})]
+)
 def test_what_a_user_asks_for_is_done_by_all_ranks_together(asked: Asked) -> None:
     model, inputs = guided(1, 1024)
     got = captured(model, *inputs)

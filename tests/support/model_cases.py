@@ -182,6 +182,20 @@ def case_schedules() -> None:
         assert plan is not None and plan.batch == 2 and plan.share < 1.2, str(plan)
 
 
+def case_copies(topology: str) -> None:
+    """Behind slow links each machine computes the same alone; all ranks have the same bits, step after step."""
+    model, x = Plain(), tokens(1024)[:1]
+    run = compiled(model, topology=topology)
+    for step in range(3):
+        out = run(x + step)
+        close(out, model(x + step))
+        outs: list[Any] = [None] * ranks()
+        torch.distributed.all_gather_object(outs, out)
+        assert all(torch.equal(out, other) for other in outs)
+    plan = last_report()
+    assert plan is not None and plan.copies == 2 and 2.0 <= plan.share < 2.1, str(plan)
+
+
 def case_transport(name: str) -> None:
     """A transport asked for by name, which carries what is asked for; a wire rounds, and the report says how."""
     model, x = Plain(), tokens()
