@@ -234,7 +234,8 @@ def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options, written
     """What ranks compare when they disagree, in words: entry -> value. Buffers that are ``written`` to are compared at
     calls."""
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    described = {"options": str(asked.as_dict()), "graph": f"{len(gm.graph.nodes)} nodes"}
+    described = {"outcome": "compiled"} | {f"options[{name!r}]": repr(value) for name, value in asked.as_dict().items()}
+    described["graph"] = f"{len(gm.graph.nodes)} nodes"
     described["versions"] = f"sfcompile {__version__}, torch {torch.__version__}"
     for name, value in zip(names, inputs, strict=False):
         if isinstance(value, torch.Tensor) and is_plain(value):

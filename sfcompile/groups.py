@@ -87,7 +87,7 @@ def refuse_together(error: StreamFusionError, session: Session, described: dict[
     Raises:
         StreamFusionError: ``error``.
     """
-    described = described | {"options": f"refused ({error.what})"}
+    described = described | {"outcome": f"refused ({error.what})"}
     try:
         session.agree(f"refused: {error.what}", described)
     except RankMismatchError as mismatch:

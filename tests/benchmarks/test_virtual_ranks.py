@@ -46,7 +46,17 @@ def error_of(job: Job, out: torch.Tensor, sign: int = 1) -> float:
     return float((out.double() - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize(("kind", "net"), [*((kind, "peer") for kind in BUILDERS), ("torus", "mixed")])
+# The rows of `make test`; every schedule runs over processes in tests/codegen/kernels/test_attend.py.
+QUICK = (("ring", "peer"), ("usp", "peer"), ("torus", "mixed"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "net"),
+    [
+        pytest.param(*cell, marks=[] if cell in QUICK else pytest.mark.thorough)
+        for cell in (*((kind, "peer") for kind in BUILDERS), ("torus", "mixed"))
+    ],
+)
 def test_every_schedule_in_one_launch(kind: str, net: str) -> None:
     """Two epochs, each with values of its own, through both banks."""
     job = job_of(kind)

@@ -66,7 +66,7 @@ def test_diffusers_models(model: str, layout: str) -> None:
     passes(layout, "model", model)
 
 
-@pytest.mark.parametrize(("model", "layout"), [("image_decoder", "3"), ("video_decoder", "4")])
+@pytest.mark.parametrize(("model", "layout"), [("image_decoder", "3"), thorough("video_decoder", "4")])
 def test_convolutional_decoders(model: str, layout: str) -> None:
     passes(layout, "decoder", model)
 
@@ -136,7 +136,7 @@ def test_a_dit_in_plain_pytorch_at_three_resolutions(layout: str) -> None:
         ("training", "require gradients"),
         ("other_shapes", "compile something else than rank 0"),
         ("other_weights", "weights (are they seeded or loaded alike?) is"),
-        ("other_wire", "'wire': Wire(q='bf16'"),
+        ("other_wire", "options['wire'] is Wire(q='"),
         ("other_noise", "the ranks are not in the same call"),
         ("strict", "token ops are not sharded"),
     ],

@@ -17,8 +17,8 @@ SFCOMPILE = str(Path(sys.executable).with_name("sfcompile"))
 
 PROGRAMS = [name for name, example in EXAMPLES.items() if not example.is_server]
 
-# In `make test`; `make test-all` starts every example so. (test_one_value.py runs the one that is left out.)
-BY_COMMAND = ("hello", "explain_plan")
+# In `make test`; `make test-all` starts every example so. (test_one_value.py runs the one that is left out below.)
+BY_COMMAND = ("hello",)
 
 preload("sfcompile.backend")
 
@@ -31,7 +31,7 @@ def check(name: str, said: str) -> None:
             assert float(line.split("difference from one process: ")[1].split()[0]) <= 1e-5, line
 
 
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if EXAMPLES[name].ranks > 1 and name not in BY_COMMAND])
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in (*BY_COMMAND, "one_value")])
 def test_example_on_ranks(name: str) -> None:
     """As a program of every rank; that ours or any launcher starts such ranks is in the test below."""
     example = EXAMPLES[name]

@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["test_some.py"], 0, "2 passed, 0 failed, 0 skipped"),
+        pytest.param(["test_some.py"], 0, "2 passed, 0 failed, 0 skipped", marks=pytest.mark.thorough),
         (["--all", "-q"], 1, "4 passed, 1 failed, 0 skipped"),
         pytest.param(
             ["test_some.py", "--no-such-flag"], 4, "0 passed, 2 failed, 0 skipped", marks=pytest.mark.thorough

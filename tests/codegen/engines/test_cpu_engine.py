@@ -12,7 +12,9 @@ from sfcompile.options import AS_IT_IS, Wire
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize(("ranks", "seed", "wire"), [(2, 3, AS_IT_IS), (3, 8, Wire(*["fp8"] * 4))])
+@pytest.mark.parametrize(
+    ("ranks", "seed", "wire"), [pytest.param(2, 3, AS_IT_IS, marks=pytest.mark.thorough), (3, 8, Wire(*["fp8"] * 4))]
+)
 def test_attention_runs_in_the_interpreter_over_shared_memory(ranks: int, seed: int, wire: Wire) -> None:
     for result in run_processes(ranks, device_workers.interpreted, (seed, 2, wire)):
         assert result["error"] < 1e-5 and result["same"] and result["names"] == []

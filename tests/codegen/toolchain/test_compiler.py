@@ -45,9 +45,17 @@ def compiled(arch: int, head_dim: int, reach: str, **changes: object) -> Compile
     return compile_attend(spec_for(arch, head_dim, reach, **changes), arch, library)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("reach", ["peer", "nvshmem", "mixed"])
+# `make test` compiles every reach and every head size once.
+CELLS = [
+    pytest.param(
+        reach, head_dim, arch,
+        marks=[] if arch == 90 and (head_dim == 64) == (reach == "nvshmem") else pytest.mark.thorough,
+    )
+    for reach in ("peer", "nvshmem", "mixed") for head_dim in (64, 128) for arch in ARCHITECTURES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reach", "head_dim", "arch"), CELLS)
 def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
     arch: int, head_dim: int, reach: str
 ) -> None:
@@ -72,7 +80,8 @@ def test_masks_and_grouped_heads_fit_too(arch: int) -> None:
         assert resources(compiled(arch, 128, "peer", **changes)).spill_stores == 0, changes
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
+@pytest.mark.thorough  # tests/codegen/kernels/test_codecs.py has the arithmetic, the masks above the registers
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_wires_fit_every_architecture(arch: int) -> None:
     """fp8 without a GPU's own conversions: sm_80 has none. No load of a chunk, or of its factors, before its wait."""
     for size, changes in ((64, {"wire": FP8}), (128, {"wire": FP8._replace(o="same"), "dtype": "fp16"})):
@@ -87,7 +96,7 @@ def test_wires_fit_every_architecture(arch: int) -> None:
             assert not re.search(r"st\.global(\.\w+)*\.b(8|16)\b", small.ptx)
 
 
-@pytest.mark.parametrize("reach", ["peer", "mixed"])
+@pytest.mark.parametrize("reach", ["peer", pytest.param("mixed", marks=pytest.mark.thorough)])
 def test_small_kernels(reach: str) -> None:
     library = None if reach == "peer" else slim_library(90)
     kernels = [compile_move(name, MoveSpec("bf16", 128, reach), 90, library) for name in ("put", "collect")]
@@ -100,7 +109,7 @@ def test_small_kernels(reach: str) -> None:
 
 
 @pytest.mark.parametrize("arch", EVERY_ARCH)
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [pytest.param(64, marks=pytest.mark.thorough), 128])
 def test_puts_that_compute_load_wide_and_do_not_spill(arch: int, width: int) -> None:
     """Norm and RoPE of a joint attention, over halves, and written into columns: 16 bytes a thread, no spills."""
     for name in ("joint", "halves", "written", "layer norm, some tokens"):

@@ -205,7 +205,7 @@ def test_every_op_that_torch_registers_for_autocast_has_a_case() -> None:
     assert registered <= REGISTERED.keys() | UNREACHED.keys(), registered - REGISTERED.keys() - UNREACHED.keys()
 
 
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("low", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.thorough)], ids=str)
 @torch.no_grad()
 def test_captured_as_eager_computes_it(low: torch.dtype) -> None:
     with warnings.catch_warnings():
