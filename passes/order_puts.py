@@ -8,43 +8,79 @@ which no compiler can undo.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import fx
 
+from sfcompile.codegen.plan.step import Step
 from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.graph.op_view import is_getitem
+from sfcompile.passes.graph.stages import stages_of
+from sfcompile.passes.graph.tickets import argument_of, by_site, kind_of, tie, untie
 from sfcompile.passes.state import State
 from sfcompile.runtime.program.phases import ENDS, STARTS
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
+EARLY = ("when it is read", "while the rank computes", "while it attends, too")
+"""When the exchange of a weight starts: right before the weight is read; as soon as there is a bank for it, but not
+under an attention, which then has the links to itself; under an attention, too, once that has sent its own."""
+
 
 def run(state: State) -> None:
-    """The pass: reorders ``local``, this rank's graph."""
-    order_puts(state.local.graph)
+    """The pass: reorders ``local``, this rank's graph; how early weights are gathered, its price decides."""
+    graph, weights = state.local.graph, state.weights
+    if weights is None:
+        order_puts(graph)
+        return
+    weights.early = state.asked.agree(lambda: _cheapest(state, weights.program))
+    order_puts(graph, weights.program, weights.early)
 
 
-def order_puts(graph: fx.Graph) -> int:
-    """Move puts up and collects down, then thread the ticket. Returns the number of communication nodes."""
+def _cheapest(state: State, weights: str) -> str:
+    """Of EARLY what is predicted to take least; the first of equals."""
+    schedules, seconds = state.schedules(), dict[str, float]()
+    job = state.asked.weights
+    assert job is not None
+    for early in EARLY:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(state.local.graph, {}))
+        order_puts(graph, weights, early)
+        seconds[early] = Step(stages_of(graph, state.topology), schedules, job.rank, job.topology).seconds
+    return min(EARLY, key=seconds.__getitem__)
+
+
+def order_puts(graph: fx.Graph, weights: str = "", early: str = EARLY[0]) -> int:
+    """Move puts up and collects down, then thread the ticket. Returns the number of communication nodes.
+
+    Args:
+        weights: the program that gathers weights, if there is one; ``early``: of EARLY.
+    """
     nodes = [node for node in graph.nodes if node.target in COMMUNICATION]
     if not nodes:
         return 0
-    start = _untie(graph, nodes)
-    sites = _by_site(nodes)
+    start = untie(graph, nodes)
+    sites = by_site(nodes)
     if any("part" in node.meta for node in nodes):
         _order_parts(graph, nodes, sites)
-        _tie(graph, nodes, start)
+        tie(graph, nodes, start)
         return len(nodes)
     for i, site in enumerate(sites):
         _sink(site[-1], sites[i + NUM_BANKS][0] if i + NUM_BANKS < len(sites) else None)
     opened: fx.Node = start
+    attention: list[fx.Node] = []  # the last one before
     for i, site in enumerate(sites):
         free = _last_pick(sites[i - NUM_BANKS][-1]) if i >= NUM_BANKS else start
-        moved = [_hoist(node, max(free, opened)) for node in site if _kind(node) in STARTS]
-        opened = min(moved)
-    _tie(graph, nodes, start)
+        after = max(free, opened)
+        starts = [node for node in site if kind_of(node) in STARTS]
+        if weights and site[0].args[argument_of(site[0], "program")] == weights:
+            if early != EARLY[0]:
+                first = [_last_pick(node) for node in attention if early == EARLY[1] or kind_of(node) in STARTS]
+                starts = [_hoist(node, max([after, *(other for other in first if other < node)])) for node in starts]
+        else:
+            starts = [_hoist(node, after) for node in starts]
+            attention = site if any(kind_of(node) == "attend" for node in site) else attention
+        opened = min(starts)
+    tie(graph, nodes, start)
     return len(nodes)
 
 
@@ -65,7 +101,7 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
       site i has been read.
     """
     site_of = {node: i for i, site in enumerate(sites) for node in site}
-    ends = {node: i + 1 for i, node in enumerate(node for node in nodes if _kind(node) in ENDS)}
+    ends = {node: i + 1 for i, node in enumerate(node for node in nodes if kind_of(node) in ENDS)}
     members: dict[_Turn, list[fx.Node]] = {}
     for node, turn in _turns(graph, sites, site_of, ends).items():
         members.setdefault(turn, []).append(node)
@@ -73,9 +109,9 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
     urgency = {"put_v": 0, "put_k": 1, "put_q": 2, "exchange_start": 3}
     pending: list[fx.Node] = []
     for turn in sorted(members):
-        starts = [node for node in members[turn] if node in site_of and _kind(node) in STARTS]
-        starts.sort(key=lambda node: (site_of[node], urgency[_kind(node)], order.position[node]))
-        attends = [node for node in members[turn] if node in site_of and _kind(node) == "attend"]
+        starts = [node for node in members[turn] if node in site_of and kind_of(node) in STARTS]
+        starts.sort(key=lambda node: (site_of[node], urgency[kind_of(node)], order.position[node]))
+        attends = [node for node in members[turn] if node in site_of and kind_of(node) == "attend"]
         order.place([node for node in members[turn] if node in ends])
         order.place(starts)
         pending += [node for node in members[turn] if node not in attends and node.op != "output"]
@@ -108,7 +144,7 @@ def _turns(
         elif node in site_of:
             i = site_of[node]
             earlier = [turns[other] for other in sites[i] if other in turns]
-            if _kind(node) in STARTS:
+            if kind_of(node) in STARTS:
                 free = (closed[i - NUM_BANKS], 0) if i >= NUM_BANKS else (0, 0)
                 mine = max(mine, free, opened[i - 1] if i else (0, 0))
                 opened[i] = min([mine, *earlier])
@@ -141,39 +177,6 @@ class _Order:
                 self.placed.setdefault(stack.pop())
 
 
-def _kind(node: fx.Node) -> str:
-    return str(node.target).split(".")[1]
-
-
-def _argument(node: fx.Node, name: str) -> int:
-    return [argument.name for argument in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
-
-
-def _by_site(nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """Nodes of each site, sites and nodes in graph order."""
-    sites: dict[object, list[fx.Node]] = {}
-    for node in nodes:
-        key = node.args[_argument(node, "program")], node.args[_argument(node, "site")]
-        sites.setdefault(key, []).append(node)
-    return list(sites.values())
-
-
-def _untie(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
-    """Drop the chain of tickets; returns the first ticket, moved to the head of the graph."""
-    start = nodes[0].args[_argument(nodes[0], "ticket")]
-    assert isinstance(start, fx.Node) and start.target is torch.ops.aten.zeros.default
-    for node in nodes:
-        node.update_arg(_argument(node, "ticket"), start)
-    for node in nodes:
-        for user in list(node.users):
-            if is_getitem(user) and user.args[1] == 1:
-                graph.erase_node(user)
-    head = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
-    if head is not start:
-        head.prepend(start)
-    return start
-
-
 def _last_pick(end: fx.Node) -> fx.Node:
     """The last of the nodes that take an end node's outputs (they move with it)."""
     return max([end, *(user for user in end.users if is_getitem(user))])
@@ -198,17 +201,3 @@ def _hoist(put: fx.Node, after: fx.Node) -> fx.Node:
     anchor = after if tensor.op in ("placeholder", "get_attr") else max(tensor, after)
     anchor.append(put)
     return put
-
-
-def _tie(graph: fx.Graph, nodes: list[fx.Node], start: fx.Node) -> None:
-    """Thread the ticket through the communication in graph order."""
-    current = start
-    for node in sorted(nodes):
-        node.update_arg(_argument(node, "ticket"), current)
-        current = node
-        if _kind(node) in ENDS:
-            with graph.inserting_after(node):
-                current = graph.call_function(operator.getitem, (node, 1))
-            current.meta["val"] = node.meta["val"][1]
-    if is_getitem(current) and not current.users:
-        graph.erase_node(current)

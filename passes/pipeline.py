@@ -13,8 +13,8 @@ from typing import Any
 
 # isort: off
 from sfcompile.passes import analyse_attention, analyse_tokens, choose_axes, choose_layouts, choose_schedules
-from sfcompile.passes import place_min_cut, rewrite_batch, rewrite_local, order_puts, fuse_puts
-from sfcompile.passes import build_schedules, report_graph
+from sfcompile.passes import place_min_cut, rewrite_batch, rewrite_local, rewrite_weights, order_puts
+from sfcompile.passes import fuse_puts, build_schedules, report_graph
 
 # isort: on
 from sfcompile.passes.state import Layouts, State
@@ -64,8 +64,8 @@ PIPELINE: list[Pass] = [
          "needs layouts, to know which ops have a local form, and prices of traffic"),
     Pass("rewrite_local", rewrite_local.run, "tokens layouts choices placement", "local traffic choices",
          "every decision is made: write this rank's graph, in parts if planned; once more, whole, if an op forbids it"),
-    Pass("order_puts", order_puts.run, "local", "",
-         "moves communication inside the finished graph"),
+    Pass("rewrite_weights", rewrite_weights.run, "local", "weights", "weights in shares: gathered before readers"),
+    Pass("order_puts", order_puts.run, "local", "", "moves communication inside the finished graph"),
     Pass("fuse_puts", fuse_puts.run, "local", "fused_puts",
          "on GPUs: what makes q, k, v moves into the kernel that sends them"),
     Pass("build_schedules", build_schedules.run, "choices local", "programs",

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
+from sfcompile.codegen.plan.step import Step
 from sfcompile.errors import source_line
 from sfcompile.options import AS_IT_IS
 from sfcompile.passes.graph.cost import exchanged, flops, is_view, unpriced, value_bytes
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import OpView, is_getitem
-from sfcompile.passes.graph.stages import stages_of
+from sfcompile.passes.graph.stages import stages_of, without
 from sfcompile.passes.report.report import GraphReport, Left, short_source
 from sfcompile.passes.state import State
 from sfcompile.runtime.program.formats import words
@@ -51,6 +52,10 @@ def report_graph(state: State) -> GraphReport:
     if group is not None and group.sites:
         report.programs[group.program] = [site.name for site in group.sites]
         schedules = [*schedules, *state.programs[group.program]]
+    if state.weights is not None:
+        report.weights = _weights(state, report)
+        report.programs[state.weights.program] = [schedule.site.name for schedule in state.weights.schedules]
+        schedules = [*schedules, *state.weights.schedules]
     report.schedules = len(set(map(id, schedules)))
     report.heap_bytes = 2 * max((schedule.heap_bytes for schedule in schedules), default=0)
     report.plans = [*state.choices.notes]
@@ -74,6 +79,26 @@ def report_graph(state: State) -> GraphReport:
     elif not state.placement.needs and (group is None or group.batch == 1):
         report.warnings.append("nothing was sharded: on this topology every rank computing the whole graph is cheaper")
     return report
+
+
+def _weights(state: State, report: GraphReport) -> str:
+    """What of the weights this rank holds, what it gathers, and what that adds to the step."""
+    weights, job, stages = state.weights, state.asked.weights, report.stages
+    assert weights is not None and job is not None and stages is not None
+    step = Step(stages, state.programs, job.rank, job.topology)
+    alone = Step(without(stages, weights.program), state.programs, job.rank, job.topology)
+    place = [schedule.members(job.rank)[0] for schedule in weights.schedules]
+    come = sum(
+        int(schedule.arrival_bytes(arrival)[at])
+        for schedule, at in zip(weights.schedules, place, strict=True)
+        for arrival in schedule.origin.arrivals
+    )
+    return (
+        f"{weights.count} in shares: a rank holds {weights.own_bytes / 2**20:.1f} of "
+        f"{weights.whole_bytes / 2**20:.1f} MiB; {weights.gathers} gatherings a step, {come / 2**20:.1f} MiB come to a "
+        f"rank, each starts {weights.early}: "
+        f"{step.seconds * 1e3:.3f} ms a step predicted, {alone.seconds * 1e3:.3f} ms with whole weights"
+    )
 
 
 def _likely_attentions(state: State) -> list[str]:

@@ -136,6 +136,8 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
     if not splits:  # nobody makes a group's part of the batch: plan for whole batches
         state.asked = replace(state.asked, split_batch=False)
     _run(entries, state, after)
+    if state.asked.weights is not None and state.weights is None:
+        raise _missing(entries[-1], "weights", entries)
     if state.asked.late_reads:  # not a pass: an order of the user's own cannot leave it out
         hold_sources(state.local.graph)
         check_lifetimes(state.local.graph)

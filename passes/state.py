@@ -26,12 +26,32 @@ from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.rules.rule import Rule
 from sfcompile.runtime.program.sites import AnySite, AttentionSite
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.program.weight_rows import places_of
 
 Agree = Callable[[Callable[[], Any]], Any]
 """Calls its argument on one rank and gives every rank the result, so that all run one plan."""
 
 Geometry = tuple[Any, ...]
 """What tells sites apart (AttentionSite.geometry): attentions of one geometry share a plan and a schedule."""
+
+
+@dataclass(frozen=True)
+class ShardedWeights:
+    """The weights of a graph of which each rank of the job holds some rows.
+
+    Attributes:
+        places: which of the graph's placeholders they are.
+        topology, rank: of the job, whatever group of it computes a part of the batch.
+    """
+
+    places: tuple[int, ...]
+    topology: Topology
+    rank: int
+
+    @property
+    def cut(self) -> tuple[int, ...]:
+        """By rank, the how-manieth stretch of rows it holds."""
+        return places_of(self.topology.machine_of)
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,7 @@ class Asked:
         copies: groups of machines may compute the same each; not if ranks were split into groups before.
         parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
         wire: how the chunks of attentions are written while they travel.
+        weights: which inputs are weights that ranks hold in shares; None: all are whole.
     """
 
     mesh: Mapping[str, int] | None = None
@@ -65,6 +86,7 @@ class Asked:
     copies: bool = True
     parts: tuple[int, ...] = (2, 3)
     wire: Wire = AS_IT_IS
+    weights: ShardedWeights | None = None
 
     @property
     def batch(self) -> int:
@@ -251,6 +273,26 @@ class Traffic:
     moves: list[tuple[fx.Node, Layout | Window]] = field(default_factory=list)
 
 
+@dataclass
+class WeightTraffic:
+    """The exchanges by which ranks gather weights (rewrite_weights.py).
+
+    Attributes:
+        program: their key; ``schedules`` are its sites, one or two for every gathering.
+        gathers: how many gatherings there are, of ``count`` weights: one that is read here and there needs several.
+        whole_bytes: of those weights; ``own_bytes``: of this rank's rows of them.
+        early: how early a gathering starts (order_puts.py).
+    """
+
+    program: str
+    schedules: list[Schedule]
+    gathers: int = 0
+    count: int = 0
+    whole_bytes: int = 0
+    own_bytes: int = 0
+    early: str = ""
+
+
 def _by_a_pass() -> Any:
     """A field that a pass makes: to read it before is an AttributeError, which the runner puts into words."""
     return field(init=False, repr=False)
@@ -276,6 +318,7 @@ class State:
     placement: Placement = _by_a_pass()
     local: LocalGraph = _by_a_pass()  # this rank's graph
     traffic: Traffic = _by_a_pass()
+    weights: WeightTraffic | None = field(default=None, init=False)
     fused_puts: tuple[int, int] | None = field(default=None, init=False)  # how many, of how many; None: no kernels
     programs: dict[str, list[Schedule]] = _by_a_pass()  # one proved schedule per site, by program
     report: GraphReport = _by_a_pass()
@@ -284,6 +327,20 @@ class State:
     def num_groups(self) -> int:
         """Into how many groups of ranks the job is split; 1: it is not."""
         return 1 if self.group is None else len(self.group.groups)
+
+    def schedules(self) -> dict[str, list[Schedule]]:
+        """The schedules of the sites of ``local``, and of those that gather the batch and weights; none proved yet."""
+        groups = self.group.groups if self.group is not None else ()
+        built: dict[Geometry, Schedule] = {}
+        for site in self.local.sites:
+            if site.geometry() not in built:
+                built[site.geometry()] = replace(self.choices.schedule(site), groups=groups)
+        programs = {self.local.program: [built[site.geometry()] for site in self.local.sites]}
+        if self.group is not None and self.group.sites:
+            programs[self.group.program] = [self.group.schedule(site) for site in self.group.sites]
+        if self.weights is not None:
+            programs[self.weights.program] = self.weights.schedules
+        return programs
 
     @property
     def program(self) -> str:

@@ -4,10 +4,10 @@ torch finds the backend through the entry point in pyproject.toml, so a user nev
 light on purpose: importing it loads neither torch nor any of our rooms; its functions load theirs on first use.
 
 The files beside this one are the door: backend.py (start there), graph_call.py (what a call does around its graph),
-groups.py (which ranks compute together), shared_inputs.py (rank 0's inputs for all), pipelines.py (all networks of a
-diffusers pipeline), torch_logs.py (TORCH_LOGS), device.py, extend.py and rule_check.py (op rules held against their
-ops); and the leaves, which every room may import: errors.py, one_style.py (arguments), options.py, version.py and
-torch_private.py. The rooms are the folders.
+groups.py (which ranks compute together), shared_inputs.py (rank 0's inputs for all), sharded_weights.py (weights in
+shares), pipelines.py (all networks of a diffusers pipeline), torch_logs.py (TORCH_LOGS), device.py, extend.py and
+rule_check.py (op rules held against their ops); and the leaves, which every room may import: errors.py, one_style.py
+(arguments), options.py, version.py and torch_private.py. The rooms are the folders.
 
 May import: everything; nothing imports this file.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from sfcompile.pipelines import compile_pipeline as compile_pipeline
     from sfcompile.prediction.explain import explain as explain
     from sfcompile.prediction.predict import simulate as simulate
+    from sfcompile.sharded_weights import shard_weights as shard_weights
     from sfcompile.tracing.trace import trace as trace
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "load",
     "load_sharded",
     "progress",
+    "shard_weights",
     "simulate",
     "trace",
 ]
@@ -63,6 +65,7 @@ _LAZY = {
     "load": "sfcompile.package.load",
     "load_sharded": "sfcompile.package.weight_files",
     "progress": "sfcompile.commands.progress_bar",
+    "shard_weights": "sfcompile.sharded_weights",
     "simulate": "sfcompile.prediction.predict",
     "trace": "sfcompile.tracing.trace",
 }

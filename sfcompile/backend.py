@@ -60,6 +60,8 @@ from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.job_store import check_secret
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, sessions, use_session
+from sfcompile.runtime.rank.sharded_weight import ShardedWeight
+from sfcompile.sharded_weights import shares_of
 from sfcompile.torch_logs import artifacts, speak
 from sfcompile.torch_private import autocast_off, is_comparable, is_plain
 from sfcompile.tracing.trace import follow_environment
@@ -142,14 +144,18 @@ def _compile_rank(
         captured = capture(gm, example_inputs, keep_numbers=True)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         refuse_overlap(example_inputs, captured.written, names)
+        shares = shares_of(example_inputs, captured.written, session.topology, asked)
+    except OptionError as error:
+        refuse_together(error, session, _describe(gm, example_inputs, asked))
     except UnsupportedError as error:
         session.agree("unsharded", _describe(gm, example_inputs, asked))
         if asked.inputs == "rank0":
             raise not_shared(error) from error
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
-        return SizedProgram(run_inner(gm, example_inputs, None, asked)), True
+        eagerly = any(isinstance(value, ShardedWeight) for value in example_inputs)
+        return SizedProgram(gm.forward if eagerly else run_inner(gm, example_inputs, None, asked)), True
     capture_s = time.perf_counter() - began
-    digest = _digest_text(captured, asked, named or session.topology)
+    digest = _digest_text(captured, asked, named or session.topology) + (f"\nshares {shares}" if shares else "")
     described = _describe(gm, example_inputs, asked, captured.written)
     session.agree(f"{digest}\n{described}", described)
     # Only now: ranks that compile different things have said so, and those that are here share and measure together.
@@ -161,7 +167,7 @@ def _compile_rank(
         with artifacts(asked, session.rank) as wish:
             return run_passes(
                 captured, topology, session.rank, wish, session.from_first, split_batch, dump=True,
-                kernels_put=not session.side.no_kernels,
+                kernels_put=not session.side.no_kernels, weights=shares,
             )  # fmt: skip
 
     compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))
@@ -176,7 +182,8 @@ def _compile_rank(
     if shared is not None:
         compiled.report.inputs = shared.line(topology)
         compiled.report.programs[shared.program] = [schedule.site.name for schedule in shared.schedules]
-    compiled.report.weights = "" if kept is None else kept.line
+    lines = [compiled.report.weights, "" if kept is None else kept.line]
+    compiled.report.weights = "; ".join(line for line in lines if line)
     _announce(compiled, session, time.perf_counter() - began)
     machine_of = session.topology.machine_of
     # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
@@ -188,7 +195,7 @@ def _compile_rank(
     places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]
     talks = shared is not None or any(compiled.programs.values())
     draw = draws(captured.gm) and asked.inputs != "trusted"
-    run = as_called(local, CallFacts(session, name, names, captured, *places, shared, talks, draw, kept))
+    run = as_called(local, CallFacts(session, name, names, captured, *places, shared, talks, draw, kept, shares))
     if device.type == "cpu":
         run = watched(run, compiled, session, topology)
     return SizedProgram(_second_call_speaks(run), captured.numbers), False

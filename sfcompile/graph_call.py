@@ -25,6 +25,7 @@ from sfcompile.passes.report.steps import PredictedStep, StepWatch
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import Session
+from sfcompile.runtime.rank.sharded_weight import marks_of
 from sfcompile.runtime.rank.shared_weights import SharedWeights
 from sfcompile.runtime.rank.weights import Weights
 from sfcompile.shared_inputs import SharedInputs
@@ -45,6 +46,7 @@ class CallFacts(NamedTuple):
         talks: whether a call has sites; if not, it needs no other rank.
         draws: whether it draws random numbers, which must be the same too.
         kept: the weights that are shared by the ranks of a machine; None: every rank holds its own.
+        shares: which inputs are weights of which each rank holds some rows.
     """
 
     session: Session
@@ -57,6 +59,7 @@ class CallFacts(NamedTuple):
     talks: bool
     draws: bool
     kept: SharedWeights | None = None
+    shares: Sequence[int] = ()
 
 
 def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
@@ -72,11 +75,15 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
         args = tuple(call.captured.as_tensors(args))
         mark = weights.mark([args[i] for i in loaded]) if loaded else 0
         called = f"{call.name}/{mark}" if loaded else call.name
+        if call.shares:
+            called = f"{called}/{marks_of([args[i] for i in call.shares])}"
         mine, device = [args[i] for i in call.compared], session.side.device
         looks = shared is None and _can_look(device, next(calls))
         looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
         with session.call(called, looked_at, call.talks), autocast_off():
             inputs = list(args)
+            for i in call.shares:
+                inputs[i] = args[i].shard
             if shared is not None:
                 values = shared.share(session, [*mine, *([generator_state(device)] if call.draws else [])])
                 for i, value in zip(call.compared, values, strict=False):
@@ -177,7 +184,7 @@ def refuse_sharded(asked: Options, device: torch.device, topology: Topology) -> 
         topology: the machines that the ranks run on, whatever they plan for.
 
     Raises:
-        OptionError: GPU ranks, ranks that share no memory, or one copy asked for over several machines.
+        OptionError: GPU ranks, or ranks that share no memory.
     """
     what = f"weights={asked.weights!r}"
     if asked.weights == "whole":
@@ -193,12 +200,6 @@ def refuse_sharded(asked: Options, device: torch.device, topology: Topology) -> 
             f"{what} with transport='c10d'",
             "that transport shares no memory between ranks, and the ranks of a machine share their weights in memory",
             "use transport='auto', or weights='whole'",
-        )
-    if asked.weights == "sharded" and topology.num_machines > 1:
-        raise OptionError(
-            f"{what} with ranks on {topology.num_machines} machines",
-            "each machine holds the weights once; to gather them from other machines while a step runs is not done yet",
-            "use weights='sharded-by-machine'",
         )
 
 

@@ -84,7 +84,8 @@ class Options:
             (nothing is compared) | "rank0" (rank 0's inputs are sent to all before every step, whatever the others
             were given; shapes must be equal, weights are compared).
         weights: "whole" (every rank holds all of them) | "sharded" (all ranks together hold the large ones once) |
-            "sharded-by-machine" (the ranks of each machine do). CPU ranks; "sharded" on one machine only.
+            "sharded-by-machine" (the ranks of each machine do). CPU ranks; over several machines "sharded" needs
+            sfcompile.shard_weights or sfcompile.load_sharded.
         strict: raise when anything is left replicated.
         timeout_s: longest wait on a peer, in seconds: 0.1 to a week.
         dump: directory that receives graphs, schedules, kernels and plans, or None.

@@ -77,6 +77,7 @@ __all__ = [
     "keep_for_ever",
     "make_fx",
     "no_modes",
+    "no_torch_function",
     "pad_sequence",
     "profiler_runs",
     "registered_for_autocast",
@@ -91,7 +92,11 @@ __all__ = [
     "tracing",
     "tree_leaves",
     "tree_map",
+    "wrapper_tensor",
 ]
+
+no_torch_function: Any = torch._C._disabled_torch_function_impl
+"""The ``__torch_function__`` of a class whose ops are torch's own, down to its ``__torch_dispatch__``."""
 
 set_grad_enabled: Any = torch._C._set_grad_enabled
 """What ``torch.enable_grad()`` and ``torch.no_grad()`` are in a Dynamo graph."""
@@ -194,6 +199,11 @@ def is_comparable(value: object) -> TypeGuard[torch.Tensor]:
     if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
         return False
     return value.layout is torch.strided and value.device.type != "meta"
+
+
+def wrapper_tensor(cls: type[torch.Tensor], shape: Sequence[int], like: torch.Tensor) -> Any:
+    """A tensor of a class with a dispatch of its own: contiguous, with the dtype and device of another, and no data."""
+    return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=like.dtype, device=like.device)
 
 
 def is_static_input(tensor: torch.Tensor) -> bool:

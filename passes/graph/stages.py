@@ -6,6 +6,7 @@ One place says which nodes count and what they cost, so that a listing of the gr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import fx
 
@@ -53,3 +54,16 @@ def stages_of(graph: fx.Graph, topology: Topology) -> GraphStages:
         else:
             before_s += compute_seconds(node, topology)
     return GraphStages(tuple(stages), before_s)
+
+
+def without(graph: GraphStages, program: str) -> GraphStages:
+    """The same step without the stages of one program: what a rank computes before them stays."""
+    stages: list[Stage] = []
+    carried_s = 0.0
+    for stage in graph.stages:
+        if stage.program == program:
+            carried_s += stage.before_s
+        else:
+            stages.append(replace(stage, before_s=stage.before_s + carried_s))
+            carried_s = 0.0
+    return GraphStages(tuple(stages), graph.after_s + carried_s)

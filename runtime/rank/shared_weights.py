@@ -25,13 +25,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sfcompile.errors import RankMismatchError, StreamFusionError, WeightsError
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.program.weight_rows import LARGE_BYTES
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.wires.shared_files import Place, failures, in_words, no_room, opened, shared_file
 from sfcompile.torch_private import is_comparable, storage_users
 
 log = logging.getLogger("sfcompile")
-LARGE_BYTES = 1 << 16
-"""A weight of so many bytes or more is shared; below that, pages and files cost more than they save."""
 BUNDLE_BYTES = 64 << 20
 """So much is shared at a time, or one weight: what a machine holds twice for a moment."""
 _EVERY_S = 5.0

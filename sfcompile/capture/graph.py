@@ -54,6 +54,7 @@ class Captured:
         written: positions of the inputs that the graph writes to. Their new values follow its own outputs.
         numbers: positions of the placeholders that are Python numbers; the graph takes them as 0-dim tensors.
         aliases: outputs that are views of inputs. The graph gives their values; who calls it makes the views.
+        parameters: positions of the inputs that are parameters of the model.
     """
 
     gm: fx.GraphModule
@@ -62,6 +63,7 @@ class Captured:
     written: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
     aliases: tuple[Alias, ...] = ()
+    parameters: tuple[int, ...] = ()
 
     def as_tensors(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs, of which those in ``numbers`` are 0-dim tensors."""
@@ -250,7 +252,8 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
     recognise_attention(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    return Captured(traced, mode, tensors, tuple(written), running, tuple(views))
+    parameters = tuple(i for i in tensors if isinstance(inputs[i], torch.nn.Parameter))
+    return Captured(traced, mode, tensors, tuple(written), running, tuple(views), parameters)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from sfcompile.errors import UnsupportedError, source_line
+from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 from sfcompile.torch_private import is_plain, set_grad_enabled
 
 _TRANSFORMS = ("_grad_increment_nesting", "_jvp_increment_nesting")
@@ -28,7 +29,7 @@ def refuse_odd_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=False):
-        if isinstance(value, torch.Tensor) and not is_plain(value):
+        if isinstance(value, torch.Tensor) and not is_plain(value) and not isinstance(value, ShardedWeight):
             raise UnsupportedError(
                 f"input {node.name!r} is a {type(value).__name__} with layout {value.layout} and dtype {value.dtype}",
                 "tokens are divided, and travel, in plain dense tensors only",

@@ -8,7 +8,7 @@ from typing import TypeVar
 from sfcompile.capture.graph import Captured
 from sfcompile.options import Options
 from sfcompile.passes.runner import Compiled, run_pipeline
-from sfcompile.passes.state import Agree, Asked, State
+from sfcompile.passes.state import Agree, Asked, ShardedWeights, State
 from sfcompile.runtime.program.topology import Topology
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ def run_passes(
     split_batch: bool,
     dump: bool = False,
     kernels_put: bool = True,
+    weights: Sequence[int] = (),
 ) -> Compiled:
     """All passes over a captured graph for one rank.
 
@@ -44,10 +45,12 @@ def run_passes(
         agree: see passes/state.py.
         kernels_put: whether generated kernels of these ranks could reach the others.
         dump: write what ``asked.dump`` asks for.
+        weights: which inputs are weights that ranks hold in shares.
     """
     values = [node.meta["val"] for node in captured.gm.graph.nodes if node.op == "placeholder"]
     on_gpu = any(value.device.type == "cuda" for value in values)
     kernels = asked.attention == "triton" or (on_gpu and kernels_put and asked.attention == "auto")
+    places = tuple(k for k, i in enumerate(captured.tensor_inputs) if i in weights)
     wish = Asked(
         mesh=asked.mesh,
         schedule=asked.schedule,
@@ -59,7 +62,9 @@ def run_passes(
         late_reads=on_gpu,
         split_batch=split_batch,
         wire=asked.wire,
-        parts=() if kernels else Asked.parts,  # kernels take all tokens at a time: they overlap inside
+        # Kernels take all tokens at a time: they overlap inside. And a gathered weight is read once.
+        parts=() if kernels or weights else Asked.parts,
+        weights=ShardedWeights(places, topology, rank) if places else None,
     )
     state = State(captured.gm, captured.mode, topology, rank, wish)
     return run_pipeline(state, strict=asked.strict, dump=asked.dump if dump else None)

@@ -32,6 +32,7 @@ from sfcompile.package.tensors import map_open, read_tensors, write_tensors
 from sfcompile.package.traced import Traced, trace
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.sharded_weights import refuse_shares
 from sfcompile.torch_private import aoti_compile
 from sfcompile.version import __version__
 
@@ -83,6 +84,7 @@ def export(
     chosen = merged(options, spelled, {})
     inner = chosen.pop("inner", "auto")
     asked, where = _asked(topology, inner, chosen)
+    refuse_shares(model)
     traced = trace(model, args, kwargs or {})
     ranks = compile_ranks(traced.captured, where, asked)
     with PackageWriter(Path(path)) as out:

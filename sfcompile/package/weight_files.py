@@ -1,8 +1,8 @@
 """``sfcompile.load_sharded``: a model's weights from safetensors files, where no rank ever holds all of them.
 
 The model is made on the meta device, so it holds nothing. The ranks of a machine then take turns in reading: each reads
-its part of the large weights into memory that all of them map (runtime/rank/shared_weights.py). Small ones are read by
-every rank.
+its part of the large weights into memory that all of them map (runtime/rank/shared_weights.py). Where ranks on several
+machines hold weights in shares, each reads its own rows. Small ones are read by every rank.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,9 +27,13 @@ from sfcompile.groups import in_group, session_for, world_size
 from sfcompile.options import Options
 from sfcompile.package.disk import open_regular
 from sfcompile.package.tensors import Entry, find_tensors, map_open
+from sfcompile.runtime.program.weight_rows import LARGE_BYTES, WeightRows, can_be_cut, places_of
+from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.session import Session, use_session
-from sfcompile.runtime.rank.shared_weights import LARGE_BYTES, MachineCopy, lying_in, on_all, placed, share_copies
+from sfcompile.runtime.rank.sharded_weight import History
+from sfcompile.runtime.rank.shared_weights import MachineCopy, lying_in, on_all, placed, share_copies
 from sfcompile.runtime.wires.shared_files import failures, in_words
+from sfcompile.sharded_weights import cuts_weights, gather_of, put_weight
 from sfcompile.torch_logs import speak
 
 log = logging.getLogger("sfcompile")
@@ -67,7 +72,7 @@ def load_sharded(model: ModelT, files: Paths, *, options: Mapping[str, Any] | No
         session.reconfigure(asked.transport, asked.timeout_s)
         refuse_sharded(asked, torch.device("cpu"), session.topology)
         speak(session.global_rank)
-        _load(model, files, session)
+        _load(model, files, session, cuts_weights(asked, session.topology))
     return model
 
 
@@ -102,8 +107,12 @@ class _Slot(NamedTuple):
         return value
 
 
-def _load(model: nn.Module, files: Paths, session: Session) -> None:
-    """Collective: look at the files, agree that all ranks load the same, then share."""
+def _load(model: nn.Module, files: Paths, session: Session, shares: bool) -> None:
+    """Collective: look at the files, agree that all ranks load the same, then share.
+
+    Args:
+        shares: each rank keeps some rows of the large weights.
+    """
     began = time.perf_counter()
     with ExitStack() as held:
         slots, problem = list[_Slot](), ""
@@ -129,12 +138,35 @@ def _load(model: nn.Module, files: Paths, session: Session) -> None:
                 )
             )
         large = [slot for slot in slots if slot.nbytes >= LARGE_BYTES]
-        share_copies(session, [_copy_of(session, slot) for slot in large])
+        cut = [slot for slot in large if shares and _can_be_cut(slot, session.topology.num_ranks)]
+        _read_shares(session, cut)
+        names = {slot.name for slot in cut}
+        share_copies(session, [_copy_of(session, slot) for slot in large if slot.name not in names])
         for slot in slots:
             if slot.nbytes < LARGE_BYTES:
                 slot.put(_read(slot))
-    sizes = in_words(sum(slot.nbytes for slot in large))
-    log.info("%s of weights loaded once for every machine in %.1f s", sizes, time.perf_counter() - began)
+    sizes = [in_words(sum(slot.nbytes for slot in some)) for some in (large, cut)]
+    log.info("%s of weights loaded, %s of them in shares, in %.1f s", *sizes, time.perf_counter() - began)
+
+
+def _can_be_cut(slot: _Slot, ranks: int) -> bool:
+    dense = torch.empty(slot.old.shape, device="meta").stride()
+    return isinstance(slot.old, nn.Parameter) and can_be_cut(slot.old.shape, dense, slot.old.element_size(), ranks)
+
+
+def _read_shares(session: Session, slots: Sequence[_Slot]) -> None:
+    """Collective: of these weights every rank reads its own rows."""
+    places, gather, held = places_of(session.topology.machine_of), gather_of(session), list[torch.Tensor]()
+    for slot in slots:
+        cut = WeightRows(tuple(slot.old.shape), places)
+        held.append(torch.empty(cut.local_shape(session.rank), dtype=slot.old.dtype))
+        held[-1].copy_(_view(slot, cut.rows(session.rank)))
+        slot.source.memory.madvise(mmap.MADV_DONTNEED)
+    everyone = session.exchange([fingerprint([shard]) for shard in held], "load their shares of weights")
+    for slot, shard, marks in zip(slots, held, zip(*everyone, strict=True), strict=True):
+        history = History(gather, zlib.crc32(repr(marks).encode()))
+        cut = WeightRows(tuple(slot.old.shape), places)
+        put_weight(slot.places, shard, cut, session.rank, history, slot.old.requires_grad)
 
 
 def _copy_of(session: Session, slot: _Slot) -> MachineCopy:
@@ -148,11 +180,14 @@ def _copy_of(session: Session, slot: _Slot) -> MachineCopy:
     return MachineCopy(slot.name, slot.nbytes, fill, None, take)
 
 
-def _view(slot: _Slot) -> torch.Tensor:
-    """A tensor as the file holds it."""
+def _view(slot: _Slot, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """A tensor as the file holds it, or some rows of it."""
     dtype, shape, start, nbytes = slot.source.entry
     if nbytes == 0:
         return torch.empty(shape, dtype=dtype)
+    if rows is not None:
+        row = nbytes // shape[0]
+        start, nbytes, shape = start + rows[0] * row, (rows[1] - rows[0]) * row, [rows[1] - rows[0], *shape[1:]]
     raw = torch.frombuffer(slot.source.memory, dtype=torch.uint8, count=nbytes, offset=start)
     return (raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()).view(dtype).view(shape)
 

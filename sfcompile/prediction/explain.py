@@ -24,7 +24,7 @@ from sfcompile.passes.state import State
 from sfcompile.prediction.code import Facts, blocks_of, input_names
 from sfcompile.prediction.explained import Attentions, Axis, Explained, ExplainedGraph, written
 from sfcompile.prediction.html import page
-from sfcompile.prediction.predict import asked_of, each_graph, step_of, travels
+from sfcompile.prediction.predict import asked_of, each_graph, step_of, travels, with_shares
 from sfcompile.prediction.text import text_of
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
@@ -84,12 +84,12 @@ def explain(
     """
     where, asked = _topology(topology, rank)
     args, kwargs = model_call(inputs, named, args, kwargs)
-    wish = asked_of(options, {"mesh": mesh, "schedule": schedule, "placement": placement, "wire": wire})
+    wish, kind = asked_of(options, {"mesh": mesh, "schedule": schedule, "placement": placement, "wire": wire})
     begun = time.perf_counter()
     graphs: list[ExplainedGraph] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        state = State(captured.gm, captured.mode, where, rank, wish)
+        state = State(captured.gm, captured.mode, where, rank, with_shares(wish, kind, captured, where, rank))
         compiled = run_pipeline(state)
         compiled.report.graph, compiled.report.break_reason = len(graphs) + 1, break_reason(gm)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
@@ -112,7 +112,7 @@ def explain(
     weights = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return Explanation(
         name or type(model).__name__, asked, where, rank, tuple(graphs), sum(weights.values()),
-        time.perf_counter() - begun, stopped,
+        time.perf_counter() - begun, stopped, kind,
     )  # fmt: skip
 
 

@@ -121,9 +121,10 @@ class Explained:
         topology: it.
         rank: whose graph is shown.
         graphs: the model's, in the order in which they run.
-        weight_bytes: parameters and buffers, which every rank holds whole.
+        weight_bytes: parameters and buffers of the model, whole.
         seconds: how long tracing, planning and rewriting took.
         stopped: why the model's own code did not run to its end (code between graphs that needs values), or "".
+        weights: the backend's option: who holds them.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Explained:
     weight_bytes: int
     seconds: float
     stopped: str = ""
+    weights: str = "whole"
 
     @property
     def parts(self) -> tuple[ExplainedGraph, ...]:
@@ -179,7 +181,7 @@ class Explained:
             "seconds_to_explain": self.seconds,
             "stopped": self.stopped,
             "step": {"seconds": self.step_s, "exposed_s": self.exposed_s, "limit_s": self.limit_s},
-            "memory": {"heap_bytes": self.heap_bytes, "weight_bytes": self.weight_bytes},
+            "memory": {"heap_bytes": self.heap_bytes, "weight_bytes": self.weight_bytes, "weights": self.weights},
             "graphs": [_plain_graph(graph) for graph in self.graphs],
         }
 

@@ -22,12 +22,13 @@ from sfcompile.one_style import merged, model_call
 from sfcompile.options import AS_IT_IS, Options
 from sfcompile.passes.report.report import groups_do
 from sfcompile.passes.runner import Compiled, run_pipeline
-from sfcompile.passes.state import Asked, Choices, State
+from sfcompile.passes.state import Asked, Choices, ShardedWeights, State
 from sfcompile.prediction.timeline import write_perfetto, write_png
 from sfcompile.runtime.program.formats import words
 from sfcompile.runtime.program.intervals import count
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.program.weight_rows import can_be_cut
 
 
 @dataclass(frozen=True)
@@ -188,14 +189,14 @@ def simulate(
     """
     where = topology if isinstance(topology, Topology) else Topology.parse(topology)
     args, kwargs = model_call(inputs, named, args, kwargs)
-    wish = asked_of(options, {"mesh": mesh, "schedule": schedule, "placement": placement, "wire": wire})
+    wish, weights = asked_of(options, {"mesh": mesh, "schedule": schedule, "placement": placement, "wire": wire})
     begun = time.perf_counter()
     planned: list[Choices] = []
     steps: list[Step] = []
     warnings: list[str] = []
 
     def visit(gm: fx.GraphModule, captured: Captured) -> None:
-        state = State(captured.gm, captured.mode, where, 0, wish)
+        state = State(captured.gm, captured.mode, where, 0, with_shares(wish, weights, captured, where, 0))
         compiled = run_pipeline(state)
         steps.append(step_of(compiled, 0, where))
         warnings.extend(compiled.report.warnings)
@@ -208,8 +209,8 @@ def simulate(
     return Prediction(name or type(model).__name__, where, _joined(planned), tuple(steps), taken_s, tuple(warnings))
 
 
-def asked_of(options: Mapping[str, Any] | None, spelled: Mapping[str, Any]) -> Asked:
-    """What the passes read of the backend's options, some of which may be spelled as keywords of their own.
+def asked_of(options: Mapping[str, Any] | None, spelled: Mapping[str, Any]) -> tuple[Asked, str]:
+    """What the passes read of the backend's options, some perhaps spelled as keywords, and the option "weights".
 
     Raises:
         OptionError: a bad option, one that is given twice, or one that no prediction knows.
@@ -224,14 +225,23 @@ def asked_of(options: Mapping[str, Any] | None, spelled: Mapping[str, Any]) -> A
             "the plan is priced for attention that computes chunk by chunk, not for kernels that hold the waits",
             "leave attention out; sfcompile kernels shows what would be generated",
         )
-    if asked.weights != "whole":
-        raise OptionError(
-            f"weights={asked.weights!r} cannot be predicted",
-            "what is said of memory is for ranks that hold all weights each",
-            "leave weights out; the plan is the same",
-        )
     shard = asked.placement == "shard"
-    return Asked(asked.mesh, asked.schedule, shard_everything=shard, order=asked.passes, wire=asked.wire)
+    wish = Asked(asked.mesh, asked.schedule, shard_everything=shard, order=asked.passes, wire=asked.wire)
+    return wish, asked.weights
+
+
+def with_shares(asked: Asked, weights: str, captured: Captured, topology: Topology, rank: int) -> Asked:
+    """What is asked of one graph: with ``weights="sharded"`` on several machines its large weights are in shares."""
+    if weights != "sharded" or topology.num_machines == 1:
+        return asked
+    inputs = [node.meta["val"] for node in captured.gm.graph.nodes if node.op == "placeholder"]
+    candidates = set(captured.parameters) - set(captured.written)
+    places = tuple(
+        at
+        for at, (i, value) in enumerate(zip(captured.tensor_inputs, inputs, strict=True))
+        if i in candidates and can_be_cut(value.shape, value.stride(), value.element_size(), topology.num_ranks)
+    )
+    return replace(asked, parts=(), weights=ShardedWeights(places, topology, rank)) if places else asked
 
 
 def step_of(compiled: Compiled, rank: int, job: Topology) -> Step:

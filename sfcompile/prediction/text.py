@@ -68,8 +68,19 @@ def memory_rows(explained: Explained) -> list[tuple[str, str, str]]:
     """What a rank must hold: ``(name, size, in words)``."""
     return [
         ("heap", size(explained.heap_bytes), "symmetric memory per rank, two banks shared by all layers and steps"),
-        ("weights", size(explained.weight_bytes), "whole on every rank: tokens are split, weights are not"),
+        ("weights", size(explained.weight_bytes), _who_holds_weights(explained)),
     ]
+
+
+def _who_holds_weights(explained: Explained) -> str:
+    if explained.weights == "whole":
+        return "whole on every rank: tokens are split, weights are not"
+    lines = [graph.report.weights for graph in explained.graphs if graph.report is not None and graph.report.weights]
+    if lines:
+        return "; ".join(lines)
+    if explained.weights == "sharded" and explained.topology.num_machines > 1:
+        return "whole on every rank: none is large enough to be cut"
+    return "the large ones once for the ranks of a machine, on CPU ranks"
 
 
 def left_of(graph: ExplainedGraph) -> list[Left]:

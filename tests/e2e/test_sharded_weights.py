@@ -1,4 +1,4 @@
-"""A model whose large weights lie once on every machine: exact, private to write to, and one error for all."""
+"""A model whose large weights lie once on every machine, or in shares on all: exact, and one error for all ranks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import sharded_weight_ranks
+import weight_share_ranks
 from processes import run_outcomes, run_processes
 
 from sfcompile.errors import OptionError, PeerDiedError, RankMismatchError, WeightsError
+from sfcompile.runtime.program.intervals import slice_of
+from sfcompile.runtime.program.weight_rows import places_of
 
 pytestmark = pytest.mark.ranks
 
@@ -49,5 +52,43 @@ def test_what_one_rank_cannot_do_is_an_error_on_both(folder: str) -> None:
 
 def test_a_rank_that_is_killed_meanwhile(folder: str) -> None:
     first, second = run_outcomes(2, sharded_weight_ranks.killed, (folder,))
+    assert isinstance(first.error, PeerDiedError) and "rank 1" in str(first.error)
+    assert second.exit_code == -9
+
+
+@pytest.mark.parametrize("machine_of", [(0, 1), (0, 0, 1, 1)])
+def test_weights_in_shares_are_exact(machine_of: tuple[int, ...]) -> None:
+    """To the last bit those of whole weights, after every write, in a graph and beside it."""
+    for rank, seen in enumerate(run_processes(len(machine_of), weight_share_ranks.exact, machine_of=machine_of)):
+        steps = ("first", "again", "eager", "cut", "tied", "fused", "other weights", "shares", "state")
+        assert [name for name in steps if not seen[name]] == []
+        assert ["in shares: a rank holds" in line for line in seen["lines"]] == [True, False]
+        places = places_of(machine_of)
+        start, stop = slice_of(211, len(machine_of), places[rank])
+        assert seen["rows"] == stop - start
+        # Two banks, each of one weight at most, beside signals and the pieces of what is gathered outside of a graph.
+        assert seen["heap"] <= 2 * max(seen["largest"], len(machine_of) << 20) + (1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("machine_of", "inner"),
+    [((0, 0, 1), "eager"), pytest.param((0, 1), "inductor", marks=pytest.mark.thorough)],
+)
+def test_weights_in_shares_that_were_never_whole(folder: str, machine_of: tuple[int, ...], inner: str) -> None:
+    held = run_processes(len(machine_of), weight_share_ranks.loaded, (folder, inner), machine_of=machine_of)
+    assert all(worst <= 1e-5 for worst, _, _ in held)
+    assert sum(own for _, own, _ in held) == held[0][2] > 0
+
+
+def test_what_goes_wrong_with_shares_is_an_error_on_both() -> None:
+    for errors in run_processes(2, weight_share_ranks.faults, machine_of=(0, 1)):
+        assert [type(error) for error in errors] == [OptionError, RankMismatchError, RankMismatchError]
+        whole, other, alone = map(str, errors)
+        assert "sfcompile.shard_weights(model)" in whole and "weights differ between rank 0 and rank 1" in other
+        assert "not in the same call" in alone
+
+
+def test_a_rank_that_is_killed_while_weights_are_gathered() -> None:
+    first, second = run_outcomes(2, weight_share_ranks.killed, machine_of=(0, 1))
     assert isinstance(first.error, PeerDiedError) and "rank 1" in str(first.error)
     assert second.exit_code == -9

@@ -82,7 +82,7 @@ def test_a_failing_pass_leaves_the_dump_up_to_it(tmp_path: Path, monkeypatch: py
         (("analyse_attention", "choose_axes"), "pass choose_axes needs tokens.*analyse_tokens makes it"),
         (("analyse_attention",), "pass report_graph needs tokens.*analyse_tokens makes it"),
         (tuple(n for n in NAMES if n != "choose_layouts"), "pass choose_axes needs layouts.*choose_layouts makes it"),
-        (tuple(n for n in NAMES if n != "rewrite_local"), "pass order_puts needs local.*rewrite_local makes it"),
+        (tuple(n for n in NAMES if n != "rewrite_local"), "pass rewrite_weights needs local.*rewrite_local makes it"),
         (tuple(n for n in NAMES if n != "build_schedules"), "pass report_graph needs programs.*build_schedules makes"),
     ],
 )
@@ -159,7 +159,7 @@ def test_passes_need_what_they_say_and_make_what_they_say(monkeypatch: pytest.Mo
     """Every pass is given only the fields that it says it needs, and fills those that it says it makes."""
     model, inputs = build("joint")
     got = captured(model, *inputs)
-    free = {"group", "fused_puts", "traffic"}  # these have a value from the start
+    free = {"group", "fused_puts", "traffic", "weights"}  # these have a value from the start
 
     def alone(entry: Pass) -> Pass:
         def run(state: State) -> object:

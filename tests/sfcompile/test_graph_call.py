@@ -61,7 +61,6 @@ def test_a_refusal_is_every_ranks() -> None:
         ({"weights": "sharded"}, "cuda", 1, "with a model on cuda"),
         ({"weights": "sharded-by-machine"}, "cuda", 2, "with a model on cuda"),
         ({"weights": "sharded", "transport": "c10d"}, "cpu", 1, "transport='c10d'"),
-        ({"weights": "sharded"}, "cpu", 2, "use weights='sharded-by-machine'"),
     ],
 )
 def test_where_weights_cannot_be_sharded(asked: dict[str, str], device: str, machines: int, text: str) -> None:
@@ -72,6 +71,7 @@ def test_where_weights_cannot_be_sharded(asked: dict[str, str], device: str, mac
 def test_where_weights_can_be_sharded() -> None:
     refuse_sharded(Options(), torch.device("cuda"), Topology.grid(2, 2))
     refuse_sharded(Options(weights="sharded"), torch.device("cpu"), Topology.grid(1, 2))
+    refuse_sharded(Options(weights="sharded"), torch.device("cpu"), Topology.grid(2, 2))
     refuse_sharded(Options(weights="sharded-by-machine"), torch.device("cpu"), Topology.grid(2, 2))
 
 

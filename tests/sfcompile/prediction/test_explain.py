@@ -96,9 +96,27 @@ def test_layers_alike_are_shown_once() -> None:
     layers = [block for block in graph.blocks if block.name.startswith("blocks.")]
     assert sum(block.alike for block in layers) == 6 and len(layers) <= 3
     assert found.weight_bytes == 6 * (64 * 192 + 192) * 4 and found.heap_bytes > 0
+    assert "whole on every rank: tokens are split" in str(found)
     (linear,) = [line for line in layers[-1].lines if line.text.startswith("linear")]
     assert linear.placement == "sharded" and linear.value == "f32[1, 1024, 192]"
     assert "qkv.weight" in linear.text and "test_explain.py" in linear.source and "self.qkv(x)" in linear.source
+
+
+def test_who_holds_the_weights() -> None:
+    with torch.device("meta"):
+        model, x = torch.nn.Linear(256, 768), torch.empty(1, 4096, 256)
+    texts = {
+        topology: str(explain(model, x, topology=topology, placement="shard", options={"weights": weights}))
+        for topology, weights in (("2x1", "sharded"), ("1x2", "sharded"), ("2x2", "sharded-by-machine"))
+    }
+    assert "1 in shares: a rank holds 0.4 of 0.8 MiB; 1 gatherings a step, 0.4 MiB come to a rank" in texts["2x1"]
+    assert "the large ones once for the ranks of a machine" in texts["1x2"]
+    assert "the large ones once for the ranks of a machine" in texts["2x2"]
+    with torch.device("meta"):
+        small = torch.nn.Linear(8, 8)
+        assert "none is large enough" in str(
+            explain(small, torch.empty(1, 64, 8), topology="2x1", options={"weights": "sharded"})
+        )
 
 
 def test_what_stays_whole_has_a_reason_and_a_line() -> None:

@@ -46,6 +46,32 @@ def test_nothing_is_computed() -> None:
     assert found.choices.main is not None and found.choices.main.best.kind == "torus"
 
 
+class Large(torch.nn.Module):
+    """Weights of 256 KiB, and small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.small = (torch.nn.Linear(256, n) for n in (768, 256, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(2, (4, 64)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.small(self.out(sdpa(q, k, v).transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("topology", ["2x1", "2x2", "1x2"])
+def test_weights_in_shares_are_part_of_the_step(topology: str) -> None:
+    with torch.device("meta"):
+        model, x = Large(), torch.empty(1, 4096, 256)
+    whole, shares = (
+        simulate(model, x, topology=topology, placement="shard", options={"weights": weights})
+        for weights in ("whole", "sharded")
+    )
+    stages = [len(found.steps[0].stages) for found in (whole, shares)]
+    gathered = {"2x1": 2, "2x2": 4, "1x2": 0}[topology]  # by two exchanges each where machines have several ranks
+    assert stages[1] - stages[0] == 2 * gathered
+    assert shares.step_s > whole.step_s if gathered else shares.step_s == whole.step_s
+
+
 def test_what_was_asked_for() -> None:
     found = predicted(schedule="ring")
     assert all(plan.best.kind == "ring" for plan in found.choices.plans.values())
@@ -77,7 +103,6 @@ def test_options_are_those_of_the_backend_and_nothing_is_said_twice() -> None:
         ({"args": inputs}, "inputs stand behind the model, and args= holds"),
         ({"options": {"topology": "1x2"}}, "topology is an argument of its own"),
         ({"options": {"attention": "triton"}}, "attention='triton' cannot be predicted"),
-        ({"options": {"weights": "sharded"}}, "weights='sharded' cannot be predicted"),
         ({"options": {"schedul": "ring"}}, "Did you mean 'schedule'"),
         ({"schedule": "usp", "options": options}, "schedule is given twice"),
     ):

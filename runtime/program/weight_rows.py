@@ -1,0 +1,65 @@
+"""Which rows of a weight each rank holds, where ranks hold the large weights of a model in shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from sfcompile.runtime.program.intervals import Runs, slice_of
+
+LARGE_BYTES = 1 << 16
+"""A weight of so many bytes or more is shared or cut; below that, pages, files and exchanges cost more than they save.
+"""
+
+
+def can_be_cut(shape: Sequence[int], strides: Sequence[int], item_bytes: int, ranks: int) -> bool:
+    """Whether a weight is large, has a row for every rank, and lies row after row."""
+    dense, step = True, 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        dense, step = dense and (stride == step or size == 1), step * size
+    return bool(shape) and shape[0] >= ranks and dense and step * item_bytes >= LARGE_BYTES
+
+
+@dataclass(frozen=True)
+class WeightRows:
+    """A weight of a whole ``shape``, cut along its first dim into one stretch of rows for every rank.
+
+    Attributes:
+        places: by rank, the how-manieth stretch it holds (:func:`places_of`).
+    """
+
+    shape: tuple[int, ...]
+    places: tuple[int, ...]
+
+    def rows(self, rank: int) -> tuple[int, int]:
+        """A rank's rows: ``[start, stop)``."""
+        return slice_of(self.shape[0], len(self.places), self.places[rank])
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of what a rank holds."""
+        start, stop = self.rows(rank)
+        return stop - start, *self.shape[1:]
+
+    @cached_property
+    def owned(self) -> tuple[Runs, ...]:
+        """Every rank's rows, as runs."""
+        return tuple(((start, stop - start),) for start, stop in map(self.rows, range(len(self.places))))
+
+
+def places_of(machine_of: Sequence[int]) -> tuple[int, ...]:
+    """By rank its place among the stretches: ranks that have one place in their machines hold neighbouring stretches,
+    so that a weight can come from other machines first, each row once, and then go round inside each.
+
+    Machines with unequal numbers of ranks: in the order of the ranks.
+    """
+    members: dict[int, list[int]] = {}
+    for rank, machine in enumerate(machine_of):
+        members.setdefault(machine, []).append(rank)
+    if len({len(ranks) for ranks in members.values()}) > 1:
+        return tuple(range(len(machine_of)))
+    places = [0] * len(machine_of)
+    for number, ranks in enumerate(members.values()):
+        for local, rank in enumerate(ranks):
+            places[rank] = local * len(members) + number
+    return tuple(places)

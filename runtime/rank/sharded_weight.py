@@ -1,0 +1,290 @@
+"""A weight of which this rank holds some rows: a tensor that looks whole.
+
+Where a compiled graph reads it, the graph gathers it (passes/rewrite_weights.py). Everything else that is done with it
+goes through here. What reads it gathers it too, in a call of its own that all ranks have to make; what writes to it
+writes this rank's rows; what would write to a view of it is refused, for that is a copy.
+
+No row is held twice, so ranks cannot hold different values of one; but they could write different things to their
+shares. So every weight keeps a *mark* of all that was written to it, taken from the written values as a whole, which is
+the same on all ranks that did the same; calls compare it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from sfcompile.errors import UnsupportedError, WeightsError
+from sfcompile.runtime.program.weight_rows import WeightRows
+from sfcompile.runtime.rank.calls import fingerprint
+from sfcompile.runtime.rank.shared_weights import obstacle_of
+from sfcompile.torch_private import FakeTensor, no_torch_function, tree_map, wrapper_tensor
+
+_aten = torch.ops.aten
+_SAME = {_aten.detach.default, _aten.alias.default}
+_ROW_BY_ROW = {_aten.clone.default, _aten._to_copy.default}
+"""Of a weight they make a weight, rows for rows."""
+_WRITES = {
+    _aten.copy_.default, _aten.fill_.Scalar, _aten.zero_.default, _aten.add_.Tensor, _aten.add_.Scalar,
+    _aten.sub_.Tensor, _aten.sub_.Scalar, _aten.mul_.Tensor, _aten.mul_.Scalar, _aten.div_.Tensor, _aten.div_.Scalar,
+}  # fmt: skip
+"""Writes of which a row's new values depend on nothing but that row of the operands: no rank needs another's rows."""
+
+Gather = Callable[["ShardedWeight"], torch.Tensor]
+"""Collective: all of a weight, as a plain tensor."""
+
+
+class History:
+    """What was done to a weight, and how it is gathered beside a compiled graph.
+
+    Attributes:
+        mark: of its values when it was cut, and of all that was written to it since: equal on ranks that did the same.
+    """
+
+    def __init__(self, gather: Gather, mark: int) -> None:
+        self.gather, self.mark = gather, mark
+
+
+class ShardedWeight(torch.Tensor):
+    """A weight in shares.
+
+    Attributes:
+        shard: this rank's rows, contiguous.
+        cut: which rows each rank holds; ``rank``: whose these are.
+        history: the mark, shared by all tensors that are this weight.
+    """
+
+    shard: torch.Tensor
+    cut: WeightRows
+    rank: int
+    history: History
+
+    @staticmethod
+    def __new__(
+        cls: type[ShardedWeight], shard: torch.Tensor, cut: WeightRows, rank: int, history: History
+    ) -> ShardedWeight:
+        """``shard`` as the rows of ``rank`` of a weight."""
+        assert tuple(shard.shape) == cut.local_shape(rank), (shard.shape, cut, rank)
+        weight: ShardedWeight = wrapper_tensor(cls, cut.shape, shard)
+        weight.shard, weight.cut, weight.rank, weight.history = shard, cut, rank, history
+        return weight
+
+    __torch_function__ = no_torch_function
+
+    def whole(self) -> torch.Tensor:
+        """Collective: all of it, as a plain tensor of this rank's own."""
+        return self.history.gather(self)
+
+    def rows_of(self, value: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a plain value that a whole weight could be combined with."""
+        start, stop = self.cut.rows(self.rank)
+        return value if value.dim() == 0 else value.expand(self.cut.shape)[start:stop]
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The same weight, without a gradient; set: other values, of which each rank takes its rows."""
+        with torch.no_grad():
+            return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if tuple(value.shape) != tuple(self.shape) or value.dtype != self.dtype or value.device != self.device:
+            raise UnsupportedError(
+                f"a sharded weight {self.dtype}{list(self.shape)} on {self.device} is given data {value.dtype}"
+                f"{list(value.shape)} on {value.device}",
+                "each rank takes its rows of it, in the place of the old ones",
+                "give it data of the same shape and dtype, or load and shard another model",
+            )
+        with torch.no_grad():
+            self.copy_(value)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        start, stop = self.cut.rows(self.rank)
+        return f"ShardedWeight({list(self.shape)}, {self.dtype}, rows {start} to {stop} on rank {self.rank})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["shard"], (self.cut, self.rank)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], facts: Any, size: Any, stride: Any) -> ShardedWeight:
+        cut, rank = facts
+        return ShardedWeight(inner["shard"], cut, rank, History(_refuse_gather, 0))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise WeightsError(
+            f"a sharded weight {list(self.shape)} is saved or sent, and this rank holds "
+            f"{self.shard.shape[0]} of its {self.shape[0]} rows",
+            "what is in the file would be a part of it",
+            "first make it whole, on every rank: {name: value.whole() if hasattr(value, 'whole') else value for "
+            "name, value in model.state_dict().items()}",
+        )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """What is done with it, beside a compiled graph."""
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, ShardedWeight):
+            if func in _SAME:
+                return ShardedWeight(first.shard, first.cut, first.rank, first.history)
+            if func in _ROW_BY_ROW and _stays(first, kwargs):
+                kwargs = {**kwargs, "memory_format": torch.contiguous_format}
+                history = History(first.history.gather, _mark(first.history.mark, func, [], kwargs.items()))
+                return ShardedWeight(func(first.shard, **kwargs), first.cut, first.rank, history)
+            if _writes_to_first(func):
+                return _write(func, first, args, kwargs)
+        return _read(func, args, kwargs)
+
+
+class WeightView(torch.Tensor):
+    """A view of a whole weight that was gathered: to be read. It is a copy, so a write to it would be lost.
+
+    Attributes:
+        value: a plain tensor.
+    """
+
+    value: torch.Tensor
+
+    @staticmethod
+    def __new__(cls: type[WeightView], value: torch.Tensor) -> WeightView:
+        """``value``, not to be written to."""
+        view: WeightView = wrapper_tensor(cls, value.shape, value)
+        view.value = value
+        return view
+
+    __torch_function__ = no_torch_function
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"WeightView({self.value!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.value.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Reads see a plain tensor."""
+        if args and isinstance(args[0], ShardedWeight) and _writes_to_first(func):
+            return ShardedWeight.__torch_dispatch__(func, types, args, kwargs)
+        return _read(func, args, kwargs or {})
+
+
+def _writes_to_first(func: Any) -> bool:
+    return bool(func._schema.arguments and _is_written(func._schema.arguments[0]))
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An op on whole values. Views of them are WeightViews.
+
+    Raises:
+        UnsupportedError: it writes to one of them.
+    """
+    whole: dict[int, torch.Tensor] = {}
+    tracing = False
+
+    def as_whole(value: Any) -> Any:
+        nonlocal tracing
+        if isinstance(value, WeightView):
+            return value.value
+        if not isinstance(value, ShardedWeight):
+            return value
+        if isinstance(value.shard, FakeTensor):  # what it would be
+            tracing = True
+            return value.shard.new_empty(value.cut.shape)
+        if id(value.shard) not in whole:
+            whole[id(value.shard)] = value.whole()
+        return whole[id(value.shard)]
+
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if isinstance(value, ShardedWeight | WeightView) and _is_written(argument):
+            raise UnsupportedError(
+                f"{func} writes to {'a view' if isinstance(value, WeightView) else 'an output'} of a sharded weight",
+                "this rank holds some rows of the weight, and what it reads is a copy: the write would be lost",
+                "write to the weight itself: weight.copy_(values), weight.add_(values) or weight.data = values",
+            )
+    result = func(*tree_map(as_whole, args), **tree_map(as_whole, kwargs))
+    aliases = any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns)
+    if aliases and not tracing:
+        return tree_map(lambda value: WeightView(value) if isinstance(value, torch.Tensor) else value, result)
+    return result
+
+
+def why_whole(weight: torch.Tensor, ranks: int) -> str:
+    """Why a plain weight cannot be cut into shares; "" if it can be."""
+    if weight.dim() == 0 or weight.shape[0] < ranks or not weight.is_contiguous():
+        return f"it has fewer rows than the {ranks} ranks, or is laid out in another order"
+    return obstacle_of(weight)
+
+
+def marks_of(weights: Sequence[ShardedWeight]) -> int:
+    """One mark for some weights."""
+    mark = 0
+    for weight in weights:
+        mark = zlib.crc32(weight.history.mark.to_bytes(4, "little"), mark)
+    return mark
+
+
+def _refuse_gather(weight: ShardedWeight) -> torch.Tensor:
+    raise UnsupportedError(
+        f"a sharded weight {list(weight.shape)} that a compiler made of its parts is read",
+        "it does not know the other ranks",
+        "read the model's own weight",
+    )
+
+
+def _stays(weight: ShardedWeight, kwargs: dict[str, Any]) -> bool:
+    """Whether a copy is one in the same place, laid out as a weight in shares is."""
+    device, layout = kwargs.get("device"), kwargs.get("memory_format")
+    return (device is None or torch.device(device) == weight.device) and layout in (
+        None, torch.preserve_format, torch.contiguous_format,
+    )  # fmt: skip
+
+
+def _write(func: Any, weight: ShardedWeight, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Write to a weight: to this rank's rows, from what each row needs, or from all of it."""
+    if isinstance(weight.shard, FakeTensor):
+        return weight
+    args, kwargs = tree_map(lambda value: value.value if isinstance(value, WeightView) else value, (args, kwargs))
+    others = [value for value in [*args[1:], *kwargs.values()] if isinstance(value, torch.Tensor)]
+    mark = _mark(weight.history.mark, func, others, [*args[1:], *kwargs.items()])
+    alike = all(not isinstance(other, ShardedWeight) or other.cut == weight.cut for other in others)
+    if func in _WRITES and alike:
+
+        def rows(value: Any) -> Any:
+            if isinstance(value, ShardedWeight):
+                return value.shard
+            return weight.rows_of(value) if isinstance(value, torch.Tensor) else value
+
+        func(weight.shard, *tree_map(rows, list(args[1:])), **tree_map(rows, kwargs))
+    else:
+
+        def as_whole(value: Any) -> Any:
+            return value.whole() if isinstance(value, ShardedWeight) else value
+
+        value = weight.whole()
+        func(value, *tree_map(as_whole, list(args[1:])), **tree_map(as_whole, kwargs))
+        weight.shard.copy_(weight.rows_of(value))
+        mark = _mark(mark, func, [value], [])
+    weight.history.mark = mark
+    return weight
+
+
+def _mark(mark: int, func: Any, tensors: Sequence[torch.Tensor], rest: Any) -> int:
+    """The mark after a write with these operands."""
+    words = [str(func), *(repr(value) for value in rest if not isinstance(value, torch.Tensor))]
+    for tensor in tensors:
+        if isinstance(tensor, ShardedWeight):
+            words.append(str(tensor.history.mark))
+        elif tensor.device.type != "meta":
+            words.append(str(fingerprint([tensor])))
+    return zlib.crc32("|".join(words).encode(), mark)

@@ -1,0 +1,29 @@
+"""Rows of a weight are dealt out once, and neighbouring ones to ranks of one place in their machines."""
+
+from __future__ import annotations
+
+import pytest
+
+from sfcompile.runtime.program.weight_rows import WeightRows, places_of
+
+
+@pytest.mark.parametrize(
+    ("machine_of", "places"),
+    [
+        ((0, 0), (0, 1)),
+        ((0, 1), (0, 1)),
+        ((0, 0, 1, 1), (0, 2, 1, 3)),
+        ((3, 1, 3, 1, 3, 1), (0, 1, 2, 3, 4, 5)),
+        ((0, 0, 0, 1), (0, 1, 2, 3)),
+    ],
+)
+def test_places(machine_of: tuple[int, ...], places: tuple[int, ...]) -> None:
+    assert places_of(machine_of) == places
+
+
+def test_every_row_is_one_ranks() -> None:
+    weight = WeightRows((7, 3), places_of((0, 0, 1, 1)))
+    rows = sorted(row for rank in range(4) for row in range(*weight.rows(rank)))
+    assert rows == list(range(7))
+    assert [weight.local_shape(rank) for rank in range(4)] == [(2, 3), (2, 3), (2, 3), (1, 3)]
+    assert weight.rows(1) == (4, 6) and weight.owned[1] == ((4, 2),)

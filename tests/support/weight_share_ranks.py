@@ -1,0 +1,119 @@
+"""Ranks on several machines that hold the large weights of a model in shares."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from sharded_weight_ranks import EAGER, WIDTH, inputs_of, model_of
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import sfcompile
+from sfcompile.backend import reports
+from sfcompile.errors import StreamFusionError
+from sfcompile.runtime.rank.session import current_session
+from sfcompile.runtime.rank.sharded_weight import ShardedWeight
+
+SHARES = {**EAGER, "weights": "sharded"}
+LARGE = 1 << 16
+
+
+def uneven(seed: int) -> nn.Module:
+    """The blocks with a layer between whose rows no number of ranks divides."""
+    torch.manual_seed(seed)
+    middle = nn.Sequential(nn.Linear(WIDTH, 211), nn.GELU(), nn.Linear(211, WIDTH)).requires_grad_(False)
+    blocks = model_of(seed)
+    return nn.Sequential(blocks[0], middle, blocks[1]).eval()  # type: ignore[index]
+
+
+def exact(rank: int) -> dict[str, Any]:
+    """A model in shares and the same one whole, written to alike: equal to the last bit after every write."""
+    model, twin, x, seen = uneven(0), uneven(0), inputs_of(), dict[str, Any]()
+    sfcompile.shard_weights(model, options=SHARES)
+    # Both with one plan: with whole weights tokens may be cut into parts, which adds in another order.
+    run, other = (torch.compile(m, backend="streamfusion", options=o) for m, o in ((model, SHARES), (twin, EAGER)))
+
+    def step(name: str) -> None:
+        with torch.inference_mode():
+            got, want = run(x), other(x)
+        seen[name] = torch.equal(got, want)
+
+    step("first")
+    seen["lines"] = [report.weights for report in reports()]
+    step("again")
+    with torch.no_grad():
+        seen["eager"] = torch.equal(model(x), twin(x))
+    large = [weight for weight in model.parameters() if weight.numel() * 4 >= LARGE]
+    seen["cut"] = all(isinstance(weight, ShardedWeight) for weight in large)
+    seen["tied"] = model[0].again.weight is model[0].out.weight  # type: ignore[union-attr, union-attr, index]
+    shard = model[1][0].weight.shard  # type: ignore[index, union-attr]
+    seen["rows"] = shard.shape[0]
+    for each in (model, twin):
+        each[0].qkv.weight.data += 0.25  # type: ignore[index, union-attr, operator]
+    step("fused")
+    for each in (model, twin):
+        each.load_state_dict(uneven(5).state_dict())
+    step("other weights")
+    seen["shares"] = all(isinstance(weight, ShardedWeight) for weight in large)
+    state = {name: value.whole() if hasattr(value, "whole") else value for name, value in model.state_dict().items()}
+    seen["state"] = all(torch.equal(state[name], value) for name, value in twin.state_dict().items())
+    seen["heap"], seen["largest"] = current_session().heap_bytes, 3 * WIDTH * WIDTH * 4
+    return seen
+
+
+def loaded(rank: int, folder: str, inner: str) -> tuple[float, int, int]:
+    """A model that was never whole: largest difference to one process; bytes of its large weights here, and in all."""
+    options = {**SHARES, "inner": inner}
+    model = sfcompile.load_sharded(model_of(0, "meta"), Path(folder), options=options)
+    with torch.no_grad():
+        got = torch.compile(model, backend="streamfusion", options=options)(inputs_of())
+        worst = float((got - model_of(0)(inputs_of())).abs().max())
+    cut = [weight for weight in model.parameters() if isinstance(weight, ShardedWeight)]
+    return worst, sum(w.shard.numel() * 4 for w in cut), sum(w.numel() * 4 for w in cut)
+
+
+def faults(rank: int) -> list[StreamFusionError]:
+    """What every rank raises where weights are whole, where one writes alone, and where one loads another model."""
+    errors, x = list[StreamFusionError](), inputs_of()
+
+    def attempt(call: Any) -> None:
+        try:
+            call()
+        except BackendCompilerFailed as error:
+            assert isinstance(error.inner_exception, StreamFusionError)
+            errors.append(error.inner_exception)
+        except StreamFusionError as error:
+            errors.append(error)
+
+    with torch.no_grad():
+        attempt(lambda: torch.compile(model_of(0), backend="streamfusion", options=SHARES)(x))
+        attempt(lambda: sfcompile.shard_weights(model_of(rank), options=SHARES))
+        model = sfcompile.shard_weights(model_of(0), options=SHARES)
+        run = torch.compile(model, backend="streamfusion", options=SHARES)
+        want = model_of(0)(x)
+        assert float((run(x) - want).abs().max()) < 1e-5
+        if rank == 1:
+            model[0].qkv.weight.add_(1.0)  # type: ignore[index, union-attr]
+        attempt(lambda: run(x))
+        if rank == 0:
+            model[0].qkv.weight.add_(1.0)  # type: ignore[index, union-attr]
+        twin = model_of(0)
+        twin[0].qkv.weight.add_(1.0)  # type: ignore[index, union-attr, operator]
+        assert float((run(x) - twin(x)).abs().max()) < 1e-5
+    return errors
+
+
+def killed(rank: int) -> None:
+    """Rank 1 ends when a weight is gathered."""
+    model = sfcompile.shard_weights(model_of(0), options=SHARES)
+    run = torch.compile(model, backend="streamfusion", options={**SHARES, "timeout_s": 20.0})
+    with torch.no_grad():
+        run(inputs_of())
+        session = current_session()
+        if rank == 1:
+            session.receive = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
+        run(inputs_of())
