@@ -16,6 +16,7 @@ from sfcompile.passes.graph.cost import flops
 from sfcompile.passes.graph.layout import Layout
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.rules.linked import Linked
+from sfcompile.passes.rules.per_head import PerHead
 from sfcompile.passes.rules.rule import Side, find_rule
 from sfcompile.passes.rules.windows import Windowed
 from sfcompile.passes.state import Site, State, Tokens
@@ -32,7 +33,7 @@ _GRID_SEEDS = 2
 def run(state: State) -> None:
     """The pass: fills ``tokens`` from attentions' queries, keys and folded batches, grids, and rows of products."""
     graph = state.gm.graph
-    seeds = [*seeds_of(state.sites), *folded_seeds(graph, state.sites)]
+    seeds = [*seeds_of(state.sites), *seeds_of_rules(graph), *folded_seeds(graph, state.sites)]
     state.tokens = analyse_tokens(graph, seeds, state.topology.num_ranks)
 
 
@@ -44,6 +45,17 @@ def seeds_of(sites: Sequence[Site], axis: str = "tokens") -> list[tuple[fx.Node,
     if axis == "batch":
         return [(site.q, 0) for site in sites if site.q.meta["val"].dim() == 4]
     return [(value, value.meta["val"].dim() - 2) for site in sites for value in (site.q, site.k)]
+
+
+def seeds_of_rules(graph: fx.Graph) -> list[tuple[fx.Node, int]]:
+    """Tokens of attentions that are no sites, but ops which only their rules know (rules/per_head.py)."""
+    seeds: list[tuple[fx.Node, int]] = []
+    for node in graph.nodes:
+        op = OpView.of(node)
+        rule = find_rule(op) if op is not None and op.namespace != "aten" else None
+        if op is not None and isinstance(rule, PerHead):
+            seeds += rule.seeds(op)
+    return seeds
 
 
 def folded_seeds(graph: fx.Graph, sites: Sequence[Site]) -> list[tuple[fx.Node, int]]:

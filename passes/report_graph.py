@@ -17,6 +17,7 @@ from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import OpView, is_getitem
 from sfcompile.passes.graph.stages import stages_of, without
 from sfcompile.passes.report.report import GraphReport, Left, short_source
+from sfcompile.passes.rules.per_head import PerHead
 from sfcompile.passes.state import State
 from sfcompile.runtime.program.formats import words
 from sfcompile.runtime.program.sites import AttentionSite
@@ -71,6 +72,7 @@ def report_graph(state: State) -> GraphReport:
     names = {site.name for site in state.local.sites if isinstance(site, AttentionSite)}
     report.sharded_sites = sum(site.node.name in names for site in state.sites)
     report.local_sites = len(state.sites) - report.sharded_sites
+    report.by_heads = sum(isinstance(state.tokens.rules.get(node), PerHead) for node in state.placement.needs)
     _list_traffic(state, report)
     _list_whole_ops(state, report)
     report.warnings += _likely_attentions(state)

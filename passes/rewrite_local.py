@@ -18,6 +18,7 @@ from sfcompile.passes.graph.layout import Key, Layout, OpLayouts, Owners, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import is_getitem, is_tensor, shape_of
 from sfcompile.passes.rules.attention import Attention
+from sfcompile.passes.rules.rule import statistics_bytes
 from sfcompile.passes.state import Layouts, Placement, State, Tokens, Traffic
 from sfcompile.torch_private import OpOverload
 
@@ -115,7 +116,8 @@ class _Rewriter:
                 self._sharded(node)
             elif is_getitem(node) and node.args[0] in self._shards:
                 outputs = [
-                    view.getitem(several, node.args[1])
+                    # A rule may give the first result alone, where no other is used (per_head.py).
+                    several if is_tensor(several) else view.getitem(several, node.args[1])
                     for view, several in zip(self._views, self._shards[node.args[0]], strict=True)
                 ]
                 if 0 in shape_of(node):  # no tokens: the same empty value on every rank
@@ -139,6 +141,8 @@ class _Rewriter:
         ins = [need if isinstance(need, Layout) else None for need in self._placement.needs[node]]
         asked = OpLayouts(ins, chosen.outs, self._owners)
         rule = self._tokens.rules[node]
+        if len(self._views) > 1 and statistics_bytes(rule, op, asked):
+            raise CannotSplit(f"{node.name} meets other ranks inside")
         if len(self._views) > 1 and isinstance(rule, Attention) and rule.torus(op, asked):
             shards = self._local.attention_in_parts(op, asked, operands, self._views)
         else:

@@ -12,7 +12,8 @@
   planner on every mesh, and can be asked for with ``options={"schedule": name}``. The checker proves it before it is
   priced, and again before it runs: a wrong one is refused with its reason, it cannot give a wrong answer or hang.
 * An **attention** that a library computes in an op of its own is read by a function that says where q, k, v, scale and
-  mask stand among the op's arguments (:func:`register_attention`).
+  mask stand among the op's arguments (:func:`register_attention`); one whose kernel shall stay as it is, on some of the
+  heads, by one that says which dims are tokens and heads (:func:`register_per_head_attention`).
 * A **topology** is a set of constants under a name, used as ``"4x8:name"``.
 
 Register on every rank, before the model is compiled: ranks compare the options they compile with.
@@ -32,10 +33,14 @@ from sfcompile.codegen.schedule import builders
 from sfcompile.codegen.schedule.builders import BUILDERS, Builder
 from sfcompile.errors import OptionError
 from sfcompile.passes import pipeline
+from sfcompile.passes.graph import cost
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.pipeline import PIPELINE, Pass
+from sfcompile.passes.rules import per_head
 from sfcompile.passes.rules import rule as op_rules
 from sfcompile.passes.rules.linked import Linked, Names, aligned
+from sfcompile.passes.rules.per_head import Dims
+from sfcompile.passes.rules.per_head import Reader as HeadsReader
 from sfcompile.passes.rules.rule import Rule
 from sfcompile.passes.rules.rule import register_rule as register_op_rule
 from sfcompile.passes.runner import FIELDS, OLD_NAMES
@@ -46,12 +51,14 @@ from sfcompile.runtime.program.topology import Topology
 
 __all__ = [
     "AttentionCall",
+    "Dims",
     "State",
     "check_op_rule",
     "passes",
     "register_attention",
     "register_op_rule",
     "register_pass",
+    "register_per_head_attention",
     "register_row_wise",
     "register_schedule",
     "register_topology",
@@ -179,13 +186,37 @@ def register_attention(op: str, reader: Reader) -> None:
     Raises:
         OptionError: ``op`` is not of that form.
     """
+    attention_calls.READERS[_op_name(op)] = reader
+
+
+def register_per_head_attention(op: str, reader: HeadsReader) -> None:
+    """Have calls of an attention op computed by heads: every rank runs the op as it is, on all tokens of its heads.
+
+    For kernels of which no more is known than that heads are independent: quantised, block-sparse, packed ones. The
+    results are those of the op on one device, head by head. Tokens travel twice, as in Ulysses, and at most as many
+    ranks compute as there are heads of keys and values; where the call is softmax(q k^T) v,
+    :func:`register_attention` shards it further.
+
+    Args:
+        op: its name with its namespace, as in its schema: ``"library::attention"``. It need not be loaded yet.
+        reader: ``(arguments by the schema's names, defaults filled in) -> Dims | None``: which dims of the tensors are
+            tokens and heads, as in ``Dims({"q": "LHD", "k": "LHD", "v": "LHD"}, "LHD")``; None leaves the call whole.
+            Tensors are there as things with a ``shape``. Only the op's first result may be used by the model.
+
+    Raises:
+        OptionError: ``op`` is not of that form.
+    """
+    per_head.register_per_head(_op_name(op), reader)
+
+
+def _op_name(op: str) -> str:
     if op.count("::") != 1 or not all(op.split("::")):
         raise OptionError(
             f"an op cannot be named {op!r}",
             "a name with its namespace is needed",
             "write 'library::op', without '.default'",
         )
-    attention_calls.READERS[op] = reader
+    return op
 
 
 def register_topology(name: str, **constants: Any) -> None:
@@ -209,6 +240,8 @@ def scope() -> Iterator[None]:
         topology_presets.PRESETS,
         op_rules.RULES,
         attention_calls.READERS,
+        per_head.PER_HEAD,
+        cost.FORMULAS,
     ]
     before = [dict(table) for table in tables]
     names = set(options.REGISTERED_SCHEDULES)

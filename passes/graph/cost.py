@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -36,6 +37,10 @@ _PRODUCTS = {
     "scaled_dot_product_attention", "_scaled_mm", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "matrix_exp",
 }  # fmt: skip
 """Ops of torch that are products, whether there is a formula for them or not."""
+
+
+FORMULAS: dict[str, Callable[[OpView], float | None]] = {}
+"""FLOPs of other libraries' ops, by their names with the namespace."""
 
 
 def value_bytes(node: fx.Node) -> int:
@@ -77,6 +82,8 @@ def _formula(op: OpView) -> float | None:
         return 2.0 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
     if op.name == "opaque":
         return OPAQUE[str(op.args["key"])].flops or None
+    if f"{op.namespace}::{op.name}" in FORMULAS:
+        return FORMULAS[f"{op.namespace}::{op.name}"](op)
     if op.name in ("mv", "_int_mm"):
         return 2.0 * math.prod(op.operands[0].shape) * (op.operands[1].shape[-1] if op.name == "_int_mm" else 1)
     formula = flop_registry.get(getattr(op.node.target, "_overloadpacket", None))
@@ -114,7 +121,8 @@ def seconds(op: OpView, topology: Topology) -> float:
     moved = value_bytes(op.node) + sum(value_bytes(operand.node) for operand in op.operands)
     if op.name in _READ_TWICE:
         moved += value_bytes(op.operands[0].node)
-    rate = topology.attention_flops_per_s if op.name == "scaled_dot_product_attention" else None
+    attention = op.name == "scaled_dot_product_attention" or f"{op.namespace}::{op.name}" in FORMULAS
+    rate = topology.attention_flops_per_s if attention else None
     return max(flops(op) / (rate or topology.flops_per_s), moved / topology.memory_bytes_per_s)
 
 

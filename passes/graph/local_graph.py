@@ -17,6 +17,7 @@ from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.graph.attention_site import attention_site
 from sfcompile.passes.graph.layout import Layout, OpLayouts, Ownership, Shape, Window
 from sfcompile.passes.graph.op_view import FakeMode, OpView
+from sfcompile.runtime.program.intervals import Runs
 from sfcompile.runtime.program.sites import AnySite, ExchangeSite
 from sfcompile.runtime.rank import ops as runtime_ops  # registers torch.ops.streamfusion
 
@@ -251,9 +252,15 @@ class LocalGraph:
             wanted = need.wanted
         else:
             wanted = tuple(self.owners.dim_runs(need, rank) for rank in ranks)
+        return self.trade(node, shape, layout.dim, owned, need.dim, wanted)
+
+    def trade(
+        self, node: fx.Node, shape: Shape, dim: int, owned: tuple[Runs, ...], into: int, wanted: tuple[Runs, ...]
+    ) -> fx.Node:
+        """What this rank wants along ``into`` of a value of ``shape``, of which ranks own positions of ``dim``."""
         dtype = node.meta["val"].dtype
         name = f"{self.origin.name if self.origin else 'value'}"
-        site = ExchangeSite(name, shape, dtype, layout.dim, 1, 1, owned, need.dim, wanted)
+        site = ExchangeSite(name, shape, dtype, dim, 1, 1, owned, into, wanted)
         self.sites.append(site)
         return self._exchange(node, len(self.sites) - 1, site.wanted_shape(self.rank), dtype)
 

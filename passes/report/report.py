@@ -37,6 +37,7 @@ class GraphReport:
         axes: per token axis ``(tokens, segments, attention FLOPs)``, heaviest first.
         sharded_sites, local_sites: attentions rewritten to put / attend / collect, and those that run on local queries.
         sharded_ops, replicated_ops: op counts.
+        by_heads: attentions that stay in their library's kernel, on all tokens of a rank's heads.
         total_flops, rank_flops: matmul, convolution and attention FLOPs of the whole graph and of each rank.
         replicated: token ops left whole, costliest first; gathered: all-gathers in the graph; moved: values that ranks
             exchange in part (halos, other cuts, another dim), with the bytes that arrive at all ranks.
@@ -71,6 +72,7 @@ class GraphReport:
     axes: tuple[tuple[int, int, float], ...] = ()
     sharded_sites: int = 0
     local_sites: int = 0
+    by_heads: int = 0
     sharded_ops: int = 0
     replicated_ops: int = 0
     total_flops: float = 0.0
@@ -114,10 +116,12 @@ class GraphReport:
     def headline(self) -> str:
         """The plan in one line."""
         gathers = f"{len(self.gathered)} gather{'s' * (len(self.gathered) != 1)}"
+        by_heads = f", {self.by_heads} by heads in their library's kernel" if self.by_heads else ""
         broken = f"; ended by a graph break: {self.break_reason}" if self.break_reason else ""
+        plan = self.schedule or ("attention by heads" if self.by_heads else "no attention sharded")
         return (
-            f"{self.schedule or 'no attention sharded'}, {self.sharded_sites} sharded and {self.local_sites} local "
-            f"attentions, {gathers}, busiest rank {self.share:.2f} x FLOPs/{self.num_ranks}, "
+            f"{plan}, {self.sharded_sites} sharded and {self.local_sites} local attentions{by_heads}, {gathers}, "
+            f"busiest rank {self.share:.2f} x FLOPs/{self.num_ranks}, "
             f"{len(self.left_behind)} token ops not sharded{self._unknown}{broken}"
         )
 

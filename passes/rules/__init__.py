@@ -8,6 +8,6 @@ May import: the leaves, runtime/program and passes/graph.
 
 from __future__ import annotations
 
-from sfcompile.passes.rules import attention, conv, index, linked, lookup, norm, pad, reduce, resample, view
+from sfcompile.passes.rules import attention, conv, index, linked, lookup, norm, pad, per_head, reduce, resample, view
 
-__all__ = ["attention", "conv", "index", "linked", "lookup", "norm", "pad", "reduce", "resample", "view"]
+__all__ = ["attention", "conv", "index", "linked", "lookup", "norm", "pad", "per_head", "reduce", "resample", "view"]

@@ -138,5 +138,6 @@ READERS |= {
     "flash_attn::_flash_attn_forward": flash,
     "flash_attn_3::fwd": flash,
     "flash_attn_3::_flash_attn_forward": flash,
+    "_diffusers_flash_attn_3::_flash_attn_forward": flash,
     "xformers::efficient_attention_forward_cutlass": cutlass,
 }

@@ -1,0 +1,255 @@
+"""Rule for attention of which it is known only that heads do not look at each other: quantised, sparse and packed
+kernels, called as an op of their own.
+
+Such an op needs all tokens, but only some of the heads. So ranks trade tokens for heads before it and heads for tokens
+after it (the all-to-all of DeepSpeed-Ulysses, arXiv 2309.14509), and the op itself stays as it is: every rank runs it
+on all tokens of its own heads, exactly as one device does for those heads. What is known only as a number (lengths of
+packed sequences, a block mask without heads) is whole on every rank.
+
+An op is named with a :class:`Reader` (:func:`register_per_head`, open to users in sfcompile/extend.py), which says
+which dims of its tensors are tokens and heads. FlashAttention's packed forms are known here, and those calls of its
+other forms that are more than softmax(q k^T) v (a window, a soft cap): nobody else has to name them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sfcompile.passes.graph.cost import FORMULAS, value_bytes
+from sfcompile.passes.graph.labels import LabelSpace
+from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
+from sfcompile.passes.graph.local_graph import LocalGraph
+from sfcompile.passes.graph.op_view import Operand, OpView
+from sfcompile.passes.rules.rule import RULES, Rule, Side, Spread
+from sfcompile.runtime.program.intervals import Runs, slice_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Which dims of an op's tensors are what, a letter for each dim: "BLHD", "LHD", "BHLD".
+
+    L are tokens, H heads, B samples; other letters mean nothing. Tensors that are not named are whole on every rank.
+
+    Attributes:
+        tensors: by the names of the op's arguments. The first is q, whose tokens are those of the output; all others
+            that have L share its tokens with each other. One with H but without L (slopes, a scale of each head) is
+            cut by heads. Heads of k and v may be fewer, each for as many of q.
+        out: of the op's first result, the only one that may be used.
+    """
+
+    tensors: Mapping[str, str]
+    out: str
+
+
+Reader = Callable[[Mapping[str, Any]], Dims | None]
+"""From an op's arguments by the names of its schema, tensors among them as things with ``shape``; None: this call
+looks across heads, or is something else."""
+
+
+class PerHead:
+    """An op whose heads are independent; ``dims`` says where they are."""
+
+    def __init__(self, op: OpView, dims: Dims) -> None:
+        named = {name: op.args[name] for name in dims.tensors if isinstance(op.args.get(name), Operand)}
+        self.names = {operand.index: dims.tensors[name] for name, operand in named.items()}
+        self.out = dims.out
+        self.query = op.args[next(iter(dims.tensors))].index
+
+    def heads(self, op: OpView) -> int:
+        """The heads that ranks share out: the fewest of any tensor, which are those of k and v."""
+        return min(op.operands[i].shape[names.index("H")] for i, names in self.names.items() if "H" in names)
+
+    def seeds(self, op: OpView) -> list[tuple[fx.Node, int]]:
+        """Where tokens are: of q, and of the first other tensor that has some."""
+        others = [i for i, names in self.names.items() if "L" in names and i != self.query]
+        return [(op.operands[i].node, self.names[i].index("L")) for i in (self.query, *others[:1])]
+
+    def _side(self, side: Side) -> str:
+        return self.out if side[0] == "out" else self.names.get(side[1], "")
+
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
+        """Tokens of q are those of the output; those of k and v belong together; samples belong together."""
+        names = self._side(side)
+        letter = names[layout.dim : layout.dim + 1]
+        if letter not in ("L", "B") or (side[0] == "out" and side[1] != 0):
+            return []
+        ins = [i for i in self.names if letter in self.names[i]]
+        if letter == "L":
+            queries = side == ("in", self.query) or side[0] == "out"
+            ins = [i for i in ins if (i == self.query) == queries]
+        sides: list[tuple[Side, tuple[int, ...]]] = [(("in", i), op.operands[i].shape) for i in ins]
+        if letter in self.out and (letter == "B" or side == ("in", self.query)):
+            sides.append((("out", 0), op.out_shapes[0]))
+        places = [(other, shape, self._side(other).index(letter)) for other, shape in sides if other != side]
+        return [(other, layout.at(dim)) for other, shape, dim in places if shape[dim] == layout.size]
+
+    def _letter(self, chosen: OpLayouts) -> str:
+        out = chosen.outs[0]
+        return "" if out is None or out.dim >= len(self.out) else self.out[out.dim]
+
+    def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
+        """Shards of tokens as they come, or of samples; what is read whole only gives this rank's heads."""
+        out, letter = chosen.outs[0], self._letter(chosen)
+        if out is None or letter not in ("L", "B") or any(op.outputs[1:]) or out.outer != 1 or out.inner != 1:
+            return None
+        needs: list[Need] = [None] * len(op.operands)
+        for i, names in self.names.items():
+            if letter == "B":
+                needs[i] = out.at(names.index("B")) if "B" in names else None
+                if "B" in names and op.operands[i].shape[names.index("B")] != out.size:
+                    return None
+            elif i == self.query:
+                needs[i] = out.at(names.index("L"))
+            elif "L" in names:
+                own = chosen.ins[i]
+                token = own is not None and own.dim == names.index("L") and own.outer == own.inner == 1
+                needs[i] = own if token else None
+        return needs
+
+    def partial(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
+        """Never a sum over tokens."""
+        return None
+
+    def statistics(self, op: OpView, chosen: OpLayouts) -> int:
+        """Bytes that every rank gives every other: its part of q, k, v and the output in an even all-to-all."""
+        if self._letter(chosen) != "L":
+            return 0
+        travel = sum(
+            value_bytes(op.operands[i].node) for i, names in self.names.items() if "L" in names and "H" in names
+        )
+        output = op.outputs[0]
+        return -(-(travel + (value_bytes(output) if output is not None else 0)) // chosen.owners.num_ranks**2)
+
+    def emit(self, op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """Tokens for heads, the op on all tokens of this rank's heads, heads for tokens."""
+        out = chosen.outs[0]
+        assert out is not None
+        if self._letter(chosen) == "B":
+            if 0 in local.out_shapes(op, chosen)[0]:
+                return local.call(
+                    aten.new_zeros.default, [operands[self.query], list(local.out_shapes(op, chosen)[0])], {}
+                )
+            return self._called(op, operands, local)
+        heads, ranks = self.heads(op), range(local.owners.num_ranks)
+        mine = []
+        for operand, node in zip(op.operands, operands, strict=True):
+            names = self.names.get(operand.index, "")
+            if "H" not in names:
+                mine.append(node)
+                continue
+            at = names.index("H")
+            owned = _owned(heads, operand.shape[at] // heads, len(ranks))
+            layout = chosen.ins[operand.index] if "L" in names else None
+            if layout is None:
+                start, length = owned[local.rank][0] if owned[local.rank] else (0, 0)
+                mine.append(local.narrow(node, at, start, length))
+            else:
+                held = tuple(local.owners.dim_runs(layout, rank) for rank in ranks)
+                mine.append(local.trade(node, operand.shape, layout.dim, held, at, owned))
+        at, shape = self.out.index("H"), op.out_shapes[0]
+        owned = _owned(heads, shape[at] // heads, len(ranks))
+        if owned[local.rank]:
+            result = self._called(op, mine, local)
+        else:  # more ranks than heads: kernels refuse none
+            nothing = [0 if dim == at else size for dim, size in enumerate(shape)]
+            dtype = _first(op.node.meta["val"]).dtype
+            result = local.call(aten.new_zeros.default, [mine[self.query], nothing], {"dtype": dtype})
+        wanted = tuple(local.owners.dim_runs(out, rank) for rank in ranks)
+        return local.trade(result, shape, at, owned, out.dim, wanted)
+
+    def _called(self, op: OpView, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        args, kwargs = op.rebuild(operands)
+        node = local.call(op.node.target, args, kwargs)
+        return node if isinstance(node.meta["val"], torch.Tensor) else local.getitem(node, 0)
+
+
+def _owned(heads: int, each: int, ranks: int) -> tuple[Runs, ...]:
+    """Every rank's heads of a tensor that has ``each`` for one that is shared out."""
+    cuts = [slice_of(heads, ranks, rank) for rank in range(ranks)]
+    return tuple(((start * each, (stop - start) * each),) if stop > start else () for start, stop in cuts)
+
+
+def _first(value: Any) -> torch.Tensor:
+    first: torch.Tensor = value if isinstance(value, torch.Tensor) else value[0]
+    return first
+
+
+PER_HEAD: dict[str, Reader] = {}
+"""By the op's name with its namespace."""
+
+
+def register_per_head(name: str, reader: Reader) -> None:
+    """Have calls of an op computed by heads; ``name`` is ``library::op``."""
+    PER_HEAD[name] = reader
+    RULES[name] = rule_of
+    FORMULAS[name] = flops_of
+
+
+def rule_of(op: OpView) -> Rule | None:
+    """The rule of a call that its reader accepts, with heads that can be shared out."""
+    dims = PER_HEAD[f"{op.namespace}::{op.name}"](op.args)
+    if dims is None or not fits(op, dims):
+        return None
+    return PerHead(op, dims)
+
+
+def fits(op: OpView, dims: Dims) -> bool:
+    """Whether the named tensors are there and have the dims they are said to have, k and v's heads dividing q's."""
+    letters = {name: letters for name, letters in dims.tensors.items() if isinstance(op.args.get(name), Operand)}
+    if next(iter(dims.tensors)) not in letters or len(op.out_shapes[0]) != len(dims.out):
+        return False
+    if any(op.args[name].ndim != len(text) for name, text in letters.items()):
+        return False
+    first = letters[next(iter(letters))]
+    if not all("L" in text and "H" in text for text in (first, dims.out)):
+        return False
+    counts = [op.args[name].shape[text.index("H")] for name, text in letters.items() if "H" in text]
+    counts.append(op.out_shapes[0][dims.out.index("H")])
+    return min(counts) > 0 and all(count % min(counts) == 0 for count in counts)
+
+
+def flops_of(op: OpView) -> float | None:
+    """What attention of every query to every key takes, the most that the op can: 4 x Lq x Lk x D for each head."""
+    dims = PER_HEAD[f"{op.namespace}::{op.name}"](op.args)
+    if dims is None or not fits(op, dims):
+        return None
+    names = list(dims.tensors)
+    tokens = [op.args[n].shape[dims.tensors[n].index("L")] for n in names if "L" in dims.tensors[n] and op.args.get(n)]
+    return 4.0 * math.prod(op.args[names[0]].shape) * tokens[min(1, len(tokens) - 1)]
+
+
+def _flash(args: Mapping[str, Any]) -> Dims | None:
+    """FlashAttention: [B, L, H, D], or packed [tokens, H, D] with lengths; slopes [H] or [B, H]; no cache, no pages."""
+    if any(args.get(name) is not None for name in ("k_new", "v_new", "qv", "out", "out_", "page_table", "block_table")):
+        return None
+    if any(args.get(name) is not None for name in ("leftpad_k", "kv_batch_idx", "rotary_cos", "rotary_sin")):
+        return None
+    if args.get("dropout_p") or args.get("return_softmax"):
+        return None
+    packed = args.get("cu_seqlens_q") is not None
+    if packed != (args.get("cu_seqlens_k") is not None):
+        return None
+    text = "LHD" if packed else "BLHD"
+    slopes = args.get("alibi_slopes")
+    rest = {"alibi_slopes": "BH"[-slopes.ndim :]} if isinstance(slopes, Operand) else {}
+    rest |= {name: "BH" for name in ("q_descale", "k_descale", "v_descale") if args.get(name) is not None}
+    return Dims({"q": text, "k": text, "v": text} | rest, text)
+
+
+for _op in (
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn::_flash_attn_varlen_forward_v3",
+    "flash_attn_3::fwd",
+    "flash_attn_3::_flash_attn_forward",
+    "_diffusers_flash_attn_3::_flash_attn_forward",
+):
+    register_per_head(_op, _flash)

@@ -1,0 +1,205 @@
+"""Attention ops of which only the dims are known: by heads, by stand-ins of libraries' ops with CPU code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import captured, placeholder_values, run_compiled
+from torch import nn
+
+from sfcompile import extend
+from sfcompile.passes.runner import Compiled, run_pipeline
+from sfcompile.passes.state import Asked, State
+from sfcompile.runtime.program.topology import Topology
+
+VARLEN = (
+    "_flash_attn_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, "
+    "SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, "
+    "bool return_softmax=False, Tensor? block_table=None, Tensor? leftpad_k=None, Tensor? seqused_k=None, "
+    "bool zero_tensors=False) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+SPARSE = "sparse(Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor? factor=None) -> Tensor"
+
+
+def attend(q: Any, k: Any, v: Any, allowed: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """[L, H, D], fewer heads of k and v; a head's result depends on no other head, and q is coarsened as kernels do."""
+    each = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(each, 1) for x in (k, v))
+    q = torch.round(q * 64) / 64
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -1e9)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).contiguous()
+
+
+def varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, mq: int, mk: int, p: float, scale: float, *rest: Any) -> Any:
+    ids = [torch.bucketize(torch.arange(len(x)), cu[1:], right=True) for x, cu in ((q, cu_q), (k, cu_k))]
+    out = attend(q, k, v, ids[0][:, None] == ids[1][None], scale)
+    return out, out.new_zeros(q.shape[1], len(q)), out.new_zeros(0), torch.zeros(2, dtype=torch.int64)
+
+
+def varlen_meta(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    assert q.shape[1] >= k.shape[1] > 0, "kernels refuse no heads"
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0]), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
+
+
+def sparse(q: Any, k: Any, v: Any, blocks: Any, factor: Any = None) -> torch.Tensor:
+    """[B, H, L, D] under a mask of blocks that all heads share, with a factor for each head."""
+    factor = torch.ones(q.shape[1]) if factor is None else factor
+    allowed = blocks.repeat_interleave(4, 0).repeat_interleave(4, 1)[: q.shape[2], : k.shape[2]]
+    outs = [
+        attend(a.transpose(0, 1) * factor[:, None], b.transpose(0, 1), c.transpose(0, 1), allowed, 0.3)
+        for a, b, c in zip(q, k, v, strict=True)
+    ]
+    return torch.stack(outs).transpose(1, 2).contiguous()
+
+
+@pytest.fixture(autouse=True)
+def libraries() -> Iterator[None]:
+    """The stand-ins, as long as a test runs."""
+    made = []
+    for name, schema, run, meta in (
+        ("flash_attn", VARLEN, varlen, varlen_meta),
+        ("sf_sparse", SPARSE, sparse, lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format)),
+    ):
+        library = torch.library.Library(name, "FRAGMENT")
+        library.define(schema)
+        op = schema.split("(")[0]
+        library.impl(op, run, "CPU")
+        torch.library.register_fake(f"{name}::{op}", meta, lib=library)
+        made.append(library)
+    with extend.scope():
+        yield
+    for library in made:
+        library._destroy()
+
+
+class Packed(nn.Module):
+    """Blocks over packed sequences [L, C] with their lengths, or (``sparse``) over [B, L, C] with a mask of blocks."""
+
+    def __init__(self, kind: str, kv_heads: int = 4, depth: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.kv_heads = kind, kv_heads
+        self.qkv = nn.ModuleList([nn.Linear(32, 32 + 16 * kv_heads) for _ in range(depth)])
+        self.out = nn.ModuleList([nn.Linear(32, 32) for _ in range(depth)])
+        self.factor = nn.Parameter(torch.tensor([0.5, 1.0, 1.5, 2.0]))
+
+    def forward(self, x: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+        for qkv, out in zip(self.qkv, self.out, strict=True):
+            q, k, v = qkv(x).split([32, 8 * self.kv_heads, 8 * self.kv_heads], -1)
+            q, k, v = (t.unflatten(-1, (-1, 8)) for t in (q, k, v))
+            if self.kind == "varlen":
+                run = torch.ops.flash_attn._flash_attn_varlen_forward
+                h = run(q, k, v, facts, facts, 20, 20, 0.0, 0.3, False)[0]
+            else:
+                h = torch.ops.sf_sparse.sparse(*(t.transpose(1, 2) for t in (q, k, v)), facts, self.factor).transpose(
+                    1, 2
+                )
+            x = x + out(h.flatten(-2))
+        return x
+
+
+LENGTHS = torch.tensor([0, 11, 31, 38], dtype=torch.int32)
+
+
+def sparse_dims(args: Any) -> extend.Dims:
+    return extend.Dims({name: "BHLD" for name in "qkv"} | {"factor": "H"}, "BHLD")
+
+
+def case(kind: str, kv_heads: int = 4) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(1)
+    if kind == "varlen":
+        return Packed(kind, kv_heads), (torch.randn(38, 32), LENGTHS)
+    return Packed(kind, kv_heads), (torch.randn(2, 22, 32), torch.rand(6, 6) > 0.3)
+
+
+def compiled(model: nn.Module, inputs: Any, topology: Topology, **asked: Any) -> tuple[list[Compiled], Any, Any]:
+    got = captured(model, *inputs)
+    values = placeholder_values(got)
+    states = [State(got.gm, got.mode, topology, r, Asked(**asked)) for r in range(topology.num_ranks)]
+    with torch.no_grad():
+        return [run_pipeline(state) for state in states], values, got.gm(*values)[0]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["varlen", "sparse"])
+def test_a_librarys_kernel_runs_on_its_heads(kind: str, ranks: int, kv_heads: int) -> None:
+    """Heads that do not divide, more ranks than heads of k and v; the op sees all tokens, and no gather is left."""
+    extend.register_per_head_attention("sf_sparse::sparse", sparse_dims)
+    model, inputs = case(kind, kv_heads)
+    ones, values, want = compiled(model, inputs, Topology.grid(1, ranks), shard_everything=True)
+    report = ones[0].report
+    assert report.by_heads == 2 and len(report.gathered) == 1, str(report)
+    assert "2 by heads in their library's kernel" in report.headline
+    assert report.left_behind == [] and report.unpriced == []
+    for (out,) in run_compiled(ones, Topology.grid(1, ranks), values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_take_samples_and_share_out_heads_inside() -> None:
+    extend.register_per_head_attention("sf_sparse::sparse", sparse_dims)
+    model, inputs = case("sparse")
+    topology = Topology.grid(2, 2)
+    ones, values, want = compiled(model, inputs, topology, shard_everything=True)
+    for (out,) in run_compiled(ones, topology, values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_are_whole_are_cut_by_heads_without_traffic() -> None:
+    """Cross-attention: the text lies on every rank."""
+    extend.register_per_head_attention("sf_sparse::sparse", sparse_dims)
+
+    def cross(x: torch.Tensor, text: torch.Tensor, blocks: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        q = (x @ w).unflatten(-1, (4, 8)).transpose(1, 2)
+        kv = text.unflatten(-1, (4, 8)).transpose(1, 2)
+        return torch.ops.sf_sparse.sparse(q, kv, kv, blocks).transpose(1, 2).flatten(2) @ w
+
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 24, 32), torch.randn(1, 7, 32), torch.ones(6, 2, dtype=torch.bool), torch.randn(32, 32)
+    topology = Topology.grid(1, 2)
+    ones, values, want = compiled(cross, inputs, topology, shard_everything=True)  # type: ignore[arg-type]
+    assert ones[0].report.by_heads == 1
+    for (out,) in run_compiled(ones, topology, values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        lambda args: None,
+        lambda args: extend.Dims({"q": "BHL", "k": "BHLD", "v": "BHLD"}, "BHLD"),
+        lambda args: extend.Dims({"q": "BDLH", "k": "BHLD", "v": "BHLD"}, "BHLD"),
+        lambda args: extend.Dims({"query": "BHLD"}, "BHLD"),
+        lambda args: extend.Dims({"q": "BHLD", "k": "BHLD", "v": "BHLD"}, "BLD"),
+    ],
+)
+def test_what_a_reader_declines_or_describes_wrongly_is_computed_whole(reader: Any) -> None:
+    extend.register_per_head_attention("sf_sparse::sparse", reader)
+    model, inputs = case("sparse", 2)
+    ones, values, want = compiled(model, inputs, Topology.grid(1, 2))
+    assert ones[0].report.by_heads == 0
+    for (out,) in run_compiled(ones, Topology.grid(1, 2), values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_call_whose_other_results_are_used_is_computed_whole() -> None:
+    def step(x: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+        out, lse, *_ = torch.ops.flash_attn._flash_attn_varlen_forward(x, x, x, cu, cu, 20, 20, 0.0, 0.3, False)
+        return out * lse.sum()
+
+    inputs = torch.randn(38, 4, 8), LENGTHS
+    ones, values, want = compiled(step, inputs, Topology.grid(1, 2), shard_everything=True)  # type: ignore[arg-type]
+    assert ones[0].report.by_heads == 0
+    for (out,) in run_compiled(ones, Topology.grid(1, 2), values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_names_have_a_namespace() -> None:
+    with pytest.raises(extend.OptionError, match="write 'library::op'"):
+        extend.register_per_head_attention("sparse", sparse_dims)
