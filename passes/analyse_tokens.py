@@ -195,7 +195,7 @@ class _Analysis:
         costs = {node: flops(op) for node, op in tokens.views.items() if node in tokens.rules}
         for node in sorted((node for node in costs if costs[node]), key=lambda node: -costs[node]):
             op = tokens.views[node]
-            if len(op.out_shapes) != 1:
+            if len(op.out_shapes) != 1 or isinstance(tokens.rules[node], PerHead):  # it says where its tokens are
                 continue
             if any(layout.positions >= least for layout in tokens.layouts.get(node, {}).values()):
                 continue

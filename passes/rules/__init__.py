@@ -3,7 +3,7 @@
 Start in rule.py: the table RULES and the three questions that a rule answers. view.py is the shortest example.
 Importing this package registers all of them; an op without a rule is never guessed, it is computed whole.
 
-May import: the leaves, runtime/program and passes/graph.
+May import: the leaves, runtime/program, runtime/rank (what hidden calls are) and passes/graph.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ from sfcompile.passes.graph.labels import LabelSpace
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import Operand, OpView
-from sfcompile.passes.rules.rule import RULES, Rule, Side, Spread
+from sfcompile.passes.rules.rule import RULES, Rule, Side, Spread, register_rule
 from sfcompile.runtime.program.intervals import Runs, slice_of
+from sfcompile.runtime.rank.ops import OPAQUE, narrowed
 
 aten = torch.ops.aten
 
@@ -42,6 +43,7 @@ class Dims:
         tensors: by the names of the op's arguments. The first is q, whose tokens are those of the output; all others
             that have L share its tokens with each other. One with H but without L (slopes, a scale of each head) is
             cut by heads. Heads of k and v may be fewer, each for as many of q.
+            A tensor with a dim of samples must be named if q has one.
         out: of the op's first result, the only one that may be used.
     """
 
@@ -55,13 +57,14 @@ looks across heads, or is something else."""
 
 
 class PerHead:
-    """An op whose heads are independent; ``dims`` says where they are."""
+    """An op whose heads are independent.
 
-    def __init__(self, op: OpView, dims: Dims) -> None:
-        named = {name: op.args[name] for name in dims.tensors if isinstance(op.args.get(name), Operand)}
-        self.names = {operand.index: dims.tensors[name] for name, operand in named.items()}
-        self.out = dims.out
-        self.query = op.args[next(iter(dims.tensors))].index
+    Args:
+        names: letters of the dims, by operand (see :class:`Dims`); ``query``: which is q; ``out``: of the result.
+    """
+
+    def __init__(self, names: Mapping[int, str], query: int, out: str) -> None:
+        self.names, self.query, self.out = dict(names), query, out
 
     def heads(self, op: OpView) -> int:
         """The heads that ranks share out: the fewest of any tensor, which are those of k and v."""
@@ -166,8 +169,12 @@ class PerHead:
         return local.trade(result, shape, at, owned, out.dim, wanted)
 
     def _called(self, op: OpView, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
-        args, kwargs = op.rebuild(operands)
-        node = local.call(op.node.target, args, kwargs)
+        if op.name == "opaque":  # what it returns is part of what it is
+            sizes = [int(n) for n in operands[self.query].meta["val"].shape[:-1]]
+            node = local.call(op.node.target, [operands, narrowed(str(op.args["key"]), sizes)], {})
+        else:
+            args, kwargs = op.rebuild(operands)
+            node = local.call(op.node.target, args, kwargs)
         return node if isinstance(node.meta["val"], torch.Tensor) else local.getitem(node, 0)
 
 
@@ -198,7 +205,21 @@ def rule_of(op: OpView) -> Rule | None:
     dims = PER_HEAD[f"{op.namespace}::{op.name}"](op.args)
     if dims is None or not fits(op, dims):
         return None
-    return PerHead(op, dims)
+    names = {op.args[name].index: text for name, text in dims.tensors.items() if isinstance(op.args.get(name), Operand)}
+    return PerHead(names, op.args[next(iter(dims.tensors))].index, dims.out)
+
+
+@register_rule("streamfusion::opaque")
+def _flex(op: OpView) -> Rule | None:
+    """Flex attention whose mask and score function ask for no head (sfcompile/capture/opaque.py). Samples are not cut:
+    masks may have them."""
+    places = OPAQUE[str(op.args["key"])].per_head
+    if places is None or any(op.operands[i].ndim != 4 for i in places):
+        return None
+    q, k, v = (op.operands[i].shape[1] for i in places)
+    if not k or q % k or k != v:
+        return None
+    return PerHead(dict.fromkeys(places, "-HLD"), places[0], "-HLD")
 
 
 def fits(op: OpView, dims: Dims) -> bool:
@@ -223,15 +244,16 @@ def flops_of(op: OpView) -> float | None:
         return None
     names = list(dims.tensors)
     tokens = [op.args[n].shape[dims.tensors[n].index("L")] for n in names if "L" in dims.tensors[n] and op.args.get(n)]
-    return 4.0 * math.prod(op.args[names[0]].shape) * tokens[min(1, len(tokens) - 1)]
+    pairs: int = math.prod(op.args[names[0]].shape) * tokens[min(1, len(tokens) - 1)]
+    return 4.0 * pairs
+
+
+_FLASH = {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"}
 
 
 def _flash(args: Mapping[str, Any]) -> Dims | None:
-    """FlashAttention: [B, L, H, D], or packed [tokens, H, D] with lengths; slopes [H] or [B, H]; no cache, no pages."""
-    if any(args.get(name) is not None for name in ("k_new", "v_new", "qv", "out", "out_", "page_table", "block_table")):
-        return None
-    if any(args.get(name) is not None for name in ("leftpad_k", "kv_batch_idx", "rotary_cos", "rotary_sin")):
-        return None
+    """FlashAttention: [B, L, H, D], or packed [tokens, H, D] with lengths; slopes [H] or [B, H]; no cache, no pages,
+    and no tensor whose dims are not known here."""
     if args.get("dropout_p") or args.get("return_softmax"):
         return None
     packed = args.get("cu_seqlens_q") is not None
@@ -241,6 +263,9 @@ def _flash(args: Mapping[str, Any]) -> Dims | None:
     slopes = args.get("alibi_slopes")
     rest = {"alibi_slopes": "BH"[-slopes.ndim :]} if isinstance(slopes, Operand) else {}
     rest |= {name: "BH" for name in ("q_descale", "k_descale", "v_descale") if args.get(name) is not None}
+    rest |= {name: "B" for name in ("seqused_q", "seqused_k") if args.get(name) is not None}
+    if any(isinstance(value, Operand) and name not in _FLASH | rest.keys() for name, value in args.items()):
+        return None
     return Dims({"q": text, "k": text, "v": text} | rest, text)
 
 

@@ -170,15 +170,29 @@ for _name in _OPS:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A function that a graph calls as it is, the shapes and dtypes that it returns, and its FLOPs."""
+    """A function that a graph calls as it is, the shapes and dtypes that it returns, and its FLOPs.
+
+    ``per_head`` are the places of q, k and v [B, H, L, D] if it is an attention whose heads may be computed apart, with
+    one result like q.
+    """
 
     run: Callable[..., list[torch.Tensor]]
     outputs: list[tuple[list[int], torch.dtype]]
     flops: float
+    per_head: tuple[int, int, int] | None = None
 
 
 OPAQUE: dict[str, Opaque] = {}
 """By the key that ``streamfusion.opaque`` is called with (sfcompile/capture/opaque.py fills it)."""
+
+
+def narrowed(key: str, sizes: list[int]) -> str:
+    """The key of the same function where it is called with fewer heads; ``sizes`` are B, H and L of its result."""
+    whole = OPAQUE[key]
+    ((old, dtype),) = whole.outputs
+    fewer = f"{key} of {sizes[1]} heads"
+    OPAQUE[fewer] = Opaque(whole.run, [([*sizes, old[-1]], dtype)], whole.flops * sizes[1] / old[1])
+    return fewer
 
 
 def _opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:

@@ -2,7 +2,8 @@
 calls whose inside depends on the autocast region that they stand in.
 
 Flex attention with its block masks is the case that DiTs have. Each such stretch of a Dynamo graph becomes one call of
-``streamfusion.opaque``, which runs the stretch as it is. It has no rule, so it is computed whole on every rank.
+``streamfusion.opaque``, which runs the stretch as it is: whole on every rank, or, if it is a flex attention that asks
+for no head, by heads (passes/rules/per_head.py).
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class _Region:
         with no_modes(), FakeTensorMode(), torch.no_grad():
             fake = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
             outputs = [(list(map(int, out.shape)), out.dtype) for out in self._shapes(run, fake)]
-        OPAQUE[key] = Opaque(run, outputs, self._flops(values))
+        OPAQUE[key] = Opaque(run, outputs, self._flops(values), self._per_head(values, tensors))
         return tuple(torch.ops.streamfusion.opaque(inputs, key))
 
     def _shapes(self, run: Callable[..., list[torch.Tensor]], fake: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -156,6 +157,40 @@ class _Region:
                 q, k, v = (values[places[arg]].shape for arg in node.args[:3])
                 total += 2.0 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
         return total
+
+    def _per_head(self, values: Sequence[Any], tensors: Sequence[int]) -> tuple[int, int, int] | None:
+        """The places of q, k and v among the tensors, if this is one flex attention that asks for no head.
+
+        Its score function is called with (score, sample, head, query, key), its mask with (sample, head, query, key);
+        tensors of a block mask are [B, H, ...].
+        """
+        nodes = [node for node in self._body.graph.nodes if isinstance(node.target, HigherOrderOperator)]
+        (results,) = (node.args[0] for node in self._body.graph.nodes if node.op == "output")
+        if len(nodes) != 1 or getattr(nodes[0].target, "__name__", "") != "flex_attention":
+            return None
+        flex = nodes[0]
+        first = [(user.target, user.args[1:]) for user in flex.users] == [(operator.getitem, (0,))]
+        calls = sum(node.op == "call_function" for node in self._body.graph.nodes)
+        if not first or list(results) != list(flex.users) or calls != 2:
+            return None
+        places = {node: i for i, node in enumerate(self._body.graph.find_nodes(op="placeholder"))}
+        score, mask = flex.args[3], flex.args[4]
+        if not isinstance(mask, tuple) or not all(node in places for node in flex.args[:3]):
+            return None
+        for function, place in ((score, 2), (mask[-1], 1)):
+            if not isinstance(function, fx.Node) or function.op != "get_attr":
+                return None
+            arguments = getattr(self._body, str(function.target)).graph.find_nodes(op="placeholder")
+            if arguments[place].users:
+                return None
+        for entry in mask[:-1]:
+            value = values[places[entry]] if entry in places else None
+            if isinstance(entry, fx.Node) and not (isinstance(value, torch.Tensor) and value.dim() > 1):
+                return None
+            if isinstance(value, torch.Tensor) and value.shape[1] != 1:
+                return None
+        q, k, v = (tensors.index(places[node]) for node in flex.args[:3])
+        return q, k, v
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "codegen/toolchain",
     ),
     "passes/graph": ("runtime/program", "runtime/rank"),
-    "passes/rules": ("runtime/program", "passes/graph"),
+    "passes/rules": ("runtime/program", "runtime/rank", "passes/graph"),
     "passes/report": ("runtime/program",),
     "passes": (
         "runtime/program",

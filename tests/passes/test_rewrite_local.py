@@ -3,12 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 from graph_text import parse, same
-from helpers import captured, check_sharded, rewritten
+from helpers import captured, check_sharded, placeholder_values, rewritten, run_compiled
 from torch import fx
 from torch.nn.functional import gelu, linear
 
 from sfcompile.errors import InternalError
 from sfcompile.passes.rules.linked import Linked
+from sfcompile.passes.runner import run_pipeline
+from sfcompile.passes.state import Asked, State
+from sfcompile.runtime.program.topology import Topology
 
 
 def test_each_value_is_gathered_at_most_once() -> None:
@@ -94,3 +97,27 @@ def test_a_wrong_rule_of_the_right_shape_is_caught_by_the_harness(monkeypatch: p
     monkeypatch.setattr(Linked, "emit", shifted)
     with pytest.raises(AssertionError):
         check_sharded(lambda x: x.relu(), [torch.randn(2, 9, 4)], (0, 1))
+
+
+def test_norms_over_tokens_keep_tokens_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their statistics are of all ranks' tokens: parts would be counted as ranks that there are not."""
+    monkeypatch.setattr("sfcompile.passes.choose_schedules._WORTH", float("inf"))
+
+    def step(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            q = (x @ w).unflatten(2, (2, 8)).transpose(1, 2)
+            h = torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+            x = x + torch.nn.functional.group_norm(h.transpose(1, 2), 4).transpose(1, 2)
+        return x
+
+    torch.manual_seed(0)
+    got = captured(step, torch.randn(1, 24, 16), torch.randn(16, 16))
+    topology, compiled, states = Topology.grid(2, 1), [], []
+    for rank in range(2):
+        states.append(State(got.gm, got.mode, topology, rank, Asked(shard_everything=True, parts=(2,))))
+        compiled.append(run_pipeline(states[-1]))
+    assert states[0].choices.parts == 1
+    assert any("meets other ranks inside" in note for note in states[0].choices.notes), states[0].choices.notes
+    values = placeholder_values(got)
+    for (out,) in run_compiled(compiled, topology, values):
+        torch.testing.assert_close(out, got.gm(*values)[0], rtol=1e-5, atol=1e-5)

@@ -203,3 +203,41 @@ def test_a_call_whose_other_results_are_used_is_computed_whole() -> None:
 def test_names_have_a_namespace() -> None:
     with pytest.raises(extend.OptionError, match="write 'library::op'"):
         extend.register_per_head_attention("sparse", sparse_dims)
+
+
+def flex(asks: str) -> nn.Module:
+    """Two blocks of flex attention, its mask made in the graph; ``asks`` which of its functions ask for the head."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return q >= k + h if asks == "mask" else q >= k
+
+    def score(s: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return s + 0.1 * (h if asks == "score" else q)
+
+    class Flex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.qkv, self.out = nn.Linear(32, 64), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            length = x.shape[1]
+            heads = 4 if asks in ("mask", "blocks") else None
+            blocks = create_block_mask(mask, None, heads, length, length, device="cpu")
+            q, k, v = self.qkv(x).split([32, 16, 16], -1)
+            q, k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
+            h = flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=True)
+            return x + self.out(h.transpose(1, 2).flatten(2))
+
+    return Flex()
+
+
+@pytest.mark.parametrize(("asks", "by_heads"), [("nothing", 1), ("mask", 0), ("score", 0), ("blocks", 0)])
+def test_flex_attention_runs_on_its_heads_unless_it_asks_which_they_are(asks: str, by_heads: int) -> None:
+    model, topology = flex(asks), Topology.grid(1, 2)
+    ones, values, want = compiled(model, (torch.randn(1, 128, 32),), topology, shard_everything=True)
+    assert ones[0].report.by_heads == by_heads
+    assert (ones[0].report.share < 1.2) == (by_heads == 1)
+    for (out,) in run_compiled(ones, topology, values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)

@@ -18,9 +18,9 @@ from sfcompile.runtime.program.topology import Topology
 
 
 def blockwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Causal flex attention between two products; its mask is made in the graph."""
+    """Causal flex attention between two products; its mask is made in the graph, and asks for the head."""
     length = x.shape[1]
-    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device="cpu")
+    mask = create_block_mask(lambda b, h, q, k: q >= k + 0 * h, None, None, length, length, device="cpu")
     q = (x @ w).unflatten(-1, (2, 16)).transpose(1, 2)
     return flex_attention(q, q, q, block_mask=mask).transpose(1, 2).flatten(2) @ w
 
