@@ -81,7 +81,7 @@ class Call:
     def tile(self) -> dict[str, object]:
         """Entries of KernelSpec that were tried."""
         spec = self.ranks.kernels[0].spec
-        return {name: getattr(spec, name) for name in ("block_m", "block_n", "warps", "stages")}
+        return {name: getattr(spec, name) for name in ("fetch", "block_m", "block_n", "warps", "stages")}
 
     def built(self) -> str:
         """Registers, spills and shared memory of the kernel as the driver loaded it."""

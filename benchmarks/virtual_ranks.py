@@ -14,7 +14,8 @@ import torch
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView, gave_up
 from sfcompile.codegen.engines.target import INTERPRETED_PROGRAMS, KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel
-from sfcompile.codegen.kernels.attend import VIRTUAL_ROW, attend_arguments, attend_source
+from sfcompile.codegen.kernels.attend import attend_source
+from sfcompile.codegen.kernels.spec import VIRTUAL_ROW, attend_arguments
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.loader import resident_programs
 from sfcompile.errors import CodegenError
@@ -138,6 +139,8 @@ class VirtualRanks:
         assert isinstance(schedule.site, AttentionSite)
         self.site, self.device = schedule.site, target.device
         ranks = range(schedule.mesh.num_ranks)
+        if len(ranks) > 1:  # the kernel with a warp that fetches is written for one rank a launch
+            changes.setdefault("fetch", "threads")
         self.kernels = [AttendKernel(schedule, rank, target, machine_of, mask, **changes) for rank in ranks]
         self._release = [ReleaseKernel(rank, len(ranks), target, machine_of) for rank in ranks]
         size = HeapSize(max(len(schedule.slots), 1), self.kernels[0].tables.bank_bytes, len(ranks))

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from sfcompile.codegen.engines.target import INTERPRETED_PROGRAMS, KernelTarget
-from sfcompile.codegen.kernels.attend import attend_arguments, attend_source
+from sfcompile.codegen.kernels.attend import attend_source
 from sfcompile.codegen.kernels.moves import MoveSpec, collect_source, move_arguments, put_source
-from sfcompile.codegen.kernels.spec import KernelSpec, spec_of
-from sfcompile.codegen.kernels.tables import QUERY, KernelTables, make_tables
+from sfcompile.codegen.kernels.spec import KernelSpec, attend_arguments, spec_of
+from sfcompile.codegen.kernels.tables import KEY, QUERY, KernelTables, make_tables
 from sfcompile.codegen.kernels.text import TAG_BITS
-from sfcompile.codegen.rows.elements import block_of
 from sfcompile.codegen.rows.rows import FUSED_OPTIONS, RowProgram
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
@@ -74,6 +73,9 @@ class AttendKernel:
         spec = spec_of(schedule, target.architecture, machine_of, mask, **{**measured, **changes})
         self.tables: KernelTables = make_tables(schedule, rank, spec.block_m, machine_of, merge)
         self.spec: KernelSpec = spec.with_(carry=self.tables.carry)
+        if spec.fetch == "tma":  # by rows of the bank
+            places = self.tables.keys[:, [KEY.index("k_at"), KEY.index("v_at")]]
+            assert (places % (spec.head_dim * spec.element_bytes) == 0).all(), "a chunk begins within a row"
         self.source = attend_source(self.spec)
         self.kernel = target.load(self.source, "attend", self.spec.reach)
         self._puts: dict[str, Any] = {  # by tensor, or by key of a row program and how rows travel
@@ -92,7 +94,7 @@ class AttendKernel:
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Tables and workspace on the device."""
         tables, device = self.tables, self.target.device
-        state = tables.tiles * self.spec.block_m * (block_of(self.site.v_head_dim) + 2) if tables.carry else 0
+        state = tables.tiles * self.spec.block_m * self.spec.state_words if tables.carry else 0
         arrays = {
             name: getattr(tables, name)
             for name in ("units", "queries", "keys", "forwards", "q_positions", "k_positions", "collects")
@@ -198,7 +200,8 @@ class AttendKernel:
             lse: fp32 [B, heads of this rank, Lq], natural log-sum-exp of the own queries (spec.lse).
         """
         values = self.values(out, heap, mask, lse)
-        self.kernel[(self.programs(values) + self.copiers,)](*values, **self.options)
+        grid = (self.programs(values) + self.copiers,)
+        self.target.with_scratch(lambda: self.kernel[grid](*values, **self.options))
 
     def values(
         self, out: torch.Tensor, heap: HeapView, mask: torch.Tensor | None, lse: torch.Tensor | None = None

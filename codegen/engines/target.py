@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ class KernelTarget:
         if self.device.type != "cuda" or not plain:
             return {}
         result = result_of(torch.cuda.get_device_name(self.device))
-        return {} if result is None else result.tiles.get(site.head_dim, {})
+        tile = {} if result is None else result.tiles.get(site.head_dim, {})
+        return {} if tile.get("fetch") == "tma" else tile  # that is taken anyway, where chunks are long enough
 
     def load(self, source: str, name: str, reach: str) -> Any:
         """The kernel ``name`` of a generated source."""
@@ -86,6 +88,21 @@ class KernelTarget:
         if reach != "peer":
             require_device_state()
         return more | link_options(self.library, reach)
+
+    def with_scratch(self, launch: Callable[[], object]) -> None:
+        """Make a launch whose kernel may need memory of its own (descriptors of tensor copies): Triton gets it from
+        torch's allocator, in the order of the stream. What the caller has told Triton stays as it was."""
+
+        def inside() -> None:
+            if not self.interpreted:
+                import triton
+
+                triton.set_allocator(
+                    lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=self.device)
+                )
+            launch()
+
+        copy_context().run(inside)
 
     def move(self, kernel: Any, values: Sequence[Any], reach: str, **more: Any) -> None:
         """Launch a kernel that only moves."""

@@ -15,50 +15,22 @@ the inner loop would be overtaken by the prefetched loads of later iterations.
 
 from __future__ import annotations
 
-import math
-
+from sfcompile.codegen.kernels.attend_tma import attend_tma_source
 from sfcompile.codegen.kernels.codecs import loaded, pointers, stored
 from sfcompile.codegen.kernels.reach import KernelText, put_signal
-from sfcompile.codegen.kernels.spec import KernelSpec
+from sfcompile.codegen.kernels.spec import INTEGERS, LN2, LOG2E, VIRTUAL_ROW, KernelSpec, attend_arguments
 from sfcompile.codegen.kernels.tables import FORWARD, KEY, QUERY, UNIT
 from sfcompile.codegen.kernels.text import columns, entry_name, heap_of, line_of, module, prologue, wrapped
 from sfcompile.codegen.rows.elements import block_of, is_padded
 from sfcompile.runtime.program.formats import SAME
 
-LOG2E = math.log2(math.e)
-LN2 = math.log(2)
-VIRTUAL_ROW = (
-    "out", "place", "state", "counters", "units", "queries", "keys", "forwards", "q_positions", "k_positions", "lse",
-    "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
-)  # fmt: skip
-"""Arguments that differ between virtual ranks, as int64."""
-_INTEGERS = (
-    "rank", "num_units", "num_forwards", "batch", "heads", "first_head", "kv_heads",
-    "first_kv", "own_rows",
-)  # fmt: skip
-"""Arguments that the kernel is not specialised to: they differ from rank to rank."""
-
-
-def attend_arguments(spec: KernelSpec) -> tuple[str, ...]:
-    """Arguments of the kernel, in order."""
-    names = ["out_ptr", "out_sb", "out_sh", "out_sr"]
-    if spec.mask != "none":
-        names += ["mask_ptr", "mask_sb", "mask_sh", "mask_sr", "mask_sc"]
-    if _positions(spec):
-        names += ["q_positions_ptr", "k_positions_ptr"]
-    names += ["lse_ptr"] if spec.lse else []
-    names += ["state_ptr"] if spec.carry else []
-    names += ["heaps_ptr", "place_ptr", "units_ptr", "queries_ptr", "keys_ptr"]
-    names += ["forwards_ptr"] if spec.forwards else []
-    names += ["counters_ptr"] if spec.forwards or spec.pushes else []
-    names += ["virtual_ptr"] if spec.virtual > 1 else []
-    return (*names, *_INTEGERS)
-
 
 def attend_source(spec: KernelSpec) -> str:
     """The module that holds the kernel ``attend``: text for Triton 3.6 and later, equal for equal specs."""
+    if spec.fetch == "tma":
+        return attend_tma_source(spec)
     out = KernelText(spec.reach)
-    out(wrapped("@triton.jit(do_not_specialize=[", [f'"{name}"' for name in _INTEGERS], "])"))
+    out(wrapped("@triton.jit(do_not_specialize=[", [f'"{name}"' for name in INTEGERS], "])"))
     with out.block(wrapped(f"def {entry_name('attend', spec.reach)}(", attend_arguments(spec), "):")):
         out("program = tl.program_id(0)", "programs = tl.num_programs(0)")
         if spec.virtual > 1:
@@ -85,11 +57,6 @@ def attend_source(spec: KernelSpec) -> str:
     sizes = f"head sizes {spec.head_dim} and {spec.v_head_dim}"
     title = f"Attention of {spec.dtype} queries against chunks as they arrive, {sizes}."
     return module(title, "\n".join(constants) + "\n\n\n" + out.text)
-
-
-def _positions(spec: KernelSpec) -> bool:
-    """Whether global positions of tokens matter: to causal order, or to find the mask's entry."""
-    return spec.causal or spec.mask != "none"
 
 
 def _split_early(spec: KernelSpec) -> bool:
@@ -154,7 +121,7 @@ def _attend(out: KernelText, spec: KernelSpec) -> None:
         out(*columns("unit", UNIT, {name: name for name in wanted}))
         out(*columns("query", QUERY, {"q_slot": "slot", "q_at": "at"}))
         small = {"rows": "rows", "pitch": "pitch", "first_tile": "first_tile"}
-        small |= ({"q_position": "position"} if _positions(spec) else {}) | (
+        small |= ({"q_position": "position"} if spec.needs_positions else {}) | (
             {"q_came": "came"} if spec.wire.q != SAME else {}
         )
         out(*columns("query", QUERY, small, small=True))
@@ -174,7 +141,7 @@ def _tile(out: KernelText, spec: KernelSpec) -> None:
     out(f"kv_bh = b * kv_heads + h // {spec.group} - first_kv" if spec.group > 1 else "kv_bh = bh")
     _wait(out, "q_slot")
     _load_queries(out, spec)
-    if _positions(spec):
+    if spec.needs_positions:
         out("q_place = tl.load(q_positions_ptr + q_position + row, mask=inside, other=0)")
     out(
         'm = tl.full([BM], float("-inf"), tl.float32)  # running maximum of the scores, in powers of two',
@@ -243,7 +210,7 @@ def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
     """Wait for a chunk of keys and values, then attend to it block by block."""
     out(f"key = keys_ptr + j * {len(KEY)}")
     out(*columns("key", KEY, {name: name for name in ("k_slot", "v_slot", "k_at", "v_at")}))
-    small = {"columns": "rows", "k_pitch": "pitch"} | ({"k_position": "position"} if _positions(spec) else {})
+    small = {"columns": "rows", "k_pitch": "pitch"} | ({"k_position": "position"} if spec.needs_positions else {})
     small |= {} if spec.wire.k == spec.wire.v == SAME else {"came": "came"}
     out(*columns("key", KEY, small, small=True))
     _wait(out, "k_slot")
@@ -305,7 +272,7 @@ def _block(out: KernelText, spec: KernelSpec, tail: bool, came: bool) -> None:
         out(f's = tl.where({condition}, s, float("-inf"))')
     out(f"m_new = tl.maximum(m, tl.max(s, 1){'' if biased else ' * QK_SCALE'})")
     reference = "m_new"
-    if _positions(spec):  # a query may have seen no key yet
+    if spec.needs_positions:  # a query may have seen no key yet
         out('m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)')
         reference = "m_safe"
     out(
@@ -320,7 +287,7 @@ def _block(out: KernelText, spec: KernelSpec, tail: bool, came: bool) -> None:
 def _visible(out: KernelText, spec: KernelSpec, tail: bool) -> list[str]:
     """Loads what hides keys from queries; the conditions under which a score counts."""
     conditions = ["(col < columns)[None, :]"] if tail else []
-    if not _positions(spec):
+    if not spec.needs_positions:
         return conditions
     limit = ", mask=col < columns, other=0" if tail else ""
     out(f"k_place = tl.load(k_positions_ptr + k_position + col{limit})")
@@ -348,7 +315,7 @@ def _visible(out: KernelText, spec: KernelSpec, tail: bool) -> list[str]:
 
 def _finish(out: KernelText, spec: KernelSpec) -> None:
     """A query's last unit: its output goes to the caller's tensor, or home."""
-    out(f"o_wide = acc / {'tl.where(l == 0.0, 1.0, l)' if _positions(spec) else 'l'}[:, None]")
+    out(f"o_wide = acc / {'tl.where(l == 0.0, 1.0, l)' if spec.needs_positions else 'l'}[:, None]")
     out(f"o = o_wide.to({spec.element})")
     stores = f"mask=inside[:, None]{' & (e < E)[None, :]' if is_padded(spec.v_head_dim) else ''}"
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
-from sfcompile.codegen.rows.elements import DTYPES, TRITON_TYPES, element_bytes
+from sfcompile.codegen.rows.elements import DTYPES, TRITON_TYPES, block_of, element_bytes
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import UnsupportedError
@@ -16,6 +18,18 @@ from sfcompile.runtime.program.instructions import Forward, Push
 from sfcompile.runtime.program.sites import AttentionSite
 
 MAX_HEAD_DIM = 256
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+VIRTUAL_ROW = (
+    "out", "place", "state", "counters", "units", "queries", "keys", "forwards", "q_positions", "k_positions", "lse",
+    "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
+)  # fmt: skip
+"""Arguments that differ between virtual ranks, as int64."""
+INTEGERS = (
+    "rank", "num_units", "num_forwards", "batch", "heads", "first_head", "kv_heads",
+    "first_kv", "own_rows",
+)  # fmt: skip
+"""Arguments that the kernel is not specialised to: they differ from rank to rank."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,8 @@ class KernelSpec:
         lse: whether the natural log-sum-exp of the own queries is stored.
         virtual: ranks that share one launch (one GPU, tests); 1 in production.
         block_m, block_n: queries and keys of a tile.
+        fetch: how tiles come into shared memory: "threads" (those that attend copy them, everywhere) or "tma" (a warp
+            of its own does, by tensor copies: attend_tma.py, on sm_90).
         copy_programs: programs that pass chunks on.
         warps, stages: Triton's num_warps and num_stages.
     """
@@ -62,6 +78,7 @@ class KernelSpec:
     virtual: int = 1
     block_m: int = 64
     block_n: int = 64
+    fetch: str = "threads"
     copy_programs: int = 1
     warps: int = 4
     stages: int = 2
@@ -77,6 +94,17 @@ class KernelSpec:
         return TRITON_TYPES[self.dtype]
 
     @property
+    def needs_positions(self) -> bool:
+        """Whether global positions of tokens matter: to causal order, or to find the mask's entry."""
+        return self.causal or self.mask != "none"
+
+    @property
+    def state_words(self) -> int:
+        """Words of fp32 that a query's softmax state takes in memory: its values, and maximum and sum, which "tma"
+        keeps as each of four threads has them."""
+        return block_of(self.v_head_dim) + (8 if self.fetch == "tma" else 2)
+
+    @property
     def key(self) -> str:
         """Short digest: names the generated files."""
         return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:12]
@@ -84,6 +112,22 @@ class KernelSpec:
     def with_(self, **changes: Any) -> KernelSpec:
         """The same with some entries changed."""
         return replace(self, **changes)
+
+
+def attend_arguments(spec: KernelSpec) -> tuple[str, ...]:
+    """Arguments of the kernel, in order."""
+    names = ["out_ptr", "out_sb", "out_sh", "out_sr"]
+    if spec.mask != "none":
+        names += ["mask_ptr", "mask_sb", "mask_sh", "mask_sr", "mask_sc"]
+    if spec.needs_positions:
+        names += ["q_positions_ptr", "k_positions_ptr"]
+    names += ["lse_ptr"] if spec.lse else []
+    names += ["state_ptr"] if spec.carry else []
+    names += ["heaps_ptr", "place_ptr", "units_ptr", "queries_ptr", "keys_ptr"]
+    names += ["forwards_ptr"] if spec.forwards else []
+    names += ["counters_ptr"] if spec.forwards or spec.pushes else []
+    names += ["virtual_ptr"] if spec.virtual > 1 else []
+    return (*names, *INTEGERS)
 
 
 def tiles_for(
@@ -145,6 +189,41 @@ _CODED = {
 """Nor for the loop over chunks that have come, which decodes them, beside the one over own chunks."""
 
 
+_TMA: dict[int, dict[str, Any]] = {
+    64: {"fetch": "tma", "block_m": 128, "block_n": 128, "warps": 4, "stages": 3, "tails": "apart"},
+    128: {"fetch": "tma", "block_m": 128, "block_n": 128, "warps": 4, "stages": 2, "tails": "apart"},
+}
+"""Head size -> tile where a warp of its own fetches; ``warps`` are one warpgroup's."""
+_TMA_KEYS = (64, 128)
+"""Keys of a block there: a chunk that has fewer is not attended so."""
+
+
+def fetched_by_tma(site: AttentionSite, arch: int, reach: str, mask: str, wire: Wire, rows: set[int]) -> bool:
+    """Whether attend_tma.py writes a site's kernel: plain attention in half precision on sm_90, every rank within
+    reach of loads and stores (NVSHMEM's puts need all threads of a program), no chunk of ``rows`` too short."""
+    plain = mask == "none" and not site.causal and wire == AS_IT_IS and reach == "peer"
+    sizes = site.head_dim == site.v_head_dim and site.head_dim in _TMA
+    long = bool(rows) and min(rows) >= min(_TMA_KEYS)
+    return 90 <= arch < 100 and plain and sizes and long and element_bytes(DTYPES[site.dtype]) == 2
+
+
+def tma_tiles(head_dim: int, rows: int) -> dict[str, Any]:
+    """The tile of attend_tma.py's kernel, where chunks of keys have ``rows`` or more."""
+    return _TMA[head_dim] | {"block_n": max(n for n in _TMA_KEYS if n <= max(rows, _TMA_KEYS[0]))}
+
+
+@cache
+def has_tensor_copies() -> bool:
+    """Whether this Triton has what attend_tma.py writes with: Gluon under the names of 3.9 (3.6's differ)."""
+    try:
+        from triton.experimental.gluon import constexpr_function  # noqa: F401
+        from triton.experimental.gluon.language import inline_asm, warp_specialize  # noqa: F401
+        from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait  # noqa: F401
+    except ImportError:
+        return False
+    return hasattr(tma, "async_load") and hasattr(mbarrier, "allocate_mbarrier")
+
+
 def cannot_generate(site: AttentionSite) -> str:
     """Why no kernel is generated for a site; "" if one is."""
     if site.dtype not in DTYPES:
@@ -169,7 +248,7 @@ def spec_of(
         arch: 80, 90, 100, ...; 0 for the interpreter.
         machine_of: machine of each rank of the mesh: NVSHMEM is used between machines. None: all reach each other.
         mask: kind and whether it is boolean, for a site with a mask.
-        changes: entries to set by hand.
+        changes: entries to set by hand; tiles without ``fetch`` are for "threads".
 
     Raises:
         UnsupportedError: a dtype or head size that no kernel is generated for.
@@ -187,12 +266,16 @@ def spec_of(
     more = reach != "peer" or group > 1 or site.causal or mask[0] == "key"
     wire = _wire(schedule)
     coded = (wire.q, wire.k, wire.v) != (SAME,) * 3
-    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full", more, coded)
     rows = {
         int(n)
         for part in range(schedule.kv_parts)
         for n in schedule.row_counts("k", part)
+        if n
     }  # fmt: skip
+    tiles = tiles_for(arch, DTYPES[site.dtype], site.head_dim, site.v_head_dim, mask[0] == "full", more, coded)
+    fetch = changes.get("fetch") or ("threads" if changes.keys() & tiles.keys() else "")
+    if fetch == "tma" or (not fetch and fetched_by_tma(site, arch, reach, mask[0], wire, rows) and has_tensor_copies()):
+        tiles = tma_tiles(site.head_dim, min(rows))
     spec = KernelSpec(
         DTYPES[site.dtype],
         site.head_dim,
@@ -208,6 +291,7 @@ def spec_of(
         wire=wire,
         **tiles,
     ).with_(**changes)
+    assert spec.fetch == "threads" or all(n >= spec.block_n for n in rows), "a block begins before its chunk"
     return spec if any(n % spec.block_n for n in rows) else spec.with_(tails="none")
 
 

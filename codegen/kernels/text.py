@@ -17,6 +17,18 @@ import triton.language as tl
 """
 CALLS = "from sfcompile.codegen.toolchain.nvshmem_calls import putmem_signal_nbi_block\n"
 CLOCK = "from triton.language.extra.cuda import globaltimer\n"
+GLUON = """from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+"""
+_DEVICE = ("device", "device_tma")
+"""Files of this folder that hold device functions."""
 
 
 class Lines:
@@ -98,12 +110,17 @@ def _device() -> tuple[dict[str, str], dict[str, set[str]]]:
     # Read, not imported: the functions become Triton's only where the generated source is run.
     from importlib.util import find_spec
 
-    spec = find_spec("sfcompile.codegen.kernels.device")
-    assert spec is not None and spec.origin is not None
-    with open(spec.origin, encoding="utf-8") as file:
-        source = file.read()
     texts: dict[str, str] = {}
     uses: dict[str, set[str]] = {}
+    for file_name in _DEVICE:
+        spec = find_spec(f"sfcompile.codegen.kernels.{file_name}")
+        assert spec is not None and spec.origin is not None
+        with open(spec.origin, encoding="utf-8") as file:
+            _read(file.read(), texts, uses)
+    return texts, uses
+
+
+def _read(source: str, texts: dict[str, str], uses: dict[str, set[str]]) -> None:
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef):
             start = min(entry.lineno for entry in node.decorator_list)
@@ -114,7 +131,6 @@ def _device() -> tuple[dict[str, str], dict[str, set[str]]]:
             continue
         name = node.name if isinstance(node, ast.FunctionDef) else node.targets[0].id  # type: ignore[attr-defined]
         uses[name] = {entry.id for entry in ast.walk(node) if isinstance(entry, ast.Name)} - {name}
-    return texts, uses
 
 
 def device_functions(body: str) -> str:
@@ -144,4 +160,5 @@ def module(title: str, body: str, more: Iterable[str] = ()) -> str:
     device = device_functions(body)
     calls = CLOCK if "globaltimer" in device else ""
     calls += CALLS if "putmem_signal_nbi_block" in body else ""
+    calls += GLUON if "@gluon." in body else ""
     return f'"""{head}\n"""\n\n{IMPORTS}{chr(10) if calls else ""}{calls}\n{device}\n\n{body}'

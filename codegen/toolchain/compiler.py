@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfcompile.codegen.kernels.attend import attend_arguments, attend_source
+from sfcompile.codegen.kernels.attend import attend_source
 from sfcompile.codegen.kernels.chunks import ChunkSpec, chunk_arguments, receive_source, release_source, send_source
 from sfcompile.codegen.kernels.moves import MoveSpec, collect_source, move_arguments, put_source
-from sfcompile.codegen.kernels.spec import KernelSpec
+from sfcompile.codegen.kernels.spec import KernelSpec, attend_arguments
 from sfcompile.codegen.kernels.text import entry_name
 from sfcompile.codegen.rows.rows import FUSED_OPTIONS, RowProgram
 from sfcompile.codegen.toolchain.loader import link_options, load_source
@@ -125,6 +125,8 @@ def compile_source(source: KernelSource, arch: int, library: Path | None = None)
     if source.reach != "peer" and library is None:
         options["ptx_options"] = "-c"
     kernel = getattr(module, entry_name(source.name, source.reach))
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource  # noqa: F811
     try:
         stages = triton.compile(
             ASTSource(kernel, signature=signature, constexprs={}, attrs=attrs),

@@ -134,9 +134,10 @@ def decide_attention(
     if not work:
         return "triton", "there is no attention"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    arch = KernelTarget(device).architecture
     if not measure:
         why = "nothing is measured where the topology is assumed"
-        told: list[Any] = session.exchange(from_results(gpu, work, why), "agree on the attention")
+        told: list[Any] = session.exchange(from_results(gpu, work, why, arch), "agree on the attention")
         return told[0][0], told[0][1]
     first, setting = session.rank == 0, _setting(gpu, work)
     known: list[Comparison | None]
@@ -151,7 +152,7 @@ def decide_attention(
     assert comparison is not None
     if comparison.best is not None:
         return comparison.best, how + comparison.line
-    told = session.exchange(from_results(gpu, work, comparison.line), "agree on the attention")
+    told = session.exchange(from_results(gpu, work, comparison.line, arch), "agree on the attention")
     return told[0][0], told[0][1]
 
 
@@ -239,14 +240,21 @@ def flops(schedule: AttentionSchedule) -> float:
     return 2.0 * site.batch * site.heads * queries * keys * (site.head_dim + site.v_head_dim)
 
 
-def from_results(gpu: str, work: Sequence[Work], why_not_timed: str) -> tuple[str, str]:
-    """What rates of gpu-check say, or that there are none."""
+def from_results(gpu: str, work: Sequence[Work], why_not_timed: str, arch: int = 0) -> tuple[str, str]:
+    """What rates of gpu-check say, or that there are none: then the library from sm_100 on, whose tensor cores the
+    generated kernel drives at half their rate or less (docs/kernels.md).
+
+    Args:
+        arch: the GPU's architecture, 90, 100, ...; 0: none.
+    """
     result = result_of(gpu)
     both = (
         {} if result is None else {size: of for size, of in result.rates.items() if {"fused", "library"} <= of.keys()}
     )
     if result is None or not both:
         why = f"gpu-check has no rates of {gpu}"
+        if arch >= 100:
+            return "aten", f"on sm_{arch} the library unless a figure speaks for the kernel; {why_not_timed}, and {why}"
         return "triton", f"puts, waits and attention in one kernel; not timed ({why_not_timed}), and {why}"
     seconds = dict.fromkeys(TITLES, 0.0)
     for entry in work:

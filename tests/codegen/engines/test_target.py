@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_ranks import Job, make_site
+from triton.runtime import _allocation
 
 from sfcompile.codegen.engines import target as kernel_target
 from sfcompile.codegen.engines.launch import AttendKernel
@@ -87,6 +89,22 @@ def test_tiles_that_gpu_check_found_fastest_are_taken_for_what_it_ran(
         assert KernelTarget(GPU).measured_tile(schedule(**other), none) == {}, other
     assert KernelTarget(GPU).measured_tile(schedule(), ("key", True)) == {}
     assert KernelTarget(CPU).measured_tile(schedule(), none) == {}
+    write_result(GpuResult("A GPU", "2026-12-02", {}, {64: fastest | {"fetch": "tma"}}), tmp_path / "gpu-check")
+    assert KernelTarget(GPU).measured_tile(schedule(), none) == {}  # that one is taken where chunks are long enough
+
+
+def test_memory_that_a_kernel_keeps_comes_from_torch_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's own allocator of Triton's is the one it was after the launch."""
+    allocators: list[Any] = []
+
+    def own(size: int, alignment: int, stream: int | None) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(_allocation, "_allocator", ContextVar("_allocator", default=own))
+    monkeypatch.setattr(KernelTarget, "interpreted", False)
+    KernelTarget(CPU).with_scratch(lambda: allocators.append(_allocation._allocator.get()))
+    assert _allocation._allocator.get() is own and allocators[0] is not own
+    assert allocators[0](256, 128, None).numel() == 256
 
 
 def test_a_measured_tile_is_the_kernels_and_what_is_set_by_hand_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from rank_workers import attend_and_gather, schedules_of
 from threads import run_threads
 from wire_bounds import attention_off, most_off
 
-from sfcompile.codegen.kernels.attend import attend_arguments, attend_source
-from sfcompile.codegen.kernels.spec import KernelSpec
+from sfcompile.codegen.kernels.attend import attend_source
+from sfcompile.codegen.kernels.spec import KernelSpec, attend_arguments
 from sfcompile.codegen.proof.checker import check
 from sfcompile.errors import ScheduleError
 from sfcompile.options import Wire

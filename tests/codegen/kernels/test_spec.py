@@ -8,7 +8,9 @@ import pytest
 import torch
 from kernel_ranks import Job, make_site
 
-from sfcompile.codegen.kernels.spec import KernelSpec, cannot_generate, spec_of, tiles_for
+from sfcompile.codegen.kernels import spec as spec_module
+from sfcompile.codegen.kernels.spec import KernelSpec, cannot_generate, has_tensor_copies, spec_of, tiles_for
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.errors import UnsupportedError
 from sfcompile.options import AS_IT_IS, Wire
 
@@ -60,3 +62,40 @@ def test_what_cannot_be_generated_is_refused() -> None:
     assert "float64" in cannot_generate(odd)
     with pytest.raises(UnsupportedError, match="use attention='aten'"):
         spec_of(job(machines=2, inside=1, ring=1, site=odd).schedule(), 90)
+
+
+def attention(tokens: int = 128, **changes: object) -> AttentionSchedule:
+    site = replace(make_site(tokens, 4, dtype=torch.bfloat16, head_dim=64), **changes)  # type: ignore[arg-type]
+    return job(site=site).schedule()  # type: ignore[return-value]
+
+
+def test_hopper_fetches_by_tensor_copies_where_it_can() -> None:
+    spec = spec_of(attention(), 90)
+    assert (spec.fetch, spec.block_m, spec.block_n, spec.warps, spec.tails) == ("tma", 128, 128, 4, "none")
+    assert spec_of(attention(100), 90).with_(tails="none") == spec.with_(block_n=64)
+    assert spec_of(attention(60), 90).fetch == "threads"  # a block would begin before its chunk
+    assert spec_of(attention(head_dim=128, v_head_dim=128), 90).fetch == "tma"
+    assert spec_of(attention(kv_heads=2), 90).group == 2 and spec_of(attention(kv_heads=2), 90).fetch == "tma"
+    others = {
+        "other GPUs": [spec_of(attention(), arch) for arch in (0, 80, 89, 100, 120)],
+        "masks": [spec_of(attention(causal=True), 90), spec_of(attention(), 90, mask=("key", True))],
+        "machines": [spec_of(attention(), 90, (0, 0, 1, 1)), spec_of(attention(), 90, (0, 1, 2, 3))],
+        "sizes": [spec_of(attention(v_head_dim=128), 90), spec_of(attention(head_dim=72, v_head_dim=72), 90)],
+        "dtypes": [spec_of(attention(dtype=torch.float32), 90), spec_of(attention(wire=Wire(k="fp8")), 90)],
+        "tiles by hand": [spec_of(attention(), 90, block_n=64), spec_of(attention(), 90, fetch="threads")],
+    }
+    assert {name: {spec.fetch for spec in specs} for name, specs in others.items()} == dict.fromkeys(
+        others, {"threads"}
+    )
+
+
+def test_an_older_triton_keeps_the_kernel_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec_module, "has_tensor_copies", lambda: False)
+    assert spec_of(attention(), 90) == spec_of(attention(), 90, **tiles_for(90, "bf16", 64, 64)).with_(tails="none")
+    monkeypatch.undo()
+    assert has_tensor_copies()
+
+
+def test_a_state_has_room_for_what_each_way_keeps() -> None:
+    assert KernelSpec("bf16", 64, 40, 1.0).state_words == 64 + 2
+    assert KernelSpec("bf16", 128, 128, 1.0, fetch="tma").state_words * 64 == 128 * (64 + 2 + 2)

@@ -173,3 +173,12 @@ def test_the_real_ways_on_the_device_at_hand() -> None:
     """The library; the generated kernel needs an interpreter here and is left out, in words."""
     found = compare([Work(SMALL, PLAIN, 1)], attention.ways_on(CPU), attention.DeviceClock(CPU), 60.0)
     assert set(found.seconds) | set(found.problems) == set(TITLES) and found.seconds["aten"] > 0.0
+
+
+def test_from_sm_100_on_the_library_is_taken_unless_a_figure_speaks_for_the_kernel(tmp_path: Path) -> None:
+    work = attention_work({LARGE: [PLAIN]})
+    for arch, want in ((90, "triton"), (100, "aten"), (120, "aten")):
+        chosen, why = attention.from_results("A GPU", work, "nothing was timed", arch)
+        assert chosen == want and "nothing was timed" in why and "gpu-check has no rates of A GPU" in why
+    write_result(GpuResult("A GPU", "2026-12-01", {64: {"fused": 3.0, "library": 2.0}}), tmp_path / "gpu-check")
+    assert attention.from_results("A GPU", work, "nothing was timed", 100)[0] == "triton"

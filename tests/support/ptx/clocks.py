@@ -1,8 +1,9 @@
 """Who has seen what: vector clocks of warps, and what releases hand to acquires.
 
 A warp counts its own epochs; ``seen[w]`` is the latest epoch of every other warp of which w knows that what it did
-happened before. There are two planes: what happened before by the generic proxy (loads and stores), and what happened
-before a proxy fence that happened before: only that may be read by the async proxy (wgmma, TMA).
+happened before. There are three planes: what happened before by the generic proxy (loads and stores), and what happened
+before a proxy fence that happened before: only that may be read by the async proxy, of shared memory (wgmma) or of
+global memory (TMA). A fence may be for one of the two only.
 
 Happens-before here is PTX's causality order: program order within a warp, barriers, releases and acquires whose
 scopes include each other, fences around relaxed accesses, ends and starts of kernels on a stream.
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Clock = NDArray[np.int64]
-GENERIC, ASYNC = 0, 1
+GENERIC, ASYNC, ASYNC_GLOBAL = 0, 1, 2
+PLANES = 3
 SCOPES = {"cta": 0, "cluster": 0, "gpu": 1, "sys": 2}
 
 
@@ -35,7 +37,7 @@ class Clocks:
 
     def __init__(self) -> None:
         self.count = 1  # number 0 stands for what was there before
-        self.seen: Clock = np.zeros((64, 2, 64), np.int64)
+        self.seen: Clock = np.zeros((64, PLANES, 64), np.int64)
         self.gpu = np.full(64, -1)
         self.cta = np.full(64, -1)
         self.released: dict[int, list[Released]] = {}
@@ -89,9 +91,10 @@ class Clocks:
         self.seen[warps, :, :size] = clock
         self.seen[warps, 0, warps] = np.maximum(own, self.seen[warps, 0, warps]) + 1
 
-    def proxy_fence(self, warps: NDArray[np.int64]) -> None:
+    def proxy_fence(self, warps: NDArray[np.int64], planes: tuple[int, ...] = (ASYNC, ASYNC_GLOBAL)) -> None:
         """What they have seen may be read by the async proxy."""
-        self.seen[warps, ASYNC] = self.seen[warps, GENERIC]
+        for plane in planes:
+            self.seen[warps, plane] = self.seen[warps, GENERIC]
 
     # ------------------------------------------------------------------ words that order
 

@@ -18,7 +18,7 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.runtime import driver
+from triton.runtime import _allocation, driver
 
 from ptx.world import Stream, World
 from sfcompile.codegen.engines.target import KernelTarget
@@ -53,7 +53,7 @@ class MachineDriver(DriverBase):
         change: ``(kernel's name, PTX) -> PTX``: mutants.
 
     Attributes:
-        launched: every launch so far.
+        launched: every launch so far; ``texts``: names and PTX of what was launched.
         after: called after every launch with its stream, by the thread that launched.
         lock: held while a kernel is compiled and launched; ranks may be threads.
     """
@@ -61,9 +61,11 @@ class MachineDriver(DriverBase):
     def __init__(self, world: World, arch: int, change: Callable[[str, str], str] | None = None) -> None:
         self.world, self.arch, self._change = world, arch, change
         self.launched: list[Launched] = []
+        self.texts: dict[tuple[str, str], None] = {}
         self.after: Callable[[Stream], None] = lambda stream: None
         self.lock = threading.Condition(threading.RLock())
         self._current = threading.local()
+        self._kept: list[torch.Tensor] = []
         self.utils = _Utils()
         self.launcher_cls = self._launcher
 
@@ -148,8 +150,10 @@ class MachineDriver(DriverBase):
             if isinstance(value, torch.Tensor):
                 self.register(value)
         numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else int(value or 0) for value in given]
+        self.texts[name, text] = None
         code = self.world.code(self._change(name, text) if self._change else text)
-        scratch = [0] * (len(code.entry.params) - len(numbers))
+        scratch = [self._scratch(metadata.global_scratch_size * grid[0])]
+        scratch += [0] * (len(code.entry.params) - len(numbers) - 1)
         self.launched.append(
             Launched(name, stream.gpu, grid, bool(metadata.launch_cooperative_grid), metadata.shared, len(numbers))
         )
@@ -160,6 +164,15 @@ class MachineDriver(DriverBase):
         launch()
         if self.recorder is not None:
             self.recorder(lambda: self._again(launch, stream))
+
+    def _scratch(self, nbytes: int) -> int:
+        """Memory for what a kernel keeps outside of its arguments: tensor maps. As Triton's launcher asks for it."""
+        if not nbytes:
+            return 0
+        memory: Any = _allocation._allocator.get()(nbytes + 128, 128, None)
+        self.register(memory)
+        self._kept.append(memory)
+        return -(-int(memory.data_ptr()) // 128) * 128  # torch aligns to 64 bytes on CPUs, to 512 on GPUs
 
     def _again(self, launch: Callable[[], None], stream: Stream) -> None:
         """A recorded launch, made once more."""

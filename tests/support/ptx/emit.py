@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ptx import arithmetic, values
+from ptx.clocks import ASYNC, ASYNC_GLOBAL
 from ptx.text import Entry, PtxError, Statement, inner
 
 STOP = -2
@@ -25,7 +26,7 @@ SPLIT = -3
 DONE = -1
 
 _ORDERED = re.compile(
-    r"^(bar|barrier|atom|red|fence|membar|wgmma|call|mbarrier|ret|exit|nanosleep|cp\.async\.(commit|wait)"
+    r"^(bar|barrier|atom|red|fence|membar|wgmma|call|mbarrier|ret|exit|nanosleep|tensormap|cp\.async\.(commit|wait|bulk)"
     r"|(ld|st)\.\S*(relaxed|acquire|release|volatile))"
 )
 
@@ -119,7 +120,7 @@ def _starts(entry: Entry) -> list[int]:
                 starts.add(i)
         elif _ORDERED.match(statement.op):
             starts |= {i + 1} if statement.op.startswith("call") else {i, i + 1}
-        elif statement.op.startswith("bra"):
+        elif statement.op.startswith(("bra", "brx")):
             starts.add(i + 1)
     return sorted(start for start in starts if start < len(entry.statements))
 
@@ -173,6 +174,10 @@ class _Body(arithmetic.Operands):
                 else DONE
             )
             self.end = f"return g.branch({self.mask}, {target}, NEXT)" if s.pred else f"return {target}"
+        elif base == "brx":
+            labels = self.entry.tables[s.args[1]]
+            numbers = [self.stretch_of[self.entry.labels[label]] for label in labels]
+            self.end = f"return g.branch_by({self.array(s.args[0], 'u32')}, {numbers})"
         elif base in ("ret", "exit"):
             self.end = f"return g.branch({self.mask}, DONE, NEXT)" if s.pred else "return DONE"
         elif base in ("bar", "barrier"):
@@ -202,6 +207,8 @@ class _Body(arithmetic.Operands):
             self._memory(base, s, at)
         elif base == "mma":
             self._product(s)
+        elif base in ("mbarrier", "tensormap", "elect", "setmaxnreg"):
+            self._asynchronous(base, s, at)
         else:
             if not self.calculate(s):
                 raise PtxError(f"the machine does not know {s}")
@@ -273,8 +280,11 @@ class _Body(arithmetic.Operands):
         elif base in ("ldmatrix", "stmatrix"):
             self._matrix(base, s, at)
         elif base in ("fence", "membar"):
-            if "proxy" in op:
-                self.lines.append("g.proxy_fence()")
+            if "tensormap" in op:
+                self.lines.append(f"g.acquire_map({self.address(s.args[0])}, {self.mask}, {at})")
+            elif "proxy" in op:
+                planes = (ASYNC,) if "shared" in op else (ASYNC_GLOBAL,) if "global" in op else (ASYNC, ASYNC_GLOBAL)
+                self.lines.append(f"g.proxy_fence({planes})")
             else:
                 scope = {"gl": "gpu"}.get(mods[-1], mods[-1])
                 self.lines.append(f"g.fence('{scope}')")
@@ -328,10 +338,47 @@ class _Body(arithmetic.Operands):
             self.lines.append(
                 f"g.copy_async({self.address(s.args[0])}, {self.address(s.args[1])}, {size}, {kept}, {self.mask}, {at})"
             )
+        elif s.op.startswith("cp.async.bulk.tensor.2d.shared::cta.global.mbarrier"):
+            place, _, rest = s.args[1].strip("[]").partition(",")
+            where = ", ".join(self.array(x, "s32") for x in inner(rest.strip()))
+            target, barrier = self.address(s.args[0]), self.address(s.args[2])
+            self.lines.append(
+                f"g.copy_tensor({target}, {self.address(place)}, ({where},), {barrier}, {self.mask}, {at})"
+            )
+        elif re.match(r"cp\.async\.bulk\.(commit_group|wait_group\.read)$", s.op):
+            pass  # of copies out of shared memory, of which there are none
         elif s.op.startswith("cp.async.commit"):
             self.lines.append("g.commit_copies()")
         elif s.op.startswith("cp.async.wait"):
             self.lines.append(f"g.wait_copies({int(s.args[0], 0) if s.args else 0})")
+        else:
+            raise PtxError(f"the machine does not know {s}")
+
+    def _asynchronous(self, base: str, s: Statement, at: int) -> None:
+        """What belongs to tensor copies (tensor_copies.py)."""
+        mods = s.op.split(".")
+        if base == "setmaxnreg":  # registers are as many as the text names
+            return
+        if base == "elect":
+            leader, _, chosen = s.args[0].partition("|")
+            self.write(leader, "b32", "g.full(U4, 0)")
+            self.write(chosen, "pred", "g.lane_numbers == 0")
+        elif base == "tensormap" and mods[1] == "replace":
+            place = f"{self.address(s.args[0])}, '{mods[3]}'"
+            which, value = (s.args[1], s.args[2]) if len(s.args) > 2 else ("0", s.args[1])
+            kind = "u64" if mods[-1] == "b64" else "u32"
+            self.lines.append(f"g.set_map({place}, {int(which, 0)}, {self.array(value, kind)}, {self.mask})")
+        elif base == "tensormap" and mods[1] == "cp_fenceproxy":
+            self.lines.append(f"g.publish_map({self.address(s.args[0])}, {self.address(s.args[1])}, {self.mask}, {at})")
+        elif base == "mbarrier" and mods[1] == "init":
+            self.lines.append(f"g.init_barrier({self.address(s.args[0])}, {self.array(s.args[1], 'u32')}, {self.mask})")
+        elif base == "mbarrier" and mods[1] == "arrive":
+            given = self.array(s.args[2], "u32") if len(s.args) > 2 else "g.full(U4, 1)"
+            expects = mods[2] == "expect_tx"
+            self.lines.append(f"g.arrive({self.address(s.args[1])}, {given}, {expects}, {self.mask}, {at})")
+        elif base == "mbarrier" and mods[1] == "try_wait" and "parity" in mods:
+            self.write(s.args[0], "pred", "g.full(B, True)")
+            self.end = f"return g.await_phase({self.address(s.args[1])}, {self.array(s.args[2], 'u32')}, NEXT)"
         else:
             raise PtxError(f"the machine does not know {s}")
 
@@ -365,7 +412,7 @@ class _Body(arithmetic.Operands):
     def _warpgroup(self, s: Statement, at: int) -> None:
         part = s.op.split(".")[1]
         if part == "fence":
-            self.lines.append("g.group_fence()")
+            self.end = "return g.group_fence(NEXT)"
         elif part == "commit_group":
             self.lines.append("g.commit_products()")
         elif part == "wait_group":

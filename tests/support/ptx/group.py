@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 
 from ptx import tiles
 from ptx.clocks import ASYNC
+from ptx.emit import STOP
 from ptx.memory import IN_FLIGHT
 from ptx.text import PtxError
 
 Array = NDArray[Any]
+GROUP_SYNC = 998
+"""What a lane waits at that waits for its warpgroup."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,20 @@ class GroupProducts:
     whole: Any
     count: int
 
-    def group_fence(self) -> None:
-        """wgmma.fence orders registers; the machine reads them when the product is issued: nothing to do."""
+    def group_fence(self, following: int) -> int:
+        """wgmma.fence orders registers; the machine reads them when the product is issued. Warps of a group that come
+        at different times go on together."""
         self.whole()
+        if self.count % 128 == 0 and not (self.numbers[::128] % 128).any():
+            return following
+        launch = self.launch
+        launch.pc[self.numbers] = following
+        launch.waiting[self.numbers] = GROUP_SYNC
+        for first in np.unique(self.numbers // 128) * 128:
+            lanes = slice(first, first + 128)
+            if (launch.waiting[lanes] == GROUP_SYNC).all():
+                launch.waiting[lanes] = -1
+        return STOP
 
     def commit_products(self) -> None:
         """wgmma.commit_group."""

@@ -20,11 +20,14 @@ from ptx.emit import DONE, PLACES, SPLIT, STOP, Code
 from ptx.group import GroupProduct, GroupProducts
 from ptx.memory import IN_FLIGHT, Memory
 from ptx.strong import Ordered
+from ptx.tensor_copies import Barrier, TensorCopies
 from ptx.text import PtxError
 
 Array = NDArray[Any]
 _KINDS = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _PAD = 64
+_WARP_SYNC = 999
+"""What a lane waits at that waits for its warp; named barriers are below, those in memory above."""
 
 
 class Launch:
@@ -35,11 +38,13 @@ class Launch:
         warps: their numbers for the clocks, at least as many as the grid has.
         call: what a call of a function outside of the kernel does: ``(gang, name, arguments, number)``; False: the
             caller must come again.
+        deliveries: of the world: what happens some time (tensor_copies.py).
     """
 
     def __init__(
         self, code: Code, grid: int, arguments: list[int], shared_bytes: int, gpu: int, name: str, memory: Memory,
         warps: Array, coin: random.Random, time_ns: Callable[[], int], call: Callable[..., bool],
+        deliveries: list[Callable[[], bool]] | None = None,
     ) -> None:  # fmt: skip
         entry = code.entry
         self.code, self.grid, self.gpu, self.name, self.memory = code, grid, gpu, name, memory
@@ -59,18 +64,23 @@ class Launch:
         groups = any(s.op.startswith("wgmma") for s in entry.statements)
         self.unit = 128 if groups else 32  # lanes that are switched together
         self.shared_bytes = max(shared_bytes, 16)
-        self._shared = np.full(grid * (self.shared_bytes + _PAD) + 1024, 0xFF, np.uint8)
+        pitch = -(-(self.shared_bytes + _PAD) // 1024) * 1024
+        self._shared = np.full(grid * pitch + 1024, 0xFF, np.uint8)
         start = -(-self._shared.ctypes.data // 1024) * 1024
-        self.shared_at = start + np.arange(grid) * (self.shared_bytes + _PAD)
+        self.shared_at = start + np.arange(grid) * pitch
         for cta in range(grid):
             memory.add(int(self.shared_at[cta]), self.shared_bytes, f"shared memory of {name}", self._shared)
-        self.asleep = np.full(grid, -1)  # the count of signals at which a program last polled in vain
+        self.asleep = np.full(lanes // 32, -1)  # the count of signals at which a warp last polled in vain
         self.polled: dict[tuple[int, int], int] = {}
         self.polls: dict[int, int] = {}
         self.copies: list[Copy] = []
         self.copy_group = np.zeros(lanes, np.int64)
         self.products: list[GroupProduct] = []
         self.product_group = np.zeros(lanes, np.int64)
+        self.deliveries = [] if deliveries is None else deliveries
+        self.barriers: dict[int, Barrier] = {}
+        self.copiers: list[int] = []
+        self.tensor_maps: dict[int, dict[str, int]] = {}
         self.steps = self.place = 0
         self._gangs: dict[bytes, Gang] = {}
         self.clocks.seat(self.warps, self.threads // 32)
@@ -81,13 +91,19 @@ class Launch:
         return bool((self.pc == DONE).all())
 
     def close(self) -> None:
-        """Shared memory goes."""
+        """Shared memory goes.
+
+        Raises:
+            PtxError: a tensor copy into it has not landed.
+        """
+        if any(barrier.copies for barrier in self.barriers.values()):
+            raise PtxError(f"{self.name} ended before a tensor copy had landed")
         for start in self.shared_at:
             self.memory.remove(int(start))
 
     def runnable(self, signals: int) -> Array:
         """Lanes that could go on; programs that poll sleep until a signal changes."""
-        return (self.pc != DONE) & (self.waiting < 0) & (self.asleep != signals)[self.cta]
+        return (self.pc != DONE) & (self.waiting < 0) & np.repeat(self.asleep != signals, 32)
 
     def pick(self, runnable: Array, together: float) -> tuple[Gang, int]:
         """A gang at one place, and the place."""
@@ -154,7 +170,9 @@ class Launch:
             f"{count} threads at {self.code.entry.statements[self.code.stretches[pc].first]}"
             for pc, count in places.items()
         ]
-        polls = [str(PLACES[at][1]) for cta, at in self.polls.items() if self.asleep[cta] >= 0 or len(self.polls) == 1]
+        polls = [
+            str(PLACES[at][1]) for warp, at in self.polls.items() if self.asleep[warp] >= 0 or len(self.polls) == 1
+        ]
         return f"{self.name}: {'; '.join(said[:4])}" + (
             f"; polls in vain: {'; '.join(sorted(set(polls))[:3])}" if polls else ""
         )
@@ -181,7 +199,7 @@ class Copy:
         )
 
 
-class Gang(Ordered, GroupProducts):
+class Gang(Ordered, GroupProducts, TensorCopies):
     """Lanes that run together; its methods are what the functions of stretches (emit.py) call."""
 
     def __init__(self, launch: Launch, lanes: Array) -> None:
@@ -222,7 +240,7 @@ class Gang(Ordered, GroupProducts):
     def pause(self, following: int) -> int:
         """After a poll: sleep if it was in vain."""
         launch = self.launch
-        sleeping = launch.asleep[self.cta] == launch.memory.signals
+        sleeping = launch.asleep[self.numbers // 32] == launch.memory.signals
         if not sleeping.any():
             return following
         launch.pc[self.numbers] = following
@@ -255,11 +273,21 @@ class Gang(Ordered, GroupProducts):
         return following if freed and launch.coin.random() < 0.85 else STOP
 
     def warp_barrier(self, following: int) -> int:
-        """bar.warp.sync."""
-        self.whole()
-        self.launch.clocks.step(self.warps)
-        self.launch.touched[self.numbers] = False
-        return following
+        """bar.warp.sync of all lanes; those that went other ways may come later."""
+        launch = self.launch
+        if self._whole:
+            launch.clocks.step(self.warps)
+            launch.touched[self.numbers] = False
+            return following
+        launch.pc[self.numbers] = following
+        launch.waiting[self.numbers] = _WARP_SYNC
+        for first in np.unique(self.numbers // 32) * 32:
+            lanes = slice(first, first + 32)
+            if ((launch.waiting[lanes] == _WARP_SYNC) | (launch.pc[lanes] == DONE)).all():
+                launch.clocks.step(launch.warp[first : first + 1])
+                launch.waiting[lanes] = -1
+                launch.touched[lanes] = False
+        return STOP
 
     def shuffle(self, mode: str, x: Array, by: Array) -> Array:
         """shfl.sync."""

@@ -216,7 +216,9 @@ class Memory:
         offset = (address % size if width < size else np.zeros(len(address), np.int64)).astype(np.int64)
         return np.ascontiguousarray(np.take_along_axis(raw, offset[:, None] + np.arange(width), 1)).view(data.dtype)
 
-    def store(self, warp: Array, lane: Array, address: Array, data: Array, at: int, strong: int = 0) -> None:
+    def store(
+        self, warp: Array, lane: Array, address: Array, data: Array, at: int, strong: int = 0, plane: int = GENERIC
+    ) -> None:
         """Store ``data`` [lanes, count] at each address."""
         width, count = data.dtype.itemsize, data.shape[1]
         pieces = self.locate(address, width * count, at)
@@ -224,7 +226,7 @@ class Memory:
         starts = (address - address % size)[:, None] + size * np.arange(pieces.shape[1])
         at_words = words(starts, size)
         history = self.wrote[pieces]
-        late = self._unordered(history, warp, lane, GENERIC)
+        late = self._unordered(history, warp, lane, plane)
         read = self.read[pieces]
         me = warp[:, None, None]
         seen = self.clocks.seen[me, GENERIC, read >> _WARP]
@@ -290,10 +292,10 @@ class Memory:
 
     # ------------------------------------------------------------------ copies that land later
 
-    def begin_copy(self, warp: Array, lane: Array, address: Array, nbytes: int, at: int) -> None:
+    def begin_copy(self, warp: Array, lane: Array, address: Array, nbytes: int, at: int, plane: int = GENERIC) -> None:
         """From now on nobody may read or write here: the copy may land at any time. The memory holds rubbish."""
         rubbish = np.full((len(address), nbytes // 4), 0xFFFFFFFF, np.uint32)
-        self.store(warp, lane, address, rubbish, at)
+        self.store(warp, lane, address, rubbish, at, plane=plane)
         self.wrote[self.locate(address, nbytes, at)] = (warp << _WARP | lane << _LANE | IN_FLIGHT)[:, None]
 
     def end_copy(self, warp: Array, lane: Array, address: Array, data: Array, at: int) -> None:

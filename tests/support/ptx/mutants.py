@@ -29,6 +29,7 @@ class Mutant:
         name: what is wrong.
         arch: the architecture whose kernels have it.
         net: between ranks that reach each other by NVSHMEM only.
+        fetch: how the kernel's tiles come into shared memory (KernelSpec).
         ptx, source: edits ``(kernel's name, text) -> text``.
         order: of a rank's launches.
     """
@@ -36,6 +37,7 @@ class Mutant:
     name: str
     arch: int = 80
     net: bool = False
+    fetch: str = "threads"
     ptx: Edit | None = None
     source: Edit | None = None
     order: Callable[[list[str]], list[str]] | None = None
@@ -43,6 +45,8 @@ class Mutant:
 
 def job_of(arch: int, net: bool = False, dtype: torch.dtype = torch.float16, **changes: Any) -> Job:
     """A small attention: two ranks, uneven tokens, several tiles and blocks, bank 0 used three times."""
+    if changes.get("fetch") == "tma":
+        changes = {"block_m": 128, "block_n": 64, "warps": 4, "stages": 2, "epochs": 2} | changes
     tiles = (
         {"block_m": 32, "block_n": 32, "warps": 4, "stages": 2}
         if arch < 90
@@ -67,7 +71,8 @@ def caught(mutant: Mutant | None, arch: int = 80, seeds: int = 1, tolerance: flo
     changes = {"change": mutant.ptx, "edit": mutant.source, "order": mutant.order} if mutant else {}
     said = ""
     for seed in range(seeds):
-        ranks = AttentionRanks(job_of(arch, net), arch, seed, **changes)  # type: ignore[arg-type]
+        job = job_of(arch, net, **({"fetch": "tma"} if mutant and mutant.fetch == "tma" else {}))
+        ranks = AttentionRanks(job, arch, seed, **changes)  # type: ignore[arg-type]
         try:
             error = ranks.run()
             said = "" if error < tolerance else f"wrong: error {error:.2g}"
@@ -131,12 +136,38 @@ def _early(names: list[str]) -> list[str]:
     return ["put", "release", *[name for name in names if name not in ("put", "release")]]
 
 
+def _moved(kernel: str, line: str, before: str) -> Edit:
+    """A line of the source moves before the first one that begins so."""
+
+    def edit(name: str, source: str) -> str:
+        if name != kernel:
+            return source
+        moved, anchor = (re.search(rf"^ +{text}.*\n", source, re.MULTILINE) for text in (line, before))
+        assert moved is not None and anchor is not None and anchor.start() < moved.start()
+        without = source[: moved.start()] + source[moved.end() :]
+        return without[: anchor.start()] + moved[0] + without[anchor.start() :]
+
+    return edit
+
+
 _ACQUIRE, _RELAXED = r"ld\.global\.sys\.acquire", "ld.global.sys.relaxed"
 _RELEASE = r"atom\.global\.sys\.release\.exch"
 _BAR = r"bar\.sync\s+0;"
 _WAIT, _LAX = r"cp\.async\.wait_group\s+\d", "cp.async.wait_group 7"
 _WAIT_WGMMA, _LAX_WGMMA = r"wgmma\.wait_group\.sync\.aligned\s+0", "wgmma.wait_group.sync.aligned 2"
 _COUNT = r"acq_rel\.add"
+_FENCE = r"fence\.proxy\.async;"
+_FIRST_CHUNK = "if (tile == start) & (j == first_key):"
+_FREE = r"mbarrier\.wait\(v_empty.*"
+_LANDED = r"mbarrier\.wait\(v_full\.index\(before\), before_parity\)"
+_GIVEN_BACK = r"bar\.sync\s+[02], 128;((?:\s|//[^\n]*\n|\.loc[^\n]*\n)*@%p\d+ mbarrier\.arrive\.shared)"
+_WAIT_SCORES = r"wgmma\.wait_group\.sync\.aligned\s+1"
+
+
+def _tma(name: str, **edits: Any) -> Mutant:
+    """Of the kernel that fetches by tensor copies."""
+    return Mutant(name, 90, fetch="tma", **edits)
+
 
 MUTANTS = (
     Mutant("acquire of a chunk to relaxed", ptx=edited("attend", _ACQUIRE, _RELAXED)),
@@ -154,6 +185,16 @@ MUTANTS = (
     Mutant("fence.proxy.async removed", 90, ptx=edited("attend", r"fence\.proxy\.async\.shared::cta;", "")),
     Mutant("wgmma.wait_group too lax", 90, ptx=edited("attend", _WAIT_WGMMA, _LAX_WGMMA)),
     Mutant("cp.async.wait_group too lax before wgmma", 90, ptx=edited("attend", _WAIT, _LAX)),
+    _tma("no proxy fence between acquire and tensor copy", ptx=edited("attend", _FENCE, "")),
+    _tma("a proxy fence for shared memory only", ptx=edited("attend", _FENCE, "fence.proxy.async.shared::cta;")),
+    _tma("the proxy fence before the polls", source=_moved("attend", r"fence_async\(\)", "k_slot = ")),
+    _tma("acquire relaxed before a tensor copy", ptx=edited("attend", _ACQUIRE, _RELAXED)),
+    _tma("chunks after the first not awaited", source=edited("attend", "if tile == start:", _FIRST_CHUNK)),
+    _tma("a tile of the ring filled before it is free", source=edited("attend", _FREE, "pass")),
+    _tma("values read before they have landed", source=edited("attend", _LANDED, "pass")),
+    _tma("a tile given back by one warp for all", ptx=edited("attend", _GIVEN_BACK, r"\1")),
+    _tma("wgmma.wait_group too lax under the softmax", ptx=edited("attend", _WAIT_SCORES, _LAX_WGMMA)),
+    _tma("queries stored without a proxy fence", ptx=edited("attend", r"fence\.proxy\.async\.shared::cta;", "")),
 )  # fmt: skip
 HARMLESS = (Mutant("credit given early", order=_early),)
 """Two ranks that attend in turn need no credit: a rank puts into a bank again only after it has the other's chunks of

@@ -41,12 +41,12 @@ class Ordered:
         return not touched.any() or (int(touched.sum()) == 1 and bool(touched[lane - first]))
 
     def _polled(self, place: int, address: int, value: int, at: int) -> None:
-        """A program that reads the same again sleeps until some signal changes."""
-        launch, cta = self.launch, int(self.cta[place])
-        if launch.polled.get((cta, address)) == value:
-            launch.asleep[cta] = launch.memory.signals
-            launch.polls[cta] = at
-        launch.polled[cta, address] = value
+        """A warp that reads the same again sleeps until some signal changes."""
+        launch, warp = self.launch, int(self.numbers[place]) // 32
+        if launch.polled.get((warp, address)) == value:
+            launch.asleep[warp] = launch.memory.signals
+            launch.polls[warp] = at
+        launch.polled[warp, address] = value
 
     def strong_load(
         self, space: str, address: Array, width: int, sem: str, scope: str, mask: Array | None, at: int
@@ -101,9 +101,9 @@ class Ordered:
         alone = self.launch.touched[self.numbers].sum() <= 1
         self.launch.clocks.fence(self.warps, SCOPES[scope], bool(alone))
 
-    def proxy_fence(self) -> None:
-        """fence.proxy.async."""
-        self.launch.clocks.proxy_fence(self.warps)
+    def proxy_fence(self, planes: tuple[int, ...]) -> None:
+        """fence.proxy.async, of all memory or of shared or global memory alone."""
+        self.launch.clocks.proxy_fence(self.warps, planes)
 
     def call(self, name: str, arguments: tuple[Array, ...], at: int, following: int) -> int:
         """A function outside of the kernel; what waits inside comes again."""
@@ -111,8 +111,7 @@ class Ordered:
         if launch.call(self, name, arguments, at):
             return following
         launch.pc[self.numbers] = launch.place
-        for cta in np.unique(self.cta):
-            launch.asleep[cta] = launch.memory.signals
+        launch.asleep[np.unique(self.numbers // 32)] = launch.memory.signals
         return STOP
 
 

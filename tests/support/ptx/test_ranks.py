@@ -59,6 +59,14 @@ def test_hopper(dtype: torch.dtype) -> None:
     check(job_of(90, dtype=dtype), 90)
 
 
+def test_hopper_by_tensor_copies() -> None:
+    """Chunks that a block does not fill and one of two tiles; both warpgroups, and the ring around several times."""
+    ranks = check(job_of(90, fetch="tma"), 90)
+    assert ranks.kernels[0].spec.fetch == "tma" and ranks.kernels[0].spec.pushes
+    ptx = next(text for name, text in ranks.driver.texts if name == "attend")
+    assert "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
+
+
 CASES = {
     "ring that passes chunks on": (small("usp", (1, 3, 1, 3), [40, 24, 33]), 80),
     "two machines": (small("torus", (2, 2, 2, 2), [24, 17, 33, 8], True), 80),
@@ -89,6 +97,38 @@ MORE = {
         90,
     ),
 }
+
+
+def copied(kind: str, shape: tuple[int, int, int, int], tokens: list[int], **changes: Any) -> Job:
+    """A job of the kernel that fetches by tensor copies."""
+    tile = {"fetch": "tma", "block_m": 128, "block_n": 32, "warps": 4, "stages": 2} | changes.pop("tile", {})
+    sizes = {name: changes.pop(name) for name in ("batch", "head_dim") if name in changes}
+    job = small(kind, shape, tokens, options=tile, **changes)
+    return replace(
+        job, site=replace(job.site, **sizes, **({"v_head_dim": sizes["head_dim"]} if "head_dim" in sizes else {}))
+    )
+
+
+COPIED = {
+    "ring that passes chunks on": copied("usp", (1, 3, 1, 3), [40, 32, 75]),
+    "a rank without tokens": copied("ring", (1, 3, 1, 3), [40, 0, 75]),
+    "torus": copied("torus", (2, 2, 2, 2), [33, 64, 33, 40]),
+    "softmax state kept": copied("torus", (2, 2, 2, 2), [33, 64, 33, 40], merge=False),
+    "torus in parts": copied("torus", (2, 1, 2, 1), [66, 72], parts=(2, 2)),
+    "all gathered": copied("allgather", (1, 3, 1, 3), [40, 0, 133]),
+    "grouped heads": copied("usp", (1, 2, 1, 2), [40, 150], kv_heads=1),
+    "full blocks only": copied("usp", (1, 2, 2, 1), [64, 128]),
+    "head size 128, bf16, batch 2": copied(
+        "usp", (1, 2, 2, 1), [150, 64], dtype=BF16, head_dim=128, batch=2, tile={"block_n": 64}
+    ),
+    "three stages": copied("ring", (1, 2, 1, 2), [40, 150], tile={"stages": 3}),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", list(COPIED))
+def test_by_tensor_copies(name: str) -> None:
+    check(COPIED[name], 90, len(name), (0.9, 0.2)[len(name) % 2])
 
 
 @pytest.mark.thorough

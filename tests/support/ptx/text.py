@@ -40,6 +40,7 @@ class Entry:
         threads: of a program.
         labels: name to index of the statement that follows.
         registers: prefix of a register's name to its bits (1 is a predicate); ``counts`` to how many there are.
+        tables: labels that an indexed branch goes to, by the table's name.
     """
 
     name: str
@@ -49,6 +50,45 @@ class Entry:
     labels: dict[str, int]
     registers: dict[str, int]
     counts: dict[str, int]
+    tables: dict[str, list[str]]
+
+
+class _Scopes:
+    """Names between braces: registers get numbers of their own, labels a suffix."""
+
+    def __init__(self, registers: dict[str, int], counts: dict[str, int]) -> None:
+        self._registers, self._counts = registers, counts
+        self._open: list[tuple[int, dict[str, str]]] = []
+        self._scopes = 0
+
+    def turn(self, brace: str) -> None:
+        """One begins or ends."""
+        if brace == "}":
+            self._open.pop()
+        else:
+            self._scopes += 1
+            self._open.append((self._scopes, {}))
+
+    def renamed(self, code: str) -> str:
+        """A line with the names that it means; what it declares is known from then on."""
+        if not self._open:
+            return code
+        number, names = self._open[-1]
+        declared = re.fullmatch(r"\.reg\s+\.[a-z]*?(pred|8|16|32|64)\s+([\w, ]+);", code)
+        if declared:
+            bits = _BITS[declared[1]]
+            prefix = {1: "zp", 8: "zb", 16: "zs", 32: "zr", 64: "zd"}[bits]
+            for name in declared[2].split(","):
+                self._registers[prefix] = bits
+                self._counts[prefix] = self._counts.get(prefix, 0) + 1
+                names[name.strip()] = f"%{prefix}{self._counts[prefix] - 1}"
+            return ""
+        if re.fullmatch(r"[A-Za-z]\w*:", code):
+            return f"{code[:-1]}__{number}:"
+        code = re.sub(r"\b(bra(?:\.uni)?\s+)([A-Za-z]\w*);", rf"\1\2__{number};", code)
+        for name, register in names.items():
+            code = re.sub(rf"(?<![%\w]){name}\b", register, code)
+        return code
 
 
 _STATEMENT = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
@@ -76,13 +116,25 @@ def read_entry(text: str, name: str = "") -> Entry:
     labels: dict[str, int] = {}
     registers: dict[str, int] = {}
     counts: dict[str, int] = {}
-    line, depth, pending = 0, 1, ""
+    tables: dict[str, list[str]] = {}
+    last_label = ""
+    line, depth, pending, table = 0, 1, "", ""
+    scopes = _Scopes(registers, counts)
     for raw in rest.splitlines():
         code = raw.split("//")[0].strip()
         depth += code.count("{") - code.count("}")
         if depth == 0:
             break
+        if code in ("{", "}"):
+            scopes.turn(code)
         if code in ("", "{", "}"):
+            continue
+        if table:  # where an indexed branch goes
+            tables[table] += [label.strip() for label in code.strip(";").split(",") if label.strip()]
+            table = "" if code.endswith(";") else table
+            continue
+        code = scopes.renamed(code)
+        if not code:
             continue
         if pending:
             code = f"{pending} {code}"
@@ -94,10 +146,15 @@ def read_entry(text: str, name: str = "") -> Entry:
             for bits, prefix, count in re.findall(r"\.[a-z]*?(pred|8|16|32|64)\s+%(\w+?)<(\d+)>", code):
                 registers[prefix], counts[prefix] = _BITS[bits], int(count)
             continue
+        if code.startswith(".branchtargets"):
+            table = last_label
+            tables[table] = []
+            continue
         if code.startswith("."):
             continue
         if code.endswith(":"):
-            labels[code[:-1]] = len(statements)
+            last_label = code[:-1]
+            labels[last_label] = len(statements)
             continue
         if not code.endswith(";"):
             pending = code
@@ -106,7 +163,9 @@ def read_entry(text: str, name: str = "") -> Entry:
         for part in code.split(";"):
             if part.strip():
                 statements.append(_statement(part.strip(), line))
-    return Entry(found[1], params, int(threads[1]) if threads else 128, tuple(statements), labels, registers, counts)
+    return Entry(
+        found[1], params, int(threads[1]) if threads else 128, tuple(statements), labels, registers, counts, tables
+    )
 
 
 def _statement(code: str, line: int) -> Statement:

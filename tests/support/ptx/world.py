@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx.clocks import Clock, Clocks
+from ptx.clocks import PLANES, Clock, Clocks
 from ptx.emit import Code, compile_entry
 from ptx.launch import Gang, Launch
 from ptx.memory import Memory
@@ -35,7 +35,7 @@ class Stream:
         self.world, self.gpu = world, gpu
         self.queue: deque[Any] = deque()
         self.running: Launch | None = None
-        self.clock: Clock = np.zeros((2, 1), np.int64)
+        self.clock: Clock = np.zeros((PLANES, 1), np.int64)
         self.warps = np.zeros(0, np.int64)
         self.weight = 1.0
 
@@ -110,7 +110,7 @@ class World:
             label = f"{name or code.entry.name} on GPU {stream.gpu}"
             return Launch(
                 code, grid, list(arguments), shared_bytes, stream.gpu, label, self.memory, warps, self.coin,
-                self.now_ns, self._call,
+                self.now_ns, self._call, self.deliveries,
             )  # fmt: skip
 
         stream.queue.append(start)
@@ -189,7 +189,7 @@ class World:
         launch = stream.running
         if launch is not None and launch.done:
             clock = self.clocks.seen[launch.warps, :, : self.clocks.count].max(0)
-            clock[1] = clock[0]  # the end of a kernel is a fence for everything
+            clock[1:] = clock[0]  # the end of a kernel is a fence for everything
             stream.learn(clock)
             launch.close()
             stream.running = None
