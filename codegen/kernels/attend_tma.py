@@ -95,8 +95,8 @@ def _kernel(out: KernelText, spec: KernelSpec) -> None:
             out(f"mbarrier.init({name}.index(i), count={CONSUMERS if 'empty' in name else 1})")
     with out.block("gl.warp_specialize(["):
         for i in range(CONSUMERS):
-            given = ", ".join([f"gl.constexpr({i})", f"q_tile_{i}", *_consumer_arguments(spec)])
-            out(f"(consumer, ({given})),")
+            passed = ", ".join([f"gl.constexpr({i})", f"q_tile_{i}", *_consumer_arguments(spec)])
+            out(f"(consumer, ({passed})),")
         out(f"(producer, ({', '.join(_producer_arguments())})),")
     workers = [*(str(4) for _ in range(CONSUMERS - 1)), "1"]
     registers = [*(str(REGISTERS[0]) for _ in range(CONSUMERS - 1)), str(REGISTERS[1])]

@@ -58,9 +58,9 @@ def hide_first(scores: tl.tensor, columns: tl.tensor) -> tl.tensor:
 
 
 @gluon.constexpr_function
-def kept_text(threads: int, given: tuple[tuple[list[str], ...], tuple[list[str], ...]]) -> str:
+def kept_text(threads: int, operands: tuple[tuple[list[str], ...], tuple[list[str], ...]]) -> str:
     """Stores, or loads, of all that a thread holds of a tile's state: four words at a time, threads side by side."""
-    outputs, inputs = given
+    outputs, inputs = operands
     words = [word for group in (outputs or inputs[:-1]) for word in group]
     lines = [
         ".reg .b32 thread;",

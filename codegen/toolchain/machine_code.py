@@ -81,7 +81,7 @@ class Loop:
         instructions: issued in every step; ``seldom``: jumped over in most (a chunk's last block, its first).
         products, exponentials: of the tensor cores, of the special functions.
         barriers: CTA-wide or of some warps; ``fences``; ``polls`` of barriers in shared memory; ``copies`` begun.
-        under: exponentials between a product that is begun and the wait for it: softmax under a product in flight.
+        under: exponentials between a wgmma that is begun and the wait for it: softmax under a product in flight.
     """
 
     instructions: int
@@ -159,10 +159,10 @@ def _seldom(code: list[tuple[str, str]], labels: dict[str, int], body: range) ->
 
 
 def _under(issued: list[tuple[str, str]]) -> int:
-    """Exponentials that stand between a product and the wait for all products; a loop's begin follows its end."""
+    """Exponentials that stand between a wgmma and the wait for all of them; a loop's begin follows its end."""
     begun, under = False, 0
     for name, rest in [*issued, *issued]:
-        if re.match(_PRODUCT, name):
+        if name.startswith("HGMMA"):
             begun = True
         elif name == "WARPGROUP.DEPBAR.LE" and re.search(r", 0x0\b", rest):
             begun = False
