@@ -124,7 +124,7 @@ def sites_of(args: argparse.Namespace, topology: Topology) -> list[tuple[str, At
             getattr(torch, args.dtype), places, places, asked.head_dim**-0.5, args.causal,
         )  # fmt: skip
         return [("attention", site, plan_site(site, topology, schedule=args.schedule).best, topology)]
-    args.placement = "auto"
+    args.placement, args.wire, args.weights = "auto", "same", "whole"
     choices = predicted(args).choices
     planned = [(choices.sites[key], choices.plans[key]) for key in choices.counts]
     if not planned:

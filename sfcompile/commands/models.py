@@ -18,7 +18,7 @@ from sfcompile.commands.model_names import check_model_name
 from sfcompile.commands.parsing import add_model_name
 from sfcompile.commands.screen import show
 from sfcompile.errors import OptionError
-from sfcompile.options import PLACEMENTS, SCHEDULES, WIRES
+from sfcompile.options import PLACEMENTS, SCHEDULES, WEIGHTS, WIRES
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,7 @@ def add_model(parser: argparse.ArgumentParser, named: bool = True) -> None:
 def _add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--placement", choices=PLACEMENTS, default="auto", help="as in the backend's options")
     parser.add_argument("--wire", choices=WIRES, default="same", help="as in the backend's options")
+    parser.add_argument("--weights", choices=WEIGHTS, default="whole", help="as in the backend's options")
 
 
 def add_simulate(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +124,8 @@ def predicted(args: argparse.Namespace) -> Prediction:
 
     name, model, inputs, kwargs = _built(args)
     asked = {"schedule": args.schedule, "placement": args.placement, "wire": args.wire}
-    return simulate(model, *inputs, topology=topology, name=name, **asked, **kwargs)
+    options = {"weights": args.weights}
+    return simulate(model, *inputs, topology=topology, name=name, options=options, **asked, **kwargs)
 
 
 def run_explain(args: argparse.Namespace) -> int:
@@ -153,6 +155,7 @@ def run_explain(args: argparse.Namespace) -> int:
         schedule=args.schedule,
         placement=args.placement,
         wire=args.wire,
+        options={"weights": args.weights},
         rank=args.rank,
         name=name,
         **kwargs,

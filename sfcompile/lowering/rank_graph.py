@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from sfcompile.capture.graph import Captured
+from sfcompile.errors import InternalError
 from sfcompile.options import Options
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Agree, Asked, ShardedWeights, State
@@ -23,9 +24,23 @@ def compile_alike(compile: Callable[[bool], T], orders: Callable[[T], Iterable[S
     Args:
         compile: runs the passes; told whether groups of ranks may share out the batch.
         orders: of what that gave, every rank's communication (Compiled.order).
+
+    Raises:
+        InternalError: they never do; on every rank.
     """
     compiled = compile(True)
-    return compiled if len(set(map(tuple, orders(compiled)))) <= 1 else compile(False)
+    if len(set(map(tuple, orders(compiled)))) <= 1:
+        return compiled
+    compiled = compile(False)
+    if len(set(map(tuple, orders(compiled)))) > 1:
+        error = InternalError(
+            "the ranks' graphs talk to one another in different orders",
+            "they would wait for one another for ever",
+            "report this model, with the folder that options={'dump': DIR} writes",
+        )
+        error.on_every_rank = True
+        raise error
+    return compiled
 
 
 def run_passes(

@@ -38,6 +38,21 @@ def test_a_shape_on_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list((tmp_path / "attention").glob("attend*.sm_90.cubin"))
 
 
+def test_the_attentions_of_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "class Own(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        heads = x.unflatten(-1, (4, -1)).transpose(1, 2)\n"
+        "        return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)\n"
+        "def make():\n"
+        "    return Own(), (torch.empty(1, 65536, 256, device='meta'),), {}\n"
+    )
+    argv = ["kernels", f"{tmp_path}/own.py:make", "--topology", "1x4:h100-ib", "--out", str(tmp_path / "kernels")]
+    assert main(argv) == 0
+    assert (tmp_path / "kernels" / "attention-1").is_dir() and "attention-1" in capsys.readouterr().out
+
+
 def test_a_model_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", "nosuchmodel"]) == 2
     assert "nosuchmodel" in capsys.readouterr().err

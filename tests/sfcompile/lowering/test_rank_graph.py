@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers import captured
 from models import build
 
+from sfcompile.errors import InternalError
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
 from sfcompile.options import Options
 from sfcompile.runtime.program.topology import Topology
@@ -36,3 +38,18 @@ def test_where_groups_come_to_different_graphs_all_compile_once_more_without_gro
     assert compile_alike(compile, lambda made: [["put", "attend"], ["put", "attend"]]) == "groups"
     assert compile_alike(compile, lambda made: [["put"], ["attend"] if made == "groups" else ["put"]]) == "tokens"
     assert asked == [True, True, False]
+    with pytest.raises(InternalError, match="in different orders") as caught:
+        compile_alike(compile, lambda made: [["put"], ["attend"]])
+    assert caught.value.on_every_rank
+
+
+def test_weights_in_shares_are_inputs_of_their_own() -> None:
+    model, inputs = build("joint")
+    got, topology = captured(model, *inputs), Topology.grid(2, 1)
+    asked = Options.from_dict({"placement": "shard"})
+    (large, *_) = got.parameters
+    made = run_passes(got, topology, 1, asked, lambda plan: plan(), split_batch=False, weights=[large])
+    node = [n for n in made.gm.graph.nodes if n.op == "placeholder"][got.tensor_inputs.index(large)]
+    (captured_node,) = [n for n in got.gm.graph.nodes if n.name == node.name]
+    assert node.meta["val"].shape[0] * 2 == captured_node.meta["val"].shape[0]
+    assert len(made.programs) == 2
