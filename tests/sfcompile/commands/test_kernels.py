@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from sfcompile.commands.cli import main
-from sfcompile.commands.kernels import Shape, arch, shape
+from sfcompile.commands.kernels import Shape, add_arguments, arch, shape, sites_of
+from sfcompile.commands.models import add_model
 from sfcompile.errors import OptionError
+from sfcompile.runtime.program.topology import Topology
 
 
 def test_shapes_and_architectures_as_typed() -> None:
@@ -38,7 +40,7 @@ def test_a_shape_on_two_machines(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list((tmp_path / "attention").glob("attend*.sm_90.cubin"))
 
 
-def test_the_attentions_of_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_attentions_of_a_model_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import torch\n"
         "class Own(torch.nn.Module):\n"
@@ -48,9 +50,12 @@ def test_the_attentions_of_a_model_of_ones_own(tmp_path: Path, capsys: pytest.Ca
         "def make():\n"
         "    return Own(), (torch.empty(1, 65536, 256, device='meta'),), {}\n"
     )
-    argv = ["kernels", f"{tmp_path}/own.py:make", "--topology", "1x4:h100-ib", "--out", str(tmp_path / "kernels")]
-    assert main(argv) == 0
-    assert (tmp_path / "kernels" / "attention-1").is_dir() and "attention-1" in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    add_model(parser, named=False)
+    args = parser.parse_args(["--model", f"{tmp_path}/own.py:make", "--topology", "1x4:h100-ib"])
+    ((folder, site, _, _),) = sites_of(args, Topology.parse("1x4:h100-ib"))
+    assert folder == "attention-1" and (site.heads, site.head_dim) == (4, 64)
 
 
 def test_a_model_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
