@@ -92,8 +92,8 @@ def _order_parts(graph: fx.Graph, nodes: list[fx.Node], sites: list[list[fx.Node
     part 0 needs up to its next puts is computed before the collect of part 1, whose outputs travel meanwhile. In a
     group the end comes first, then puts, each after just what it needs: V (no norm, no RoPE, so the link starts at
     once), K, and Q last, for receivers start on keys. What no put needs (the MLP of a parallel block) waits for the
-    next attend, and runs while chunks travel. Values that belong to no part (modulation, embeddings) are computed for
-    their first reader.
+    next attend, and runs while chunks travel. Values that belong to no part (modulation, embeddings), or hang on no end
+    (keys and values of the text in every layer), are computed for their first reader.
 
     The order of the communication follows from groups, sites and kinds alone, so it is the same on all ranks:
     * an attend is in the group of the last of its puts, and after them; its ends have later numbers;
@@ -152,7 +152,8 @@ def _turns(
                 mine = max([mine, *earlier])
         turns[node] = mine
     for node in reversed(graph.nodes):
-        if "part" not in node.meta and node not in site_of and node.op in ("call_function", "get_attr") and node.users:
+        anywhere = "part" not in node.meta or turns[node][0] == 0
+        if anywhere and node not in site_of and node.op in ("call_function", "get_attr") and node.users:
             turns[node] = max(turns[node], min(turns[user] for user in node.users))
     return turns
 

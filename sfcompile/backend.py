@@ -185,11 +185,13 @@ def _compile_rank(
     lines = [compiled.report.weights, "" if kept is None else kept.line]
     compiled.report.weights = "; ".join(line for line in lines if line)
     _announce(compiled, session, time.perf_counter() - began)
-    machine_of = session.topology.machine_of
+    machine_of, report = session.topology.machine_of, compiled.report
+    tell = functools.partial(setattr, report, "blocks")
     # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
     with autocast_off():
-        local = compile_once(compiled.gm, captured.mode, asked, session.rank, machine_of, session.exchange)
-    log.info("graph %d is ready after %.1f s", compiled.report.graph, time.perf_counter() - began)
+        local = compile_once(compiled.gm, captured.mode, asked, session.rank, machine_of, session.exchange, tell)
+    blocks = f", {report.blocks}" if report.blocks else ""
+    log.info("graph %d is ready after %.1f s%s", report.graph, time.perf_counter() - began, blocks)
     session.meet()
     compared = compared_inputs(example_inputs, asked, captured)
     places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]

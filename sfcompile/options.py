@@ -26,6 +26,7 @@ TIMEOUT_BOUNDS_S = (0.1, 604800.0)
 """Ranks look round for each other every 0.2 s or so; a week in milliseconds still fits into 32 bits, in gloo."""
 ASSUMED = "auto:assumed"
 WIRES = ("same", "bf16", "fp8")
+COMPILE_BLOCKS = ("auto", "off")
 INPUTS = ("checked", "trusted", "rank0")
 """Whether ranks compare samples of their inputs and weights, trust each other, or take rank 0's inputs."""
 WEIGHTS = ("whole", "sharded", "sharded-by-machine")
@@ -79,6 +80,8 @@ class Options:
         wire: what travels between ranks for an attention: "same" as it is computed | "bf16" | "fp8", for all of it or
             by tensor: {"kv": "fp8", "qo": "bf16"}; tensors that are not named travel as they are.
         inner: what runs the local graph: "auto" | "inductor" | "eager".
+        compile_blocks: "auto" (Inductor compiles repeated blocks of the local graph once, where that spares much) |
+            "off" (it gets the graph in one piece).
         placement: "auto" (by cost) | "shard" (all that has a rule, whatever it costs).
         inputs: "checked" (ranks compare samples of weights at the compile, and of inputs at every call) | "trusted"
             (nothing is compared) | "rank0" (rank 0's inputs are sent to all before every step, whatever the others
@@ -100,6 +103,7 @@ class Options:
     attention: str = "auto"
     wire: Wire = AS_IT_IS
     inner: str = "auto"
+    compile_blocks: str = "auto"
     placement: str = "auto"
     inputs: str = "checked"
     weights: str = "whole"
@@ -306,6 +310,7 @@ _VALIDATORS: dict[str, Callable[[str, object], Any]] = {
     "attention": _choice(ATTENTIONS),
     "wire": _wire,
     "inner": _choice(INNERS),
+    "compile_blocks": _choice(COMPILE_BLOCKS),
     "placement": _choice(PLACEMENTS),
     "inputs": _choice(INPUTS),
     "weights": _choice(WEIGHTS),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -88,6 +89,7 @@ __all__ = [
     "symbol_hint",
     "symbols_in",
     "symmetric_memory",
+    "takes_list",
     "trace_with_fewer_breaks",
     "tracing",
     "tree_leaves",
@@ -253,6 +255,23 @@ def inductor_keeps() -> bool:
     """Whether Inductor keeps on disk what it makes of a graph, and looks there first."""
     config = importlib.import_module("torch._inductor.config")
     return bool(config.fx_graph_cache) and not config.force_disable_caches
+
+
+def takes_list(compiled: Callable[..., Any]) -> Callable[[list[Any]], Sequence[Any]]:
+    """What Inductor compiled, as a function of a list of its inputs, which it empties: so none of them outlives its
+    last use, as it would in the tuple of a call."""
+    inner: Any = compiled
+    while inner is not None:
+        code = getattr(inner, "__code__", None)
+        if code is not None and not code.co_flags & inspect.CO_VARARGS and getattr(inner, "_boxed_call", False):
+            return inner  # type: ignore[no-any-return]
+        inner = getattr(inner, "__wrapped__", None)
+
+    def run(values: list[Any]) -> Sequence[Any]:
+        outputs: Sequence[Any] = compiled(*values)
+        return outputs
+
+    return run
 
 
 def default_store(prefix: str) -> tuple[Any, Any]:

@@ -62,6 +62,7 @@ class GraphReport:
         transport: what carries chunks between GPU ranks, and why not what would be better; "": CPU ranks.
         steps: how long calls of the graph took on this rank; None: nobody looks.
         wire: how the chunks of attentions travel if not as they are, with the error bound.
+        blocks: how many repeated blocks the graph was compiled in, and how many are distinct; "": in one piece.
         fused_puts: puts whose kernels compute what they send, and all puts of q, k and v; None: puts are no kernels.
     """
 
@@ -105,6 +106,7 @@ class GraphReport:
     weights: str = ""
     links: str = ""
     transport: str = ""
+    blocks: str = ""
     steps: StepWatch | None = None
 
     @property
@@ -183,6 +185,8 @@ class GraphReport:
                 5 + bool(self.links) + len(self.axes),
                 ("puts", f"{fused} of {puts} compute what they send (norms, RoPE, casts)"),
             )
+        if self.blocks:
+            rows.append(("blocks", self.blocks))
         if self.wire:
             rows.insert(-1, ("wire", self.wire))
         if self.inputs:

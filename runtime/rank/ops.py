@@ -5,13 +5,16 @@ dependence through all communication of a graph, so no compiler can reorder it, 
 ways on two ranks. Ops are functional: outputs never alias inputs. ``program`` and ``site`` name the schedule in the
 session; ``part`` says which part of this rank's tokens a tensor holds if they come and go in several, -1: all.
 ``held`` are the tensors that puts of the site read after they have returned (passes/graph/lifetimes.py): who waits for
-the puts takes them, so that their memory is nobody else's before.
+the puts takes them, so that their memory is nobody else's before. In a graph that is called several times in one call
+of the model, a repeated block's, ``site`` counts from where :func:`sites_from` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,11 +58,40 @@ Held = Sequence[torch.Tensor] | None
 """What an op that waits for puts holds for them."""
 
 
+class sites_from:
+    """Around a call of a graph whose sites, by program, count from others than 0."""
+
+    __slots__ = ("_before", "_first")
+
+    def __init__(self, first: Mapping[str, int]) -> None:
+        self._first = first
+
+    def __enter__(self) -> None:
+        self._before, _counted.first = _counted.first, self._first
+
+    def __exit__(self, *_: object) -> None:
+        _counted.first = self._before
+
+
+class _Counted(threading.local):
+    """From where sites count, by program: on this thread, which is where a graph's ops run."""
+
+    first: Mapping[str, int] = MappingProxyType({})
+
+
+_counted = _Counted()
+
+
+def _number(program: str, site: int) -> int:
+    """Of a site in its program, as the session counts."""
+    return _counted.first.get(program, 0) + site
+
+
 def _start(phase: str) -> Any:
     kind = "exchange" if phase == EXCHANGE_START else "attention"
 
     def run(x: torch.Tensor, ticket: torch.Tensor, program: str, site: int, part: int = -1) -> torch.Tensor:
-        session = current_session()
+        session, site = current_session(), _number(program, site)
         with session.guard(), named(kind, site, phase, program):
             session.put(program, site, phase, x, part)
         return torch.empty_like(ticket)
@@ -74,7 +106,7 @@ ROW_PROGRAMS: dict[str, Any] = {}
 def _put_fused(
     sources: list[torch.Tensor], ticket: torch.Tensor, program: str, site: int, phase: str, key: str
 ) -> torch.Tensor:
-    session = current_session()
+    session, site = current_session(), _number(program, site)
     with session.guard(), named("attention", site, phase, program):
         session.put_fused(program, site, phase, sources, ROW_PROGRAMS[key])
     return torch.empty_like(ticket)
@@ -94,7 +126,7 @@ def _attend(
     *,
     held: Held = None,
 ) -> torch.Tensor:
-    session = current_session()
+    session, site = current_session(), _number(program, site)
     with session.guard(), named("attention", site, ATTEND_PHASE, program):
         session.attend(program, site, mask, held or ())
     return torch.empty_like(ticket)
@@ -114,7 +146,7 @@ def _fake_attend(
 def _collect(
     ticket: torch.Tensor, program: str, site: int, size: list[int], dtype: torch.dtype, part: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    session = current_session()
+    session, site = current_session(), _number(program, site)
     begun = session.output(program, site)
     out = torch.empty(size, dtype=dtype, device=ticket.device) if begun is None else begun
     with session.guard(), named("attention", site, COLLECT, program):
@@ -131,7 +163,7 @@ def _exchange_finish(
     *,
     held: Held = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    session = current_session()
+    session, site = current_session(), _number(program, site)
     out = torch.empty(size, dtype=dtype, device=ticket.device)
     with session.guard(), named("exchange", site, EXCHANGE_FINISH, program):
         session.receive(program, site, out, held or ())
@@ -223,7 +255,7 @@ torch.library.register_fake("streamfusion::opaque", _fake_opaque, lib=_library)
 def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, **kwargs: Any) -> int:
     """FLOPs of this rank's pairs: two products of Lq x Lk for every head of its slice."""
     session = current_session()
-    schedule = session.schedule(program, site)
+    schedule = session.schedule(program, _number(program, site))
     assert is_attention(schedule)
     rank = schedule.members(session.rank)[0]
     facts, mine = schedule.site, schedule.program(rank)

@@ -23,11 +23,20 @@ Exchange = Callable[[Any, str], list[Any]]
 
 
 def compile_once(
-    gm: fx.GraphModule, mode: FakeTensorMode, asked: Options, rank: int, machine_of: Sequence[int], exchange: Exchange
+    gm: fx.GraphModule,
+    mode: FakeTensorMode,
+    asked: Options,
+    rank: int,
+    machine_of: Sequence[int],
+    exchange: Exchange,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Callable[..., Any]:
     """What runs a rank's graph, compiled once on each machine for all ranks whose graphs are equal. Collective.
 
     Ranks with graphs of their own compile side by side, as the first ones of each kind do.
+
+    Args:
+        tell: is told of repeated blocks that are compiled once, in words.
     """
     inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     text, bounds = slices_of(gm)
@@ -45,7 +54,7 @@ def compile_once(
     first = min(other for other in alike if machine_of[other] == machine_of[rank])
 
     def compile() -> Callable[..., Any]:
-        return with_rows(run_inner(gm, inputs, mode, asked), rows, _device(inputs))
+        return with_rows(run_inner(gm, inputs, mode, asked, tell), rows, _device(inputs))
 
     mine = compile() if first == rank else None
     # A word for all to wait by: who compiles is not known of other kinds of graph, and a meeting is of all ranks.

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture.graph import compile_with_inductor
+from sfcompile.lowering.blocks import Blocks, blocks_of
 from sfcompile.options import Options
 from sfcompile.torch_private import FakeTensorMode, inductor_mode_options
 
@@ -19,15 +20,34 @@ log = logging.getLogger("sfcompile")
 
 
 def run_inner(
-    gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode | None, asked: Options
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: FakeTensorMode | None,
+    asked: Options,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Callable[..., Any]:
-    """What runs a graph: Inductor, or eager where asked for or no compiler is installed."""
+    """What runs a graph: Inductor, or eager where asked for or no compiler is installed.
+
+    Args:
+        inputs: fake tensors of ``mode``; with ``mode`` None, those of a graph of Dynamo's, which is compiled whole.
+        tell: is told of repeated blocks that are compiled once, in words.
+    """
     if runs_eagerly(inputs, asked):
         return gm.forward
     config: dict[str, Any] = {}
     if asked.mode and asked.mode != "default":
         config.update(inductor_mode_options(asked.mode))
-    return compile_with_inductor(gm, inputs, mode, config)
+    blocks = _blocks(gm, config, asked) if mode is not None else None
+    if mode is None or blocks is None:
+        return compile_with_inductor(gm, inputs, mode, config)
+    tell(str(blocks))
+    return blocks.compiled(mode, lambda region, values: compile_with_inductor(region, values, mode, config))
+
+
+def _blocks(gm: fx.GraphModule, config: dict[str, Any], asked: Options) -> Blocks | None:
+    """The graph's repeated blocks, if they are to be compiled once: a CUDA graph is recorded of a whole call."""
+    recorded = bool(config.get("triton.cudagraphs"))
+    return None if asked.compile_blocks == "off" or recorded else blocks_of(gm)
 
 
 def runs_eagerly(inputs: Sequence[Any], asked: Options) -> bool:

@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "passes/report",
     ),
     "sfcompile/capture": ("runtime/rank",),
-    "sfcompile/lowering": ("runtime/program", "passes", "sfcompile/capture"),
+    "sfcompile/lowering": ("runtime/program", "runtime/rank", "passes", "sfcompile/capture"),
     "sfcompile/prediction": (
         "runtime/program",
         "codegen/schedule",

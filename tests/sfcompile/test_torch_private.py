@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import fx, nn
 
+from sfcompile.capture.graph import compile_with_inductor
 from sfcompile.errors import UnsupportedError
 from sfcompile.torch_private import (
     FakeTensorMode,
@@ -20,7 +21,9 @@ from sfcompile.torch_private import (
     inductor_mode_options,
     keep_for_ever,
     make_fx,
+    static_mode,
     storage_users,
+    takes_list,
 )
 
 
@@ -80,3 +83,18 @@ def test_users_of_a_storage_are_the_tensors_that_lie_in_it() -> None:
     views.clear()
     weight = nn.Parameter(torch.zeros(2))
     assert storage_users(tensor) == storage_users(weight) == 1
+
+
+def test_what_inductor_compiled_takes_a_list_and_empties_it() -> None:
+    mode = static_mode()
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(torch.ops.aten.t.default, (x,)),))
+    with mode:
+        inputs = [torch.empty(2, 3)]
+    compiled = compile_with_inductor(fx.GraphModule({}, graph), inputs, mode, {})
+    values = [torch.arange(6.0).view(2, 3)]
+    want = values[0].t()
+    (got,) = takes_list(compiled)(values)
+    assert torch.equal(got, want) and values == []
+    assert takes_list(lambda a, b: (b, a))([1, 2]) == (2, 1), "any other function is called as it is"

@@ -1,4 +1,4 @@
-"""Ranks of which the one that compiles for all fails, or dies, while the others wait for it."""
+"""Ranks that compile: the first of them fails, or dies, while the others wait for it; blocks that repeat."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import signal
 from typing import Any
 
 import torch
-from model_cases import Plain, tokens
+from model_cases import Plain, close, tokens
+from torch import nn
 
-from sfcompile.lowering import compile_once
+from sfcompile.backend import last_report
+from sfcompile.lowering import compile_once, inner
 
 
 def first_is_lost(rank: int, how: str) -> None:
@@ -25,3 +27,58 @@ def first_is_lost(rank: int, how: str) -> None:
     options = {"placement": "shard", "timeout_s": 30.0, "inner": "inductor", "topology": "auto:assumed"}
     with torch.no_grad():
         torch.compile(Plain(), backend="streamfusion", options=options)(tokens())
+
+
+class Deep(nn.Module):
+    """Pre-norm blocks of self-attention and an MLP over [B, S, 32] tokens."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "qkv": nn.Linear(32, 96), "out": nn.Linear(32, 32), "up": nn.Linear(32, 64),
+                    "down": nn.Linear(64, 32), "norm": nn.LayerNorm(32),
+                }
+            )
+            for _ in range(depth)
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in layer["qkv"](layer["norm"](x)).chunk(3, dim=-1))
+            q, k = (nn.functional.normalize(t, dim=-1) for t in (q, k))
+            v = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + layer["out"](v.transpose(1, 2).flatten(2))
+            x = x + layer["down"](nn.functional.gelu(layer["up"](x)))
+        return x
+
+
+def repeated_blocks(rank: int, compiler: str) -> None:
+    """Two ranks, six equal blocks: one is compiled, beside what is around them; or, where that is asked for, all."""
+    compiled: list[int] = []
+    compile = inner.compile_with_inductor
+
+    def counted(gm: Any, *args: Any) -> Any:
+        compiled.append(len(gm.graph.nodes))
+        return compile(gm, *args) if compiler == "inductor" else gm
+
+    inner.compile_with_inductor = counted
+    asked = {"placement": "shard", "timeout_s": 60.0, "inner": "inductor", "topology": "auto:assumed"}
+    options = asked | {"mesh": {"ulysses": 2}}
+    model, x = Deep(6).eval(), tokens()
+    with torch.no_grad():
+        want = model(x)
+        run = torch.compile(model, backend="streamfusion", options=options)
+        first = run(x)
+        close(first, want)
+        assert torch.equal(run(x), first), "the same bits at every call"
+        report = last_report()
+        assert report.sharded_sites == 6 and len(report.gathered) == 1
+        assert 2 <= len(compiled) <= 3, compiled
+        assert "1 distinct, compiled once each" in report.blocks and report.blocks in str(report), report.blocks
+        whole = torch.compile(model, backend="streamfusion", options=options | {"compile_blocks": "off"})
+        if compiler == "eager":
+            close(whole(x), want)
+            assert compiled[-1] > sum(compiled[:-1]) and last_report().blocks == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from sfcompile.errors import InternalError
 from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import ops
-from sfcompile.runtime.rank.session import current_session
+from sfcompile.runtime.rank.session import Session, current_session
 
 sf = torch.ops.streamfusion
 
@@ -68,6 +69,31 @@ def test_modes(mode: type) -> None:
         return float((whole.double() - case.expected).abs().max())
 
     assert max(run_threads(3, work)) < 1e-5
+
+
+def test_sites_count_from_where_the_caller_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, called for three pairs of sites of a program; another program's count from 0 as ever."""
+
+    def work(rank: int) -> float:
+        session, ticket = current_session(), torch.zeros(1, dtype=torch.int64)
+        session.load("p", schedules * 3)
+        session.load("other", schedules)
+        error = 0.0
+        for first in (0, 2, 4):
+            with ops.sites_from({"p": first}):
+                for program in ("p", "other"):
+                    whole, ticket = attend_and_gather(case, rank, ticket, program)
+                    error = max(error, float((whole.double() - case.expected).abs().max()))
+        attend_and_gather(case, rank, ticket)
+        counts = Counter(site for other, program, site in sites if (other, program) == (rank, "p"))
+        assert set(counts) == set(range(6)) and counts[0] == counts[1] == 2 * counts[2], "inside of the with only"
+        return error
+
+    case = random_case(5, ranks=2)
+    schedules, sites = schedules_of(case), []
+    finish = Session._finish
+    monkeypatch.setattr(Session, "_finish", lambda self, *site: (sites.append((self.rank, *site)), finish(self, *site)))
+    assert max(run_threads(2, work)) < 1e-5
 
 
 def test_inputs_are_not_aliased_and_may_change_after_a_put() -> None:

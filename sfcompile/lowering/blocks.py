@@ -1,0 +1,210 @@
+"""Repeated blocks of a local graph are compiled once: what a compile takes grows with distinct blocks, not with depth.
+
+The graph is cut where its blocks begin (repeats.py) into regions (regions.py); equal ones share what the compiler made
+of the first. A call runs them one after the other and hands values on as they are, a shard stays a shard. A value is
+gone after the last region that reads it, inside of that one after its last use.
+
+What is computed is the same, in the same order. What the compiler cannot do any more is to fuse across a cut: the
+values that cross it are written and read. So cuts lie where few bytes cross, and a graph that spares little is left
+whole. Left whole is also what is only right in one piece: a graph that draws random numbers (a compiler takes seeds
+once a graph, so ranks that cut differently would draw differently), one that writes in place (who reads the memory is
+seen in a whole graph only); and no cut lies between a put that may read its source late and the node that holds it
+(passes/graph/lifetimes.py): a compiler may hand on a copy of what the put reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from sfcompile.capture.randomness import call_draws
+from sfcompile.lowering.regions import Region, is_pick, letter, region_of, sites_of
+from sfcompile.lowering.repeats import WORTH, cuts
+from sfcompile.runtime.rank.ops import sites_from
+from sfcompile.torch_private import FakeTensorMode, OpOverload, takes_list
+
+Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+class Blocks(NamedTuple):
+    """A graph as regions in order, some of which are equal."""
+
+    gm: fx.GraphModule
+    regions: tuple[Region, ...]
+
+    @property
+    def spared(self) -> int:
+        """Calls that need not be compiled, as an equal region is."""
+        kept = {region.key: len(region.nodes) for region in self.regions}
+        return sum(len(region.nodes) for region in self.regions) - sum(kept.values())
+
+    def __str__(self) -> str:
+        counts = Counter(region.key for region in self.regions)
+        kinds = [count for count in counts.values() if count > 1]
+        others = len(counts) - len(kinds)
+        between = f"; {others} stretch{'es' * (others > 1)} around them" if others else ""
+        return f"{sum(kinds)} blocks, {len(kinds)} distinct, compiled once each{between}"
+
+    def compiled(self, mode: FakeTensorMode, compile: Compile) -> Callable[..., Any]:
+        """The graph's callable. ``compile`` is called once for each distinct region."""
+        runs: dict[Hashable, Callable[[list[Any]], Sequence[Any]]] = {}
+        for region in self.regions:
+            if region.key not in runs:
+                runs[region.key] = takes_list(compile(*region.as_module(self.gm, mode)))
+        return _in_turn(self.gm, self.regions, [runs[region.key] for region in self.regions])
+
+
+def blocks_of(gm: fx.GraphModule) -> Blocks | None:
+    """The repeated blocks of a local graph; None: it has none that are worth it, or is only right in one piece."""
+    calls = _in_order(gm.graph)
+    if not calls or not all(map(_can_leave, gm.graph.nodes)):
+        return None
+    letters: dict[Hashable, int] = {}
+    text = [letters.setdefault(letter(node), len(letters)) for node in calls]
+    places = cuts(text, _costs(calls))
+    pieces = [calls[first:stop] for first, stop in zip([0, *places], [*places, len(calls)], strict=True)]
+    blocks = Blocks(gm, _joined([region_of(nodes) for nodes in pieces]))
+    if blocks.spared < WORTH or not all(region.outputs for region in blocks.regions):
+        return None
+    return blocks
+
+
+def _in_order(graph: fx.Graph) -> list[fx.Node]:
+    """The calls of a graph in their order, those that pick a result right behind what they pick it from."""
+    order: dict[fx.Node, None] = {}
+
+    def add(node: fx.Node) -> None:
+        order.setdefault(node)
+        for user in sorted(user for user in node.users if is_pick(user)):
+            add(user)
+
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            add(node)
+    return list(order)
+
+
+def _can_leave(node: fx.Node) -> bool:
+    """Whether a node is right in a graph of its own too."""
+    if node.op in ("output", "get_attr"):
+        return True
+    if node.op not in ("placeholder", "call_function") or "val" not in node.meta:
+        return False
+    writes = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    return not writes and not call_draws(node.target, node.args, node.kwargs)
+
+
+def _costs(calls: Sequence[fx.Node]) -> list[float]:
+    """Bytes that are handed on where the calls are cut, before each and after the last; infinite: no cut there."""
+    place = {node: i for i, node in enumerate(calls)}
+    steps = [0.0] * (len(calls) + 1)
+    barred = [0] * (len(calls) + 1)
+    for node, i in place.items():
+        last = max((place.get(user, len(calls)) for user in node.users), default=i)
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            nbytes = math.prod(value.shape) * value.element_size()
+            steps[i] += nbytes
+            steps[last] -= nbytes
+        else:
+            barred[i] += 1
+            barred[last] -= 1
+    for first, last in _held(calls, place):
+        barred[first] += 1
+        barred[last] -= 1
+    costs, live, bars = [0.0], 0.0, 0
+    for step, bar in zip(steps[:-1], barred[:-1], strict=True):
+        live, bars = live + step, bars + bar
+        costs.append(math.inf if bars else live)
+    return costs
+
+
+def _held(calls: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> list[tuple[int, int]]:
+    """From the first put of a site to the node that holds what it reads, where one does."""
+    first: dict[tuple[str, int], int] = {}
+    spans = []
+    for node in calls:
+        site = sites_of(node)
+        if site is not None:
+            first.setdefault(site, place[node])
+            if node.kwargs.get("held"):
+                spans.append((first[site], place[node]))
+    return spans
+
+
+def _joined(regions: Sequence[Region]) -> tuple[Region, ...]:
+    """Regions of which those that are like no other are one with their neighbours of that kind."""
+    counts = Counter(region.key for region in regions)
+    joined: list[Region] = []
+    alone = False
+    for region in regions:
+        if counts[region.key] > 1:
+            joined.append(region)
+        else:
+            joined[-1:] = [region_of([*joined[-1].nodes, *region.nodes])] if alone else [*joined[-1:], region]
+        alone = counts[region.key] == 1
+    return tuple(joined)
+
+
+class _RegionCall(NamedTuple):
+    """One region in a call: ``takes`` and ``gives`` are places in the table of values, ``ends`` those read no more."""
+
+    run: Callable[[list[Any]], Sequence[Any]]
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+    ends: tuple[int, ...]
+    first_site: dict[str, int]
+
+
+def _in_turn(
+    gm: fx.GraphModule, regions: Sequence[Region], runs: Sequence[Callable[[list[Any]], Sequence[Any]]]
+) -> Callable[..., Any]:
+    """A function of the graph's inputs that runs its regions."""
+    place: dict[fx.Node, int] = {}
+    constants: list[torch.Tensor] = []
+    for kind in ("placeholder", "get_attr"):
+        for node in gm.graph.nodes:
+            if node.op == kind and (kind == "placeholder" or isinstance(node.meta.get("val"), torch.Tensor)):
+                place[node] = len(place)
+                if kind == "get_attr":
+                    constants.append(_attribute(gm, str(node.target)))
+    num_kept = len(place)
+    for region in regions:
+        for node in region.outputs:
+            place[node] = len(place)
+    result = gm.graph.output_node().args[0]
+    last: dict[fx.Node, int] = {node: i for i, region in enumerate(regions) for node in region.inputs}
+    for node in gm.graph.output_node().all_input_nodes:
+        last[node] = len(regions)
+    steps = []
+    for i, (region, run) in enumerate(zip(regions, runs, strict=True)):
+        ends = tuple(place[node] for node in (*region.inputs, *region.outputs) if last[node] == i)
+        takes, gives = (tuple(map(place.__getitem__, nodes)) for nodes in (region.inputs, region.outputs))
+        steps.append(_RegionCall(run, takes, gives, ends, region.first_site))
+    rooms = [None] * (len(place) - num_kept)
+
+    def call(*inputs: Any) -> Any:
+        table = [*inputs, *constants, *rooms]
+        for step in steps:
+            args = [table[i] for i in step.takes]
+            for i in step.ends:
+                table[i] = None
+            with sites_from(step.first_site):
+                values = step.run(args)
+            for i, value in zip(step.gives, values, strict=True):
+                table[i] = value
+            del args, value, values  # the next region is to hold the only reference to what it reads
+        return fx.node.map_arg(result, lambda node: table[place[node]])
+
+    return call
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
