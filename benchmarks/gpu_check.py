@@ -65,6 +65,10 @@ SECTIONS = (
         decides="whether puts, signals and waits are ordered here as the PTX machine has them",
     ),
     Section(
+        "apart", "gpu_check_kernels", "ranks as launches of their own, side by side", 150,
+        decides="whether Hopper's kernel, whose tiles a warp of its own fetches, may be used here",
+    ),
+    Section(
         "bounded", "gpu_check_kernels", "waits give up and say what they waited for", 100,
         decides="whether a rank that waits in vain comes to an end",
     ),

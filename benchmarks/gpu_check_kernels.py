@@ -1,4 +1,5 @@
-"""Sections of benchmarks/gpu_check.py: numerics of every variant, virtual ranks in one launch, bounded waits."""
+"""Sections of benchmarks/gpu_check.py: numerics of every variant, virtual ranks in one launch or in several, bounded
+waits."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from gpu_check_report import Bench, compare, distance, exact, inputs_of, name_of
 from virtual_ranks import VirtualRanks
 
 from sfcompile.codegen.engines.target import KernelTarget
+from sfcompile.codegen.kernels.spec import has_tensor_copies
 from sfcompile.codegen.schedule.builders import BUILDERS, build
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
@@ -31,6 +33,8 @@ MESHES = {"ulysses": {2: (2, 1), 4: (4, 1)}, "ring": {2: (1, 2), 4: (1, 4)}, "us
 TORUS_MESHES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}
 WIRE_LIMITS = {"fp8": 6e-2, "bf16": 6e-3}
 """||out - want|| / ||want||, at most, of an attention of random values whose chunks all travel so."""
+TOKENS: dict[int, Sequence[int]] = {2: (700, 900), 4: (512, 333, 0, 700)}
+"""Of each of so many ranks."""
 SPINS = 1 << 26
 """Polls of a debug build (codegen/kernels/device.py)."""
 
@@ -111,7 +115,7 @@ def run_virtual(
         wire: how q, k, v and outputs travel.
         where: of VirtualRanks.
     """
-    tokens: Sequence[int] = {2: (700, 900), 4: (512, 333, 0, 700)}[ranks]
+    tokens: Sequence[int] = TOKENS[ranks]
     if bench.dry:
         tokens = [n // 20 for n in tokens]
     site = replace(site_of(tokens, 4 if bench.dry else 8, size, dtype), wire=Wire(*[wire] * 4))
@@ -128,6 +132,38 @@ def run_virtual(
             error, limit = distance(out, want), WIRE_LIMITS[wire]
             bench.check(1e-5 < error <= limit, f"{name}, epoch {epoch}: error {error:.2e}, limit {limit:.2e}")
     return made
+
+
+def apart(bench: Bench) -> None:
+    """Ranks as launches of their own, side by side and each on a few programs: on Hopper by the kernel whose tiles a
+    warp of its own fetches, which is written for one rank a launch."""
+    half, brain = torch.float16, torch.bfloat16
+    every = [("ulysses", 2, brain, 64), ("ring", 2, half, 128), ("usp", 4, brain, 128), ("torus", 4, half, 64)]
+    for kind, ranks, dtype, size in bench.mine([("ulysses", 2, half, 32)] if bench.dry else every):
+        name = f"{kind} on {ranks} ranks, {name_of(dtype)} D={size}, a launch each"
+        with bench.case(name):
+            _apart(bench, name, kind, TOKENS[ranks], dtype, size)
+
+
+def _apart(bench: Bench, name: str, kind: str, tokens: Sequence[int], dtype: torch.dtype, size: int) -> None:
+    site = site_of([n // 20 for n in tokens] if bench.dry else tokens, 4 if bench.dry else 8, size, dtype)
+    target = KernelTarget(bench.device, programs=2 if bench.dry else 8)
+    copied = 90 <= target.architecture < 100 and has_tensor_copies()
+    made = VirtualRanks(schedule_of(site, kind), target, limit_s=20.0, fetch="tma" if copied else "threads")
+    streams = [None if bench.dry else torch.cuda.Stream(bench.device) for _ in made.kernels]
+    q, k, v = inputs_of(site, bench.device)
+    for epoch in range(1, 2 if bench.dry else 4):
+        again = v * (-1) ** epoch
+        made.put(q, k, again)
+        outs = made.outputs()
+        bench.sync()
+        for rank, kernel in enumerate(made.kernels):
+            with torch.cuda.stream(streams[rank]):
+                kernel.run(outs[rank], made.heaps[rank])
+        bench.sync()
+        made.check()
+        out, want = made.finish(outs), exact(site, q, k, again, None)[0]
+        compare(bench, f"{name}, epoch {epoch}", site, out, want, sdpa(site, q, k, again, None))
 
 
 def bounded(bench: Bench) -> None:

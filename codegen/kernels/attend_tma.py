@@ -19,7 +19,7 @@ alone does not order accesses of two proxies (PTX memory model, proxy-preserved 
 the way. The way is
 
     peer's stores -> its release -> acquire of the poll, by a lane of the producer -> warp barrier
-                  -> fence.proxy.async, by every lane -> the copy, by one lane of the same warp
+                  -> fence.proxy.async.global, by every lane -> the copy, by one lane of the same warp
 
 so the fence stands after the acquire and in the thread that copies, and covers later copies of this program too: they
 follow in its program order, of a chunk whose signal it has seen. A fence for shared memory only would not do. The other

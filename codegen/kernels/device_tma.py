@@ -10,8 +10,8 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def fence_async() -> None:
-    """What this thread's loads may see, its tensor copies may read too: of every memory, not the program's own only."""
-    gl.inline_asm("fence.proxy.async;", "", (), (), is_pure=False)
+    """What this thread's loads of global memory may see, its tensor copies may read too."""
+    gl.inline_asm("fence.proxy.async.global;", "", (), (), is_pure=False)
 
 
 @gluon.jit

@@ -190,7 +190,7 @@ def hoisted_loads(compiled: CompiledKernel) -> list[str]:
         early += [lines[i].strip() for i in body if i in waits]
     for i in (i for i, line in enumerate(lines) if "async_tma_copy_global_to_local" in line):
         wait = max((at for at in waits if at < i), default=i)
-        early += [] if any("fence.proxy.async;" in line for line in lines[wait:i]) else [lines[i].strip()]
+        early += [] if any("fence.proxy.async.global" in line for line in lines[wait:i]) else [lines[i].strip()]
     first = min(waits)
     early += [lines[i].strip() for i in loads if i < first]
     return early

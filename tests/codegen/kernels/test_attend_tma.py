@@ -11,7 +11,7 @@ from sfcompile.codegen.kernels.attend import attend_source
 from sfcompile.codegen.kernels.attend_tma import CONSUMERS, REGISTERS
 from sfcompile.codegen.kernels.spec import KernelSpec, attend_arguments, tma_tiles
 from sfcompile.codegen.toolchain.compiler import CompiledKernel, compile_attend
-from sfcompile.codegen.toolchain.machine_code import inner_loop, resources
+from sfcompile.codegen.toolchain.machine_code import disassembly, inner_loop, resources
 
 
 def spec_of_size(head_dim: int, **changes: object) -> KernelSpec:
@@ -79,7 +79,11 @@ def check_code(kernel: CompiledKernel, keys: int) -> None:
         and f"setmaxnreg.dec.sync.aligned.u32 \t{REGISTERS[1]}" in kernel.ptx
     )
     assert not re.search(r"ld\.global(\.\w+)*\.b16\b", kernel.ptx)
-    assert kernel.ptx.count("fence.proxy.async;") == 1
+    assert kernel.ptx.count("fence.proxy.async.global;") == 1
+    code = disassembly(kernel)
+    polled = [at.start() for at in re.finditer(r"LDG\.E\.64\.STRONG\.SYS", code)]
+    copied = code.index("UTMALDG")  # the producer's code stands after the consumers'
+    assert "FENCE.VIEW.ASYNC.G" in code[max(at for at in polled if at < copied) : copied]
 
 
 @pytest.mark.thorough

@@ -48,7 +48,7 @@ def test_a_tensor_copy_without_a_proxy_fence_after_its_waits_is_found() -> None:
     spec = KernelSpec("fp16", 64, 64, 0.125, pushes=True, **tma_tiles(64, 64))
     kernel = compile_attend(spec, 90)
     assert hoisted_loads(kernel) == []
-    without = CompiledKernel(**{**vars(kernel), "ttgir": re.sub(r"fence\.proxy\.async;", "", kernel.ttgir)})
+    without = CompiledKernel(**{**vars(kernel), "ttgir": re.sub(r"fence\.proxy\.async\.global;", "", kernel.ttgir)})
     assert len(hoisted_loads(without)) == 2 and "async_tma_copy" in hoisted_loads(without)[0]
 
 

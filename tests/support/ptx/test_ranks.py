@@ -14,6 +14,7 @@ import torch
 from kernel_ranks import Job, make_site
 from random_sites import even, rows
 from row_forms import forms, traced
+from watched import Watch
 
 from ptx.mutants import job_of
 from ptx.ranks import AttentionRanks, ExchangeRanks
@@ -65,6 +66,30 @@ def test_hopper_by_tensor_copies() -> None:
     assert ranks.kernels[0].spec.fetch == "tma" and ranks.kernels[0].spec.pushes
     ptx = next(text for name, text in ranks.driver.texts if name == "attend")
     assert "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
+
+
+@pytest.mark.thorough
+def test_a_chunk_that_never_comes_ends_every_warp_and_nothing_leaves() -> None:
+    """The warp that fetches gives up, those that attend get what is there: no output goes home, no signal is raised."""
+    job = replace(job_of(90, fetch="tma"), epochs=1)
+
+    def dropped(name: str, text: str) -> str:
+        changed, times = re.subn(r"^.*atom\.global\.sys\.release\.exch.*$", "", text, flags=re.MULTILINE)
+        assert times or name != "put"
+        return changed if name == "put" else text
+
+    def impatient(name: str, source: str) -> str:
+        return source.replace("LOOK_EVERY = tl.constexpr(256)", "LOOK_EVERY = tl.constexpr(1)")
+
+    ranks = AttentionRanks(job, 90, change=dropped, edit=impatient)
+    watches = [Watch(1e-3) for _ in range(job.ranks)]
+    for watch in watches:
+        for words in (watch.words, watch.abort):
+            ranks.world.memory.add(words.data_ptr(), words.nbytes, "a status", words)
+    ranks.heaps.watches = watches
+    ranks.run()
+    assert ranks.world.launches == len(ranks.driver.launched)
+    assert all(watch.status["gave_up"] for watch in watches)
 
 
 CASES = {
