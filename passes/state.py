@@ -41,7 +41,8 @@ class ShardedWeights:
 
     Attributes:
         places: which of the graph's placeholders they are.
-        topology, rank: of the job, whatever group of it computes a part of the batch.
+        topology, rank: of the job, whatever group of it computes a part of the batch, and on the machines that the
+            weights were cut for, whatever is planned for.
     """
 
     places: tuple[int, ...]

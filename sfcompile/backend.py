@@ -167,7 +167,7 @@ def _compile_rank(
         with artifacts(asked, session.rank) as wish:
             return run_passes(
                 captured, topology, session.rank, wish, session.from_first, split_batch, dump=True,
-                kernels_put=not session.side.no_kernels, weights=shares,
+                kernels_put=not session.side.no_kernels, weights=shares, homes=session.topology.machine_of,
             )  # fmt: skip
 
     compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))

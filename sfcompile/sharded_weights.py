@@ -68,14 +68,17 @@ def shard_weights(model: ModelT, *, options: Mapping[str, Any] | None = None) ->
         chosen = [(old, places) for old, places in standing if not why_whole(old, session.topology.num_ranks)]
         _agree(session, [old for old, _ in chosen])
         gather, places_by_rank = gather_of(session), places_of(session.topology.machine_of)
-        for old, places in chosen:
+        total = sum(old.numel() * old.element_size() for old, _ in chosen)
+        del standing
+        while chosen:  # what was cut is free before the next one is
+            old, places = chosen.pop()
             cut = WeightRows(tuple(old.shape), places_by_rank)
             start, stop = cut.rows(session.rank)
             history = History(gather, fingerprint([old]))
             with torch.no_grad():
                 shard = old.detach()[start:stop].clone()
             put_weight(places, shard, cut, session.rank, history, old.requires_grad)
-        total = sum(old.numel() * old.element_size() for old, _ in chosen)
+            del old, places
         log.info("%s of weights lie in %d shares", in_words(total), session.topology.num_ranks)
     return model
 

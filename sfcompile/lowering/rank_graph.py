@@ -53,6 +53,7 @@ def run_passes(
     dump: bool = False,
     kernels_put: bool = True,
     weights: Sequence[int] = (),
+    homes: Sequence[int] = (),
 ) -> Compiled:
     """All passes over a captured graph for one rank.
 
@@ -60,7 +61,8 @@ def run_passes(
         agree: see passes/state.py.
         kernels_put: whether generated kernels of these ranks could reach the others.
         dump: write what ``asked.dump`` asks for.
-        weights: which inputs are weights that ranks hold in shares.
+        weights: which inputs are weights that ranks hold in shares, as ``homes`` says: the machine of each rank, which
+            need not be those that are planned for. Left out: it is.
     """
     values = [node.meta["val"] for node in captured.gm.graph.nodes if node.op == "placeholder"]
     on_gpu = any(value.device.type == "cuda" for value in values)
@@ -79,7 +81,7 @@ def run_passes(
         wire=asked.wire,
         # Kernels take all tokens at a time: they overlap inside. And a gathered weight is read once.
         parts=() if kernels or weights else Asked.parts,
-        weights=ShardedWeights(places, topology, rank) if places else None,
+        weights=ShardedWeights(places, topology.on(tuple(homes)) if homes else topology, rank) if places else None,
     )
     state = State(captured.gm, captured.mode, topology, rank, wish)
     return run_pipeline(state, strict=asked.strict, dump=asked.dump if dump else None)

@@ -56,10 +56,11 @@ def test_a_rank_that_is_killed_meanwhile(folder: str) -> None:
     assert second.exit_code == -9
 
 
-@pytest.mark.parametrize("machine_of", [(0, 1), (0, 0, 1, 1)])
-def test_weights_in_shares_are_exact(machine_of: tuple[int, ...]) -> None:
-    """To the last bit those of whole weights, after every write, in a graph and beside it."""
-    for rank, seen in enumerate(run_processes(len(machine_of), weight_share_ranks.exact, machine_of=machine_of)):
+@pytest.mark.parametrize(("machine_of", "topology"), [((0, 1), "auto:assumed"), ((0, 0, 1, 1), "1x4")])
+def test_weights_in_shares_are_exact(machine_of: tuple[int, ...], topology: str) -> None:
+    """To the last bit those of whole weights, after every write, in a graph and beside it, whatever is planned for."""
+    everyone = run_processes(len(machine_of), weight_share_ranks.exact, (topology,), machine_of=machine_of)
+    for rank, seen in enumerate(everyone):
         steps = ("first", "again", "eager", "cut", "tied", "fused", "other weights", "shares", "state")
         assert [name for name in steps if not seen[name]] == []
         assert ["in shares: a rank holds" in line for line in seen["lines"]] == [True, False]

@@ -30,12 +30,19 @@ def uneven(seed: int) -> nn.Module:
     return nn.Sequential(blocks[0], middle, blocks[1]).eval()  # type: ignore[index]
 
 
-def exact(rank: int) -> dict[str, Any]:
-    """A model in shares and the same one whole, written to alike: equal to the last bit after every write."""
+def exact(rank: int, topology: str) -> dict[str, Any]:
+    """A model in shares and the same one whole, written to alike: equal to the last bit after every write.
+
+    Args:
+        topology: what is planned for, whatever the ranks run on.
+    """
     model, twin, x, seen = uneven(0), uneven(0), inputs_of(), dict[str, Any]()
     sfcompile.shard_weights(model, options=SHARES)
     # Both with one plan: with whole weights tokens may be cut into parts, which adds in another order.
-    run, other = (torch.compile(m, backend="streamfusion", options=o) for m, o in ((model, SHARES), (twin, EAGER)))
+    run, other = (
+        torch.compile(m, backend="streamfusion", options={**options, "topology": topology})
+        for m, options in ((model, SHARES), (twin, EAGER))
+    )
 
     def step(name: str) -> None:
         with torch.inference_mode():
