@@ -122,6 +122,16 @@ class ShardedWeight(torch.Tensor):
             "name, value in model.state_dict().items()}",
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            with torch.no_grad():
+                copied: torch.Tensor = self.clone()
+            if isinstance(self, torch.nn.Parameter):
+                copied = torch.nn.Parameter(copied, requires_grad=self.requires_grad)
+            memo[id(self)] = copied
+        result: torch.Tensor = memo[id(self)]
+        return result
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -139,6 +149,23 @@ class ShardedWeight(torch.Tensor):
             if _writes_to_first(func):
                 return _write(func, first, args, kwargs)
         return _read(func, args, kwargs)
+
+
+def _without_memory(name: str) -> Callable[..., NoReturn]:
+    def refuse(weight: ShardedWeight, *args: Any, **kwargs: Any) -> NoReturn:
+        raise WeightsError(
+            f"{name}() of a sharded weight {list(weight.shape)} is asked for",
+            "it has no memory of its own: this rank holds some of its rows",
+            "make it whole first, on every rank: weight.whole()",
+        )
+
+    return refuse
+
+
+_OF_MEMORY = ("data_ptr", "numpy", "tolist", "storage", "__dlpack__", "share_memory_")
+"""Methods that read a tensor's memory and pass no dispatch."""
+for _name in _OF_MEMORY:
+    setattr(ShardedWeight, _name, _without_memory(_name))
 
 
 class WeightView(torch.Tensor):
@@ -173,6 +200,14 @@ class WeightView(torch.Tensor):
         if args and isinstance(args[0], ShardedWeight) and _writes_to_first(func):
             return ShardedWeight.__torch_dispatch__(func, types, args, kwargs)
         return _read(func, args, kwargs or {})
+
+
+def _of_value(name: str) -> Callable[..., Any]:
+    return lambda view, *args, **kwargs: getattr(view.value, name)(*args, **kwargs)
+
+
+for _name in _OF_MEMORY:
+    setattr(WeightView, _name, _of_value(_name))
 
 
 def _writes_to_first(func: Any) -> bool:

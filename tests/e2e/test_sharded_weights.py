@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,12 @@ def test_a_rank_that_is_killed_while_weights_are_gathered() -> None:
     first, second = run_outcomes(2, weight_share_ranks.killed, machine_of=(0, 1))
     assert isinstance(first.error, PeerDiedError) and "rank 1" in str(first.error)
     assert second.exit_code == -9
+
+
+@pytest.mark.thorough
+def test_a_rank_with_a_share_stays_within_its_bound() -> None:
+    """Peak memory as benchmarks/memory.py takes it: whole, less weights, plus a share, two layers and 5 %."""
+    command = [sys.executable, "benchmarks/memory.py", "--cases", "2x2", "--steps", "0", "--depth", "6"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and "in shares" in done.stdout, done.stdout + done.stderr

@@ -112,6 +112,7 @@ def test_views_are_plain_to_who_reads_them() -> None:
 def test_copies_of_a_model_are_in_shares() -> None:
     weight = nn.Parameter(shares(WHOLE)[2], requires_grad=False)
     other = copy.deepcopy(weight)
+    assert isinstance(other, nn.Parameter) and not other.requires_grad
     assert isinstance(other, ShardedWeight) and other.shard.data_ptr() != weight.shard.data_ptr()  # type: ignore[attr-defined]
     half = weight.to(torch.bfloat16)
     assert isinstance(half, ShardedWeight) and half.shard.dtype == torch.bfloat16
@@ -121,6 +122,15 @@ def test_copies_of_a_model_are_in_shares() -> None:
 def test_it_is_not_saved_by_a_rank_alone() -> None:
     with pytest.raises(WeightsError, match=r"2 of its 7 rows.*value.whole\(\)"):
         pickle.dumps(shares(WHOLE)[2])
+
+
+@pytest.mark.parametrize("name", ["data_ptr", "numpy", "tolist"])
+def test_it_has_no_memory_of_its_own(name: str) -> None:
+    """To read address zero would end the process."""
+    weight = shares(WHOLE)[2]
+    with pytest.raises(WeightsError, match=rf"{name}\(\) of a sharded weight \[7, 5\].*weight.whole\(\)"):
+        getattr(weight, name)()
+    assert weight.t().numpy().tolist() == weight.t().tolist() == WHOLE.t().tolist()
 
 
 @pytest.mark.parametrize(
