@@ -83,6 +83,11 @@ def test_weights_in_shares_that_were_never_whole(folder: str, machine_of: tuple[
     assert sum(own for _, own, _ in held) == held[0][2] > 0
 
 
+def test_blocks_with_weights_in_shares_are_compiled_once() -> None:
+    for compiled, said, alike in run_processes(2, weight_share_ranks.blocks, machine_of=(0, 1)):
+        assert alike and "1 distinct, compiled once each" in said and compiled <= 4
+
+
 def test_what_goes_wrong_with_shares_is_an_error_on_both() -> None:
     for errors in run_processes(2, weight_share_ranks.faults, machine_of=(0, 1)):
         assert [type(error) for error in errors] == [OptionError, RankMismatchError, RankMismatchError]

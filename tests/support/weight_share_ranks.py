@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import torch
-from sharded_weight_ranks import EAGER, WIDTH, inputs_of, model_of
+from sharded_weight_ranks import EAGER, WIDTH, Block, inputs_of, model_of
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import sfcompile
 from sfcompile.backend import reports
 from sfcompile.errors import StreamFusionError
+from sfcompile.lowering import inner
 from sfcompile.runtime.rank.session import current_session
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 
@@ -124,3 +126,26 @@ def killed(rank: int) -> None:
         if rank == 1:
             session.receive = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
         run(inputs_of())
+
+
+def blocks(rank: int) -> tuple[int, str, bool]:
+    """Six equal blocks with weights in shares: how many graphs are compiled, what is said, and whether it is exact.
+
+    They run as they are handed to the compiler: what is looked at is how the graph is cut.
+    """
+    compiled: list[Any] = []
+
+    def counted(gm: Any, *args: Any) -> Any:
+        compiled.append(gm)
+        return gm
+
+    inner.compile_with_inductor = counted
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(6))).eval().requires_grad_(False)
+    twin, x = copy.deepcopy(model), inputs_of()
+    sfcompile.shard_weights(model, options=SHARES)
+    run = torch.compile(model, backend="streamfusion", options={**SHARES, "inner": "inductor"})
+    other = torch.compile(twin, backend="streamfusion", options=EAGER)
+    with torch.no_grad():
+        alike = all(torch.equal(run(x), other(x)) for _ in range(2))
+    return len(compiled), reports()[0].blocks, alike
