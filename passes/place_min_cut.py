@@ -4,7 +4,8 @@ Let each op ``w`` have a side, S or R. With ``P`` ranks, ``c(w)`` its seconds wh
 seconds to all-gather the value ``v``:
 
     cost = sum over w on side R of c(w)
-         + sum over w on side S of c(w) b(w) + t(w)            b(w): what the busiest rank owns, 1 / P if even
+         + sum over w on side S of c(w) b(w) + t(w)            b(w): what the busiest rank owns, 1 / P if even;
+                                                               operands needed whole (weights) are read whole
                                                                t(w): chunks sent by a torus attention, the
                                                                all-reduce of an op that sums over tokens, or
                                                                the statistics of a norm over tokens
@@ -49,6 +50,7 @@ from sfcompile.passes.graph.cost import (
     flops,
     gather_seconds,
     seconds,
+    shard_seconds,
     spread_seconds,
     value_bytes,
 )
@@ -188,7 +190,8 @@ class _Network:
         whole = self.whole_s(op)
         layout = next((cut for cut in (*chosen.outs, *chosen.ins) if cut is not None), None)
         busiest = 1 / ranks if layout is None else chosen.owners.busiest(layout)
-        share = seconds(op, self._topology) * busiest + self._exchange_s.get(node, 0.0)
+        read_whole = [i for i, need in enumerate(self._candidates[node]) if need is None]
+        share = shard_seconds(op, self._topology, busiest, read_whole) + self._exchange_s.get(node, 0.0)
         if self._force_s is not None:  # to give nearly all of the tokens to one rank is not to shard them
             share += _FORCE * flops(op) * max(0.0, busiest - _UNEVEN / ranks)
         if not any(chosen.outs):

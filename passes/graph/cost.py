@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 
 import numpy as np
@@ -116,14 +116,20 @@ def is_view(op: OpView) -> bool:
 
 def seconds(op: OpView, topology: Topology) -> float:
     """Time of the whole op on one rank: the larger of arithmetic and memory traffic; views are free."""
+    return shard_seconds(op, topology, 1.0)
+
+
+def shard_seconds(op: OpView, topology: Topology, part: float, whole: Collection[int] = ()) -> float:
+    """Time of a part of the op on one rank, for which it reads some operands (by index) whole: weights, say."""
     if is_view(op):
         return 0.0
-    moved = value_bytes(op.node) + sum(value_bytes(operand.node) for operand in op.operands)
-    if op.name in _READ_TWICE:
-        moved += value_bytes(op.operands[0].node)
+    moved = part * value_bytes(op.node)
+    for operand in op.operands:
+        passes = 2 if op.name in _READ_TWICE and operand.index == 0 else 1
+        moved += passes * value_bytes(operand.node) * (1.0 if operand.index in whole else part)
     attention = op.name == "scaled_dot_product_attention" or f"{op.namespace}::{op.name}" in FORMULAS
     rate = topology.attention_flops_per_s if attention else None
-    return max(flops(op) / (rate or topology.flops_per_s), moved / topology.memory_bytes_per_s)
+    return max(part * flops(op) / (rate or topology.flops_per_s), moved / topology.memory_bytes_per_s)
 
 
 def gather_seconds(node: fx.Node, topology: Topology, shares: Shares | None = None) -> float:
