@@ -126,7 +126,10 @@ def _attend(out: KernelText, spec: KernelSpec) -> None:
         )
         out(*columns("query", QUERY, small, small=True))
         out("blocks = (rows + BM - 1) // BM", "tiles = blocks * batch * heads")
-        out("tile = (me + workers - first_tile % workers) % workers  # the same program in every unit")
+        out("start = (me + workers - first_tile % workers) % workers  # the same program in every unit", "tile = start")
+        # A signal that was seen once stays: what follows in this program's order sees the chunk too.
+        with out.block("if (q_slot >= 0) & (tile < tiles):"):
+            out.wait("q_slot")
         with out.block("while tile < tiles:"):
             _tile(out, spec)
             out("tile += workers")
@@ -139,7 +142,6 @@ def _tile(out: KernelText, spec: KernelSpec) -> None:
     if _split_early(spec):
         out("b = bh // heads", "h = first_head + bh % heads")
     out(f"kv_bh = b * kv_heads + h // {spec.group} - first_kv" if spec.group > 1 else "kv_bh = bh")
-    _wait(out, "q_slot")
     _load_queries(out, spec)
     if spec.needs_positions:
         out("q_place = tl.load(q_positions_ptr + q_position + row, mask=inside, other=0)")
@@ -207,14 +209,16 @@ def _store_state(out: KernelText) -> None:
 
 
 def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
-    """Wait for a chunk of keys and values, then attend to it block by block."""
+    """Wait for a chunk of keys and values on the program's first tile, then attend to it block by block."""
     out(f"key = keys_ptr + j * {len(KEY)}")
-    out(*columns("key", KEY, {name: name for name in ("k_slot", "v_slot", "k_at", "v_at")}))
+    out(*columns("key", KEY, {name: name for name in ("k_at", "v_at")}))
     small = {"columns": "rows", "k_pitch": "pitch"} | ({"k_position": "position"} if spec.needs_positions else {})
     small |= {} if spec.wire.k == spec.wire.v == SAME else {"came": "came"}
     out(*columns("key", KEY, small, small=True))
-    _wait(out, "k_slot")
-    _wait(out, "v_slot")
+    with out.block("if tile == start:  # of this unit: as for the queries"):
+        out(*columns("key", KEY, {name: name for name in ("k_slot", "v_slot")}))
+        _wait(out, "k_slot")
+        _wait(out, "v_slot")
     out("head_at = (kv_bh * k_pitch).to(tl.int64)")
     out(f"k_ptr = {_pointer(spec, 'bank + k_at', spec.head_dim)} + head_at * D")
     out(f"v_ptr = {_pointer(spec, 'bank + v_at', spec.v_head_dim)} + head_at * E")

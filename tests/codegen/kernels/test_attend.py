@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -184,3 +185,14 @@ def test_the_text_depends_on_the_spec_alone() -> None:
     assert all(len(line) <= 120 for line in attend_source(spec).splitlines())
     assert "state_ptr" not in attend_arguments(spec.with_(carry=False))
     compile(attend_source(spec), "attend", "exec")
+
+
+def test_chunks_are_polled_for_on_a_programs_first_tile_of_a_unit() -> None:
+    spec = KernelSpec("bf16", 64, 64, 0.125, causal=True, forwards=True, pushes=True, reach="mixed")
+    (tiles,) = (
+        node
+        for node in ast.walk(ast.parse(attend_source(spec)))
+        if isinstance(node, ast.While) and ast.unparse(node.test) == "tile < tiles"
+    )
+    first = [node for node in ast.walk(tiles) if isinstance(node, ast.If) and ast.unparse(node.test) == "tile == start"]
+    assert len(first) == 1 and ast.unparse(tiles).count("wait_word(") == ast.unparse(first[0]).count("wait_word(") == 2
