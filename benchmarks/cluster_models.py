@@ -34,20 +34,26 @@ def _angles(tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def flux(
-    scale: float = 1.0, blocks: int = 1, head_dim: int = HEAD_DIM, heads: int = HEADS, more: tuple[int, int] = (0, 0)
+    scale: float = 1.0,
+    blocks: int = 1,
+    head_dim: int = HEAD_DIM,
+    heads: int = HEADS,
+    more: tuple[int, int] = (0, 0),
+    parallel: int | None = None,
 ) -> Built:
     """Joint attention of 4096 image and 512 text tokens: one block of two streams, one parallel block.
 
     Args:
         more: columns that the image has beside its square, and text tokens.
+        parallel: how many parallel blocks; None: as many as of two streams.
     """
     from diffusers import FluxTransformer2DModel
 
     side = int(64 * scale**0.5)
     tokens, text = side * (side + more[0]), max(4, int(512 * scale)) + more[1]
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=blocks, num_single_layers=blocks, attention_head_dim=head_dim,
-        num_attention_heads=heads, joint_attention_dim=512, pooled_projection_dim=256,
+        patch_size=1, in_channels=64, num_layers=blocks, num_single_layers=blocks if parallel is None else parallel,
+        attention_head_dim=head_dim, num_attention_heads=heads, joint_attention_dim=512, pooled_projection_dim=256,
         axes_dims_rope=(head_dim // 3,) * 3,
     )  # fmt: skip
     rows, columns = torch.cartesian_prod(torch.arange(side), torch.arange(side + more[0])).unbind(1)

@@ -1,13 +1,16 @@
 """How long the first image takes: one process under torch.compile, and ranks cold, and ranks that start again.
 
-    python benchmarks/first_image.py [--ranks 4] [--blocks 2 8] [--scale 0.1] [--out FILE]
+    python benchmarks/first_image.py [--ranks 4] [--blocks 2 8 57] [--scale 0.05] [--pieces auto off] [--out FILE]
 
-The Flux structure of benchmarks/cluster_models.py (as many blocks of two streams as parallel ones) with few tokens:
-what is timed is compiling. Seconds from the call of torch.compile to the first output, the slowest rank's, imports
-apart; every cold start has a cache folder of its own, the warm one has that of the ranks before it. One thread a
+The Flux structure of benchmarks/cluster_models.py (a third of the blocks of two streams, the others parallel) with few
+tokens: what is timed is compiling. Seconds from the call of torch.compile to the first output, the slowest rank's,
+without imports; every cold start has a cache folder of its own, the warm one that of the ranks before it. One thread a
 process, all on the same cores, one after the other, in one run. The limit is one process: all ranks together have its
-cores. A rank's own share is tracing (Dynamo's, once a rank) and our passes; Inductor's part is made once on a machine
-for all ranks whose graphs are equal.
+cores. A rank's own share is tracing (Dynamo's, once a rank) and our passes. Inductor's part is made once on a machine
+for all ranks whose graphs are equal, and once for each distinct block ("of it": the rank's where it took longest).
+
+``--pieces``: values of the option compile_blocks; "off" hands Inductor a rank's graph whole. Under each row of a table
+stand the CPU seconds of all processes and their compilers together, which a busy machine changes least, and the load.
 """
 
 from __future__ import annotations
@@ -23,27 +26,38 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+Told = dict[str, float]
 
 
-def worker(blocks: int, scale: float) -> None:
-    """One process or one rank: seconds to its first output, and Inductor's hits and misses, as JSON in its own file."""
+def worker(blocks: int, scale: float, pieces: str) -> None:
+    """One process or one rank: seconds to its first output, and what Inductor did, as JSON in its own file."""
     import torch
-    from cluster_models import build
-    from torch._dynamo.utils import counters
+    from cluster_models import flux
+    from torch._dynamo.utils import compilation_time_metrics, counters
 
     torch.set_num_threads(1)
-    model, inputs = build("flux", scale, blocks)
+    torch.manual_seed(1)
+    two_streams = max(1, round(blocks / 3))
+    model, inputs = flux(scale, two_streams, parallel=max(1, blocks - two_streams))
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
-    options: dict[str, Any] = {"backend": "streamfusion", "options": {"timeout_s": 600.0}} if ranks > 1 else {}
-    began = time.perf_counter()
+    asked = {"timeout_s": 3600.0, "compile_blocks": pieces}
+    options: dict[str, Any] = {"backend": "streamfusion", "options": asked} if ranks > 1 else {}
+    before, began = _cpu_seconds(), time.perf_counter()
     with torch.no_grad():
-        torch.compile(model, **options)(**inputs)
-    seconds = time.perf_counter() - began
-    seen = {kind: counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss", "bypass")}
-    Path(os.environ["FIRST_IMAGE"], rank).write_text(json.dumps({"seconds": seconds, **seen}))
+        torch.compile(model, **options)(**inputs, return_dict=False)
+    told = {"seconds": time.perf_counter() - began, "cpu": _cpu_seconds() - before}
+    told["inductor"] = sum(compilation_time_metrics.get("compile_fx.<locals>.fw_compiler_base", []))
+    told |= {kind: counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss", "bypass")}
+    Path(os.environ["FIRST_IMAGE"], rank).write_text(json.dumps(told))
 
 
-def timed(ranks: int, blocks: int, scale: float, cache: Path) -> list[dict[str, float]]:
+def _cpu_seconds() -> float:
+    """Of this process and of the compilers that it has waited for."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+def timed(ranks: int, blocks: int, scale: float, cache: Path, pieces: str = "auto") -> list[Told]:
     """What every process said, by rank."""
     with tempfile.TemporaryDirectory() as told:
         path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -53,41 +67,57 @@ def timed(ranks: int, blocks: int, scale: float, cache: Path) -> list[dict[str, 
         }  # fmt: skip
         work = [str(HERE / "first_image.py"), "--work", "--blocks", str(blocks), "--scale", str(scale)]
         launch = ["-m", "sfcompile", "run", "--ranks", str(ranks)] if ranks > 1 else []
-        subprocess.run([sys.executable, *launch, *work], env=env, check=True)
+        subprocess.run([sys.executable, *launch, *work, "--pieces", pieces], env=env, check=True)
         return [json.loads(Path(told, str(rank)).read_text()) for rank in range(ranks)]
+
+
+def rows(ranks: int, blocks: int, scale: float, pieces: list[str]) -> list[str]:
+    """The lines of a table for a number of blocks."""
+    with tempfile.TemporaryDirectory() as alone:
+        (one,) = timed(1, blocks, scale, Path(alone))
+    lines = []
+    for how in pieces:
+        with tempfile.TemporaryDirectory() as shared:
+            cold = timed(ranks, blocks, scale, Path(shared), how)
+            warm = timed(ranks, blocks, scale, Path(shared), how)
+        first, again, inductor = (max(_of(job, key)) for job, key in
+                                  ((cold, "seconds"), (warm, "seconds"), (cold, "inductor")))  # fmt: skip
+        cells = f"{blocks:>6}  {how:<6}{one['seconds']:>13.1f}{one['inductor']:>7.1f}{first:>10.1f}{inductor:>7.1f}"
+        ratios = f"{first / one['seconds']:>8.2f}x{again:>9.1f}{again / one['seconds']:>8.2f}x"
+        compiled, taken = int(sum(_of(cold, "miss"))), int(sum(_of(cold, "hit")))
+        lines.append(f"{cells}{ratios}{compiled:>10}{taken:>7}")
+        spent = ", ".join(f"{sum(_of(job, 'cpu')):.1f}" for job in ([one], cold, warm))
+        lines.append(f"        CPU seconds of one, cold, again: {spent}; load {os.getloadavg()[0]:.1f}")
+    return lines
+
+
+def _of(job: list[Told], key: str) -> list[float]:
+    return [rank[key] for rank in job]
 
 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 8], help="half of them of two streams")
-    parser.add_argument("--scale", type=float, default=0.1, help="of the token count")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 8, 57], help="at least two")
+    parser.add_argument("--scale", type=float, default=0.05, help="of the token count")
+    parser.add_argument("--pieces", nargs="+", choices=("auto", "off"), default=["auto"])
     parser.add_argument("--out", type=Path, help="write the table here too")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        worker(max(1, args.blocks[0] // 2), args.scale)
+        worker(args.blocks[0], args.scale, args.pieces[0])
         return 0
     lines = [
-        f"{'blocks':>6}{'one process s':>15}{f'{args.ranks} ranks cold s':>17}{'over one':>10}{'again s':>9}"
-        f"{'over one':>10}  compiled, found by ranks"
+        f"{'blocks':>6}  {'pieces':<6}{'one process s':>13}{'of it':>7}{f'{args.ranks} cold s':>10}{'of it':>7}"
+        f"{'over one':>9}{'again s':>9}{'over one':>9}{'compiled':>10}{'taken':>7}"
     ]
     print(lines[0], flush=True)
     for blocks in args.blocks:
-        with tempfile.TemporaryDirectory() as alone, tempfile.TemporaryDirectory() as shared:
-            one = timed(1, blocks, args.scale, Path(alone))[0]["seconds"]
-            cold = timed(args.ranks, blocks, args.scale, Path(shared))
-            warm = timed(args.ranks, blocks, args.scale, Path(shared))
-        first, again = (max(rank["seconds"] for rank in ranks) for ranks in (cold, warm))
-        made, found = (int(sum(rank[kind] for rank in cold)) for kind in ("miss", "hit"))
-        lines.append(
-            f"{blocks:>6}{one:>15.1f}{first:>17.1f}{first / one:>9.2f}x{again:>9.1f}{again / one:>9.2f}x"
-            f"  {made}, {found}"
-        )
-        print(lines[-1], flush=True)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines += rows(args.ranks, blocks, args.scale, args.pieces)
+        print("\n".join(lines[-2 * len(args.pieces) :]), flush=True)
+        if args.out:
+            args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 
 

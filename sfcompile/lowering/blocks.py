@@ -93,7 +93,9 @@ def _can_leave(node: fx.Node) -> bool:
     """Whether a node is right in a graph of its own too."""
     if node.op in ("output", "get_attr"):
         return True
-    if node.op not in ("placeholder", "call_function") or "val" not in node.meta:
+    if node.op == "placeholder":
+        return isinstance(node.meta.get("val"), torch.Tensor)
+    if node.op != "call_function" or "val" not in node.meta:
         return False
     writes = isinstance(node.target, OpOverload) and node.target._schema.is_mutable
     return not writes and not call_draws(node.target, node.args, node.kwargs)

@@ -12,6 +12,7 @@ import torch
 from device_workers import joint_attention
 from fake_device import POLICIES, Gpu
 from fake_ranks import largest, on_fake_gpus
+from inductor_memory import disturbed_reads, wrapper_of
 from processes import run_processes
 from threads import run_threads
 from torch import fx
@@ -285,6 +286,18 @@ def test_on_gpus_no_cut_lies_between_a_put_and_who_holds_its_source(
 
     for seed, policy in enumerate(POLICIES):
         assert on_fake_gpus(monkeypatch, (0, 1), work, seed, policy, stores=stores) <= 1e-5
+
+
+@pytest.mark.thorough
+def test_inductor_leaves_alone_what_the_puts_of_a_region_read() -> None:
+    asked = Asked(shard_everything=True, split_batch=False, parts=(), late_reads=True)
+    ranks, got, _, _ = ranks_of(Topology.grid(2, 1), asked)
+    blocks = blocks_of(ranks[0].gm)
+    assert blocks is not None
+    repeated = next(one for one in blocks.regions if [other.key for other in blocks.regions].count(one.key) > 1)
+    gm, inputs = repeated.as_module(blocks.gm, got.mode)
+    reads, faults = disturbed_reads(wrapper_of(gm, inputs, got.mode))
+    assert reads >= 3 and not faults
 
 
 @pytest.mark.ranks
