@@ -25,6 +25,7 @@ from sfcompile.version import refuse_other_torch
 
 refuse_other_torch(torch.__version__)  # before its private parts are imported, which may be gone
 
+from torch._compile import _disable_dynamo
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
@@ -79,6 +80,7 @@ __all__ = [
     "make_fx",
     "no_modes",
     "no_torch_function",
+    "not_traced",
     "pad_sequence",
     "profiler_runs",
     "registered_for_autocast",
@@ -201,6 +203,12 @@ def is_comparable(value: object) -> TypeGuard[torch.Tensor]:
     if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
         return False
     return value.layout is torch.strided and value.device.type != "meta"
+
+
+def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Dynamo runs and does not look into, whatever is being compiled around it. Imports no Dynamo."""
+    wrapped: Callable[..., Any] = _disable_dynamo(function)
+    return wrapped
 
 
 def wrapper_tensor(cls: type[torch.Tensor], shape: Sequence[int], like: torch.Tensor) -> Any:

@@ -21,7 +21,7 @@ from sfcompile.errors import UnsupportedError, WeightsError
 from sfcompile.runtime.program.weight_rows import WeightRows
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.shared_weights import obstacle_of
-from sfcompile.torch_private import FakeTensor, no_torch_function, tree_map, wrapper_tensor
+from sfcompile.torch_private import FakeTensor, no_torch_function, not_traced, tree_map, wrapper_tensor
 
 _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default}
@@ -74,6 +74,7 @@ class ShardedWeight(torch.Tensor):
 
     __torch_function__ = no_torch_function
 
+    @not_traced
     def whole(self) -> torch.Tensor:
         """Collective: all of it, as a plain tensor of this rank's own."""
         return self.history.gather(self)
@@ -133,9 +134,8 @@ class ShardedWeight(torch.Tensor):
         return result
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    @not_traced
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What is done with it, beside a compiled graph."""
         kwargs = kwargs or {}
         first = args[0] if args else None
@@ -193,9 +193,8 @@ class WeightView(torch.Tensor):
         return self.value.__reduce_ex__(protocol)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    @not_traced
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Reads see a plain tensor."""
         if args and isinstance(args[0], ShardedWeight) and _writes_to_first(func):
             return ShardedWeight.__torch_dispatch__(func, types, args, kwargs)

@@ -58,7 +58,10 @@ def test_a_rank_that_is_killed_meanwhile(folder: str) -> None:
     assert second.exit_code == -9
 
 
-@pytest.mark.parametrize(("machine_of", "topology"), [((0, 1), "auto:assumed"), ((0, 0, 1, 1), "1x4")])
+@pytest.mark.parametrize(
+    ("machine_of", "topology"),
+    [pytest.param((0, 1), "auto:assumed", marks=pytest.mark.thorough), ((0, 0, 1, 1), "1x4")],
+)
 def test_weights_in_shares_are_exact(machine_of: tuple[int, ...], topology: str) -> None:
     """To the last bit those of whole weights, after every write, in a graph and beside it, whatever is planned for."""
     everyone = run_processes(len(machine_of), weight_share_ranks.exact, (topology,), machine_of=machine_of)
@@ -81,6 +84,10 @@ def test_weights_in_shares_that_were_never_whole(folder: str, machine_of: tuple[
     held = run_processes(len(machine_of), weight_share_ranks.loaded, (folder, inner), machine_of=machine_of)
     assert all(worst <= 1e-5 for worst, _, _ in held)
     assert sum(own for _, own, _ in held) == held[0][2] > 0
+
+
+def test_what_cannot_be_captured_gathers_what_it_reads() -> None:
+    assert run_processes(2, weight_share_ranks.odd, machine_of=(0, 1)) == [True, True]
 
 
 def test_blocks_with_weights_in_shares_are_compiled_once() -> None:

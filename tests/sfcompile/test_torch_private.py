@@ -21,6 +21,7 @@ from sfcompile.torch_private import (
     inductor_mode_options,
     keep_for_ever,
     make_fx,
+    not_traced,
     static_mode,
     storage_users,
     takes_list,
@@ -98,3 +99,18 @@ def test_what_inductor_compiled_takes_a_list_and_empties_it() -> None:
     (got,) = takes_list(compiled)(values)
     assert torch.equal(got, want) and values == []
     assert takes_list(lambda a, b: (b, a))([1, 2]) == (2, 1), "any other function is called as it is"
+
+
+def test_dynamo_does_not_look_into_what_is_not_traced() -> None:
+    seen: list[str] = []
+
+    def backend(gm: fx.GraphModule, inputs: object) -> object:
+        seen.extend(node.name for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    @not_traced
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x.cos() * 2
+
+    assert torch.compile(lambda x: doubled(x).sin(), backend=backend)(torch.zeros(3)).shape == (3,)
+    assert not any("cos" in name for name in seen)

@@ -85,6 +85,29 @@ def loaded(rank: int, folder: str, inner: str) -> tuple[float, int, int]:
     return worst, sum(w.shard.numel() * 4 for w in cut), sum(w.numel() * 4 for w in cut)
 
 
+class Odd(nn.Module):
+    """What no capture takes, a sparse input, beside a weight that is written to while the model runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        self.a.weight.mul_(0.5)
+        return self.a(x) + torch.sparse.mm(rows, self.b(x)[0])[None]
+
+
+def odd(rank: int) -> bool:
+    """Op by op, every read gathers: the same bits as with whole weights, at every call."""
+    torch.manual_seed(0)
+    model, x, rows = Odd(), inputs_of(), torch.eye(inputs_of().shape[1]).to_sparse()
+    twin = copy.deepcopy(model)
+    sfcompile.shard_weights(model, options=SHARES)
+    run = torch.compile(model, backend="streamfusion", options=SHARES)
+    with torch.no_grad():
+        return all(torch.equal(run(x, rows), twin(x, rows)) for _ in range(3))
+
+
 def faults(rank: int) -> list[StreamFusionError]:
     """What every rank raises where weights are whole, where one writes alone, and where one loads another model."""
     errors, x = list[StreamFusionError](), inputs_of()
