@@ -25,6 +25,7 @@ from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.fewer_breaks import fewer_breaks
 from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
 from sfcompile.capture.randomness import draws
+from sfcompile.capture.wrappers import without_wrappers
 from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
 from sfcompile.errors import (
     MeshError,
@@ -112,6 +113,13 @@ def streamfusion_backend(
         refuse(error, options, _describe(gm, example_inputs, asked))
     if ranks == 1:
         return run_inner(gm, example_inputs, None, asked)
+    gm, example_inputs, flat = without_wrappers(gm, example_inputs)
+    run = _on_ranks(gm, example_inputs, asked)
+    return run if flat is None else lambda *inputs: run(*flat(inputs))
+
+
+def _on_ranks(gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options) -> Callable[..., Any]:
+    """The callable of several ranks, of inputs that are plain tensors and numbers."""
     session = session_for(asked)
     with session.turn(), session.guard(), use_session(session):
         try:

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.distributed import distributed_c10d
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -40,12 +40,13 @@ if TYPE_CHECKING:
     from torch._functorch._aot_autograd.functional_utils import has_data_mutation
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
-    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "FunctionalTensor",
     "FunctionalTensorMode",
     "GraphBreak",
     "HigherOrderOperator",
@@ -55,6 +56,7 @@ __all__ = [
     "TorchDispatchMode",
     "TracingContext",
     "aoti_compile",
+    "aten_op",
     "aoti_load",
     "assert_on_device",
     "autocast_as",
@@ -73,6 +75,7 @@ __all__ = [
     "is_comparable",
     "is_composite",
     "is_plain",
+    "is_wrapper",
     "is_refs_tensor",
     "is_static_input",
     "default_store",
@@ -119,6 +122,7 @@ _LATER = {
     "TracingContext": ("torch._guards", "TracingContext"),
     "tracing": ("torch._guards", "tracing"),
     "compile_fx": ("torch._inductor.compile_fx", "compile_fx"),
+    "FunctionalTensor": ("torch._subclasses.functional_tensor", "FunctionalTensor"),
     "FunctionalTensorMode": ("torch._subclasses.functional_tensor", "FunctionalTensorMode"),
     "dispatch_functionalize": ("torch._subclasses.functional_tensor", "dispatch_functionalize"),
     "make_fx": ("torch.fx.experimental.proxy_tensor", "make_fx"),
@@ -196,6 +200,24 @@ def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a dense one, real or fake, whose class does not give its ops another meaning."""
     own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return tensor.layout is torch.strided and not tensor.is_quantized and (isinstance(tensor, FakeTensor) or not own)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a dense one around others that it can be taken apart into, on this rank alone."""
+    local = not type(tensor).__module__.startswith("torch.distributed")
+    return local and tensor.layout is torch.strided and is_traceable_wrapper_subclass(tensor)
+
+
+def aten_op(name: str, args: Any, kwargs: Any) -> OpOverload | None:
+    """The op of ATen by its name, in the overload that takes such arguments."""
+    if not hasattr(torch.ops.aten, name):
+        return None
+    try:
+        overload = torch._C._jit_resolve_packet(f"aten::{name}", *args, **kwargs)
+    except RuntimeError:
+        return None
+    op: OpOverload = getattr(getattr(torch.ops.aten, name), overload or "default")
+    return op
 
 
 def is_comparable(value: object) -> TypeGuard[torch.Tensor]:

@@ -21,8 +21,14 @@ from sfcompile.capture.attention import recognise_attention
 from sfcompile.capture.autocast import Regions, bake_autocast
 from sfcompile.capture.expand import expand_calls
 from sfcompile.capture.opaque import hide_opaque
-from sfcompile.capture.refused import refuse_derivatives, refuse_odd_tensors
+from sfcompile.capture.refused import (
+    refuse_derivatives,
+    refuse_odd_tensors,
+    refuse_other_memory,
+    refuse_wrapped_outputs,
+)
 from sfcompile.capture.runtime_numbers import Number, NumberNeeded, call, needed, numbers_in
+from sfcompile.capture.wrappers import PutTogether, op_of_wrapper
 from sfcompile.errors import TrainingGraphError, UnsupportedError
 from sfcompile.torch_private import (
     FakeTensor,
@@ -151,6 +157,7 @@ class _Replay(fx.Interpreter):
     ) -> None:
         super().__init__(gm)
         self._regions = regions
+        self._wrapped = any(isinstance(node.target, PutTogether) for node in gm.graph.nodes)
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._known = {placeholders[i]: value for i, value in known.items() if i not in running}
         self._running = {placeholders[i]: i for i in running}
@@ -171,6 +178,10 @@ class _Replay(fx.Interpreter):
                 raise needed(args)
             if numbers_in(args, kwargs):
                 return call(n.op, n.target, args, kwargs)
+        if self._wrapped and n.op in ("call_function", "call_method") and not isinstance(n.target, PutTogether):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if (op := op_of_wrapper(n.target, args, kwargs)) is not None:
+                return op()
         if n.target is enter_autocast:
             return self._regions.enter(*n.args)
         if n.target is exit_autocast:
@@ -204,6 +215,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], keep_numbers: bool = Fals
     """
     refuse_odd_tensors(gm, inputs)
     refuse_derivatives(gm)
+    refuse_other_memory(gm)
     running = changing_numbers(gm, inputs) if keep_numbers else ()
     while True:  # once more at most for every number
         try:
@@ -237,6 +249,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
             regions.close()
         written[:] = [i for i, arg in zip(tensors, args, strict=True) if has_data_mutation(arg)]
         outputs = out if isinstance(out, (tuple, list)) else (out,)
+        refuse_wrapped_outputs(gm, outputs)
         views[:] = aliases(outputs, full)
         return (*outputs, *(full[i] for i in written))
 

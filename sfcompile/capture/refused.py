@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from sfcompile.capture.wrappers import PutTogether
 from sfcompile.errors import UnsupportedError, source_line
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 from sfcompile.torch_private import is_plain, set_grad_enabled
 
 _TRANSFORMS = ("_grad_increment_nesting", "_jvp_increment_nesting")
 """Names of the calls in a Dynamo graph by which ``torch.func`` begins to differentiate."""
+
+
+_OTHER_MEMORY = (torch.Tensor.set_, torch.ops.aten.set_.source_Tensor)
 
 
 def refuse_odd_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -34,6 +38,40 @@ def refuse_odd_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
                 f"input {node.name!r} is a {type(value).__name__} with layout {value.layout} and dtype {value.dtype}",
                 "tokens are divided, and travel, in plain dense tensors only",
                 "give the model a dense tensor (dequantize(), to_dense(), to_padded_tensor()) to have it sharded",
+            )
+
+
+def refuse_wrapped_outputs(gm: fx.GraphModule, outputs: Sequence[Any]) -> None:
+    """Refuse results that a graph hands out inside a wrapper which its inputs came in (wrappers.py).
+
+    Raises:
+        UnsupportedError: one is.
+    """
+    wrappers = {node.target.cls for node in gm.graph.nodes if isinstance(node.target, PutTogether)}
+    for place, value in enumerate(outputs):
+        if type(value) in wrappers:
+            raise UnsupportedError(
+                f"output {place} is a {type(value).__name__}",
+                "a graph of ranks returns plain dense tensors only",
+                "unpack it before it leaves the compiled function",
+            )
+
+
+def refuse_other_memory(gm: fx.GraphModule) -> None:
+    """Refuse a graph that gives a tensor other memory (``weight.data = ...``, as offloading hooks do).
+
+    Raises:
+        UnsupportedError: it does; a trace would take what the tensor holds now for a constant.
+    """
+    for node in gm.graph.nodes:
+        if node.target in _OTHER_MEMORY:
+            raise UnsupportedError(
+                "the graph gives a tensor other memory",
+                "a captured graph is a function of its inputs, which stay where they are",
+                "bring weights and take them away outside of what is compiled (compile what the hooks stand around), "
+                "or let this graph run unsharded",
+                node=node.name,
+                source=source_line(node.stack_trace),
             )
 
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from sfcompile.capture.fewer_breaks import fewer_breaks
 from sfcompile.capture.graph import Captured, capture
+from sfcompile.capture.wrappers import without_wrappers
 from sfcompile.codegen.plan.choose_plan import SitePlan
 from sfcompile.codegen.plan.step import DRAWN_LAYERS, Drawn, Step, draw
 from sfcompile.codegen.plan.volumes import volume
@@ -276,7 +277,7 @@ def each_graph(
         nonlocal graphs
         graphs += 1
         try:
-            captured = capture(gm, inputs)
+            captured = capture(*without_wrappers(gm, inputs)[:2])
         except UnsupportedError as error:
             if refused is None:
                 failed.append(error)
