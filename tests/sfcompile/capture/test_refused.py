@@ -76,3 +76,17 @@ def test_a_class_that_keeps_torchs_meaning_is_plain() -> None:
         pass
 
     assert captured(lambda x: x + 1, torch.ones(3).as_subclass(Named)).gm(torch.ones(3))[0].tolist() == [2.0] * 3
+
+
+def test_a_graph_that_gives_a_tensor_other_memory_is_refused() -> None:
+    weight, kept = torch.nn.Parameter(torch.zeros(8, 8), requires_grad=False), torch.ones(8, 8)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        weight.data = kept.clone()
+        return x @ weight
+
+    with (
+        torch.no_grad(),
+        pytest.raises(BackendCompilerFailed, match="UnsupportedError: the graph gives a tensor other"),
+    ):
+        captured(step, torch.randn(3, 8))
