@@ -19,7 +19,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import fx
 
-from sfcompile.torch_private import trace_with_fewer_breaks
+from sfcompile.torch_breaks import trace_with_fewer_breaks
 
 Rest = ParamSpec("Rest")
 Compiled = TypeVar("Compiled")

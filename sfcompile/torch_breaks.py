@@ -1,0 +1,163 @@
+"""What Dynamo does while it traces for us: the private part of torch that sfcompile/capture/fewer_breaks.py needs.
+
+With torch_private.py the only file that touches what torch does not promise.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+FOLDED_NUMEL = 4096
+"""Tensors of at most so many elements are computed while they are traced, where everything they are made of is known.
+They are lengths, sizes of grids, tables of offsets. Dynamo's own bound is one element."""
+LOGGER_METHODS = frozenset({"debug", "info", "warning", "error", "critical", "warning_once"})
+"""Methods of loggers that write a record and give nothing back."""
+
+SkippedFrame = Callable[[CodeType, str], None]
+"""Is told of a function that Dynamo leaves to Python, and why."""
+
+_traced_with_fewer_breaks: weakref.WeakKeyDictionary[Callable[..., Any], SkippedFrame] = weakref.WeakKeyDictionary()
+
+
+def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame) -> None:
+    """From now on, what Dynamo traces for ``backend`` breaks in fewer places (sfcompile/capture/fewer_breaks.py).
+
+    Dynamo has no settings of one backend, so its entry is wrapped, once for a process: settings are changed while a
+    frame is traced for a marked backend and put back after it. Dynamo traces one frame at a time, under a lock.
+
+    Args:
+        skipped: is told of functions in which Dynamo finds a break that it cannot continue after: it runs them as
+            Python, and what they call is traced by itself.
+    """
+    from torch._dynamo.convert_frame import ConvertFrameAssert
+    from torch._dynamo.exc import Unsupported
+
+    _traced_with_fewer_breaks[backend] = skipped
+    convert: Any = ConvertFrameAssert.__call__
+    if hasattr(convert, "__wrapped__"):
+        return
+
+    @functools.wraps(convert)
+    def convert_frame(self: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        tell = _traced_with_fewer_breaks.get(_innermost(self._torchdynamo_orig_backend))
+        if tell is None:
+            return convert(self, frame, *args, **kwargs)
+        try:
+            with _fewer_breaks():
+                return convert(self, frame, *args, **kwargs)
+        except Unsupported as error:
+            stack = getattr(error, "real_stack", None)
+            place = f" at {stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+            tell(frame.f_code, f"{str(error).strip().splitlines()[0]}{place}")
+            raise
+
+    ConvertFrameAssert.__call__ = convert_frame  # type: ignore[method-assign]
+
+
+def _innermost(backend: Any) -> Any:
+    """The function that was given to ``torch.compile`` as a backend, or named there, under Dynamo's wrappers."""
+    for name in ("_torchdynamo_orig_backend", "compiler_fn"):
+        backend = getattr(backend, name, backend)
+    return backend
+
+
+@contextmanager
+def _fewer_breaks() -> Iterator[None]:
+    """While Dynamo traces: numbers read from tensors of known values are constants; records are written later."""
+    from torch._dynamo import config
+    from torch._dynamo.variables.misc import DebuggingVariable, LoggingLoggerVariable
+    from torch._dynamo.variables.tensor import NumpyNdarrayVariable, TensorVariable
+    from torch._subclasses import fake_tensor
+
+    later = {*config.reorderable_logging_functions, print, warnings.warn}
+    changed = (
+        (fake_tensor, "CONSTANT_NUMEL_LIMIT", FOLDED_NUMEL),
+        (TensorVariable, "method_item", _item_of(TensorVariable.method_item)),
+        (NumpyNdarrayVariable, "call_method", _array_item_of(NumpyNdarrayVariable.call_method)),
+        (DebuggingVariable, "call_function", _written_later(DebuggingVariable.call_function)),
+        (LoggingLoggerVariable, "call_method", _logged_later(LoggingLoggerVariable.call_method)),
+    )
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
+    with config.patch(reorderable_logging_functions=later):
+        try:
+            for owner, name, value in changed:
+                setattr(owner, name, value)
+            yield
+        finally:
+            for owner, name, value in before:
+                setattr(owner, name, value)
+
+
+def _item_of(method: Any) -> Any:
+    """``Tensor.item`` in a trace: the number, where it is known."""
+
+    def item(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        known = None if args or kwargs else _known_number(self)
+        return method(self, tx, *args, **kwargs) if known is None else known
+
+    return item
+
+
+def _array_item_of(method: Any) -> Any:
+    """``ndarray.item``, which ``int()`` and ``float()`` of an array call too: Dynamo traces arrays as tensors."""
+
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        known = _known_number(self) if name == "item" and not args and not kwargs else None
+        return method(self, tx, name, args, kwargs) if known is None else known
+
+    return call_method
+
+
+def _known_number(variable: Any) -> Any:
+    """Dynamo's constant for the only element of a traced tensor; None if it is not known."""
+    from torch._dynamo.variables.constant import ConstantVariable
+
+    value = getattr(variable.as_proxy().node.meta.get("example_value"), "constant", None)
+    return ConstantVariable.create(value.item()) if value is not None and value.numel() == 1 else None
+
+
+def _written_later(method: Any) -> Any:
+    """A call of ``print`` or ``warnings.warn`` in a trace, done when the graph has run.
+
+    Dynamo's own way forgets keywords, and what a function called from the traced one says.
+    """
+    from torch._dynamo.variables.constant import ConstantVariable
+
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        # Where a warning points to is the traced frame in any case.
+        kwargs = {name: value for name, value in kwargs.items() if name != "stacklevel"}
+        args = list(args)
+        if self.value is warnings.warn:
+            args = args[:2] + ([kwargs.pop("category")] if "category" in kwargs else [])
+        others = [arg for arg in args if not arg.is_python_constant()]
+        if kwargs or tx.export or not self.can_reorder_logs(self.value, others, {}):
+            return method(self, tx, args, kwargs)
+        tx.output.root_tx.debug_locals.append((self, args))
+        return ConstantVariable.create(None)
+
+    return call_function
+
+
+def _logged_later(method: Any) -> Any:
+    """A record of a logger in a trace, written when the graph has run."""
+    from torch._dynamo import config
+    from torch._dynamo.source import AttrSource
+    from torch._dynamo.variables.misc import DebuggingVariable
+
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        write = getattr(self.value, name, None)
+        ignored = {
+            write,
+            getattr(write, "__func__", None),
+        } & config.ignore_logger_methods  # the name that torch 2.11 has too
+        if name not in LOGGER_METHODS or write is None or self.source is None or ignored:
+            return method(self, tx, name, args, kwargs)
+        return DebuggingVariable(write, source=AttrSource(self.source, name)).call_function(tx, args, kwargs)
+
+    return call_method

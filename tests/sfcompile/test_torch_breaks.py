@@ -1,0 +1,49 @@
+"""Dynamo's settings are those of a marked backend while it traces, and as they were for every other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._dynamo.variables.tensor import TensorVariable
+from torch._subclasses import fake_tensor
+
+from sfcompile.torch_breaks import FOLDED_NUMEL, trace_with_fewer_breaks
+
+Seen = list[tuple[int, bool]]
+
+
+def backend(seen: Seen, marked: bool) -> Any:
+    """Notes what Dynamo's settings are while a graph is handed over, and how many graphs there are."""
+    before = TensorVariable.method_item
+
+    def compile(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append((fake_tensor.CONSTANT_NUMEL_LIMIT, TensorVariable.method_item is before))
+        return gm.forward
+
+    if marked:
+        trace_with_fewer_breaks(compile, lambda code, reason: None)
+    return compile
+
+
+def step(x: torch.Tensor) -> torch.Tensor:
+    sizes = torch.tensor([[2, 3]])
+    for rows, columns in sizes.tolist():
+        x = x.reshape(rows, columns) * 2
+    return x
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_settings_are_put_back(marked: bool) -> None:
+    torch._dynamo.reset()
+    limit, item, seen = fake_tensor.CONSTANT_NUMEL_LIMIT, TensorVariable.method_item, Seen()
+    with torch.no_grad():
+        out = torch.compile(step, backend=backend(seen, marked))(torch.arange(6.0))
+    assert torch.equal(out, torch.arange(6.0).reshape(2, 3) * 2)
+    assert (fake_tensor.CONSTANT_NUMEL_LIMIT, TensorVariable.method_item) == (limit, item)
+    if marked:
+        assert seen == [(FOLDED_NUMEL, False)], "one graph"
+    else:
+        assert len(seen) > 1 and set(seen) == {(limit, True)}, "a break at tolist"
