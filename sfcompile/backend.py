@@ -66,6 +66,7 @@ from sfcompile.sharded_weights import shares_of
 from sfcompile.torch_logs import artifacts, speak
 from sfcompile.torch_private import autocast_off, is_comparable, is_plain
 from sfcompile.tracing.trace import follow_environment
+from sfcompile.verify import Verifier
 from sfcompile.version import __version__
 
 log = logging.getLogger("sfcompile")
@@ -205,7 +206,11 @@ def _compile_rank(
     places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]
     talks = shared is not None or any(compiled.programs.values())
     draw = draws(captured.gm) and asked.inputs != "trusted"
-    run = as_called(local, CallFacts(session, name, names, captured, *places, shared, talks, draw, kept, shares))
+    verifier = None
+    if asked.verify:
+        verifier = Verifier(gm, captured, asked.verify, asked.wire, functools.partial(setattr, report, "verified"))
+    facts = CallFacts(session, name, names, captured, *places, shared, talks, draw, kept, shares, verifier)
+    run = as_called(local, facts)
     if device.type == "cpu":
         run = watched(run, compiled, session, topology)
     return SizedProgram(_second_call_speaks(run), captured.numbers), False

@@ -136,6 +136,10 @@ class NotShardedError(StreamFusionError):
     """`strict=True` and part of the model stays replicated."""
 
 
+class NumericsError(StreamFusionError):
+    """`verify` found results that differ from those of one process."""
+
+
 class UnsupportedError(StreamFusionError):
     """Something this version does not do yet, refused rather than done wrongly."""
 

@@ -29,7 +29,8 @@ from sfcompile.runtime.rank.sharded_weight import marks_of
 from sfcompile.runtime.rank.shared_weights import SharedWeights
 from sfcompile.runtime.rank.weights import Weights
 from sfcompile.shared_inputs import SharedInputs
-from sfcompile.torch_private import autocast_off, is_comparable, is_static_input
+from sfcompile.torch_private import autocast_off, autocast_state, is_comparable, is_static_input
+from sfcompile.verify import Verifier
 
 GPU_LOOKS = 3
 """At so many first calls of a graph GPU ranks compare their inputs."""
@@ -47,6 +48,7 @@ class CallFacts(NamedTuple):
         draws: whether it draws random numbers, which must be the same too.
         kept: the weights that are shared by the ranks of a machine; None: every rank holds its own.
         shares: which inputs are weights of which each rank holds some rows.
+        verifier: compares first calls with one process; None: nobody does.
     """
 
     session: Session
@@ -60,6 +62,7 @@ class CallFacts(NamedTuple):
     draws: bool
     kept: SharedWeights | None = None
     shares: Sequence[int] = ()
+    verifier: Verifier | None = None
 
 
 def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
@@ -72,6 +75,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
+        given, around = args, autocast_state()
         args = tuple(call.captured.as_tensors(args))
         mark = weights.mark([args[i] for i in loaded]) if loaded else 0
         called = f"{call.name}/{mark}" if loaded else call.name
@@ -79,6 +83,9 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
             called = f"{called}/{marks_of([args[i] for i in call.shares])}"
         mine, device = [args[i] for i in call.compared], session.side.device
         looks = shared is None and _can_look(device, next(calls))
+        verifier = call.verifier if call.verifier is not None and call.verifier.calls else None
+        # Before the call: what they are gathered by has calls of its own.
+        wholes = {} if verifier is None else {i: args[i].whole() for i in call.shares}
         looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
         with session.call(called, looked_at, call.talks), autocast_off():
             inputs = list(args)
@@ -90,7 +97,12 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
                     inputs[i] = value
                 if call.draws:
                     set_generator_state(device, values[-1])
+            want = None
+            if verifier is not None:
+                want = verifier.expected(given, [wholes.get(i, x) for i, x in enumerate(inputs)], around, device)
             out = local(*(inputs[i] for i in tensors))
+            if verifier is not None and want is not None:
+                verifier.compare(out, want, session.exchange)
             if kept is not None and loaded and call.talks:  # a call that talks has compared the marks
                 kept.share_again(mark, [args[i] for i in loaded])
         for i, value in zip(written, out[len(out) - len(written) :], strict=True):

@@ -90,6 +90,7 @@ class Options:
             "sharded-by-machine" (the ranks of each machine do). CPU ranks; over several machines "sharded" needs
             sfcompile.shard_weights or sfcompile.load_sharded.
         strict: raise when anything is left replicated.
+        verify: so many first calls of every graph are computed whole too, by every rank, and compared.
         timeout_s: longest wait on a peer, in seconds: 0.1 to a week.
         dump: directory that receives graphs, schedules, kernels and plans, or None.
         passes: names of the passes to run, in order (sfcompile/extend.py); empty: the compiler's own list.
@@ -108,6 +109,7 @@ class Options:
     inputs: str = "checked"
     weights: str = "whole"
     strict: bool = False
+    verify: int = 0
     timeout_s: float = 60.0
     dump: Path | None = None
     passes: tuple[str, ...] = ()
@@ -284,6 +286,12 @@ def _strict(key: str, value: object) -> bool:
     return value
 
 
+def _verify(key: str, value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise _bad_value(key, value, "a number of calls, 0 for none")
+    return int(value)
+
+
 def _timeout_s(key: str, value: object) -> float:
     shortest, longest = TIMEOUT_BOUNDS_S
     if isinstance(value, bool) or not isinstance(value, int | float) or not shortest <= value <= longest:
@@ -315,6 +323,7 @@ _VALIDATORS: dict[str, Callable[[str, object], Any]] = {
     "inputs": _choice(INPUTS),
     "weights": _choice(WEIGHTS),
     "strict": _strict,
+    "verify": _verify,
     "timeout_s": _timeout_s,
     "dump": _dump,
     "passes": _passes,

@@ -56,6 +56,7 @@ class GraphReport:
         unpriced: ops whose arithmetic nobody knows, which no FLOPs above count.
         graph: number of the graph in this process, from 1; break_reason: what made Dynamo end it before the model did
             (a graph break, with the user's line), or "".
+        verified: how far first calls were from one process, if that was asked for.
         inputs: how ranks come to equal inputs, where it costs traffic; "": they are given them.
         weights: how much of the weights the ranks of a machine hold once; "": every rank holds all of them.
         links: the constants that the plan was made with, and where they come from.
@@ -102,6 +103,7 @@ class GraphReport:
     break_reason: str = ""
     wire: str = ""
     fused_puts: tuple[int, int] | None = None
+    verified: str = ""
     inputs: str = ""
     weights: str = ""
     links: str = ""
@@ -189,6 +191,8 @@ class GraphReport:
             rows.append(("blocks", self.blocks))
         if self.wire:
             rows.insert(-1, ("wire", self.wire))
+        if self.verified:
+            rows.insert(-1, ("verified", self.verified))
         if self.inputs:
             rows.insert(-1, ("inputs", self.inputs))
         if self.weights:
