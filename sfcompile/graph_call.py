@@ -75,7 +75,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
-        given, around = args, autocast_state()
+        passed, around = args, autocast_state()
         args = tuple(call.captured.as_tensors(args))
         mark = weights.mark([args[i] for i in loaded]) if loaded else 0
         called = f"{call.name}/{mark}" if loaded else call.name
@@ -99,7 +99,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
                     set_generator_state(device, values[-1])
             want = None
             if verifier is not None:
-                want = verifier.expected(given, [wholes.get(i, x) for i, x in enumerate(inputs)], around, device)
+                want = verifier.expected(passed, [wholes.get(i, x) for i, x in enumerate(inputs)], around, device)
             out = local(*(inputs[i] for i in tensors))
             if verifier is not None and want is not None:
                 verifier.compare(out, want, session.exchange)

@@ -53,15 +53,15 @@ class Verifier:
                 from (rank 0's, say), numbers as tensors.
             around: the autocast region that the call stands in.
         """
-        given = [_as_given(arg, value) for arg, value in zip(args, inputs, strict=True)]
+        values = [_as_given(arg, value) for arg, value in zip(args, inputs, strict=True)]
         for i in self._captured.written:
-            given[i] = given[i].clone()
+            values[i] = values[i].clone()
         state = generator_state(device).clone()
         with torch.no_grad(), autocast_as(around):
-            out = self._gm(*given)
+            out = self._gm(*values)
         set_generator_state(device, state)
         outputs = out if isinstance(out, (tuple, list)) else (out,)
-        return [*outputs, *(given[i] for i in self._captured.written)]
+        return [*outputs, *(values[i] for i in self._captured.written)]
 
     def compare(self, out: Sequence[Any], want: Sequence[Any], exchange: Callable[[Any, str], list[Any]]) -> None:
         """Collective: this rank's results beside what one process gives.
