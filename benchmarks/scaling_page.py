@@ -71,7 +71,8 @@ the paper's software.
   beats it. *efficiency*: limit over step.
 * *speed-up*: over one machine. The best of each length is in bold: beyond it more machines only cost.
 * *plan*: kind, Ulysses x ring; "across" is the axis that crosses machines, "by n" in n lanes, "2Q 2KV" the chunks cut
-  in two; "batch 2 x": each half of the ranks takes a sample.
+  in two; "batch 2 x": each half of the ranks takes a sample; "2 copies": two groups of machines compute the same each,
+  because together they would be slower, so further machines neither help nor harm.
 
 ## What wins where, and why
 
