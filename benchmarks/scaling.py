@@ -103,7 +103,9 @@ def predicted(workload: Workload, name: str, captured: Captured, tokens: int, ma
     main = state.choices.main
     best = main.best if main is not None and step.attention_s else None
     split, copies = (state.group.batch, state.group.copies) if state.group is not None else (1, 1)
-    plan = f"{f'batch {split} x ' if split > 1 else ''}{best or 'not sharded'}{f', {copies} copies' if copies > 1 else ''}"
+    plan = (
+        f"{f'batch {split} x ' if split > 1 else ''}{best or 'not sharded'}{f', {copies} copies' if copies > 1 else ''}"
+    )
     return Cell(
         workload.title, name, workload.blocks, workload.batch, preset, tokens, machines, plan, split,
         best.kind if best else "none", seconds, exposed, compute, seconds * step.limit_s / step.seconds,
