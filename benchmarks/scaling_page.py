@@ -63,8 +63,8 @@ of {inside} ranks.
 **Every constant is assumed**, none was measured by us. What machines can do is taken from data sheets and from what
 programs are known to reach of them (`runtime/program/presets.py`; `a100-efa` is 8 GPUs behind four 100 Gb/s cards).
 What this project's software costs on GPUs is assumed within a range: an attention call {launch} us, a message {message}
-us, a wait {wait} us; an explanation ([looking](looking.md)) says of a plan where it would be another one inside the range. Nothing here is
-the paper's software.
+us, a wait {wait} us; an explanation ([looking](looking.md)) says of a plan where it would be another one inside the
+range. Nothing here is the paper's software.
 
 * *step*: predicted time of one transformer step. *waits*: the part of it in which rank 0 is blocked.
 * *limit*: the larger of compute alone and bytes over bandwidth, for the plan that was taken; no order of that work
