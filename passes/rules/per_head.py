@@ -163,8 +163,10 @@ class PerHead:
             result = self._called(op, mine, local)
         else:  # more ranks than heads: kernels refuse none
             nothing = [0 if dim == at else size for dim, size in enumerate(shape)]
-            dtype = _first(op.node.meta["val"]).dtype
-            result = local.call(aten.new_zeros.default, [mine[self.query], nothing], {"dtype": dtype})
+            dtype = {"dtype": _first(op.node.meta["val"]).dtype}
+            # From all that came, so that this rank waits for it where the others do: ranks talk in one order.
+            parts = [local.call(aten.new_zeros.default, [mine[i], nothing], dtype) for i in self.names]
+            result = local.call(aten.cat.default, [parts, at], {})
         wanted = tuple(local.owners.dim_runs(out, rank) for rank in ranks)
         return local.trade(result, shape, at, owned, out.dim, wanted)
 

@@ -21,7 +21,7 @@ from sfcompile.errors import UnsupportedError, WeightsError
 from sfcompile.runtime.program.weight_rows import WeightRows
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.shared_weights import obstacle_of
-from sfcompile.torch_private import FakeTensor, no_torch_function, not_traced, tree_map, wrapper_tensor
+from sfcompile.torch_private import FakeTensor, no_torch_function, not_traced, tree_leaves, tree_map, wrapper_tensor
 
 _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default}
@@ -201,6 +201,9 @@ class WeightView(torch.Tensor):
         return _read(func, args, kwargs or {})
 
 
+_OURS = (ShardedWeight, WeightView)
+
+
 def _of_value(name: str) -> Callable[..., Any]:
     return lambda view, *args, **kwargs: getattr(view.value, name)(*args, **kwargs)
 
@@ -249,7 +252,10 @@ def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = func(*tree_map(as_whole, args), **tree_map(as_whole, kwargs))
     aliases = any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns)
     if aliases and not tracing:
-        return tree_map(lambda value: WeightView(value) if isinstance(value, torch.Tensor) else value, result)
+        # In inference mode, too, a view of a tensor from outside of it is one from outside of it: torch insists.
+        inside = any(value.is_inference() for value in tree_leaves((args, kwargs)) if isinstance(value, _OURS))
+        with torch.inference_mode(inside and torch.is_inference_mode_enabled()):
+            return tree_map(lambda value: WeightView(value) if isinstance(value, torch.Tensor) else value, result)
     return result
 
 

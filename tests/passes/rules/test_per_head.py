@@ -140,6 +140,7 @@ def test_a_librarys_kernel_runs_on_its_heads(kind: str, ranks: int, kv_heads: in
     assert report.left_behind == [] and report.unpriced == []
     for (out,) in run_compiled(ones, Topology.grid(1, ranks), values):
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    assert all(one.order == ones[0].order for one in ones), "ranks without heads wait where the others do"
 
 
 def test_groups_take_samples_and_share_out_heads_inside() -> None:

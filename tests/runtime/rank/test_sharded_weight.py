@@ -46,6 +46,17 @@ def test_it_looks_whole_and_reads_whole() -> None:
     assert parameter.history is weight.history and parameter.shard is weight.shard
 
 
+@pytest.mark.parametrize("loaded_inside", [False, True])
+def test_views_of_it_are_read_in_inference_mode(loaded_inside: bool) -> None:
+    with torch.inference_mode(loaded_inside):
+        weight = nn.Parameter(shares(WHOLE)[1], requires_grad=False)
+    with torch.inference_mode():
+        assert torch.equal(weight[2:4].t() + 0, WHOLE[2:4].t()) and torch.equal(weight.t() + 0, WHOLE.t())
+        assert torch.equal(nn.functional.linear(torch.ones(2, 5), weight[:3]), WHOLE[:3].sum(1).expand(2, 3))
+    with torch.no_grad():
+        assert torch.equal(weight[2:4].t() + 0, WHOLE[2:4].t())
+
+
 WRITES: dict[str, Callable[[Any], Any]] = {
     "fused": lambda w: w.data.__iadd__(torch.full((7, 5), 0.25)),
     "a row for all": lambda w: w.add_(torch.arange(5.0), alpha=2),
