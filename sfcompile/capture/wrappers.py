@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 from sfcompile.torch_private import (
     FunctionalTensor,
@@ -92,7 +93,28 @@ def op_of_wrapper(target: Any, args: Any, kwargs: Any) -> Callable[[], Any] | No
     op = aten_op(target if isinstance(target, str) else getattr(target, "__name__", ""), args, kwargs)
     if op is None:
         return None
-    return lambda: type(held[0]).__torch_dispatch__(op, tuple({type(x) for x in held}), args, kwargs)
+    return lambda: _asked(type(held[0]), op, tuple({type(x) for x in held}), args, kwargs)
+
+
+def _asked(cls: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """What a class makes of an op.
+
+    Raises:
+        UnsupportedError: it does not know the op. In a plain run it may be asked for the parts of a composite one.
+    """
+    try:
+        result = cls.__torch_dispatch__(op, types, args, kwargs)
+    except NotImplementedError as error:
+        why: BaseException | None = error
+    else:
+        if result is not NotImplemented:
+            return result
+        why = None
+    raise UnsupportedError(
+        f"{cls.__name__}, a tensor around tensors, does not know {op}{f' ({why})' if why else ''}",
+        "only what such a class does with whole operators can be sharded",
+        f"handle {op} in its __torch_dispatch__, or let this graph run unsharded",
+    ) from why
 
 
 Flat = Callable[[Sequence[Any]], list[Any]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from compositions import Packed, packed
 from torch import fx, nn
@@ -68,3 +69,28 @@ def test_a_wrapper_that_comes_out_is_refused() -> None:
         assert "output 1 is a Packed" in str(error)
     else:
         raise AssertionError("it was captured")
+
+
+class Picky(Packed):
+    """Knows the parts of a linear layer only, for which torch asks it in a plain run."""
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], *rest: Any) -> Packed:
+        return Picky(inner["data_"], inner["factor"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Picky(args[0].data_, args[0].factor)
+        if func not in (torch.ops.aten.t.default, torch.ops.aten.addmm.default):
+            raise NotImplementedError(f"no {func} here")
+        return func(*(x.data_.float() * x.factor if isinstance(x, Picky) else x for x in args))
+
+
+def test_an_op_that_a_class_does_not_know_is_refused_in_words() -> None:
+    model = layer()
+    model.weight = nn.Parameter(Picky(model.weight.data_, model.weight.factor), requires_grad=False)  # type: ignore[arg-type]
+    gm, inputs = dynamo(model, torch.randn(3, 8))
+    plain, values, _ = without_wrappers(gm, inputs)
+    with pytest.raises(UnsupportedError, match=r"Picky, .* does not know aten\.linear\.default \(no aten"):
+        capture(plain, values)
