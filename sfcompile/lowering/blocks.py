@@ -109,7 +109,8 @@ def _costs(calls: Sequence[fx.Node]) -> list[float]:
     for node, i in place.items():
         last = max((place.get(user, len(calls)) for user in node.users), default=i)
         value = node.meta["val"]
-        if isinstance(value, torch.Tensor):
+        # A conjugated or negated view is its memory and a mark: what a region takes and gives is memory alone.
+        if isinstance(value, torch.Tensor) and not value.is_conj() and not value.is_neg():
             nbytes = math.prod(value.shape) * value.element_size()
             steps[i] += nbytes
             steps[last] -= nbytes

@@ -141,6 +141,21 @@ def test_a_value_that_is_read_far_behind_is_handed_past_other_blocks() -> None:
     assert torch.equal(run(*inputs)[0], graph.gm(*inputs)[0])
 
 
+@pytest.mark.parametrize("read_after", [0, 7])
+def test_no_cut_lies_where_a_conjugated_view_is_handed_on(read_after: int) -> None:
+    """A compiler's example of it would have no such mark, and what is made of it would be another value."""
+
+    class Turned(Row):
+        def forward(self, x: Tensor) -> Tensor:
+            turned = torch.view_as_complex(torch.stack([x, x / 2], -1)).conj()
+            for i, (one, weight) in enumerate(zip(self.blocks, self.weights, strict=True)):
+                x = one(x, weight) + turned.imag if i == read_after else one(x, weight)
+            return x
+
+    graph = graph_of(Turned([block()] * 8).requires_grad_(False), X)
+    assert (blocks_of(graph.gm) is None) == (read_after == 7)
+
+
 def test_outputs_may_be_inputs_views_and_numbers() -> None:
     def model(x: Tensor, w: Tensor) -> Any:
         y = x
