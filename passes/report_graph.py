@@ -18,7 +18,7 @@ from sfcompile.passes.graph.op_view import OpView, is_getitem
 from sfcompile.passes.graph.stages import stages_of, without
 from sfcompile.passes.report.report import GraphReport, Left, short_source
 from sfcompile.passes.rules.per_head import PerHead
-from sfcompile.passes.state import State
+from sfcompile.passes.state import COPIES, State
 from sfcompile.runtime.program.formats import words
 from sfcompile.runtime.program.sites import AttentionSite
 
@@ -172,6 +172,7 @@ def _list_traffic(state: State, report: GraphReport) -> None:
         report.gathered += [
             Left(schedule.site.name, "batch gather", "", "every rank returns all samples", 0.0, schedule.heap_bytes)
             for schedule in state.programs[state.group.program]
+            if schedule.site.name != COPIES
         ]
     report.moved = [
         _moved(value, need, state.layouts.owners, state.layouts.chosen[value]) for value, need in state.traffic.moves

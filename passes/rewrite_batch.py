@@ -1,7 +1,8 @@
 """Give each group of ranks its own samples: the same analysis and rewriting, with the batch as the axis.
 
 Where links between machines would only slow everything down, several groups of machines each do the same: such a
-*copy* of the job needs nothing of the others, and its ranks are the job from here on.
+*copy* of the job needs nothing of the others, and its ranks are the job from here on. One chunk that holds nothing goes
+to each other copy in every call: with the mark of the call on it, so that copies of different inputs are an error.
 
 The samples of a batch (a guidance pair, say) never look at each other, so a group that has its own needs no traffic
 until the output is gathered. What comes out is an ordinary captured graph of a part of the batch, with the gathers at
@@ -20,11 +21,13 @@ from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.choose_schedules import groups_of
 from sfcompile.passes.graph.cost import flops
+from sfcompile.passes.graph.labels import LabelSpace
+from sfcompile.passes.graph.layout import Ownership
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.place_min_cut import place_min_cut
 from sfcompile.passes.rewrite_local import rewrite_local
 from sfcompile.passes.rules.attention import Attention
-from sfcompile.passes.state import Group, Layouts, Placement, State, Tokens
+from sfcompile.passes.state import COPIES, Group, Layouts, Placement, State, Tokens
 
 
 def run(state: State) -> bool:
@@ -51,9 +54,22 @@ def run(state: State) -> bool:
 
 def _copy(state: State, groups: list[tuple[int, ...]]) -> Group:
     """A group that computes what every other group computes: the graph as it is, and nothing to gather."""
-    key = f"{state.program}-copy"
-    machines, notes = state.topology.num_machines, state.choices.notes
-    return Group(state.gm, key, (), tuple(groups), 1.0, machines, {}, notes, copies=len(groups))
+    mine = next(g for g, ranks in enumerate(groups) if state.rank in ranks)
+    owners = Ownership(LabelSpace(), (), (), len(groups))
+    local = LocalGraph(state.mode, owners, mine, f"{state.program}-copy")
+    rewrite_local(state.gm, Tokens(), Layouts({}, owners, ()), Placement(), local)
+    local.meet(COPIES, len(groups))
+    return Group(
+        gm=fx.GraphModule(local.root, local.graph, "StreamFusionCopy"),
+        program=local.program,
+        sites=tuple(local.sites),
+        groups=tuple(groups),
+        share=1.0,
+        num_machines=state.topology.num_machines,
+        left={},
+        notes=state.choices.notes,
+        copies=len(groups),
+    )
 
 
 def _split(state: State, groups: list[tuple[int, ...]]) -> Group | None:
@@ -89,6 +105,8 @@ def _group(
     mine = next(g for g, ranks in enumerate(groups) if state.rank in ranks) % count
     local = LocalGraph(state.mode, layouts.owners, mine, f"{state.program}-batch")
     rewrite_local(state.gm, tokens, layouts, placement, local)
+    if state.choices.copies > 1:
+        local.meet(COPIES, state.choices.copies)
     total = sum(flops(op) for op in tokens.views.values())
     own = sum(flops(op) / (count if node in placement.needs else 1) for node, op in tokens.views.items())
     return Group(

@@ -198,6 +198,10 @@ class Choices:
         return "\n".join(f"{self.counts[key]} x {plan.best}{halves}" for key, plan in self.plans.items())
 
 
+COPIES = "copies"
+"""Name of the exchange by which groups that compute the same compare the marks of their calls."""
+
+
 @dataclass(frozen=True)
 class Group:
     """One of the groups of ranks that share out the batch, or compute the same (rewrite_batch.py): its graph, and the
@@ -231,9 +235,12 @@ class Group:
 
     def schedule(self, site: AnySite) -> Schedule:
         """The schedule of one of ``sites``: ranks of equal place in their groups hold equal shards."""
-        count = self.batch
-        shares = [self.groups[at : at + count] for at in range(0, len(self.groups), count)]
-        peers = tuple(ranks for groups in shares for ranks in zip(*groups, strict=True))
+        count = self.copies if site.name == COPIES else self.batch
+        if site.name == COPIES:  # groups that do the same meet
+            together = [self.groups[part :: self.batch] for part in range(self.batch)]
+        else:
+            together = [self.groups[at : at + count] for at in range(0, len(self.groups), count)]
+        peers = tuple(ranks for groups in together for ranks in zip(*groups, strict=True))
         return replace(build("exchange", site, Mesh(1, count, tuple(range(count)))), groups=peers)
 
 

@@ -275,6 +275,25 @@ class LocalGraph:
         self.sites.append(ExchangeSite.gather(name, shape, value.dtype, 0, runs))
         return self._exchange(self.call(torch.ops.aten.unsqueeze.default, [node, 0], {}), site, shape, value.dtype)
 
+    def meet(self, name: str, count: int) -> None:
+        """An exchange of nothing with ``count`` ranks of other groups, where the graph begins.
+
+        Chunks carry the mark of the call that they belong to, so ranks that were given other inputs, or are in another
+        call, get an error. What comes is not read: what this group's graph communicates later keeps it by its ticket.
+        """
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            kwargs = {"dtype": torch.float32, "device": self.device}
+            value = self.call(torch.ops.aten.zeros.default, [[1, 1]], kwargs)
+            ticket = self.call(torch.ops.aten.zeros.default, [[1]], {"dtype": torch.int64, "device": self.device})
+            site = len(self.sites)
+            runs = tuple(((other, 1),) for other in range(count))
+            self.sites.append(ExchangeSite.gather(name, (count, 1), torch.float32, 0, runs))
+            ops = torch.ops.streamfusion
+            start = self.call(ops.exchange_start.default, [value, ticket, self.program, site], {})
+            args = [start, self.program, site, [count, 1], torch.float32]
+            self.call(ops.exchange_finish.default, args, {})
+
     def all_reduce(self, node: fx.Node) -> fx.Node:
         """The sum over ranks of a partial value, added in rank order, in fp32 or wider: the same bits everywhere."""
         value = node.meta["val"]

@@ -248,6 +248,7 @@ class Session:
             notice = self._side.notice() if talks and not self._failed else None
             if notice is not None:  # this rank was between calls: it learns of the failure here, as the others did
                 self._failed = True
+                self._side.abort(notice)  # who waits for this rank may be out of the failed one's reach
                 raise self._named(peer_failed(self.rank, notice))
             if self._failed:
                 self._restart(self._world.exchange(self._place(), "start afresh after a failed call", afresh=True))
