@@ -40,7 +40,8 @@ class Dims:
     L are tokens, H heads, B samples; other letters mean nothing. Tensors that are not named are whole on every rank.
 
     Attributes:
-        tensors: by the names of the op's arguments. The first is q, whose tokens are those of the output; all others
+        tensors: by the names of the op's arguments; a tensor that is not named and has a dim as long as the heads are
+            many leaves the call whole. The first is q, whose tokens are those of the output; all others
             that have L share its tokens with each other. One with H but without L (slopes, a scale of each head) is
             cut by heads. Heads of k and v may be fewer, each for as many of q.
             A tensor with a dim of samples must be named if q has one.
@@ -236,6 +237,10 @@ def fits(op: OpView, dims: Dims) -> bool:
         return False
     counts = [op.args[name].shape[text.index("H")] for name, text in letters.items() if "H" in text]
     counts.append(op.out_shapes[0][dims.out.index("H")])
+    # A tensor that nobody named may have heads too: a kernel that does not look would read those of others.
+    unnamed = [value for name, value in op.args.items() if isinstance(value, Operand) and name not in letters]
+    if any(size in counts and size > 1 for operand in unnamed for size in operand.shape):
+        return False
     return min(counts) > 0 and all(count % min(counts) == 0 for count in counts)
 
 
@@ -248,9 +253,6 @@ def flops_of(op: OpView) -> float | None:
     tokens = [op.args[n].shape[dims.tensors[n].index("L")] for n in names if "L" in dims.tensors[n] and op.args.get(n)]
     pairs: int = math.prod(op.args[names[0]].shape) * tokens[min(1, len(tokens) - 1)]
     return 4.0 * pairs
-
-
-_FLASH = {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"}
 
 
 def _flash(args: Mapping[str, Any]) -> Dims | None:
@@ -266,9 +268,11 @@ def _flash(args: Mapping[str, Any]) -> Dims | None:
     rest = {"alibi_slopes": "BH"[-slopes.ndim :]} if isinstance(slopes, Operand) else {}
     rest |= {name: "BH" for name in ("q_descale", "k_descale", "v_descale") if args.get(name) is not None}
     rest |= {name: "B" for name in ("seqused_q", "seqused_k") if args.get(name) is not None}
-    if any(isinstance(value, Operand) and name not in _FLASH | rest.keys() for name, value in args.items()):
-        return None
-    return Dims({"q": text, "k": text, "v": text} | rest, text)
+    rest |= {name: "-" for name in ("cu_seqlens_q", "cu_seqlens_k") if packed}
+    known = {"q": text, "k": text, "v": text} | rest
+    return (
+        Dims(known, text) if all(name in known for name, value in args.items() if isinstance(value, Operand)) else None
+    )
 
 
 for _op in (

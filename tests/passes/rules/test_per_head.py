@@ -178,6 +178,7 @@ def test_keys_that_are_whole_are_cut_by_heads_without_traffic() -> None:
         lambda args: extend.Dims({"q": "BDLH", "k": "BHLD", "v": "BHLD"}, "BHLD"),
         lambda args: extend.Dims({"query": "BHLD"}, "BHLD"),
         lambda args: extend.Dims({"q": "BHLD", "k": "BHLD", "v": "BHLD"}, "BLD"),
+        lambda args: extend.Dims({"q": "BHLD", "k": "BHLD", "v": "BHLD"}, "BHLD"),  # a factor of each head is not named
     ],
 )
 def test_what_a_reader_declines_or_describes_wrongly_is_computed_whole(reader: Any) -> None:
