@@ -127,11 +127,20 @@ class Meetings:
                 self._count(here)
             else:
                 self._attempt += 1
+            if isinstance(
+                error, RankMismatchError
+            ):  # words that no rank can use: everybody finds them, if there is time
+                with contextlib.suppress(StoreLostError):
+                    self._leave(read)
             raise
+        self._leave(read)
+        return words
+
+    def _leave(self, read: str) -> None:
+        """This rank has read what it came for."""
         self._store.add(read, 1, self.timeout_s)
         if self._rank == 0:
             self.linger(read)
-        return words
 
     def _count(self, here: int) -> None:
         """The meeting of number ``here`` has come about, for every rank: whatever happens now, the next one follows."""

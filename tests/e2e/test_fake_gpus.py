@@ -15,9 +15,20 @@ from sfcompile.passes.state import Asked, State
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
 
+LAYOUTS = ((0, 0), (0, 1), (0, 0, 0, 0), (0, 0, 1, 1))
 
-@pytest.mark.parametrize("stores", [False, True], ids=["nccl", "symm_mem"])
-@pytest.mark.parametrize("machine_of", [(0, 0), (0, 1), (0, 0, 0, 0), (0, 0, 1, 1)], ids=str)
+
+@pytest.mark.parametrize(
+    ("machine_of", "stores"),
+    [
+        # `make test` has either carrier on four ranks of one machine or of two, and both on two ranks.
+        pytest.param(
+            machines, stores, id=f"{machines}-{'symm_mem' if stores else 'nccl'}",
+            marks=pytest.mark.thorough if len(machines) == 4 and stores != (1 in machines) else (),
+        )
+        for machines in LAYOUTS for stores in (False, True)
+    ],
+)  # fmt: skip
 def test_a_model_is_exact(monkeypatch: pytest.MonkeyPatch, machine_of: tuple[int, ...], stores: bool) -> None:
     """Joint attention with norms and RoPE, three calls, in every kind of order between streams."""
     torch.manual_seed(0)

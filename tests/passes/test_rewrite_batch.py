@@ -184,7 +184,7 @@ def test_what_a_user_asks_for_is_done_by_all_ranks_together(asked: Asked) -> Non
     assert run_pipeline(State(got.gm, got.mode, slow, 0, asked)).report.copies == 1
 
 
-@pytest.mark.parametrize("speed", [1e5, 1e8])
+@pytest.mark.parametrize("speed", [1e5, pytest.param(1e8, marks=pytest.mark.thorough)])
 def test_more_machines_are_never_predicted_to_be_slower(speed: float) -> None:
     model, inputs = guided(1, 2048)
     got = captured(model, *inputs)

@@ -19,6 +19,7 @@ from sfcompile.runtime.program.topology import Topology
 SITE = make_site(128, 2, 2, torch.bfloat16, 64)
 
 
+@pytest.mark.thorough  # the kernels of such schedules are compiled in test_compiler.py
 def test_files_and_table_of_a_schedule_between_machines(tmp_path: Path) -> None:
     schedule = Job("torus", 2, 1, 2, 1, SITE).schedule()
     rows = write_kernels(schedule, (0, 1), [90], tmp_path)

@@ -86,7 +86,7 @@ def audited(name: str, fuse: bool, late_reads: bool) -> tuple[int, list[str]]:
     return disturbed_reads(wrapper_of(gm, inputs, mode))
 
 
-QUICK = ("three_streams", "depthwise_in_the_mlp")
+QUICK = ("depthwise_in_the_mlp",)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def test_a_put_of_a_row_program_through_inductor(monkeypatch: pytest.MonkeyPatch
     assert max(run_threads(1, work)) < 1e-5
 
 
+@pytest.mark.thorough  # Inductor runs local graphs in tests/e2e/test_processes.py
 @pytest.mark.ranks
 def test_inductor_keeps_the_order_and_the_numbers() -> None:
     for result in run_processes(2, rank_workers.through_inductor, timeout_s=240):

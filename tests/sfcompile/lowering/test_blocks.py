@@ -274,7 +274,7 @@ def test_ranks_hand_their_shards_from_block_to_block(parts: tuple[int, ...], mon
     assert len(ranks[0].report.gathered) == 1, "the output"
 
 
-@pytest.mark.parametrize("stores", [False, True], ids=["nccl", "symm_mem"])
+@pytest.mark.parametrize("stores", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["nccl", "symm_mem"])
 def test_on_gpus_no_cut_lies_between_a_put_and_who_holds_its_source(
     stores: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
