@@ -54,7 +54,7 @@ def interrupted_in_a_compile(rank: Rank) -> None:
     second = another()
     compiled = rank.compiled(second)
     if rank.number == 1:
-        rank.before("sfcompile.backend:run_inner", raising(KeyboardInterrupt()))
+        rank.before("sfcompile.lowering.compile_once:run_inner", raising(KeyboardInterrupt()))
     rank.call("interrupted", compiled, second, must="error", own=(KeyboardInterrupt,))
     rank.meet("interrupted")
     rank.call("old model", run, model, must="either")

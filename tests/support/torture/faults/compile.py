@@ -124,7 +124,7 @@ def no_memory_for_a_capture(rank: Rank) -> None:
 def a_compile_slower_than_the_timeout(rank: Rank) -> None:
     """Rank 1 works on its graph for longer than ``timeout_s``."""
     if rank.number == 1:
-        rank.before("sfcompile.backend:run_inner", lambda: time.sleep(2 * rank.timeout_s))
+        rank.before("sfcompile.lowering.compile_once:run_inner", lambda: time.sleep(2 * rank.timeout_s))
     model = Plain()
     rank.call("first", rank.compiled(model), model)
 
@@ -138,7 +138,7 @@ def killed_while_others_wait_in_a_compile(rank: Rank) -> None:
             time.sleep(2.0)
             rank.die()
 
-        rank.before("sfcompile.backend:run_inner", work)
+        rank.before("sfcompile.lowering.compile_once:run_inner", work)
     model = Plain()
     rank.call("first", rank.compiled(model), model, must="error")
 

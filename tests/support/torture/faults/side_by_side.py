@@ -121,7 +121,12 @@ def a_package_for_each_group(rank: Rank) -> None:
     rank.meet("done")
 
 
-@fault("exact, and each group's files beside the other's", ranks=4, limit_s=60.0, outputs=("*.txt", "*.json", "*.png"))
+@fault(
+    "exact, and each group's files beside the other's",
+    ranks=4,
+    limit_s=60.0,
+    outputs=("*.txt", "*.json", "*.png", "*.html"),
+)
 def groups_that_trace_and_dump(rank: Rank) -> None:
     """Two groups give one folder for their traces and one for their dumps."""
     from sfcompile.tracing.trace import trace
