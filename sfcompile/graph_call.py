@@ -75,7 +75,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         refuse_overlap(args, written, call.names)  # Dynamo has no guard on it
-        passed, around = args, autocast_state()
+        passed = args
         args = tuple(call.captured.as_tensors(args))
         mark = weights.mark([args[i] for i in loaded]) if loaded else 0
         called = f"{call.name}/{mark}" if loaded else call.name
@@ -86,6 +86,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
         verifier = call.verifier if call.verifier is not None and call.verifier.calls else None
         # Before the call: what they are gathered by has calls of its own.
         wholes = {} if verifier is None else {i: args[i].whole() for i in call.shares}
+        around = {} if verifier is None else autocast_state()
         looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
         with session.call(called, looked_at, call.talks), autocast_off():
             inputs = list(args)
