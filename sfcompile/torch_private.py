@@ -77,6 +77,7 @@ __all__ = [
     "is_static_input",
     "default_store",
     "keep_for_ever",
+    "mark_static_input",
     "make_fx",
     "no_modes",
     "no_torch_function",
@@ -237,6 +238,11 @@ def wrapper_tensor(cls: type[torch.Tensor], shape: Sequence[int], like: torch.Te
 def is_static_input(tensor: torch.Tensor) -> bool:
     """Whether an input of a Dynamo graph is a weight or buffer of the model, not an argument of the call."""
     return isinstance(tensor, torch.nn.Parameter) or hasattr(tensor, "_dynamo_static_input_type")
+
+
+def mark_static_input(tensor: torch.Tensor) -> None:
+    """From now on a tensor counts as a weight or buffer (:func:`is_static_input`), as Dynamo marks them."""
+    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 
 def is_refs_tensor(target: object) -> bool:

@@ -23,6 +23,7 @@ from sfcompile.torch_private import (
     is_plain,
     is_static_input,
     is_wrapper,
+    mark_static_input,
     no_torch_function,
     tree_leaves,
 )
@@ -137,8 +138,9 @@ def without_wrappers(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Grap
                 plain.append(value)
                 continue
             held = wrapper.flat(value)
-            if is_static_input(value):  # so are its insides: a weight's, which do not change from call to call
-                held = [torch.nn.Parameter(tensor, requires_grad=False) for tensor in held]
+            if is_static_input(value):  # so are its insides, the same objects at every call: ranks read them once
+                for tensor in held:
+                    mark_static_input(tensor)
             plain += held
         return plain
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from sfcompile.capture.graph import capture
 from sfcompile.capture.wrappers import without_wrappers
 from sfcompile.errors import UnsupportedError
+from sfcompile.torch_private import is_static_input
 
 
 def dynamo(model: Any, *inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
@@ -42,9 +43,12 @@ def test_a_weight_is_taken_apart_and_its_ops_are_in_the_graph() -> None:
     assert flat is not None and not any(isinstance(value, Packed) for value in values)
     got = capture(plain, values)
     assert {value.dtype for value in values} == {torch.int8, torch.float32}
-    assert len(got.parameters) == 3, "what a weight holds does not change from call to call, as the bias"
+    assert len(got.parameters) == 1, "the bias; what a weight holds cannot be cut into shares of its own"
     real = [model.weight if isinstance(value, Packed) else value for value in inputs]
     tensors = [flat(real)[i] for i in got.tensor_inputs]
+    assert all(one is other for one, other in zip(flat(real), flat(real), strict=True)), "weights are known by identity"
+    held = [value for value in flat(real) if value is not x]
+    assert len(held) >= 3 and sum(map(is_static_input, held)) >= 3
     with torch.no_grad():
         torch.testing.assert_close(got.gm(*tensors)[0], model(x))
 
