@@ -282,7 +282,8 @@ def _batches(attentions: Attentions, topology: Topology, asked: Asked, refused: 
     forced = asked.batch if asked.mesh is not None else None
     if samples < 2 or (forced is None and asked.schedule != "auto") or forced == 1:
         if forced is not None and forced > 1:
-            refused.append(f"a batch of {max(samples, 1)} cannot be split")
+            none = "there is no attention that is sharded over tokens, and samples are split for those"
+            refused.append(f"a batch of {samples} cannot be split" if attentions else none)
         return []
     possible = []
     for batch in range(2, min(samples, ranks) + 1):
