@@ -48,14 +48,16 @@ class Library:
     def tensor(self, shape: tuple[int], dtype: torch.dtype) -> torch.Tensor:
         (nbytes,) = shape
         self._allocations += 1
-        names = [f"sfcompile-pe-{self.job}-{self._allocations}-{pe}" for pe in range(self.num_ranks)]
-        made = f"/dev/shm/{names[self.rank]}"
-        with open(made, "wb") as file:
+        # Not a name of ours: a job beside this one may just be looking whether there are any.
+        paths = [f"/dev/shm/emulated-pe-{self.job}-{self._allocations}-{pe}" for pe in range(self.num_ranks)]
+        with open(paths[self.rank], "wb") as file:
             file.write(os.urandom(nbytes))  # what the last owner left there
-        self._meet()
-        copies = [torch.frombuffer(_map_file(f"/dev/shm/{name}", nbytes), dtype=torch.uint8) for name in names]
-        self._meet()
-        os.unlink(made)
+        try:
+            self._meet()
+            copies = [torch.frombuffer(_map_file(path, nbytes), dtype=torch.uint8) for path in paths]
+            self._meet()
+        finally:
+            os.unlink(paths[self.rank])
         own = copies[self.rank]
         self._mapped[own.data_ptr()] = copies
         return own.view(dtype)
