@@ -1,6 +1,7 @@
 """What a step costs besides its work: CPU time of this project's own Python and wires, in a step of three parts.
 
-    python benchmarks/step_cost.py [--ranks 2] [--depth 4] [--width 512] [--steps 30] [--profile] [--out FILE]
+    python benchmarks/step_cost.py [--ranks 2] [--depth 4] [--width 512] [--steps 30] [--inner eager]
+                                   [--profile] [--out FILE]
 
 Ranks of one box run the DiT of examples/hello.py with all tokens in three parts, as ranks of slow machines would. The
 same graph runs on few tokens too, heads of 12: what is left there is Python, dispatch and messages. A step's cost is
@@ -72,7 +73,7 @@ class OpClock:
 
 
 @torch.no_grad()
-def worker(depth: int, width: int, steps: int, profiled: bool, out: str) -> None:
+def worker(depth: int, width: int, steps: int, inner: str, profiled: bool, out: str) -> None:
     """One rank."""
     sys.path.insert(0, str(EXAMPLES))
     from hello import DiT
@@ -87,7 +88,7 @@ def worker(depth: int, width: int, steps: int, profiled: bool, out: str) -> None
     Asked.parts, choose_schedules._WORTH = (PARTS,), float("inf")  # in three parts, whatever that saves
     choose_schedules._WORTH_MORE = float("inf")
     topology = Topology.grid(ranks, 1, network_bytes_per_s=2.5e7)
-    options = {"topology": topology, "placement": "shard", "inner": "eager"}
+    options = {"topology": topology, "placement": "shard", "inner": inner}
 
     def built(side: int, wide: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
         torch.manual_seed(0)
@@ -118,7 +119,7 @@ def worker(depth: int, width: int, steps: int, profiled: bool, out: str) -> None
     few_s, ops_s, own_s, full_s = map(statistics.median, (few, ops, own, full))
     added = few_s - own_s
     text = (
-        f"{depth} blocks, {ranks} ranks, {PARTS} parts, {steps} steps, load {os.getloadavg()[0]:.1f} on "
+        f"{depth} blocks, {ranks} ranks, {PARTS} parts, {inner}, {steps} steps, load {os.getloadavg()[0]:.1f} on "
         f"{os.cpu_count()} cores\n"
         f"on few tokens: {few_s * 1e3:.2f} ms of CPU time a step; ops {ops_s * 1e3:.2f}, graph "
         f"{(few_s - ops_s) * 1e3:.2f}; the plain model {own_s * 1e3:.2f}\n"
@@ -140,11 +141,12 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=4, help="blocks")
     parser.add_argument("--width", type=int, default=512, help="of the model on 4096 tokens")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--inner", default="eager", choices=("eager", "inductor"), help="what runs the local graph")
     parser.add_argument("--profile", action="store_true", help="print where rank 0's own thread spends a step's time")
     parser.add_argument("--out", default="", help="a file for the result")
     args = parser.parse_args()
     if "RANK" in os.environ:
-        worker(args.depth, args.width, args.steps, args.profile, args.out)
+        worker(args.depth, args.width, args.steps, args.inner, args.profile, args.out)
         return 0
     return launch([__file__, *sys.argv[1:]], args.ranks)
 

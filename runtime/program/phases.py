@@ -4,6 +4,8 @@ from __future__ import annotations
 
 PUTS = {"q": "put_q", "k": "put_k", "v": "put_v"}
 """The phase that sends a tensor of an attention."""
+TENSORS = {phase: name for name, phase in PUTS.items()}
+"""The tensor that such a phase sends."""
 ATTEND = "attend"
 COLLECT = "collect"
 EXCHANGE_START = "exchange_start"

@@ -12,6 +12,8 @@ import torch
 
 from sfcompile.runtime.rank import attention_library
 
+_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
 Partial = tuple[torch.Tensor, torch.Tensor]
 """``(o [B, H, Lq, E], lse [B, H, Lq])``, fp32 or wider."""
 
@@ -27,17 +29,20 @@ def attend(
     """
     if q.numel() == 0 or k.shape[2] == 0:
         return None
-    if attention_library.fits(q):
+    on_cpu = q.is_cpu
+    if not on_cpu and attention_library.fits(q):
         return attention_library.attend(q, k, v, bias, scale)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    wide = q.dtype
+    if wide not in (torch.float32, torch.float64):
+        wide = torch.promote_types(wide, torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
     dead: torch.Tensor | None = None
     if bias is not None:
         if bias.dtype == torch.bool:
             bias = torch.zeros(bias.shape, dtype=wide, device=q.device).masked_fill_(~bias, float("-inf"))
         bias = bias.to(wide)
         dead = (bias == float("-inf")).all(dim=-1)  # the flash kernel reports lse = 0 for a row without keys
-    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
+    if on_cpu and q.shape[-1] == v.shape[-1]:
         o, lse = _flash_cpu(q, k, v, bias, scale)
     else:
         o, lse = _plain(q, k, v, bias, scale)
@@ -49,13 +54,11 @@ def attend(
 
 
 def _flash_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float) -> Partial:
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)]
     if bias is not None:
         bias = bias.expand(*bias.shape[:-1], k.shape[2])  # the kernel broadcasts every dim but this one
         bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
-    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=bias, scale=scale
-    )
+    o, lse = _FLASH_CPU(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
     return o, lse
 
 
@@ -78,5 +81,5 @@ def merge(a: Partial | None, b: Partial | None, into_first: bool = False) -> Par
     if a is None or b is None:
         return a if b is None else b
     (o1, l1), (o2, l2) = a, b
-    share = torch.sigmoid(l2 - l1).nan_to_num_(0.0).unsqueeze(-1)  # nan: neither saw a key
+    share = (l2 - l1).sigmoid_().nan_to_num_(0.0).unsqueeze(-1)  # nan: neither saw a key
     return (o1.lerp_(o2, share) if into_first else o1.lerp(o2, share)), torch.logaddexp(l1, l2)

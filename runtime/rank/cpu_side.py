@@ -12,6 +12,7 @@ from sfcompile.runtime.rank.executor import SiteRun
 from sfcompile.runtime.rank.presence import how_it_ended
 from sfcompile.runtime.rank.sides import Wires, World, bank_room, run_on_host
 from sfcompile.runtime.rank.site_call import SiteCall, SiteSchedule
+from sfcompile.runtime.rank.site_tables import SiteTables
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
 
 
@@ -28,6 +29,7 @@ class CpuSide:
         self._segments: Sequence[Segment | None] = ()
         self._wires: Wires | None = None
         self._access: dict[tuple[int, ...], KernelAccess] = {}
+        self._tables: dict[int, SiteTables] = {}  # by the id of a schedule, which its tables keep alive
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +74,7 @@ class CpuSide:
         if self._wires is not None:  # not before: where the new heap or its wires cannot be made, the old ones go on
             self._wires.transport.close()
         self._access.clear()
+        self._tables.clear()
         self._segments, self._wires = segments, wires
 
     def prepare(self, engines: Sequence[Engine | None]) -> None:
@@ -91,9 +94,11 @@ class CpuSide:
         """
         own = self._segments[self._world.rank]
         assert own is not None and self._wires is not None
-        _, members = call.schedule.members(call.job_rank)
-        kernel = None if engine is None else (engine, self._kernel_access(members))
-        return run_on_host(call, self._world.topology, own, self._wires.transport, kernel)
+        tables = self._tables.get(id(call.schedule))
+        if tables is None:
+            tables = self._tables[id(call.schedule)] = SiteTables(call.schedule, call.job_rank, own)
+        kernel = None if engine is None else (engine, self._kernel_access(tables.members))
+        return run_on_host(call, self._world.topology, own, self._wires.transport, kernel, tables)
 
     def _kernel_access(self, members: tuple[int, ...]) -> KernelAccess:
         assert self._wires is not None
@@ -135,4 +140,5 @@ class CpuSide:
             own = self._segments[self._world.rank]
             assert own is not None
             own.leave(how_it_ended())
+        self._tables.clear()
         self._wires, self._segments, self._size = None, (), None

@@ -11,12 +11,13 @@ import torch
 
 from sfcompile.runtime.program.chunks import cut_chunk, place_chunk
 from sfcompile.runtime.program.formats import SAME, decode, encode
-from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Heads, Push, Put, Wait
-from sfcompile.runtime.program.phases import ATTEND, COLLECT, EXCHANGE_FINISH
+from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Heads, Push, Wait
+from sfcompile.runtime.program.phases import ATTEND, COLLECT, EXCHANGE_FINISH, TENSORS
 from sfcompile.runtime.rank.attention_aten import attend
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
 from sfcompile.runtime.rank.partials import Partials
 from sfcompile.runtime.rank.site_call import AttentionSiteSchedule, OwnHeap, SiteCall, is_attention
+from sfcompile.runtime.rank.site_tables import Cut, Send, SiteTables, cut_out
 from sfcompile.runtime.wires.symmetric_heap import bank_of
 from sfcompile.runtime.wires.transport import Source, Transport
 
@@ -27,6 +28,7 @@ class SiteRun:
     Args:
         transport: to the ranks of the schedule, numbered as there.
         kernel: runs the attend phase, and what it sees of the heaps; None: instruction by instruction, here.
+        tables: of the schedule in this heap, if its calls share them.
 
     Attributes:
         blocked_s: seconds spent waiting for peers (waits inside a kernel are not told apart); ``waited_s`` by rank of
@@ -36,34 +38,36 @@ class SiteRun:
     """
 
     def __init__(
-        self, call: SiteCall, heap: OwnHeap, transport: Transport, kernel: tuple[Engine, KernelAccess] | None = None
+        self,
+        call: SiteCall,
+        heap: OwnHeap,
+        transport: Transport,
+        kernel: tuple[Engine, KernelAccess] | None = None,
+        tables: SiteTables | None = None,
     ) -> None:
         schedule, epoch = call.schedule, call.epoch
-        rank, self._members = schedule.members(call.job_rank)
-        bank = bank_of(epoch)
+        tables = tables or SiteTables(schedule, call.job_rank, heap)
         self.schedule = schedule
         self.epoch = epoch
         self.blocked_s = 0.0
         self.waited_s: dict[int, float] = {}
         self.output: torch.Tensor | None = None
         self.late_reads: Collection[int] = ()
-        self._rank = rank
+        self._rank, self._members = tables.rank, tables.members
         self._transport = transport
-        self._program = schedule.program(rank)
+        self._tables = tables
+        self._phases = tables.program.phases
         self._tensors: dict[tuple[str, int], torch.Tensor] = {}
         self._parts_left = schedule.site.parts
         self._partials = Partials()
-        self._arrivals = {arrival.slot: arrival for arrival in self._program.arrivals}
-        self._views = {
-            slot: heap.chunk(bank, schedule.slots[slot].offset, *schedule.form(rank, arrival))
-            for slot, arrival in self._arrivals.items()
-        }
+        self._arrivals = tables.arrivals
         self._kernel = kernel
-        self._bank, self._heap = bank, heap
+        self._bank, self._heap = bank_of(epoch), heap
+        self._views, arrivals = tables.bank(self._bank)
         self._own: torch.Tensor | None = None
         self._joined: dict[tuple[str, tuple[int | None, ...], tuple[Chunk, ...]], torch.Tensor] = {}
         self._decoded: dict[int, torch.Tensor] = {}
-        transport.open(epoch, [(arrival, self._views[slot]) for slot, arrival in self._arrivals.items()], call.tag)
+        transport.open(epoch, arrivals, call.tag)
 
     @property
     def _attention(self) -> AttentionSiteSchedule:
@@ -81,24 +85,19 @@ class SiteRun:
         The part that stays here is copied too: once this call has returned, a compiled graph may reuse the tensor's
         memory for something else, although it is read again later.
         """
-        name = phase.removeprefix("put_") if phase.startswith("put_") else "x"
+        name = TENSORS.get(phase, "x")
         written = self.schedule.site.written(name)
-        encoded: dict[tuple[Heads, int], torch.Tensor] = {}  # several ranks may be sent the same
-        for step in self._program.phases[phase]:
-            assert isinstance(step, Put) and step.tensor == name
-            if part in (-1, step.part):
-                offset = self.schedule.slots[step.slot].offset
-                if written == SAME:
-                    outgoing = self._outgoing(tensor, step, part)
-                    self._transport.put(step.dst, step.slot, offset, outgoing, self.epoch)
-                    continue
-                key = self._heads(name, step.dst), step.part
-                if key not in encoded:
-                    encoded[key] = encode(self._outgoing(tensor, step, part), written)
-                self._transport.put(step.dst, step.slot, offset, encoded[key], self.epoch, Source.KEPT)
-        stays = tensor
+        encoded: dict[Cut, torch.Tensor] = {}  # several ranks may be sent the same
+        for send in self._tables.sends(phase, part):
+            dst, slot, offset, cut = send
+            if written == SAME:
+                self._transport.put(dst, slot, offset, self._outgoing(name, tensor, send), self.epoch)
+                continue
+            if cut not in encoded:
+                encoded[cut] = encode(self._outgoing(name, tensor, send), written)
+            self._transport.put(dst, slot, offset, encoded[cut], self.epoch, Source.KEPT)
         if name != "x":
-            stays = _cut(tensor, 1, *self._heads(name, self._rank))
+            stays = cut_out(tensor, self._tables.stays(name))
         else:
             stays = cut_chunk(self.schedule.site, tensor, self._rank, self._rank)
         if self._kernel is None:
@@ -116,7 +115,7 @@ class SiteRun:
         if self._kernel is not None:
             self._run_kernel(*self._kernel, mask)
             return
-        for step in self._program.phases[ATTEND]:
+        for step in self._phases[ATTEND]:
             if isinstance(step, Wait):
                 self._wait(step)
             elif isinstance(step, Forward):
@@ -157,25 +156,23 @@ class SiteRun:
         if self._own is not None:
             out[:, first:last].copy_(self._own[:, first:last])
         for chunk in [chunk for chunk in self._partials if chunk.src == self._rank and part in (-1, chunk.part)]:
-            start, stop = self._rows("o", chunk, part)
-            out[:, first:last, start:stop].copy_(self._output(chunk))
-        for step in self._program.phases[COLLECT]:
+            _stretch(out, (first, last), self._rows("o", chunk, part)).copy_(self._output(chunk))
+        for step in self._phases[COLLECT]:
             assert isinstance(step, Wait)
             chunk = self._arrivals[step.slot].chunk
             if self._kernel is not None and self._views[step.slot].numel() == 0:
                 continue  # kernels send nothing that has no rows
             if part in (-1, chunk.part):
                 self._wait(step)
-                first, last = self._attention.heads(step.src)
-                start, stop = self._rows("o", chunk, part)
-                out[:, first:last, start:stop].copy_(self._arrived(step.slot))
+                heads = self._attention.heads(step.src)
+                _stretch(out, heads, self._rows("o", chunk, part)).copy_(self._arrived(step.slot))
         self._parts_left -= 1
         return part == -1 or self._parts_left == 0
 
     def receive(self, out: torch.Tensor) -> None:
         """Fill ``out`` with what this rank wants, from every rank's shard, at its positions."""
         place_chunk(self.schedule.site, out, self._tensors["x", -1], self._rank, self._rank)
-        for step in self._program.phases[EXCHANGE_FINISH]:
+        for step in self._phases[EXCHANGE_FINISH]:
             assert isinstance(step, Wait)
             self._wait(step)
             place_chunk(self.schedule.site, out, self._views[step.slot], step.src, self._rank)
@@ -194,22 +191,16 @@ class SiteRun:
         src = self._members[step.src]
         self.waited_s[src] = self.waited_s.get(src, 0.0) + waited
 
-    def _heads(self, name: str, rank: int) -> Heads:
-        """The heads of q, k or v that a rank computes with."""
-        return (self._attention.heads if name == "q" else self._attention.kv_heads)(rank)
-
     def _rows(self, name: str, chunk: Chunk, part: int) -> tuple[int, int]:
         """Where a chunk's tokens lie in a tensor that holds one part of them, or all."""
         start, stop = self._attention.rows(name, chunk)
         return (start, stop) if part == -1 else (0, stop - start)
 
-    def _outgoing(self, tensor: torch.Tensor, step: Put, part: int) -> torch.Tensor:
-        """The heads that the receiver computes, of one part of the tokens."""
-        if step.tensor == "x":
-            return cut_chunk(self.schedule.site, tensor, self._rank, step.dst)
-        first, last = self._heads(step.tensor, step.dst)
-        start, stop = self._rows(step.tensor, Chunk(self._rank, step.part), part)
-        return _cut(_cut(tensor, 1, first, last), 2, start, stop)
+    def _outgoing(self, name: str, tensor: torch.Tensor, send: Send) -> torch.Tensor:
+        """What a message takes of a local tensor: heads and tokens, or what the receiver wants of an exchange's."""
+        if name == "x":
+            return cut_chunk(self.schedule.site, tensor, self._rank, send.dst)
+        return cut_out(tensor, send.cut)
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
         self._partials.begin(step.q)
@@ -284,9 +275,10 @@ class SiteRun:
         return encode(partial[0], written)
 
 
-def _cut(tensor: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
-    """A stretch of a tensor; the tensor itself if that is all of it, as it mostly is: a view takes microseconds."""
-    return tensor if stop - start == tensor.shape[dim] else tensor.narrow(dim, start, stop - start)
+def _stretch(out: torch.Tensor, heads: Heads, rows: tuple[int, int]) -> torch.Tensor:
+    """Some heads and tokens of an output; the output itself if they are all of it."""
+    ends = zip((1, 2), (heads, rows), strict=True)
+    return cut_out(out, tuple((dim, a, b - a) for dim, (a, b) in ends if b - a != out.shape[dim]))
 
 
 def _cut_mask(

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from sfcompile.errors import InternalError
+from sfcompile.runtime.program.phases import TENSORS
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.rank.sides import RunningSite
 from sfcompile.runtime.rank.site_call import SiteSchedule
-
-_PUTS = {"put_q": "q", "put_k": "k", "put_v": "v"}
 
 
 def check_put(schedule: SiteSchedule, job_rank: int, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
@@ -75,7 +74,7 @@ def check_held(run: RunningSite, schedule: SiteSchedule, job_rank: int, held: Se
 def _expected(schedule: SiteSchedule, job_rank: int, phase: str, part: int) -> Sequence[int]:
     site, rank = schedule.site, schedule.members(job_rank)[0]
     shape: Sequence[int] = (
-        site.local_shape(_PUTS[phase], rank, part) if isinstance(site, AttentionSite) else site.local_shape(rank)
+        site.local_shape(TENSORS[phase], rank, part) if isinstance(site, AttentionSite) else site.local_shape(rank)
     )
     return shape
 
@@ -90,7 +89,7 @@ def _compare(
     wanted_dtype: torch.dtype | None = None,
 ) -> None:
     wanted_dtype = wanted_dtype or schedule.site.dtype
-    if dtype == wanted_dtype and tuple(shape) == tuple(wanted):
+    if dtype == wanted_dtype and (shape == wanted or tuple(shape) == tuple(wanted)):
         return
     raise InternalError(
         f"{phase} of {schedule.site.name} is given {_words(dtype, shape)} and was planned for "

@@ -18,6 +18,7 @@ from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
 from sfcompile.runtime.rank.executor import SiteRun
 from sfcompile.runtime.rank.site_call import OwnHeap, SiteCall
+from sfcompile.runtime.rank.site_tables import SiteTables
 from sfcompile.runtime.wires.transport import Source, Transport
 
 
@@ -69,13 +70,14 @@ class RecordedRun(SiteRun):
         heap: OwnHeap,
         transport: Transport,
         kernel: tuple[Engine, KernelAccess] | None,
+        tables: SiteTables | None = None,
     ) -> None:
         self._recorder = recorder
         self._where = (call.program, call.site, call.epoch)
         self._job_rank = call.job_rank
         rank, members = call.schedule.members(call.job_rank)
         arrivals = {arrival.slot: arrival for arrival in call.schedule.program(rank).arrivals}
-        super().__init__(call, heap, _Clocked(transport, self, arrivals, members, topology), kernel)
+        super().__init__(call, heap, _Clocked(transport, self, arrivals, members, topology), kernel, tables)
 
     def note(self, lane: str, name: str, start_s: float, nbytes: int = 0, peer: int | None = None) -> None:
         """Record something that began at ``start_s`` and ends now."""

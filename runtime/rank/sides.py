@@ -16,6 +16,7 @@ from sfcompile.runtime.rank import recorder
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
 from sfcompile.runtime.rank.executor import SiteRun
 from sfcompile.runtime.rank.site_call import OwnHeap, SiteCall, SiteSchedule
+from sfcompile.runtime.rank.site_tables import SiteTables
 from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
 from sfcompile.runtime.wires.transport import GroupTransport, Transport
@@ -221,6 +222,7 @@ def run_on_host(
     heap: OwnHeap,
     transport: Transport,
     kernel: tuple[Engine, KernelAccess] | None = None,
+    tables: SiteTables | None = None,
 ) -> SiteRun:
     """A call whose steps the host takes one by one; it is recorded if a recorder is active.
 
@@ -228,10 +230,11 @@ def run_on_host(
         heap: this rank's own segment.
         transport: of the job.
         kernel: runs the attend phase, and what it sees of the heaps.
+        tables: of the call's schedule in this heap, if its calls share them.
     """
     _, members = call.schedule.members(call.job_rank)
-    everyone = members == tuple(range(topology.num_ranks))
+    everyone = len(members) == topology.num_ranks and members == tuple(range(topology.num_ranks))
     wires = transport if everyone else GroupTransport(transport, members)
     if recorder.active is not None:
-        return recorder.RecordedRun(recorder.active, topology, call, heap, wires, kernel)
-    return SiteRun(call, heap, wires, kernel)
+        return recorder.RecordedRun(recorder.active, topology, call, heap, wires, kernel, tables)
+    return SiteRun(call, heap, wires, kernel, tables)

@@ -146,6 +146,8 @@ class DirectTransport:
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Watch this rank's own signal word."""
         signals, bank = self._mine.signals, bank_of(epoch)
+        if signals[bank, slot] == self.word(epoch):
+            return  # it is here, and of this call
         if signals[bank, slot] < epoch << TAG_BITS:
             address = self._mine.signal_address(bank, slot)
             self._await(lambda: int(signals[bank, slot]), address, epoch, src, slot, "a chunk", TAG_BITS)

@@ -214,6 +214,9 @@ class RoutedTransport:
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """Messages need their receives posted; direct stores need the tag."""
+        if self._messages is None or self._direct is None:  # nothing to choose
+            self._all()[0].open(epoch, arrivals, tag)
+            return
         for transport in self._all():
             transport.open(epoch, [pair for pair in arrivals if self._to(pair[0].src) is transport], tag)
 
