@@ -130,6 +130,9 @@ class NvshmemSide:
         """See :class:`DeviceStatus`."""
         self._status.end_call()
 
+    def settle(self) -> None:
+        """Nothing is put from memory that lasts: weights in shares are refused on GPUs."""
+
     def restart(self, epoch: int, life: int) -> None:
         """Refused: kernels cannot be told to stop.
 

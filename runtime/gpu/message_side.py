@@ -119,6 +119,9 @@ class MessageSide:
         """See :class:`DeviceStatus`."""
         self._status.end_call()
 
+    def settle(self) -> None:
+        """Nothing is put from memory that lasts: weights in shares are refused on GPUs."""
+
     def open(self, call: SiteCall, engine: SiteEngine | None) -> RunningSite:
         """Begin a call, on the current stream.
 

@@ -86,6 +86,11 @@ class CpuSide:
     def end(self) -> None:
         """Every wait has looked at what came."""
 
+    def settle(self) -> None:
+        """Stores have been made when a put returns; messages may still be leaving."""
+        if self._wires is not None and self._wires.messages is not None:
+            self._wires.messages.settle()
+
     def open(self, call: SiteCall, engine: Engine | None) -> SiteRun:
         """Begin a call: the host runs it, or ``engine`` its attend phase.
 

@@ -62,6 +62,7 @@ class SiteRun:
         self._partials = Partials()
         self._arrivals = tables.arrivals
         self._kernel = kernel
+        self._lasting = call.lasting
         self._bank, self._heap = bank_of(epoch), heap
         self._views, arrivals = tables.bank(self._bank)
         self._own: torch.Tensor | None = None
@@ -83,15 +84,18 @@ class SiteRun:
             part: which part of the local tokens ``tensor`` holds; -1: all of them.
 
         The part that stays here is copied too: once this call has returned, a compiled graph may reuse the tensor's
-        memory for something else, although it is read again later.
+        memory for something else, although it is read again later. Not so with a lasting one: a graph's input that
+        nobody writes to before the call has ended, so nothing of it is copied here.
         """
+        lasting = tensor.data_ptr() in self._lasting
         name = TENSORS.get(phase, "x")
         written = self.schedule.site.written(name)
         encoded: dict[Cut, torch.Tensor] = {}  # several ranks may be sent the same
         for send in self._tables.sends(phase, part):
             dst, slot, offset, cut = send
             if written == SAME:
-                self._transport.put(dst, slot, offset, self._outgoing(name, tensor, send), self.epoch)
+                source = Source.CALL if lasting else Source.REUSED
+                self._transport.put(dst, slot, offset, self._outgoing(name, tensor, send), self.epoch, source)
                 continue
             if cut not in encoded:
                 encoded[cut] = encode(self._outgoing(name, tensor, send), written)
@@ -101,7 +105,7 @@ class SiteRun:
         else:
             stays = cut_chunk(self.schedule.site, tensor, self._rank, self._rank)
         if self._kernel is None:
-            self._tensors[name, part] = stays.clone(memory_format=torch.contiguous_format)
+            self._tensors[name, part] = stays if lasting else stays.clone(memory_format=torch.contiguous_format)
         else:
             self._heap.chunk(self._bank, self._kernel[0].own_at[name], stays.shape, stays.dtype).copy_(stays)
             self._tensors[name, part] = stays[:0]

@@ -333,7 +333,7 @@ class ProcessWorld:
         if any(direct):
             stores = DirectTransport(self.rank, segments, self._timeout_s, self._pids)
         messages = None if all(direct) else self._connected()
-        return Wires(RoutedTransport(stores, messages, direct), stores)
+        return Wires(RoutedTransport(stores, messages, direct), stores, messages)
 
     def close(self) -> None:
         """Close the wires, and the default group if it was made here; say to the others that this rank ends."""

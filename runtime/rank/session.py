@@ -69,6 +69,7 @@ class Session:
         self._finished = 0
         self._done_early: set[int] = set()
         self._failed = False
+        self._lasting: frozenset[int] = frozenset()
         self._calls = Calls()
         self.blocked_s: dict[tuple[str, int], float] = {}
         self.waited_s: dict[int, float] = {}  # of the call under way or the last one, by the rank waited for
@@ -227,7 +228,9 @@ class Session:
         return self._calls.turn
 
     @contextmanager
-    def call(self, name: str, inputs: Sequence[torch.Tensor], talks: bool = True) -> Iterator[None]:
+    def call(
+        self, name: str, inputs: Sequence[torch.Tensor], talks: bool = True, lasting: Sequence[torch.Tensor] = ()
+    ) -> Iterator[None]:
         """One call of a compiled graph, from its first op to its last; if it ends early, it ends for everybody.
 
         After a failed call this is where ranks meet and start afresh: with new connections, from one epoch.
@@ -236,6 +239,7 @@ class Session:
             name: of what is called, the same on every rank.
             inputs: those that must be equal on all ranks, or none; see calls.fingerprint.
             talks: whether it has sites; if not, it needs no other rank, and one that has gone is no matter.
+            lasting: tensors that nobody writes to before it has ended, so that puts need not copy them.
 
         Raises:
             RankMismatchError: (from the body) a rank is in another call, or was given other inputs.
@@ -253,7 +257,7 @@ class Session:
             if self._failed:
                 self._restart(self._world.exchange(self._place(), "start afresh after a failed call", afresh=True))
             self.waited_s = {}
-            with self.guard(), use_session(self):
+            with self.guard(), use_session(self), self._unchanged(lasting):
                 assert self._calls.current is not None
                 self._side.begin(self._calls.current.tag())
                 yield
@@ -261,6 +265,17 @@ class Session:
                     sites = ", ".join(f"{site} of {program}" for program, site in self._runs)
                     raise InternalError(f"a call ended and left sites open: {sites}", "every site that begins must end")
                 self._side.end()
+
+    @contextmanager
+    def _unchanged(self, lasting: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Around a call in which nobody writes to some tensors; behind it, also where it fails, their owner may."""
+        self._lasting = frozenset(tensor.data_ptr() for tensor in lasting)
+        try:
+            yield
+        finally:
+            if lasting:
+                self._lasting = frozenset()
+                self._side.settle()
 
     # ------------------------------------------------------------------ sites, from the graph
 
@@ -325,7 +340,7 @@ class Session:
             )
         self._opened = epoch
         tag = 0 if self._calls.current is None else self._calls.current.tag(site)
-        call = SiteCall(self.rank, loaded.number, site, loaded.schedules[site], epoch, tag)
+        call = SiteCall(self.rank, loaded.number, site, loaded.schedules[site], epoch, tag, self._lasting)
         run = self._runs[program, site] = self._side.open(call, loaded.engines[site])
         return run
 

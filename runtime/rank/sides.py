@@ -19,7 +19,7 @@ from sfcompile.runtime.rank.site_call import OwnHeap, SiteCall, SiteSchedule
 from sfcompile.runtime.rank.site_tables import SiteTables
 from sfcompile.runtime.wires.direct import DirectTransport
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
-from sfcompile.runtime.wires.transport import GroupTransport, Transport
+from sfcompile.runtime.wires.transport import GroupTransport, MessageTransport, Transport
 
 _ALIGN = 4096
 
@@ -30,10 +30,12 @@ class Wires(NamedTuple):
     Attributes:
         transport: reaches every rank.
         stores: the part of it that stores into other ranks' heaps, as kernels do; None: messages only.
+        messages: the part of it that sends messages; None: stores only.
     """
 
     transport: Transport
     stores: DirectTransport | None
+    messages: MessageTransport | None = None
 
 
 class World(Protocol):
@@ -176,6 +178,9 @@ class Side(Protocol[EngineT]):
         Raises:
             RankMismatchError: a chunk of another call came, and nobody looked at it before.
         """
+
+    def settle(self) -> None:
+        """A call has ended, well or not: the memory that it did not write to may change from now on."""
 
     def open(self, call: SiteCall, engine: EngineT | None) -> RunningSite:
         """Begin a call of a site."""

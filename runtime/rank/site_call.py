@@ -5,7 +5,7 @@ Schedules are codegen's, which stands above this room: here is what the runtime 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -89,6 +89,7 @@ class SiteCall(NamedTuple):
         program, site: numbers: which program of the session, which of its sites.
         epoch: how-manieth site of the job this is to begin.
         tag: of the program's call.
+        lasting: addresses of tensors that nobody writes to before the program's call has ended.
     """
 
     job_rank: int
@@ -97,3 +98,4 @@ class SiteCall(NamedTuple):
     schedule: SiteSchedule
     epoch: int
     tag: int = 0
+    lasting: Collection[int] = ()

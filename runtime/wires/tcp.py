@@ -106,6 +106,7 @@ class TcpTransport:
         self._rank = rank
         self._notice = notice
         self._links = {peer: _Link(peer, link) for peer, link in links.items()}
+        self._giving = threading.Lock()  # held while the thread reads chunks; taken before the next one, never after
         self._changed = threading.Condition()  # guards all of the following
         self._places: dict[tuple[int, int], torch.Tensor] = {}
         self._expected: set[tuple[int, int]] = set()
@@ -200,6 +201,18 @@ class TcpTransport:
                     "look at the peer's log; raise options={'timeout_s': ...} if it is only slow",
                     rank=self._rank, peer=send.peer, epoch=send.epoch,
                 )  # fmt: skip
+
+    def settle(self) -> None:
+        """Copy what has not left yet of chunks whose memory may change from now on.
+
+        It is little: a call ends when this rank has received all that was for it, and its own chunks were put before.
+        Waiting instead would wait for a peer that is slow.
+        """
+        with self._giving, self._changed:  # the thread is not inside of a send now, nor between looking and sending
+            for send in self._queue:
+                if send.source is Source.CALL and send.parts:
+                    send.parts[-1] = memoryview(bytes(send.parts[-1]))
+                    send.source = Source.KEPT
 
     def notice(self) -> str | None:
         """The first connection that ended or that carried a chunk of another call."""
@@ -412,7 +425,8 @@ class TcpTransport:
             link = self._links[send.peer]
             try:
                 if not lost:
-                    _give(link.socket, send.parts)
+                    with self._giving:
+                        _give(link.socket, send.parts)
                     if send.parts:
                         continue
             except BlockingIOError:

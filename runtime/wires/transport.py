@@ -114,6 +114,7 @@ class Source(Enum):
     REUSED = "it may change as soon as the put has returned"
     BANK = "a slot of the sender's own bank: it does not change before finish() of this epoch"
     KEPT = "it never changes while anyone holds the tensor"
+    CALL = "it does not change before settle(), which ends the call"
 
 
 class Transport(Protocol):
@@ -159,6 +160,9 @@ class MessageTransport(Transport, Protocol):
     """
 
     timeout_s: float
+
+    def settle(self) -> None:
+        """A call ends: what was put with Source.CALL may change from now on. Never waits for a peer."""
 
     def disconnect(self, how: str = "") -> None:
         """The end: close the connections, once what was put has left. ``how`` tells peers that this rank ends, and

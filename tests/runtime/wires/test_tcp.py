@@ -127,6 +127,27 @@ def test_finish_waits_for_what_lies_in_the_bank_only() -> None:
         b.wait(0, 1, 1)
 
 
+def test_what_lasts_for_a_call_is_sent_from_its_own_memory_and_may_change_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copies: list[int] = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: copies.append(tensor.nbytes) or clone(tensor))
+    size = 4_000_000  # more than a connection takes while nobody reads
+    with ranks(2) as (a, b):
+        share = torch.randn(size)
+        want, place = clone(share), torch.zeros(size)
+        a.put(1, 0, 0, share, 1, Source.CALL)
+        assert not copies
+        a.settle()
+        share.zero_()  # between two calls, as load_state_dict does
+        b.open(1, [(arrival(0, 0), place)])
+        b.wait(0, 0, 1)
+        assert torch.equal(place, want)
+        a.put(1, 0, 0, share, 2)  # what may change at once is copied
+        assert copies == [share.nbytes]
+
+
 def test_a_chunk_of_another_size_ends_the_connection() -> None:
     with ranks(2) as (a, b):
         b.open(1, [(arrival(4, 0), torch.zeros(10))])
