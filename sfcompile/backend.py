@@ -23,11 +23,12 @@ from torch import fx
 from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.fewer_breaks import fewer_breaks
-from sfcompile.capture.graph import Captured, break_reason, capture, present, refuse_training
-from sfcompile.capture.randomness import draws
+from sfcompile.capture.graph import Captured, CaptureFacts, break_reason, capture, present, refuse_training
 from sfcompile.capture.wrappers import without_wrappers
+from sfcompile.codegen.toolchain.loader import cache_folder
 from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
 from sfcompile.errors import (
+    InternalError,
     MeshError,
     OptionError,
     StreamFusionError,
@@ -35,6 +36,7 @@ from sfcompile.errors import (
     TrainingGraphError,
     UnsupportedError,
 )
+from sfcompile.extend import registered
 from sfcompile.graph_call import (
     CallFacts,
     as_called,
@@ -49,6 +51,7 @@ from sfcompile.graph_call import (
 from sfcompile.groups import in_group, refuse, refuse_together, session_for, world_size
 from sfcompile.lowering.compile_once import compile_once
 from sfcompile.lowering.inner import run_inner
+from sfcompile.lowering.kept_plans import VARIABLE, KeptPlans, agreed, new_mark
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
 from sfcompile.measuring.auto import SourcedTopology, assumed_links, given_links, measured_links, resolved
 from sfcompile.options import ASSUMED, Options
@@ -57,6 +60,7 @@ from sfcompile.passes.report.report import short_source
 from sfcompile.passes.report.whole_call import Skipped
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank import values
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.job_store import check_secret
 from sfcompile.runtime.rank.process_group import check_ranks
@@ -64,7 +68,7 @@ from sfcompile.runtime.rank.session import Session, sessions, use_session
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 from sfcompile.sharded_weights import shares_of
 from sfcompile.torch_logs import artifacts, speak
-from sfcompile.torch_private import autocast_off, is_comparable, is_plain
+from sfcompile.torch_private import FakeTensorMode, autocast_off, is_plain
 from sfcompile.tracing.trace import follow_environment
 from sfcompile.verify import Verifier
 from sfcompile.version import __version__
@@ -149,8 +153,9 @@ def _compile_rank(
     """A graph's program for the sizes of some inputs, and whether it serves other sizes too (an unsharded one does)."""
     began = time.perf_counter()
     device = device_of(example_inputs)
+    plans = KeptPlans.of(gm, example_inputs, asked, cache_folder() / "plans", registered())
     try:
-        captured = capture(gm, example_inputs, keep_numbers=True)
+        captured = _captured(gm, example_inputs, plans)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         refuse_overlap(example_inputs, captured.written, names)
         shares = shares_of(example_inputs, captured.written, session.topology, asked)
@@ -164,7 +169,9 @@ def _compile_rank(
         eagerly = any(isinstance(value, ShardedWeight) for value in example_inputs)
         return SizedProgram(gm.forward if eagerly else run_inner(gm, example_inputs, None, asked)), True
     capture_s = time.perf_counter() - began
-    digest = _digest_text(captured, asked, named or session.topology) + (f"\nshares {shares}" if shares else "")
+    samples = captured.samples if asked.inputs != "trusted" else 0
+    digest = f"{captured.mark}\n{samples}\n{asked.as_dict()}\n{named or session.topology}"
+    digest += f"\nshares {shares}" if shares else ""
     described = _describe(gm, example_inputs, asked, captured.written)
     session.agree(f"{digest}\n{described}", described)
     # Only now: ranks that compile different things have said so, and those that are here share and measure together.
@@ -172,14 +179,7 @@ def _compile_rank(
     links = _links(asked, named, session, example_inputs)
     topology = links.topology
 
-    def passes(split_batch: bool) -> Compiled:
-        with artifacts(asked, session.rank) as wish:
-            return run_passes(
-                captured, topology, session.rank, wish, session.from_first, split_batch, dump=True,
-                kernels_put=not session.side.no_kernels, weights=shares, homes=session.topology.machine_of,
-            )  # fmt: skip
-
-    compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))
+    compiled, mode = _planned(gm, example_inputs, captured, shares, topology, asked, session, plans)
     compiled.report.break_reason, compiled.report.links = break_reason(gm), links.source
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked, compiled.masks)
@@ -198,22 +198,77 @@ def _compile_rank(
     tell = functools.partial(setattr, report, "blocks")
     # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
     with autocast_off():
-        local = compile_once(compiled.gm, captured.mode, asked, session.rank, machine_of, session.exchange, tell)
+        local = compile_once(compiled.gm, mode, asked, session.rank, machine_of, session.exchange, tell)
     blocks = f", {report.blocks}" if report.blocks else ""
     log.info("graph %d is ready after %.1f s%s", report.graph, time.perf_counter() - began, blocks)
     session.meet()
     compared = compared_inputs(example_inputs, asked, captured)
     places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]
     talks = shared is not None or any(compiled.programs.values())
-    draw = draws(captured.gm) and asked.inputs != "trusted"
+    draw = captured.draws and asked.inputs != "trusted"
     verifier = None
     if asked.verify:
+        assert isinstance(captured, Captured), "nothing is kept where calls are compared with one process"
         verifier = Verifier(gm, captured, asked.verify, asked.wire, functools.partial(setattr, report, "verified"))
     facts = CallFacts(session, name, names, captured, *places, shared, talks, draw, kept, shares, verifier)
     run = as_called(local, facts)
     if device.type == "cpu":
         run = watched(run, compiled, session, topology)
     return SizedProgram(_second_call_speaks(run), captured.numbers), False
+
+
+def _captured(gm: fx.GraphModule, inputs: Sequence[Any], plans: KeptPlans | None) -> CaptureFacts:
+    """What a graph's capture finds: the capture itself, or what is known of it from an earlier start."""
+    known = None if plans is None else plans.facts()
+    if known is not None:
+        return known
+    captured = capture(gm, inputs, keep_numbers=True)
+    if plans is not None:
+        plans.keep_facts(captured.facts)
+    return captured
+
+
+def _planned(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    captured: CaptureFacts,
+    shares: Sequence[int],
+    topology: Topology,
+    asked: Options,
+    session: Session,
+    plans: KeptPlans | None,
+) -> tuple[Compiled, FakeTensorMode]:
+    """Collective: this rank's graph and the mode of its values, from the disk on every rank, or from the passes on
+    every rank (lowering/kept_plans.py)."""
+    began = time.perf_counter()
+    on_gpu = device_of(inputs).type == "cuda" and torch.cuda.get_device_name(device_of(inputs))
+    decided_by = repr((values.encode(topology), values.encode(session.topology), session.rank, session.group,
+                       tuple(shares), session.side.no_kernels, on_gpu))  # fmt: skip
+    with artifacts(asked, session.rank) as wish:
+        kept = plans.graph(decided_by) if plans is not None and wish.dump is None else None
+        had = "" if kept is None else kept.mark
+        take, mark = agreed(session.exchange([had, new_mark()], "look for their plans on disk"))
+        if take and kept is not None:
+            kept.compiled.report.pass_seconds = {"read from disk": time.perf_counter() - began}
+            return kept.compiled, kept.mode
+        whole = captured if isinstance(captured, Captured) else capture(gm, inputs, keep_numbers=True)
+        if whole.facts != (captured.facts if isinstance(captured, Captured) else captured):
+            raise InternalError(
+                f"a graph of {len(gm.graph.nodes)} nodes was captured otherwise than at an earlier start",
+                "what decides a capture is more than what it is kept under on disk",
+                f"set {VARIABLE}=off, and report this model",
+            )
+
+        def passes(split_batch: bool) -> Compiled:
+            return run_passes(
+                whole, topology, session.rank, wish, session.from_first, split_batch, dump=True,
+                kernels_put=not session.side.no_kernels, weights=shares, homes=session.topology.machine_of,
+            )  # fmt: skip
+
+        compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))
+    if plans is not None and wish.dump is None:
+        plans.keep_graph(decided_by, compiled, mark)
+    return compiled, whole.mode
 
 
 def _second_call_speaks(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -266,23 +321,6 @@ def _describe(gm: fx.GraphModule, inputs: Sequence[Any], asked: Options, written
     if weights:
         described["weights (are they seeded or loaded alike?)"] = f"{fingerprint(weights):08x}"
     return described
-
-
-def _digest_text(captured: Captured, asked: Options, topology: Topology) -> str:
-    constants = [_attribute(captured.gm, node.target) for node in captured.gm.graph.nodes if node.op == "get_attr"]
-    mark = fingerprint([value for value in constants if is_comparable(value)]) if asked.inputs != "trusted" else 0
-    shapes = [
-        (str(node.meta["val"].dtype), tuple(node.meta["val"].shape))
-        for node in captured.gm.graph.nodes
-        if node.op == "placeholder"
-    ]
-    return f"{captured.gm.code}\n{shapes}\n{mark}\n{asked.as_dict()}\n{topology}"
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def _announce(compiled: Compiled, session: Session, seconds: float) -> None:

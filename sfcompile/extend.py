@@ -231,18 +231,31 @@ def register_topology(name: str, **constants: Any) -> None:
     topology_presets.PRESETS[name] = Topology.constants(constants, f"register_topology({name!r})")
 
 
+_TABLES: tuple[dict[str, Any], ...] = (
+    pipeline.REGISTERED,
+    builders.REGISTERED,
+    topology_presets.PRESETS,
+    op_rules.RULES,
+    attention_calls.READERS,
+    per_head.PER_HEAD,
+    cost.FORMULAS,
+)
+"""All that can be registered."""
+_OURS = tuple(dict(table) for table in _TABLES)
+"""What they held before anybody registered anything."""
+
+
+def registered() -> str:
+    """The names of what was registered from outside, or put in the place of ours; "": nothing."""
+    names = [str(name) for table, ours in zip(_TABLES, _OURS, strict=True)
+             for name in {*table, *ours} if table.get(name) is not ours.get(name)]  # fmt: skip
+    return ", ".join(sorted(names))
+
+
 @contextmanager
 def scope() -> Iterator[None]:
     """Everything registered inside is forgotten at the end: for notebooks and tests."""
-    tables: list[dict[str, Any]] = [
-        pipeline.REGISTERED,
-        builders.REGISTERED,
-        topology_presets.PRESETS,
-        op_rules.RULES,
-        attention_calls.READERS,
-        per_head.PER_HEAD,
-        cost.FORMULAS,
-    ]
+    tables = _TABLES
     before = [dict(table) for table in tables]
     names = set(options.REGISTERED_SCHEDULES)
     try:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sfcompile.capture.aliases import Alias, refuse_overlap
-from sfcompile.capture.graph import Captured, present
-from sfcompile.capture.randomness import draws, generator_state, set_generator_state, state_mark
+from sfcompile.capture.graph import CaptureFacts, present
+from sfcompile.capture.randomness import generator_state, set_generator_state, state_mark
 from sfcompile.codegen.plan.step import Step
 from sfcompile.device import device_of, engines_for
 from sfcompile.errors import OptionError, UnsupportedError
@@ -54,7 +54,7 @@ class CallFacts(NamedTuple):
     session: Session
     name: str
     names: Sequence[str]
-    captured: Captured
+    captured: CaptureFacts
     compared: Sequence[int]
     weights: Sequence[int]
     shared: SharedInputs | None
@@ -88,7 +88,9 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
         wholes = {} if verifier is None else {i: args[i].whole() for i in call.shares}
         around = {} if verifier is None else autocast_state()
         looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
-        with session.call(called, looked_at, call.talks), autocast_off():
+        # The graph writes to no weight in shares (shares_of refuses it), and its caller to none before it returns.
+        shards = [args[i].shard for i in call.shares]
+        with session.call(called, looked_at, call.talks, shards), autocast_off():
             inputs = list(args)
             for i in call.shares:
                 inputs[i] = args[i].shard
@@ -150,7 +152,7 @@ def watched(run: Callable[..., Any], compiled: Compiled, session: Session, topol
     return timed
 
 
-def compared_inputs(inputs: Sequence[Any], asked: Options, captured: Captured) -> tuple[int, ...]:
+def compared_inputs(inputs: Sequence[Any], asked: Options, captured: CaptureFacts) -> tuple[int, ...]:
     """The inputs whose values ranks compare at calls, or get from rank 0; of weights see :func:`compared_weights`.
 
     A buffer that the graph writes to is no weight: what one call leaves there, the next one reads. Numbers that the
@@ -174,7 +176,7 @@ def compared_weights(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
 
 
 def share_weights(
-    names: Sequence[str], inputs: Sequence[Any], captured: Captured, session: Session, asked: Options
+    names: Sequence[str], inputs: Sequence[Any], captured: CaptureFacts, session: Session, asked: Options
 ) -> SharedWeights | None:
     """Collective: the large weights of a graph lie once on every machine, if that is asked for.
 
@@ -217,7 +219,7 @@ def refuse_sharded(asked: Options, device: torch.device, topology: Topology) -> 
 
 
 def share_inputs(
-    name: str, inputs: Sequence[Any], captured: Captured, session: Session, asked: Options
+    name: str, inputs: Sequence[Any], captured: CaptureFacts, session: Session, asked: Options
 ) -> SharedInputs | None:
     """Collective: what gives all ranks rank 0's inputs, if that is asked for.
 
@@ -236,7 +238,7 @@ def share_inputs(
                 "use options={'inputs': 'checked'} and give every rank the same values",
             )
     facts = [(tuple(map(present, inputs[i].shape)), inputs[i].dtype) for i in places]
-    if draws(captured.gm):
+    if captured.draws:
         facts.append((tuple(generator_state(device).shape), torch.uint8))
     shared = SharedInputs(name, facts, session.topology.num_ranks, device)
     programs = {shared.program: shared.schedules}

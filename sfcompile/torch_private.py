@@ -8,6 +8,7 @@ When a new torch moves one of these, this is the only file to mend.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import inspect
 import warnings
@@ -77,6 +78,7 @@ __all__ = [
     "is_static_input",
     "default_store",
     "keep_for_ever",
+    "kernels_of_aten",
     "mark_static_input",
     "make_fx",
     "no_modes",
@@ -269,6 +271,12 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
 
     options: dict[str, Any] = _inductor.list_mode_options(mode)
     return options
+
+
+def kernels_of_aten() -> str:
+    """A mark of the kernels of torch's operators that were registered from Python, torch's own among them."""
+    names = sorted(name for name in torch.library._impls if name.startswith("aten/"))
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()
 
 
 def static_mode() -> FakeTensorMode:

@@ -1,9 +1,9 @@
 """Python values as text and back, for what ranks tell each other: JSON, never pickle, which runs what it holds.
 
 JSON's own values stand for themselves; what it lacks is an object with one key that begins with "$": tuples, bytes,
-dicts whose keys are not text, enums, and our own dataclasses and named tuples by the names of their classes. A class is
-looked up among the modules of this package that are loaded already: nothing is imported, and making it runs nothing
-but its own checks.
+dtypes, dicts whose keys are not text, enums, and our own dataclasses and named tuples by the names of their classes. A
+class is looked up among the modules of this package that are loaded already: nothing is imported, and making it runs
+nothing but its own checks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import math
 import numbers
 import sys
 from typing import Any
+
+import torch
 
 from sfcompile.errors import InternalError
 
@@ -56,6 +58,8 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if kind is tuple:
         return {"$tuple": [_plain(entry) for entry in value]}
+    if kind is torch.dtype:
+        return {"$dtype": str(value).removeprefix("torch.")}
     if kind is bytes:
         return {"$bytes": base64.b64encode(value).decode()}
     if kind is dict:
@@ -90,6 +94,11 @@ def _value(plain: Any) -> Any:
     ((kind, content),) = plain.items()
     if kind == "$float":
         return _FLOATS[content]
+    if kind == "$dtype":
+        dtype = getattr(torch, str(content), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{content} is no dtype")
+        return dtype
     if kind == "$tuple":
         return tuple(_value(entry) for entry in content)
     if kind == "$bytes":

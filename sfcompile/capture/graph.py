@@ -7,10 +7,11 @@ in-place writes are functionalised, and every value gets a fake tensor with stat
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from sfcompile.capture.attention import recognise_attention
 from sfcompile.capture.autocast import Regions, bake_autocast
 from sfcompile.capture.expand import expand_calls
 from sfcompile.capture.opaque import hide_opaque
+from sfcompile.capture.randomness import draws
 from sfcompile.capture.refused import (
     refuse_derivatives,
     refuse_odd_tensors,
@@ -30,6 +32,7 @@ from sfcompile.capture.refused import (
 from sfcompile.capture.runtime_numbers import Number, NumberNeeded, call, needed, numbers_in
 from sfcompile.capture.wrappers import PutTogether, op_of_wrapper
 from sfcompile.errors import TrainingGraphError, UnsupportedError
+from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.torch_private import (
     FakeTensor,
     FakeTensorMode,
@@ -41,6 +44,7 @@ from sfcompile.torch_private import (
     enter_autocast,
     exit_autocast,
     has_data_mutation,
+    is_comparable,
     make_fx,
     static_mode,
     symbol_hint,
@@ -50,26 +54,27 @@ from sfcompile.torch_private import (
 
 
 @dataclass
-class Captured:
-    """A functional ATen graph.
+class CaptureFacts:
+    """What calls of a captured graph need to know of it.
 
     Attributes:
-        gm: the graph; placeholders are the tensor inputs only, in order.
-        mode: the fake mode of every ``node.meta["val"]``.
         tensor_inputs: positions of the placeholders among the original inputs (the others are sizes, now constants).
         written: positions of the inputs that the graph writes to. Their new values follow its own outputs.
         numbers: positions of the placeholders that are Python numbers; the graph takes them as 0-dim tensors.
         aliases: outputs that are views of inputs. The graph gives their values; who calls it makes the views.
         parameters: positions of the inputs that are parameters of the model.
+        draws: whether the graph draws random numbers.
+        mark: of the graph and the shapes of its inputs; ``samples``: of its constants.
     """
 
-    gm: fx.GraphModule
-    mode: FakeTensorMode
     tensor_inputs: tuple[int, ...]
     written: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
     aliases: tuple[Alias, ...] = ()
     parameters: tuple[int, ...] = ()
+    draws: bool = False
+    mark: str = ""
+    samples: int = 0
 
     def as_tensors(self, inputs: Sequence[Any]) -> list[Any]:
         """The inputs, of which those in ``numbers`` are 0-dim tensors."""
@@ -78,6 +83,33 @@ class Captured:
             if not isinstance(tensors[i], torch.Tensor) or isinstance(tensors[i], FakeTensor):
                 tensors[i] = _number(tensors[i])
         return tensors
+
+
+@dataclass
+class Captured(CaptureFacts):
+    """A functional ATen graph.
+
+    Attributes:
+        gm: the graph; placeholders are the tensor inputs only, in order.
+        mode: the fake mode of every ``node.meta["val"]``.
+    """
+
+    gm: fx.GraphModule = field(kw_only=True)
+    mode: FakeTensorMode = field(kw_only=True)
+
+    @property
+    def facts(self) -> CaptureFacts:
+        """What is known without the graph."""
+        return CaptureFacts(**{entry.name: getattr(self, entry.name) for entry in fields(CaptureFacts)})
+
+
+def _marks(gm: fx.GraphModule) -> tuple[str, int]:
+    """What ranks compare of a captured graph."""
+    nodes = list(gm.graph.nodes)
+    constants = [operator.attrgetter(str(node.target))(gm) for node in nodes if node.op == "get_attr"]
+    shapes = [(node.meta["val"].dtype, tuple(node.meta["val"].shape)) for node in nodes if node.op == "placeholder"]
+    mark = hashlib.sha256(f"{gm.code}\n{shapes}".encode()).hexdigest()
+    return mark, fingerprint([value for value in constants if is_comparable(value)])
 
 
 def refuse_training(inputs: Sequence[Any]) -> None:
@@ -266,7 +298,10 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
     traced.graph.eliminate_dead_code()
     traced.recompile()
     parameters = tuple(i for i in tensors if isinstance(inputs[i], torch.nn.Parameter))
-    return Captured(traced, mode, tensors, tuple(written), running, tuple(views), parameters)
+    return Captured(
+        tensors, tuple(written), running, tuple(views), parameters, draws(traced), *_marks(traced),
+        gm=traced, mode=mode,
+    )  # fmt: skip
 
 
 @contextmanager

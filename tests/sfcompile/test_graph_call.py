@@ -28,7 +28,8 @@ INPUTS = [torch.ones(2), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)
 
 
 def graph(written: tuple[int, ...] = (), numbers: tuple[int, ...] = ()) -> Captured:
-    return Captured(symbolic_trace(nn.Identity()), FakeTensorMode(), (0, 1, 2, 4), written, numbers)
+    gm = symbolic_trace(nn.Identity())
+    return Captured((0, 1, 2, 4), written, numbers, gm=gm, mode=FakeTensorMode())
 
 
 @pytest.mark.parametrize("inputs", ["checked", "rank0"])

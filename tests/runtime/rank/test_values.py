@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +45,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert back == [0.5, 3, math.inf] and [type(entry) for entry in back] == [float, int, float]
 
 
+def test_dtypes_come_back() -> None:
+    assert decode(encode([torch.bfloat16, torch.float8_e4m3fn])) == [torch.bfloat16, torch.float8_e4m3fn]
+
+
 def test_our_own_classes_come_back() -> None:
     topology = Topology.grid(2, 2)
     value = [topology, Mesh.of(topology, 2, 2), {"chunk": Chunk(3)}]
@@ -68,6 +73,8 @@ CRAFTED = [
     {"$enum": ["sfcompile.codegen.schedule.mesh:Mesh", "of"]},
     {"$bytes": "%%%"},
     {"$bytes": 5},
+    {"$dtype": "load"},
+    {"$dtype": 5},
     {"$dict": [[1]]},
     {"$dict": [[[], 1]]},
     {"$tuple": 1},
