@@ -87,7 +87,7 @@ class SiteRun:
         memory for something else, although it is read again later. Not so with a lasting one: a graph's input that
         nobody writes to before the call has ended, so nothing of it is copied here.
         """
-        lasting = tensor.data_ptr() in self._lasting
+        lasting = bool(self._lasting) and tensor.data_ptr() in self._lasting
         name = TENSORS.get(phase, "x")
         written = self.schedule.site.written(name)
         encoded: dict[Cut, torch.Tensor] = {}  # several ranks may be sent the same
