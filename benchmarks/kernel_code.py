@@ -97,8 +97,8 @@ def specs(arch: int, plain: bool) -> Iterator[KernelSpec]:
                 tiles = tiles_for(arch, "bf16", size, size, name == "full", hard)
                 base = KernelSpec("bf16", size, size, size**-0.5, reach=reach, forwards=True, pushes=True, **tiles)
                 yield base.with_(**changes)
-                if arch == 90 and reach == "peer" and name == "none":
-                    yield base.with_(**tma_tiles(size, 128))
+                if arch == 90 and reach == "peer" and name != "full":
+                    yield base.with_(**tma_tiles(size, 128), **changes)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Writes the fused attention kernel for Hopper: a warp of its own fetches tiles, two warpgroups attend.
 
-The same walk over units and tiles as attend.py, for plain attentions in half precision. It is Gluon, the part of Triton
+The same walk over units and tiles as attend.py, in half precision. It is Gluon, the part of Triton
 in which layouts, barriers and warps are said by hand: Triton's own pipeliner waits for each product at once, and drains
 between chunks.
 
@@ -8,6 +8,7 @@ between chunks.
                                               |  full    ^  empty  (mbarriers)
     consumer 0, 4 warps   rows 0..63   of a tile   S = QK^T of this block | softmax under PV of the block before
     consumer 1, 4 warps   rows 64..127 of a tile   the same, at a pace of its own
+    masker, 1 warp        with a mask of keys: what is added to the scores of a block (attend_tma_masks.py)
 
 The loop over blocks goes through all chunks of a unit: nothing drains between them, and the producer is up to STAGES
 blocks ahead, in the next tile or unit too. Only the producer polls for keys, and only on the program's first tile of a
@@ -32,6 +33,15 @@ already are masked. Nothing beyond a chunk is read: it may be in flight, and NaN
 
 from __future__ import annotations
 
+from sfcompile.codegen.kernels.attend_tma_masks import (
+    MASK_RING,
+    add_mask,
+    hide_later_keys,
+    mask_block,
+    masker_arguments,
+    seen_columns,
+    to_chunk,
+)
 from sfcompile.codegen.kernels.reach import KernelText
 from sfcompile.codegen.kernels.spec import INTEGERS, LN2, LOG2E, KernelSpec, attend_arguments
 from sfcompile.codegen.kernels.tables import FORWARD, KEY, QUERY, UNIT
@@ -41,6 +51,7 @@ from sfcompile.runtime.wires.symmetric_heap import PLACE
 _RING = ("k_tiles", "v_tiles", "k_full", "k_empty", "v_full", "v_empty")
 _TABLES = ("units_ptr", "queries_ptr", "keys_ptr", "place_ptr")
 _SHARE = ("num_units", "batch", "heads", "first_head", "me", "workers")
+_CAUSAL = ("q_positions_ptr", "k_positions_ptr")
 CONSUMERS = 2
 """Warpgroups that attend, each to block_m / 2 rows of a tile."""
 REGISTERS = (232, 40)
@@ -54,6 +65,9 @@ def attend_tma_source(spec: KernelSpec) -> str:
     out("", "")
     _consumer(out, spec)
     out("", "")
+    if spec.mask != "none":
+        _masker(out, spec)
+        out("", "")
     out(wrapped("@gluon.jit(do_not_specialize=[", [f'"{name}"' for name in INTEGERS], "])"))
     with out.block(wrapped("def attend(", attend_arguments(spec), "):")):
         _kernel(out, spec)
@@ -67,6 +81,8 @@ def attend_tma_source(spec: KernelSpec) -> str:
         f"COPY_PROGRAMS = gl.constexpr({spec.copy_programs if spec.forwards else 0})",
         f"QK_SCALE = gl.constexpr({spec.scale * LOG2E!r})  # scale * log2(e): scores in powers of two",
     ]
+    if spec.mask != "none":
+        constants += [f"MASK_SCALE = gl.constexpr({1 / spec.scale!r})  # added before scores are scaled"]
     title = f"Attention of {spec.dtype} queries against chunks as they arrive, head size {spec.head_dim}, for sm_90."
     return module(title, "\n".join(constants) + "\n\n\n" + out.text)
 
@@ -90,26 +106,39 @@ def _kernel(out: KernelText, spec: KernelSpec) -> None:
         *(f"{x}_tiles = gl.allocate_shared_memory({spec.element}, [STAGES, BN, D], TILE)" for x in "kv"),
         *(f"{name} = mbarrier.allocate_mbarrier(batch=STAGES)" for name in _RING[2:]),
     )
+    if spec.mask != "none":
+        out(
+            "ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])",
+            "biases = gl.allocate_shared_memory(gl.float32, [STAGES, BN], ROW)",
+            "masked = gl.allocate_shared_memory(gl.int32, [STAGES, 1], ROW)",
+        )
+    fillers = {"k_full": 1 if spec.mask == "none" else 2}  # of a block's keys: tile and mask
     with out.block("for i in gl.static_range(STAGES):"):
         for name in _RING[2:]:
-            out(f"mbarrier.init({name}.index(i), count={CONSUMERS if 'empty' in name else 1})")
+            out(f"mbarrier.init({name}.index(i), count={CONSUMERS if 'empty' in name else fillers.get(name, 1)})")
     with out.block("gl.warp_specialize(["):
         for i in range(CONSUMERS):
             passed = ", ".join([f"gl.constexpr({i})", f"q_tile_{i}", *_consumer_arguments(spec)])
             out(f"(consumer, ({passed})),")
-        out(f"(producer, ({', '.join(_producer_arguments())})),")
-    workers = [*(str(4) for _ in range(CONSUMERS - 1)), "1"]
-    registers = [*(str(REGISTERS[0]) for _ in range(CONSUMERS - 1)), str(REGISTERS[1])]
+        out(f"(producer, ({', '.join(_producer_arguments(spec))})),")
+        if spec.mask != "none":
+            out(f"(masker, ({', '.join(masker_arguments(spec))})),")
+    single = 1 if spec.mask == "none" else 2  # warps for themselves: room for four is taken anyway
+    workers = [*(str(4) for _ in range(CONSUMERS - 1)), *["1"] * single]
+    registers = [*(str(REGISTERS[0]) for _ in range(CONSUMERS - 1)), *[str(REGISTERS[1])] * single]
     out(f"], [{', '.join(workers)}], [{', '.join(registers)}])")
 
 
-def _producer_arguments() -> list[str]:
-    return ["bank_desc", *_RING, *_TABLES, *_SHARE, "kv_heads", "first_kv", "signals", "epoch"]
+def _producer_arguments(spec: KernelSpec) -> list[str]:
+    names = ["bank_desc", *_RING, *_TABLES, *_SHARE, "kv_heads", "first_kv", "signals", "epoch"]
+    return names + (["spans_ptr"] if spec.causal else [])
 
 
 def _consumer_arguments(spec: KernelSpec) -> list[str]:
     """After the number and the tile of queries. What is seldom needed is no argument, which would be a register."""
     names = [*_RING, *_TABLES, *_SHARE, "bank", "heaps_ptr", "rank", "out_ptr", "out_sb", "out_sh", "out_sr"]
+    names += [*_CAUSAL, "spans_ptr"] if spec.causal else []
+    names += list(MASK_RING) if spec.mask != "none" else []
     names += ["counters_ptr"] if spec.pushes else []
     names += ["state_ptr"] if spec.carry else []
     return names + (["lse_ptr", "own_rows"] if spec.lse else [])
@@ -153,7 +182,7 @@ def _units(out: KernelText, spec: KernelSpec, unit: list[str], query: dict[str, 
 def _producer(out: KernelText, spec: KernelSpec) -> None:
     """One warp: fills the ring, tile by tile, chunk by chunk, block by block."""
     out("@gluon.jit")
-    with out.block(wrapped("def producer(", _producer_arguments(), "):")):
+    with out.block(wrapped("def producer(", _producer_arguments(spec), "):")):
         out("n = 0", "u = 0")
         with out.block("while u < num_units:"):
             _units(out, spec, ["first_key", "last_key"], {"rows": "rows", "first_tile": "first_tile"})
@@ -173,20 +202,22 @@ def _producer(out: KernelText, spec: KernelSpec) -> None:
                                 out.wait(slot)
                         out("fence_async()  # what a peer's threads stored is read by copies: see the module's head")
                     out(*columns("key", KEY, {"columns": "rows", "pitch": "pitch"}, small=True))
+                    if spec.causal:
+                        out(*seen_columns())
                     for x in "kv":
                         out(
                             f"{x}_row = (tl.load(key + {KEY.index(f'{x}_at')}) // (2 * D)).to(gl.int32) + kv_bh * pitch"
                         )
-                    _copies(out)
+                    _copies(out, spec)
                     out("j += 1")
                 out("tile += workers")
             out("u += 1")
 
 
-def _copies(out: KernelText) -> None:
+def _copies(out: KernelText, spec: KernelSpec) -> None:
     """The blocks of a chunk, each as soon as its place in the ring is free."""
     out("at = 0")
-    with out.block("while at < columns:"):
+    with out.block(f"while at < {'seen' if spec.causal else 'columns'}:"):
         out("row = gl.minimum(at, columns - BN)", "stage = n % STAGES", "parity = ((n // STAGES) & 1) ^ 1")
         for x in "kv":
             out(
@@ -195,6 +226,30 @@ def _copies(out: KernelText) -> None:
                 f"tma.async_load(bank_desc, [{x}_row + row, 0], {x}_full.index(stage), {x}_tiles.index(stage))",
             )
         out("n += 1", "at += BN")
+
+
+def _masker(out: KernelText, spec: KernelSpec) -> None:
+    """One warp: the mask of each block that the producer fetches, in the same order."""
+    out("@gluon.jit")
+    with out.block(wrapped("def masker(", masker_arguments(spec), "):")):
+        out("KEYS: gl.constexpr = gl.BlockedLayout([BN // 32], [32], [1], [0])", "col = gl.arange(0, BN, KEYS)")
+        out("n = 0", "u = 0")
+        with out.block("while u < num_units:"):
+            _units(out, spec, ["first_key", "last_key"], {"rows": "rows", "first_tile": "first_tile"})
+            out("tile = start")
+            with out.block("while tile < tiles:"):
+                out("mask_row = mask_ptr + (tile // blocks // heads).to(gl.int64) * mask_sb", "j = first_key")
+                with out.block("while j < last_key:"):
+                    out(f"key = keys_ptr + j * {len(KEY)}")
+                    out(*columns("key", KEY, {"columns": "rows", "position": "position"}, small=True))
+                    if spec.causal:
+                        out(*seen_columns())
+                    out("at = 0")
+                    with out.block(f"while at < {'seen' if spec.causal else 'columns'}:"):
+                        mask_block(out, spec)
+                    out("j += 1")
+                out("tile += workers")
+            out("u += 1")
 
 
 def _consumer(out: KernelText, spec: KernelSpec) -> None:
@@ -243,7 +298,9 @@ def _tile(out: KernelText, spec: KernelSpec) -> None:
         with out.block("if fresh == 0:"):
             out("m, l, acc = kept(m, l, acc, state)")
     out("j = first_key")
-    with out.block("if first_key < last_key:"):
+    if spec.causal:
+        out(*to_chunk())
+    with out.block("if j < last_key:"):
         _blocks(out, spec)
     with out.block("if done != 0:"):
         _finish(out, spec)
@@ -262,15 +319,17 @@ def _blocks(out: KernelText, spec: KernelSpec) -> None:
     """All blocks of the unit's chunks: the scores of one while the values of the one before are summed."""
     rows_of = f"tl.load(keys_ptr + j * {len(KEY)} + {KEY.index('rows')}).to(gl.int32)"
     parity = "(n // STAGES) & 1"
-    out(f"left = {rows_of}  # keys of the chunk from this block on")
+    if not spec.causal:
+        out(f"left = {rows_of}  # keys of the chunk from this block on")
     out("stage = n % STAGES", f"mbarrier.wait(k_full.index(stage), {parity})")
     _scores(out)
-    out("s = warpgroup_mma_wait(0, deps=(s,))", "mbarrier.arrive(k_empty.index(stage), count=1)")
+    out("s = warpgroup_mma_wait(0, deps=(s,))")
+    _keys_read(out, spec)
     _softmax(out, spec, first=True)
     out("acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, PV))[:, None]")
     out(f"p_half = gl.convert_layout(p.to({spec.element}), gl.DotOperandLayout(0, PV, 2))")
     out("before = stage", f"before_parity = {parity}", "n += 1")
-    _next(out, rows_of)
+    _next(out, spec, rows_of)
     out("stage = n % STAGES", f"mbarrier.wait(k_full.index(stage), {parity}, pred=j < last_key)")
     with out.block("while j < last_key:"):
         _scores(out)
@@ -278,8 +337,8 @@ def _blocks(out: KernelText, spec: KernelSpec) -> None:
             "mbarrier.wait(v_full.index(before), before_parity)",
             "acc = warpgroup_mma(p_half, v_tiles.index(before), acc, is_async=True)",
             "s = warpgroup_mma_wait(1, deps=(s,))",
-            "mbarrier.arrive(k_empty.index(stage), count=1)",
         )
+        _keys_read(out, spec)
         _softmax(out, spec, first=False)
         out(
             "# Through a wait that is over: nothing above may sink below it. The one for the next keys keeps the",
@@ -289,7 +348,7 @@ def _blocks(out: KernelText, spec: KernelSpec) -> None:
             f"this_parity = {parity}",
             "n += 1",
         )
-        _next(out, rows_of)
+        _next(out, spec, rows_of)
         out(
             "stage = n % STAGES",
             f"mbarrier.wait(k_full.index(stage), {parity}, pred=j < last_key)",
@@ -308,24 +367,40 @@ def _blocks(out: KernelText, spec: KernelSpec) -> None:
     )
 
 
-def _next(out: KernelText, rows_of: str) -> None:
+def _next(out: KernelText, spec: KernelSpec, rows_of: str) -> None:
     """To the next block, in this chunk or the next one."""
     out("left -= BN")
     with out.block("if left <= 0:"):
         out("j += 1")
-        with out.block("if j < last_key:"):
-            out(f"left = {rows_of}")
+        if spec.causal:
+            out(*to_chunk())
+        else:
+            with out.block("if j < last_key:"):
+                out(f"left = {rows_of}")
+
+
+def _keys_read(out: KernelText, spec: KernelSpec) -> None:
+    """A block's keys, and what the mask adds to their scores, have been read: their place in the ring is free."""
+    if spec.mask != "none":
+        add_mask(out)
+    out("mbarrier.arrive(k_empty.index(stage), count=1)")
 
 
 def _softmax(out: KernelText, spec: KernelSpec, first: bool) -> None:
     """A block's weights and the new state; a chunk has BN keys or more, so its first block is full."""
-    if spec.tails != "none" and not first:
+    if spec.tails != "none" and not first and spec.mask == "none":  # a mask hides it too
         with out.block("if left < BN:"):
             out("s = hide_first(s, BN - left)  # attended to in the block before")
+    if spec.causal:
+        hide_later_keys(out)
+    out("m_new = gl.maximum(m, gl.max(s, 1) * QK_SCALE)")
+    reference = "m_new"
+    if spec.needs_positions:  # a query may have seen no key yet
+        out('m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)')
+        reference = "m_safe"
     out(
-        "m_new = gl.maximum(m, gl.max(s, 1) * QK_SCALE)",
-        "alpha = gl.exp2(m - m_new)",
-        "p = gl.exp2(s * QK_SCALE - m_new[:, None])",
+        f"alpha = gl.exp2(m - {reference})",
+        f"p = gl.exp2(s * QK_SCALE - {reference}[:, None])",
         "l = l * alpha + gl.sum(p, 1)",
         "m = m_new",
     )
@@ -336,7 +411,8 @@ def _finish(out: KernelText, spec: KernelSpec) -> None:
     out(
         "# The same rows, worked out anew (j is last_key): what is kept through the loop costs registers.",
         "row = ((tile + (j - last_key)) % blocks) * BM + wide_row",
-        "share = gl.convert_layout(1.0 / l, gl.SliceLayout(1, PV))",
+        f"share = gl.convert_layout(1.0 / {'gl.where(l == 0.0, 1.0, l)' if spec.needs_positions else 'l'}, "
+        "gl.SliceLayout(1, PV))",
         f"o = gl.convert_layout((acc * share[:, None]).to({spec.element}), WIDE)",
         "inside = (row < rows)[:, None]",
     )

@@ -121,6 +121,7 @@ def attend_arguments(spec: KernelSpec) -> tuple[str, ...]:
         names += ["mask_ptr", "mask_sb", "mask_sh", "mask_sr", "mask_sc"]
     if spec.needs_positions:
         names += ["q_positions_ptr", "k_positions_ptr"]
+    names += ["spans_ptr"] if spec.causal and spec.fetch == "tma" else []
     names += ["lse_ptr"] if spec.lse else []
     names += ["state_ptr"] if spec.carry else []
     names += ["heaps_ptr", "place_ptr", "units_ptr", "queries_ptr", "keys_ptr"]
@@ -199,9 +200,11 @@ _TMA_KEYS = (64, 128)
 
 
 def fetched_by_tma(site: AttentionSite, arch: int, reach: str, mask: str, wire: Wire, rows: set[int]) -> bool:
-    """Whether attend_tma.py writes a site's kernel: plain attention in half precision on sm_90, every rank within
-    reach of loads and stores (NVSHMEM's puts need all threads of a program), no chunk of ``rows`` too short."""
-    plain = mask == "none" and not site.causal and wire == AS_IT_IS and reach == "peer"
+    """Whether attend_tma.py writes a site's kernel: half precision on sm_90, no mask of queries and keys, every rank
+    within reach of loads and stores (NVSHMEM's puts need all threads of a program), no chunk of ``rows`` too short."""
+    plain = mask != "full" and wire == AS_IT_IS and reach == "peer"
+    # Both leave no registers for a warpgroup of head size 128: ten words are spilled.
+    plain = plain and not (mask == "key" and site.causal and site.head_dim > 64)
     sizes = site.head_dim == site.v_head_dim and site.head_dim in _TMA
     long = bool(rows) and min(rows) >= min(_TMA_KEYS)
     return 90 <= arch < 100 and plain and sizes and long and element_bytes(DTYPES[site.dtype]) == 2
@@ -292,6 +295,7 @@ def spec_of(
         **tiles,
     ).with_(**changes)
     assert spec.fetch == "threads" or all(n >= spec.block_n for n in rows), "a block begins before its chunk"
+    assert spec.fetch == "threads" or spec.mask != "full", "tensor copies fetch no whole mask"
     return spec if any(n % spec.block_n for n in rows) else spec.with_(tails="none")
 
 

@@ -25,18 +25,19 @@ from sfcompile.runtime.program.sites import align, nbytes
 
 Table = NDArray[np.int64]
 
-UNIT = ("query", "first_key", "last_key", "fresh", "done")
+UNIT = ("query", "first_key", "last_key", "fresh", "done", "span_at")
 QUERY = (
     "slot", "at", "rows", "pitch", "position", "first_tile", "dst", "out_at", "out_slot", "net", "staging", "nbytes",
     "came",
 )  # fmt: skip
 KEY = ("k_slot", "v_slot", "k_at", "v_at", "rows", "pitch", "position", "came")
+SPAN = ("seen", "partial")
 FORWARD = ("slot", "at", "dst", "to_slot", "to_at", "nbytes", "net")
 PUT = ("dst", "slot", "at", "first_head", "heads", "first_row", "rows", "net", "staging", "nbytes")
 COLLECT = ("slot", "at", "first_head", "heads", "first_row", "rows")
 """Columns of the tables. A slot of -1: nothing to wait for; a ``dst`` of -1: this rank. ``*_at`` and ``staging`` are
 byte offsets in a bank, ``pitch`` rows from one head to the next, ``position`` places in the list of positions; what
-``came`` (1, else 0) lies in a slot as it travelled."""
+``came`` (1, else 0) lies in a slot as it travelled. ``span_at`` is a unit's first row among the spans."""
 
 BANK_ALIGN = 128
 """Everything in a bank and in a buffer of chunks lies at a multiple of so many bytes."""
@@ -53,6 +54,9 @@ class KernelTables:
         puts: what the put phases copy, by tensor; the last row of each is the part that stays here.
         collects: outputs that come home.
         q_positions, k_positions: global positions of the tokens of ``queries`` and ``keys``.
+        spans: int32, of a causal site whose kernel asks for them: for each unit, tile of its queries and chunk of its
+            keys, how many keys are ``seen`` in blocks that some query sees a key of (whole blocks, the first ones), and
+            from how many of these left on (``partial``) some query does not see a whole block.
         tiles: tiles of block_m queries of all query chunks and heads.
         carry: whether some query is attended in several units.
         own_at: where the rank's own q, k and v lie.
@@ -67,6 +71,7 @@ class KernelTables:
     collects: Table
     q_positions: NDArray[np.int32]
     k_positions: NDArray[np.int32]
+    spans: NDArray[np.int32]
     tiles: int
     carry: bool
     own_at: dict[str, int]
@@ -86,21 +91,31 @@ class _Pass:
 
 
 def make_tables(
-    schedule: AttentionSchedule, rank: int, block_m: int, machine_of: Sequence[int] | None = None, merge: bool = True
+    schedule: AttentionSchedule,
+    rank: int,
+    block_m: int,
+    machine_of: Sequence[int] | None = None,
+    merge: bool = True,
+    span_keys: int = 0,
 ) -> KernelTables:
     """Tables of a rank of the mesh.
 
     Args:
+        span_keys: keys of a block, for a kernel that reads spans; 0: none does.
         machine_of: machine of each rank of the mesh; None: all on one.
         merge: attend ring hops of one machine in one pass, so that the softmax state stays on chip between them. What
             comes from other machines starts a pass of its own: by then all that is here should be done.
     """
-    return _Maker(schedule, rank, block_m, machine_of or (0,) * schedule.mesh.num_ranks).make(merge)
+    machines = machine_of or (0,) * schedule.mesh.num_ranks
+    return _Maker(schedule, rank, block_m, machines, span_keys if schedule.site.causal else 0).make(merge)
 
 
 class _Maker:
-    def __init__(self, schedule: AttentionSchedule, rank: int, block_m: int, machine_of: Sequence[int]) -> None:
+    def __init__(
+        self, schedule: AttentionSchedule, rank: int, block_m: int, machine_of: Sequence[int], span_keys: int
+    ) -> None:
         self.schedule, self.rank, self.block_m, self.machine_of = schedule, rank, block_m, machine_of
+        self.span_keys = span_keys
         self.site = schedule.site
         self.program = schedule.program(rank)
         self.waited: set[int] = set()
@@ -145,6 +160,7 @@ class _Maker:
             position += queries[-1][QUERY.index("rows")]
             tile += self._tiles(queries[-1][QUERY.index("rows")])
         units, keys, key_chunks = self._units(passes, rows_of, pushes)
+        spans = self._spans(units, [chunk for chunk, _ in chunks], key_chunks)
         per_query = np.bincount([unit[0] for unit in units], minlength=1)
         return KernelTables(
             units=table_of(units, UNIT),
@@ -155,6 +171,7 @@ class _Maker:
             collects=table_of(self._collects(), COLLECT),
             q_positions=_positions(self.schedule.positions("q", chunk) for chunk, _ in chunks),
             k_positions=_positions(self.schedule.positions("k", chunk) for chunk in key_chunks),
+            spans=spans,
             tiles=tile,
             carry=bool((per_query > 1).any()),
             own_at=self.own_at,
@@ -191,8 +208,26 @@ class _Maker:
         units = []
         for i, (chunk, _, span) in enumerate(visits):
             leaves = chunk in pushes or chunk.src == self.rank
-            units.append([rows_of[chunk], *span, int(first[chunk] == i), int(leaves and last.get(chunk) == i)])
+            units.append([rows_of[chunk], *span, int(first[chunk] == i), int(leaves and last.get(chunk) == i), 0])
         return units, keys, key_chunks
+
+    def _spans(self, units: list[list[int]], query_chunks: list[Chunk], key_chunks: list[Chunk]) -> NDArray[np.int32]:
+        """Spans of all units, whose ``span_at`` is set."""
+        parts: list[NDArray[np.int32]] = []
+        end = 0
+        for unit in units if self.span_keys else ():
+            (first, last), rows = unit[1:3], self.schedule.positions("q", query_chunks[unit[0]])
+            if first == last or not rows:
+                continue
+            queries = _positions([rows])
+            each = [
+                spans_of(queries, _positions([self.schedule.positions("k", chunk)]), self.block_m, self.span_keys)
+                for chunk in key_chunks[first:last]
+            ]
+            unit[UNIT.index("span_at")] = end
+            parts.append(np.stack(each, 1).reshape(-1, len(SPAN)))
+            end += len(parts[-1])
+        return np.concatenate(parts) if parts else np.zeros((1, len(SPAN)), np.int32)
 
     # ------------------------------------------------------------------ rows
 
@@ -314,6 +349,23 @@ class _Maker:
             width = self.site.v_head_dim if name == "v" else self.site.head_dim
             sizes[name] = nbytes((self.site.batch, heads, rows, width), self.site.dtype)
         return sizes
+
+
+def spans_of(queries: NDArray[np.int32], keys: NDArray[np.int32], block_m: int, block_n: int) -> NDArray[np.int32]:
+    """Of each tile of ``block_m`` queries at some positions: the pair SPAN for a chunk of keys at others.
+
+    Positions may be in any order: what counts is the last key that some query of a tile sees, and the first that some
+    query of it does not.
+    """
+    starts = np.arange(0, len(queries), block_m)
+    latest, earliest = np.maximum.reduceat(queries, starts), np.minimum.reduceat(queries, starts)
+    from_here_on = np.minimum.accumulate(keys[::-1])[::-1]  # the earliest key from a column on
+    up_to_here = np.maximum.accumulate(keys)
+    last = np.searchsorted(from_here_on, latest, "right")
+    clear = np.searchsorted(up_to_here, earliest, "right")
+    seen = np.minimum(-(-last // block_n) * block_n, len(keys))
+    partial = np.where(clear < seen, seen - clear // block_n * block_n, 0)
+    return np.stack([seen, partial], 1).astype(np.int32)
 
 
 def _positions(chunks: object) -> NDArray[np.int32]:

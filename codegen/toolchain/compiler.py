@@ -19,8 +19,8 @@ from sfcompile.errors import CodegenError
 
 ARCHITECTURES = (80, 90, 100)
 _TYPES = {
-    "mask_ptr": "*u8", "q_positions_ptr": "*i32", "k_positions_ptr": "*i32", "lse_ptr": "*fp32", "state_ptr": "*fp32",
-    "counters_ptr": "*i32", "x_ptr": "*u8",
+    "mask_ptr": "*u8", "q_positions_ptr": "*i32", "k_positions_ptr": "*i32", "spans_ptr": "*i32", "lse_ptr": "*fp32",
+    "state_ptr": "*fp32", "counters_ptr": "*i32", "x_ptr": "*u8",
 }  # fmt: skip
 MOVE_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
 """Triton's options of the kernels that move."""

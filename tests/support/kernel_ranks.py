@@ -129,13 +129,17 @@ def inputs_of(job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
     if job.mask == "none":
         return q, k, v, None
     shape = (site.batch, 1, 1, lk) if job.mask == "key" else (1, site.heads, lq, lk)
+    open_keys = slice(lk // 4, lk * 3 // 4) if job.mask == "key" else slice(0)  # blocks in which nothing is hidden
     if job.mask_is_bool:
         mask = torch.rand(shape) < 0.7
+        mask[..., open_keys] = True
         mask[..., :1, -1:] = True
         if job.mask == "full":
             mask[0, 0, 3] = False  # a query that sees nothing
         return q, k, v, mask
-    return q, k, v, torch.randn(shape)
+    mask = torch.randn(shape)
+    mask[..., open_keys] = 0.0
+    return q, k, v, mask
 
 
 def expected(job: Job) -> torch.Tensor:

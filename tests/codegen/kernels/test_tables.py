@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from kernel_ranks import Job, make_site
 
-from sfcompile.codegen.kernels.tables import COLLECT, FORWARD, KEY, PUT, QUERY, UNIT, KernelTables, make_tables
+from sfcompile.codegen.kernels.tables import (
+    COLLECT,
+    FORWARD,
+    KEY,
+    PUT,
+    QUERY,
+    UNIT,
+    KernelTables,
+    make_tables,
+    spans_of,
+)  # fmt: skip
 from sfcompile.options import Wire
 from sfcompile.runtime.program.instructions import Attend, Forward, Push, Put, Wait
 
@@ -24,7 +35,7 @@ def column(table: np.ndarray, columns: tuple[str, ...], name: str) -> list[int]:
     return table[:, columns.index(name)].tolist()
 
 
-def tables_of(job: Job, rank: int, **changes: bool) -> KernelTables:
+def tables_of(job: Job, rank: int, **changes: int) -> KernelTables:
     return make_tables(job.schedule(), rank, 16, job.machine_of, **changes)
 
 
@@ -36,7 +47,7 @@ def test_every_pair_is_attended_once_and_outputs_leave_when_they_are_done(job: J
         tables = tables_of(job, rank, merge=merge)
         pairs = []
         rows = [tuple(row) for row in tables.queries.tolist()]
-        for query, first, last, fresh, done in tables.units.tolist():
+        for query, first, last, fresh, done, _ in tables.units.tolist():
             earlier = [unit for unit in tables.units.tolist() if unit[0] == query]
             assert fresh == (earlier[0][1:3] == [first, last]) or fresh == 0
             pairs += [(query, tuple(tables.keys[key, 2:4])) for key in range(first, last)]
@@ -112,3 +123,31 @@ def test_what_travels_is_as_long_as_it_travels_and_what_came_is_marked() -> None
 def test_columns_are_distinct() -> None:
     for columns in (UNIT, QUERY, KEY, FORWARD, PUT, COLLECT):
         assert len(set(columns)) == len(columns)
+
+
+@pytest.mark.parametrize("keys", [range(100, 240), [*range(60, 120), *range(0, 60)], [7], range(300, 364)])
+def test_spans_are_what_positions_say(keys: Sequence[int]) -> None:
+    """Whole blocks from the chunk's begin; none left out that a query sees, and those not compared that all see."""
+    queries, columns = np.array([*range(150, 190), *range(30, 60)], np.int32), np.array(keys, np.int32)
+    for tile, (seen, partial) in enumerate(spans_of(queries, columns, 16, 32).tolist()):
+        visible = columns[None, :] <= queries[tile * 16 : tile * 16 + 16, None]
+        for at in range(0, len(columns), 32):
+            block = visible[:, at : at + 32]
+            assert at < seen or not block.any()
+            assert seen - at <= partial or at >= seen or block.all()
+        last = visible[:, max(seen - 32, 0) : seen]
+        assert seen == 0 or (last.any() and (seen % 32 == 0 or seen == len(columns)))
+        assert partial == 0 or not visible[:, : seen - partial + 32].all()
+
+
+def test_spans_lie_by_unit_tile_and_key() -> None:
+    job = Job("usp", 1, 2, 1, 2, replace(make_site([40, 70], 2), causal=True))
+    tables = tables_of(job, 1, span_keys=32)
+    assert column(tables.units, UNIT, "span_at")[0] == 0 and tables.spans.dtype == np.int32
+    sizes = [
+        -(-int(tables.queries[query, QUERY.index("rows")]) // 16) * (last - first)
+        for query, first, last, *_ in tables.units.tolist()
+    ]
+    assert column(tables.units, UNIT, "span_at") == [sum(sizes[:i]) for i in range(len(sizes))]
+    assert len(tables.spans) == sum(sizes) and (tables.spans[:, 0] > 0).any()
+    assert len(tables_of(job, 1).spans) == 1  # nobody asked

@@ -359,3 +359,7 @@ class Operands:
     def _vote(self, mods: list[str], kind: str, args: tuple[str, ...]) -> bool:
         self.write(args[0], "pred" if kind == "pred" else "b32", f"g.vote('{mods[1]}', {self.read(args[1], 'pred')})")
         return mods[0] == "sync"
+
+    def _redux(self, mods: list[str], kind: str, args: tuple[str, ...]) -> bool:
+        self.write(args[0], kind, f"g.reduce('{mods[1]}', {self.array(args[1], kind)})")
+        return mods[0] == "sync" and mods[1] in ("max", "min", "add", "or", "and")

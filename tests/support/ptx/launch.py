@@ -305,6 +305,12 @@ class Gang(Ordered, GroupProducts, TensorCopies):
             return np.repeat((table.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(1).astype(np.uint32), 32)
         return np.repeat(table.any(1) if mode == "any" else table.all(1), 32)
 
+    def reduce(self, mode: str, x: Array) -> Array:
+        """redux.sync over whole warps."""
+        self.whole()
+        fold = {"max": np.maximum, "min": np.minimum, "add": np.add, "or": np.bitwise_or, "and": np.bitwise_and}[mode]
+        return np.repeat(fold.reduce(x.reshape(-1, 32), 1, dtype=x.dtype), 32)
+
     # ------------------------------------------------------------------ memory
 
     def address(self, space: str, address: Array) -> Array:

@@ -30,6 +30,7 @@ class Mutant:
         arch: the architecture whose kernels have it.
         net: between ranks that reach each other by NVSHMEM only.
         fetch: how the kernel's tiles come into shared memory (KernelSpec).
+        masks: what hides keys in the job, and its tokens (job_of).
         ptx, source: edits ``(kernel's name, text) -> text``.
         order: of a rank's launches.
     """
@@ -38,6 +39,7 @@ class Mutant:
     arch: int = 80
     net: bool = False
     fetch: str = "threads"
+    masks: tuple[tuple[str, Any], ...] = ()
     ptx: Edit | None = None
     source: Edit | None = None
     order: Callable[[list[str]], list[str]] | None = None
@@ -52,11 +54,12 @@ def job_of(arch: int, net: bool = False, dtype: torch.dtype = torch.float16, **c
         if arch < 90
         else {"block_m": 64, "block_n": 32, "warps": 4, "stages": 3}
     )
-    site = make_site([72, 88], 2, heads=2, head_dim=64, dtype=dtype)
-    shape = (2, 1, 2, 1) if net else (1, 2, 2, 1)
-    return Job(
-        "torus" if net else "usp", *shape, site, net=net, epochs=changes.pop("epochs", 3), options=tiles | changes
+    site = make_site(
+        changes.pop("tokens", [72, 88]), 2, heads=2, head_dim=64, dtype=dtype, causal=changes.pop("causal", False)
     )
+    shape = (2, 1, 2, 1) if net else (1, 2, 2, 1)
+    rest = {"epochs": changes.pop("epochs", 3), "mask": changes.pop("mask", "none")}
+    return Job("torus" if net else "usp", *shape, site, net=net, **rest, options=tiles | changes)
 
 
 def caught(mutant: Mutant | None, arch: int = 80, seeds: int = 1, tolerance: float = 2e-3) -> tuple[str, float]:
@@ -71,7 +74,7 @@ def caught(mutant: Mutant | None, arch: int = 80, seeds: int = 1, tolerance: flo
     changes = {"change": mutant.ptx, "edit": mutant.source, "order": mutant.order} if mutant else {}
     said = ""
     for seed in range(seeds):
-        job = job_of(arch, net, **({"fetch": "tma"} if mutant and mutant.fetch == "tma" else {}))
+        job = job_of(arch, net, **({"fetch": "tma", **dict(mutant.masks)} if mutant and mutant.fetch == "tma" else {}))
         ranks = AttentionRanks(job, arch, seed, **changes)  # type: ignore[arg-type]
         try:
             error = ranks.run()
@@ -136,6 +139,19 @@ def _early(names: list[str]) -> list[str]:
     return ["put", "release", *[name for name in names if name not in ("put", "release")]]
 
 
+def _masker(old: str, new: str) -> Edit:
+    """:func:`edited` in the warp that reads the mask."""
+
+    def edit(name: str, source: str) -> str:
+        if name != "attend":
+            return source
+        start = source.index("def masker(")
+        end = source.index("@gluon.jit", start)
+        return source[:start] + edited("", old, new)("", source[start:end]) + source[end:]
+
+    return edit
+
+
 def _moved(kernel: str, line: str, before: str) -> Edit:
     """A line of the source moves before the first one that begins so."""
 
@@ -162,6 +178,11 @@ _FREE = r"mbarrier\.wait\(v_empty.*"
 _LANDED = r"mbarrier\.wait\(v_full\.index\(before\), before_parity\)"
 _GIVEN_BACK = r"bar\.sync\s+[02], 128;((?:\s|//[^\n]*\n|\.loc[^\n]*\n)*@%p\d+ mbarrier\.arrive\.shared)"
 _WAIT_SCORES = r"wgmma\.wait_group\.sync\.aligned\s+1"
+
+
+_ANNOUNCED, _WORD = r"mbarrier\.arrive\(k_full", r"masked\.index\(stage\)\.load"
+_LATER, _OTHER_WORD = "left <= partial", "masked.index((n + 1) % STAGES).load"
+_CAUSAL, _KEYS = ((entry, ("tokens", [150, 72])) for entry in (("causal", True), ("mask", "key")))
 
 
 def _tma(name: str, **edits: Any) -> Mutant:
@@ -195,6 +216,11 @@ MUTANTS = (
     _tma("a tile given back by one warp for all", ptx=edited("attend", _GIVEN_BACK, r"\1")),
     _tma("wgmma.wait_group too lax under the softmax", ptx=edited("attend", _WAIT_SCORES, _LAX_WGMMA)),
     _tma("queries stored without a proxy fence", ptx=edited("attend", r"fence\.proxy\.async\.shared::cta;", "")),
+    _tma("later keys not compared in a block", masks=_CAUSAL, source=edited("attend", _LATER, "left < partial")),
+    _tma("blocks fetched that no query sees", masks=_CAUSAL, source=edited("attend", "at < seen", "at < columns")),
+    _tma("a mask written before its place is free", masks=_KEYS, source=_masker(r"mbarrier\.wait\(k_empty.*", "pass")),
+    _tma("keys announced before their mask", masks=_KEYS, source=_moved("attend", _ANNOUNCED, r"biases\.")),
+    _tma("another block's word of a mask", masks=_KEYS, source=edited("attend", _WORD, _OTHER_WORD)),
 )  # fmt: skip
 HARMLESS = (Mutant("credit given early", order=_early),)
 """Two ranks that attend in turn need no credit: a rank puts into a bank again only after it has the other's chunks of

@@ -93,6 +93,9 @@ def test_lanes_exchange() -> None:
         A[np.arange(32) ^ 5],
     )
     assert (computed("shfl.sync.idx.b32 %r3, %r1, 3, 31, -1;\ncvt.u64.u32 %rd3, %r3;").astype(np.uint32) == A[3]).all()
+    for name, whole in (("max.s32", SA.max()), ("min.u32", A.min()), ("or.b32", np.bitwise_or.reduce(A))):
+        every = computed(f"redux.sync.{name} %r3, %r1, -1;\ncvt.u64.u32 %rd3, %r3;").astype(np.uint32)
+        assert (every == np.int64(whole).astype(np.uint32)).all(), name
 
 
 def test_what_is_unknown_is_refused() -> None:

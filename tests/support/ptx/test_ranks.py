@@ -134,6 +134,21 @@ def copied(kind: str, shape: tuple[int, int, int, int], tokens: list[int], **cha
     )
 
 
+def striped(job: Job) -> Job:
+    """Ranks hold tokens by turns of 24, the later ones first: blocks that end between runs, positions that go down."""
+    counts = [sum(n for _, n in places) for places in job.site.q_positions]
+    runs: list[list[tuple[int, int]]] = [[] for _ in counts]
+    at, rank = 0, 0
+    while any(counts):
+        rank = (rank + 1) % len(counts)
+        length = min(24, counts[rank])
+        runs[rank] = [*([(at, length)] if length else []), *runs[rank]]
+        counts[rank] -= length
+        at += length
+    places = tuple(tuple(entry) for entry in runs)
+    return replace(job, site=replace(job.site, q_positions=places, kv_positions=places))
+
+
 COPIED = {
     "ring that passes chunks on": copied("usp", (1, 3, 1, 3), [40, 32, 75]),
     "a rank without tokens": copied("ring", (1, 3, 1, 3), [40, 0, 75]),
@@ -147,6 +162,16 @@ COPIED = {
         "usp", (1, 2, 2, 1), [150, 64], dtype=BF16, head_dim=128, batch=2, tile={"block_n": 64}
     ),
     "three stages": copied("ring", (1, 2, 1, 2), [40, 150], tile={"stages": 3}),
+    "causal": copied("usp", (1, 2, 2, 1), [150, 203], causal=True),
+    "causal, state kept, grouped heads": copied(
+        "torus", (2, 2, 2, 2), [33, 64, 133, 40], causal=True, merge=False, kv_heads=1, heads=4
+    ),
+    "causal, positions in stripes": striped(copied("ring", (1, 2, 1, 2), [140, 150], causal=True)),
+    "mask of keys": copied("usp", (1, 2, 1, 2), [40, 150], mask="key", batch=2),
+    "mask of keys, added, head size 128": copied(
+        "usp", (1, 2, 2, 1), [150, 64], mask="key", mask_is_bool=False, head_dim=128, dtype=BF16, tile={"block_n": 64}
+    ),
+    "causal mask of keys": copied("usp", (1, 2, 2, 1), [96, 203], causal=True, mask="key"),
 }
 
 
