@@ -193,14 +193,22 @@ def _compile_rank(
         compiled.report.programs[shared.program] = [schedule.site.name for schedule in shared.schedules]
     lines = [compiled.report.weights, "" if kept is None else kept.line]
     compiled.report.weights = "; ".join(line for line in lines if line)
-    _announce(compiled, session, time.perf_counter() - began)
+    planned_s = time.perf_counter() - began
+    _announce(compiled, session, planned_s)
     machine_of, report = session.topology.machine_of, compiled.report
     tell = functools.partial(setattr, report, "blocks")
     # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
     with autocast_off():
-        local = compile_once(compiled.gm, mode, asked, session.rank, machine_of, session.exchange, tell)
+        local = compile_once(
+            compiled.gm, mode, asked, session.rank, machine_of, session.exchange, tell,
+            functools.partial(_say_progress, report.graph, time.perf_counter()),
+        )  # fmt: skip
     blocks = f", {report.blocks}" if report.blocks else ""
-    log.info("graph %d is ready after %.1f s%s", report.graph, time.perf_counter() - began, blocks)
+    all_s = time.perf_counter() - began
+    log.info(
+        "graph %d is ready after %.1f s: planned in %.1f, compiled in %.1f%s",
+        report.graph, all_s, planned_s, all_s - planned_s, blocks,
+    )  # fmt: skip
     session.meet()
     compared = compared_inputs(example_inputs, asked, captured)
     places = compared, [i for i in compared_weights(example_inputs, asked) if i not in captured.written]
@@ -269,6 +277,14 @@ def _planned(
     if plans is not None and wish.dump is None:
         plans.keep_graph(decided_by, compiled, mark)
     return compiled, whole.mode
+
+
+def _say_progress(graph: int, began: float, done: int, own: int, every: int) -> None:
+    """A line for each piece that this rank has compiled, where there are several; rank 0's is seen."""
+    if every > 1:
+        others = f", other ranks compile {every - own} more" if own < every else ""
+        log.info("graph %d compiling: %d of %d pieces after %.1f s%s", graph, done, own, time.perf_counter() - began,
+                 others)  # fmt: skip
 
 
 def _second_call_speaks(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,19 +16,30 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import fx
 
 from sfcompile.capture.randomness import call_draws
 from sfcompile.lowering.regions import Region, is_pick, letter, region_of, sites_of
-from sfcompile.lowering.repeats import WORTH, cuts
+from sfcompile.lowering.repeats import WORTH, cuts, longest_repeat
 from sfcompile.runtime.rank.ops import sites_from
 from sfcompile.torch_private import FakeTensorMode, OpOverload, takes_list
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Turns = Callable[[Sequence[int]], Iterable[int]]
+"""Of the sizes of pieces, in calls: their numbers, each once, as they are to be compiled. It is asked for the next one
+when the one before is compiled."""
+NAMED = 3
+"""So many differences between blocks are named."""
+
+
+def in_a_row(sizes: Sequence[int]) -> Iterable[int]:
+    """One piece after the other."""
+    return range(len(sizes))
 
 
 class Blocks(NamedTuple):
@@ -50,12 +61,15 @@ class Blocks(NamedTuple):
         between = f"; {others} stretch{'es' * (others > 1)} around them" if others else ""
         return f"{sum(kinds)} blocks, {len(kinds)} distinct, compiled once each{between}"
 
-    def compiled(self, mode: FakeTensorMode, compile: Compile) -> Callable[..., Any]:
+    def compiled(self, mode: FakeTensorMode, compile: Compile, turns: Turns = in_a_row) -> Callable[..., Any]:
         """The graph's callable. ``compile`` is called once for each distinct region."""
         runs: dict[Hashable, Callable[[list[Any]], Sequence[Any]]] = {}
+        first: dict[Hashable, Region] = {}
         for region in self.regions:
-            if region.key not in runs:
-                runs[region.key] = takes_list(compile(*region.as_module(self.gm, mode)))
+            first.setdefault(region.key, region)
+        distinct = list(first.values())
+        for i in turns([len(region.nodes) for region in distinct]):
+            runs[distinct[i].key] = takes_list(compile(*distinct[i].as_module(self.gm, mode)))
         return _in_turn(self.gm, self.regions, [runs[region.key] for region in self.regions])
 
 
@@ -72,6 +86,51 @@ def blocks_of(gm: fx.GraphModule) -> Blocks | None:
     if blocks.spared < WORTH or not all(region.outputs for region in blocks.regions):
         return None
     return blocks
+
+
+def why_distinct(gm: fx.GraphModule) -> str:
+    """Where a graph's blocks call the same operators and are yet no two alike: how many, and what differs. Else ""."""
+    calls = _in_order(gm.graph)
+    loose: dict[Hashable, int] = {}
+    text = [loose.setdefault((node.op, node.target), len(loose)) for node in calls]
+    repeat = longest_repeat(np.asarray(text, dtype=np.int64)) if calls else None
+    if repeat is None or repeat.spared < WORTH or not all(map(_can_leave, gm.graph.nodes)):
+        return ""
+    count = repeat.length // repeat.period
+    rows = [calls[repeat.start + i :: repeat.period][:count] for i in range(repeat.period)]
+    exact = [[letter(node) for node in row] for row in rows]
+    different = [(row, letters) for row, letters in zip(rows, exact, strict=True) if len(set(letters)) > 1]
+    distinct = len(set(zip(*exact, strict=True)))
+    named = [_difference(row) for row, _ in different[:NAMED]]
+    more = f", and {len(different) - NAMED} more" if len(different) > NAMED else ""
+    if not named:
+        return ""
+    return (
+        f"compiled in one piece: {count} blocks call the same operators, {distinct} of them are distinct, "
+        f"by {'; '.join(named)}{more}"
+    )
+
+
+def _difference(row: Sequence[fx.Node]) -> str:
+    """What differs between calls of one place in every block, in words."""
+    shapes = list(dict.fromkeys(str([tuple(node.meta["val"].shape) for node in (each, *each.all_input_nodes)
+                                     if isinstance(node.meta.get("val"), torch.Tensor)]) for each in row))  # fmt: skip
+    numbers = list(dict.fromkeys(", ".join(_constants((node.args, node.kwargs))) for node in row))
+    values = numbers if len(numbers) > 1 else shapes
+    what = "its numbers" if len(numbers) > 1 else "shapes" if len(shapes) > 1 else "strides or dtypes"
+    shown = f" ({' / '.join(values[:NAMED])}{' / ...' if len(values) > NAMED else ''})" if len(values) > 1 else ""
+    return f"{row[0].name} and its like: {what}{shown}"
+
+
+def _constants(value: Any) -> list[str]:
+    """The arguments of a call that are no values of other calls."""
+    if isinstance(value, fx.Node):
+        return []
+    if isinstance(value, tuple | list):
+        return [text for entry in value for text in _constants(entry)]
+    if isinstance(value, dict):
+        return [text for entry in value.values() for text in _constants(entry)]
+    return [repr(value)]
 
 
 def _in_order(graph: fx.Graph) -> list[fx.Node]:

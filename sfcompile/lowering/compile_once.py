@@ -1,4 +1,8 @@
-"""Ranks whose graphs are equal share one compile: the first of them on a machine compiles, the others find it.
+"""Ranks whose graphs are equal share one compile: on a machine each compiles some of the pieces, the others find them.
+
+A graph's pieces are its distinct blocks, or the whole of it. They are dealt out to the ranks of a machine whose graphs
+are equal, the largest first, each to who has least so far. All ranks of the job meet when theirs are compiled, and then
+each takes from the disk what it did not compile. A rank that fails fails all of them there, in its own words.
 
 Inductor keeps what it makes on disk under a key of all that it depends on. That key decides alone what is taken from
 there: where ranks are wrong about their graphs being equal, one of them compiles for itself, and nothing else happens.
@@ -7,7 +11,7 @@ there: where ranks are wrong about their graphs being equal, one of them compile
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +34,15 @@ def compile_once(
     machine_of: Sequence[int],
     exchange: Exchange,
     tell: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int, int], None] = lambda done, own, every: None,
 ) -> Callable[..., Any]:
     """What runs a rank's graph, compiled once on each machine for all ranks whose graphs are equal. Collective.
 
-    Ranks with graphs of their own compile side by side, as the first ones of each kind do.
+    Ranks with graphs of their own compile side by side.
 
     Args:
-        tell: is told of repeated blocks that are compiled once, in words.
+        tell: is told of repeated blocks that are compiled once, in words, or why none are.
+        progress: is told how many pieces this rank has compiled, of how many that are its own, and of how many in all.
     """
     inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     text, bounds = slices_of(gm)
@@ -51,15 +57,38 @@ def compile_once(
         inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     elif names:
         alike = [other for other in alike if everyone[other][1] == everyone[rank][1]]
-    first = min(other for other in alike if machine_of[other] == machine_of[rank])
+    mates = [other for other in alike if machine_of[other] == machine_of[rank]]
+    meetings = 0
 
-    def compile() -> Callable[..., Any]:
-        return with_rows(run_inner(gm, inputs, mode, asked, tell), rows, _device(inputs))
+    def meet() -> None:
+        """Once on every rank, also where a graph has no pieces: a meeting is of all ranks, whatever theirs are like."""
+        nonlocal meetings
+        if not meetings:
+            meetings += 1
+            exchange(None, "compile their graphs")
 
-    mine = compile() if first == rank else None
-    # A word for all to wait by: who compiles is not known of other kinds of graph, and a meeting is of all ranks.
-    exchange(None, "compile their graphs")
-    return compile() if mine is None else mine
+    def turns(sizes: Sequence[int]) -> Iterator[int]:
+        own = dealt(sizes, len(mates))[mates.index(rank)]
+        for done, piece in enumerate(own, 1):
+            yield piece
+            progress(done, len(own), len(sizes))
+        meet()
+        yield from (piece for piece in range(len(sizes)) if piece not in own)
+
+    run = run_inner(gm, inputs, mode, asked, tell, turns)
+    meet()
+    return with_rows(run, rows, _device(inputs))
+
+
+def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """The pieces that each of some ranks compiles: the largest first, each to who has least so far."""
+    own: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
+        least = loads.index(min(loads))
+        own[least].append(piece)
+        loads[least] += sizes[piece]
+    return own
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture.graph import compile_with_inductor
-from sfcompile.lowering.blocks import Blocks, blocks_of
+from sfcompile.lowering.blocks import Blocks, Turns, blocks_of, in_a_row, why_distinct
 from sfcompile.options import Options
 from sfcompile.torch_private import FakeTensorMode, inductor_mode_options
 
@@ -25,12 +25,14 @@ def run_inner(
     mode: FakeTensorMode | None,
     asked: Options,
     tell: Callable[[str], None] = lambda _: None,
+    turns: Turns = in_a_row,
 ) -> Callable[..., Any]:
     """What runs a graph: Inductor, or eager where asked for or no compiler is installed.
 
     Args:
         inputs: fake tensors of ``mode``; with ``mode`` None, those of a graph of Dynamo's, which is compiled whole.
-        tell: is told of repeated blocks that are compiled once, in words.
+        tell: is told of repeated blocks that are compiled once, in words, or why none are.
+        turns: in which order its pieces are compiled.
     """
     if runs_eagerly(inputs, asked):
         return gm.forward
@@ -39,9 +41,12 @@ def run_inner(
         config.update(inductor_mode_options(asked.mode))
     blocks = _blocks(gm, config, asked) if mode is not None else None
     if mode is None or blocks is None:
-        return compile_with_inductor(gm, inputs, mode, config)
+        if mode is not None and asked.compile_blocks != "off" and (why := why_distinct(gm)):
+            tell(why)
+        (run,) = [compile_with_inductor(gm, inputs, mode, config) for _ in turns([len(gm.graph.nodes)])]
+        return run
     tell(str(blocks))
-    return blocks.compiled(mode, lambda region, values: compile_with_inductor(region, values, mode, config))
+    return blocks.compiled(mode, lambda region, values: compile_with_inductor(region, values, mode, config), turns)
 
 
 def _blocks(gm: fx.GraphModule, config: dict[str, Any], asked: Options) -> Blocks | None:

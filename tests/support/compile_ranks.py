@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from typing import Any
@@ -15,10 +16,15 @@ from sfcompile.lowering import compile_once, inner
 
 
 def first_is_lost(rank: int, how: str) -> None:
-    """Two ranks with equal graphs: rank 0 compiles, and in the middle of it raises or is killed."""
+    """Two ranks with equal graphs: rank 0 compiles, and in the middle of it raises or is killed; or rank 1 does, its
+    own piece of two, while rank 0 waits."""
 
-    def run_inner(*_: Any) -> Any:
-        assert rank == 0, "rank 1 was to wait for what rank 0 makes"
+    def run_inner(*args: Any) -> Any:
+        turns = iter(args[-1]([5, 3] if how == "the second raises" else [1]))
+        next(turns)  # of one piece: rank 1 waits here
+        if how == "the second raises":
+            assert rank == 1 or next(turns) and False, "rank 0 was to wait for what rank 1 makes"
+        assert rank == 0 or how == "the second raises", "rank 1 was to wait for what rank 0 makes"
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the compiler's own mistake")
@@ -57,6 +63,11 @@ class Deep(nn.Module):
 
 def repeated_blocks(rank: int, compiler: str) -> None:
     """Two ranks, six equal blocks: one is compiled, beside what is around them; or, where that is asked for, all."""
+    said: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sfcompile").addHandler(handler)
+    logging.getLogger("sfcompile").setLevel(logging.INFO)
     compiled: list[int] = []
     compile = inner.compile_with_inductor
 
@@ -77,6 +88,10 @@ def repeated_blocks(rank: int, compiler: str) -> None:
         report = last_report()
         assert report.sharded_sites == 6 and len(report.gathered) == 1
         assert 2 <= len(compiled) <= 3, compiled
+        lines = [line for line in said if line.startswith("graph 1 ")]
+        assert "planned for 2 ranks in" in lines[0] and "is ready after" in lines[-1], lines
+        assert "planned in" in lines[-1] and "compiled in" in lines[-1] and report.blocks in lines[-1], lines
+        assert len(lines) > 2 and "compiling: 1 of " in lines[1] and "other ranks compile" in lines[1], lines
         assert "1 distinct, compiled once each" in report.blocks and report.blocks in str(report), report.blocks
         whole = torch.compile(model, backend="streamfusion", options=options | {"compile_blocks": "off"})
         if compiler == "eager":

@@ -18,7 +18,7 @@ from threads import run_threads
 from torch import fx
 
 from sfcompile.capture.graph import Captured, capture
-from sfcompile.lowering.blocks import Blocks, blocks_of
+from sfcompile.lowering.blocks import Blocks, blocks_of, why_distinct
 from sfcompile.passes import choose_schedules
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, State
@@ -102,6 +102,16 @@ def test_blocks_compute_what_the_whole_graph_does(row: list[Block], kinds: int, 
     assert str(blocks).startswith(f"{repeated} blocks, ")
     for _ in range(2):
         assert all(map(torch.equal, run(X), want))
+
+
+def test_what_makes_every_block_another_is_said() -> None:
+    graph = in_a_row([block(1.0 + 0.5 * i) for i in range(6)])
+    assert blocks_of(graph.gm) is None
+    said = why_distinct(graph.gm)
+    assert "6 blocks call the same operators, 6 of them are distinct" in said, said
+    assert "its numbers (" in said and " / ..." in said, said
+    assert why_distinct(in_a_row([PLAIN] * 6).gm) == "", "nothing differs"
+    assert why_distinct(in_a_row([PLAIN]).gm) == "", "nothing repeats"
 
 
 def test_dtypes_and_shapes_tell_blocks_apart() -> None:

@@ -56,9 +56,10 @@ def test_the_first_of_each_kind_on_a_machine_compiles(
     seen: list[tuple[int, str]] = []
     lock, rank_of = threading.Lock(), threading.local()
 
-    def run_inner(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
-        with lock:
-            seen.append((rank_of.rank, slices_of(gm)[0]))
+    def run_inner(gm: fx.GraphModule, *args: Any) -> Callable[..., Any]:
+        for _ in args[-1]([7]):
+            with lock:
+                seen.append((rank_of.rank, slices_of(gm)[0]))
         return gm
 
     monkeypatch.setattr(module, "run_inner", run_inner)
@@ -77,6 +78,57 @@ def test_the_first_of_each_kind_on_a_machine_compiles(
     assert [set(order[: len(waves[0])]), set(order[len(waves[0]) :])] == waves
     if keeps:
         assert len({text for _, text in seen}) == len(set(lengths))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "own"),
+    [
+        ([9], 3, [[0], [], []]),
+        ([2, 9, 3, 4], 2, [[1], [3, 2, 0]]),
+        ([5, 5, 5], 4, [[0], [1], [2], []]),
+        ([1, 2, 3], 1, [[2, 1, 0]]),
+        ([], 2, [[], []]),
+    ],
+)
+def test_pieces_are_dealt_out_by_size(sizes: list[int], ranks: int, own: list[list[int]]) -> None:
+    assert module.dealt(sizes, ranks) == own
+
+
+def test_every_piece_is_compiled_by_one_rank_before_the_others_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = [captured(8 * rank, 4) for rank in range(3)]
+    sizes, seen, told = [3, 9, 1, 4], list[tuple[int, int]](), list[tuple[int, int, int, int]]()
+    lock, rank_of = threading.Lock(), threading.local()
+
+    def run_inner(gm: fx.GraphModule, *args: Any) -> Callable[..., Any]:
+        for piece in args[-1](sizes):
+            with lock:
+                seen.append((rank_of.rank, piece))
+        return gm
+
+    monkeypatch.setattr(module, "run_inner", run_inner)
+    monkeypatch.setattr(module, "inductor_keeps", lambda: True)
+
+    def work(rank: int) -> None:
+        rank_of.rank = rank
+        exchange = current_session().exchange
+        compile_once(
+            graphs[rank].gm, graphs[rank].mode, Options(), rank, (0, 0, 0), exchange,
+            progress=lambda *numbers: told.append((rank, *numbers)),
+        )  # fmt: skip
+
+    run_threads(3, work, (0, 0, 0))
+    own = module.dealt(sizes, 3)
+    assert set(seen[:4]) == {(rank, piece) for rank in range(3) for piece in own[rank]}
+    assert len(seen) == 12 and len(set(seen)) == 12, "each rank has every piece in the end"
+    assert sorted(told) == [(rank, done + 1, len(own[rank]), 4) for rank in range(3) for done in range(len(own[rank]))]
+
+
+@pytest.mark.ranks
+def test_a_rank_that_fails_at_its_piece_is_an_error_on_all() -> None:
+    waits, lost = run_outcomes(2, compile_ranks.first_is_lost, ("the second raises",))
+    assert "the compiler's own mistake" in str(lost.error)
+    assert waits.value is None and waits.exit_code is not None, waits
+    assert "rank 1" in str(waits.error) and "the compiler's own mistake" in str(waits.error), waits.error
 
 
 @pytest.mark.ranks
