@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import fx
 
@@ -20,6 +21,8 @@ from sfcompile.passes.rules.per_head import PerHead
 from sfcompile.passes.rules.rule import Side, find_rule
 from sfcompile.passes.rules.windows import Windowed
 from sfcompile.passes.state import Site, State, Tokens
+from sfcompile.runtime.program.intervals import Runs, count
+from sfcompile.runtime.program.value_rows import ValueRows
 from sfcompile.runtime.rank.ops import COMMUNICATION
 
 _GRID_WORK = 0.05
@@ -34,7 +37,7 @@ def run(state: State) -> None:
     """The pass: fills ``tokens`` from attentions' queries, keys and folded batches, grids, and rows of products."""
     graph = state.gm.graph
     seeds = [*seeds_of(state.sites), *seeds_of_rules(graph), *folded_seeds(graph, state.sites)]
-    state.tokens = analyse_tokens(graph, seeds, state.topology.num_ranks)
+    state.tokens = analyse_tokens(graph, seeds, state.topology.num_ranks, state.arrivals)
 
 
 def seeds_of(sites: Sequence[Site], axis: str = "tokens") -> list[tuple[fx.Node, int]]:
@@ -72,15 +75,27 @@ def folded_seeds(graph: fx.Graph, sites: Sequence[Site]) -> list[tuple[fx.Node, 
     return list(seeds.values())
 
 
-def analyse_tokens(graph: fx.Graph, seeds: Sequence[tuple[fx.Node, int]], rows_from: int = 0) -> Tokens:
+def analyse_tokens(
+    graph: fx.Graph,
+    seeds: Sequence[tuple[fx.Node, int]],
+    rows_from: int = 0,
+    arrivals: Mapping[fx.Node, ValueRows] = MappingProxyType({}),
+) -> Tokens:
     """Label the token positions of every value reachable from the seeds ``(value, dim)``.
 
     Args:
         rows_from: where work is left that no seed reaches (a graph without attention, a graph break before it, an
             encoder of something else), label the rows of its results too if there are at least so many; and where
             work is done on a grid whose rows so many ranks cannot share evenly, label another dim of it. 0: never.
+        arrivals: placeholders that come in shards. Those that are cut alike hold the same tokens, and their owners keep
+            them.
     """
     analysis = _Analysis(graph)
+    alike: dict[tuple[Runs, ...], list[tuple[fx.Node, int]]] = {}
+    for value, cut in arrivals.items():
+        alike.setdefault(cut.owned, []).append((value, cut.dim))
+    for owned, values in alike.items():
+        analysis.seed_owned(values, owned)
     for value, dim in seeds:
         analysis.seed(value, dim)
     if rows_from:
@@ -117,6 +132,19 @@ class _Analysis:
     def seed(self, value: fx.Node, dim: int) -> None:
         """Fresh labels for a dim, followed wherever they go."""
         self._add(value, Layout(dim, self.tokens.space.fresh(int(value.meta["val"].shape[dim]))), value)
+        self._follow()
+
+    def seed_owned(self, values: Sequence[tuple[fx.Node, int]], owned: Sequence[Runs]) -> None:
+        """The same fresh labels for a dim of several values, which ranks hold already."""
+        labels = self.tokens.space.fresh(sum(count(runs) for runs in owned))
+        self.tokens.held += [
+            (labels[0][0] + first, length, rank) for rank, runs in enumerate(owned) for first, length in runs
+        ]
+        for value, dim in values:
+            self._add(value, Layout(dim, labels), value)
+        self._follow()
+
+    def _follow(self) -> None:
         while self._queue:
             value, layout = self._queue.popleft()
             for node, side in self._readers.get(value, ()):

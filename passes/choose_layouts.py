@@ -66,7 +66,8 @@ def choose_layouts(
             chosen[value] = prefer[value]
         elif usable:
             chosen[value] = max(usable, key=rank_of)
-    owners = Ownership(tokens.space, line.segments, line.axes, num_ranks, _grains(tokens, chosen, line, num_ranks))
+    grains = _grains(tokens, chosen, line, num_ranks)
+    owners = Ownership(tokens.space, line.segments, line.axes, num_ranks, grains, tokens.held)
     for value, layout in list(chosen.items()):
         if not owners.fits(layout):  # rows with several owners: the next best place, or none
             fitting = [place for place in tokens.layouts[value].values() if place.runs and owners.fits(place)]

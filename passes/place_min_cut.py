@@ -38,8 +38,9 @@ early and gather as late as costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import networkx as nx
 from torch import fx
@@ -54,11 +55,12 @@ from sfcompile.passes.graph.cost import (
     spread_seconds,
     value_bytes,
 )
-from sfcompile.passes.graph.layout import Need, OpLayouts
+from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
 from sfcompile.passes.graph.op_view import OpView, is_getitem, is_tensor
 from sfcompile.passes.rules.rule import statistics_bytes
 from sfcompile.passes.state import Layouts, Placement, State, Tokens, maker_of
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.program.value_rows import ValueRows
 
 Needs = list[Need]
 
@@ -74,7 +76,16 @@ def run(state: State) -> None:
         state.placement = Placement()
         return
     forced, exchange_s = state.asked.shard_everything, state.choices.exchange_s
-    state.placement = place_min_cut(state.gm.graph, state.tokens, state.layouts, state.topology, forced, exchange_s)
+    state.placement = place_min_cut(
+        state.gm.graph,
+        state.tokens,
+        state.layouts,
+        state.topology,
+        forced,
+        exchange_s,
+        crossing=state.asked.crossing,
+        arrivals=state.arrivals,
+    )
 
 
 def price(state: State, layouts: Layouts) -> float:
@@ -97,6 +108,8 @@ def place_min_cut(
     shard_everything: bool,
     exchange_s: Mapping[fx.Node, float] | None = None,
     force_s: float = 1e3,
+    crossing: Sequence[int] = (),
+    arrivals: Mapping[fx.Node, ValueRows] = MappingProxyType({}),
 ) -> Placement:
     """Choose the side of every op.
 
@@ -104,6 +117,8 @@ def place_min_cut(
         shard_everything: price replication so high that whatever can shard does, whatever traffic that takes.
         force_s: how high, in seconds for every op; products are always too dear to replicate then.
         exchange_s: what sharding an attention costs beyond its share of the compute, by node (choose_schedules.py).
+        crossing: outputs that may leave in shards: as outputs they are not read whole.
+        arrivals: placeholders that come in shards: made on side S, whatever this graph does.
     """
     placement = Placement()
     candidates: dict[fx.Node, Needs] = {}
@@ -126,7 +141,12 @@ def place_min_cut(
         net.add_op(node, tokens.views[node], placement.chosen[node], told)
     for value in graph.nodes:
         if is_tensor(value) and maker_of(value) in candidates and any(placement.chosen[maker_of(value)].outs):
-            net.add_reads(value, tokens, placement)
+            net.add_reads(value, tokens, placement, _crosses(graph, value, crossing))
+    for value, cut in arrivals.items():
+        own = layouts.chosen.get(value)
+        # Cut otherwise than this graph has its tokens, it is made whole before the call in any case.
+        if own is not None and all(layouts.owners.dim_runs(own, rank) == runs for rank, runs in enumerate(cut.owned)):
+            net.add_reads(value, tokens, placement, own=own)
     sharded, cut_s = net.solve()
     placement.seconds = cut_s + sum(net.whole_s(op) for node, op in tokens.views.items() if node not in candidates)
     placement.needs = {node: needs for node, needs in candidates.items() if node in sharded}
@@ -151,6 +171,14 @@ def _why_whole(has_rule: bool, chosen: OpLayouts) -> str:
     if all(chosen.owners.same(operand, output) for operand in chosen.ins if operand is not None):
         return "it mixes the tokens of a sharded value"
     return "its operands hold the tokens in layouts that differ"
+
+
+def _crosses(graph: fx.Graph, value: fx.Node, crossing: Sequence[int]) -> bool:
+    """Whether a value may leave in shards wherever it is an output."""
+    if not crossing:
+        return False
+    (results,) = next(node for node in reversed(graph.nodes) if node.op == "output").args
+    return all(i in crossing for i, result in enumerate(results) if result is value)
 
 
 class _Network:
@@ -201,9 +229,21 @@ class _Network:
         self._edge(0, self._ids[node], whole + 1e-9)
         self._share[self._ids[node]] = share
 
-    def add_reads(self, value: fx.Node, tokens: Tokens, placement: Placement) -> None:
-        """Edges of the value's all-gather: who reads it whole; and what moving it to another layout costs."""
-        maker = self._ids[maker_of(value)]
+    def add_reads(
+        self,
+        value: fx.Node,
+        tokens: Tokens,
+        placement: Placement,
+        crosses: bool = False,
+        own: Layout | None = None,
+    ) -> None:
+        """Edges of the value's all-gather: who reads it whole; and what moving it to another layout costs.
+
+        Args:
+            crosses: as an output it may leave in shards.
+            own: its layout, if it comes in shards; else its maker says it.
+        """
+        maker = self._ids[maker_of(value)] if own is None else 0
         gather = self._next
         read = False
         for user in value.users:
@@ -211,20 +251,25 @@ class _Network:
                 op, chosen = tokens.views[user], placement.chosen[user]
                 for operand, need in zip(op.operands, self._candidates[user], strict=True):
                     if operand.node is value:
-                        own = chosen.ins[operand.index]
-                        movable = need is not None and own is not None
+                        held = chosen.ins[operand.index]
+                        movable = need is not None and held is not None
+                        moved = need is not None and held is not None and not chosen.owners.holds(held, need)
+                        if moved and maker == 0:  # other rows than came: of what was made whole
+                            movable = False
                         self._edge(gather, self._ids[user] if movable else 1, None)
-                        if need is not None and own is not None and not chosen.owners.holds(own, need):
-                            self._share[maker] += exchange_seconds(value, chosen.owners, own, need, self._topology)
+                        if maker and moved and need is not None and held is not None:
+                            self._share[maker] += exchange_seconds(value, chosen.owners, held, need, self._topology)
                         read = True
-            elif not is_getitem(user):
+            elif not is_getitem(user) and not (crosses and user.op == "output"):
                 self._edge(gather, 1, None)
                 read = True
         if read:
             self._next += 1
-            chosen = placement.chosen[maker_of(value)]
-            layout = chosen.outs[tokens.views[maker_of(value)].outputs.index(value)]
-            shares = None if layout is None else chosen.owners.shares(layout)
+            shares = None
+            if own is None:
+                chosen = placement.chosen[maker_of(value)]
+                layout = chosen.outs[tokens.views[maker_of(value)].outputs.index(value)]
+                shares = None if layout is None else chosen.owners.shares(layout)
             self._edge(maker, gather, gather_seconds(value, self._topology, shares))
 
     def solve(self) -> tuple[set[fx.Node], float]:

@@ -8,6 +8,7 @@ an exchange (halos, other cuts, another dim), each at most once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from sfcompile.passes.graph.op_view import is_getitem, is_tensor, shape_of
 from sfcompile.passes.rules.attention import Attention
 from sfcompile.passes.rules.rule import statistics_bytes
 from sfcompile.passes.state import Layouts, Placement, State, Tokens, Traffic
+from sfcompile.runtime.program.value_rows import ValueRows
 from sfcompile.torch_private import OpOverload
 
 Key4 = tuple[fx.Node, tuple[Key, Owners] | Window, int]
@@ -46,20 +48,27 @@ def run(state: State) -> None:
 
 def _write(state: State) -> None:
     local = LocalGraph(state.mode, state.layouts.owners, state.rank, state.program, state.asked.wire)
-    parts = state.choices.parts
-    state.traffic = rewrite_local(state.gm, state.tokens, state.layouts, state.placement, local, parts)
+    parts, crossing = state.choices.parts, state.asked.crossing
+    state.traffic = rewrite_local(state.gm, state.tokens, state.layouts, state.placement, local, parts, crossing)
     state.local = local
 
 
 class _Rewriter:
     def __init__(
-        self, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph, parts: int = 1
+        self,
+        tokens: Tokens,
+        layouts: Layouts,
+        placement: Placement,
+        local: LocalGraph,
+        parts: int = 1,
+        crossing: Sequence[int] = (),
     ) -> None:
         self._tokens = tokens
         self._layouts = layouts
         self._owners = layouts.owners if parts == 1 else layouts.owners.split(parts)
         self._placement = placement
         self.traffic = Traffic()
+        self._crossing = crossing
         self._local = local
         self._views = [local.of_part(part, parts) for part in range(parts)]
         self._whole: dict[fx.Node, fx.Node] = {}
@@ -111,7 +120,7 @@ class _Rewriter:
             for view in self._views:
                 view.origin = node
             if node.op == "output":
-                self._local.graph.output(fx.map_arg(node.args[0], self.whole))
+                self._local.graph.output(self._results(node.args[0]))
             elif node in self._placement.needs:
                 self._sharded(node)
             elif is_getitem(node) and node.args[0] in self._shards:
@@ -127,6 +136,27 @@ class _Rewriter:
                     self._check(node)
             else:
                 self._copy(node)
+
+    def _results(self, results: Any) -> Any:
+        """What the graph returns: whole values, but for those that may leave in shards."""
+        if not self._crossing:
+            return fx.map_arg(results, self.whole)
+        shards = {i: self._leave(i, results[i]) for i in self._crossing}
+        whole = [shards.get(i) or fx.map_arg(result, self.whole) for i, result in enumerate(results)]
+        return tuple(whole)
+
+    def _leave(self, place: int, value: Any) -> fx.Node | None:
+        """An output in shards, if it is made so and nobody needs it whole."""
+        layout = self._layouts.chosen.get(value)
+        if value not in self._shards or value in self._whole or layout is None:
+            return None
+        if len(self._views) > 1 and layout.outer > 1:
+            return None
+        shape, ranks = shape_of(value), range(self._layouts.owners.num_ranks)
+        owned = tuple(self._layouts.owners.dim_runs(layout, rank) for rank in ranks)
+        self.traffic.crossing[place] = ValueRows(shape, layout.dim, owned)
+        shards = self._shards[value]
+        return shards[0] if len(shards) == 1 else self._local.join_parts(shards, layout, self._owners)
 
     def _sharded(self, node: fx.Node) -> None:
         op, chosen = self._tokens.views[node], self._placement.chosen[node]
@@ -187,13 +217,20 @@ class _Rewriter:
 
 
 def rewrite_local(
-    gm: fx.GraphModule, tokens: Tokens, layouts: Layouts, placement: Placement, local: LocalGraph, parts: int = 1
+    gm: fx.GraphModule,
+    tokens: Tokens,
+    layouts: Layouts,
+    placement: Placement,
+    local: LocalGraph,
+    parts: int = 1,
+    crossing: Sequence[int] = (),
 ) -> Traffic:
     """Fill ``local`` with this rank's graph. Returns the values that had to be gathered or exchanged.
 
     Args:
         parts: every op on tokens is written so many times, each for a part of this rank's tokens: order_puts.py then
             lets one part travel while another is computed.
+        crossing: outputs that may leave in shards.
 
     Raises:
         CannotSplit: with several parts, where an op needs more than its own part.
@@ -201,7 +238,7 @@ def rewrite_local(
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             setattr(local.root, str(node.target), getattr(gm, str(node.target)))
-    rewriter = _Rewriter(tokens, layouts, placement, local, parts)
+    rewriter = _Rewriter(tokens, layouts, placement, local, parts, crossing)
     rewriter.run(gm.graph)
     local.origin = None
     _drop_dead(local.graph)

@@ -8,8 +8,8 @@ what is missing; a mistake inside a pass of ours is an InternalError.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from torch import fx
@@ -25,24 +25,27 @@ from sfcompile.passes.pipeline import Pass, Restart
 from sfcompile.passes.report.dump import Dump
 from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.state import State
+from sfcompile.runtime.program.value_rows import ValueRows
 from sfcompile.runtime.rank.ops import ATTEND, PUT_FUSED
 from sfcompile.torch_private import autocast_off
 
 OLD_NAMES = {"schedule_puts": "order_puts", "schedule_fused_puts": "fuse_puts", "schedule_sites": "build_schedules"}
 """What passes were called once: orders may still use these names."""
 
-FIELDS = tuple(field.name for field in fields(State) if not field.init)
+FIELDS = tuple(entry.name for entry in fields(State) if not entry.init)
 """The fields of a state that passes make."""
 
 
 @dataclass
 class Compiled:
-    """One rank's graph, the schedules of its communication sites by program, and the plan for people."""
+    """One rank's graph, the schedules of its communication sites by program, the plan for people, and the outputs that
+    leave in shards."""
 
     gm: fx.GraphModule
     programs: dict[str, list[Schedule]]
     report: GraphReport
     kernel_attention: bool = False
+    crossing: Mapping[int, ValueRows] = field(default_factory=dict)
 
     def kernels(self, machine_of: tuple[int, ...], cubins: bool = True) -> dict[str, bytes]:
         """The generated kernels of its attentions as files, if it runs attention that way (codegen/toolchain/files.py).
@@ -144,7 +147,7 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
     state.local.graph.lint()
     state.report.pass_seconds = timings
     gm = fx.GraphModule(state.local.root, state.local.graph, "StreamFusionRank")
-    compiled = Compiled(gm, state.programs, state.report, state.asked.kernels)
+    compiled = Compiled(gm, state.programs, state.report, state.asked.kernels, state.traffic.crossing)
     if writer is not None:
         _write_plan(writer, compiled, machines)
     if strict:

@@ -26,6 +26,7 @@ from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.rules.rule import Rule
 from sfcompile.runtime.program.sites import AnySite, AttentionSite
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.program.value_rows import ValueRows
 from sfcompile.runtime.program.weight_rows import places_of
 
 Agree = Callable[[Callable[[], Any]], Any]
@@ -72,6 +73,8 @@ class Asked:
         copies: groups of machines may compute the same each; not if ranks were split into groups before.
         parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
         wire: how the chunks of attentions are written while they travel.
+        crossing: which outputs may leave in shards, for the graph behind a break.
+        arrivals: which placeholders come in shards from the graph before one, and how they are cut.
         weights: which inputs are weights that ranks hold in shares; None: all are whole.
     """
 
@@ -87,6 +90,8 @@ class Asked:
     copies: bool = True
     parts: tuple[int, ...] = (2, 3)
     wire: Wire = AS_IT_IS
+    crossing: tuple[int, ...] = ()
+    arrivals: Mapping[int, ValueRows] = field(default_factory=dict)
     weights: ShardedWeights | None = None
 
     @property
@@ -121,7 +126,7 @@ class Tokens:
     ``layouts[value][key]`` are the places where tokens sit in a value; ``views`` all calls, ``rules`` those that have
     a rule; ``clashes`` the ops at which two vectors could not be united (a shifted copy of the same tokens); ``rows``
     the seeds beyond the given ones, with the FLOPs of the op; ``turned`` seeds along which grids could be cut instead
-    of along their rows.
+    of along their rows; ``held`` labels that ranks hold already: the first, how many, and whose.
     """
 
     space: LabelSpace = field(default_factory=LabelSpace)
@@ -131,6 +136,7 @@ class Tokens:
     clashes: list[fx.Node] = field(default_factory=list)
     rows: list[tuple[fx.Node, int, float]] = field(default_factory=list)
     turned: list[tuple[fx.Node, int]] = field(default_factory=list)
+    held: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -275,10 +281,12 @@ def maker_of(value: fx.Node) -> fx.Node:
 
 @dataclass
 class Traffic:
-    """What rewrite_local.py moved beside attention: values gathered whole, and values that ranks exchange in part."""
+    """What rewrite_local.py moved beside attention: values gathered whole, and values that ranks exchange in part; and
+    what it did not: outputs that leave in shards, by their places."""
 
     gathers: list[fx.Node] = field(default_factory=list)
     moves: list[tuple[fx.Node, Layout | Window]] = field(default_factory=list)
+    crossing: dict[int, ValueRows] = field(default_factory=dict)
 
 
 @dataclass
@@ -332,6 +340,12 @@ class State:
     report: GraphReport = _by_a_pass()
 
     @property
+    def arrivals(self) -> dict[fx.Node, ValueRows]:
+        """The values that come in shards, and how they are cut."""
+        places = [node for node in self.gm.graph.nodes if node.op == "placeholder"] if self.asked.arrivals else []
+        return {places[i]: cut for i, cut in self.asked.arrivals.items()}
+
+    @property
     def num_groups(self) -> int:
         """Into how many groups of ranks the job is split; 1: it is not."""
         return 1 if self.group is None else len(self.group.groups)
@@ -355,4 +369,6 @@ class State:
         """Key of this program: the same on every rank, different for another graph, topology or option."""
         text = f"{self.gm.code}|{self.topology}|{self.choices}|{self.asked.shard_everything}|{self.asked.wire}"
         shapes = [tuple(n.meta["val"].shape) for n in self.gm.graph.nodes if n.op == "placeholder"]
+        if self.asked.crossing or self.asked.arrivals:
+            text += f"|{self.asked.crossing}|{self.asked.arrivals}"
         return hashlib.sha256(f"{text}|{shapes}".encode()).hexdigest()[:16]

@@ -14,12 +14,13 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import CodeType
+from types import CodeType, MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
+from sfcompile.boundary import across, may_cross
 from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.fewer_breaks import fewer_breaks
@@ -49,6 +50,7 @@ from sfcompile.graph_call import (
     watched,
 )
 from sfcompile.groups import in_group, refuse, refuse_together, session_for, world_size
+from sfcompile.lowering.arrivals import arrivals_of
 from sfcompile.lowering.compile_once import compile_once
 from sfcompile.lowering.inner import run_inner
 from sfcompile.lowering.kept_plans import VARIABLE, KeptPlans, agreed, new_mark
@@ -60,11 +62,13 @@ from sfcompile.passes.report.report import short_source
 from sfcompile.passes.report.whole_call import Skipped
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.program.value_rows import ValueRows
 from sfcompile.runtime.rank import values
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.job_store import check_secret
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, sessions, use_session
+from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 from sfcompile.sharded_weights import shares_of
 from sfcompile.torch_logs import artifacts, speak
@@ -155,6 +159,7 @@ def _compile_rank(
     device = device_of(example_inputs)
     plans = KeptPlans.of(gm, example_inputs, asked, cache_folder() / "plans", registered())
     try:
+        arrivals = arrivals_of(example_inputs)
         captured = _captured(gm, example_inputs, plans)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         refuse_overlap(example_inputs, captured.written, names)
@@ -166,12 +171,13 @@ def _compile_rank(
         if asked.inputs == "rank0":
             raise not_shared(error) from error
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
-        eagerly = any(isinstance(value, ShardedWeight) for value in example_inputs)
+        eagerly = any(isinstance(value, ShardedWeight | ShardedValue) for value in example_inputs)
         return SizedProgram(gm.forward if eagerly else run_inner(gm, example_inputs, None, asked)), True
     capture_s = time.perf_counter() - began
     samples = captured.samples if asked.inputs != "trusted" else 0
     digest = f"{captured.mark}\n{samples}\n{asked.as_dict()}\n{named or session.topology}"
     digest += f"\nshares {shares}" if shares else ""
+    digest += f"\narrivals {arrivals}" if arrivals else ""
     described = _describe(gm, example_inputs, asked, captured.written)
     session.agree(f"{digest}\n{described}", described)
     # Only now: ranks that compile different things have said so, and those that are here share and measure together.
@@ -179,11 +185,14 @@ def _compile_rank(
     links = _links(asked, named, session, example_inputs)
     topology = links.topology
 
-    compiled, mode = _planned(gm, example_inputs, captured, shares, topology, asked, session, plans)
+    crossing = may_cross(gm, captured, asked) if isinstance(captured, Captured) else ()
+    compiled, mode = _planned(gm, example_inputs, captured, shares, topology, asked, session, plans, crossing, arrivals)
     compiled.report.break_reason, compiled.report.links = break_reason(gm), links.source
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked, compiled.masks)
     compiled.report.transport = session.side.carried_by
+    local_gm, boundary = across(compiled, captured, mode, arrivals, session, asked)
+    compiled.report.boundary = boundary.line
     for program, schedules in compiled.programs.items():
         session.load(program, schedules, engines[program])
     name = hashlib.sha256(digest.encode()).hexdigest()
@@ -200,7 +209,7 @@ def _compile_rank(
     # The casts of autocast stand in the graph: with autocast still on around it they would be done twice.
     with autocast_off():
         local = compile_once(
-            compiled.gm, mode, asked, session.rank, machine_of, session.exchange, tell,
+            local_gm, mode, asked, session.rank, machine_of, session.exchange, tell,
             functools.partial(_say_progress, report.graph, time.perf_counter()),
         )  # fmt: skip
     blocks = f", {report.blocks}" if report.blocks else ""
@@ -218,7 +227,7 @@ def _compile_rank(
     if asked.verify:
         assert isinstance(captured, Captured), "nothing is kept where calls are compared with one process"
         verifier = Verifier(gm, captured, asked.verify, asked.wire, functools.partial(setattr, report, "verified"))
-    facts = CallFacts(session, name, names, captured, *places, shared, talks, draw, kept, shares, verifier)
+    facts = CallFacts(session, name, names, captured, *places, shared, talks, draw, kept, shares, verifier, boundary)
     run = as_called(local, facts)
     if device.type == "cpu":
         run = watched(run, compiled, session, topology)
@@ -245,6 +254,8 @@ def _planned(
     asked: Options,
     session: Session,
     plans: KeptPlans | None,
+    crossing: Sequence[int] = (),
+    arrivals: Mapping[int, ValueRows] = MappingProxyType({}),
 ) -> tuple[Compiled, FakeTensorMode]:
     """Collective: this rank's graph and the mode of its values, from the disk on every rank, or from the passes on
     every rank (lowering/kept_plans.py)."""
@@ -268,9 +279,12 @@ def _planned(
             )
 
         def passes(split_batch: bool) -> Compiled:
+            # Shards that cross are of all tokens over all ranks: groups of ranks would have others.
+            split_batch = split_batch and not crossing and not arrivals
             return run_passes(
                 whole, topology, session.rank, wish, session.from_first, split_batch, dump=True,
                 kernels_put=not session.side.no_kernels, weights=shares, homes=session.topology.machine_of,
+                crossing=crossing, arrivals=arrivals,
             )  # fmt: skip
 
         compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sfcompile.boundary import NO_BOUNDARY, Boundary
 from sfcompile.capture.aliases import Alias, refuse_overlap
 from sfcompile.capture.graph import CaptureFacts, present
 from sfcompile.capture.randomness import generator_state, set_generator_state, state_mark
@@ -24,6 +25,7 @@ from sfcompile.options import Options
 from sfcompile.passes.report.steps import PredictedStep, StepWatch
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.session import Session
 from sfcompile.runtime.rank.sharded_weight import marks_of
 from sfcompile.runtime.rank.shared_weights import SharedWeights
@@ -49,6 +51,7 @@ class CallFacts(NamedTuple):
         kept: the weights that are shared by the ranks of a machine; None: every rank holds its own.
         shares: which inputs are weights of which each rank holds some rows.
         verifier: compares first calls with one process; None: nobody does.
+        boundary: which inputs come, and which outputs leave, in shards.
     """
 
     session: Session
@@ -63,6 +66,7 @@ class CallFacts(NamedTuple):
     kept: SharedWeights | None = None
     shares: Sequence[int] = ()
     verifier: Verifier | None = None
+    boundary: Boundary = NO_BOUNDARY
 
 
 def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
@@ -70,6 +74,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
     tensors, written = call.captured.tensor_inputs, call.captured.written
     weights, loaded = Weights(), call.weights
     session, shared, kept, calls = call.session, call.shared, call.kept, itertools.count(1)
+    boundary = call.boundary
     # With rank 0's values in the step, an input that the graph does not write to holds other ones here.
     views = [view for view in call.captured.aliases if shared is None or view.input in written]
 
@@ -81,11 +86,14 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
         called = f"{call.name}/{mark}" if loaded else call.name
         if call.shares:
             called = f"{called}/{marks_of([args[i] for i in call.shares])}"
+        if boundary.inputs:
+            called = f"{called}/{boundary.mark(args)}"
         mine, device = [args[i] for i in call.compared], session.side.device
         looks = shared is None and _can_look(device, next(calls))
         verifier = call.verifier if call.verifier is not None and call.verifier.calls else None
         # Before the call: what they are gathered by has calls of its own.
-        wholes = {} if verifier is None else {i: args[i].whole() for i in call.shares}
+        wholes = {} if verifier is None else {i: args[i].whole() for i in (*call.shares, *boundary.inputs)}
+        arrived = boundary.arrived(args)
         around = {} if verifier is None else autocast_state()
         looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
         # The graph writes to no weight in shares (shares_of refuses it), and its caller to none before it returns.
@@ -94,6 +102,8 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
             inputs = list(args)
             for i in call.shares:
                 inputs[i] = args[i].shard
+            for i, value in arrived.items():
+                inputs[i] = value
             if shared is not None:
                 values = shared.share(session, [*mine, *([generator_state(device)] if call.draws else [])])
                 for i, value in zip(call.compared, values, strict=False):
@@ -105,12 +115,14 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
                 want = verifier.expected(passed, [wholes.get(i, x) for i, x in enumerate(inputs)], around, device)
             out = local(*(inputs[i] for i in tensors))
             if verifier is not None and want is not None:
-                verifier.compare(out, want, session.exchange)
+                verifier.compare(out, boundary.own_rows(want, session.rank), session.exchange)
             if kept is not None and loaded and call.talks:  # a call that talks has compared the marks
                 kept.share_again(mark, [args[i] for i in loaded])
         for i, value in zip(written, out[len(out) - len(written) :], strict=True):
             args[i].copy_(value)
         own = out[: len(out) - len(written)]
+        if boundary.outputs:
+            own = boundary.leave(own, session.rank, f"{called} {fingerprint(looked_at)}")
         return _with_views(own, views, args) if views else own
 
     return run

@@ -29,6 +29,8 @@ WIRES = ("same", "bf16", "fp8")
 COMPILE_BLOCKS = ("auto", "off")
 INPUTS = ("checked", "trusted", "rank0")
 """Whether ranks compare samples of their inputs and weights, trust each other, or take rank 0's inputs."""
+BOUNDARIES = ("whole", "shards")
+"""What a graph that ends at a break hands on: whole values on every rank, or shards that the next graph may take."""
 WEIGHTS = ("whole", "sharded", "sharded-by-machine")
 """Whether every rank holds all weights, all ranks together hold them once, or the ranks of each machine do."""
 REGISTERED_SCHEDULES: set[str] = set()
@@ -89,6 +91,8 @@ class Options:
         weights: "whole" (every rank holds all of them) | "sharded" (all ranks together hold the large ones once) |
             "sharded-by-machine" (the ranks of each machine do). CPU ranks; over several machines "sharded" needs
             sfcompile.shard_weights or sfcompile.load_sharded.
+        boundaries: "whole" (where a graph ends at a break, its results are whole on every rank) | "shards" (each rank
+            keeps its rows of them; what reads one in Python gathers it, which all ranks have to do together).
         strict: raise when anything is left replicated.
         verify: so many first calls of every graph are computed whole too, by every rank, and compared.
         timeout_s: longest wait on a peer, in seconds: 0.1 to a week.
@@ -108,6 +112,7 @@ class Options:
     placement: str = "auto"
     inputs: str = "checked"
     weights: str = "whole"
+    boundaries: str = "whole"
     strict: bool = False
     verify: int = 0
     timeout_s: float = 60.0
@@ -129,7 +134,14 @@ class Options:
                 raise _unknown_key(key)
         if mode is not None and mode not in MODES:
             raise _bad_value("mode", mode, MODES)
-        return cls(**{key: _VALIDATORS[key](key, value) for key, value in asked.items()}, mode=mode)
+        checked = cls(**{key: _VALIDATORS[key](key, value) for key, value in asked.items()}, mode=mode)
+        if checked.boundaries == "shards" and checked.inputs == "rank0":
+            raise OptionError(
+                "boundaries='shards' together with inputs='rank0'",
+                "what crosses between graphs in shards is whole on no rank, so rank 0 cannot send it to the others",
+                "leave one of the two out",
+            )
+        return checked
 
     def check_world(self, world_size: int) -> None:
         """Check mesh and topology against the number of ranks.
@@ -322,6 +334,7 @@ _VALIDATORS: dict[str, Callable[[str, object], Any]] = {
     "placement": _choice(PLACEMENTS),
     "inputs": _choice(INPUTS),
     "weights": _choice(WEIGHTS),
+    "boundaries": _choice(BOUNDARIES),
     "strict": _strict,
     "verify": _verify,
     "timeout_s": _timeout_s,

@@ -131,7 +131,8 @@ class Ownership:
     segments do not all burden rank 0. ``grains``, by first label of a segment: cut it at multiples of that only, and
     in proportion: rank ``r`` begins at row ``floor(r n / ranks)``. The rows of a grid and those of the same grid in
     half as many steps are then cut at the same places, give or take a row. Segments that are glued to a label
-    (``LabelSpace.glued``) and shorter than the ranks are many go to its owner.
+    (``LabelSpace.glued``) and shorter than the ranks are many go to its owner. ``held``: labels (the first, how many)
+    that have an owner already, who keeps them.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Ownership:
         axes: Sequence[int],
         num_ranks: int,
         grains: Mapping[int, int] | None = None,
+        held: Sequence[tuple[int, int, int]] = (),
     ) -> None:
         self._space = space
         self.num_ranks = num_ranks
@@ -150,9 +152,10 @@ class Ownership:
         self._starts: list[int] = []
         self._ends: list[tuple[int, int]] = []  # (end label, rank)
         turn = 0
+        kept = {root: (count, rank) for first, length, rank in held for root, count in space.roots(((first, length),))}
         glued = self._glued()
         for first, length in self.segments:
-            if first in glued:
+            if first in glued or self._keep(first, length, kept):
                 continue
             grain = self._grains.get(first, 1)
             num_grains = length // grain
@@ -176,6 +179,20 @@ class Ownership:
         self._vectors: dict[Owners, NDArray[np.int32]] = {}
         self._held: dict[Runs, tuple[Runs, ...]] = {}
         self._shares: dict[Runs, NDArray[np.float64]] = {}
+
+    def _keep(self, first: int, length: int, kept: Mapping[int, tuple[int, int]]) -> bool:
+        """Leave a segment to those who hold it already, if all of it is held."""
+        pieces = []
+        for start in sorted(kept):
+            count, rank = kept[start]
+            low, high = max(first, start), min(first + length, start + count)
+            if low < high:
+                pieces.append((low, high, rank))
+        if sum(high - low for low, high, _ in pieces) != length:
+            return False
+        for low, high, rank in pieces:
+            self._own(low, high, rank)
+        return True
 
     def _own(self, start: int, end: int, rank: int) -> None:
         at = bisect_right(self._starts, start)

@@ -234,9 +234,27 @@ class LocalGraph:
                 for first, n in mine:
                     stretches.append((first, gathered, at * layout.inner, n * layout.inner))
                     at += n
+        return self._in_order(stretches, layout.dim)
+
+    def join_parts(self, parts: Sequence[fx.Node], layout: Layout, owners: Ownership) -> fx.Node:
+        """This rank's shard in one, from its parts.
+
+        Args:
+            owners: of the parts (Ownership.split).
+        """
+        stretches: list[tuple[int, fx.Node, int, int]] = []
+        for part, shard in enumerate(parts):
+            at = 0
+            for first, n in owners.row_runs(layout, self.rank * len(parts) + part):
+                stretches.append((first, shard, at * layout.inner, n * layout.inner))
+                at += n
+        return self._in_order(stretches, layout.dim) if stretches else parts[0]
+
+    def _in_order(self, stretches: list[tuple[int, fx.Node, int, int]], dim: int) -> fx.Node:
+        """Stretches of rows put together: each with its position, where it is, its place there and its length."""
         stretches.sort(key=lambda entry: entry[0])
-        slices = [self._slice(source, layout.dim, place, place + n) for _, source, place, n in stretches]
-        return self.call(torch.ops.aten.cat.default, [slices, layout.dim], {})
+        slices = [self._slice(source, dim, place, place + n) for _, source, place, n in stretches]
+        return self.call(torch.ops.aten.cat.default, [slices, dim], {})
 
     def window(self, node: fx.Node, window: Window) -> fx.Node:
         """This rank's window of a whole value, cut out locally."""

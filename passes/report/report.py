@@ -62,6 +62,7 @@ class GraphReport:
         links: the constants that the plan was made with, and where they come from.
         transport: what carries chunks between GPU ranks, and why not what would be better; "": CPU ranks.
         steps: how long calls of the graph took on this rank; None: nobody looks.
+        boundary: which inputs come and which outputs leave in shards, in words; "": all are whole.
         wire: how the chunks of attentions travel if not as they are, with the error bound.
         blocks: how many repeated blocks the graph was compiled in, and how many are distinct; "": in one piece.
         fused_puts: puts whose kernels compute what they send, and all puts of q, k and v; None: puts are no kernels.
@@ -101,6 +102,7 @@ class GraphReport:
     unpriced: list[str] = field(default_factory=list)
     graph: int = 0
     break_reason: str = ""
+    boundary: str = ""
     wire: str = ""
     fused_puts: tuple[int, int] | None = None
     verified: str = ""
@@ -191,6 +193,8 @@ class GraphReport:
             rows.append(("blocks", self.blocks))
         if self.wire:
             rows.insert(-1, ("wire", self.wire))
+        if self.boundary:
+            rows.insert(-1, ("boundary", self.boundary))
         if self.verified:
             rows.insert(-1, ("verified", self.verified))
         if self.inputs:

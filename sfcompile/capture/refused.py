@@ -15,9 +15,11 @@ from torch import fx
 
 from sfcompile.capture.wrappers import PutTogether
 from sfcompile.errors import UnsupportedError, source_line
+from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 from sfcompile.torch_private import is_plain, set_grad_enabled
 
+_OURS = (ShardedWeight, ShardedValue)
 _TRANSFORMS = ("_grad_increment_nesting", "_jvp_increment_nesting")
 """Names of the calls in a Dynamo graph by which ``torch.func`` begins to differentiate."""
 
@@ -33,7 +35,7 @@ def refuse_odd_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=False):
-        if isinstance(value, torch.Tensor) and not is_plain(value) and not isinstance(value, ShardedWeight):
+        if isinstance(value, torch.Tensor) and not is_plain(value) and not isinstance(value, _OURS):
             raise UnsupportedError(
                 f"input {node.name!r} is a {type(value).__name__} with layout {value.layout} and dtype {value.dtype}",
                 "tokens are divided, and travel, in plain dense tensors only",

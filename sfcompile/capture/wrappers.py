@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from sfcompile.errors import UnsupportedError
+from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 from sfcompile.torch_private import (
     FunctionalTensor,
@@ -27,6 +28,8 @@ from sfcompile.torch_private import (
     no_torch_function,
     tree_leaves,
 )
+
+_OURS = (ShardedWeight, ShardedValue)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class _Wrapper:
     @classmethod
     def of(cls, value: Any) -> _Wrapper | None:
         """That of a value; None for a plain tensor."""
-        if not isinstance(value, torch.Tensor) or not is_wrapper(value) or isinstance(value, ShardedWeight):
+        if not isinstance(value, torch.Tensor) or not is_wrapper(value) or isinstance(value, _OURS):
             return None
         names, facts = value.__tensor_flatten__()  # type: ignore[attr-defined]
         inside = tuple(cls.of(getattr(value, name)) for name in names)

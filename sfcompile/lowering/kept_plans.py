@@ -44,6 +44,7 @@ from sfcompile.options import Options
 from sfcompile.passes.build_schedules import prove
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.rank import values
+from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.torch_private import FakeTensorMode, static_mode
 from sfcompile.version import __version__
 
@@ -98,6 +99,8 @@ class KeptPlans:
                 raise NoText(f"{VARIABLE}=off")
             if registered or asked.passes:
                 raise NoText(f"passes or rules from outside take part: {registered or asked.passes}")
+            if asked.boundaries != "whole" or any(isinstance(value, ShardedValue) for value in inputs):
+                raise NoText("values cross between graphs in shards")
             if asked.dump is not None or asked.verify:
                 raise NoText("a dump or a comparison with one process is wanted")
             return KeptPlans(folder, f"{text_of_capture(gm, inputs)}\n{asked.as_dict()}")

@@ -38,7 +38,7 @@ def slices_of(gm: fx.GraphModule) -> tuple[str, dict[str, Bounds]]:
     bounds_of: dict[str, Bounds] = {}
     lines = []
     for node in gm.graph.nodes:
-        bounds = _bounds(node)
+        bounds = bounds_of_slice(node)
         args = node.args[:1] if bounds else node.args
         value = node.meta.get("val")
         shape = (tuple(value.shape), value.stride(), str(value.dtype)) if isinstance(value, torch.Tensor) else ""
@@ -56,7 +56,7 @@ def differing(all_bounds: Sequence[Mapping[str, Sequence[int]]]) -> set[str]:
 
 def can_take_out(gm: fx.GraphModule, names: Collection[str]) -> bool:
     """Whether these slices may leave the graph: those of computed values are small beside all that it computes."""
-    written = [_size(node) for node in gm.graph.nodes if node.op == "call_function" and not _bounds(node)]
+    written = [_size(node) for node in gm.graph.nodes if node.op == "call_function" and not bounds_of_slice(node)]
     selected = [_size(node) for node in gm.graph.nodes if node.name in names and _source(node).op != "placeholder"]
     return sum(selected) <= _COPIED * sum(written)
 
@@ -74,7 +74,7 @@ def take_out(gm: fx.GraphModule, mode: FakeTensorMode, names: Collection[str]) -
     last = places[-1]
     rows: list[OwnRows] = []
     for node in list(graph.nodes):
-        bounds = _bounds(node)
+        bounds = bounds_of_slice(node)
         if node.name not in names or bounds is None:
             continue
         source, value = _source(node), node.meta["val"]
@@ -115,7 +115,7 @@ def with_rows(run: Callable[..., Any], rows: Sequence[OwnRows], device: torch.de
     return call
 
 
-def _bounds(node: fx.Node) -> Bounds | None:
+def bounds_of_slice(node: fx.Node) -> Bounds | None:
     """Of a slice by numbers, as they are once what is left out or beyond the end is said; None: it is no such slice."""
     if node.op != "call_function" or node.target is not _SLICE or node.kwargs:
         return None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 from sfcompile.capture.graph import Captured
 from sfcompile.errors import InternalError
-from sfcompile.options import Options
+from sfcompile.options import BATCH_AXIS, Options
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Agree, Asked, ShardedWeights, State
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.program.value_rows import ValueRows
 
 T = TypeVar("T")
 
@@ -54,6 +56,8 @@ def run_passes(
     kernels_put: bool = True,
     weights: Sequence[int] = (),
     homes: Sequence[int] = (),
+    crossing: Sequence[int] = (),
+    arrivals: Mapping[int, ValueRows] = MappingProxyType({}),
 ) -> Compiled:
     """All passes over a captured graph for one rank.
 
@@ -63,6 +67,8 @@ def run_passes(
         dump: write what ``asked.dump`` asks for.
         weights: which inputs are weights that ranks hold in shares, as ``homes`` says: the machine of each rank, which
             need not be those that are planned for. Left out: it is.
+        crossing: which outputs may leave in shards.
+        arrivals: which inputs come in shards, and how they are cut.
     """
     values = [node.meta["val"] for node in captured.gm.graph.nodes if node.op == "placeholder"]
     on_gpu = any(value.device.type == "cuda" for value in values)
@@ -79,6 +85,9 @@ def run_passes(
         late_reads=on_gpu,
         split_batch=split_batch,
         wire=asked.wire,
+        # A group of ranks holds rows of its own samples only: what it hands on would be no shard of the value.
+        crossing=() if asked.mesh and asked.mesh.get(BATCH_AXIS, 1) > 1 else tuple(crossing),
+        arrivals={captured.tensor_inputs.index(i): cut for i, cut in arrivals.items()},
         # Kernels take all tokens at a time: they overlap inside. And a gathered weight is read once.
         parts=() if kernels or weights else Asked.parts,
         weights=ShardedWeights(places, topology.on(tuple(homes)) if homes else topology, rank) if places else None,

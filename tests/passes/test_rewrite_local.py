@@ -5,9 +5,10 @@ import torch
 from graph_text import parse, same
 from helpers import captured, check_sharded, placeholder_values, rewritten, run_compiled
 from torch import fx
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from sfcompile.errors import InternalError
+from sfcompile.lowering.arrivals import takes_shard
 from sfcompile.passes.rules.linked import Linked
 from sfcompile.passes.runner import run_pipeline
 from sfcompile.passes.state import Asked, State
@@ -51,6 +52,39 @@ def test_one_rank_of_three_slices_computes_and_gathers() -> None:
         return z
         """,  # noqa: E501
     )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_outputs_leave_in_shards_and_come_in_them(parts: int) -> None:
+    """One block in two graphs: the first gathers nothing, and what the second reads of it is what the first left."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 7, 8), *(0.2 * torch.randn(8, 8) for _ in range(3))]
+
+    def before(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x @ weight for weight in weights)
+
+    def behind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.view(2, 7, 2, 4).transpose(1, 2) for y in (q, k, v))
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2) * 1
+
+    topology, only = Topology.grid(1, 2), (parts,) if parts > 1 else ()
+    states, graphs = [], []
+    for rank in range(2):
+        got = captured(before, *inputs)
+        first = State(got.gm, got.mode, topology, rank, Asked(shard_everything=True, crossing=(0, 1, 2)))
+        graphs.append(run_pipeline(first).gm(*inputs))
+        assert not first.traffic.gathers and list(first.traffic.crossing) == [0, 1, 2]
+        got = captured(behind, *before(*inputs))
+        asked = Asked(shard_everything=True, split_batch=False, parts=only, arrivals=first.traffic.crossing)
+        states.append(State(got.gm, got.mode, topology, rank, asked))
+    (cut, *_), want = first.traffic.crossing.values(), before(*inputs)
+    for rank, (results, state) in enumerate(zip(graphs, states, strict=True)):
+        for place, result in enumerate(results):
+            mine = torch.cat([want[place][:, first : first + n] for first, n in cut.owned[rank]], 1)
+            torch.testing.assert_close(result, mine)
+        gm = run_pipeline(state).gm
+        assert [site.name for site in state.local.sites] == ["scaled_dot_product_attention", "output"]
+        assert all(takes_shard(gm, place, cut, rank) for place in range(3))
 
 
 def test_literal_sizes_are_this_ranks_own() -> None:

@@ -1,4 +1,7 @@
-"""Real clients of the backend, tiny and with random weights: diffusers pipelines and a plain PyTorch DiT."""
+"""Real clients of the backend, tiny and with random weights: diffusers pipelines and a plain PyTorch DiT.
+
+Pipelines take ``times``: their networks are so many times as wide, and their transformers so many times as deep.
+"""
 
 from __future__ import annotations
 
@@ -35,25 +38,26 @@ def redrawn(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def image_pipeline() -> Any:
+def image_pipeline(times: int = 1) -> Any:
     """Flux: CLIP and T5 encoders, transformer, VAE, flow-matching scheduler."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
     clip = CLIPTextConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1,
-        bos_token_id=0, projection_dim=32,
+        vocab_size=32, hidden_size=32 * times, intermediate_size=37 * times, num_hidden_layers=2, num_attention_heads=4,
+        eos_token_id=1, bos_token_id=0, projection_dim=32 * times,
     )  # fmt: skip
-    t5 = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    t5 = T5Config(vocab_size=32, d_model=32 * times, d_kv=8 * times, d_ff=37 * times, num_layers=2, num_heads=4)
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        in_channels=3, out_channels=3, block_out_channels=(8 * times, 16 * times), latent_channels=4, norm_num_groups=4,
+        sample_size=32, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5,
     )  # fmt: skip
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=4,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+        patch_size=1, in_channels=16, num_layers=times, num_single_layers=times, attention_head_dim=16 * times,
+        num_attention_heads=4, joint_attention_dim=32 * times, pooled_projection_dim=32 * times,
+        axes_dims_rope=(4 * times, 4 * times, 8 * times),
     )  # fmt: skip
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -66,18 +70,18 @@ def image_pipeline() -> Any:
     )
 
 
-def two_experts() -> Any:
+def two_experts(times: int = 1) -> Any:
     """A video pipeline whose early steps run one transformer and whose late steps run another."""
     from diffusers import WanPipeline
 
-    pipe, other = video_pipeline(), video_pipeline().transformer
+    pipe, other = video_pipeline(times), video_pipeline(times).transformer
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.9)
     return WanPipeline(**{**pipe.components, "transformer_2": other}, boundary_ratio=0.8)
 
 
-def audio_pipeline() -> Any:
+def audio_pipeline(times: int = 1) -> Any:
     """Stable Audio: T5 encoder, a projection of the times, transformer, convolutional VAE of the waveform."""
     from diffusers import (
         AutoencoderOobleck,
@@ -89,20 +93,21 @@ def audio_pipeline() -> Any:
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
-    text = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    text = T5Config(vocab_size=32, d_model=32 * times, d_kv=8 * times, d_ff=37 * times, num_layers=2, num_heads=4)
     vae = AutoencoderOobleck(
-        encoder_hidden_size=8, downsampling_ratios=[2, 2], channel_multiples=[1, 2], decoder_channels=8,
+        encoder_hidden_size=8 * times, downsampling_ratios=[2, 2], channel_multiples=[1, 2], decoder_channels=8 * times,
         decoder_input_channels=4, audio_channels=2, sampling_rate=64,
     )  # fmt: skip
     transformer = StableAudioDiTModel(
-        sample_size=63, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
-        num_key_value_attention_heads=2, cross_attention_dim=32, time_proj_dim=8, global_states_input_dim=64,
-        cross_attention_input_dim=32,
+        sample_size=63 if times == 1 else 1023, in_channels=4, out_channels=4, num_layers=2 * times,
+        attention_head_dim=16 * times, num_attention_heads=4, num_key_value_attention_heads=2,
+        cross_attention_dim=32 * times, time_proj_dim=8, global_states_input_dim=64 * times,
+        cross_attention_input_dim=32 * times,
     )  # fmt: skip
     return StableAudioPipeline(
         vae=vae.eval(),  # its weights as they are drawn: periodic activations of larger ones magnify rounding
         text_encoder=redrawn(T5EncoderModel(text)),
-        projection_model=redrawn(StableAudioProjectionModel(32, 32, 0, 512)),
+        projection_model=redrawn(StableAudioProjectionModel(32 * times, 32 * times, 0, 512)),
         tokenizer=tokenizer(24),
         transformer=redrawn(transformer),
         # Few steps from little noise: from much, random weights make a thousand of a rounding error.
@@ -112,20 +117,20 @@ def audio_pipeline() -> Any:
     )
 
 
-def video_pipeline() -> Any:
+def video_pipeline(times: int = 1) -> Any:
     """Wan: UMT5 encoder, transformer, causal video VAE, flow-matching scheduler."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
-    text = UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    text = UMT5Config(vocab_size=32, d_model=32 * times, d_kv=8 * times, d_ff=37 * times, num_layers=2, num_heads=4)
     vae = AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=3 * times, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
     transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=16, in_channels=16, out_channels=16,
-        text_dim=32, freq_dim=64, ffn_dim=96, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=16 * times, in_channels=16, out_channels=16,
+        text_dim=32 * times, freq_dim=64, ffn_dim=96 * times, num_layers=2 * times, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
     )  # fmt: skip
     return WanPipeline(
         tokenizer=tokenizer(24),

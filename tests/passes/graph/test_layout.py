@@ -103,6 +103,18 @@ def test_padding_goes_to_the_owner_of_the_edge() -> None:
     assert Ownership(space, segments, [0] * 4, 2).owners(before) == ((0, 1), (1, 1)), "enough of it to be shared"
 
 
+def test_who_holds_labels_keeps_them() -> None:
+    space = LabelSpace()
+    (held,), (fresh,) = space.fresh(7), space.fresh(4)
+    pieces = [(0, 1, 0), (1, 4, 1), (5, 2, 0)]
+    owners = Ownership(space, [held, fresh], [0, 1], 2, held=pieces)
+    assert owners.owners((held,)) == ((0, 1), (1, 4), (0, 2)) and owners.owners((fresh,)) == ((0, 2), (1, 2))
+    torn = Ownership(space, [(0, 3), (3, 4)], [0, 0], 2, held=pieces)
+    assert torn.owners((held,)) == owners.owners((held,)), "whoever tears them"
+    two_owners = Ownership(space, [held], [0], 2, held=[*pieces, (0, 7, 1)])
+    assert two_owners.owners((held,)) == ((0, 4), (1, 3)), "nobody's word counts then"
+
+
 def test_single_tokens_map_where_their_dim_is_kept() -> None:
     assert map_through_view(Layout(1, ((0, 1),)), (2, 1, 5), (2, 5)) is None
     assert map_through_view(Layout(1, ((0, 1),)), (2, 1, 6), (2, 1, 2, 3)) == Layout(1, ((0, 1),))

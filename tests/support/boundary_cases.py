@@ -1,0 +1,100 @@
+"""``options={"boundaries": "shards"}`` on one rank: ``run(rank, CASE)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from model_cases import close, compiled, tokens
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from sfcompile.backend import reports
+from sfcompile.passes.report.report import GraphReport
+
+
+def run(rank: int, case: str) -> None:
+    """One case on one rank."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        globals()[f"case_{case}"]()
+
+
+class Broken(nn.Module):
+    """A block whose attention stands in another graph than its q, k and v, with Python between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def between(self, x: torch.Tensor, *values: torch.Tensor) -> None:
+        """What Python does with them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.sin(x)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        torch._dynamo.graph_break()
+        torch._dynamo.disable(self.between)(x, q, k, v)
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (q, k, v))
+        return x + self.out(sdpa(q, k, v).transpose(1, 2).flatten(2))
+
+
+def both(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> list[GraphReport]:
+    """Two calls against one process; the reports of its graphs."""
+    want, before = [model(*inputs), model(*(x * 0.5 for x in inputs))], len(reports())
+    call = compiled(model, placement="shard", boundaries="shards", **options)
+    for _ in range(2):
+        close(call(*inputs), want[0])
+        close(call(*(x * 0.5 for x in inputs)), want[1])
+    return reports()[before:]
+
+
+def case_split() -> None:
+    """q, k and v meet in one attention site, and nothing but the model's output is gathered."""
+    plans = both(Broken(), tokens())
+    assert [len(plan.gathered) for plan in plans] == [0, 1], [str(plan) for plan in plans]
+    assert sum(plan.sharded_sites for plan in plans) == 1
+    assert plans[1].boundary == "4 inputs in shards; 0 outputs in shards", plans[1].boundary
+
+
+def case_read() -> None:
+    """Python reads one value, writes to another, to a view of a third: readers see what one process sees."""
+
+    class Reads(Broken):
+        def between(self, x: torch.Tensor, *values: torch.Tensor) -> None:
+            q, k, v = values
+            assert float(q.abs().max()) > 0.1
+            x.mul_(0.5 + float(q.numpy()[0, 0, 0]))
+            k[:, :5].zero_()
+            v.add_(1.0)
+
+    both(Reads(), tokens(), verify=1)
+
+
+def case_uneven() -> None:
+    """Two streams whose lengths do not divide, joined behind a break; what is cut in two segments crosses another."""
+
+    class Joint(Broken):
+        def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            x, text = self.out(self.norm(x)), self.out(self.norm(text))
+            torch._dynamo.graph_break()
+            x = torch.cat([text, x], 1)
+            q, k, v = self.qkv(x).chunk(3, -1)
+            torch._dynamo.graph_break()
+            q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (q, k, v))
+            return self.out(x + sdpa(q, k, v).transpose(1, 2).flatten(2))
+
+    plans = both(
+        Joint(),
+        torch.randn(2, 37, 32, generator=torch.Generator().manual_seed(0)),
+        tokens()[:, :7].contiguous(),
+        verify=2,
+    )
+    assert [len(plan.gathered) for plan in plans] == [0, 0, 1], [str(plan) for plan in plans]
+    crossing = [plan.boundary for plan in plans]
+    assert crossing == [
+        "0 inputs in shards; 2 outputs in shards",
+        "2 inputs in shards; 4 outputs in shards",
+        "4 inputs in shards; 0 outputs in shards",
+    ], crossing
