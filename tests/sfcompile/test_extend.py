@@ -139,3 +139,11 @@ def test_a_topology_has_a_name() -> None:
             extend.register_topology("bad", flops=1.0)
     with pytest.raises(TopologyError, match="preset 'lab' is unknown"):
         Topology.parse("2x4:lab")
+
+
+def test_what_was_registered_from_outside_is_named() -> None:
+    assert extend.registered() == ""
+    with extend.scope():
+        extend.register_row_wise("somebody::op")
+        assert "somebody::op" in extend.registered()
+    assert extend.registered() == ""
