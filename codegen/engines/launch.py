@@ -12,7 +12,7 @@ import torch
 from sfcompile.codegen.engines.target import INTERPRETED_PROGRAMS, KernelTarget
 from sfcompile.codegen.kernels.attend import attend_source
 from sfcompile.codegen.kernels.moves import MoveSpec, collect_source, move_arguments, put_source
-from sfcompile.codegen.kernels.spec import KernelSpec, attend_arguments, spec_of
+from sfcompile.codegen.kernels.spec import KernelSpec, attend_arguments, schedule_reach, spec_of
 from sfcompile.codegen.kernels.tables import KEY, QUERY, KernelTables, make_tables
 from sfcompile.codegen.kernels.text import TAG_BITS
 from sfcompile.codegen.rows.rows import FUSED_OPTIONS, RowProgram
@@ -78,20 +78,21 @@ class AttendKernel:
         if spec.fetch == "tma":  # by rows of the bank
             places = self.tables.keys[:, [KEY.index("k_at"), KEY.index("v_at")]]
             assert (places % (spec.head_dim * spec.element_bytes) == 0).all(), "a chunk begins within a row"
+        self.reach = schedule_reach(schedule, machine_of)  # of puts and collects; the attention's may be less
         self.source = attend_source(self.spec)
         self.kernel = target.load(self.source, "attend", self.spec.reach)
         self._puts: dict[str, Any] = {  # by tensor, or by key of a row program and how rows travel
-            name: target.load(put_source(self._move_spec(width, name)), "put", self.spec.reach)
+            name: target.load(put_source(self._move_spec(width, name)), "put", self.reach)
             for name, width in (("q", self.site.head_dim), ("k", self.site.head_dim), ("v", self.site.v_head_dim))
         }
         home = collect_source(self._move_spec(self.site.v_head_dim, "o"))
-        self._collect = target.load(home, "collect", self.spec.reach)
+        self._collect = target.load(home, "collect", self.reach)
         self._programs = target.programs or (INTERPRETED_PROGRAMS if target.interpreted else 0)
         self.fixed = self._tensors()
 
     def _move_spec(self, width: int, tensor: str) -> MoveSpec:
         written = self.site.written(tensor)
-        return MoveSpec(self.spec.dtype, width, self.spec.reach, written=written)
+        return MoveSpec(self.spec.dtype, width, self.reach, written=written)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Tables and workspace on the device."""
@@ -154,24 +155,24 @@ class AttendKernel:
         x = x if x.stride(-1) == 1 else x.contiguous()
         values = self._common(heap) | self._puts_of(tensor) | _strided("x", x)
         names = move_arguments("put")
-        self.target.move(self._puts[tensor], [values[name] for name in names], self.spec.reach)
+        self.target.move(self._puts[tensor], [values[name] for name in names], self.reach)
 
     def put_fused(self, tensor: str, rows: RowProgram, sources: Sequence[torch.Tensor], heap: HeapView) -> None:
         """:meth:`put` of what a row program makes of its sources; the kernel is made at the first call."""
         spec = self._move_spec(rows.width, tensor)
         kept = f"{rows.key} {spec.written}"
         if kept not in self._puts:
-            self._puts[kept] = self.target.load(put_source(spec, rows), "put", self.spec.reach)
+            self._puts[kept] = self.target.load(put_source(spec, rows), "put", self.reach)
         values = self._common(heap) | self._puts_of(tensor) | rows.bind(sources)
         names = move_arguments("put", rows)
-        self.target.move(self._puts[kept], [values[name] for name in names], self.spec.reach, **FUSED_OPTIONS)
+        self.target.move(self._puts[kept], [values[name] for name in names], self.reach, **FUSED_OPTIONS)
 
     def collect(self, out: torch.Tensor, heap: HeapView) -> None:
         """Wait for the outputs that come home and copy them into ``out`` [B, H, Lq, E]."""
         counts = {"num_collects": len(self.tables.collects), "num_slots": len(self.fixed["slots"])}
         values = self._common(heap) | _strided("out", out) | counts
         names = move_arguments("collect")
-        self.target.move(self._collect, [values[name] for name in names], self.spec.reach)
+        self.target.move(self._collect, [values[name] for name in names], self.reach)
 
     def _puts_of(self, tensor: str) -> dict[str, Any]:
         return {"puts_ptr": self.fixed[f"put_{tensor}"], "num_puts": len(self.tables.puts[tensor])}

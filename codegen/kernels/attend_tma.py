@@ -22,7 +22,11 @@ the way. The way is
     peer's stores -> its release -> acquire of the poll, by a lane of the producer -> warp barrier
                   -> fence.proxy.async.global, by every lane -> the copy, by one lane of the same warp
 
-so the fence stands after the acquire and in the thread that copies, and covers later copies of this program too: they
+What came by NVSHMEM lies in this rank's heap and goes the same way: its signal is raised behind its data, and the
+acquire orders what a network card wrote as it does for loads of the generic proxy (device.py); from there on the fence
+makes it as visible to copies.
+
+So the fence stands after the acquire and in the thread that copies, and covers later copies of this program too: they
 follow in its program order, of a chunk whose signal it has seen. A fence for shared memory only would not do. The other
 way round, a bank is overwritten after the credit; the credit follows the kernel, the kernel its consumers, and they
 waited for the barrier that every copy completes.

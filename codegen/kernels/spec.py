@@ -44,8 +44,8 @@ class KernelSpec:
         mask: "none", "key" (one row for all heads and queries: [B or 1, 1, 1, Lk]) or "full".
         mask_is_bool: True may attend; else the mask is added to the scores.
         group: query heads per K/V head.
-        reach: "peer" (every destination by load and store), "nvshmem" (every one by NVSHMEM) or "mixed" (said by the
-            tables, per destination).
+        reach: of what this kernel sends: "peer" (every destination by load and store, or nothing is sent), "nvshmem"
+            (every one by NVSHMEM) or "mixed" (said by the tables, per destination).
         forwards, pushes: whether chunks are passed on round a ring, whether outputs are sent home.
         wire: how chunks that have come, and outputs that leave, are written.
         carry: whether some query is attended in several units, so that its softmax state is kept in memory between.
@@ -200,8 +200,8 @@ _TMA_KEYS = (64, 128)
 
 
 def fetched_by_tma(site: AttentionSite, arch: int, reach: str, mask: str, wire: Wire, rows: set[int]) -> bool:
-    """Whether attend_tma.py writes a site's kernel: half precision on sm_90, no mask of queries and keys, every rank
-    within reach of loads and stores (NVSHMEM's puts need all threads of a program), no chunk of ``rows`` too short."""
+    """Whether attend_tma.py writes a site's kernel: half precision on sm_90, no mask of queries and keys, nothing sent
+    out of reach of loads and stores (NVSHMEM's puts need all threads of a program), no chunk of ``rows`` too short."""
     plain = mask != "full" and wire == AS_IT_IS and reach == "peer"
     # Both leave no registers for a warpgroup of head size 128: ten words are spilled.
     plain = plain and not (mask == "key" and site.causal and site.head_dim > 64)
@@ -265,7 +265,10 @@ def spec_of(
             "use attention='aten' for this model",
         )
     steps = schedule.origin.phases["attend"]
-    reach, group = _reach(schedule, machine_of), site.heads // site.kv_heads
+    sent = {
+        step.to_slot if isinstance(step, Forward) else step.slot for step in steps if isinstance(step, Forward | Push)
+    }
+    reach, group = schedule_reach(schedule, machine_of, sent), site.heads // site.kv_heads
     more = reach != "peer" or group > 1 or site.causal or mask[0] == "key"
     wire = _wire(schedule)
     coded = (wire.q, wire.k, wire.v) != (SAME,) * 3
@@ -305,13 +308,21 @@ def _wire(schedule: AttentionSchedule) -> Wire:
     return AS_IT_IS._replace(**{name: schedule.site.written(name) for name in travels})
 
 
-def _reach(schedule: Schedule, machine_of: tuple[int, ...] | None) -> str:
+def schedule_reach(schedule: Schedule, machine_of: tuple[int, ...] | None, slots: set[int] | None = None) -> str:
+    """How ranks reach those whose slots they fill: "peer", "nvshmem" or "mixed".
+
+    Args:
+        machine_of: of each rank of the mesh; None: all reach each other.
+        slots: only these; an attention kernel fills those of chunks passed on and of outputs sent home. What it waits
+            for and reads lies in its own rank's heap, however it came there.
+    """
     if machine_of is None:
         return "peer"
     members = len(machine_of)
     across = {
         machine_of[int(src)] != machine_of[rank]
         for arrival in schedule.origin.arrivals
+        if slots is None or arrival.slot in slots
         for rank, src in zip(range(members), schedule.mesh.ranks_after(arrival.src), strict=True)
     }
     return "mixed" if len(across) == 2 else "nvshmem" if True in across else "peer"

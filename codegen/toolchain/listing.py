@@ -10,7 +10,7 @@ from pathlib import Path
 from sfcompile.codegen.kernels.chunks import ChunkSpec
 from sfcompile.codegen.kernels.moves import MoveSpec
 from sfcompile.codegen.kernels.reach import reach_of
-from sfcompile.codegen.kernels.spec import KernelSpec, spec_of
+from sfcompile.codegen.kernels.spec import KernelSpec, schedule_reach, spec_of
 from sfcompile.codegen.kernels.tables import make_tables
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
@@ -79,16 +79,17 @@ def compiled_kernels(
             yield name, compile_attend(spec.with_(carry=carry), arch, library)
         alike = site.written("q") == site.written("k")
         for name in ("qk", "v") if alike else ("q", "k", "v"):
-            yield f"put-{name}", compile_move("put", _move_spec(spec, schedule, name[0]), arch, library)
-        yield "collect", compile_move("collect", _move_spec(spec, schedule, "o"), arch, library)
+            yield f"put-{name}", compile_move("put", _move_spec(spec, schedule, machines, name[0]), arch, library)
+        yield "collect", compile_move("collect", _move_spec(spec, schedule, machines, "o"), arch, library)
     else:
         for name in ("send", "receive"):
             yield name, compile_chunks(name, ChunkSpec(reach), arch, library)
     yield "release", compile_chunks("release", ChunkSpec(reach), arch, library)
 
 
-def _move_spec(spec: KernelSpec, schedule: AttentionSchedule, tensor: str) -> MoveSpec:
-    return MoveSpec(spec.dtype, schedule.width(tensor), spec.reach, written=schedule.site.written(tensor))
+def _move_spec(spec: KernelSpec, schedule: AttentionSchedule, machines: tuple[int, ...], tensor: str) -> MoveSpec:
+    reach = schedule_reach(schedule, machines)
+    return MoveSpec(spec.dtype, schedule.width(tensor), reach, written=schedule.site.written(tensor))
 
 
 def write_kernels(

@@ -9,7 +9,14 @@ import torch
 from kernel_ranks import Job, make_site
 
 from sfcompile.codegen.kernels import spec as spec_module
-from sfcompile.codegen.kernels.spec import KernelSpec, cannot_generate, has_tensor_copies, spec_of, tiles_for
+from sfcompile.codegen.kernels.spec import (
+    KernelSpec,
+    cannot_generate,
+    has_tensor_copies,
+    schedule_reach,
+    spec_of,
+    tiles_for,
+)
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.errors import UnsupportedError
 from sfcompile.options import AS_IT_IS, Wire
@@ -103,3 +110,15 @@ def test_an_older_triton_keeps_the_kernel_that_it_knows(monkeypatch: pytest.Monk
 def test_a_state_has_room_for_what_each_way_keeps() -> None:
     assert KernelSpec("bf16", 64, 40, 1.0).state_words == 64 + 2
     assert KernelSpec("bf16", 128, 128, 1.0, fetch="tma").state_words * 64 == 128 * (64 + 2 + 2)
+
+
+def test_the_reach_of_an_attention_is_that_of_what_it_sends() -> None:
+    """Keys and values that come from another machine lie in the rank's own heap: to read them takes no NVSHMEM."""
+    two = (0, 0, 1, 1)
+    gathered = Job("allgather", 2, 2, 2, 2, attention().site, True)
+    assert schedule_reach(gathered.schedule(), two) == "mixed"
+    spec = spec_of(gathered.schedule(), 90, two)  # type: ignore[arg-type]
+    assert (spec.reach, spec.forwards, spec.fetch) == ("peer", True, "tma")
+    around = Job("allgather", 2, 2, 2, 2, attention().site, True, "ring")
+    assert spec_of(around.schedule(), 90, two).reach == "nvshmem"  # type: ignore[arg-type]
+    assert spec_of(attention(), 90, two).reach == schedule_reach(attention(), two)

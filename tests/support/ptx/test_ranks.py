@@ -162,6 +162,7 @@ COPIED = {
         "usp", (1, 2, 2, 1), [150, 64], dtype=BF16, head_dim=128, batch=2, tile={"block_n": 64}
     ),
     "three stages": copied("ring", (1, 2, 1, 2), [40, 150], tile={"stages": 3}),
+    "all gathered, from two machines": copied("allgather", (2, 2, 2, 2), [40, 64, 33, 75], net=True),
     "causal": copied("usp", (1, 2, 2, 1), [150, 203], causal=True),
     "causal, state kept, grouped heads": copied(
         "torus", (2, 2, 2, 2), [33, 64, 133, 40], causal=True, merge=False, kv_heads=1, heads=4
