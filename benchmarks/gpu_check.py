@@ -66,7 +66,7 @@ SECTIONS = (
     ),
     Section(
         "apart", "gpu_check_kernels", "ranks as launches of their own, side by side", 150,
-        decides="whether Hopper's kernel, whose tiles a warp of its own fetches, may be used here",
+        decides="whether Hopper's kernel, whose tiles a warp of its own fetches, may be used here, also with masks",
     ),
     Section(
         "bounded", "gpu_check_kernels", "waits give up and say what they waited for", 100,

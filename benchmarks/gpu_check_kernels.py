@@ -12,6 +12,7 @@ import torch
 from gpu_check_report import Bench, compare, distance, exact, inputs_of, name_of, sdpa, site_of
 from virtual_ranks import VirtualRanks
 
+from sfcompile.codegen.engines.launch import mask_kind
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.kernels.spec import has_tensor_copies
 from sfcompile.codegen.schedule.builders import BUILDERS, build
@@ -138,18 +139,32 @@ def apart(bench: Bench) -> None:
     """Ranks as launches of their own, side by side and each on a few programs: on Hopper by the kernel whose tiles a
     warp of its own fetches, which is written for one rank a launch."""
     half, brain = torch.float16, torch.bfloat16
-    every = [("ulysses", 2, brain, 64), ("ring", 2, half, 128), ("usp", 4, brain, 128), ("torus", 4, half, 64)]
-    for kind, ranks, dtype, size in bench.mine([("ulysses", 2, half, 32)] if bench.dry else every):
-        name = f"{kind} on {ranks} ranks, {name_of(dtype)} D={size}, a launch each"
+    every = [
+        ("ulysses", 2, brain, 64, ""), ("ring", 2, half, 128, ""), ("usp", 4, brain, 128, ""),
+        ("torus", 4, half, 64, ""), ("ulysses", 2, brain, 128, "causal"), ("ring", 2, half, 64, "causal"),
+        ("ulysses", 2, half, 128, "key"), ("usp", 4, brain, 64, "key"), ("torus", 4, brain, 64, "causal key"),
+    ]  # fmt: skip
+    for kind, ranks, dtype, size, hides in bench.mine([("ulysses", 2, half, 32, "causal key")] if bench.dry else every):
+        name = f"{kind} on {ranks} ranks, {name_of(dtype)} D={size}{f', {hides}' if hides else ''}, a launch each"
         with bench.case(name):
-            _apart(bench, name, kind, TOKENS[ranks], dtype, size)
+            _apart(bench, name, kind, TOKENS[ranks], dtype, size, hides)
 
 
-def _apart(bench: Bench, name: str, kind: str, tokens: Sequence[int], dtype: torch.dtype, size: int) -> None:
-    site = site_of([n // 20 for n in tokens] if bench.dry else tokens, 4 if bench.dry else 8, size, dtype)
+def _apart(
+    bench: Bench, name: str, kind: str, tokens: Sequence[int], dtype: torch.dtype, size: int, hides: str
+) -> None:
+    """``hides``: "causal", "key" (a mask of padding), both or neither."""
+    tokens = [n // 20 for n in tokens] if bench.dry else tokens
+    site = site_of(tokens, 4 if bench.dry else 8, size, dtype, causal="causal" in hides)
+    mask = None
+    if "key" in hides:  # some keys here and there, and those of the last quarter
+        mask = torch.rand(1, 1, 1, sum(tokens), generator=torch.Generator().manual_seed(5)) < 0.99
+        mask[..., sum(tokens) * 3 // 4 :] = False
+        mask = mask.to(bench.device)
     target = KernelTarget(bench.device, programs=2 if bench.dry else 8)
     copied = 90 <= target.architecture < 100 and has_tensor_copies()
-    made = VirtualRanks(schedule_of(site, kind), target, limit_s=20.0, fetch="tma" if copied else "threads")
+    fetch = "tma" if copied else "threads"
+    made = VirtualRanks(schedule_of(site, kind), target, mask=mask_kind(mask), limit_s=20.0, fetch=fetch)
     streams = [None if bench.dry else torch.cuda.Stream(bench.device) for _ in made.kernels]
     q, k, v = inputs_of(site, bench.device)
     for epoch in range(1, 2 if bench.dry else 4):
@@ -159,11 +174,11 @@ def _apart(bench: Bench, name: str, kind: str, tokens: Sequence[int], dtype: tor
         bench.sync()
         for rank, kernel in enumerate(made.kernels):
             with torch.cuda.stream(streams[rank]):
-                kernel.run(outs[rank], made.heaps[rank])
+                kernel.run(outs[rank], made.heaps[rank], mask=mask)
         bench.sync()
         made.check()
-        out, want = made.finish(outs), exact(site, q, k, again, None)[0]
-        compare(bench, f"{name}, epoch {epoch}", site, out, want, sdpa(site, q, k, again, None))
+        out, want = made.finish(outs), exact(site, q, k, again, mask)[0]
+        compare(bench, f"{name}, epoch {epoch}", site, out, want, sdpa(site, q, k, again, mask))
 
 
 def bounded(bench: Bench) -> None:

@@ -142,8 +142,10 @@ def sdpa(
     site: AttentionSite, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """torch's answer in the site's dtype."""
-    grouped = site.heads != site.kv_heads
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=site.causal, scale=site.scale, enable_gqa=grouped)
+    grouped, causal = site.heads != site.kv_heads, site.causal
+    if causal and mask is not None:  # torch takes one of the two
+        mask, causal = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(), False
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=site.scale, enable_gqa=grouped)
 
 
 def distance(out: torch.Tensor, want: torch.Tensor) -> float:
