@@ -28,7 +28,7 @@ from sfcompile.commands.launch import launch
 
 MODELS = (
     "flux2", "cogview4", "hunyuan_image", "longcat_image", "krea2", "z_image", "hunyuan_video15", "allegro",
-    "motif_video", "wan_vace",
+    "wan_vace", "bria", "cogview3_plus", "ovis_image",
 )  # fmt: skip
 WIRES: dict[str, str | Mapping[str, str]] = {
     "same": "same",

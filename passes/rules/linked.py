@@ -125,7 +125,8 @@ def _broadcast(op: OpView, fix: FixArgs | None = None) -> Rule:
                "lift_fresh_copy", "copy", "where", "masked_fill", "zeros_like", "ones_like", "empty_like",
                "full_like", "_conj", "conj", "resolve_conj", "resolve_neg", "view_as", "expand_as", "positive",
                "real", "imag", "fill", "isfinite", "isinf", "isnan", "bucketize", "rsub", "conj_physical", "isin",
-               "__and__", "__or__", "__xor__", "float_power", "prelu", "polar", "complex", "logical_not")  # fmt: skip
+               "__and__", "__or__", "__xor__", "float_power", "prelu", "polar", "complex", "logical_not",
+               "floor_divide", "isclose", "hardswish", "log_sigmoid")  # fmt: skip
 def _pointwise(op: OpView) -> Rule | None:
     if len(op.out_shapes) != 1:
         return None

@@ -21,6 +21,8 @@ POINTWISE: dict[str, Fn] = {
     "pow": lambda x: (x.abs() + 1).pow(0.5).rsqrt() - x.exp().neg().cos() / x.sin().abs().add(1),
     "dropout": lambda x: F.dropout(x, 0.5, training=False),
     "compare": lambda x: (x > 0) & (x < 1) | ~(x == 0),
+    "floor_divide": lambda x: torch.floor_divide(x, 0.5) + x.floor_divide(x.abs() + 1),
+    "untagged": lambda x: F.hardswish(x) * F.logsigmoid(x) * torch.isclose(x, x.round()),
     "complex": lambda x: torch.view_as_real(torch.polar(x.abs(), x)).flatten(-2),
 }
 
