@@ -5,7 +5,9 @@ With torch_private.py the only file that touches what torch does not promise.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -79,6 +81,7 @@ def _fewer_breaks() -> Iterator[None]:
     changed = (
         (fake_tensor, "CONSTANT_NUMEL_LIMIT", FOLDED_NUMEL),
         (TensorVariable, "method_item", _item_of(TensorVariable.method_item)),
+        *_item_tables(TensorVariable),
         (NumpyNdarrayVariable, "call_method", _array_item_of(NumpyNdarrayVariable.call_method)),
         (DebuggingVariable, "call_function", _written_later(DebuggingVariable.call_function)),
         (LoggingLoggerVariable, "call_method", _logged_later(LoggingLoggerVariable.call_method)),
@@ -102,6 +105,16 @@ def _item_of(method: Any) -> Any:
         return method(self, tx, *args, **kwargs) if known is None else known
 
     return item
+
+
+def _item_tables(variable: Any) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """The tables of methods, where Dynamo has them (from torch 2.15 on), in which ``item`` of a tensor is looked up and
+    not on the class: with ours in its place. Classes derived from a tensor's may have tables of their own."""
+    for owner in (variable, *variable.__subclasses__()):
+        table = vars(owner).get("tp_methods", {})
+        if "item" in table:
+            entry = dataclasses.replace(table["item"], handler=_item_of(table["item"].handler))
+            yield owner, "tp_methods", {**table, "item": entry}
 
 
 def _array_item_of(method: Any) -> Any:
@@ -136,12 +149,20 @@ def _written_later(method: Any) -> Any:
         if self.value is warnings.warn:
             args = args[:2] + ([kwargs.pop("category")] if "category" in kwargs else [])
         others = [arg for arg in args if not arg.is_python_constant()]
-        if kwargs or tx.export or not self.can_reorder_logs(self.value, others, {}):
+        if kwargs or tx.export or not _can_wait(self, others):
             return method(self, tx, args, kwargs)
         tx.output.root_tx.debug_locals.append((self, args))
         return ConstantVariable.create(None)
 
     return call_function
+
+
+def _can_wait(variable: Any, args: list[Any]) -> bool:
+    """Whether Dynamo can keep such arguments of a call until the graph has run."""
+    asked: tuple[Any, ...] = (args, {})
+    if len(inspect.signature(variable.can_reorder_logs).parameters) > len(asked):
+        asked = (variable.value, *asked)  # up to torch 2.14, which does not look at it
+    return bool(variable.can_reorder_logs(*asked))
 
 
 def _logged_later(method: Any) -> Any:

@@ -84,6 +84,7 @@ __all__ = [
     "no_modes",
     "no_torch_function",
     "not_traced",
+    "other_memory",
     "pad_sequence",
     "profiler_runs",
     "registered_for_autocast",
@@ -112,6 +113,12 @@ fused_encoder_layer: Any = torch._transformer_encoder_layer_fwd
 """What ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call at inference."""
 pad_sequence: Any = torch._C._nn.pad_sequence
 """What ``nn.utils.rnn.pad_sequence`` is in a graph of Dynamo's."""
+other_memory: tuple[Any, ...] = (torch.Tensor.set_, torch.ops.aten.set_.source_Tensor) + (
+    (torch.ops.aten.shallow_copy_data_, torch.ops.aten.shallow_copy_data_.default)
+    if hasattr(torch.ops.aten, "shallow_copy_data_")
+    else ()
+)
+"""What ``tensor.data = other`` may be in a graph of Dynamo's: the last two in torch 2.14 and later."""
 
 
 # Imported on first use: Dynamo and Inductor take seconds, and a loaded package needs neither.

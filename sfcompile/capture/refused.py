@@ -17,14 +17,11 @@ from sfcompile.capture.wrappers import PutTogether
 from sfcompile.errors import UnsupportedError, source_line
 from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
-from sfcompile.torch_private import is_plain, set_grad_enabled
+from sfcompile.torch_private import is_plain, other_memory, set_grad_enabled
 
 _OURS = (ShardedWeight, ShardedValue)
 _TRANSFORMS = ("_grad_increment_nesting", "_jvp_increment_nesting")
 """Names of the calls in a Dynamo graph by which ``torch.func`` begins to differentiate."""
-
-
-_OTHER_MEMORY = (torch.Tensor.set_, torch.ops.aten.set_.source_Tensor)
 
 
 def refuse_odd_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -66,7 +63,7 @@ def refuse_other_memory(gm: fx.GraphModule) -> None:
         UnsupportedError: it does; a trace would take what the tensor holds now for a constant.
     """
     for node in gm.graph.nodes:
-        if node.target in _OTHER_MEMORY:
+        if node.target in other_memory:
             raise UnsupportedError(
                 "the graph gives a tensor other memory",
                 "a captured graph is a function of its inputs, which stay where they are",

@@ -36,6 +36,11 @@ def classes(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros((x.shape[0], *x.shape[2:]), dtype=torch.long)
 
 
+def roots(x: torch.Tensor) -> torch.Tensor:
+    """In torch 2.14 and later only."""
+    return linalg.matrix_sqrth(good(x))
+
+
 Case = tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]
 
 
@@ -109,6 +114,7 @@ REGISTERED: dict[str, Case] = {
     "linalg_householder_product": (lambda x, t: linalg.householder_product(x, t), (S, R)),
     "linalg_inv": (lambda x: linalg.inv(good(x)), (S,)),
     "linalg_inv_ex": (lambda x: linalg.inv_ex(good(x)), (S,)),
+    **({"linalg_matrix_sqrth": (roots, (S,))} if hasattr(linalg, "matrix_sqrth") else {}),
     "linalg_matrix_rank": (lambda x: linalg.matrix_rank(good(x), 0.1), (S,)),
     "linalg_matrix_rank.atol_rtol_float": (lambda x: linalg.matrix_rank(good(x), atol=0.1), (S,)),
     "linalg_matrix_rank.atol_rtol_tensor": (lambda x, t: linalg.matrix_rank(good(x), atol=part(t[0])), (S, R)),
