@@ -1,6 +1,6 @@
 """Whole diffusers pipelines: seconds and peak memory of each stage, in one process and on ranks.
 
-    python benchmarks/pipelines.py [--kinds image video audio] [--machines 1 2] [--rate 1gbit] [--out FILE]
+    python benchmarks/pipeline_stages.py [--kinds image video audio] [--machines 1 2] [--rate 1gbit] [--out FILE]
 
 Three pipelines of diffusers with random weights (tests/support/clients.py, --times as wide and as deep as tests have
 them) are called twice as they are written and twice with every network compiled by ``sfcompile.compile_pipeline``; the
@@ -193,7 +193,7 @@ def main() -> int:
         one_job(args.job, args.times, compiled, {"placement": "shard", "inner": args.inner, "timeout_s": 120.0})
         return 0
     lines = [
-        f"python benchmarks/pipelines.py --ranks {args.ranks} --rate {args.rate} --times {args.times} --inner "
+        f"python benchmarks/pipeline_stages.py --ranks {args.ranks} --rate {args.rate} --times {args.times} --inner "
         f"{args.inner}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
         f"{'':<6} {'':<6} {'':<18} {'seconds':>17} {'MiB':>17}",
         f"{'':<6} {'':<6} {'stage':<18} {'one':>8} {'ranks':>8} {'one':>8} {'ranks':>8}",
