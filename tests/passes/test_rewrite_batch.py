@@ -41,6 +41,12 @@ class Guided(nn.Module):
         return x
 
 
+def close(out: torch.Tensor, want: torch.Tensor) -> None:
+    """The contract: an error is measured by the output's scale, which is what rounding goes by on any processor."""
+    error = float((out - want).abs().max() / want.abs().max())
+    assert error <= 1e-5, f"error {error:.1e} of the output's scale"
+
+
 def guided(batch: int = 2, tokens: int = 21) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     torch.manual_seed(1)
     return Guided(), (torch.randn(batch, tokens, 32), torch.randn(batch, 16), torch.randn(batch, 6, 16))
@@ -70,7 +76,7 @@ def test_samples_are_shared_out_and_tokens_inside(machines: int, inside: int, ba
     with torch.no_grad():
         want = got.gm(*values)[0]
     for (out,) in run_compiled(compiled, topology, values):
-        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+        close(out, want)
     for rank, one in enumerate(compiled):
         report = one.report
         assert (report.batch, report.num_ranks) == (mesh["batch"], topology.num_ranks)
@@ -133,7 +139,7 @@ def test_the_first_sample_alone_leaves_all_groups_with_one_order_of_communicatio
     assert len({tuple(rank.order) for rank in compiled}) == 1 and compiled[0].order
     values = placeholder_values(got)
     for (out,) in run_compiled(compiled, topology, values):
-        torch.testing.assert_close(out, got.gm(*values)[0], rtol=1e-5, atol=1e-5)
+        close(out, got.gm(*values)[0])
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -155,7 +161,7 @@ def test_machines_behind_slow_links_compute_the_same_each(batch: int) -> None:
         want = got.gm(*values)[0]
     outs = [out for (out,) in run_compiled(compiled, slow, values)]
     for out in outs:
-        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+        close(out, want)
     assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
 
 
@@ -171,7 +177,7 @@ def test_copies_share_out_the_batch_each() -> None:
     with torch.no_grad():
         want = got.gm(*values)[0]
     for (out,) in run_compiled(compiled, topology, values):
-        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+        close(out, want)
 
 
 @pytest.mark.parametrize(
