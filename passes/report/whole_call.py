@@ -58,6 +58,10 @@ def whole_call(reports: Sequence[GraphReport], skipped: Sequence[Skipped]) -> st
             for frame in skipped
         ),
     ]
+    at_breaks = sum(len(report.gathered) for report in reports if report.break_reason and not report.boundary)
+    if at_breaks:
+        gathered = f"{_count(at_breaks, 'gather')} of these in graphs that end at a break"
+        said.append(f"{gathered}: options={{'boundaries': 'shards'}} hands values on in shards")
     return "; ".join(said)
 
 

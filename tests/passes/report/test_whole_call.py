@@ -24,6 +24,11 @@ def test_breaks_come_once_with_their_cure_and_the_share_is_of_all_graphs() -> No
     assert "the whole call is 3 graphs, 1 sharded attention, 3 gathers, busiest rank 1.25 x FLOPs/2" in line
     assert line.count("Unsupported Tensor.item()") == 1
     assert "at model.py:7 (2 x): compute the number from shapes" in line
+    assert line.endswith("2 gathers of these in graphs that end at a break: options={'boundaries': 'shards'} hands "
+                         "values on in shards")  # fmt: skip
+    for graph in graphs:
+        graph.boundary = "0 inputs in shards; 2 outputs in shards"
+    assert "boundaries" not in whole_call(graphs, []), "they do"
 
 
 def test_what_python_runs_is_named() -> None:
