@@ -53,8 +53,8 @@ T = TypeVar("T")
 
 VARIABLE = "SFCOMPILE_PLANS"
 """Set to "off", nothing is kept and nothing is read."""
-MOST_FILES = 512
-"""So many files are kept; of more, those not used for longest go."""
+MOST_FILES, MOST_BYTES = 512, 1 << 30
+"""So many files are kept, of so many bytes in all; of more, those not used for longest go."""
 _ROOMS = ("sfcompile", "passes", "codegen", "runtime")
 _DAMAGES = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ScheduleError)
 """What reading a text of another kind than ours can raise."""
@@ -200,11 +200,18 @@ def _folders() -> list[Path]:
 
 
 def _drop_oldest(folder: Path) -> None:
-    files = list(folder.glob("*.json"))
-    if len(files) > MOST_FILES:
-        for path in sorted(files, key=lambda path: path.stat().st_mtime)[: len(files) - MOST_FILES]:
-            with suppress(OSError):
-                path.unlink()
+    files: list[tuple[float, int, Path]] = []
+    for path in folder.glob("*.json"):
+        with suppress(OSError):  # another job has just removed it
+            facts = path.stat()
+            files.append((facts.st_mtime, facts.st_size, path))
+    count, size = len(files), sum(nbytes for _, nbytes, _ in files)
+    for _, nbytes, path in sorted(files):
+        if count <= MOST_FILES and size <= MOST_BYTES:
+            break
+        with suppress(OSError):
+            path.unlink()
+        count, size = count - 1, size - nbytes
 
 
 def _written(compiled: Compiled, mark: str) -> str:

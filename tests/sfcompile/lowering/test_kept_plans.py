@@ -128,6 +128,11 @@ def test_files_not_used_for_longest_go(tmp_path: Path, monkeypatch: pytest.Monke
         book._save("capture", name, lambda: "1")
     assert len(list(tmp_path.iterdir())) == 2
     assert book._load("capture", "d", lambda text: text) == "1"
+    monkeypatch.setattr(kept_plans, "MOST_BYTES", 100)  # a digest and a line end are 65
+    book._save("capture", "e", lambda: "1")
+    assert (
+        book._load("capture", "d", lambda text: text) is None and book._load("capture", "e", lambda text: text) == "1"
+    )
 
 
 @pytest.mark.parametrize(
