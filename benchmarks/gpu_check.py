@@ -90,6 +90,10 @@ SECTIONS = (
         decides="nothing; it saves speed its compilations",
     ),
     Section(
+        "sanitizer", "gpu_check_kernels", "kernels under Triton's concurrency sanitizer", 200,
+        decides="whether copies into shared memory are waited for before they are read, and read before the next",
+    ),
+    Section(
         "speed", "gpu_check_speed", "attention beside cuDNN and flash", 150, alone=True,
         decides="the tile of plain attentions on this GPU (result file)",
     ),
@@ -104,6 +108,15 @@ SECTIONS = (
     Section(
         "model", "gpu_check_speed", "whole models through the backend, one rank", 200, alone=True,
         decides="whether the backend costs a model anything before it is sharded",
+    ),
+    # Last: a dry run forks its ranks when all that they need has been imported.
+    Section(
+        "inductor", "gpu_check_ranks", "a model compiled for ranks that are processes of this GPU", 200, 2,
+        decides="whether what Inductor makes of a rank's graph keeps the order of puts, waits and credits",
+    ),
+    Section(
+        "replayed", "gpu_check_ranks", "the same model in CUDA graphs, on two ranks", 200,
+        decides="whether mode='reduce-overhead' may be used on several ranks",
     ),
 )  # fmt: skip
 

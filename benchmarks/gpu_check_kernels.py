@@ -1,5 +1,5 @@
-"""Sections of benchmarks/gpu_check.py: numerics of every variant, virtual ranks in one launch or in several, bounded
-waits."""
+"""Sections of benchmarks/gpu_check.py: numerics of every variant, virtual ranks in one launch or in several, the same
+under Triton's sanitizer, bounded waits."""
 
 from __future__ import annotations
 
@@ -151,9 +151,10 @@ def apart(bench: Bench) -> None:
 
 
 def _apart(
-    bench: Bench, name: str, kind: str, tokens: Sequence[int], dtype: torch.dtype, size: int, hides: str
-) -> None:
-    """``hides``: "causal", "key" (a mask of padding), both or neither."""
+    bench: Bench, name: str, kind: str, tokens: Sequence[int], dtype: torch.dtype, size: int, hides: str,
+    fetch: str = "", epochs: int = 3, limit_s: float = 20.0,
+) -> VirtualRanks:  # fmt: skip
+    """``hides``: "causal", "key" (a mask of padding), both or neither. ``fetch``: see KernelSpec; "": the best here."""
     tokens = [n // 20 for n in tokens] if bench.dry else tokens
     site = site_of(tokens, 4 if bench.dry else 8, size, dtype, causal="causal" in hides)
     mask = None
@@ -163,11 +164,11 @@ def _apart(
         mask = mask.to(bench.device)
     target = KernelTarget(bench.device, programs=2 if bench.dry else 8)
     copied = 90 <= target.architecture < 100 and has_tensor_copies()
-    fetch = "tma" if copied else "threads"
-    made = VirtualRanks(schedule_of(site, kind), target, mask=mask_kind(mask), limit_s=20.0, fetch=fetch)
+    fetch = fetch or ("tma" if copied else "threads")
+    made = VirtualRanks(schedule_of(site, kind), target, mask=mask_kind(mask), limit_s=limit_s, fetch=fetch)
     streams = [None if bench.dry else torch.cuda.Stream(bench.device) for _ in made.kernels]
     q, k, v = inputs_of(site, bench.device)
-    for epoch in range(1, 2 if bench.dry else 4):
+    for epoch in range(1, 2 if bench.dry else 1 + epochs):
         again = v * (-1) ** epoch
         made.put(q, k, again)
         outs = made.outputs()
@@ -179,6 +180,59 @@ def _apart(
         made.check()
         out, want = made.finish(outs), exact(site, q, k, again, mask)[0]
         compare(bench, f"{name}, epoch {epoch}", site, out, want, sdpa(site, q, k, again, mask))
+    return made
+
+
+def sanitizer(bench: Bench) -> None:
+    """Puts, attention and collects of two ranks, small, in kernels that Triton's concurrency sanitizer (ConSan) has
+    instrumented: an access of shared memory that nothing orders stops the kernel with an assertion of the device.
+
+    It looks at shared memory alone, not at what ranks store into each other's.
+    """
+    architecture = KernelTarget(bench.device).architecture
+    lacking = no_sanitizer(architecture)
+    if lacking:
+        bench.tell("skip", f"Triton's concurrency sanitizer: {lacking}")
+        return
+    import triton
+
+    def scratch(size: int, align: int, stream: int | None) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int8, device=bench.device)
+
+    triton.knobs.compilation.instrumentation_mode = "consan"  # this process runs nothing else
+    triton.set_allocator(scratch)
+    if hasattr(
+        triton.runtime._allocation, "set_profile_allocator"
+    ):  # where 3.9's instrumented kernels keep their state
+        triton.runtime._allocation.set_profile_allocator(scratch)
+    for fetch in ("threads", "tma") if 90 <= architecture < 100 and has_tensor_copies() else ("threads",):
+        name = f"ulysses on 2 ranks, fp16 D=64, tiles copied by {fetch}, instrumented"
+        with bench.case(name):
+            start = time.perf_counter()
+            made = _apart(bench, name, "ulysses", (400, 240), torch.float16, 64, "", fetch, 2, 60.0)
+            kernel = made.kernels[0]
+            values = kernel.values(made.outputs()[0], made.heaps[0], None)
+            built = kernel.kernel.warmup(*values, grid=(1,), **kernel.options)
+            bench.check("__assertfail" in built.asm["ptx"], f"{name}: the kernel has the sanitizer's assertions in it")
+            bench.note(f"{name}: none failed; {time.perf_counter() - start:.0f} s with compiling")
+
+
+def no_sanitizer(architecture: int) -> str:
+    """Why Triton's concurrency sanitizer cannot run here; "" if it can."""
+    if not architecture:
+        return "Triton's interpreter compiles nothing that could be instrumented"
+    if architecture < 90:
+        return f"on sm_{architecture} it ends the compiler (Triton 3.9: no instruction for elect.sync); it takes sm_90"
+    try:
+        from triton import knobs
+        from triton._C.libtriton import passes
+        from triton.backends.nvidia.compiler import CUDAOptions
+    except ImportError as error:
+        return f"this Triton has another layout ({error})"
+    lacks = [] if hasattr(knobs.compilation, "instrumentation_mode") else ["knobs.compilation.instrumentation_mode"]
+    lacks += [] if "instrumentation_mode" in CUDAOptions.__dataclass_fields__ else ["the option instrumentation_mode"]
+    lacks += [] if hasattr(passes.ttgpuir, "add_concurrency_sanitizer") else ["the pass of the sanitizer"]
+    return f"this Triton has none: it lacks {', '.join(lacks)}" if lacks else ""
 
 
 def bounded(bench: Bench) -> None:

@@ -41,6 +41,20 @@ def test_a_dry_run_goes_through_every_section() -> None:
         assert f"== {section.name}:" in done.stdout
     assert "PASSED" in done.stdout and "\nFAIL " not in done.stdout
     assert "log-sum-exp" in done.stdout and "in slot" in done.stdout and "epochs after" in done.stdout
+    assert "\nok   2 ranks, fp32, attention='aten', call 1:" in done.stdout and "1 of 1 attentions" in done.stdout
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("skip ")]
+    assert ["captures nothing" in line or "compiles nothing" in line for line in skipped] == [True, True], skipped
+
+
+def test_a_triton_without_the_sanitizer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_check_kernels
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    assert "elect.sync" in gpu_check_kernels.no_sanitizer(80)
+    left = {name: value for name, value in CUDAOptions.__dataclass_fields__.items() if name != "instrumentation_mode"}
+    monkeypatch.setattr(CUDAOptions, "__dataclass_fields__", left)
+    said = gpu_check_kernels.no_sanitizer(90)
+    assert "this Triton has none" in said and "the option instrumentation_mode" in said
 
 
 def task(folder: Path, code: str, limit_s: float) -> Task:
