@@ -99,13 +99,30 @@ class ShardedValue(torch.Tensor):
         copied: torch.Tensor = memo[id(self)]
         return copied
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """``value.data = other`` would go by dispatch, and readers would find the shard as it was."""
+        if name == "data":
+            raise _stays(self, ".data =")
+        super().__setattr__(name, value)
+
     @classmethod
     @not_traced
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What is done with it, beside a compiled graph."""
         if func in _SAME and isinstance(args[0], ShardedValue):
             return ShardedValue(args[0].shard, args[0].cut, args[0].rank, args[0].held)
+        if torch.Tag.inplace_view in func.tags and isinstance(args[0], ShardedValue):
+            raise _stays(args[0], str(func))
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs or {}))
+
+
+def _stays(value: ShardedValue, what: str) -> UnsupportedError:
+    """What gives a tensor another shape or other memory in place would do so to the whole value alone, behind it."""
+    return UnsupportedError(
+        f"{what} gives a value {list(value.shape)} that crosses between graphs in shards another shape or other memory",
+        "it stands for rows on every rank, and keeps its shape and its memory",
+        "write into it (copy_()), make a view (transpose() for transpose_()), or leave options={'boundaries': 'whole'}",
+    )
 
 
 def _whole(value: Any) -> Any:

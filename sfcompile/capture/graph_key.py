@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,13 +84,32 @@ def name_of(function: Any) -> str:
         raise NoText(f"it calls {function}, which is not torch's")
     if "<" in name:
         raise NoText(f"it calls {name} of {module}, which has no name of its own")
+    if not _is_what_it_says(function):
+        raise NoText(f"it calls {function}, which bears the name of {module}.{name} and is another function")
     return f"{module}.{name}"
+
+
+def _is_what_it_says(function: Any) -> bool:
+    """Whether a function that bears torch's or Python's name is theirs.
+
+    ``functools.wraps(gelu)`` gives gelu's name to any function, and its body may be another one tomorrow. Where a
+    function's code stands it cannot give away; what it wraps is held against the same.
+    """
+    if isinstance(function, types.FunctionType):
+        if str(function.__globals__.get("__name__")).split(".")[0] not in _MODULES:
+            return False
+    elif not isinstance(function, type) and "__module__" in getattr(function, "__dict__", ()):
+        return False  # partial() and objects that can be called bear no name unless somebody gave it to them
+    inner = getattr(function, "__wrapped__", None)
+    return inner is None or _is_what_it_says(inner)
 
 
 def _attribute(gm: fx.GraphModule, path: str) -> torch.Tensor:
     value = operator.attrgetter(path)(gm)
     if not isinstance(value, torch.Tensor) or not is_plain(value) or isinstance(value, FakeTensor):
         raise NoText(f"it reads a {type(value).__name__}")
+    if value.is_conj() or value.is_neg():
+        raise NoText("it reads a constant that is conjugated or negated only when it is read")
     return value
 
 

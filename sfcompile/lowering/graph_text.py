@@ -94,6 +94,8 @@ def _constant(gm: fx.GraphModule, name: str, before: int) -> list[Any]:
     value = operator.attrgetter(name)(gm)
     if not isinstance(value, torch.Tensor) or not is_plain(value) or isinstance(value, FakeTensor) or "." in name:
         raise NoText(f"it reads a {type(value).__name__} as {name}")
+    if value.is_conj() or value.is_neg():
+        raise NoText(f"{name} is conjugated or negated only when it is read")
     if before + value.nbytes > MOST_BYTES:
         raise NoText(f"its constants are more than {MOST_BYTES >> 20} MiB")
     content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -10,9 +10,10 @@ one another for ever. So each file holds a mark that rank 0 drew for all ranks w
 every rank says which mark it has; they all see all answers, and take what they have only if it is one mark. So they
 agree by construction, whatever is on their disks.
 
-A file begins with the digest of the rest. One that is damaged, or whose text is not of the right kind, counts as none,
-with a line in the log; so does one that cannot be written. Files are written whole under another name and then renamed.
-What is read is looked up among our classes and torch's operators: it runs no code. Schedules are proved again.
+A file begins with the digest of its name and of the rest. One that is damaged, that is another graph's under this
+name, or whose text is not of the right kind, counts as none, with a line in the log; one that cannot be written is no
+error either. Files are written whole under another name and then renamed. What is read is looked up among our classes
+and torch's operators: it runs no code. Schedules are proved again.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class KeptPlans:
         path = self._place(kind, decided_by)
         try:
             digest, _, text = path.read_text(encoding="utf-8").partition("\n")
-            if digest != hashlib.sha256(text.encode()).hexdigest():
+            if digest != _digest(path, text):
                 raise ValueError("its digest is another one")
             value = read(text)
         except OSError:
@@ -155,7 +156,7 @@ class KeptPlans:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, new = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".new")
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+                file.write(f"{_digest(path, text)}\n{text}")
             os.replace(new, path)
             _drop_oldest(path.parent)
         except (NoText, InternalError) as why:
@@ -197,6 +198,10 @@ def _folders() -> list[Path]:
     files = [sys.modules[name].__file__ for name in (package, *(f"{package}.{room}" for room in _ROOMS[1:]))
              if name in sys.modules]  # fmt: skip
     return [Path(file).parent for file in files if file]
+
+
+def _digest(path: Path, text: str) -> str:
+    return hashlib.sha256(f"{path.stem}\n{text}".encode()).hexdigest()
 
 
 def _drop_oldest(folder: Path) -> None:

@@ -53,6 +53,16 @@ def test_rows_are_those_that_were_written(rank: int) -> None:
     assert torch.equal(x.rows(), torch.cat([want[:, first : first + n] for first, n in CUT.owned[rank]], 1))
 
 
+def test_it_keeps_its_shape_and_its_memory() -> None:
+    x, gathered = value()
+    with pytest.raises(UnsupportedError, match=r"\.data = gives a value"):
+        x.data = WHOLE * 2
+    for change in (lambda: x.transpose_(1, 2), lambda: x.unsqueeze_(0), lambda: x.set_(WHOLE.clone())):
+        with pytest.raises((UnsupportedError, RuntimeError)):
+            change()  # type: ignore[no-untyped-call]
+    assert not gathered and x.shape == WHOLE.shape and torch.equal(x.data, WHOLE)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_copies_are_whole(inside: bool) -> None:
     with torch.inference_mode(inside):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from sfcompile.capture.graph_key import NoText, text_of_capture
+from sfcompile.capture.graph_key import NoText, name_of, text_of_capture
 
 X = torch.randn(4, 6)
 
@@ -109,3 +110,28 @@ def test_what_has_no_text() -> None:
         graph.output((graph.call_function(torch.ops.of_a_test.twice.default, (x,)),))
         with pytest.raises(NoText, match="another library"):
             text_of_capture(fx.GraphModule(nn.Module(), graph), [X])
+
+
+@functools.wraps(torch.nn.functional.gelu)
+def another_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+def test_a_borrowed_name_is_none() -> None:
+    part = functools.update_wrapper(functools.partial(another_gelu), torch.nn.functional.gelu)
+    for function in (another_gelu, torch.no_grad()(another_gelu), part):
+        with pytest.raises(NoText):
+            name_of(function)
+    own = torch.nn.functional
+    for function in (own.gelu, own.silu, own.layer_norm, torch.add, torch.Tensor.add, torch.split):
+        assert name_of(function)
+
+
+def test_a_conjugated_constant_has_no_text() -> None:
+    root = nn.Module()
+    root.register_buffer("turns", torch.ones(3, dtype=torch.complex64).conj())
+    graph = fx.Graph()
+    graph.output((graph.call_function(torch.view_as_real, (graph.call_function(torch.resolve_conj, (graph.get_attr(
+        "turns"),)),)),))  # fmt: skip
+    with pytest.raises(NoText, match="conjugated"):
+        text_of_capture(fx.GraphModule(root, graph), [])

@@ -113,6 +113,15 @@ def test_a_damaged_file_is_none_and_the_log_says_so(
     assert str(path) in caplog.text and "made anew" in caplog.text
 
 
+def test_a_file_under_another_name_is_none(tmp_path: Path) -> None:
+    one, other = kept(tmp_path), kept(tmp_path, "another graph")
+    for book in (one, other):
+        book.keep_graph("all", planned(), "mark")
+    first, second = (book._place("graph", "all") for book in (one, other))
+    second.write_bytes(first.read_bytes())
+    assert one.graph("all") is not None and other.graph("all") is None
+
+
 def test_a_full_disk_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.INFO, "sfcompile"):
