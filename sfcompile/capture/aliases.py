@@ -1,5 +1,5 @@
 """Values that share memory: a functional graph must not write to one input behind another's back, and what it returns
-must be a view of an input where the model's own result is one."""
+must be a view of an input, or of another result, where the model's own result is one."""
 
 from __future__ import annotations
 
@@ -82,6 +82,70 @@ def aliases(outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Alias, ...]:
                 views.append(Alias(at, i, tuple(map(int, value.shape)), tuple(map(int, value.stride())), offset))
                 break
     return tuple(views)
+
+
+class Shared(NamedTuple):
+    """An output that is a view of another output, which covers all of the memory between its first and last element.
+
+    Attributes:
+        output, base: their positions.
+        laid: strides of the base.
+        offset: of the view's first element behind the base's, in elements.
+    """
+
+    output: int
+    base: int
+    laid: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def based(self, value: torch.Tensor) -> torch.Tensor:
+        """The base laid out as the view expects it: a graph may return it in another order of its own."""
+        if all(n == 1 or a == b for n, a, b in zip(value.shape, value.stride(), self.laid, strict=True)):
+            return value
+        return torch.empty_strided(value.shape, self.laid, dtype=value.dtype, device=value.device).copy_(value)
+
+    def of(self, base: torch.Tensor) -> torch.Tensor:
+        """The view of that base."""
+        return base.as_strided(self.shape, self.stride, int(base.storage_offset()) + self.offset)
+
+
+def shared_outputs(outputs: Sequence[Any], views: Iterable[int]) -> tuple[Shared, ...]:
+    """Which outputs of a traced function are views of others of its outputs: who writes to one changes the other.
+
+    Queries, keys and values that are chunks of one product share its memory and no element: they are values of their
+    own. So is, wrongly, a part of a value that another part overlaps, where the whole value is no output.
+
+    Args:
+        views: outputs that are views of inputs.
+    """
+    left = {*views}
+    plain = {i: x for i, x in enumerate(outputs) if isinstance(x, torch.Tensor) and x.numel() and i not in left}
+    shared, moved = [], set[int]()
+    # The largest first: what covers another is no view of it, unless both cover the same; then the first is the base.
+    order = sorted(plain, key=lambda i: (-plain[i].numel(), i))
+    for n, at in enumerate(order):
+        value = plain[at]
+        first, last = _extent(value)
+        for base in order[:n]:
+            whole = plain[base]
+            start, stop = _extent(whole)
+            alike = (value.dtype, value.is_conj(), value.is_neg()) == (whole.dtype, whole.is_conj(), whole.is_neg())
+            dense = whole.numel() * whole.element_size() == stop - start and 0 not in _steps(whole)
+            if base in moved or not alike or not dense or not (start <= first and last <= stop):
+                continue
+            if same_storage(value, whole):
+                offset = int(value.storage_offset()) - int(whole.storage_offset())
+                laid, shape, stride = (tuple(map(int, t)) for t in (whole.stride(), value.shape, value.stride()))
+                shared.append(Shared(at, base, laid, shape, stride, offset))
+                moved.add(at)
+                break
+    return tuple(shared)
+
+
+def _steps(tensor: torch.Tensor) -> list[int]:
+    return [int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

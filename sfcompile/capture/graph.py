@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from sfcompile.capture.aliases import Alias, aliases
+from sfcompile.capture.aliases import Alias, Shared, aliases, shared_outputs
 from sfcompile.capture.attention import recognise_attention
 from sfcompile.capture.autocast import Regions, bake_autocast
 from sfcompile.capture.expand import expand_calls
@@ -62,6 +62,7 @@ class CaptureFacts:
         written: positions of the inputs that the graph writes to. Their new values follow its own outputs.
         numbers: positions of the placeholders that are Python numbers; the graph takes them as 0-dim tensors.
         aliases: outputs that are views of inputs. The graph gives their values; who calls it makes the views.
+        shared: outputs that are views of other outputs, in the same way.
         parameters: positions of the inputs that are parameters of the model.
         draws: whether the graph draws random numbers.
         mark: of the graph and the shapes of its inputs; ``samples``: of its constants.
@@ -71,6 +72,7 @@ class CaptureFacts:
     written: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
     aliases: tuple[Alias, ...] = ()
+    shared: tuple[Shared, ...] = ()
     parameters: tuple[int, ...] = ()
     draws: bool = False
     mark: str = ""
@@ -269,6 +271,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
     gm = hide_opaque(expand_calls(gm))
     written: list[int] = []
     views: list[Alias] = []
+    shared: list[Shared] = []
     regions, before = Regions(), autocast_state()
 
     def run(*args: torch.Tensor) -> Any:
@@ -283,6 +286,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
         outputs = out if isinstance(out, (tuple, list)) else (out,)
         refuse_wrapped_outputs(gm, outputs)
         views[:] = aliases(outputs, full)
+        shared[:] = shared_outputs(outputs, [view.output for view in views])
         return (*outputs, *(full[i] for i in written))
 
     with torch.no_grad(), mode, fx.traceback.preserve_node_meta(), _on_cpu(gm, inputs):
@@ -299,7 +303,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
     traced.recompile()
     parameters = tuple(i for i in tensors if isinstance(inputs[i], torch.nn.Parameter))
     return Captured(
-        tensors, tuple(written), running, tuple(views), parameters, draws(traced), *_marks(traced),
+        tensors, tuple(written), running, tuple(views), tuple(shared), parameters, draws(traced), *_marks(traced),
         gm=traced, mode=mode,
     )  # fmt: skip
 

@@ -19,7 +19,9 @@ preload("boundary_cases", "model_cases", "sfcompile.backend")
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("case", "homes"), [("split", [0, 0]), ("read", [0, 1]), ("uneven", [0, 0, 1])])
+@pytest.mark.parametrize(
+    ("case", "homes"), [("split", [0, 0]), ("read", [0, 1]), ("one_memory", [0, 1]), ("uneven", [0, 0, 1])]
+)
 def test_values_cross_a_break(case: str, homes: list[int]) -> None:
     run_processes(len(homes), boundary_cases.run, (case,), homes, timeout_s=120.0)
 

@@ -43,7 +43,7 @@ class Broken(nn.Module):
 def both(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> list[GraphReport]:
     """Two calls against one process; the reports of its graphs."""
     want, before = [model(*inputs), model(*(x * 0.5 for x in inputs))], len(reports())
-    call = compiled(model, placement="shard", boundaries="shards", **options)
+    call = compiled(model, **({"placement": "shard", "boundaries": "shards"} | options))
     for _ in range(2):
         close(call(*inputs), want[0])
         close(call(*(x * 0.5 for x in inputs)), want[1])
@@ -70,6 +70,23 @@ def case_read() -> None:
             v.add_(1.0)
 
     both(Reads(), tokens(), verify=1)
+
+
+def case_one_memory() -> None:
+    """Python writes to a value, and its views, which are results of the same graph, see it: whole and in shards."""
+
+    class Views(Broken):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.out(torch.sin(x))
+            part, turned, same = h[:, 3:20], h.transpose(1, 2), h.detach()
+            torch._dynamo.disable(h.mul_)(2.0)
+            torch._dynamo.graph_break()
+            turned.add_(1.0)
+            torch._dynamo.graph_break()
+            return super().forward(h) + part.sum() + turned.transpose(1, 2) * same
+
+    for how in ("whole", "shards"):
+        both(Views(), tokens(), boundaries=how)
 
 
 def case_uneven() -> None:

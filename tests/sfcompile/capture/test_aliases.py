@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sfcompile.capture.aliases import aliases, overlap, refuse_overlap
 from sfcompile.errors import UnsupportedError
-from sfcompile.torch_private import FakeTensorMode
+from sfcompile.torch_private import FakeTensorMode, same_storage
 
 views = st.tuples(st.integers(0, 8), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3), st.integers(0, 3))
 
@@ -63,3 +63,19 @@ def test_what_reads_an_inputs_memory_otherwise_is_no_view_of_it() -> None:
     z, x = torch.randn(3, dtype=torch.complex64), torch.randn(3)
     assert not aliases([z.conj(), torch.view_as_real(z), z.conj().imag, x.view(torch.int32), x.clone(), 3], [z, x])
     assert len(aliases([z.flip(0), x[1:]], [z, x])) == 1
+
+
+def test_outputs_that_are_views_of_outputs_are_found_and_made_anew() -> None:
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = torch.sin(x)
+        q, k = (x * 3).chunk(2, -1)
+        return y[:, 1:3], y, y.t(), y.detach(), q, k, y * 1, x[0], y.view(-1)[3:9]
+
+    x = torch.randn(4, 6)
+    facts, want = captured(step, x).facts, step(x)
+    assert [(view.output, view.base) for view in facts.shared] == [(2, 1), (3, 1), (0, 1), (8, 1)]
+    for base in (want[1].clone(), want[1].t().contiguous().t()):  # as the graph may lay it out
+        for view in facts.shared:
+            laid = view.based(base)
+            laid.add_(0)
+            assert same_storage(view.of(laid), laid) and torch.equal(view.of(laid), want[view.output])
