@@ -92,7 +92,7 @@ NO_BOUNDARY = Boundary()
 def may_cross(gm: fx.GraphModule, captured: Captured, asked: Options) -> tuple[int, ...]:
     """The outputs of a Dynamo graph that may leave in shards: values of its own, if it ends at a break.
 
-    Views of inputs are the caller's. An output and a view of it that is another one leave whole: they are one memory.
+    Views of inputs are the caller's. Outputs that share memory with one another leave whole.
     """
     if asked.boundaries == "whole" or not break_reason(gm):
         return ()
@@ -100,6 +100,7 @@ def may_cross(gm: fx.GraphModule, captured: Captured, asked: Options) -> tuple[i
     assert isinstance(results, (tuple, list))
     views = {view.output for view in captured.aliases}
     views |= {place for view in captured.shared for place in (view.output, view.base)}
+    views |= {place for several in captured.joined for place, *_ in several.places}
     own = range(len(results) - len(captured.written))
     return tuple(i for i in own if i not in views and isinstance(results[i], fx.Node))
 

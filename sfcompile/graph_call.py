@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sfcompile.boundary import NO_BOUNDARY, Boundary
-from sfcompile.capture.aliases import Alias, Shared, refuse_overlap
+from sfcompile.capture.aliases import Alias, refuse_overlap
 from sfcompile.capture.graph import CaptureFacts, present
 from sfcompile.capture.randomness import generator_state, set_generator_state, state_mark
 from sfcompile.codegen.plan.step import Step
@@ -124,7 +124,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
         if boundary.outputs:
             own = boundary.leave(own, session.rank, f"{called} {fingerprint(looked_at)}")
         own = _with_views(own, views, args) if views else own
-        return _one_memory(own, call.captured.shared) if call.captured.shared else own
+        return _one_memory(own, call.captured) if call.captured.shared or call.captured.joined else own
 
     return run
 
@@ -137,10 +137,12 @@ def _with_views(outputs: Sequence[Any], views: Sequence[Alias], inputs: Sequence
     return tuple(values)
 
 
-def _one_memory(outputs: Sequence[Any], shared: Sequence[Shared]) -> tuple[Any, ...]:
-    """The outputs, of which those that are views of others are made so: a graph returns each by itself."""
+def _one_memory(outputs: Sequence[Any], captured: CaptureFacts) -> tuple[Any, ...]:
+    """The outputs, of which those that share memory are made to: a graph returns each by itself."""
     values = list(outputs)
-    for view in shared:
+    for several in captured.joined:
+        several.put_together(values)
+    for view in captured.shared:
         values[view.base] = view.based(values[view.base])
         values[view.output] = view.of(values[view.base])
     return tuple(values)

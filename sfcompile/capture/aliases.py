@@ -115,7 +115,7 @@ def shared_outputs(outputs: Sequence[Any], views: Iterable[int]) -> tuple[Shared
     """Which outputs of a traced function are views of others of its outputs: who writes to one changes the other.
 
     Queries, keys and values that are chunks of one product share its memory and no element: they are values of their
-    own. So is, wrongly, a part of a value that another part overlaps, where the whole value is no output.
+    own. Parts of a value that overlap, where the whole value is no output, :func:`joined_outputs` finds.
 
     Args:
         views: outputs that are views of inputs.
@@ -142,6 +142,110 @@ def shared_outputs(outputs: Sequence[Any], views: Iterable[int]) -> tuple[Shared
                 moved.add(at)
                 break
     return tuple(shared)
+
+
+class Joined(NamedTuple):
+    """Outputs that overlap, none of which covers the others: parts of a value that is no output itself. Or one output
+    that holds elements several times.
+
+    Attributes:
+        places: of each its position, shape and strides, and where it begins in a buffer for all, in elements.
+        count: elements of that buffer.
+    """
+
+    places: tuple[tuple[int, tuple[int, ...], tuple[int, ...], int], ...]
+    count: int
+
+    def put_together(self, values: list[Any]) -> None:
+        """Make the outputs views of one buffer: what they hold in common they hold alike."""
+        first = values[self.places[0][0]]
+        buffer = torch.empty(self.count, dtype=first.dtype, device=first.device)
+        for at, shape, stride, offset in self.places:
+            # What is repeated along a dim is written once: every element of it is the same one.
+            once = tuple(1 if step == 0 else n for n, step in zip(shape, stride, strict=True))
+            rows = values[at][tuple(slice(0, n) for n in once)]
+            buffer.as_strided(once, stride, offset).copy_(rows)
+        for at, shape, stride, offset in self.places:
+            values[at] = buffer.as_strided(shape, stride, offset)
+
+
+def joined_outputs(outputs: Sequence[Any], views: Iterable[int]) -> tuple[Joined, ...]:
+    """Which outputs of a traced function overlap, or hold an element several times, and are views of no output.
+
+    Args:
+        views: outputs that are views of inputs, or of other outputs.
+    """
+    left = {*views}
+    plain = [i for i, x in enumerate(outputs) if isinstance(x, torch.Tensor) and x.numel() and i not in left]
+    groups: list[list[int]] = []
+    for at in plain:
+        touched = [group for group in groups if any(_meet(outputs[at], outputs[other]) for other in group)]
+        groups = [group for group in groups if group not in touched]
+        groups.append(sorted([at, *(i for group in touched for i in group)]))
+    joined = []
+    for group in groups:
+        if len(group) > 1 or _repeats(outputs[group[0]]):
+            start = min(int(outputs[i].storage_offset()) for i in group)
+            end = max(_extent(outputs[i])[1] // outputs[i].element_size() for i in group)
+            places = [
+                (i, tuple(map(int, x.shape)), tuple(map(int, x.stride())), int(x.storage_offset()) - start)
+                for i in group for x in (outputs[i],)
+            ]  # fmt: skip
+            joined.append(Joined(tuple(places), end - start))
+    return tuple(joined)
+
+
+def _repeats(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may hold an element of its memory several times (``expand``, ``unfold``)."""
+    reach = 0
+    for step, n in sorted((int(step), int(n)) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if step <= reach:
+            return True
+        reach += (n - 1) * step
+    return False
+
+
+_MOST_STEPS = 100_000
+
+
+def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one storage, read alike, have an element in common.
+
+    That is whether ``sum(step * i) = distance`` has a solution with an ``i`` in the range of each dim of either; it is
+    looked for dim by dim, the longest step first, where what is left is in the reach of the shorter ones. What takes
+    too long to decide counts as common.
+    """
+    alike = (a.dtype, a.is_conj(), a.is_neg()) == (b.dtype, b.is_conj(), b.is_neg())
+    if not alike or not same_storage(a, b):
+        return False
+    ranges: dict[int, tuple[int, int]] = {}  # by step, the least and the largest multiple of it
+    for tensor, sign in ((a, 1), (b, -1)):
+        for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+            if n > 1 and step:
+                low, high = ranges.get(int(step), (0, 0))
+                reach = int(n) - 1
+                ranges[int(step)] = (low, high + reach) if sign > 0 else (low - reach, high)
+    steps = sorted(ranges, reverse=True)
+    below, above = [0], [0]  # what the shorter steps can make at least, and at most
+    for step in reversed(steps):
+        below.append(below[-1] + step * ranges[step][0])
+        above.append(above[-1] + step * ranges[step][1])
+    tried = 0
+
+    def reached(n: int, distance: int) -> bool:
+        nonlocal tried
+        if n == len(steps):
+            return distance == 0
+        step, rest = steps[n], len(steps) - n - 1
+        low = max(ranges[step][0], -((above[rest] - distance) // step))
+        high = min(ranges[step][1], (distance - below[rest]) // step)
+        for times in range(low, high + 1):
+            tried += 1
+            if tried > _MOST_STEPS or reached(n + 1, distance - step * times):
+                return True
+        return False
+
+    return reached(0, int(b.storage_offset()) - int(a.storage_offset()))
 
 
 def _steps(tensor: torch.Tensor) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from sfcompile.capture.aliases import Alias, Shared, aliases, shared_outputs
+from sfcompile.capture.aliases import Alias, Joined, Shared, aliases, joined_outputs, shared_outputs
 from sfcompile.capture.attention import recognise_attention
 from sfcompile.capture.autocast import Regions, bake_autocast
 from sfcompile.capture.expand import expand_calls
@@ -62,7 +62,7 @@ class CaptureFacts:
         written: positions of the inputs that the graph writes to. Their new values follow its own outputs.
         numbers: positions of the placeholders that are Python numbers; the graph takes them as 0-dim tensors.
         aliases: outputs that are views of inputs. The graph gives their values; who calls it makes the views.
-        shared: outputs that are views of other outputs, in the same way.
+        shared: outputs that are views of other outputs, in the same way; ``joined``: those that overlap otherwise.
         parameters: positions of the inputs that are parameters of the model.
         draws: whether the graph draws random numbers.
         mark: of the graph and the shapes of its inputs; ``samples``: of its constants.
@@ -73,6 +73,7 @@ class CaptureFacts:
     numbers: tuple[int, ...] = ()
     aliases: tuple[Alias, ...] = ()
     shared: tuple[Shared, ...] = ()
+    joined: tuple[Joined, ...] = ()
     parameters: tuple[int, ...] = ()
     draws: bool = False
     mark: str = ""
@@ -272,6 +273,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
     written: list[int] = []
     views: list[Alias] = []
     shared: list[Shared] = []
+    joined: list[Joined] = []
     regions, before = Regions(), autocast_state()
 
     def run(*args: torch.Tensor) -> Any:
@@ -287,6 +289,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
         refuse_wrapped_outputs(gm, outputs)
         views[:] = aliases(outputs, full)
         shared[:] = shared_outputs(outputs, [view.output for view in views])
+        joined[:] = joined_outputs(outputs, [view.output for view in (*views, *shared)])
         return (*outputs, *(full[i] for i in written))
 
     with torch.no_grad(), mode, fx.traceback.preserve_node_meta(), _on_cpu(gm, inputs):
@@ -303,8 +306,8 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
     traced.recompile()
     parameters = tuple(i for i in tensors if isinstance(inputs[i], torch.nn.Parameter))
     return Captured(
-        tensors, tuple(written), running, tuple(views), tuple(shared), parameters, draws(traced), *_marks(traced),
-        gm=traced, mode=mode,
+        tensors, tuple(written), running, tuple(views), tuple(shared), tuple(joined), parameters, draws(traced),
+        *_marks(traced), gm=traced, mode=mode,
     )  # fmt: skip
 
 

@@ -85,8 +85,19 @@ def case_one_memory() -> None:
             torch._dynamo.graph_break()
             return super().forward(h) + part.sum() + turned.transpose(1, 2) * same
 
+    class Windows(Broken):
+        """Parts that overlap, of a value that is no result itself, and a part that is repeated."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.out(torch.sin(x))
+            early, late, many = h[:, :40], h[:, 20:], h[:1, :1].expand(2, 10, 32)
+            torch._dynamo.graph_break()
+            torch._dynamo.disable(early.mul_)(2.0)
+            return super().forward(torch.cat([early, late], 1)) + many.sum()
+
     for how in ("whole", "shards"):
         both(Views(), tokens(), boundaries=how)
+        both(Windows(), tokens(), boundaries=how)
 
 
 def case_uneven() -> None:

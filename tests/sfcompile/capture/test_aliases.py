@@ -8,7 +8,7 @@ from helpers import captured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfcompile.capture.aliases import aliases, overlap, refuse_overlap
+from sfcompile.capture.aliases import aliases, joined_outputs, overlap, refuse_overlap, shared_outputs
 from sfcompile.errors import UnsupportedError
 from sfcompile.torch_private import FakeTensorMode, same_storage
 
@@ -79,3 +79,30 @@ def test_outputs_that_are_views_of_outputs_are_found_and_made_anew() -> None:
             laid = view.based(base)
             laid.add_(0)
             assert same_storage(view.of(laid), laid) and torch.equal(view.of(laid), want[view.output])
+
+
+@given(st.lists(views, min_size=2, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_outputs_that_overlap_are_one_memory_again(cuts: list[tuple[int, ...]]) -> None:
+    """Whatever is written to one is seen in the others exactly where it would be without us."""
+    buffer = torch.arange(40.0)
+    wants = [buffer.as_strided((n, m), (s, t), at) for at, n, s, m, t in cuts]
+    values = [want.clone() for want in wants]
+    shared = shared_outputs(wants, [])
+    for several in joined_outputs(wants, [view.output for view in shared]):
+        several.put_together(values)
+    for view in shared:
+        values[view.base] = view.based(values[view.base])
+        values[view.output] = view.of(values[view.base])
+    for number, (want, value) in enumerate(zip(wants, values, strict=True)):
+        assert torch.equal(value, want)
+        want[0, 0] = value[0, 0] = 100.0 + number
+    assert all(torch.equal(value, want) for value, want in zip(values, wants, strict=True))
+
+
+def test_parts_of_one_product_stay_apart() -> None:
+    product = torch.randn(2, 50, 96)
+    parts = product.split([32, 16, 48], -1)
+    assert not joined_outputs([*parts, product[0, :10, :4], product[1]], [3, 4])
+    (several,) = joined_outputs([product[:, :30], parts[1], product[:, 20:]], [1])
+    assert [place for place, *_ in several.places] == [0, 2] and several.count == product.numel()
