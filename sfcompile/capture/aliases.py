@@ -132,7 +132,7 @@ def shared_outputs(outputs: Sequence[Any], views: Iterable[int]) -> tuple[Shared
             whole = plain[base]
             start, stop = _extent(whole)
             alike = (value.dtype, value.is_conj(), value.is_neg()) == (whole.dtype, whole.is_conj(), whole.is_neg())
-            dense = whole.numel() * whole.element_size() == stop - start and 0 not in _steps(whole)
+            dense = whole.numel() * whole.element_size() == stop - start and not _repeats(whole)
             if base in moved or not alike or not dense or not (start <= first and last <= stop):
                 continue
             if same_storage(value, whole):
@@ -150,16 +150,16 @@ class Joined(NamedTuple):
 
     Attributes:
         places: of each its position, shape and strides, and where it begins in a buffer for all, in elements.
-        count: elements of that buffer.
+        size: elements of that buffer.
     """
 
     places: tuple[tuple[int, tuple[int, ...], tuple[int, ...], int], ...]
-    count: int
+    size: int
 
     def put_together(self, values: list[Any]) -> None:
         """Make the outputs views of one buffer: what they hold in common they hold alike."""
         first = values[self.places[0][0]]
-        buffer = torch.empty(self.count, dtype=first.dtype, device=first.device)
+        buffer = torch.empty(self.size, dtype=first.dtype, device=first.device)
         for at, shape, stride, offset in self.places:
             # What is repeated along a dim is written once: every element of it is the same one.
             once = tuple(1 if step == 0 else n for n, step in zip(shape, stride, strict=True))
@@ -246,10 +246,6 @@ def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
 
     return reached(0, int(b.storage_offset()) - int(a.storage_offset()))
-
-
-def _steps(tensor: torch.Tensor) -> list[int]:
-    return [int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -289,7 +289,7 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
         refuse_wrapped_outputs(gm, outputs)
         views[:] = aliases(outputs, full)
         shared[:] = shared_outputs(outputs, [view.output for view in views])
-        joined[:] = joined_outputs(outputs, [view.output for view in (*views, *shared)])
+        joined[:] = joined_outputs(outputs, [*(view.output for view in views), *(view.output for view in shared)])
         return (*outputs, *(full[i] for i in written))
 
     with torch.no_grad(), mode, fx.traceback.preserve_node_meta(), _on_cpu(gm, inputs):

@@ -105,4 +105,4 @@ def test_parts_of_one_product_stay_apart() -> None:
     parts = product.split([32, 16, 48], -1)
     assert not joined_outputs([*parts, product[0, :10, :4], product[1]], [3, 4])
     (several,) = joined_outputs([product[:, :30], parts[1], product[:, 20:]], [1])
-    assert [place for place, *_ in several.places] == [0, 2] and several.count == product.numel()
+    assert [place for place, *_ in several.places] == [0, 2] and several.size == product.numel()
