@@ -26,7 +26,8 @@ def test_every_area_is_examined(capsys: pytest.CaptureFixture[str]) -> None:
     assert not [finding for finding in findings if finding.name == "check failed"]
     areas = set(by_name(findings)[name].area for name in ("torch", "cores", "RAM", "transport", "device library"))
     assert areas == {"versions", "processor", "memory", "what ranks will use", "NVSHMEM"}
-    assert by_name(findings)["torch"].value == torch.__version__
+    # A wheel of torch with CUDA keeps the build ("+cu132") to itself: its metadata has only the release.
+    assert by_name(findings)["torch"].value.split("+")[0] == torch.__version__.split("+")[0]
     problems = any(finding.is_problem for finding in findings)
     assert main(["doctor"]) == int(problems)
     out = capsys.readouterr().out
