@@ -22,6 +22,7 @@ from pathlib import Path
 
 # What multiprocessing and the store of torch say about processes that we kill.
 os.environ |= {"PYTHONWARNINGS": "ignore::UserWarning", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+os.environ["SFCOMPILE_PLANS"] = "off"  # faults in captures and passes need some to be in
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "benchmarks")]
 
 from torture.job import JobRecord, run_fault  # noqa: E402
