@@ -279,8 +279,6 @@ def _planned(
             )
 
         def passes(split_batch: bool) -> Compiled:
-            # Shards that cross are of all tokens over all ranks: groups of ranks would have others.
-            split_batch = split_batch and not crossing and not arrivals
             return run_passes(
                 whole, topology, session.rank, wish, session.from_first, split_batch, dump=True,
                 kernels_put=not session.side.no_kernels, weights=shares, homes=session.topology.machine_of,

@@ -74,6 +74,7 @@ def run_passes(
     on_gpu = any(value.device.type == "cuda" for value in values)
     kernels = asked.attention == "triton" or (on_gpu and kernels_put and asked.attention == "auto")
     places = tuple(k for k, i in enumerate(captured.tensor_inputs) if i in weights)
+    crosses = bool(crossing or arrivals)
     wish = Asked(
         mesh=asked.mesh,
         schedule=asked.schedule,
@@ -83,7 +84,10 @@ def run_passes(
         kernels=kernels,
         fuse_puts=kernels and on_gpu,
         late_reads=on_gpu,
-        split_batch=split_batch,
+        # Shards that cross are of all tokens over all ranks. Groups of ranks, which share out samples or compute the
+        # same, would have others.
+        split_batch=split_batch and not crosses,
+        copies=not crosses,
         wire=asked.wire,
         # A group of ranks holds rows of its own samples only: what it hands on would be no shard of the value.
         crossing=() if asked.mesh and asked.mesh.get(BATCH_AXIS, 1) > 1 else tuple(crossing),

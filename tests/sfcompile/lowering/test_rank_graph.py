@@ -53,3 +53,20 @@ def test_weights_in_shares_are_inputs_of_their_own() -> None:
     (captured_node,) = [n for n in got.gm.graph.nodes if n.name == node.name]
     assert node.meta["val"].shape[0] * 2 == captured_node.meta["val"].shape[0]
     assert len(made.programs) == 2
+
+
+def test_what_crosses_a_break_is_cut_over_all_ranks() -> None:
+    """Machines behind slow links would compute the same each, and a rank would own nothing of the others' rows."""
+    torch.manual_seed(0)
+    weights = [torch.randn(32, 32) for _ in range(3)]
+
+    def block(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        q, k, v = ((x @ weight).unflatten(2, (4, 8)).transpose(1, 2) for weight in weights)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    got, slow = captured(block, torch.randn(1, 1024, 32), *weights), Topology.grid(2, 2, network_bytes_per_s=1e6)
+    plain = run_passes(got, slow, 3, Options(), lambda plan: plan(), split_batch=True)
+    assert plain.report.copies == 2
+    made = run_passes(got, slow, 3, Options(), lambda plan: plan(), split_batch=True, crossing=[0])
+    assert made.report.copies == 1
+    assert all(len(cut.owned) == 4 for cut in made.crossing.values())
