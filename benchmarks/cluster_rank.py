@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import cluster_times
 import torch
 import torch.distributed as dist
 from cluster_cell import SETTINGS
-from cluster_contender import Contender, Silence
+from cluster_contender import Contender, silenced
 from emulated_machines import shape_command
 
 import sfcompile
@@ -39,10 +39,8 @@ from sfcompile.measuring.wording import table
 from sfcompile.passes import choose_schedules
 from sfcompile.passes.state import Asked
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.process_group import ProcessWorld
 from sfcompile.runtime.rank.session import get_session
-from sfcompile.runtime.rank.sides import Wires
 
 FORCED = ("torus", "ulysses", "ring", "usp")
 TYPED, TUNED = "ours", "ours, tuned"
@@ -199,22 +197,6 @@ class Rank:
         chosen = self.config["contenders"]
         return not chosen or any(part == name or (part != "ours" and part in name) for part in chosen)
 
-    @contextmanager
-    def silence(self) -> Iterator[None]:
-        """Communication replaced by nothing, on all ranks at once."""
-        session, side = self.session, self.session.side
-        assert isinstance(side, CpuSide)
-        session.meet()
-        wires, side._wires = side._wires, Wires(Silence(), None)
-        try:
-            yield
-        finally:
-            side._wires = wires
-            own = side._segments[session.rank]
-            assert own is not None
-            own.done = session._finished  # what the epochs in between would have left behind
-            session.meet()
-
     # ------------------------------------------------------------------ timing
 
     def timed(self, contender: Contender) -> None:
@@ -273,7 +255,7 @@ class Rank:
             for contender in running:
                 self.timed(contender)
             for contender in alone:
-                with self.silence():
+                with silenced(self.session):
                     self.timed(contender)
         if self.config["trace"] and mine:
             with sfcompile.trace(Path(self.config["trace"]) / f"{self.layout}-{rate}-{name}"):
@@ -308,7 +290,7 @@ class Rank:
             return self.session.exchange(mine, "tell where their time went")
 
         everyone = steps()
-        with self.silence():
+        with silenced(self.session):
             silent = steps()
         if self.rank:
             return {}

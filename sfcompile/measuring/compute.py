@@ -11,7 +11,8 @@ import torch
 from sfcompile.runtime.rank.attention_aten import attend
 
 WINDOW_S = 0.01
-"""A rate is that of the better of two stretches of this length."""
+"""A rate is taken over stretches of this length, in which all ranks compute."""
+WINDOWS = 2
 _LEAST_S = 1.5e-3
 """A call that takes less is made larger: its start must not count."""
 Run = Callable[[], object]
@@ -19,19 +20,23 @@ Run = Callable[[], object]
 
 def compute_rates(
     device: torch.device, dtype: torch.dtype, synchronize: Callable[[], object], meet: Callable[[], object]
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     """Collective: constants of a topology, this rank's own, while all ranks do the same.
 
     Args:
         synchronize: waits for the device.
         meet: returns on all ranks at about the same time.
+
+    Returns:
+        By name, the rate in each of WINDOWS stretches, the same stretches on all ranks; of ``launch_s``, on a CPU,
+        seconds, one value.
     """
     bench = _Windows(device, dtype, synchronize, meet)
     return {
-        "flops_per_s": bench.rate(bench.matmul),
-        "attention_flops_per_s": bench.rate(bench.attention),
-        "memory_bytes_per_s": bench.rate(bench.pointwise),
-    } | ({} if device.type == "cuda" else {"launch_s": bench.launch_s()})
+        "flops_per_s": bench.rates(bench.matmul),
+        "attention_flops_per_s": bench.rates(bench.attention),
+        "memory_bytes_per_s": bench.rates(bench.pointwise),
+    } | ({} if device.type == "cuda" else {"launch_s": [bench.launch_s()]})
 
 
 class _Windows:
@@ -47,8 +52,8 @@ class _Windows:
         # A generator of its own: the numbers that the user's program draws stay what they were.
         self._generator = torch.Generator(device).manual_seed(0)
 
-    def rate(self, work: Callable[[int], tuple[Run, float]]) -> float:
-        """How much a second of what ``work`` makes for a scale: a call, and how much it does."""
+    def rates(self, work: Callable[[int], tuple[Run, float]]) -> list[float]:
+        """How much a second, by stretch, of what ``work`` makes for a scale: a call, and how much it does."""
         scale = 16 if self._on_gpu else 1
         while True:
             run, amount = work(scale)
@@ -58,7 +63,7 @@ class _Windows:
                 break
             scale *= 4
         self._meet()
-        return amount * max(self._calls_per_s(run) for _ in range(2))
+        return [amount * self._calls_per_s(run) for _ in range(WINDOWS)]
 
     def _timed(self, run: Run) -> float:
         self._synchronize()

@@ -12,6 +12,9 @@ Matrix = NDArray[np.float64]
 ENOUGH_BYTES = 2.5e6
 """What a shaped link saves up while ranks do not get their turns (seldom more than 256 KiB) is a tenth of this."""
 
+UNEQUAL = 0.6
+"""Of the median rank's rate: a slower rank is slow, one between these was short of turns."""
+
 
 def line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
     """``(start, seconds a byte)`` of the straight line through times by size, near in relative terms.
@@ -60,6 +63,20 @@ def link_rate(rates: Matrix, machine_of: Sequence[int], slice_s: float) -> tuple
             best = _best_stretch(rate, min(max(enough, 2), 3 * len(rate) // 4))
             rates_and_spreads.append((best, 1.0 - float(rate.mean()) / best))
     return min(rates_and_spreads, default=(0.0, 1.0))
+
+
+def compute_rate(rates: Matrix) -> float:
+    """What a rank computes a second, while all do.
+
+    In a stretch of a few milliseconds ranks that share cores get turns of unequal length: the slowest one of a stretch
+    is then the unluckiest, not slow. So the median rank counts, unless the slowest is further from it than such luck:
+    then the ranks are unequal, and the slowest counts. Of the stretches the best does: other work only takes away.
+
+    Args:
+        rates: [ranks, stretches], of the same stretches on all ranks.
+    """
+    middle, least = np.median(rates, axis=0), rates.min(axis=0)
+    return float(np.where(least < UNEQUAL * middle, least, middle).max())
 
 
 def _best_stretch(values: NDArray[np.float64], least: int) -> float:

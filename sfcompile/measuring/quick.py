@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from sfcompile.measuring.compute import compute_rates
-from sfcompile.measuring.estimate import line, link_rate, rates_in
+from sfcompile.measuring.estimate import compute_rate, line, link_rate, rates_in
 from sfcompile.measuring.shifts import LANES, Shifts
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import recorder
@@ -72,10 +72,11 @@ class Quick:
 @dataclass(frozen=True)
 class _Own:
     """One rank's numbers. ``slowest``: rates, of which the least of any rank counts; ``usual``: seconds so short that
-    they tell more of luck than of a rank, of which the median counts."""
+    they tell more of luck than of a rank, of which the median counts; ``compute``: rates by stretch (compute_rate)."""
 
     slowest: dict[str, float]
     usual: dict[str, float]
+    compute: dict[str, list[float]]
     rates: list[float]
     slice_s: float
     busy: float
@@ -100,12 +101,12 @@ def measure_quickly(session: Session, base: Topology, dtype: torch.dtype, budget
         if across:
             more, late, rates, slice_s = bench.across(on_gpu)
             slowest, usual = slowest | more, late | usual
-        slowest |= compute_rates(shifts.device, dtype, shifts.synchronize, shifts.meet)
-        if "launch_s" in slowest:
-            usual["launch_s"] = slowest.pop("launch_s")
+        compute = compute_rates(shifts.device, dtype, shifts.synchronize, shifts.meet)
+        if "launch_s" in compute:
+            usual["launch_s"] = compute.pop("launch_s")[0]
         if not on_gpu and "copy_bytes_per_s" not in slowest:  # one rank a machine: its own copies only
             slowest["copy_bytes_per_s"] = _copies()
-        everyone: list[_Own] = session.exchange(_Own(slowest, usual, rates, slice_s, bench.busy), "measure")
+        everyone: list[_Own] = session.exchange(_Own(slowest, usual, compute, rates, slice_s, bench.busy), "measure")
         seconds = float(shifts.meet(bench.elapsed_s).max())
     return _together(everyone, base, seconds, on_gpu)
 
@@ -117,6 +118,8 @@ def _together(everyone: list[_Own], base: Topology, seconds: float, on_gpu: bool
         constants[name] = min(own.slowest[name] for own in everyone if name in own.slowest)
     for name in dict.fromkeys(name for own in everyone for name in own.usual):
         constants[name] = statistics.median(own.usual[name] for own in everyone if name in own.usual)
+    for name in everyone[0].compute:
+        constants[name] = compute_rate(np.array([own.compute[name] for own in everyone]))
     spread: float | None = None
     if base.num_machines > 1:
         rate, spread = link_rate(np.array([own.rates for own in everyone]), base.machine_of, everyone[0].slice_s)

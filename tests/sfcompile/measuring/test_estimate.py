@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from sfcompile.measuring.estimate import line, link_rate, rates_in
+from sfcompile.measuring.estimate import UNEQUAL, compute_rate, line, link_rate, rates_in
 from sfcompile.measuring.quick import LATER, SLICES
 
 Marks = list[tuple[float, float]]
@@ -89,3 +89,32 @@ def test_a_line_through_times() -> None:
 
 def test_a_line_that_would_start_before_zero_starts_at_half_the_least() -> None:
     assert line([1.0, 2.0], [1.0, 3.0])[0] == 0.5
+
+
+def turns(seed: int, cores: int, window_s: float = 0.01, slice_s: float = 0.003) -> list[float]:
+    """The part of a core that each of two ranks a core has in a window, in turns of about ``slice_s``
+    that begin anywhere."""
+    drawn, parts = random.Random(seed), list[float]()
+    for _ in range(cores):
+        now, first, mine = -slice_s * drawn.random(), drawn.random() < 0.5, 0.0
+        while now < window_s:
+            end = min(now + slice_s * (0.7 + 0.6 * drawn.random()), window_s)
+            mine += (end - max(now, 0.0)) if first else 0.0
+            now, first = end, not first
+        parts += [mine / window_s, 1.0 - mine / window_s]
+    return parts
+
+
+def test_turns_on_shared_cores_are_not_taken_for_slow_ranks() -> None:
+    estimates = [
+        compute_rate(np.array([turns(2 * seed, cores), turns(2 * seed + 1, cores)]).T)
+        for seed in range(200)
+        for cores in (1, 2, 4)
+    ]
+    assert 0.48 < float(np.mean(estimates)) < 0.56
+    assert max(abs(one - 0.5) for one in estimates) < 0.12
+
+
+def test_a_slow_rank_counts_and_a_stall_does_not() -> None:
+    assert compute_rate(np.array([[1.0, 0.9], [1.0, 1.0], [0.9 * UNEQUAL, 0.4]])) == pytest.approx(0.9 * UNEQUAL)
+    assert compute_rate(np.array([[1.0, 0.3], [1.1, 0.2], [1.0, 0.3]])) == 1.0

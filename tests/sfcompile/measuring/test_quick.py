@@ -27,7 +27,7 @@ def measured(links: VirtualLinks, machine_of: tuple[int, ...], monkeypatch: pyte
     """What every rank gets on such links."""
     links.install(monkeypatch, quick)
     monkeypatch.setattr(quick, "_copies", lambda: 5e9)
-    monkeypatch.setattr(quick, "compute_rates", lambda *args: {"flops_per_s": 1e10, "launch_s": 1e-4})
+    monkeypatch.setattr(quick, "compute_rates", lambda *args: {"flops_per_s": [1e10, 9e9], "launch_s": [1e-4]})
 
     def work(rank: int) -> Quick:
         links.mine.rank = rank
