@@ -58,6 +58,12 @@ def spills(kernel: CompiledKernel) -> int:
     return used.spill_stores + used.spill_loads
 
 
+def own_text(kernel: CompiledKernel) -> str:
+    """PTX without NVSHMEM's device code, which may load as it likes: 3.7.2 reads the masks of IBGDA's queues, of two
+    bytes each."""
+    return kernel.unlinked().ptx
+
+
 # `make test` compiles every reach and every head size once.
 CELLS = [
     pytest.param(
@@ -81,8 +87,8 @@ def test_tensor_cores_asynchronous_copies_no_spills_no_load_before_its_wait(
     code = disassembly(kernel)
     assert re.search(MATRIX[arch], code)
     assert len(re.findall(r"\bLDGSTS\S*128", code)) >= 4  # tiles arrive asynchronously, 16 bytes a thread
-    assert not re.search(r"ld\.global(\.\w+)*\.b16\b", kernel.ptx)  # and never element by element
-    assert "cp.async" in kernel.ptx
+    assert not re.search(r"ld\.global(\.\w+)*\.b16\b", own_text(kernel))  # and never element by element
+    assert "cp.async" in own_text(kernel)
     assert "CCTL.IVALL" in code  # acquire at system scope, whatever the reach; NVSHMEM's own wait has none
     assert reach == "nvshmem" or re.search(r"EXCH\S*\.STRONG\.SYS", code)
 
@@ -117,7 +123,7 @@ def test_small_kernels(reach: str) -> None:
     for kernel in kernels:
         assert spills(kernel) == 0 and kernel.linked == (reach != "peer")
     assert kernels[0].unlinked().linked is False and (reach == "mixed" or kernels[0].unlinked() is kernels[0])
-    put = kernels[0].ptx
+    put = own_text(kernels[0])
     assert re.search(r"st\.global(\.\w+)*\.v4\.b32", put) and not re.search(r"ld\.global(\.\w+)*\.b16\b", put)
 
 
