@@ -50,6 +50,8 @@ def run(group: str, everything: bool, arguments: Sequence[str]) -> tuple[int, Co
     marks = group if everything else f"{group} and not thorough"
     command = [sys.executable, "-m", "pytest", "-m", marks, *arguments]
     env = dict(os.environ) | {"SFCOMPILE_TESTS": "all" if everything else "quick", "SFCOMPILE_TEST_GROUP": group}
+    # Every worker and every rank of a test imports the same files: compiled once, not some thousand times.
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, WORKERS if group == PARALLEL else LANES)
     if workers > 1:
