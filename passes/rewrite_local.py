@@ -12,15 +12,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from sfcompile.errors import InternalError
+from sfcompile.passes.graph.cost import exchange_seconds
+from sfcompile.passes.graph.halo import Halo, beside
 from sfcompile.passes.graph.layout import Key, Layout, OpLayouts, Owners, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
-from sfcompile.passes.graph.op_view import is_getitem, is_tensor, shape_of
+from sfcompile.passes.graph.op_view import OpView, is_getitem, is_tensor, shape_of
 from sfcompile.passes.rules.attention import Attention
+from sfcompile.passes.rules.linked import Linked
+from sfcompile.passes.rules.norm import GroupNorm
 from sfcompile.passes.rules.rule import statistics_bytes
 from sfcompile.passes.state import Layouts, Placement, State, Tokens, Traffic
+from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.program.value_rows import ValueRows
 from sfcompile.torch_private import OpOverload
 
@@ -49,7 +55,9 @@ def run(state: State) -> None:
 def _write(state: State) -> None:
     local = LocalGraph(state.mode, state.layouts.owners, state.rank, state.program, state.asked.wire)
     parts, crossing = state.choices.parts, state.asked.crossing
-    state.traffic = rewrite_local(state.gm, state.tokens, state.layouts, state.placement, local, parts, crossing)
+    state.traffic = rewrite_local(
+        state.gm, state.tokens, state.layouts, state.placement, local, parts, crossing, state.topology
+    )
     state.local = local
 
 
@@ -62,7 +70,9 @@ class _Rewriter:
         local: LocalGraph,
         parts: int = 1,
         crossing: Sequence[int] = (),
+        topology: Topology | None = None,
     ) -> None:
+        self._topology = topology
         self._tokens = tokens
         self._layouts = layouts
         self._owners = layouts.owners if parts == 1 else layouts.owners.split(parts)
@@ -75,6 +85,8 @@ class _Rewriter:
         # Shards by part, under the value's own layout; tuples of sharded ops too.
         self._shards: dict[fx.Node, list[fx.Node]] = {}
         self._cuts: dict[Key4, fx.Node] = {}
+        # Behind a norm over tokens: the rows of others that came with its statistics, computed on as the shard is.
+        self._rows: dict[fx.Node, tuple[Halo, fx.Node | None]] = {}
 
     def whole(self, value: fx.Node) -> fx.Node:
         """The value on every rank in full, gathering it if only shards exist."""
@@ -96,6 +108,10 @@ class _Rewriter:
         if value in self._shards and (len(self._views) == 1 or isinstance(need, Layout)) and owners.holds(own, need):
             return self._shards[value][part]
         key = (value, need if isinstance(need, Window) else (need.key, owners.owners(need.runs)), part)
+        if isinstance(need, Window) and value in self._rows and key not in self._cuts:
+            halo, rows = self._rows[value]
+            if halo.wanted == need.wanted:
+                self._cuts[key] = beside(self._local, self._shards[value][0], rows, halo)
         if key not in self._cuts:
             if (value in self._shards and value not in self._whole) or isinstance(need, Window):
                 if len(self._views) > 1:
@@ -173,8 +189,11 @@ class _Rewriter:
         rule = self._tokens.rules[node]
         if len(self._views) > 1 and statistics_bytes(rule, op, asked):
             raise CannotSplit(f"{node.name} meets other ranks inside")
+        window = self._window_behind(node, op, asked)
         if len(self._views) > 1 and isinstance(rule, Attention) and rule.torus(op, asked):
             shards = self._local.attention_in_parts(op, asked, operands, self._views)
+        elif window is not None and isinstance(rule, GroupNorm):
+            shards = [self._norm_with_rows(rule, op, asked, operands[0], window)]
         else:
             shards = [rule.emit(op, asked, mine, view) for mine, view in zip(operands, self._views, strict=True)]
         if not any(chosen.outs):
@@ -185,6 +204,64 @@ class _Rewriter:
         self._shards[node] = shards
         if is_tensor(node):
             self._check(node)
+        source = op.operands[0].node if op.operands else node
+        if source in self._rows and source is not node and self._row_by_row(node, source):
+            halo, rows = self._rows[source]
+            self._rows[node] = halo, None if rows is None else rule.emit(op, asked, [rows], self._local)
+
+    def _norm_with_rows(
+        self, rule: GroupNorm, op: OpView, asked: OpLayouts, operands: list[fx.Node], window: Window
+    ) -> fx.Node:
+        """A norm over tokens whose exchange of statistics carries the rows for a window of what is made of it."""
+        out, ranks = asked.outs[0], range(self._owners.num_ranks)
+        assert out is not None
+        halo = Halo(out.dim, tuple(self._owners.dim_runs(out, rank) for rank in ranks), window.wanted)
+        own, rows = rule.emit_with_rows(op, asked, operands, self._local, halo)
+        self._rows[op.node] = halo, rows
+        self.traffic.moves.append((op.operands[0].node, window))
+        return own
+
+    def _window_behind(self, norm: fx.Node, op: OpView, asked: OpLayouts) -> Window | None:
+        """The first window, in the order of readers, of a norm over tokens or of what is made of it row by row.
+
+        It is read off the captured graph and the placement, which are the same on all ranks: so are the exchanges.
+        """
+        rule, own = self._tokens.rules[norm], asked.outs[0]
+        if len(self._views) > 1 or own is None or not isinstance(rule, GroupNorm) or not rule.statistics(op, asked):
+            return None
+        values = [norm]
+        for value in values:
+            for user in value.users:
+                needs = self._placement.needs.get(user, ())
+                for operand, need in zip(self._tokens.views[user].operands if needs else (), needs, strict=True):
+                    if operand.node is value and isinstance(need, Window) and not self._owners.holds(own, need):
+                        return need if self._pays(op.operands[0].node, own, need) else None
+                if self._row_by_row(user, value):
+                    values.append(user)
+        return None
+
+    def _row_by_row(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether each row of a sharded op's output is made of that row of ``value``, whichever row it is."""
+        own, rule = self._layouts.chosen.get(value), self._tokens.rules.get(node)
+        if node not in self._placement.needs or type(rule) is not Linked or rule.fix is not None or own is None:
+            return False
+        op, out = self._tokens.views[node], self._placement.chosen[node].outs
+        (need,) = self._placement.needs[node] if len(op.operands) == 1 else (None,)
+        if len(out) != 1 or out[0] is None or not isinstance(need, Layout) or op.out_shapes != [op.operands[0].shape]:
+            return False
+        return own.dim == out[0].dim and self._owners.same(own, need) and self._owners.same(own, out[0])
+
+    def _pays(self, value: fx.Node, own: Layout, window: Window) -> bool:
+        """Whether rows go with statistics: statistics are fp32, and so are the rows then, which may be twice as much.
+
+        Against that stand a message to either neighbour, a wait for it, and a latency.
+        """
+        top = self._topology
+        if top is None or value.meta["val"].dtype.itemsize >= torch.float32.itemsize:
+            return True
+        latency_s = top.local_latency_s if top.num_machines == 1 else top.network_latency_s
+        more_s = exchange_seconds(value, self._owners, own, window, top) - latency_s
+        return more_s <= latency_s + 2 * (top.message_s + top.wait_s)
 
     def _check(self, node: fx.Node) -> None:
         layout = self._layouts.chosen.get(node)
@@ -224,6 +301,7 @@ def rewrite_local(
     local: LocalGraph,
     parts: int = 1,
     crossing: Sequence[int] = (),
+    topology: Topology | None = None,
 ) -> Traffic:
     """Fill ``local`` with this rank's graph. Returns the values that had to be gathered or exchanged.
 
@@ -231,6 +309,7 @@ def rewrite_local(
         parts: every op on tokens is written so many times, each for a part of this rank's tokens: order_puts.py then
             lets one part travel while another is computed.
         crossing: outputs that may leave in shards.
+        topology: what messages cost; None: they cost more than bytes.
 
     Raises:
         CannotSplit: with several parts, where an op needs more than its own part.
@@ -238,7 +317,7 @@ def rewrite_local(
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             setattr(local.root, str(node.target), getattr(gm, str(node.target)))
-    rewriter = _Rewriter(tokens, layouts, placement, local, parts, crossing)
+    rewriter = _Rewriter(tokens, layouts, placement, local, parts, crossing, topology)
     rewriter.run(gm.graph)
     local.origin = None
     _drop_dead(local.graph)

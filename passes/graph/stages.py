@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import fx
 
 from sfcompile.passes.graph.cost import seconds
+from sfcompile.passes.graph.halo import ASSEMBLED
 from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.graph.op_view import OpView, is_getitem
 from sfcompile.runtime.program.stages import GraphStages, Stage
@@ -32,7 +33,7 @@ def _is_ticket(node: fx.Node) -> bool:
 def compute_seconds(node: fx.Node, topology: Topology) -> float:
     """What a node that talks to nobody costs this rank."""
     op = OpView.of(node)
-    return 0.0 if op is None else seconds(op, topology)
+    return 0.0 if op is None or ASSEMBLED in node.meta else seconds(op, topology)
 
 
 def stage_of(node: fx.Node, before_s: float = 0.0) -> Stage:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sfcompile.passes.graph.halo import with_zeros
 from sfcompile.passes.graph.labels import LabelSpace
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
@@ -118,14 +119,19 @@ class Convolution(_OverSpace):
         """Pad what lies beyond the edges, then convolve.
 
         A call can only pad both ends alike. At an edge of the grid, where one end has other ranks' rows, that makes
-        some more rows than wanted, which are cut off: a few rows more to compute, but no copy of the input.
+        some more rows than wanted, which are cut off: a few rows more to compute, but no copy of the input. An input
+        that is put together here anyway has its rows of zeros put in with the rest, and nothing is computed in vain.
         """
         named: dict[str, Any] = arguments(op, operands)
         axis, length = self._axes[stretch.dim - 2], stretch.stop - stretch.start
         edges = [(axis.before, axis.after) for axis in self._axes]
         edges[stretch.dim - 2] = stretch.before, stretch.after
         cut = 0
-        if (stretch.after - stretch.before) % axis.stride == 0 or stretch.before > stretch.after:
+        uneven = stretch.before != stretch.after
+        zeros = with_zeros(local, named["input"], stretch.before, stretch.after) if uneven else None
+        if zeros is not None:
+            named["input"], edges[stretch.dim - 2] = zeros, (0, 0)
+        elif (stretch.after - stretch.before) % axis.stride == 0 or stretch.before > stretch.after:
             both = max(stretch.before, stretch.after)
             edges[stretch.dim - 2], cut = (both, both), (both - stretch.before) // axis.stride
         pad = [n for before, after in reversed(edges) for n in ((before, after) if before != after else (0, 0))]

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from sfcompile.passes.graph.halo import Halo, tell_with_rows
 from sfcompile.passes.graph.labels import LabelSpace
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts, Shape
 from sfcompile.passes.graph.local_graph import LocalGraph
@@ -27,6 +28,10 @@ from sfcompile.passes.rules.linked import Linked, Names
 from sfcompile.passes.rules.rule import Rule, Side, Spread, register_rule
 
 aten = torch.ops.aten
+
+
+Tell = Callable[[fx.Node], fx.Node]
+"""From this rank's statistics to those of all, stacked in rank order."""
 
 
 class Norm(ABC):
@@ -70,14 +75,13 @@ class Norm(ABC):
             if 0 in local.out_shapes(op, chosen)[0]:
                 return local.empty(op, chosen, operands[0])
             return self.kept.emit(op, chosen, operands, local)
-        everyone = range(local.owners.num_ranks)
+        normed = self.over_tokens(op, _wide(operands[0], local), _named(op, operands), self._shares(op, out, local))
+        return _narrow(op, normed, local)
+
+    def _shares(self, op: OpView, out: Layout, local: LocalGraph, tell: Tell | None = None) -> Shares:
         whole = math.prod(op.out_shapes[0]) // self.groups
-        sizes = [math.prod(local.owners.local_shape(op.out_shapes[0], out, r)) // self.groups for r in everyone]
-        x = _wide(operands[0], local)
-        normed = self.over_tokens(op, x, dict(zip(_tensors(op), operands, strict=True)), Shares(whole, sizes, local))
-        dtype = op.node.meta["val"].dtype
-        same = normed.meta["val"].dtype == dtype
-        return normed if same else local.call(aten._to_copy.default, [normed], {"dtype": dtype})
+        shapes = (local.owners.local_shape(op.out_shapes[0], out, r) for r in range(local.owners.num_ranks))
+        return Shares(whole, [math.prod(shape) // self.groups for shape in shapes], local, tell)
 
     @abstractmethod
     def over_tokens(self, op: OpView, x: fx.Node, named: dict[str, fx.Node], shares: Shares) -> fx.Node:
@@ -93,10 +97,12 @@ class Shares:
 
     Args:
         whole: elements that are normalised together; ``sizes``: how many of them each rank has.
+        tell: how ranks tell each other; None: in an exchange of nothing else.
     """
 
-    def __init__(self, whole: int, sizes: Sequence[int], local: LocalGraph) -> None:
+    def __init__(self, whole: int, sizes: Sequence[int], local: LocalGraph, tell: Tell | None = None) -> None:
         self.local = local
+        self._of_all = tell or local.of_all
         self._whole = whole
         self._sizes = sizes
 
@@ -115,7 +121,7 @@ class Shares:
             var, mean = local.getitem(both, 0), local.getitem(both, 1)
         else:
             var = mean = self._nothing(x, dims)
-        parts = local.of_all(local.call(aten.stack.default, [[mean, var]], {}))  # [ranks, 2, ...]
+        parts = self._of_all(local.call(aten.stack.default, [[mean, var]], {}))  # [ranks, 2, ...]
         means, variances = (local.call(aten.select.int, [parts, 1, i], {}) for i in (0, 1))
         mean = self.mean_of(means)
         apart = local.call(aten.sub.Tensor, [means, mean], {})
@@ -129,7 +135,7 @@ class Shares:
             mine = local.call(aten.mean.dim, [square, list(dims), True], {})
         else:
             mine = self._nothing(x, dims)
-        return self.mean_of(local.of_all(mine))
+        return self.mean_of(self._of_all(mine))
 
     def _nothing(self, x: fx.Node, dims: Sequence[int]) -> fx.Node:
         """Statistics of no elements: they count nothing, where torch's would be no number."""
@@ -150,6 +156,36 @@ class GroupNorm(Norm):
 
     def over_tokens(self, op: OpView, x: fx.Node, named: dict[str, fx.Node], shares: Shares) -> fx.Node:
         """Statistics over a group's channels and all space."""
+        scale, shift = self._factors(op, x, named, shares)
+        return shares.local.call(aten.addcmul.default, [shift, x, scale], {})
+
+    def emit_with_rows(
+        self, op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph, halo: Halo
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """:meth:`emit` over tokens, and the same for the rows that this rank lacks (halo.py); None: it lacks none.
+
+        They come as rows of x, in the exchange of the statistics: a row is a pointwise function of x and of those.
+        """
+        (out,) = chosen.outs
+        assert out is not None and self._inside(out)
+        x, came = _wide(operands[0], local), list[fx.Node | None]()
+
+        def tell(statistics: fx.Node) -> fx.Node:
+            everyone, rows = tell_with_rows(local, statistics, x, halo)
+            came.append(rows)
+            return everyone
+
+        shares = self._shares(op, out, local, tell)
+        scale, shift = self._factors(op, x, _named(op, operands), shares)
+        own, rows = (
+            None if n is None else _narrow(op, local.call(aten.addcmul.default, [shift, n, scale], {}), local)
+            for n in (x, *came)
+        )
+        assert own is not None
+        return own, rows
+
+    def _factors(self, op: OpView, x: fx.Node, named: dict[str, fx.Node], shares: Shares) -> tuple[fx.Node, fx.Node]:
+        """The scale and the shift of every channel [B, C, 1, ...]."""
         local, shape = shares.local, [int(n) for n in x.meta["val"].shape]
         groups, space = self._groups, [1] * (len(shape) - 2)
         grouped = local.call(aten.reshape.default, [x, [shape[0], groups, shape[1] // groups, *shape[2:]]], {})
@@ -168,7 +204,7 @@ class GroupNorm(Norm):
             local.call(aten.reshape.default, [local.call(aten.expand.default, [n, full], {}), [*shape[:2], *space]], {})
             for n in (scale, shift)
         )
-        return local.call(aten.addcmul.default, [shift, x, scale], {})
+        return scale, shift
 
 
 class LayerNorm(Norm):
@@ -196,9 +232,17 @@ def _wide(x: fx.Node, local: LocalGraph) -> fx.Node:
     return local.call(aten._to_copy.default, [x], {"dtype": torch.float32}) if narrow else x
 
 
-def _tensors(op: OpView) -> list[str]:
-    """Names of the tensor arguments, in order."""
-    return [name for name, value in op.args.items() if isinstance(value, Operand)]
+def _narrow(op: OpView, x: fx.Node, local: LocalGraph) -> fx.Node:
+    """In the dtype that the call returns."""
+    dtype = op.node.meta["val"].dtype
+    same = x.meta["val"].dtype == dtype
+    return x if same else local.call(aten._to_copy.default, [x], {"dtype": dtype})
+
+
+def _named(op: OpView, operands: list[fx.Node]) -> dict[str, fx.Node]:
+    """Local operands by the names of the arguments."""
+    names = [name for name, value in op.args.items() if isinstance(value, Operand)]
+    return dict(zip(names, operands, strict=True))
 
 
 @register_rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")

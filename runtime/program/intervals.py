@@ -61,6 +61,30 @@ def overlap(a: Runs, b: Runs) -> Runs:
     return tuple(common)
 
 
+def union(runs: Iterable[tuple[int, int]]) -> Runs:
+    """What is in any of the runs, ascending."""
+    merged: list[tuple[int, int]] = []
+    for first, length in sorted(runs):
+        if merged and first <= sum(merged[-1]):
+            start = merged[-1][0]
+            merged[-1] = (start, max(sum(merged[-1]), first + length) - start)
+        elif length:
+            merged.append((first, length))
+    return tuple(merged)
+
+
+def beyond(a: Runs, b: Runs) -> Runs:
+    """What is in ``a`` and not in ``b``; each ascending."""
+    left: list[tuple[int, int]] = []
+    for first, length in a:
+        at = first
+        for start, n in overlap(((first, length),), b):
+            left.append((at, start - at))
+            at = start + n
+        left.append((at, first + length - at))
+    return join(left)
+
+
 def places(some: Runs, within: Runs) -> Runs:
     """Where ``some`` of the integers ``within`` lie among them; both ascending."""
     runs = []

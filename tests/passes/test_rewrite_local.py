@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import random
+import time
+
 import pytest
 import torch
 from graph_text import parse, same
 from helpers import captured, check_sharded, placeholder_values, rewritten, run_compiled
 from torch import fx
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+from torch.nn.functional import conv2d, gelu, group_norm, linear, scaled_dot_product_attention, silu
 
 from sfcompile.errors import InternalError
 from sfcompile.lowering.arrivals import takes_shard
+from sfcompile.passes.graph.stages import compute_seconds
 from sfcompile.passes.rules.linked import Linked
 from sfcompile.passes.runner import run_pipeline
 from sfcompile.passes.state import Asked, State
@@ -155,3 +159,61 @@ def test_norms_over_tokens_keep_tokens_whole(monkeypatch: pytest.MonkeyPatch) ->
     values = placeholder_values(got)
     for (out,) in run_compiled(compiled, topology, values):
         torch.testing.assert_close(out, got.gm(*values)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_come_with_statistics_are_right_however_slow_a_rank_is(seed: int) -> None:
+    """Blocks of norm, activation and convolution through the real runtime: both banks in turn, ranks late at random."""
+    draw = random.Random(seed)
+    ranks, rows, batch = draw.choice([(3, 7, 2), (4, 10, 1), (4, 3, 2)])
+
+    def net(x: torch.Tensor, w: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            h = silu(group_norm(x, 2))
+            x = x + conv2d(silu(group_norm(conv2d(h, w, padding=1), 4)), w, padding=1)
+        return conv2d(h + x, narrow, padding=1)
+
+    torch.manual_seed(seed)
+    got = captured(net, torch.randn(batch, 4, rows, 5), torch.randn(4, 4, 3, 3), torch.randn(2, 4, 3, 3))
+    topology, compiled = Topology.grid(1, ranks), []
+    for rank in range(ranks):
+        state = State(got.gm, got.mode, topology, rank, Asked(shard_everything=True, split_batch=False))
+        compiled.append(run_pipeline(state))
+        told = [site for site in state.local.sites if len(site.shape) == 1]  # type: ignore[union-attr]
+        assert len(told) == 6, "of every norm: what ranks tell, and rows with it"
+    values = placeholder_values(got)
+    late = [random.Random(f"{seed} {rank}") for rank in range(ranks)]
+    outs = run_compiled(compiled, topology, values, lambda rank: time.sleep(late[rank].choice([0, 0, 0, 0.002])))
+    for (out,) in outs:
+        torch.testing.assert_close(out, got.gm(*values)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("links", "joined"), [({}, True), ({"local_bytes_per_s": 1e5}, False)])
+def test_narrow_rows_go_with_statistics_where_a_message_costs_more_than_their_bytes(
+    links: dict[str, float], joined: bool
+) -> None:
+    """Beside statistics they are fp32, so twice as long: not on a link on which that takes longer than a message."""
+
+    def net(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return conv2d(group_norm(x * 2, 2), w, padding=1) + 1
+
+    got = captured(net, torch.randn(1, 4, 8, 32).bfloat16(), torch.randn(4, 4, 3, 3).bfloat16())
+    state = State(got.gm, got.mode, Topology.grid(1, 2, **links), 0, Asked(shard_everything=True))
+    run_pipeline(state)
+    assert any(len(site.shape) == 1 for site in state.local.sites) == joined  # type: ignore[union-attr]
+
+
+def test_a_window_that_is_put_together_costs_nothing_but_its_rows() -> None:
+    """The rank's own rows never enter an exchange, and no node that copies them is priced."""
+
+    def net(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return conv2d(silu(group_norm(x * 2, 2)), w, padding=1) + 1
+
+    got = captured(net, torch.randn(1, 4, 64, 64), torch.randn(4, 4, 3, 3))
+    _, _, locals_ = rewritten(got, [(0, 2)], 2)
+    cats = [node for node in locals_[0].graph.nodes if node.target is torch.ops.aten.cat.default and len(node.args) > 1]
+    (window,) = [node for node in cats if node.args[1] == 2]
+    assert window.meta["val"].shape == (1, 4, 34, 64), "a row of zeros, its own, one of the other rank"
+    assert compute_seconds(window, Topology.grid(1, 2)) == 0.0
+    convolution = next(node for node in locals_[0].graph.nodes if "conv2d" in str(node.target))
+    assert convolution.meta["val"].shape[2] == 32, "no row is computed to be cut off"

@@ -158,8 +158,13 @@ def placeholder_values(got: Captured) -> list[torch.Tensor]:
     return values
 
 
-def run_compiled(compiled: Sequence[Compiled], topology: Topology, inputs: Sequence[torch.Tensor]) -> list[Any]:
-    """Every rank's outputs, on threads, through the real runtime; each program runs twice."""
+def run_compiled(
+    compiled: Sequence[Compiled],
+    topology: Topology,
+    inputs: Sequence[torch.Tensor],
+    delay: Callable[[int], None] | None = None,
+) -> list[Any]:
+    """Every rank's outputs, on threads, through the real runtime; each program runs twice. ``delay``: of threads.py."""
 
     def work(rank: int) -> Any:
         for program, schedules in compiled[rank].programs.items():
@@ -169,7 +174,7 @@ def run_compiled(compiled: Sequence[Compiled], topology: Topology, inputs: Seque
                 out = compiled[rank].gm(*inputs)
         return out
 
-    return run_threads(topology.num_ranks, work, topology.machine_of)
+    return run_threads(topology.num_ranks, work, topology.machine_of, delay)
 
 
 def shard_of(value: torch.Tensor, layout: Layout, local: LocalGraph) -> torch.Tensor:

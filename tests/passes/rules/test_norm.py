@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import captured, check_sharded, rewritten, run_lockstep
+from helpers import ANY, captured, check_sharded, rewritten, run_lockstep
 from hypothesis import given
 from hypothesis import strategies as st
 from random_ops import Fn, few, rand, ranks, tokens
@@ -79,3 +79,66 @@ def test_statistics_that_are_returned_are_not_sharded() -> None:
         return out + mean.sum()
 
     check_sharded(native, [rand(2, 4, 7, 3)], (0, 2), whole=["native_group_norm"])
+
+
+def convolved(taps: int = 3, stride: int = 1, transposed: bool = False, residual: bool = False) -> Fn:
+    """The block of a convolutional network: norm, activation, convolution."""
+
+    def block(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        h = F.silu(F.group_norm(x * 2, 2, scale, shift).clamp(-2))
+        if transposed:
+            return F.conv_transpose2d(h, w, stride=stride, padding=taps // 2) + 1
+        out = F.conv2d(h, w, padding=taps // 2, stride=stride)
+        return out + h if residual else out + 1
+
+    return block
+
+
+@few
+@given(st.integers(4, 13), ranks, st.sampled_from([3, 5]), st.integers(1, 2), st.booleans(), st.booleans())
+def test_what_is_read_behind_a_norm_comes_as_rows_of_its_input(
+    n: int, p: int, taps: int, stride: int, transposed: bool, residual: bool
+) -> None:
+    """Rows that do not divide, ranks that want rows of ranks beyond the next, two samples, strides, both readers."""
+    fn = convolved(taps, stride, transposed, residual and stride == 1)
+    check_sharded(fn, [rand(2, 4, n, 6), rand(4, 4, taps, taps), rand(4) + 1, rand(4)], (0, 2), ranks=p)
+
+
+@few
+@given(st.integers(2, 4), st.integers(4, 6))
+def test_ranks_without_rows_tell_theirs_and_lack_nothing(n: int, p: int) -> None:
+    check_sharded(convolved(residual=True), [rand(1, 4, n, 6), rand(4, 4, 3, 3), rand(4), rand(4)], (0, 2), ranks=p)
+
+
+def test_statistics_and_a_halo_are_one_exchange() -> None:
+    inputs = [rand(2, 4, 8, 3), rand(4, 4, 3, 3), rand(4), rand(4)]
+    _, traffic, locals_ = rewritten(captured(convolved(residual=True), *inputs), [(0, 2)], 4)
+    told, output = (site for site in locals_[0].sites if isinstance(site, ExchangeSite))
+    statistics, row = 2 * 2 * 2, 2 * 4 * 3
+    assert told.shape == (4 * statistics + 6 * row,), "of four ranks; two rows of those inside, one of the others"
+    assert [told.wanted_shape(r)[0] - 4 * statistics for r in range(4)] == [row, 2 * row, 2 * row, row]
+    assert output.is_gather and output.shape == (2, 4, 8, 3)
+    assert all(len(mine.moves) == 1 for mine in traffic), "a halo, as the report counts it"
+
+
+def test_what_is_not_made_row_by_row_has_an_exchange_of_its_own() -> None:
+    def block(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = F.group_norm(x * 2, 2)
+        return F.conv2d(h * F.conv2d(y, w), w, padding=1) + 1
+
+    inputs = [rand(1, 4, 8, 3), rand(4, 4, 3, 3), rand(1, 4, 10, 5)]
+    _, _, locals_ = rewritten(captured(block, *inputs), [(0, 2)], 2)
+    shapes = [site.shape for site in locals_[0].sites if isinstance(site, ExchangeSite)]
+    assert (2, 2, 1, 2, 1, 1, 1) in shapes, shapes
+    check_sharded(block, inputs, (0, 2), ranks=2, whole=ANY)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_narrow_types_travel_in_fp32_and_come_out_as_they_were_asked(dtype: torch.dtype) -> None:
+    def block(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.silu(F.group_norm(x * 2, 2)), w, padding=1).float()
+
+    inputs = [rand(1, 4, 9, 3).to(dtype), (rand(4, 4, 3, 3) / 8).to(dtype)]
+    _, _, locals_ = rewritten(captured(block, *inputs), [(0, 2)], 3)
+    assert next(site.dtype for site in locals_[0].sites if isinstance(site, ExchangeSite)) == torch.float32
+    check_sharded(block, inputs, (0, 2), ranks=3)

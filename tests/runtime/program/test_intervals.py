@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfcompile.runtime.program.intervals import Runs, count, flip, join, overlap, places, slice_of, stretch
+from sfcompile.runtime.program.intervals import (
+    Runs,
+    beyond,
+    count,
+    flip,
+    join,
+    overlap,
+    places,
+    slice_of,
+    stretch,
+    union,
+)
 
 runs_lists = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=5).map(join)
 
@@ -53,3 +64,13 @@ def test_overlap_and_places() -> None:
     assert overlap(a, b) == ((2, 2), (8, 2), (11, 1))
     assert places(overlap(a, b), a) == ((2, 2), (4, 2), (7, 1))
     assert places(overlap(a, b), b) == ((0, 2), (6, 2), (8, 1))
+
+
+ascending = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=5).map(union)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=5), ascending, ascending)
+def test_unions_and_differences_are_those_of_sets(loose: list[tuple[int, int]], a: Runs, b: Runs) -> None:
+    assert spelled(union(loose)) == sorted(set(spelled(tuple(loose))))
+    assert spelled(beyond(a, b)) == sorted(set(spelled(a)) - set(spelled(b)))
+    assert join(union(loose)) == union(loose) and join(beyond(a, b)) == beyond(a, b)
