@@ -70,6 +70,7 @@ from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, sessions, use_session
 from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
+from sfcompile.runtime.wires.transport import peer_failed
 from sfcompile.sharded_weights import shares_of
 from sfcompile.torch_logs import artifacts, speak
 from sfcompile.torch_private import FakeTensorMode, autocast_off, is_plain
@@ -211,6 +212,7 @@ def _compile_rank(
         local = compile_once(
             local_gm, mode, asked, session.rank, machine_of, session.exchange, tell,
             functools.partial(_say_progress, report.graph, time.perf_counter()),
+            functools.partial(_heed, session),
         )  # fmt: skip
     blocks = f", {report.blocks}" if report.blocks else ""
     all_s = time.perf_counter() - began
@@ -232,6 +234,13 @@ def _compile_rank(
     if device.type == "cpu":
         run = watched(run, compiled, session, topology)
     return SizedProgram(_second_call_speaks(run), captured.numbers), False
+
+
+def _heed(session: Session) -> None:
+    """Between pieces of long work: what another rank has told of its failure ends it here too."""
+    notice = session.trouble()
+    if notice is not None:
+        raise peer_failed(session.rank, notice)
 
 
 def _captured(gm: fx.GraphModule, inputs: Sequence[Any], plans: KeptPlans | None) -> CaptureFacts:

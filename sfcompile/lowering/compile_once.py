@@ -2,7 +2,8 @@
 
 A graph's pieces are its distinct blocks, or the whole of it. They are dealt out to the ranks of a machine whose graphs
 are equal, the largest first, each to who has least so far. All ranks of the job meet when theirs are compiled, and then
-each takes from the disk what it did not compile. A rank that fails fails all of them there, in its own words.
+each takes from the disk what it did not compile. A rank that fails fails all of them, in its own words, there or before
+the next piece that they would compile.
 
 Inductor keeps what it makes on disk under a key of all that it depends on. That key decides alone what is taken from
 there: where ranks are wrong about their graphs being equal, one of them compiles for itself, and nothing else happens.
@@ -35,6 +36,7 @@ def compile_once(
     exchange: Exchange,
     tell: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int, int], None] = lambda done, own, every: None,
+    heed: Callable[[], None] = lambda: None,
 ) -> Callable[..., Any]:
     """What runs a rank's graph, compiled once on each machine for all ranks whose graphs are equal. Collective.
 
@@ -43,6 +45,7 @@ def compile_once(
     Args:
         tell: is told of repeated blocks that are compiled once, in words, or why none are.
         progress: is told how many pieces this rank has compiled, of how many that are its own, and of how many in all.
+        heed: raises what another rank has told of its failure, if one has; called before each piece.
     """
     inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     text, bounds = slices_of(gm)
@@ -70,6 +73,7 @@ def compile_once(
     def turns(sizes: Sequence[int]) -> Iterator[int]:
         own = dealt(sizes, len(mates))[mates.index(rank)]
         for done, piece in enumerate(own, 1):
+            heed()
             yield piece
             progress(done, len(own), len(sizes))
         meet()

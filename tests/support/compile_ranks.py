@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -13,18 +14,24 @@ from torch import nn
 
 from sfcompile.backend import last_report
 from sfcompile.lowering import compile_once, inner
+from sfcompile.runtime.rank.session import current_session
 
 
 def first_is_lost(rank: int, how: str) -> None:
     """Two ranks with equal graphs: rank 0 compiles, and in the middle of it raises or is killed; or rank 1 does, its
-    own piece of two, while rank 0 waits."""
+    own piece of two, while rank 0 waits, or before rank 0 has begun its second piece."""
 
     def run_inner(*args: Any) -> Any:
-        turns = iter(args[-1]([5, 3] if how == "the second raises" else [1]))
+        pieces = {"the second raises": [5, 3], "the second raises early": [5, 5, 1, 1]}.get(how, [1])
+        turns = iter(args[-1](pieces))
         next(turns)  # of one piece: rank 1 waits here
-        if how == "the second raises":
-            assert rank == 1 or next(turns) and False, "rank 0 was to wait for what rank 1 makes"
-        assert rank == 0 or how == "the second raises", "rank 1 was to wait for what rank 0 makes"
+        if rank == 0 and how == "the second raises early":
+            end = time.monotonic() + 60.0
+            while current_session().trouble() is None and time.monotonic() < end:
+                time.sleep(0.01)
+        if how.startswith("the second raises"):
+            assert rank == 1 or next(turns) and False, "rank 0 was to hear of rank 1's failure"
+        assert rank == 0 or how.startswith("the second raises"), "rank 1 was to wait for what rank 0 makes"
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the compiler's own mistake")

@@ -124,8 +124,9 @@ def test_every_piece_is_compiled_by_one_rank_before_the_others_take_it(monkeypat
 
 
 @pytest.mark.ranks
-def test_a_rank_that_fails_at_its_piece_is_an_error_on_all() -> None:
-    waits, lost = run_outcomes(2, compile_ranks.first_is_lost, ("the second raises",))
+@pytest.mark.parametrize("how", ["the second raises", "the second raises early"])
+def test_a_rank_that_fails_at_its_piece_is_an_error_on_all(how: str) -> None:
+    waits, lost = run_outcomes(2, compile_ranks.first_is_lost, (how,))
     assert "the compiler's own mistake" in str(lost.error)
     assert waits.value is None and waits.exit_code is not None, waits
     assert "rank 1" in str(waits.error) and "the compiler's own mistake" in str(waits.error), waits.error
