@@ -147,14 +147,21 @@ def apart(bench: Bench) -> None:
     for kind, ranks, dtype, size, hides in bench.mine([("ulysses", 2, half, 32, "causal key")] if bench.dry else every):
         name = f"{kind} on {ranks} ranks, {name_of(dtype)} D={size}{f', {hides}' if hides else ''}, a launch each"
         with bench.case(name):
-            _apart(bench, name, kind, TOKENS[ranks], dtype, size, hides)
+            run_apart(bench, name, kind, TOKENS[ranks], dtype, size, hides)
 
 
-def _apart(
+def run_apart(
     bench: Bench, name: str, kind: str, tokens: Sequence[int], dtype: torch.dtype, size: int, hides: str,
-    fetch: str = "", epochs: int = 3, limit_s: float = 20.0,
+    fetch: str = "", epochs: int = 3, limit_s: float = 20.0, target: KernelTarget | None = None, **where: Any,
 ) -> VirtualRanks:  # fmt: skip
-    """``hides``: "causal", "key" (a mask of padding), both or neither. ``fetch``: see KernelSpec; "": the best here."""
+    """Epochs of a schedule on virtual ranks that are launches of their own.
+
+    Args:
+        hides: "causal", "key" (a mask of padding), both or neither.
+        fetch: see KernelSpec; "": the best here.
+        target: None: a few programs of this GPU for each rank.
+        where: of VirtualRanks.
+    """
     tokens = [n // 20 for n in tokens] if bench.dry else tokens
     site = site_of(tokens, 4 if bench.dry else 8, size, dtype, causal="causal" in hides)
     mask = None
@@ -162,10 +169,10 @@ def _apart(
         mask = torch.rand(1, 1, 1, sum(tokens), generator=torch.Generator().manual_seed(5)) < 0.99
         mask[..., sum(tokens) * 3 // 4 :] = False
         mask = mask.to(bench.device)
-    target = KernelTarget(bench.device, programs=2 if bench.dry else 8)
+    target = target or KernelTarget(bench.device, programs=2 if bench.dry else 8)
     copied = 90 <= target.architecture < 100 and has_tensor_copies()
     fetch = fetch or ("tma" if copied else "threads")
-    made = VirtualRanks(schedule_of(site, kind), target, mask=mask_kind(mask), limit_s=limit_s, fetch=fetch)
+    made = VirtualRanks(schedule_of(site, kind), target, mask=mask_kind(mask), limit_s=limit_s, fetch=fetch, **where)
     streams = [None if bench.dry else torch.cuda.Stream(bench.device) for _ in made.kernels]
     q, k, v = inputs_of(site, bench.device)
     for epoch in range(1, 2 if bench.dry else 1 + epochs):
@@ -209,7 +216,7 @@ def sanitizer(bench: Bench) -> None:
         name = f"ulysses on 2 ranks, fp16 D=64, tiles copied by {fetch}, instrumented"
         with bench.case(name):
             start = time.perf_counter()
-            made = _apart(bench, name, "ulysses", (400, 240), torch.float16, 64, "", fetch, 2, 60.0)
+            made = run_apart(bench, name, "ulysses", (400, 240), torch.float16, 64, "", fetch, 2, 60.0)
             kernel = made.kernels[0]
             values = kernel.values(made.outputs()[0], made.heaps[0], None)
             built = kernel.kernel.warmup(*values, grid=(1,), **kernel.options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_check_kernels import run_virtual, schedule_of
+from gpu_check_kernels import TOKENS, run_apart, run_virtual, schedule_of
 from gpu_check_report import Bench, Skip, compare, distance, exact, inputs_of, sdpa, site_of
 
 from sfcompile.codegen.engines.device_engine import KernelEngine
@@ -54,6 +54,13 @@ def nvshmem(bench: Bench) -> None:
                     where = {"machine_of": machines, "allocate": joined.allocate}
                     made = run_virtual(bench, name, kind, 4, torch.bfloat16, 64, target, **where)
                     joined.free(made.memory)
+            kind = "ulysses" if bench.dry else "torus"  # which passes chunks on: launches side by side
+            name = f"{reach}, {kind} on 4 ranks of one PE"
+            with bench.case(f"{name}, a launch each"):
+                target = KernelTarget(bench.device, bitcode, calls, programs=2 if bench.dry else 8)
+                where = {"machine_of": machines, "allocate": joined.allocate}
+                made = run_apart(bench, name, kind, TOKENS[4], torch.bfloat16, 64, "", target=target, **where)
+                joined.free(made.memory)
         if not bench.dry:
             bench.check(bool(filled), f"the load hook filled NVSHMEM's state into {len(filled)} modules")
         with bench.case("puts and waits on the stream"):

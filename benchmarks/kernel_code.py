@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from sfcompile.codegen.kernels.spec import KernelSpec, tiles_for, tma_tiles
 from sfcompile.codegen.toolchain.compiler import ARCHITECTURES, compile_attend
 from sfcompile.codegen.toolchain.machine_code import Loop, Resources, inner_loop, resources
+from sfcompile.codegen.toolchain.nvshmem_bitcode import slim_library
 
 MASKS = {"none": {}, "causal": {"causal": True}, "key": {"mask": "key"}, "full": {"mask": "full"}}
 FMA_PER_CYCLE = 2048
@@ -97,7 +98,7 @@ def specs(arch: int, plain: bool) -> Iterator[KernelSpec]:
                 tiles = tiles_for(arch, "bf16", size, size, name == "full", hard)
                 base = KernelSpec("bf16", size, size, size**-0.5, reach=reach, forwards=True, pushes=True, **tiles)
                 yield base.with_(**changes)
-                if arch == 90 and reach == "peer" and name != "full":
+                if arch == 90 and name != "full":
                     yield base.with_(**tma_tiles(size, 128), **changes)
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     print(HEAD)
     for arch in asked.arch or ARCHITECTURES:
         for spec in specs(arch, asked.plain):
-            kernel = compile_attend(spec, arch)
+            kernel = compile_attend(spec, arch, slim_library(arch) if spec.reach != "peer" else None)
             print(row(arch, spec, resources(kernel), inner_loop(kernel)), flush=True)
 
 

@@ -136,8 +136,8 @@ class AttendKernel:
 
     @property
     def copiers(self) -> int:
-        """Programs that pass chunks on."""
-        return self.spec.copy_programs if self.spec.forwards else 0
+        """Programs that pass chunks on, or put outputs."""
+        return self.spec.aside
 
     @property
     def options(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from sfcompile.codegen.kernels.attend_tma import attend_tma_source
 from sfcompile.codegen.kernels.codecs import loaded, pointers, stored
-from sfcompile.codegen.kernels.reach import KernelText, put_signal
+from sfcompile.codegen.kernels.reach import KernelText
 from sfcompile.codegen.kernels.spec import INTEGERS, LN2, LOG2E, VIRTUAL_ROW, KernelSpec, attend_arguments
 from sfcompile.codegen.kernels.tables import FORWARD, KEY, QUERY, UNIT
 from sfcompile.codegen.kernels.text import columns, entry_name, heap_of, line_of, module, prologue, wrapped
@@ -105,7 +105,7 @@ def _forward(out: KernelText) -> None:
         ]
         # Far away it goes straight from where it arrived: no staging.
         with out.block("if unbroken(place_ptr) != 0:"):
-            out.fork(near, put_signal("dst", "bank + at", "bank_at + to_at", "nbytes", signal_at, "signal"))
+            out.fork(near, out.put_signal("bank + at", "to_at", signal_at))
         out("hop += COPY_PROGRAMS")
 
 

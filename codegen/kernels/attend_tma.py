@@ -31,6 +31,9 @@ follow in its program order, of a chunk whose signal it has seen. A fence for sh
 way round, a bank is overwritten after the credit; the credit follows the kernel, the kernel its consumers, and they
 waited for the barrier that every copy completes.
 
+Outputs go home as attend_tma_outputs.py says. What leaves by NVSHMEM, and chunks that are passed on, leave from
+programs that do not attend, before their warps part.
+
 A last block that a chunk does not fill begins earlier, so that it ends with the chunk; keys that were attended to
 already are masked. Nothing beyond a chunk is read: it may be in flight, and NaN times a weight of 0 is NaN.
 """
@@ -46,10 +49,11 @@ from sfcompile.codegen.kernels.attend_tma_masks import (
     seen_columns,
     to_chunk,
 )
+from sfcompile.codegen.kernels.attend_tma_outputs import again, push, send_outputs
 from sfcompile.codegen.kernels.reach import KernelText
 from sfcompile.codegen.kernels.spec import INTEGERS, LN2, LOG2E, KernelSpec, attend_arguments
 from sfcompile.codegen.kernels.tables import FORWARD, KEY, QUERY, UNIT
-from sfcompile.codegen.kernels.text import columns, heap_of, line_of, module, prologue, wrapped
+from sfcompile.codegen.kernels.text import columns, entry_name, heap_of, line_of, module, prologue, wrapped
 from sfcompile.runtime.wires.symmetric_heap import PLACE
 
 _RING = ("k_tiles", "v_tiles", "k_full", "k_empty", "v_full", "v_empty")
@@ -64,7 +68,7 @@ REGISTERS = (232, 40)
 
 def attend_tma_source(spec: KernelSpec) -> str:
     """The module that holds the kernel ``attend``: text for Triton 3.9, with the arguments of attend.py's."""
-    out = KernelText(spec.reach)
+    out = KernelText(spec.reach, group="warp")
     _producer(out, spec)
     out("", "")
     _consumer(out, spec)
@@ -73,7 +77,7 @@ def attend_tma_source(spec: KernelSpec) -> str:
         _masker(out, spec)
         out("", "")
     out(wrapped("@gluon.jit(do_not_specialize=[", [f'"{name}"' for name in INTEGERS], "])"))
-    with out.block(wrapped("def attend(", attend_arguments(spec), "):")):
+    with out.block(wrapped(f"def {entry_name('attend', spec.reach)}(", attend_arguments(spec), "):")):
         _kernel(out, spec)
     constants = [
         f"BM = gl.constexpr({spec.block_m})",
@@ -99,9 +103,14 @@ def _kernel(out: KernelText, spec: KernelSpec) -> None:
         with out.block("if program < COPY_PROGRAMS:"):
             _forward(out)
             out("num_units = 0  # this program does not attend")
+    if spec.senders:
+        with out.block("if program == COPY_PROGRAMS:"):
+            send_outputs(out, spec, CONSUMERS)
+            out("num_units = 0  # nor does this one")
+    aside = " - COPY_PROGRAMS" + (" - 1" if spec.senders else "")
     out(
-        "me = program - COPY_PROGRAMS",
-        "workers = programs - COPY_PROGRAMS",
+        f"me = program{aside}",
+        f"workers = programs{aside}",
         "TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)",
         f"bank_rows = gl.load(place_ptr + {PLACE.index('bank_bytes')}) // (2 * D)",
         f"rows_ptr = gl.multiple_of(bank.to(gl.pointer_type({spec.element})), 16)",
@@ -148,11 +157,6 @@ def _consumer_arguments(spec: KernelSpec) -> list[str]:
     return names + (["lse_ptr", "own_rows"] if spec.lse else [])
 
 
-def _again() -> list[str]:
-    """Where things lie, read again."""
-    return [line for line in prologue() if not line.startswith("bank = ")]
-
-
 def _forward(out: KernelText) -> None:
     """A program that passes chunks on: as attend.py's copy programs."""
     out("hop = program")
@@ -161,13 +165,15 @@ def _forward(out: KernelText) -> None:
         out.read("forward", FORWARD)
         with out.block("if slot >= 0:"):
             out.wait("slot")
+        signal_at = f"signals_at + {line_of('to_slot')}"
+        near = [
+            f"to = {heap_of('dst')}",
+            "copy_chunk(to + bank_at + to_at, bank + at, (nbytes + 3) // 4)",
+            "gl.barrier()  # every thread's stores happen before thread 0's release",
+            f"raise_signal(to + {signal_at}, signal)",
+        ]
         with out.block("if unbroken(place_ptr) != 0:"):
-            out(
-                f"to = {heap_of('dst')}",
-                "copy_chunk(to + bank_at + to_at, bank + at, (nbytes + 3) // 4)",
-                "gl.barrier()  # every thread's stores happen before thread 0's release",
-                f"raise_signal(to + signals_at + {line_of('to_slot')}, signal)",
-            )
+            out.fork(near, out.put_signal("bank + at", "to_at", signal_at))
         out("hop += COPY_PROGRAMS")
 
 
@@ -274,7 +280,7 @@ def _consumer(out: KernelText, spec: KernelSpec) -> None:
             _units(out, spec, ["first_key", "last_key", "done", *(["fresh"] if spec.carry else [])], query)
             out(*columns("query", QUERY, {"q_slot": "slot", "q_at": "at"}), "tile = start")
             with out.block("if (q_slot >= 0) & (tile < tiles):"):
-                out(*_again())
+                out(*again())
                 out.wait("q_slot")
             with out.block("while tile < tiles:"):
                 _tile(out, spec)
@@ -427,16 +433,7 @@ def _finish(out: KernelText, spec: KernelSpec) -> None:
     with out.block("if dst < 0:"):
         _store_own(out, spec)
     with out.block("else:"):
-        out(*columns("query", QUERY, {"out_at": "out_at", "out_slot": "out_slot"}), *_again())
-        out(
-            f"to = {heap_of('dst')}",
-            f"target_ptr = gl.multiple_of((to + bank_at + out_at).to(gl.pointer_type({spec.element})), 16)",
-            "target_ptr += (bh * rows).to(gl.int64) * D",
-            "gl.store(target_ptr + row[:, None] * D + wide_col[None, :], o, mask=inside)",
-        )
-        with out.block(f"if last_of(counters_ptr + out_slot, {CONSUMERS} * tiles):"):
-            with out.block("if unbroken(place_ptr) != 0:"):
-                out(f"raise_signal(to + signals_at + {line_of('out_slot')}, signal)")
+        push(out, spec, CONSUMERS)
 
 
 def _store_own(out: KernelText, spec: KernelSpec) -> None:

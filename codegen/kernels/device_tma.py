@@ -15,6 +15,35 @@ def fence_async() -> None:
 
 
 @gluon.jit
+def first_warp() -> tl.tensor:
+    """1 in the first of the four warps that run this code, else 0; its first thread polls for all of them.
+
+    Warps differ in it: behind a test of it stands nothing for which warps wait for each other.
+    """
+    thread = gl.inline_asm("mov.u32 $0, %tid.x;", "=r", (), gl.int32, is_pure=False)
+    return ((thread & 127) < 32).to(gl.int32)
+
+
+@gluon.jit
+def come(counter_ptr: tl.tensor) -> None:
+    """A warpgroup has come: what its threads stored happens before the return of :func:`wait_for_all`."""
+    gl.barrier()  # every thread's stores happen before the add of one
+    gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="sys")
+
+
+@gluon.jit
+def wait_for_all(counter_ptr: tl.tensor, count: tl.tensor, place_ptr: tl.tensor) -> None:
+    """Until ``count`` have come, or a wait of this rank has given up; then the counter is set back, for nobody of this
+    launch comes again."""
+    seen = gl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys")
+    going = unbroken(place_ptr)  # noqa: F821  # of device.py
+    while (seen < count) & (going != 0):
+        seen = gl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys")
+        going = unbroken(place_ptr)  # noqa: F821
+    gl.atomic_xchg(counter_ptr, 0, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
 def copy_chunk(dst: tl.tensor, src: tl.tensor, count: tl.tensor) -> None:
     """``count`` int32 words from ``src`` to ``dst`` (byte addresses, multiples of 16), by four warps."""
     WORDS: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])

@@ -49,11 +49,12 @@ class KernelText(Lines):
 
     Args:
         reach: "peer", "nvshmem" or "mixed".
+        group: who calls NVSHMEM together, see :func:`put_signal`.
     """
 
-    def __init__(self, reach: str) -> None:
+    def __init__(self, reach: str, group: str = "block") -> None:
         super().__init__()
-        self.reach = reach
+        self.reach, self._group = reach, group
 
     @contextmanager
     def kernel(self, name: str, arguments: Sequence[str]) -> Iterator[None]:
@@ -103,11 +104,22 @@ class KernelText(Lines):
 
     def announce(self, slot: str, slot_at: str, heap: str = "", if_near: str = "") -> None:
         """Tell ``dst`` that its slot is filled; far away the staged chunk of ``nbytes`` goes with it."""
-        signal_at = f"signals_at + {line_of(slot)}"
-        near = f"raise_signal({heap or heap_of('dst')} + {signal_at}, signal)"
-        far = put_signal("dst", "bank + staging", f"bank_at + {slot_at}", "nbytes", signal_at, "signal")
+        far = self.put_signal("bank + staging", slot_at, self.signal_at(slot))
         with self.block("if unbroken(place_ptr) != 0:"):
-            self.fork([near], far, if_near)
+            self.fork([self.near_signal(slot, heap)], far, if_near)
+
+    def near_signal(self, slot: str, heap: str = "") -> str:
+        """The line that raises the signal of a slot of ``dst``, which is near."""
+        return f"raise_signal({heap or heap_of('dst')} + {self.signal_at(slot)}, signal)"
+
+    @staticmethod
+    def signal_at(slot: str) -> str:
+        """Bytes from a segment's start to the signal of a slot."""
+        return f"signals_at + {line_of(slot)}"
+
+    def put_signal(self, source: str, slot_at: str, signal_at: str) -> list[str]:
+        """Lines that put a chunk of ``nbytes`` to a slot of ``dst``, which is far, with its signal."""
+        return put_signal("dst", source, f"bank_at + {slot_at}", "nbytes", signal_at, "signal", self._group)
 
     def wait(self, slot: str) -> None:
         """Wait until a slot of this rank is filled, by whatever call: a site's last kernel looks at the tags."""
@@ -142,14 +154,23 @@ class KernelText(Lines):
         self(f"wait_word({address}, {value}, place_ptr, {reported})")
 
 
-def put_signal(dst: str, source: str, to_at: str, nbytes: str, signal_at: str, value: str) -> list[str]:
-    """Lines that put bytes from an address to ``to_at`` in a rank's segment by NVSHMEM, then raise a signal there."""
+def put_signal(
+    dst: str, source: str, to_at: str, nbytes: str, signal_at: str, value: str, group: str = "block"
+) -> list[str]:
+    """Lines that put bytes from an address to ``to_at`` in a rank's segment by NVSHMEM, then raise a signal there.
+
+    Args:
+        group: "block": all threads of the program come here; "warp": those of some warps, of which the first one puts.
+            NVSHMEM waits for all of a group, and where warps have work of their own not all of a program's come. Either
+            way one thread hands the put over.
+    """
     columns_of = {name: f"tl.load(heaps_ptr + {len(HEAP)} * {dst} + {i})" for i, name in enumerate(HEAP)}
-    return [
-        f"pe = {columns_of['pe']}.to(tl.int32)",
-        f"named = {columns_of['name']}",
-        "putmem_signal_nbi_block(",
+    put = [
+        f"putmem_signal_nbi_{group}(",
         f"    named + {to_at}, {source}, {nbytes},",
         f"    named + {signal_at}, {value}, SIGNAL_SET, pe,",
         ")",
     ]
+    if group == "warp":
+        put = ["if first_warp() != 0:", *(f"    {line}" for line in put)]
+    return [f"pe = {columns_of['pe']}.to(tl.int32)", f"named = {columns_of['name']}", *put]

@@ -105,6 +105,16 @@ class KernelSpec:
         return block_of(self.v_head_dim) + (8 if self.fetch == "tma" else 2)
 
     @property
+    def senders(self) -> int:
+        """Programs that put outputs to other machines: one, where a warp fetches tiles (attend_tma_outputs.py)."""
+        return int(self.fetch == "tma" and self.pushes and self.reach != "peer")
+
+    @property
+    def aside(self) -> int:
+        """Programs of a launch that do not attend."""
+        return (self.copy_programs if self.forwards else 0) + self.senders
+
+    @property
     def key(self) -> str:
         """Short digest: names the generated files."""
         return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:12]
@@ -200,11 +210,11 @@ _TMA_KEYS = (64, 128)
 
 
 def fetched_by_tma(site: AttentionSite, arch: int, reach: str, mask: str, wire: Wire, rows: set[int]) -> bool:
-    """Whether attend_tma.py writes a site's kernel: half precision on sm_90, no mask of queries and keys, nothing sent
-    out of reach of loads and stores (NVSHMEM's puts need all threads of a program), no chunk of ``rows`` too short."""
-    plain = mask != "full" and wire == AS_IT_IS and reach == "peer"
-    # Both leave no registers for a warpgroup of head size 128: ten words are spilled.
-    plain = plain and not (mask == "key" and site.causal and site.head_dim > 64)
+    """Whether attend_tma.py writes a site's kernel: half precision on sm_90, no mask of queries and keys, no chunk of
+    ``rows`` too short."""
+    plain = mask != "full" and wire == AS_IT_IS
+    # Both leave no registers for a warpgroup of head size 128: ten words are spilled. So are nine with NVSHMEM's code.
+    plain = plain and not ((mask == "key" or reach != "peer") and site.causal and site.head_dim > 64)
     sizes = site.head_dim == site.v_head_dim and site.head_dim in _TMA
     long = bool(rows) and min(rows) >= min(_TMA_KEYS)
     return 90 <= arch < 100 and plain and sizes and long and element_bytes(DTYPES[site.dtype]) == 2

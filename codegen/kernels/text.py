@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE
 IMPORTS = """import triton
 import triton.language as tl
 """
-CALLS = "from sfcompile.codegen.toolchain.nvshmem_calls import putmem_signal_nbi_block\n"
+CALLS = "from sfcompile.codegen.toolchain.nvshmem_calls import {}\n"
 CLOCK = "from triton.language.extra.cuda import globaltimer\n"
 GLUON = """from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -159,6 +160,6 @@ def module(title: str, body: str, more: Iterable[str] = ()) -> str:
     head = inspect.cleandoc(title) + "".join(f"\n{line}" for line in more)
     device = device_functions(body)
     calls = CLOCK if "globaltimer" in device else ""
-    calls += CALLS if "putmem_signal_nbi_block" in body else ""
+    calls += "".join(CALLS.format(name) for name in sorted(set(re.findall(r"putmem_signal_nbi_\w+", body))))
     calls += GLUON if "@gluon." in body else ""
     return f'"""{head}\n"""\n\n{IMPORTS}{chr(10) if calls else ""}{calls}\n{device}\n\n{body}'

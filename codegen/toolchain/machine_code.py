@@ -48,7 +48,7 @@ def disassembly(compiled: CompiledKernel) -> str:
 
 _EVENTS = (
     ("wait", r"LDG\.E\.64\.STRONG\.SYS"),
-    ("put", r"CALL\.\S+ \S*nvshmemx_putmem_signal_nbi_block"),
+    ("put", r"CALL\.\S+ \S*nvshmemx_putmem_signal_nbi_\w+"),
     ("release", r"ATOMG?\S*\.EXCH\S*\.STRONG\.SYS|\bREDG?\S*\.STRONG\.SYS"),
     ("copy", r"\bLDGSTS|\bUBLKCP|\bUTMALDG"),
     ("mma", r"\bHGMMA|\bHMMA|\bUTCHMMA|\bUTCQMMA|\bUTCMMA"),

@@ -135,7 +135,8 @@ def slim_library(arch: int, symbols: Sequence[str] | None = None) -> Path:
 
         symbols = [symbol for symbol, _, _ in SYMBOLS.values()]
     library = device_library(arch)
-    key = hashlib.sha256(f"{_digest(library)}|{triton.__version__}|{arch}|{sorted(symbols)}".encode()).hexdigest()[:16]
+    made_of = f"{_digest(library)}|{triton.__version__}|{arch}|{sorted(symbols)}|inlined"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     folder = cache_folder() / "bitcode"
     for old in (folder / f"nvshmem_{key}.bc", folder / f"nvshmem_{key}.ll"):
         if old.is_file():
@@ -191,6 +192,9 @@ def _cut(library: Path, symbols: Sequence[str], arch: int) -> str:
             "pip install nvidia-nvshmem-cu13==3.4.5",
         )
     text = re.sub(rf"(?ms)^define [^\n]*@{_KEEPER}\(.*?^}}\n", "", str(module))
+    # Calls become code of the kernel. With a call in it ptxas leaves setmaxnreg out: warps that attend by tensor copies
+    # would have too few registers, and spill in every block.
+    text = re.sub(r"(?m)^(attributes #\d+ = {.*)\bnoinline\b", r"\1alwaysinline", text)
     for symbol in symbols:  # linking made them internal: kernels must find them
         text = re.sub(rf"(?m)^define internal ([^\n]*@{symbol}\()", r"define \1", text)
     return text

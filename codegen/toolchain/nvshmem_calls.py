@@ -14,12 +14,11 @@ from triton.language import core
 
 _I64, _U64, _I32 = core.dtype("int64"), core.dtype("uint64"), core.dtype("int32")
 
+_PUT_SIGNAL = (_I64, _I64, _I64, _I64, _U64, _I32, _I32)
+
 SYMBOLS = {
-    "putmem_signal_nbi_block": (
-        "nvshmemx_putmem_signal_nbi_block",
-        (_I64, _I64, _I64, _I64, _U64, _I32, _I32),
-        _I32,
-    ),
+    f"putmem_signal_nbi_{group}": (f"nvshmemx_putmem_signal_nbi_{group}", _PUT_SIGNAL, _I32)
+    for group in ("block", "warp")
 }
 """Name in generated source -> symbol of the device library, argument types, result (void is declared as int32)."""
 
@@ -37,3 +36,6 @@ def _declare(symbol: str, arguments: Sequence[Any], result: Any) -> Any:
 
 putmem_signal_nbi_block = _declare(*SYMBOLS["putmem_signal_nbi_block"])
 """``(dst, src, nbytes, signal, value, op, pe)``: every thread of the program calls it; addresses are this PE's own."""
+
+putmem_signal_nbi_warp = _declare(*SYMBOLS["putmem_signal_nbi_warp"])
+"""The same, called by every thread of a warp."""

@@ -33,6 +33,6 @@ def test_rows() -> None:
 
 def test_every_kernel_of_a_kind_once() -> None:
     kinds = [(spec.head_dim, spec.reach, spec.mask, spec.causal, spec.fetch) for spec in specs(90, False)]
-    assert len(set(kinds)) == len(kinds) == 2 * (2 * 4 + 3)
+    assert len(set(kinds)) == len(kinds) == 2 * (2 * 4 + 2 * 3)
     assert {spec.fetch for spec in specs(80, False)} == {"threads"} and len(list(specs(100, True))) == 2
     assert kernel_code.MASKS.keys() == {"none", "causal", "key", "full"}

@@ -112,9 +112,8 @@ class DeviceCalls:
     def __init__(self, address_of: Callable[[int, int], int]) -> None:
         self._address_of = address_of
 
-    def putmem_signal_nbi_block(
-        self, dst: Any, src: Any, nbytes: Any, signal: Any, value: Any, op: Any, pe: Any
-    ) -> None:
+    def putmem_signal_nbi(self, dst: Any, src: Any, nbytes: Any, signal: Any, value: Any, op: Any, pe: Any) -> None:
+        """A program is one thread here: there is one put for every group of threads."""
         dst, src, nbytes, signal, value, op, pe = map(_int, (dst, src, nbytes, signal, value, op, pe))
         assert op == SIGNAL_SET, f"signal operation {op} is not NVSHMEM_SIGNAL_SET"
         ctypes.memmove(self._address_of(dst, pe), src, nbytes)
@@ -124,7 +123,7 @@ class DeviceCalls:
         """What to put into a generated module's globals."""
         from sfcompile.codegen.toolchain.nvshmem_calls import SYMBOLS  # imports Triton
 
-        return {name: getattr(self, name) for name in SYMBOLS}
+        return dict.fromkeys(SYMBOLS, self.putmem_signal_nbi)
 
 
 def _int(x: Any) -> int:

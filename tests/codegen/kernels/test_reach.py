@@ -73,4 +73,19 @@ def test_kernels_have_heads_and_read_what_they_need(reach: str) -> None:
 
 
 def test_puts_are_code() -> None:
-    ast.parse("\n".join(put_signal("dst", "bank", "bank_at + 1", "nbytes", "signals_at + 2", "signal")))
+    for group in ("block", "warp"):
+        text = "\n".join(put_signal("dst", "bank", "bank_at + 1", "nbytes", "signals_at + 2", "signal", group))
+        (*_, last) = ast.parse(text).body
+        assert isinstance(last, ast.If) == (group == "warp")  # one warp of those that come there
+        assert f"putmem_signal_nbi_{group}(" in ast.unparse(last)
+
+
+def test_where_warps_have_work_of_their_own_one_of_them_puts() -> None:
+    """All threads of a program never meet there; what warps wait for each other for stands before the test."""
+    out = KernelText("mixed", "warp")
+    out.announce("slot", "at")
+    out.fork(["pass"], out.put_signal("bank + at", "to_at", "signals_at"))
+    ast.parse(out.text)
+    assert out.text.count("if first_warp() != 0:") == out.text.count("putmem_signal_nbi_warp(") == 2
+    assert "_block(" not in out.text
+    assert out.text.index("unbroken(") < out.text.index("first_warp(")

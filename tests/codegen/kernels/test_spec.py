@@ -85,12 +85,13 @@ def test_hopper_fetches_by_tensor_copies_where_it_can() -> None:
     assert spec_of(attention(kv_heads=2), 90).group == 2 and spec_of(attention(kv_heads=2), 90).fetch == "tma"
     assert spec_of(attention(causal=True), 90, mask=("key", False)).fetch == "tma"
     assert {spec_of(attention(causal=True), 90).fetch, spec_of(attention(), 90, mask=("key", True)).fetch} == {"tma"}
+    for machines, reach in (((0, 0, 1, 1), "mixed"), ((0, 1, 2, 3), "nvshmem")):
+        assert spec_of(attention(), 90, machines) == spec.with_(reach=reach)
     wide = attention(causal=True, head_dim=128, v_head_dim=128)
-    assert spec_of(wide, 90).fetch == "tma"
+    assert spec_of(wide, 90).fetch == "tma" and spec_of(wide, 90, (0, 1, 2, 3)).fetch == "threads"  # it would spill
     others = {
         "other GPUs": [spec_of(attention(), arch) for arch in (0, 80, 89, 100, 120)],
         "masks": [spec_of(attention(), 90, mask=("full", True)), spec_of(wide, 90, mask=("key", True))],
-        "machines": [spec_of(attention(), 90, (0, 0, 1, 1)), spec_of(attention(), 90, (0, 1, 2, 3))],
         "sizes": [spec_of(attention(v_head_dim=128), 90), spec_of(attention(head_dim=72, v_head_dim=72), 90)],
         "dtypes": [spec_of(attention(dtype=torch.float32), 90), spec_of(attention(wire=Wire(k="fp8")), 90)],
         "tiles by hand": [spec_of(attention(), 90, block_n=64), spec_of(attention(), 90, fetch="threads")],

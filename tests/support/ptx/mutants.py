@@ -169,6 +169,7 @@ def _moved(kernel: str, line: str, before: str) -> Edit:
 _ACQUIRE, _RELAXED = r"ld\.global\.sys\.acquire", "ld.global.sys.relaxed"
 _RELEASE = r"atom\.global\.sys\.release\.exch"
 _BAR = r"bar\.sync\s+0;"
+_GROUP_BAR = r"bar\.sync\s+[02], 128;"
 _WAIT, _LAX = r"cp\.async\.wait_group\s+\d", "cp.async.wait_group 7"
 _WAIT_WGMMA, _LAX_WGMMA = r"wgmma\.wait_group\.sync\.aligned\s+0", "wgmma.wait_group.sync.aligned 2"
 _COUNT = r"acq_rel\.add"
@@ -188,6 +189,11 @@ _CAUSAL, _KEYS = ((entry, ("tokens", [150, 72])) for entry in (("causal", True),
 def _tma(name: str, **edits: Any) -> Mutant:
     """Of the kernel that fetches by tensor copies."""
     return Mutant(name, 90, fetch="tma", **edits)
+
+
+def _net(name: str, **edits: Any) -> Mutant:
+    """Of the same where ranks reach each other by NVSHMEM only: it sends outputs home."""
+    return Mutant(name, 90, net=True, fetch="tma", **edits)
 
 
 MUTANTS = (
@@ -221,6 +227,15 @@ MUTANTS = (
     _tma("a mask written before its place is free", masks=_KEYS, source=_masker(r"mbarrier\.wait\(k_empty.*", "pass")),
     _tma("keys announced before their mask", masks=_KEYS, source=_moved("attend", _ANNOUNCED, r"biases\.")),
     _tma("another block's word of a mask", masks=_KEYS, source=edited("attend", _WORD, _OTHER_WORD)),
+    _net("an output put without its signal", source=edited("attend", "signal, SIGNAL_SET", "0, SIGNAL_SET")),
+    _net("an output put before its last rows", source=edited("attend", r"out_slot, 2 \* tiles", "out_slot, tiles")),
+    _net("arrival counter of outputs relaxed", ptx=edited("attend", r"sys\.acq_rel\.add", "sys.relaxed.add")),
+    _net("an output put though nobody has come", source=edited("attend", r"^ +wait_for_all\(.*$", "")),
+    _net("the sender's poll relaxed", source=edited("attend", r'0, sem="acquire"', '0, sem="relaxed"')),
+    _net("a warpgroup counted before its barrier", ptx=between("attend", r"st\.global", _COUNT, _GROUP_BAR, "")),
+    _net("outputs put for all threads of a program", source=edited("attend", "signal_nbi_warp", "signal_nbi_block")),
+    _net("no proxy fence before a copy of what came by NVSHMEM", ptx=edited("attend", _FENCE, "")),
+    _net("acquire relaxed of what came by NVSHMEM", ptx=edited("attend", _ACQUIRE, _RELAXED)),
 )  # fmt: skip
 HARMLESS = (Mutant("credit given early", order=_early),)
 """Two ranks that attend in turn need no credit: a rank puts into a bank again only after it has the other's chunks of

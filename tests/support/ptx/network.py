@@ -11,6 +11,7 @@ from ptx.text import PtxError
 from ptx.world import World
 
 _SET = 9
+_PUT = "nvshmemx_putmem_signal_nbi_"
 
 
 class Network:
@@ -43,14 +44,15 @@ class Network:
         Raises:
             PtxError: NVSHMEM has no such function.
         """
-        if name == "nvshmemx_putmem_signal_nbi_block":
-            for place in np.nonzero(gang.tid == 0)[0]:
-                self._put(gang, int(place), [int(x[place]) for x in arguments], at)
-            return True
-        raise PtxError(f"nothing stands for the function {name}")
+        if name not in (f"{_PUT}block", f"{_PUT}warp"):
+            raise PtxError(f"nothing stands for the function {name}")
+        gang.whole()
+        for place in np.nonzero((gang.tid if name.endswith("block") else gang.lane_numbers) == 0)[0]:
+            self._put(gang, int(place), [int(x[place]) for x in arguments], at)
+        return True
 
     def _put(self, gang: Any, place: int, arguments: list[int], at: int) -> None:
-        """The thread that hands the put over must have seen what its program stored."""
+        """The thread that hands the put over must have seen what its group, and all others, stored."""
         to, source, nbytes, signal, value, operation, pe = arguments
         if operation != _SET:
             raise PtxError(f"signal operation {operation} is not NVSHMEM_SIGNAL_SET")

@@ -109,7 +109,8 @@ class Ordered:
         """A function outside of the kernel; what waits inside comes again."""
         launch = self.launch
         if launch.call(self, name, arguments, at):
-            return following
+            # A call for a whole program ends with __syncthreads: all of its threads must come.
+            return self.barrier(0, following, at) if name.endswith("_block") else following
         launch.pc[self.numbers] = launch.place
         launch.asleep[np.unique(self.numbers // 32)] = launch.memory.signals
         return STOP

@@ -68,18 +68,32 @@ def test_hopper_by_tensor_copies() -> None:
     assert "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
 
 
+def test_hopper_sends_outputs_home_by_nvshmem() -> None:
+    """One warp puts what the last warpgroup of all programs has found complete."""
+    ranks = check(job_of(90, net=True, fetch="tma", epochs=2), 90)
+    spec = ranks.kernels[0].spec
+    assert (spec.fetch, spec.reach, spec.pushes) == ("tma", "nvshmem", True)
+    ptx = next(text for name, text in ranks.driver.texts if name == "attend_nvshmem")
+    assert "putmem_signal_nbi_warp" in ptx and "putmem_signal_nbi_block" not in ptx
+
+
 @pytest.mark.thorough
-def test_a_chunk_that_never_comes_ends_every_warp_and_nothing_leaves() -> None:
-    """The warp that fetches gives up, those that attend get what is there: no output goes home, no signal is raised."""
-    job = replace(job_of(90, fetch="tma"), epochs=1)
+@pytest.mark.parametrize(("net", "late"), [(False, False), (True, False), (True, True)])
+def test_a_chunk_that_never_comes_ends_every_warp_and_nothing_leaves(net: bool, late: bool) -> None:
+    """The warp that fetches gives up, those that attend get what is there: no output goes home, no signal is raised.
+    ``late``: a program begins after that and does nothing; the one that puts outputs does not wait for it."""
+    job = replace(job_of(90, net=net, fetch="tma"), epochs=1)
 
     def dropped(name: str, text: str) -> str:
         changed, times = re.subn(r"^.*atom\.global\.sys\.release\.exch.*$", "", text, flags=re.MULTILINE)
-        assert times or name != "put"
+        assert times or net or name != "put"
         return changed if name == "put" else text
 
     def impatient(name: str, source: str) -> str:
-        return source.replace("LOOK_EVERY = tl.constexpr(256)", "LOOK_EVERY = tl.constexpr(1)")
+        source = source.replace("LOOK_EVERY = tl.constexpr(256)", "LOOK_EVERY = tl.constexpr(1)")
+        if late and name == "attend":
+            source = source.replace("num_units *= going", "num_units *= going * (program < 2).to(tl.int32)")
+        return source.replace("signal, SIGNAL_SET", "0, SIGNAL_SET") if name == "put" else source
 
     ranks = AttentionRanks(job, 90, change=dropped, edit=impatient)
     watches = [Watch(1e-3) for _ in range(job.ranks)]
@@ -163,6 +177,17 @@ COPIED = {
     ),
     "three stages": copied("ring", (1, 2, 1, 2), [40, 150], tile={"stages": 3}),
     "all gathered, from two machines": copied("allgather", (2, 2, 2, 2), [40, 64, 33, 75], net=True),
+    "outputs home by NVSHMEM, head size 128, bf16": copied(
+        "torus", (2, 1, 2, 1), [150, 64], net=True, dtype=BF16, head_dim=128, batch=2, tile={"block_n": 64}
+    ),
+    "outputs home to two machines": copied("torus", (2, 2, 2, 2), [33, 64, 33, 40], net=True),
+    "outputs home to two machines, state kept, causal": copied(
+        "torus", (2, 2, 2, 2), [33, 64, 133, 40], net=True, causal=True, merge=False
+    ),
+    "outputs home in parts by NVSHMEM": copied("torus", (2, 1, 2, 1), [66, 72], net=True, parts=(2, 2)),
+    "outputs home by NVSHMEM, mask of keys": copied("torus", (2, 1, 2, 1), [40, 150], net=True, mask="key"),
+    "passed on between machines": copied("ring", (3, 1, 1, 3), [40, 32, 75], net=True, across="ring"),
+    "passed on between machines of two": copied("usp", (2, 2, 2, 2), [40, 32, 75, 64], net=True, across="ring"),
     "causal": copied("usp", (1, 2, 2, 1), [150, 203], causal=True),
     "causal, state kept, grouped heads": copied(
         "torus", (2, 2, 2, 2), [33, 64, 133, 40], causal=True, merge=False, kv_heads=1, heads=4
