@@ -71,9 +71,7 @@ class AttendKernel:
         alone = machine_of is None or len(set(machine_of)) == 1  # what gpu-check times
         measured = target.measured_tile(schedule, mask) if alone else {}
         spec = spec_of(schedule, target.architecture, machine_of, mask, **{**measured, **changes})
-        self.tables: KernelTables = make_tables(
-            schedule, rank, spec.block_m, machine_of, merge, span_keys=spec.block_n if spec.fetch == "tma" else 0
-        )
+        self.tables: KernelTables = make_tables(schedule, rank, spec.block_m, machine_of, merge, span_keys=spec.block_n)
         self.spec: KernelSpec = spec.with_(carry=self.tables.carry)
         if spec.fetch == "tma":  # by rows of the bank
             places = self.tables.keys[:, [KEY.index("k_at"), KEY.index("v_at")]]

@@ -9,6 +9,9 @@ rank: the only waits are for peers.
 The online softmax is Milakov and Gimelshein's (arXiv 1805.02867) in blocks as in FlashAttention-2 (arXiv 2307.08691):
 state (m, l, acc) of a block of queries, scores in powers of two.
 
+**Causal order.** A table says how many keys of a chunk a tile of queries sees any of (spans_of in tables.py): the loop
+over blocks ends there. In the blocks before, positions are compared.
+
 Loads of arriving data stand in the inner loop over blocks, which Triton pipelines; waits stand outside of it. A wait in
 the inner loop would be overtaken by the prefetched loads of later iterations.
 """
@@ -16,6 +19,7 @@ the inner loop would be overtaken by the prefetched loads of later iterations.
 from __future__ import annotations
 
 from sfcompile.codegen.kernels.attend_tma import attend_tma_source
+from sfcompile.codegen.kernels.attend_tma_masks import seen_columns
 from sfcompile.codegen.kernels.codecs import loaded, pointers, stored
 from sfcompile.codegen.kernels.reach import KernelText
 from sfcompile.codegen.kernels.spec import INTEGERS, LN2, LOG2E, VIRTUAL_ROW, KernelSpec, attend_arguments
@@ -74,7 +78,7 @@ def _virtual(out: KernelText, spec: KernelSpec) -> None:
         f"mine = virtual_ptr + rank * {len(VIRTUAL_ROW)}",
     )
     kinds = {"out": "ELEMENT", "state": "tl.float32", "lse": "tl.float32"}
-    kinds |= {"q_positions": "tl.int32", "k_positions": "tl.int32", "counters": "tl.int32"}
+    kinds |= dict.fromkeys(("q_positions", "k_positions", "spans", "counters"), "tl.int32")
     for i, name in enumerate(VIRTUAL_ROW):
         if f"{name}_ptr" in names:
             kind = kinds.get(name, "tl.int64").replace("ELEMENT", spec.element)
@@ -215,6 +219,8 @@ def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
     small = {"columns": "rows", "k_pitch": "pitch"} | ({"k_position": "position"} if spec.needs_positions else {})
     small |= {} if spec.wire.k == spec.wire.v == SAME else {"came": "came"}
     out(*columns("key", KEY, small, small=True))
+    if spec.causal:
+        out(*seen_columns())
     with out.block("if tile == start:  # of this unit: as for the queries"):
         out(*columns("key", KEY, {name: name for name in ("k_slot", "v_slot")}))
         _wait(out, "k_slot")
@@ -237,16 +243,17 @@ def _key_chunk(out: KernelText, spec: KernelSpec) -> None:
 
 
 def _blocks(out: KernelText, spec: KernelSpec, came: bool = False) -> None:
-    """All blocks of a chunk of keys; ``came``: as it has travelled."""
+    """All blocks of a chunk of keys that the tile sees any of; ``came``: as it has travelled."""
+    end = "seen" if spec.causal else "columns"
     if spec.tails == "apart":
-        out("full = columns // BN * BN")
+        out(f"full = {end} // BN * BN")
         with out.block("for n in range(0, full, BN):"):
             _block(out, spec, tail=False, came=came)
-        with out.block("if full < columns:"):
+        with out.block(f"if full < {end}:"):
             out("n = full")
             _block(out, spec, tail=True, came=came)
     else:
-        with out.block("for n in range(0, columns, BN):"):
+        with out.block(f"for n in range(0, {end}, BN):"):
             _block(out, spec, tail=spec.tails == "inside", came=came)
 
 

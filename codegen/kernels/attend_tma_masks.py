@@ -41,7 +41,7 @@ def masker_arguments(spec: KernelSpec) -> list[str]:
 
 
 def seen_columns() -> list[str]:
-    """Lines that read how many keys of chunk ``j`` are fetched for a tile."""
+    """Lines that read how many keys of chunk ``j`` are fetched for a tile; attend.py has them too."""
     return [*_AGAIN, f"seen = tl.load({_SPAN})"]
 
 

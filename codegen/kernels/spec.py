@@ -21,8 +21,8 @@ MAX_HEAD_DIM = 256
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 VIRTUAL_ROW = (
-    "out", "place", "state", "counters", "units", "queries", "keys", "forwards", "q_positions", "k_positions", "lse",
-    "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
+    "out", "place", "state", "counters", "units", "queries", "keys", "forwards", "q_positions", "k_positions", "spans",
+    "lse", "num_units", "num_forwards", "heads", "first_head", "kv_heads", "first_kv", "own_rows",
 )  # fmt: skip
 """Arguments that differ between virtual ranks, as int64."""
 INTEGERS = (
@@ -131,7 +131,7 @@ def attend_arguments(spec: KernelSpec) -> tuple[str, ...]:
         names += ["mask_ptr", "mask_sb", "mask_sh", "mask_sr", "mask_sc"]
     if spec.needs_positions:
         names += ["q_positions_ptr", "k_positions_ptr"]
-    names += ["spans_ptr"] if spec.causal and spec.fetch == "tma" else []
+    names += ["spans_ptr"] if spec.causal else []
     names += ["lse_ptr"] if spec.lse else []
     names += ["state_ptr"] if spec.carry else []
     names += ["heaps_ptr", "place_ptr", "units_ptr", "queries_ptr", "keys_ptr"]

@@ -54,7 +54,7 @@ class KernelTables:
         puts: what the put phases copy, by tensor; the last row of each is the part that stays here.
         collects: outputs that come home.
         q_positions, k_positions: global positions of the tokens of ``queries`` and ``keys``.
-        spans: int32, of a causal site whose kernel asks for them: for each unit, tile of its queries and chunk of its
+        spans: int32, of a causal site, if asked for: for each unit, tile of its queries and chunk of its
             keys, how many keys are ``seen`` in blocks that some query sees a key of (whole blocks, the first ones), and
             from how many of these left on (``partial``) some query does not see a whole block.
         tiles: tiles of block_m queries of all query chunks and heads.

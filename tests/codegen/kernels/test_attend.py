@@ -196,3 +196,14 @@ def test_chunks_are_polled_for_on_a_programs_first_tile_of_a_unit() -> None:
     )
     first = [node for node in ast.walk(tiles) if isinstance(node, ast.If) and ast.unparse(node.test) == "tile == start"]
     assert len(first) == 1 and ast.unparse(tiles).count("wait_word(") == ast.unparse(first[0]).count("wait_word(") == 2
+
+
+@pytest.mark.parametrize("tails", ["none", "apart", "inside"])
+def test_blocks_that_no_query_of_a_tile_sees_are_not_attended_to(tails: str) -> None:
+    for causal, end in ((True, "seen"), (False, "columns")):
+        text = attend_source(KernelSpec("bf16", 64, 64, 0.125, causal=causal, tails=tails))
+        loops = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.For)]
+        bounds = {ast.unparse(node.iter) for node in loops}
+        assert bounds == ({"range(0, full, BN)"} if tails == "apart" else {f"range(0, {end}, BN)"})
+        assert (f"full = {end} // BN * BN" in text) == (f"if full < {end}:" in text) == (tails == "apart")
+        assert ("seen = tl.load(spans_ptr" in text) == causal

@@ -22,7 +22,7 @@ def test_all_who_use_the_ring_take_the_blocks_of_a_tile_from_the_same_table() ->
         (blocks,) = (loop for loop in loops(by_name[name]) if ast.unparse(loop.test) == "at < seen")
         assert "mbarrier.wait" in called(blocks)
     assert "spans_ptr" in attend_arguments(spec_of_size(64, causal=True))
-    assert "spans_ptr" not in attend_arguments(spec_of_size(64, causal=True, fetch="threads"))
+    assert "spans_ptr" not in attend_arguments(spec_of_size(64))
 
 
 def test_positions_and_masks_are_read_only_where_something_is_hidden() -> None:
