@@ -92,3 +92,15 @@ def test_a_gather_and_a_switch(machine_of: tuple[int, ...]) -> None:
     shapes = [(2, 11, len(rows(want))) for want in wanted]
     for out, want in zip(run(switch, [whole[:, rows(o)] for o in owners], shapes, machine_of), wanted, strict=True):
         assert torch.equal(out, whole[:, :, rows(want)])
+
+
+@pytest.mark.parametrize("machine_of", [(0, 0, 0), (0, 1, 2), (0, 0, 1)], ids=["peer", "nvshmem", "mixed"])
+def test_what_all_tell_and_rows_for_some_in_one_exchange(machine_of: tuple[int, ...]) -> None:
+    """A line of which ranks own several stretches: two elements for all, and rows of 5 for a neighbour (halo.py)."""
+    whole = torch.randn(21)
+    owners = (((0, 2), (6, 5)), ((2, 2), (11, 10)), ((4, 2),))
+    wanted = (((0, 6), (11, 5)), ((0, 11),), ((0, 6), (16, 5)))
+    line = build_exchange(ExchangeSite("l", (21,), torch.float32, 0, 1, 1, owners, 0, wanted), MESH)
+    shapes = [(len(rows(want)),) for want in wanted]
+    for out, want in zip(run(line, [whole[rows(o)] for o in owners], shapes, machine_of), wanted, strict=True):
+        assert torch.equal(out, whole[rows(want)])
