@@ -1,4 +1,4 @@
-"""Everything private that we need of torch (2.11 to 2.13), in one place. Leaf file: of ours it imports the version.
+"""Everything private that we need of torch (2.11 to 2.15), in one place. Leaf file: of ours it imports the version.
 
 The names of TORCH_LOGS are registered in torch_logs.py, which runs before this file can be imported.
 
