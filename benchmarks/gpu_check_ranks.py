@@ -27,6 +27,7 @@ from gpu_check_report import Bench, distance, name_of
 from gpu_check_speed import Model
 from torch import nn
 
+import sfcompile
 from sfcompile.backend import last_report, streamfusion_backend
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
@@ -226,7 +227,8 @@ def _rank(rank: int, ranks: int, port: int, bench: Bench, work: Work, send: Any)
 
 
 def inductor(bench: Bench) -> None:
-    """A small diffusion transformer, compiled for each rank by Inductor, against one process in fp64."""
+    """A small diffusion transformer, compiled for each rank by Inductor, against one process in fp64; its weights whole
+    on every rank, then in shares."""
     for ranks in bench.mine([2] if bench.dry else [2, 4]):
         with bench.case(f"{ranks} processes of one GPU"):
             on_ranks(bench, ranks, compiled, 180.0)
@@ -245,6 +247,7 @@ def compiled(session: Session, bench: Bench) -> None:
     cases = [("aten", full)] if bench.dry else [("triton", full), ("triton", half), ("aten", half)]
     for attention, dtype in cases:
         Calls(session, bench, attention, dtype).run(1 if bench.dry else 3)
+    Calls(session, bench, *cases[-1], shares=True).run(2)
 
 
 def captured(session: Session, bench: Bench) -> None:
@@ -270,7 +273,13 @@ class Calls:
     """A model of one seed on every rank, compiled for it, whose calls are compared with the whole model in fp64."""
 
     def __init__(
-        self, session: Session, bench: Bench, attention: str, dtype: torch.dtype, mode: str | None = None
+        self,
+        session: Session,
+        bench: Bench,
+        attention: str,
+        dtype: torch.dtype,
+        mode: str | None = None,
+        shares: bool = False,
     ) -> None:
         self._session, self._bench, self._dtype = session, bench, dtype
         # The library's outputs are rounded once more, before they are merged.
@@ -278,16 +287,19 @@ class Calls:
         width, heads, self.blocks, self._tokens = (64, 2, 1, 26) if bench.dry else (512, 8, 2, 1000)
         self._name = f"{session.topology.num_ranks} ranks, {name_of(dtype)}, attention={attention!r}"
         self._name += f", mode={mode!r}" if mode else ""
+        self._name += ", weights in shares" if shares else ""
         torch._dynamo.reset()
         torch.manual_seed(3)
         with torch.device(bench.device):
             whole = Model(width, heads, self.blocks).eval().requires_grad_(False)
         self._one = whole.to(dtype)
         self._exact = copy.deepcopy(self._one).double()
+        if shares:
+            sfcompile.shard_weights(self._one, options={"timeout_s": TIMEOUT_S})
         self._condition = torch.randn(1, width, device=bench.device)
         options = {
             "attention": attention, "topology": ASSUMED, "placement": "shard", "timeout_s": TIMEOUT_S,
-            "inner": "eager" if bench.dry else "inductor",
+            "inner": "eager" if bench.dry else "inductor", "weights": "sharded" if shares else "whole",
         }  # fmt: skip
 
         def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -325,6 +337,8 @@ class Calls:
             sites = 0 if report is None else report.sharded_sites
             self._bench.check(sites == self.blocks, f"{self._name}: {sites} of {self.blocks} attentions are sharded")
             self._bench.note(f"{self._name}: {'no report' if report is None else report.attention}")
+            if report is not None and report.weights:
+                self._bench.note(f"{self._name}: {report.weights}")
 
     def memory(self) -> int:
         """Bytes in use on the GPU, by this process; none in a dry run."""

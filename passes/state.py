@@ -44,16 +44,18 @@ class ShardedWeights:
         places: which of the graph's placeholders they are.
         topology, rank: of the job, whatever group of it computes a part of the batch, and on the machines that the
             weights were cut for, whatever is planned for.
+        by_machine: each machine holds all of them.
     """
 
     places: tuple[int, ...]
     topology: Topology
     rank: int
+    by_machine: bool = False
 
     @property
     def cut(self) -> tuple[int, ...]:
         """By rank, the how-manieth stretch of rows it holds."""
-        return places_of(self.topology.machine_of)
+        return places_of(self.topology.machine_of, self.by_machine)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ light on purpose: importing it loads neither torch nor any of our rooms; its fun
 
 The files beside this one are the door: backend.py (start there), graph_call.py (what a call does around its graph),
 groups.py (which ranks compute together), shared_inputs.py (rank 0's inputs for all), sharded_weights.py (weights in
-shares), pipelines.py (all networks of a diffusers pipeline), torch_logs.py (TORCH_LOGS), device.py, extend.py and
-rule_check.py (op rules held against their ops); and the leaves, which every room may import: errors.py, one_style.py
-(arguments), options.py, version.py and torch_private.py. The rooms are the folders.
+shares), torch_shards.py (those that torch has cut), pipelines.py (all networks of a diffusers pipeline), torch_logs.py
+(TORCH_LOGS), device.py, extend.py and rule_check.py (op rules held against their ops); and the leaves, which every room
+may import: errors.py, one_style.py (arguments), options.py, version.py and torch_private.py. The rooms are the folders.
 
 May import: everything; nothing imports this file.
 """

@@ -71,7 +71,7 @@ from sfcompile.runtime.rank.session import Session, sessions, use_session
 from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 from sfcompile.runtime.wires.transport import peer_failed
-from sfcompile.sharded_weights import shares_of
+from sfcompile.sharded_weights import by_machine, cut_of, cuts_weights, shares_of
 from sfcompile.torch_logs import artifacts, speak
 from sfcompile.torch_private import FakeTensorMode, autocast_off, is_plain
 from sfcompile.tracing.trace import follow_environment
@@ -164,7 +164,7 @@ def _compile_rank(
         captured = _captured(gm, example_inputs, plans)
         names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         refuse_overlap(example_inputs, captured.written, names)
-        shares = shares_of(example_inputs, captured.written, session.topology, asked)
+        shares = shares_of(example_inputs, captured.written, cut_of(asked, session), cuts_weights(asked, session))
     except OptionError as error:
         refuse_together(error, session, _describe(gm, example_inputs, asked))
     except UnsupportedError as error:
@@ -291,7 +291,7 @@ def _planned(
             return run_passes(
                 whole, topology, session.rank, wish, session.from_first, split_batch, dump=True,
                 kernels_put=not session.side.no_kernels, weights=shares, homes=session.topology.machine_of,
-                crossing=crossing, arrivals=arrivals,
+                by_machine=by_machine(asked, session), crossing=crossing, arrivals=arrivals,
             )  # fmt: skip
 
         compiled = compile_alike(passes, lambda mine: session.exchange(mine.order, "compare their graphs"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from sfcompile.runtime.rank.sharded_weight import marks_of
 from sfcompile.runtime.rank.shared_weights import SharedWeights
 from sfcompile.runtime.rank.weights import Weights
 from sfcompile.shared_inputs import SharedInputs
-from sfcompile.torch_private import autocast_off, autocast_state, is_comparable, is_static_input
+from sfcompile.torch_private import autocast_off, autocast_state, inductor_mode_options, is_comparable, is_static_input
 from sfcompile.verify import Verifier
 
 GPU_LOOKS = 3
@@ -202,13 +203,13 @@ def compared_weights(inputs: Sequence[Any], asked: Options) -> tuple[int, ...]:
 def share_weights(
     names: Sequence[str], inputs: Sequence[Any], captured: CaptureFacts, session: Session, asked: Options
 ) -> SharedWeights | None:
-    """Collective: the large weights of a graph lie once on every machine, if that is asked for.
+    """Collective: the large weights of a graph lie once on every machine of CPU ranks, if that is asked for.
 
     Raises:
         WeightsError: there is no room, or the ranks of a machine share no memory.
         RankMismatchError: they hold different weights.
     """
-    if asked.weights == "whole":
+    if asked.weights == "whole" or session.side.on_gpu:  # no memory of a GPU is every rank's
         return None
     places = [i for i in compared_weights(inputs, replace(asked, inputs="checked")) if i not in captured.written]
     kept = SharedWeights(session, [names[i] for i in places])
@@ -223,23 +224,37 @@ def refuse_sharded(asked: Options, device: torch.device, topology: Topology) -> 
         topology: the machines that the ranks run on, whatever they plan for.
 
     Raises:
-        OptionError: GPU ranks, or ranks that share no memory.
+        OptionError: GPU ranks that record CUDA graphs, or whose machines are not alike; CPU ranks that share no memory.
     """
     what = f"weights={asked.weights!r}"
     if asked.weights == "whole":
         return
     if device.type != "cpu":
-        raise OptionError(
-            f"{what} with a model on {device}",
-            "ranks share weights in the memory of a machine; between the memories of GPUs they are not sharded yet",
-            "use weights='whole', or offload weights to the CPU between the steps",
-        )
+        if asked.weights != "sharded" and len(set(Counter(topology.machine_of).values())) > 1:
+            raise OptionError(
+                f"{what} with a model on {device}, and machines of unequal numbers of ranks",
+                "the GPUs of a machine hold all weights in shares, and shares are alike on all machines",
+                "use weights='sharded': all ranks together hold them once",
+            )
+        if records_cuda_graphs(asked.mode):
+            raise OptionError(
+                f"{what} with a model on {device} and mode={asked.mode!r}",
+                "that mode records CUDA graphs, which keep copies of what comes in, shares of weights too, and the "
+                "memory of every gathered weight",
+                "use another mode, or weights='whole'",
+            )
+        return
     if asked.transport == "c10d":
         raise OptionError(
             f"{what} with transport='c10d'",
             "that transport shares no memory between ranks, and the ranks of a machine share their weights in memory",
             "use transport='auto', or weights='whole'",
         )
+
+
+def records_cuda_graphs(mode: str | None) -> bool:
+    """Whether Inductor records CUDA graphs in a mode of torch.compile."""
+    return bool(mode and mode != "default" and inductor_mode_options(mode).get("triton.cudagraphs"))
 
 
 def share_inputs(

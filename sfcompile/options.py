@@ -89,7 +89,7 @@ class Options:
             (nothing is compared) | "rank0" (rank 0's inputs are sent to all before every step, whatever the others
             were given; shapes must be equal, weights are compared).
         weights: "whole" (every rank holds all of them) | "sharded" (all ranks together hold the large ones once) |
-            "sharded-by-machine" (the ranks of each machine do). CPU ranks; over several machines "sharded" needs
+            "sharded-by-machine" (the ranks of each machine do). On GPUs either, over several machines "sharded" needs
             sfcompile.shard_weights or sfcompile.load_sharded.
         boundaries: "whole" (where a graph ends at a break, its results are whole on every rank) | "shards" (each rank
             keeps its rows of them; what reads one in Python gathers it, which all ranks have to do together).

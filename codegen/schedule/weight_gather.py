@@ -1,4 +1,5 @@
-"""A weight that ranks hold in shares comes together: in one exchange of all ranks, or in two where machines are alike.
+"""A weight that ranks hold in shares comes together: in one exchange of all ranks, in two where machines are alike, or
+in one inside each machine where each holds all of it.
 
 Of two, the first brings every machine the rows of the others, each row once: a rank talks to those that have its place
 in their machines. In the second the ranks of a machine give each other what came, over memory that they share.
@@ -27,6 +28,13 @@ def build_weight_gather(
         members.setdefault(machine, []).append(rank)
     machines, ranks, rows = list(members.values()), len(machine_of), weight.shape[0]
     here = len(machines[0])
+    if weight.count < ranks:
+        owned = tuple(weight.owned[rank] for rank in machines[0])
+        alone = build_exchange(
+            ExchangeSite.gather(f"{name}, inside machines", weight.shape, dtype, 0, owned),
+            Mesh(1, here, tuple(range(here))),
+        )
+        return (replace(alone, groups=tuple(map(tuple, machines))),)
     if here == 1 or len(machines) == 1 or len({len(each) for each in machines}) > 1 or rows % ranks:
         site = ExchangeSite.gather(name, weight.shape, dtype, 0, weight.owned)
         return (build_exchange(site, Mesh(1, ranks, tuple(range(ranks)))),)

@@ -131,7 +131,8 @@ class NvshmemSide:
         self._status.end_call()
 
     def settle(self) -> None:
-        """Nothing is put from memory that lasts: weights in shares are refused on GPUs."""
+        """Memory that lasts is read by put kernels for which the stream waits before the site ends, or is packed on the
+        stream: what is written to that memory after the call comes behind it there."""
 
     def restart(self, epoch: int, life: int) -> None:
         """Refused: kernels cannot be told to stop.

@@ -120,7 +120,8 @@ class MessageSide:
         self._status.end_call()
 
     def settle(self) -> None:
-        """Nothing is put from memory that lasts: weights in shares are refused on GPUs."""
+        """The stream waits, at the end of each epoch, for what is sent from memory that lasts: what is written to that
+        memory after the call comes behind it on the stream."""
 
     def open(self, call: SiteCall, engine: SiteEngine | None) -> RunningSite:
         """Begin a call, on the current stream.

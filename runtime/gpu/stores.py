@@ -5,7 +5,9 @@ stream until it is 0 and sets it with release, ``wait`` waits until it is 1 and 
 the scope of the system. So no number of an epoch is in it, and a signal that nobody takes holds up the next one.
 
 * put: the chunk is packed on the current stream; the side stream stores it, and the word of its call, into the
-  receiver's slot, then raises the slot's signal. The packed copy is kept until its epoch ends.
+  receiver's slot, then raises the slot's signal. The packed copy is kept until its epoch ends. A chunk whose memory
+  lasts until the call has ended (a share of a weight) is stored as it lies: the current stream waits for the store when
+  the epoch ends, which is in the call, so that who writes to that memory afterwards writes behind it.
 * wait: the current stream takes the slot's signal; what follows sees the chunk. The word that came is compared.
 * finish: on the current stream, so after what read the epoch, its bank's credit is raised at every rank in reach. An
   epoch that uses the bank again takes one from each of them first, on the side stream, before its puts: exactly as
@@ -102,13 +104,15 @@ class StoreTransport:
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
-        """Pack; store and signal on the side stream."""
+        """Pack, if need be; store and signal on the side stream."""
         if not chunk.numel():
             return
         bank, segment = bank_of(epoch), self._segments[dst]
         assert segment is not None, f"rank {dst} is out of reach"
-        packed = torch.empty(chunk.shape, dtype=chunk.dtype, device=chunk.device)
-        packed.copy_(chunk)
+        packed = chunk
+        if source is not Source.CALL:
+            packed = torch.empty(chunk.shape, dtype=chunk.dtype, device=chunk.device)
+            packed.copy_(chunk)
         with self._stream.after_current():
             view_at(segment, self._size.bank_at(bank) + offset, chunk.shape, chunk.dtype).copy_(packed)
             self._word(dst, bank, slot).fill_(word_of(epoch, self._tags[bank]))

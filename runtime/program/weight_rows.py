@@ -14,7 +14,7 @@ LARGE_BYTES = 1 << 16
 
 
 def can_be_cut(shape: Sequence[int], strides: Sequence[int], item_bytes: int, ranks: int) -> bool:
-    """Whether a weight is large, has a row for every rank, and lies row after row."""
+    """Whether a weight is large, has a row for each of so many ranks, and lies row after row."""
     dense, step = True, 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         dense, step = dense and (stride == step or size == 1), step * size
@@ -23,7 +23,7 @@ def can_be_cut(shape: Sequence[int], strides: Sequence[int], item_bytes: int, ra
 
 @dataclass(frozen=True)
 class WeightRows:
-    """A weight of a whole ``shape``, cut along its first dim into one stretch of rows for every rank.
+    """A weight of a whole ``shape``, cut along its first dim into stretches of rows, of which every rank holds one.
 
     Attributes:
         places: by rank, the how-manieth stretch it holds (:func:`places_of`).
@@ -34,7 +34,12 @@ class WeightRows:
 
     def rows(self, rank: int) -> tuple[int, int]:
         """A rank's rows: ``[start, stop)``."""
-        return slice_of(self.shape[0], len(self.places), self.places[rank])
+        return slice_of(self.shape[0], self.count, self.places[rank])
+
+    @cached_property
+    def count(self) -> int:
+        """How many stretches there are: one for every rank, or for every rank of a machine."""
+        return count_of(self.places)
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of what a rank holds."""
@@ -47,15 +52,25 @@ class WeightRows:
         return tuple(((start, stop - start),) for start, stop in map(self.rows, range(len(self.places))))
 
 
-def places_of(machine_of: Sequence[int]) -> tuple[int, ...]:
+def count_of(places: Sequence[int]) -> int:
+    """How many stretches there are."""
+    return max(places) + 1
+
+
+def places_of(machine_of: Sequence[int], by_machine: bool = False) -> tuple[int, ...]:
     """By rank its place among the stretches: ranks that have one place in their machines hold neighbouring stretches,
     so that a weight can come from other machines first, each row once, and then go round inside each.
 
     Machines with unequal numbers of ranks: in the order of the ranks.
+
+    Args:
+        by_machine: each machine holds all stretches, one by each of its ranks; machines are alike.
     """
     members: dict[int, list[int]] = {}
     for rank, machine in enumerate(machine_of):
         members.setdefault(machine, []).append(rank)
+    if by_machine:
+        return tuple(members[machine].index(rank) for rank, machine in enumerate(machine_of))
     if len({len(ranks) for ranks in members.values()}) > 1:
         return tuple(range(len(machine_of)))
     places = [0] * len(machine_of)

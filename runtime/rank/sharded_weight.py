@@ -26,7 +26,7 @@ from sfcompile.torch_private import FakeTensor, no_torch_function, not_traced, t
 _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default}
 _ROW_BY_ROW = {_aten.clone.default, _aten._to_copy.default}
-"""Of a weight they make a weight, rows for rows."""
+"""Of a weight they make a weight, rows for rows; on another device too, where its session moves the pieces."""
 _WRITES = {
     _aten.copy_.default, _aten.fill_.Scalar, _aten.zero_.default, _aten.add_.Tensor, _aten.add_.Scalar,
     _aten.sub_.Tensor, _aten.sub_.Scalar, _aten.mul_.Tensor, _aten.mul_.Scalar, _aten.div_.Tensor, _aten.div_.Scalar,
@@ -144,7 +144,8 @@ class ShardedWeight(torch.Tensor):
                 return ShardedWeight(first.shard, first.cut, first.rank, first.history)
             if func in _ROW_BY_ROW and _stays(first, kwargs):
                 kwargs = {**kwargs, "memory_format": torch.contiguous_format}
-                history = History(first.history.gather, _mark(first.history.mark, func, [], kwargs.items()))
+                how = [(name, value) for name, value in kwargs.items() if name != "device"]  # each rank has its own
+                history = History(first.history.gather, _mark(first.history.mark, func, [], how))
                 return ShardedWeight(func(first.shard, **kwargs), first.cut, first.rank, history)
             if _writes_to_first(func):
                 return _write(func, first, args, kwargs)
@@ -283,9 +284,9 @@ def _refuse_gather(weight: ShardedWeight) -> torch.Tensor:
 
 
 def _stays(weight: ShardedWeight, kwargs: dict[str, Any]) -> bool:
-    """Whether a copy is one in the same place, laid out as a weight in shares is."""
+    """Whether a copy is one with values, laid out as a weight in shares is."""
     device, layout = kwargs.get("device"), kwargs.get("memory_format")
-    return (device is None or torch.device(device) == weight.device) and layout in (
+    return (device is None or torch.device(device).type != "meta" or weight.is_meta) and layout in (
         None, torch.preserve_format, torch.contiguous_format,
     )  # fmt: skip
 

@@ -169,7 +169,7 @@ def obstacle_of(weight: torch.Tensor) -> str:
     """Why a weight stays each rank's own; "" if it can be shared."""
     if _nbytes(weight) < LARGE_BYTES:
         return _SMALL
-    if not is_comparable(weight) or not weight.is_cpu:
+    if not is_comparable(weight):
         return _NO_WORDS
     if weight.untyped_storage().nbytes() != _nbytes(weight) or storage_users(weight) > 1:
         return _OTHERS  # they would keep the old memory, and be cut off from the weight

@@ -1,12 +1,12 @@
 """Chunks as messages of torch.distributed, for ranks that share no memory: over gloo, and on GPUs over NCCL.
 
-Behind the chunk's bytes stands the word of its call (transport.py): a message is received beside the heap, and only one
-of the call that waits for it is copied into the slot. What is sent is a copy, so nothing reads the caller's memory, or
-a slot that a chunk is sent on from, after ``put``.
+With a chunk goes the word of its call (transport.py).
 
-gloo (:class:`C10dTransport`): receives are posted when the site opens, ahead of any wait. Two-sided messages match by
-(sender, tag) in order. The tag is the bank and the slot, so the message of epoch e + 2 can only be taken by the receive
-posted for e + 2, which the receiver posts after it has finished e: that is the credit.
+gloo (:class:`C10dTransport`): the word stands behind the chunk's bytes; a message is received beside the heap, and only
+one of the call that waits for it is copied into the slot. What is sent is a copy, so nothing reads the caller's memory,
+or a slot that a chunk is sent on from, after ``put``. Receives are posted when the site opens, ahead of any wait.
+Two-sided messages match by (sender, tag) in order. The tag is the bank and the slot, so the message of epoch e + 2 can
+only be taken by the receive posted for e + 2, which the receiver posts after it has finished e: that is the credit.
 
 NCCL (:class:`PairedTransport`): messages have no tags and match by order alone, a message under way blocks the ones
 behind it, and a wait is the stream's, not the host's. The programs of all ranks are one program seen from each of them
@@ -15,7 +15,9 @@ own. So the receive of a slot is posted in one group with the send into that slo
 the same order, because all run one graph: the n-th group of each pair of ranks is the same on both. A group waits for
 what its own rank computes before it, and that for earlier groups only: by induction all of them end. A wait for a slot
 comes after the send into it in every program, else all ranks would wait before any sends (the proof of the schedule
-excludes that), so there is a receive to wait for.
+excludes that), so there is a receive to wait for. A group holds two messages for a chunk, its bytes and its word: the
+bytes go from the caller's memory where that lasts until the call has ended (a share of a weight), and to the slot, so
+that neither rank needs room for a copy.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class _Sent(NamedTuple):
     """A message under way to another rank: its content is kept until it has left."""
 
     works: list[Any]
-    content: torch.Tensor
+    content: Sequence[torch.Tensor]
     dst: int
     slot: int
 
@@ -113,7 +115,7 @@ class C10dTransport:
         if chunk.numel():
             message = self._packed(chunk, epoch, slot)
             work = dist.isend(message, self._global[dst], self._group, self._tag(epoch, slot))
-            self._sends.setdefault(epoch, []).append(_Sent([work], message, dst, slot))
+            self._sends.setdefault(epoch, []).append(_Sent([work], [message], dst, slot))
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """Wait for the posted receive."""
@@ -186,8 +188,14 @@ class PairedTransport(C10dTransport):
     """Messages over a group without tags, ordered by a stream: NCCL. See the head of the file.
 
     On a GPU nothing here makes the host wait: c10d begins a group after what the current stream holds, and the wait for
-    it holds up the current stream. Slots are written and read on that one stream, so no bank is overwritten before its
-    reader is done, and no rank asks for credit.
+    it holds up the current stream. That gives three orders without credit:
+
+    * a slot is read on the current stream, behind the wait for what came in it. Epoch e has ended on the host, so all
+      its reads are on the stream, before e + 2 opens; a group that receives into the bank anew is posted later, and
+      begins behind them.
+    * what is sent from memory that lasts was written on the stream before the group was posted.
+    * ``finish`` holds up the stream until what the epoch sent has left, and every epoch ends before its call: who
+      writes to that memory after the call, on the stream, writes behind that.
 
     Args:
         status: int64, where the messages lie; its first word notes a chunk of another call that came.
@@ -216,26 +224,33 @@ class PairedTransport(C10dTransport):
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
         """Send the chunk and receive what comes in the same slot, in one group."""
-        message = self._packed(chunk, epoch, slot) if chunk.numel() else None
-        works = self._exchange(dst, message, slot, epoch)
-        if message is not None:
-            self._sends.setdefault(epoch, []).append(_Sent(works, message, dst, slot))
+        content = self._content(chunk, epoch, slot, source) if chunk.numel() else ()
+        works = self._exchange(dst, content, slot, epoch)
+        if content:
+            self._sends.setdefault(epoch, []).append(_Sent(works, content, dst, slot))
+
+    def _content(self, chunk: torch.Tensor, epoch: int, slot: int, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
+        """A chunk's bytes and its word, as they are sent: of memory that lasts no copy."""
+        if source is Source.CALL and chunk.is_contiguous():
+            word = torch.full((1,), self._word(epoch, slot), dtype=torch.int64, device=chunk.device)
+            return _raw(chunk), word
+        message = self._packed(chunk, epoch, slot)
+        return message[: chunk.nbytes], _word_in(message)
 
     def pass_by(self, slot: int, epoch: int) -> None:
         """What this rank sends into a slot went another way: receive what comes in it, if that has not been posted."""
-        self._exchange(-1, None, slot, epoch)
+        self._exchange(-1, (), slot, epoch)
 
-    def _exchange(self, dst: int, message: torch.Tensor | None, slot: int, epoch: int) -> list[Any]:
-        group = []
-        if message is not None:
-            group.append(dist.P2POp(dist.isend, message, self._global[dst], self._group))
+    def _exchange(self, dst: int, content: Sequence[torch.Tensor], slot: int, epoch: int) -> list[Any]:
+        """Post a group: what is sent into a slot, and what comes into the same slot, if that has not been posted."""
+        group = [dist.P2POp(dist.isend, part, self._global[dst], self._group) for part in content]
         src, view = self._expected.pop((epoch, slot), (-1, None))
-        content = None if view is None else _empty_message(view)
-        if content is not None:
-            group.append(dist.P2POp(dist.irecv, content, self._global[src], self._group))
-        works = list(dist.batch_isend_irecv(group)) if group else []
-        if view is not None and content is not None:
-            self._receives[epoch, slot] = _Received(works, content, view)
+        if view is None:
+            return list(dist.batch_isend_irecv(group)) if group else []
+        word = torch.empty(1, dtype=torch.int64, device=view.device)
+        group += [dist.P2POp(dist.irecv, part, self._global[src], self._group) for part in (_raw(view), word)]
+        works = list(dist.batch_isend_irecv(group))
+        self._receives[epoch, slot] = _Received(works, word, view)
         return works
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
@@ -246,7 +261,10 @@ class PairedTransport(C10dTransport):
                 "receives are posted together with the send into the same slot, which every schedule has before",
                 "report this schedule, or use transport='nvshmem'",
             )
-        super().wait(src, slot, epoch)
+        receive = self._receives.pop((epoch, slot), None)
+        if receive is not None:
+            self._complete(receive.works, src, slot, epoch)
+            self._compare(receive.content, src, slot, epoch)
 
     def _compare(self, seen: torch.Tensor, src: int, slot: int, epoch: int) -> None:
         """Note a word of another call where the end of the call looks for it; the host does not wait for it."""

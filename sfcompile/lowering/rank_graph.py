@@ -56,6 +56,7 @@ def run_passes(
     kernels_put: bool = True,
     weights: Sequence[int] = (),
     homes: Sequence[int] = (),
+    by_machine: bool = False,
     crossing: Sequence[int] = (),
     arrivals: Mapping[int, ValueRows] = MappingProxyType({}),
 ) -> Compiled:
@@ -66,7 +67,7 @@ def run_passes(
         kernels_put: whether generated kernels of these ranks could reach the others.
         dump: write what ``asked.dump`` asks for.
         weights: which inputs are weights that ranks hold in shares, as ``homes`` says: the machine of each rank, which
-            need not be those that are planned for. Left out: it is.
+            need not be those that are planned for. Left out: it is. ``by_machine``: each machine holds all of them.
         crossing: which outputs may leave in shards.
         arrivals: which inputs come in shards, and how they are cut.
     """
@@ -94,7 +95,9 @@ def run_passes(
         arrivals={captured.tensor_inputs.index(i): cut for i, cut in arrivals.items()},
         # Kernels take all tokens at a time: they overlap inside. And a gathered weight is read once.
         parts=() if kernels or weights else Asked.parts,
-        weights=ShardedWeights(places, topology.on(tuple(homes)) if homes else topology, rank) if places else None,
+        weights=ShardedWeights(places, topology.on(tuple(homes)) if homes else topology, rank, by_machine)
+        if places
+        else None,
     )
     state = State(captured.gm, captured.mode, topology, rank, wish)
     return run_pipeline(state, strict=asked.strict, dump=asked.dump if dump else None)

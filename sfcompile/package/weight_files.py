@@ -2,7 +2,7 @@
 
 The model is made on the meta device, so it holds nothing. The ranks of a machine then take turns in reading: each reads
 its part of the large weights into memory that all of them map (runtime/rank/shared_weights.py). Where ranks on several
-machines hold weights in shares, each reads its own rows. Small ones are read by every rank.
+machines hold weights in shares, and ranks on GPUs, each reads its own rows. Small ones are read by every rank.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from sfcompile.device import start
 from sfcompile.errors import PackageError, RankMismatchError, WeightsError
 from sfcompile.graph_call import refuse_sharded
 from sfcompile.groups import in_group, session_for, world_size
 from sfcompile.options import Options
 from sfcompile.package.disk import open_regular
 from sfcompile.package.tensors import Entry, find_tensors, map_open
-from sfcompile.runtime.program.weight_rows import LARGE_BYTES, WeightRows, can_be_cut, places_of
+from sfcompile.runtime.program.weight_rows import LARGE_BYTES, WeightRows, can_be_cut, count_of
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.session import Session, use_session
 from sfcompile.runtime.rank.sharded_weight import History
 from sfcompile.runtime.rank.shared_weights import MachineCopy, lying_in, on_all, placed, share_copies
 from sfcompile.runtime.wires.shared_files import failures, in_words
-from sfcompile.sharded_weights import cuts_weights, gather_of, put_weight
+from sfcompile.sharded_weights import bring, cut_of, cuts_weights, gather_of, home_of, put_weight
 from sfcompile.torch_logs import speak
 
 log = logging.getLogger("sfcompile")
@@ -42,8 +43,16 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _FIX = "give the files of this model, by the names of its state_dict()"
 
 
-def load_sharded(model: ModelT, files: Paths, *, options: Mapping[str, Any] | None = None) -> ModelT:
-    """Fill a model from safetensors files; the ranks of a machine hold one copy of the large weights. Collective.
+def load_sharded(
+    model: ModelT,
+    files: Paths,
+    *,
+    options: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> ModelT:
+    """Fill a model from safetensors files, where no rank ever holds all of the large weights. Collective.
+
+    The ranks of a machine hold one copy of them; on GPUs, or where the options say so, every rank keeps a share.
 
     Args:
         model: on the meta device, in whole or in part. Its parameters and buffers are replaced; each has the dtype that
@@ -51,6 +60,7 @@ def load_sharded(model: ModelT, files: Paths, *, options: Mapping[str, Any] | No
         files: a file, several, or a folder of ``*.safetensors``, which together hold every entry of the model's
             ``state_dict()`` by its name, and nothing else. Of tied weights one name is enough.
         options: as the model will be compiled with: ``mesh``, ``transport``, ``timeout_s`` and ``weights`` count.
+        device: where this rank computes: all of the model goes there.
 
     Returns:
         The model. One rank alone holds all of its weights.
@@ -60,19 +70,26 @@ def load_sharded(model: ModelT, files: Paths, *, options: Mapping[str, Any] | No
         RankMismatchError: ranks load other models or files.
         OptionError: weights cannot be sharded on these ranks.
     """
-    asked = in_group(Options.from_dict({"weights": "sharded-by-machine", **(options or {})}))
+    home = home_of(device)
+    weights = "sharded-by-machine" if home.type == "cpu" else "sharded"
+    asked = in_group(Options.from_dict({"weights": weights, **(options or {})}))
     if world_size(asked) == 1:
         with _opened(files) as sources:
             for slot in _matched(model, sources):
-                slot.put(_read(slot))
+                slot.put(_read(slot, home))
+        if home.type != "cpu":
+            bring(model, home)
         return model
     session = session_for(asked)
     with session.turn(), session.guard(), use_session(session):
         session.agree("load weights", {"what follows": "the load of weights"})  # gets over an earlier failure
         session.reconfigure(asked.transport, asked.timeout_s)
-        refuse_sharded(asked, torch.device("cpu"), session.topology)
+        start(home, session, asked)
+        refuse_sharded(asked, home, session.topology)
         speak(session.global_rank)
-        _load(model, files, session, cuts_weights(asked, session.topology))
+        _load(model, files, session, asked, home)
+        if home.type != "cpu":
+            bring(model, home)
     return model
 
 
@@ -107,13 +124,13 @@ class _Slot(NamedTuple):
         return value
 
 
-def _load(model: nn.Module, files: Paths, session: Session, shares: bool) -> None:
+def _load(model: nn.Module, files: Paths, session: Session, asked: Options, home: torch.device) -> None:
     """Collective: look at the files, agree that all ranks load the same, then share.
 
     Args:
-        shares: each rank keeps some rows of the large weights.
+        home: where the weights go.
     """
-    began = time.perf_counter()
+    began, shares = time.perf_counter(), cuts_weights(asked, session)
     with ExitStack() as held:
         slots, problem = list[_Slot](), ""
         try:
@@ -138,13 +155,15 @@ def _load(model: nn.Module, files: Paths, session: Session, shares: bool) -> Non
                 )
             )
         large = [slot for slot in slots if slot.nbytes >= LARGE_BYTES]
-        cut = [slot for slot in large if shares and _can_be_cut(slot, session.topology.num_ranks)]
-        _read_shares(session, cut)
+        cut = [slot for slot in large if shares and _can_be_cut(slot, count_of(cut_of(asked, session)))]
+        _read_shares(session, cut, asked, home)
         names = {slot.name for slot in cut}
-        share_copies(session, [_copy_of(session, slot) for slot in large if slot.name not in names])
+        alike = [] if session.side.on_gpu else [slot for slot in large if slot.name not in names]
+        share_copies(session, [_copy_of(session, slot) for slot in alike])
+        names.update(slot.name for slot in alike)
         for slot in slots:
-            if slot.nbytes < LARGE_BYTES:
-                slot.put(_read(slot))
+            if slot.name not in names:
+                slot.put(_read(slot, home))
     sizes = [in_words(sum(slot.nbytes for slot in some)) for some in (large, cut)]
     log.info("%s of weights loaded, %s of them in shares, in %.1f s", *sizes, time.perf_counter() - began)
 
@@ -154,12 +173,12 @@ def _can_be_cut(slot: _Slot, ranks: int) -> bool:
     return isinstance(slot.old, nn.Parameter) and can_be_cut(slot.old.shape, dense, slot.old.element_size(), ranks)
 
 
-def _read_shares(session: Session, slots: Sequence[_Slot]) -> None:
+def _read_shares(session: Session, slots: Sequence[_Slot], asked: Options, home: torch.device) -> None:
     """Collective: of these weights every rank reads its own rows."""
-    places, gather, held = places_of(session.topology.machine_of), gather_of(session), list[torch.Tensor]()
+    places, gather, held = cut_of(asked, session), gather_of(session, asked), list[torch.Tensor]()
     for slot in slots:
         cut = WeightRows(tuple(slot.old.shape), places)
-        held.append(torch.empty(cut.local_shape(session.rank), dtype=slot.old.dtype))
+        held.append(torch.empty(cut.local_shape(session.rank), dtype=slot.old.dtype, device=home))
         held[-1].copy_(_view(slot, cut.rows(session.rank)))
         slot.source.memory.madvise(mmap.MADV_DONTNEED)
     everyone = session.exchange([fingerprint([shard]) for shard in held], "load their shares of weights")
@@ -192,9 +211,9 @@ def _view(slot: _Slot, rows: tuple[int, int] | None = None) -> torch.Tensor:
     return (raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()).view(dtype).view(shape)
 
 
-def _read(slot: _Slot) -> torch.Tensor:
+def _read(slot: _Slot, home: torch.device) -> torch.Tensor:
     """A tensor of this rank's own."""
-    return torch.empty(slot.old.shape, dtype=slot.old.dtype).copy_(_view(slot))
+    return torch.empty(slot.old.shape, dtype=slot.old.dtype, device=home).copy_(_view(slot))
 
 
 # ---------------------------------------------------------------------- what is where

@@ -42,6 +42,8 @@ def test_a_dry_run_goes_through_every_section() -> None:
     assert "PASSED" in done.stdout and "\nFAIL " not in done.stdout
     assert "log-sum-exp" in done.stdout and "in slot" in done.stdout and "epochs after" in done.stdout
     assert "\nok   2 ranks, fp32, attention='aten', call 1:" in done.stdout and "1 of 1 attentions" in done.stdout
+    assert "\nok   2 ranks, fp32, attention='aten', weights in shares, call 2:" in done.stdout
+    assert "in shares: a rank holds" in done.stdout
     skipped = [line for line in done.stdout.splitlines() if line.startswith("skip ")]
     assert ["compiles nothing" in line for line in skipped] == [True], skipped
     assert "\nok   calls of sites were not captured on every rank" in done.stdout

@@ -86,6 +86,26 @@ def test_weights_in_shares_that_were_never_whole(folder: str, machine_of: tuple[
     assert sum(own for _, own, _ in held) == held[0][2] > 0
 
 
+@pytest.mark.parametrize(
+    ("machine_of", "called"),
+    [((0, 0), True), pytest.param((0, 1), False, marks=pytest.mark.thorough), ((0, 0, 1, 1), False)],
+)
+def test_what_torch_has_cut_becomes_shares(machine_of: tuple[int, ...], called: bool) -> None:
+    """As it lies where torch cuts as we do: a whole weight is nowhere. Rows change hands where it does not."""
+    for seen in run_processes(len(machine_of), weight_share_ranks.from_torch, (called,), machine_of):
+        assert seen["error"] <= 1e-5
+        assert seen["hooks"] == [] and seen["cut"] and seen["tied"] and seen["others"] == {"Parameter"}
+        assert "in shares: a rank holds" in seen["line"]
+        # On four ranks of two machines neighbouring rows lie on ranks of one place in their machines.
+        assert set(seen["kept"]) == {len(machine_of) == 2}
+
+
+def test_what_torch_has_cut_in_other_ways_is_refused() -> None:
+    for columns, cast in run_processes(2, weight_share_ranks.other_cuts):
+        assert columns.startswith("UnsupportedError") and "qkv.weight" in columns and "full_tensor()" in columns
+        assert cast.startswith("UnsupportedError") and "output_dtype=torch.float64" in cast
+
+
 def test_what_cannot_be_captured_gathers_what_it_reads() -> None:
     assert run_processes(2, weight_share_ranks.odd, machine_of=(0, 1)) == [True, True]
 

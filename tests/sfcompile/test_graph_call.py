@@ -62,18 +62,28 @@ def test_a_refusal_is_every_ranks() -> None:
 @pytest.mark.parametrize(
     ("asked", "device", "machines", "text"),
     [
-        ({"weights": "sharded"}, "cuda", 1, "with a model on cuda"),
-        ({"weights": "sharded-by-machine"}, "cuda", 2, "with a model on cuda"),
+        ({"weights": "sharded", "mode": "reduce-overhead"}, "cuda", 1, "cuda and mode='reduce-overhead'"),
+        ({"weights": "sharded", "mode": "max-autotune"}, "cuda", 1, "records CUDA graphs"),
         ({"weights": "sharded", "transport": "c10d"}, "cpu", 1, "transport='c10d'"),
     ],
 )
 def test_where_weights_cannot_be_sharded(asked: dict[str, str], device: str, machines: int, text: str) -> None:
     with pytest.raises(OptionError, match=text):
-        refuse_sharded(Options.from_dict(asked), torch.device(device), Topology.grid(machines, 2))
+        refuse_sharded(Options(**asked), torch.device(device), Topology.grid(machines, 2))  # type: ignore[arg-type]
+
+
+def test_gpus_of_unequal_machines_hold_no_copy_a_machine() -> None:
+    with pytest.raises(OptionError, match="machines of unequal numbers of ranks"):
+        refuse_sharded(Options(weights="sharded-by-machine"), torch.device("cuda"), Topology((0, 0, 1)))
+    refuse_sharded(Options(weights="sharded-by-machine"), torch.device("cuda"), Topology((0, 0, 1, 1)))
 
 
 def test_where_weights_can_be_sharded() -> None:
     refuse_sharded(Options(), torch.device("cuda"), Topology.grid(2, 2))
+    refuse_sharded(Options(weights="sharded"), torch.device("cuda"), Topology.grid(1, 2))
+    refuse_sharded(
+        Options(weights="sharded", mode="max-autotune-no-cudagraphs"), torch.device("cuda"), Topology.grid(1, 2)
+    )
     refuse_sharded(Options(weights="sharded"), torch.device("cpu"), Topology.grid(1, 2))
     refuse_sharded(Options(weights="sharded"), torch.device("cpu"), Topology.grid(2, 2))
     refuse_sharded(Options(weights="sharded-by-machine"), torch.device("cpu"), Topology.grid(2, 2))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_device import POLICIES, Gpu
+from fake_ranks import largest, on_fake_gpus
 from threads import run_threads
 from torch import nn
 
@@ -18,6 +21,8 @@ from sfcompile.runtime.rank.sharded_weight import History, ShardedWeight
 from sfcompile.sharded_weights import (
     _PIECE,
     _agree,
+    bring,
+    cut_of,
     cuts_weights,
     gather_of,
     put_weight,
@@ -39,26 +44,36 @@ def sharded(shape: tuple[int, ...], topology: Topology) -> Any:
     return nn.Parameter(ShardedWeight(torch.zeros(cut.local_shape(0)), cut, 0, History(nobody, 0)), requires_grad=False)
 
 
-def test_shares_are_for_several_machines() -> None:
-    assert cuts_weights(ASKED, TWO) and not cuts_weights(ASKED, Topology.grid(1, 2))
-    assert not cuts_weights(Options(weights="sharded-by-machine"), TWO) and not cuts_weights(Options(), TWO)
+def test_shares_are_for_ranks_that_share_no_memory() -> None:
+    def session(topology: Topology, on_gpu: bool) -> Any:
+        return SimpleNamespace(topology=topology, side=SimpleNamespace(on_gpu=on_gpu))
+
+    one = Topology.grid(1, 2)
+    assert cuts_weights(ASKED, session(TWO, False)) and not cuts_weights(ASKED, session(one, False))
+    assert cuts_weights(ASKED, session(one, True))
+    assert not cuts_weights(Options(), session(TWO, False)) and not cuts_weights(Options(), session(one, True))
+    machines, four = Options(weights="sharded-by-machine"), Topology.grid(2, 2)
+    assert not cuts_weights(machines, session(four, False)) and cuts_weights(machines, session(four, True))
+    assert not cuts_weights(machines, session(TWO, True))  # a machine's only GPU has to hold all
+    assert cut_of(machines, session(four, True)) == (0, 1, 0, 1)
+    assert cut_of(machines, session(four, False)) == cut_of(ASKED, session(four, True)) == (0, 2, 1, 3)
 
 
 def test_which_inputs_are_in_shares() -> None:
     small, large = nn.Parameter(torch.ones(4, 4)), torch.ones(512, 512)
-    assert shares_of([small, sharded((8, 4), TWO), large, 3], (), TWO, ASKED) == (1,)
-    with pytest.raises(UnsupportedError, match="in 2 shares, and 4 ranks"):
-        shares_of([sharded((8, 4), TWO)], (), Topology.grid(2, 2), ASKED)
+    assert shares_of([small, sharded((8, 4), TWO), large, 3], (), (0, 1), True) == (1,)
+    with pytest.raises(UnsupportedError, match="in 2 shares on 2 ranks, and 4 ranks compute the model with 4"):
+        shares_of([sharded((8, 4), TWO)], (), (0, 2, 1, 3), True)
     with pytest.raises(UnsupportedError, match="writes to a sharded weight"):
-        shares_of([small, sharded((8, 4), TWO)], (1,), TWO, ASKED)
+        shares_of([small, sharded((8, 4), TWO)], (1,), (0, 1), True)
 
 
 def test_a_model_that_was_loaded_whole_is_refused() -> None:
     whole = nn.Parameter(torch.ones(512, 512))
     with pytest.raises(OptionError, match=r"1 large weights \(1.0 MiB\) are whole.*sfcompile.shard_weights"):
-        shares_of([whole], (), TWO, ASKED)
-    assert shares_of([whole], (), TWO, Options(weights="sharded-by-machine")) == ()
-    assert shares_of([nn.Parameter(torch.ones(1, 1 << 18))], (), TWO, ASKED) == ()  # it cannot be cut
+        shares_of([whole], (), (0, 1), True)
+    assert shares_of([whole], (), (0, 1), False) == ()
+    assert shares_of([nn.Parameter(torch.ones(1, 1 << 18))], (), (0, 1), True) == ()  # it cannot be cut
 
 
 def test_tied_weights_stay_one() -> None:
@@ -89,10 +104,40 @@ def test_a_weight_is_gathered_in_pieces(rows: int) -> None:
 
     def work(rank: int) -> bool:
         shard = whole[slice(*cut.rows(rank))].clone()
-        weight = ShardedWeight(shard, cut, rank, History(gather_of(current_session()), 0))
+        weight = ShardedWeight(shard, cut, rank, History(gather_of(current_session(), ASKED), 0))
         return all(torch.equal(weight.whole(), whole) for _ in range(2))
 
     assert all(run_threads(3, work, (0, 1, 2)))
+
+
+@pytest.mark.parametrize("stores", [False, True])
+def test_gpu_ranks_gather_what_is_read(monkeypatch: pytest.MonkeyPatch, stores: bool) -> None:
+    """On streams that run in any order, over NCCL or peers' stores, of a weight that is written to meanwhile."""
+    cut = WeightRows((5, _PIECE // 8), (0, 1))
+    whole = torch.arange(float(5 * _PIECE // 8)).view(cut.shape)
+
+    def work(rank: int, gpu: Gpu) -> float:
+        shard = whole[slice(*cut.rows(rank))].clone()
+        weight = ShardedWeight(shard, cut, rank, History(gather_of(current_session(), ASKED), 0))
+        reads = []
+        for _ in range(2):
+            reads.append(weight.whole())
+            weight.shard.add_(1.0)
+        gpu.synchronize()
+        return largest(float((read - whole - i).abs().max()) for i, read in enumerate(reads))
+
+    for seed, policy in enumerate(POLICIES):
+        assert on_fake_gpus(monkeypatch, (0, 0), work, seed, policy, stores=stores) == 0.0
+
+
+def test_all_of_a_model_goes_where_it_computes() -> None:
+    """Here to the meta device, the only other one: what has values stays a weight in shares, or itself."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = model[0].weight
+    bring(model, torch.device("cpu"))
+    assert model[0].weight is before
+    bring(model, torch.device("meta"))
+    assert all(value.is_meta for value in (*model.parameters(), *model.buffers()))
 
 
 def test_ranks_with_other_weights_hear_of_it() -> None:

@@ -34,11 +34,12 @@ from sfcompile.errors import StreamFusionError
 from sfcompile.measuring.quick import measure_quickly
 from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.runner import run_pipeline
-from sfcompile.passes.state import Asked, State
+from sfcompile.passes.state import Asked, ShardedWeights, State
 from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.gpu.message_side import MessageSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
 from sfcompile.runtime.gpu.status import DeviceStatus
+from sfcompile.runtime.program.weight_rows import WeightRows
 from sfcompile.runtime.rank.session import Session
 from sfcompile.runtime.wires.c10d import PairedTransport
 
@@ -160,6 +161,43 @@ def fused(rank: int) -> dict[str, Any]:
         want, outs = got.gm(*inputs), [compiled.gm(*inputs) for _ in range(2)]
     errors = [float((out[0] - want[0]).abs().max() / want[0].abs().max()) for out in outs]
     return {"errors": errors, "fused": compiled.report.fused_puts, "order": compiled.order, "ranks": ranks}
+
+
+def weights_in_shares(rank: int, kernels: bool) -> dict[str, Any]:
+    """The joint attention with its projections in shares, gathered before they are read: three calls, between which
+    every rank writes to its rows.
+
+    Args:
+        kernels: see :func:`run`.
+    """
+    torch.manual_seed(0)
+    tables = (torch.randn(1, 14, 1, 16), torch.randn(1, 14, 1, 16))
+    inputs = [torch.randn(1, 10, 32), torch.randn(1, 4, 32), *(torch.randn(32, 32) for _ in range(4))]
+    inputs += [torch.randn(16), torch.randn(16), *tables]
+    got, session, places = capture(fx.symbolic_trace(joint_attention), inputs), session_of(), (2, 3, 4, 5)
+    side, target = _side_of(session, rank)
+    weights = ShardedWeights(places, session.topology, rank)
+    asked = Asked(
+        shard_everything=True, split_batch=False, parts=(), kernels=kernels, fuse_puts=kernels, late_reads=True,
+        weights=weights,
+    )  # fmt: skip
+    errors, own = [], list(inputs)
+    with torch.no_grad(), interpreting(Deadline(20.0)):
+        compiled = run_pipeline(State(got.gm, got.mode, session.topology, rank, asked))
+        for program, schedules in compiled.programs.items():
+            engines = [KernelEngine(schedule, rank, target, side.domains) for schedule in schedules]
+            session.load(program, schedules, engines if kernels else None)
+        for i in places:
+            own[i] = inputs[i][slice(*WeightRows((32, 32), weights.cut).rows(rank))].clone()
+        for _ in range(3):
+            (want,) = got.gm(*inputs)
+            with session.call("model", [], True, [own[i] for i in places]):
+                (out,) = compiled.gm(*own)
+            errors.append(float((out - want).abs().max() / want.abs().max()))
+            for i in places:
+                own[i].mul_(0.5)
+                inputs[i] = inputs[i] * 0.5
+    return {"error": max(errors), "programs": len(compiled.programs), "rows": own[2].shape[0]}
 
 
 def joint_attention(

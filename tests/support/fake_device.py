@@ -31,9 +31,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 POLICIES = ("any order", "messages late", "messages early")
 """Which of several items that may run does: any; those of message streams only when nothing else may, or first."""
-RANK_0_LATE = "rank 0 late"
-"""Of rank 0's main stream an item runs only when nothing else may, and the other hosts have been silent for a while."""
-_LATE_STREAM, _SILENT_S = "main stream of rank 0", 0.05
+RANK_0_LATE, STORES_LATE = "rank 0 late", "rank 0's stores late"
+"""Of rank 0's main stream, or of its side stream, an item runs only when nothing else may, and who puts something on
+other streams has been silent for a while."""
+_LATE_STREAM = {RANK_0_LATE: "main stream of rank 0", STORES_LATE: "side stream of rank 0"}
+_SILENT_S = 0.05
 
 _READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "allclose"}
 _STUCK_S = 3.0
@@ -91,7 +93,7 @@ class Machine:
     """All GPUs of a test, and the scheduler that runs their items, one at a time."""
 
     def __init__(self, seed: int, policy: str = "any order") -> None:
-        assert policy in (*POLICIES, RANK_0_LATE)
+        assert policy in POLICIES or policy in _LATE_STREAM
         self.streams: list[Stream] = []
         self.changed = threading.Condition(threading.RLock())
         self._rng, self._policy = random.Random(seed), policy
@@ -100,7 +102,7 @@ class Machine:
 
     def heard(self, stream: Stream) -> None:
         """A host has put something on a stream."""
-        if stream.name != _LATE_STREAM:
+        if stream.name != _LATE_STREAM.get(self._policy):
             self._heard_at = time.monotonic()
 
     def run_some(self) -> None:
@@ -131,8 +133,8 @@ class Machine:
             if self._error is not None:
                 raise RuntimeError(f"the device has failed: {self._error}") from self._error
             ready = [stream for stream in self.streams if stream.items and stream.items[0].may_run()]
-            if self._policy == RANK_0_LATE:
-                others = [stream for stream in ready if stream.name != _LATE_STREAM]
+            if self._policy in _LATE_STREAM:
+                others = [stream for stream in ready if stream.name != _LATE_STREAM[self._policy]]
                 silent = time.monotonic() - self._heard_at > _SILENT_S
                 ready = others or (ready if silent else [])
             elif self._policy != "any order":
@@ -149,13 +151,18 @@ class Machine:
 
 
 class Gpu(TorchDispatchMode):
-    """One rank's GPU; as a context, operations of this thread run on it."""
+    """One rank's GPU; as a context, operations of this thread run on it.
+
+    Attributes:
+        held_bytes: of memory of this GPU that the host holds, without what a test brought; ``most_bytes``: most of it.
+    """
 
     def __init__(self, machine: Machine, rank: int) -> None:
         super().__init__()
         self.machine, self.rank = machine, rank
         self.current = Stream(machine, f"main stream of rank {rank}")
         self._owned: dict[int, _Memory] = {}
+        self.held_bytes = self.most_bytes = 0
 
     def synchronize(self) -> None:
         """Wait for all work of the current stream."""
@@ -189,7 +196,10 @@ class Gpu(TorchDispatchMode):
     def _hold(self, fresh: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """Count the tensors by which the host holds memory of this GPU."""
         for value in fresh:
-            self._owned.setdefault(_address(value), _Memory(value.untyped_storage(), self.current))
+            if _address(value) not in self._owned:
+                self._owned[_address(value)] = _Memory(value.untyped_storage(), self.current)
+                self.held_bytes += value.untyped_storage().nbytes()
+                self.most_bytes = max(self.most_bytes, self.held_bytes)
         for value in outputs:
             memory = self._owned.get(_address(value))
             if memory is not None:  # else it is what the test brought
@@ -200,6 +210,7 @@ class Gpu(TorchDispatchMode):
         memory.holders -= 1
         if memory.holders == 0:
             del self._owned[memory.storage.data_ptr()]
+            self.held_bytes -= memory.storage.nbytes()
             memory.stream.append("give memory to others", lambda: memory.storage.fill_(_GARBAGE))
 
 

@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 from sharded_weight_ranks import EAGER, WIDTH, Block, inputs_of, model_of
+from torch import distributed as dist
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 import sfcompile
 from sfcompile.backend import reports
@@ -83,6 +87,61 @@ def loaded(rank: int, folder: str, inner: str) -> tuple[float, int, int]:
         worst = float((got - model_of(0)(inputs_of())).abs().max())
     cut = [weight for weight in model.parameters() if isinstance(weight, ShardedWeight)]
     return worst, sum(w.shard.numel() * 4 for w in cut), sum(w.numel() * 4 for w in cut)
+
+
+def from_torch(rank: int, called: bool) -> dict[str, Any]:
+    """A model under ``fully_shard``, block by block, whose shards become ours: how far it is from the model itself.
+
+    Args:
+        called: the model was called before, by its own hooks.
+    """
+    dist.init_process_group("gloo")
+    model, twin, x = uneven(0), uneven(0), inputs_of()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*model.children(), model):
+        fully_shard(part, mesh=mesh)
+    with torch.no_grad():
+        if called:
+            model(x)
+            model.reshard()  # type: ignore[operator]
+    before = {name: weight.to_local().data_ptr() for name, weight in model.named_parameters()}  # type: ignore[attr-defined]
+    sfcompile.shard_weights(model, options=SHARES)
+    weights = dict(model.named_parameters())
+    large = {name: weight for name, weight in weights.items() if weight.numel() * 4 >= LARGE}
+    seen: dict[str, Any] = {
+        "hooks": [str(part) for part in model.modules() if isinstance(part, FSDPModule) or part._forward_hooks],
+        "cut": all(isinstance(weight, ShardedWeight) for weight in large.values()),
+        "kept": [weight.shard.data_ptr() == before[name] for name, weight in large.items()],  # type: ignore[attr-defined]
+        "others": {type(weight).__name__ for name, weight in weights.items() if name not in large},
+        "tied": model[0].again.weight is model[0].out.weight,  # type: ignore[union-attr, index]
+    }
+    run, errors = torch.compile(model, backend="streamfusion", options=SHARES), []
+    with torch.no_grad():
+        for _ in range(2):
+            errors.append(float((run(x) - twin(x)).abs().max()))
+            for each in (model, twin):
+                each.load_state_dict(uneven(5).state_dict())
+        errors.append(float((model(x) - twin(x)).abs().max()))
+    seen["error"], seen["line"] = max(errors), reports()[0].weights
+    return seen
+
+
+def other_cuts(rank: int) -> list[str]:
+    """What every rank says of DTensors and hooks that are not taken; the model goes on as it was."""
+    dist.init_process_group("gloo")
+    mesh, said = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    columns, cast = model_of(0), model_of(0)
+    distribute_module(columns[0].qkv, mesh, lambda name, part, mesh: part.register_parameter(  # type: ignore[index]
+        "weight", nn.Parameter(distribute_tensor(part.weight, mesh, [Shard(1)]), requires_grad=False)))  # type: ignore[arg-type]  # fmt: skip
+    fully_shard(cast, mesh=mesh, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float64))
+    for model in (columns, cast):
+        try:
+            sfcompile.shard_weights(model, options=SHARES)
+        except StreamFusionError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    with torch.no_grad():
+        assert cast(inputs_of()).dtype == torch.float64
+    return said
 
 
 class Odd(nn.Module):

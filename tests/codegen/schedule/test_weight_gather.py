@@ -13,7 +13,7 @@ from sfcompile.runtime.program.weight_rows import WeightRows, places_of
 from sfcompile.runtime.rank.session import current_session
 
 sf = torch.ops.streamfusion
-FLAT, TWICE = 1, 2
+FLAT, TWICE, INSIDE = "all ranks", "machines first", "each machine holds all"
 
 
 @pytest.mark.parametrize(
@@ -26,17 +26,21 @@ FLAT, TWICE = 1, 2
         ((0, 0, 1, 1), 9, FLAT),
         ((1, 0, 1, 0, 1, 0), 12, TWICE),
         ((0, 0, 1), 9, FLAT),
+        ((0, 0, 1, 1), 7, INSIDE),
+        ((1, 0, 1, 0, 1, 0), 12, INSIDE),
     ],
 )
-def test_every_rank_gets_all(machine_of: tuple[int, ...], rows: int, stages: int) -> None:
-    cut, whole = WeightRows((rows, 5), places_of(machine_of)), torch.randn(rows, 5)
+def test_every_rank_gets_all(machine_of: tuple[int, ...], rows: int, stages: str) -> None:
+    cut, whole = WeightRows((rows, 5), places_of(machine_of, stages == INSIDE)), torch.randn(rows, 5)
     schedules = build_weight_gather("w", cut, torch.float32, machine_of)
-    assert len(schedules) == stages
+    assert len(schedules) == (2 if stages == TWICE else 1)
     for schedule in schedules:
         check(schedule)
     across = sum(schedule.bytes_by_link(Topology(machine_of))[1] for schedule in schedules)
     machines = len(set(machine_of))
-    if stages == TWICE:  # what a machine lacks comes to it once
+    if stages == INSIDE:
+        assert across == 0
+    elif stages == TWICE:  # what a machine lacks comes to it once
         assert across == (machines - 1) * whole.numel() * 4
 
     def work(rank: int) -> bool:

@@ -44,6 +44,14 @@ def test_attention_and_gather_on_a_symmetric_heap(machine_of: tuple[int, ...], k
     assert results[0]["domains"] == tuple(machine_of.index(machine) for machine in machine_of)
 
 
+@pytest.mark.parametrize(("machine_of", "kernels"), CELLS)
+def test_weights_in_shares_come_over_a_symmetric_heap(machine_of: tuple[int, ...], kernels: bool) -> None:
+    results = run_processes(len(machine_of), device_workers.weights_in_shares, (kernels,), machine_of)
+    for result in results:
+        assert result["error"] < 1e-5 and result["programs"] == 2
+    assert sum(result["rows"] for result in results) == 32
+
+
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "host calls"])
 def test_ranks_in_other_calls_are_told(kernels: bool) -> None:
     """Signals carry tags: no picture of two calls without a word, and no call after that either."""

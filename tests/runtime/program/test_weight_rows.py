@@ -21,6 +21,12 @@ def test_places(machine_of: tuple[int, ...], places: tuple[int, ...]) -> None:
     assert places_of(machine_of) == places
 
 
+def test_each_machine_holds_all() -> None:
+    assert places_of((3, 1, 3, 1), by_machine=True) == (0, 0, 1, 1)
+    weight = WeightRows((7, 3), places_of((0, 0, 1, 1), by_machine=True))
+    assert weight.count == 2 and [weight.rows(rank) for rank in range(4)] == [(0, 4), (4, 7)] * 2
+
+
 def test_every_row_is_one_ranks() -> None:
     weight = WeightRows((7, 3), places_of((0, 0, 1, 1)))
     rows = sorted(row for rank in range(4) for row in range(*weight.rows(rank)))
