@@ -57,8 +57,9 @@ def test_links_of_known_speed(
     assert all(found == everyone[0] for found in everyone)
     constants = everyone[0].constants
     assert constants["network_bytes_per_s"] == pytest.approx(rate, rel=0.15)
-    # The smallest message has bytes too, which the ranks of a machine send one after the other.
-    assert constants["network_latency_s"] == pytest.approx(latency_s, rel=0.15, abs=2.5 * 256 / rate)
+    # The smallest message has bytes too, which the ranks of a machine send one after the other; a rank whose clock is
+    # some messages ahead when its thread comes first has the other's wait behind them.
+    assert constants["network_latency_s"] == pytest.approx(latency_s, rel=0.15, abs=4.5 * 256 / rate)
     assert everyone[0].spread is not None and everyone[0].spread < 0.2
     assert everyone[0].seconds < BUDGET_S + 0.1
 
