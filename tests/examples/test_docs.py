@@ -192,8 +192,11 @@ def run_python(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit) as ended:
         module.main()
     assert ended.value.code == 0
-    flags = [word for word in words[1:] if word.startswith("--")]
+    inner = next((i for i, word in enumerate(words) if i and word.endswith(".py")), len(words))
+    flags = [word for word in words[1:inner] if word.startswith("--")]
     assert all(flag in said[0] for flag in flags), (flags, said[0])
+    if words[inner:]:  # a script that runs a script
+        run_python(words[inner:], folder, monkeypatch)
     for script in (word for word in words[1:] if word.endswith(".py")):
         assert (ROOT / script).is_file(), script
 
