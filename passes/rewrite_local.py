@@ -110,7 +110,7 @@ class _Rewriter:
         key = (value, need if isinstance(need, Window) else (need.key, owners.owners(need.runs)), part)
         if isinstance(need, Window) and value in self._rows and key not in self._cuts:
             halo, rows = self._rows[value]
-            if halo.wanted == need.wanted:
+            if (halo.dim, halo.wanted) == (need.dim, need.wanted):
                 self._cuts[key] = beside(self._local, self._shards[value][0], rows, halo)
         if key not in self._cuts:
             if (value in self._shards and value not in self._whole) or isinstance(need, Window):
@@ -234,7 +234,9 @@ class _Rewriter:
             for user in value.users:
                 needs = self._placement.needs.get(user, ())
                 for operand, need in zip(self._tokens.views[user].operands if needs else (), needs, strict=True):
-                    if operand.node is value and isinstance(need, Window) and not self._owners.holds(own, need):
+                    if operand.node is not value or not isinstance(need, Window) or need.dim != own.dim:
+                        continue  # a window of another dim is no halo: an exchange switches dims
+                    if not self._owners.holds(own, need):
                         return need if self._pays(op.operands[0].node, own, need) else None
                 if self._row_by_row(user, value):
                     values.append(user)

@@ -6,13 +6,18 @@ import time
 import pytest
 import torch
 from graph_text import parse, same
-from helpers import captured, check_sharded, placeholder_values, rewritten, run_compiled
+from helpers import captured, check_sharded, placeholder_values, rewritten, run_compiled, run_lockstep
 from torch import fx
 from torch.nn.functional import conv2d, gelu, group_norm, linear, scaled_dot_product_attention, silu
 
 from sfcompile.errors import InternalError
 from sfcompile.lowering.arrivals import takes_shard
+from sfcompile.passes.analyse_tokens import analyse_tokens
+from sfcompile.passes.choose_layouts import choose_layouts
+from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.stages import compute_seconds
+from sfcompile.passes.place_min_cut import place_min_cut
+from sfcompile.passes.rewrite_local import rewrite_local
 from sfcompile.passes.rules.linked import Linked
 from sfcompile.passes.runner import run_pipeline
 from sfcompile.passes.state import Asked, State
@@ -217,3 +222,31 @@ def test_a_window_that_is_put_together_costs_nothing_but_its_rows() -> None:
     assert compute_seconds(window, Topology.grid(1, 2)) == 0.0
     convolution = next(node for node in locals_[0].graph.nodes if "conv2d" in str(node.target))
     assert convolution.meta["val"].shape[2] == 32, "no row is computed to be cut off"
+
+
+@pytest.mark.parametrize(("grid", "taps", "stride"), [((8, 8), 3, 1), ((6, 9), 3, 1), ((8, 8), 7, 2), ((4, 3), 3, 2)])
+def test_behind_a_norm_of_rows_a_window_of_columns_is_no_halo(grid: tuple[int, int], taps: int, stride: int) -> None:
+    """Axes may be chosen so: the norm is cut along dim 2, its convolution along dim 3. Dims are switched as ever."""
+
+    def net(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return conv2d(silu(group_norm(x * 2, 2)), w, padding=taps // 2, stride=stride) + 1
+
+    got = captured(net, torch.randn(1, 4, *grid), torch.randn(4, 4, taps, taps))
+    graph, dim, prefer = got.gm.graph, 2, {}
+    first = next(node for node in graph.nodes if node.op == "placeholder")
+    tokens = analyse_tokens(graph, [(first, 2), (first, 3)])
+    for node in graph.nodes:
+        dim = 3 if "conv" in str(node.target) else dim
+        for one in tokens.layouts.get(node, {}).values():
+            if one.dim == dim and one.plain:
+                prefer[node] = one
+    layouts = choose_layouts(tokens, [], 2, prefer=prefer)
+    placement = place_min_cut(graph, tokens, layouts, Topology.grid(1, 2), shard_everything=True)
+    assert {layouts.chosen[node].dim for node in placement.needs} == {2, 3}
+    locals_ = [LocalGraph(got.mode, layouts.owners, rank, "test") for rank in range(2)]
+    for local in locals_:
+        rewrite_local(got.gm, tokens, layouts, placement, local)
+    gms = [(fx.GraphModule(local.root, local.graph), local.sites) for local in locals_]
+    values = placeholder_values(got)
+    for (out,) in run_lockstep(lambda rank: gms[rank], 2, values):
+        torch.testing.assert_close(out, got.gm(*values)[0], rtol=1e-5, atol=1e-5)
