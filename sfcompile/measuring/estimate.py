@@ -73,7 +73,10 @@ def compute_rate(rates: Matrix) -> float:
     then the ranks are unequal, and the slowest counts. Of the stretches the best does: other work only takes away.
 
     Args:
-        rates: [ranks, stretches], of the same stretches on all ranks.
+        rates: [ranks, stretches], in FLOPs or bytes a second, of the same stretches on all ranks.
+
+    Returns:
+        One rate, in the same unit.
     """
     middle, least = np.median(rates, axis=0), rates.min(axis=0)
     return float(np.where(least < UNEQUAL * middle, least, middle).max())
