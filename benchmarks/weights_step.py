@@ -4,7 +4,8 @@
 
 Every rank runs this script; contenders take turns in one job (A B C D, A B C D), on the same weights and inputs, one
 thread a rank, and every output is compared with the plain model's. Eager runs inside all of them. "ours" is
-what a user types but for that and a longer ``timeout_s``; "ours, in shares" is that with ``options={"weights": "sharded"}`` after ``sfcompile.shard_weights``. The peers are diffusers' unified context
+what a user types but for that and a longer ``timeout_s``; "ours, in shares" is that with
+``options={"weights": "sharded"}`` after ``sfcompile.shard_weights``. The peers are diffusers' unified context
 parallelism (Ulysses inside machines, ring across) with whole weights, and with ``fully_shard`` around each block and
 the model: FSDP2 gathers one block ahead of the one that computes.
 
