@@ -114,6 +114,7 @@ class Rank:
             if name not in (TYPED, TUNED):
                 options |= {"schedule": name.removeprefix("ours "), "placement": "shard"}
             self.loaded.clear()
+            before = last_report()
             try:
                 if name in (TYPED, TUNED):
                     compiled = torch.compile(model, backend="streamfusion", options=options)
@@ -127,7 +128,8 @@ class Rank:
                 self.say(f"    {name}: {str(error).splitlines()[0]}")
                 continue
             report = last_report()
-            assert report is not None
+            if report is None or report is before:
+                raise SystemExit(f"{name}: Dynamo took what an earlier cell had compiled, planned on other links")
             if name == TYPED:
                 self.say(f"    links: {report.links}")
             programs = self.session.programs  # what measured the links is gone
@@ -407,8 +409,9 @@ class Rank:
                 if self.is_over():
                     return
                 self.set_rate(rate)
+                # Equal options are an equal backend to Dynamo: it would run the last rate's plan again.
+                torch._dynamo.reset()
                 self.cell(name, rate, constants[rate], fixed, model, inputs, want)
-            torch._dynamo.reset()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.say(
             f"  peak RSS of rank 0: {peak / 1024:.0f} MiB, symmetric heap {self.session.heap_bytes / 2**20:.1f} MiB"

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 WORKERS = 8  # at most: each imports everything, about 0.6 GB
 LANES = 2  # jobs of ranks at a time, at most: much of their time is waiting
@@ -50,6 +51,8 @@ def run(group: str, everything: bool, arguments: Sequence[str]) -> tuple[int, Co
     marks = group if everything else f"{group} and not thorough"
     command = [sys.executable, "-m", "pytest", "-m", marks, *arguments]
     env = dict(os.environ) | {"SFCOMPILE_TESTS": "all" if everything else "quick", "SFCOMPILE_TEST_GROUP": group}
+    if not any(Path(argument.split("::")[0]).exists() for argument in arguments):
+        env["SFCOMPILE_TEST_FILES"] = group  # for conftest.py: no file was asked for, so some need not be imported
     # Every worker and every rank of a test imports the same files: compiled once, not some thousand times.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

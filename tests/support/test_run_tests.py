@@ -59,3 +59,21 @@ def test_every_test_is_in_one_of_two_runs(
     assert run_tests.main(arguments) == code
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == said and CI_GREP.match(lines[-1])
+
+
+def test_files_without_ranks_are_not_imported_for_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (folder / "test_bad.py").write_text("import os\nassert os.environ['SFCOMPILE_TEST_GROUP'] != 'ranks'\n")
+    monkeypatch.chdir(folder)
+    assert run_tests.main([]) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "2 passed, 0 failed, 0 skipped"
+    assert run_tests.main(["test_bad.py"]) != 0, "it was asked for"
+
+
+def test_every_mark_of_ranks_is_found_by_its_text() -> None:
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        text = path.read_text()
+        assert text.count("mark.ranks") == text.count("pytest.mark.ranks"), path
+        assert not re.search(r"from pytest import .*mark", text), path
