@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
+from sfcompile.torch_private import other_memory
+
 FOLDED_NUMEL = 4096
 """Tensors of at most so many elements are computed while they are traced, where everything they are made of is known.
 They are lengths, sizes of grids, tables of offsets. Dynamo's own bound is one element."""
@@ -77,9 +79,11 @@ def _fewer_breaks() -> Iterator[None]:
     from torch._dynamo.variables.tensor import NumpyNdarrayVariable, TensorVariable
     from torch._subclasses import fake_tensor
 
+    mode = fake_tensor.FakeTensorMode
     later = {*config.reorderable_logging_functions, print, warnings.warn}
     changed = (
         (fake_tensor, "CONSTANT_NUMEL_LIMIT", FOLDED_NUMEL),
+        (mode, "_cached_dispatch_impl", _not_from_cache(mode._cached_dispatch_impl)),
         (TensorVariable, "method_item", _item_of(TensorVariable.method_item)),
         *_item_tables(TensorVariable),
         (NumpyNdarrayVariable, "call_method", _array_item_of(NumpyNdarrayVariable.call_method)),
@@ -95,6 +99,21 @@ def _fewer_breaks() -> Iterator[None]:
         finally:
             for owner, name, value in before:
                 setattr(owner, name, value)
+
+
+def _not_from_cache(dispatch: Any) -> Any:
+    """An op on fake tensors, computed each time if it gives one of them other memory.
+
+    Such an op changes the sizes of its operand. The cache of torch 2.14 takes ``shallow_copy_data_`` for one that does
+    not: of two weights of the same sizes the second would keep those it had.
+    """
+
+    def cached_dispatch(self: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func in other_memory:
+            return self._dispatch_impl(func, types, args, kwargs)
+        return dispatch(self, func, types, args, kwargs)
+
+    return cached_dispatch
 
 
 def _item_of(method: Any) -> Any:

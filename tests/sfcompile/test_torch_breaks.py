@@ -47,3 +47,26 @@ def test_settings_are_put_back(marked: bool) -> None:
         assert seen == [(FOLDED_NUMEL, False)], "one graph"
     else:
         assert len(seen) > 1 and set(seen) == {(limit, True)}, "a break at tolist"
+
+
+@torch.no_grad()
+def test_tensors_of_the_same_sizes_get_other_memory() -> None:
+    """As hooks do that bring weights and take them away: each has the sizes of what it was given."""
+    torch._dynamo.reset()
+    weights, kept = [torch.empty(0), torch.empty(0)], [torch.rand(3, 4), torch.rand(3, 4)]
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        for weight, value in zip(weights, kept, strict=True):
+            weight.data = value.clone()
+        for weight in weights:
+            x = x + weight @ weight.mT
+        for weight in weights:
+            weight.data = torch.empty(0)
+        return x
+
+    run = torch.compile(step, backend=backend([], True))
+    for scale in (1.0, 2.0):
+        for value in kept:
+            value *= scale
+        assert torch.equal(run(torch.ones(3, 3)), 1 + kept[0] @ kept[0].mT + kept[1] @ kept[1].mT)
+        assert [weight.numel() for weight in weights] == [0, 0]
