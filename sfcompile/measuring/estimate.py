@@ -13,7 +13,7 @@ ENOUGH_BYTES = 2.5e6
 """What a shaped link saves up while ranks do not get their turns (seldom more than 256 KiB) is a tenth of this."""
 
 UNEQUAL = 0.6
-"""Of the median rank's rate: a slower rank is slow, one between these was short of turns."""
+"""Of the median: a rank or machine that is slower is slow, one between these was unlucky."""
 
 
 def line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
@@ -68,9 +68,9 @@ def link_rate(rates: Matrix, machine_of: Sequence[int], slice_s: float) -> tuple
 def compute_rate(rates: Matrix) -> float:
     """What a rank computes a second, while all do.
 
-    In a stretch of a few milliseconds ranks that share cores get turns of unequal length: the slowest one of a stretch
-    is then the unluckiest, not slow. So the median rank counts, unless the slowest is further from it than such luck:
-    then the ranks are unequal, and the slowest counts. Of the stretches the best does: other work only takes away.
+    What is left of luck in a stretch makes the slowest rank of it an unlucky one. So the median rank counts, unless the
+    slowest is further from it than such luck: then the ranks are unequal, and the slowest counts. Of the stretches the
+    best does: other work only takes away.
 
     Args:
         rates: [ranks, stretches], in FLOPs or bytes a second, of the same stretches on all ranks.
@@ -78,8 +78,27 @@ def compute_rate(rates: Matrix) -> float:
     Returns:
         One rate, in the same unit.
     """
-    middle, least = np.median(rates, axis=0), rates.min(axis=0)
-    return float(np.where(least < UNEQUAL * middle, least, middle).max())
+    return float(_usual(rates).max())
+
+
+def core_share(turns: Sequence[float], machine_of: Sequence[int]) -> float:
+    """The part of the time in which a rank has a core, while all compute.
+
+    What one rank of a machine has more of, another has less: of a machine the mean counts. Of machines the median does,
+    unless one is far below it (:data:`UNEQUAL`).
+
+    Args:
+        turns: by rank, between 0 and 1.
+    """
+    machines = np.array(machine_of)
+    means = [[float(np.array(turns)[machines == machine].mean())] for machine in sorted(set(machine_of))]
+    return float(_usual(np.array(means))[0])
+
+
+def _usual(values: Matrix) -> NDArray[np.float64]:
+    """By column, the median, or the least value where that is far from it."""
+    middle, least = np.median(values, axis=0), values.min(axis=0)
+    return np.where(least < UNEQUAL * middle, least, middle)
 
 
 def _best_stretch(values: NDArray[np.float64], least: int) -> float:

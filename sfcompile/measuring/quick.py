@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sfcompile.measuring.compute import compute_rates
-from sfcompile.measuring.estimate import compute_rate, line, link_rate, rates_in
+from sfcompile.measuring.compute import OwnCompute, compute_rates
+from sfcompile.measuring.estimate import compute_rate, core_share, line, link_rate, rates_in
 from sfcompile.measuring.shifts import LANES, Shifts
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import recorder
@@ -72,11 +72,11 @@ class Quick:
 @dataclass(frozen=True)
 class _Own:
     """One rank's numbers. ``slowest``: rates, of which the least of any rank counts; ``usual``: seconds so short that
-    they tell more of luck than of a rank, of which the median counts; ``compute``: rates by stretch (compute_rate)."""
+    they tell more of luck than of a rank, of which the median counts."""
 
     slowest: dict[str, float]
     usual: dict[str, float]
-    compute: dict[str, list[float]]
+    compute: OwnCompute
     rates: list[float]
     slice_s: float
     busy: float
@@ -102,8 +102,8 @@ def measure_quickly(session: Session, base: Topology, dtype: torch.dtype, budget
             more, late, rates, slice_s = bench.across(on_gpu)
             slowest, usual = slowest | more, late | usual
         compute = compute_rates(shifts.device, dtype, shifts.synchronize, shifts.meet)
-        if "launch_s" in compute:
-            usual["launch_s"] = compute.pop("launch_s")[0]
+        if compute.launch_s is not None:
+            usual["launch_s"] = compute.launch_s
         if not on_gpu and "copy_bytes_per_s" not in slowest:  # one rank a machine: its own copies only
             slowest["copy_bytes_per_s"] = _copies()
         everyone: list[_Own] = session.exchange(_Own(slowest, usual, compute, rates, slice_s, bench.busy), "measure")
@@ -118,14 +118,15 @@ def _together(everyone: list[_Own], base: Topology, seconds: float, on_gpu: bool
         constants[name] = min(own.slowest[name] for own in everyone if name in own.slowest)
     for name in dict.fromkeys(name for own in everyone for name in own.usual):
         constants[name] = statistics.median(own.usual[name] for own in everyone if name in own.usual)
-    for name in everyone[0].compute:
-        constants[name] = compute_rate(np.array([own.compute[name] for own in everyone]))
+    share = core_share([own.compute.turns for own in everyone], base.machine_of)
+    for name in everyone[0].compute.rates:
+        constants[name] = share * compute_rate(np.array([own.compute.rates[name] for own in everyone]))
     spread: float | None = None
     if base.num_machines > 1:
         rate, spread = link_rate(np.array([own.rates for own in everyone]), base.machine_of, everyone[0].slice_s)
         ranks = max(len(base.ranks_of(machine)) for machine in set(base.machine_of))
-        share = -(-ranks // base.nics_per_machine)
-        constants["network_bytes_per_s"] = rate / -(-ranks // share)
+        of_card = -(-ranks // base.nics_per_machine)
+        constants["network_bytes_per_s"] = rate / -(-ranks // of_card)
     if not on_gpu:
         constants["local_bytes_per_s"] = constants["copy_bytes_per_s"]
     sound = {name: value for name, value in constants.items() if np.isfinite(value) and value > 0.0}

@@ -16,6 +16,7 @@ from threads import run_threads
 from virtual_links import VirtualLinks
 
 from sfcompile.measuring import quick
+from sfcompile.measuring.compute import OwnCompute
 from sfcompile.measuring.quick import BUDGET_S, Quick, measure_quickly
 from sfcompile.runtime.rank import recorder
 from sfcompile.runtime.rank.session import current_session
@@ -27,7 +28,7 @@ def measured(links: VirtualLinks, machine_of: tuple[int, ...], monkeypatch: pyte
     """What every rank gets on such links."""
     links.install(monkeypatch, quick)
     monkeypatch.setattr(quick, "_copies", lambda: 5e9)
-    monkeypatch.setattr(quick, "compute_rates", lambda *args: {"flops_per_s": [1e10, 9e9], "launch_s": [1e-4]})
+    monkeypatch.setattr(quick, "compute_rates", lambda *args: OwnCompute({"flops_per_s": [2e10, 18e9]}, 0.5, 1e-4))
 
     def work(rank: int) -> Quick:
         links.mine.rank = rank
