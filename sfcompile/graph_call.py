@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from sfcompile.options import Options
 from sfcompile.passes.report.steps import PredictedStep, StepWatch
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.program.weight_rows import held_in_shares
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.session import Session
 from sfcompile.runtime.rank.sharded_weight import marks_of
@@ -230,12 +230,7 @@ def refuse_sharded(asked: Options, device: torch.device, topology: Topology) -> 
     if asked.weights == "whole":
         return
     if device.type != "cpu":
-        if asked.weights != "sharded" and len(set(Counter(topology.machine_of).values())) > 1:
-            raise OptionError(
-                f"{what} with a model on {device}, and machines of unequal numbers of ranks",
-                "the GPUs of a machine hold all weights in shares, and shares are alike on all machines",
-                "use weights='sharded': all ranks together hold them once",
-            )
+        held_in_shares(asked.weights, True, topology.machine_of)  # machines that are not alike: an error
         if records_cuda_graphs(asked.mode):
             raise OptionError(
                 f"{what} with a model on {device} and mode={asked.mode!r}",

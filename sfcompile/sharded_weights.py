@@ -25,7 +25,7 @@ from sfcompile.groups import in_group, session_for, world_size
 from sfcompile.options import Options
 from sfcompile.runtime.program.phases import EXCHANGE_START
 from sfcompile.runtime.program.sites import ExchangeSite
-from sfcompile.runtime.program.weight_rows import WeightRows, count_of, places_of
+from sfcompile.runtime.program.weight_rows import WeightRows, count_of, held_in_shares, places_of
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.session import Session, use_session
 from sfcompile.runtime.rank.sharded_weight import Gather, History, ShardedWeight, why_whole
@@ -128,9 +128,7 @@ def _take_from_torch(
 
 def cuts_weights(asked: Options, session: Session) -> bool:
     """Whether ranks keep shares of weights: CPU ranks of a machine keep one copy together."""
-    if asked.weights == "whole" or count_of(cut_of(asked, session)) == 1:
-        return False
-    return session.side.on_gpu or (asked.weights == "sharded" and session.topology.num_machines > 1)
+    return held_in_shares(asked.weights, session.side.on_gpu, session.topology.machine_of) is not None
 
 
 def cut_of(asked: Options, session: Session) -> tuple[int, ...]:

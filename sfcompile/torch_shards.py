@@ -1,14 +1,17 @@
 """Parameters that torch has cut, by ``fully_shard`` or ``distribute_tensor``: each rank's rows become its share.
 
 Nothing is gathered: where torch cut as we do, a rank keeps the memory that it has. Where not (rows that the ranks do
-not divide, several machines), rows change hands in one exchange. Small parameters are made whole.
+not divide, several machines), rows change hands in one exchange. Small parameters are made whole, all of a dtype in one
+exchange.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +21,10 @@ from sfcompile.codegen.proof.checker import check
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.errors import UnsupportedError
-from sfcompile.runtime.program.intervals import Runs
+from sfcompile.runtime.program.intervals import Runs, count
 from sfcompile.runtime.program.phases import EXCHANGE_START
 from sfcompile.runtime.program.sites import ExchangeSite
-from sfcompile.runtime.program.weight_rows import WeightRows, can_be_cut, count_of
+from sfcompile.runtime.program.weight_rows import LARGE_BYTES, WeightRows, can_be_cut, count_of
 from sfcompile.runtime.rank.session import Session, use_session
 from sfcompile.runtime.rank.shared_weights import on_all
 from sfcompile.torch_private import fully_shard_asks, leave_fully_shard
@@ -89,20 +92,28 @@ def take(session: Session, weights: Sequence[Any], places: tuple[int, ...], home
         places: by rank which stretch of rows it is to hold.
         home: where they go.
     """
-    ranks, taken = session.topology.num_ranks, list[Taken]()
+    ranks, taken = session.topology.num_ranks, dict[int, Taken]()
+    small: dict[torch.dtype, list[int]] = {}
     with torch.no_grad():
-        for weight in weights:
+        for at, weight in enumerate(weights):
             shape = tuple(weight.shape)
             dense = torch.empty(shape, device="meta").stride()
             if not can_be_cut(shape, dense, weight.element_size(), count_of(places)):
-                taken.append(Taken(weight.detach().full_tensor().to(home), None))
+                if weight.numel() * weight.element_size() < LARGE_BYTES:
+                    small.setdefault(weight.dtype, []).append(at)
+                else:
+                    taken[at] = Taken(weight.detach().full_tensor().to(home), None)
                 continue
             cut, theirs = WeightRows(shape, places), _rows_by_torch(shape[0], ranks)
             rows = weight.detach().to_local()
             if theirs != cut.owned:
                 rows = _relaid(session, rows, shape, theirs, cut)
-            taken.append(Taken(rows.to(home), cut))
-    return taken
+            taken[at] = Taken(rows.to(home), cut)
+        for alike in small.values():
+            shards = [weights[at].detach().to_local() for at in alike]
+            wholes = _made_whole(session, shards, [tuple(weights[at].shape) for at in alike])
+            taken |= {at: Taken(whole.to(home), None) for at, whole in zip(alike, wholes, strict=True)}
+    return [taken[at] for at in range(len(weights))]
 
 
 def _rows_by_torch(rows: int, ranks: int) -> tuple[Runs, ...]:
@@ -116,7 +127,32 @@ def _relaid(
     session: Session, rows: torch.Tensor, shape: tuple[int, ...], theirs: tuple[Runs, ...], cut: WeightRows
 ) -> torch.Tensor:
     """Collective: this rank's rows as ``cut`` says, of a weight whose rows lie as ``theirs`` says."""
-    site = ExchangeSite("rows of a weight", shape, rows.dtype, 0, 1, 1, theirs, 0, cut.owned)
+    return _traded(session, rows, ExchangeSite("rows of a weight", shape, rows.dtype, 0, 1, 1, theirs, 0, cut.owned))
+
+
+def _made_whole(
+    session: Session, shards: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
+) -> list[torch.Tensor]:
+    """Collective: tensors of one dtype, of each of which this rank has the rows that torch gives it; in one exchange.
+
+    They travel as a line of elements, rank by rank, and of each rank tensor by tensor.
+    """
+    ranks = session.topology.num_ranks
+    owned = [_rows_by_torch(shape[0], ranks) for shape in shapes]
+    sizes = [
+        [count(runs[rank]) * math.prod(shape[1:]) for runs, shape in zip(owned, shapes, strict=True)]
+        for rank in range(ranks)
+    ]
+    ends = list(accumulate(map(sum, sizes), initial=0))
+    stretches = tuple(((at, stop - at),) if stop > at else () for at, stop in zip(ends, ends[1:], strict=False))
+    line = torch.cat([shard.reshape(-1) for shard in shards])
+    site = ExchangeSite.gather("small weights", (ends[-1],), line.dtype, 0, stretches)
+    came = _traded(session, line, site).split([size for of_rank in sizes for size in of_rank])
+    return [torch.cat(came[i :: len(shapes)]).view(shape) for i, shape in enumerate(shapes)]
+
+
+def _traded(session: Session, shard: torch.Tensor, site: ExchangeSite) -> torch.Tensor:
+    """Collective: what this rank wants of a site that is run once."""
     program = f"rows-{hashlib.sha256(repr(site.geometry()).encode()).hexdigest()[:16]}"
     ranks, device = session.topology.num_ranks, session.side.device
     with session.turn(), session.guard(), use_session(session):
@@ -125,7 +161,7 @@ def _relaid(
             check(schedule)
             session.load(program, [schedule])
     with session.call(program, []), torch.inference_mode(False):
-        out = torch.empty(cut.local_shape(session.rank), dtype=rows.dtype, device=device)
-        session.put(program, 0, EXCHANGE_START, rows.contiguous().to(device))
+        out = torch.empty(site.wanted_shape(session.rank), dtype=shard.dtype, device=device)
+        session.put(program, 0, EXCHANGE_START, shard.contiguous().to(device))
         session.receive(program, 0, out)
     return out

@@ -58,7 +58,8 @@ class GraphReport:
             (a graph break, with the user's line), or "".
         verified: how far first calls were from one process, if that was asked for.
         inputs: how ranks come to equal inputs, where it costs traffic; "": they are given them.
-        weights: how much of the weights the ranks of a machine hold once; "": every rank holds all of them.
+        weights: how much of the weights the ranks of a machine hold once, or each rank in shares; "": every rank
+            holds all of them.
         links: the constants that the plan was made with, and where they come from.
         transport: what carries chunks between GPU ranks, and why not what would be better; "": CPU ranks.
         steps: how long calls of the graph took on this rank; None: nobody looks.

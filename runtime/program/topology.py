@@ -78,6 +78,11 @@ class Topology:
         """How many machines have a rank; their numbers need not be consecutive."""
         return len(set(self.machine_of))
 
+    @property
+    def of_gpus(self) -> bool:
+        """Whether ranks are GPUs: another engine than the one that computes moves what they send."""
+        return self.copy_bytes_per_s is None
+
     def ranks_of(self, machine: int) -> tuple[int, ...]:
         """Ranks of a machine, ascending."""
         return tuple(rank for rank, home in enumerate(self.machine_of) if home == machine)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from sfcompile.errors import OptionError
 from sfcompile.runtime.program.intervals import Runs, slice_of
 
 LARGE_BYTES = 1 << 16
@@ -78,3 +80,28 @@ def places_of(machine_of: Sequence[int], by_machine: bool = False) -> tuple[int,
         for local, rank in enumerate(ranks):
             places[rank] = local * len(members) + number
     return tuple(places)
+
+
+def held_in_shares(weights: str, on_gpu: bool, machine_of: Sequence[int]) -> tuple[int, ...] | None:
+    """By rank which stretch of rows it holds of a large weight (:func:`places_of`); None: ranks keep no shares.
+
+    GPU ranks keep shares wherever they are; CPU ranks of a machine one copy together, in memory that they share.
+
+    Args:
+        weights: the option of that name.
+        on_gpu: whether they are GPU ranks.
+
+    Raises:
+        OptionError: GPU ranks, whose machines are not alike, shall hold all weights on each machine.
+    """
+    by_machine = weights == "sharded-by-machine"
+    if weights == "whole" or (not on_gpu and (by_machine or len(set(machine_of)) == 1)):
+        return None
+    if by_machine and len(set(Counter(machine_of).values())) > 1:
+        raise OptionError(
+            f"weights={weights!r} with GPU ranks, and machines of unequal numbers of ranks",
+            "the GPUs of a machine hold all weights in shares, and shares are alike on all machines",
+            "use weights='sharded': all ranks together hold them once",
+        )
+    places = places_of(machine_of, by_machine)
+    return places if count_of(places) > 1 else None

@@ -29,7 +29,7 @@ from sfcompile.runtime.program.formats import words
 from sfcompile.runtime.program.intervals import count
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.program.weight_rows import can_be_cut
+from sfcompile.runtime.program.weight_rows import can_be_cut, count_of, held_in_shares
 
 
 @dataclass(frozen=True)
@@ -232,17 +232,23 @@ def asked_of(options: Mapping[str, Any] | None, spelled: Mapping[str, Any]) -> t
 
 
 def with_shares(asked: Asked, weights: str, captured: Captured, topology: Topology, rank: int) -> Asked:
-    """What is asked of one graph: with ``weights="sharded"`` on several machines its large weights are in shares."""
-    if weights != "sharded" or topology.num_machines == 1:
+    """What is asked of one graph: where ranks of a topology keep shares of large weights, these are in shares.
+
+    Raises:
+        OptionError: they shall, on machines that are not alike, and cannot.
+    """
+    cut = held_in_shares(weights, topology.of_gpus, topology.machine_of)
+    if cut is None:
         return asked
     inputs = [node.meta["val"] for node in captured.gm.graph.nodes if node.op == "placeholder"]
     candidates = set(captured.parameters) - set(captured.written)
     places = tuple(
         at
         for at, (i, value) in enumerate(zip(captured.tensor_inputs, inputs, strict=True))
-        if i in candidates and can_be_cut(value.shape, value.stride(), value.element_size(), topology.num_ranks)
+        if i in candidates and can_be_cut(value.shape, value.stride(), value.element_size(), count_of(cut))
     )
-    return replace(asked, parts=(), weights=ShardedWeights(places, topology, rank)) if places else asked
+    by_machine = weights == "sharded-by-machine"
+    return replace(asked, parts=(), weights=ShardedWeights(places, topology, rank, by_machine)) if places else asked
 
 
 def step_of(compiled: Compiled, rank: int, job: Topology) -> Step:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sfcompile.passes.report.report import Left, groups_do, short_source
 from sfcompile.prediction.code import Block, Line
 from sfcompile.prediction.explained import Attentions, Axis, Explained, ExplainedGraph
+from sfcompile.runtime.program.weight_rows import held_in_shares
 
 CANDIDATES, LEFT = 10, 12
 """Rows that a short explanation shows of each table."""
@@ -78,9 +79,12 @@ def _who_holds_weights(explained: Explained) -> str:
     lines = [graph.report.weights for graph in explained.graphs if graph.report is not None and graph.report.weights]
     if lines:
         return "; ".join(lines)
-    if explained.weights == "sharded" and explained.topology.num_machines > 1:
+    where = explained.topology
+    if held_in_shares(explained.weights, where.of_gpus, where.machine_of) is not None:
         return "whole on every rank: none is large enough to be cut"
-    return "the large ones once for the ranks of a machine, on CPU ranks"
+    if where.of_gpus:
+        return "whole on every rank: no other GPU is there to hold a share"
+    return "the large ones once for the ranks of a machine, in memory that they share"
 
 
 def left_of(graph: ExplainedGraph) -> list[Left]:

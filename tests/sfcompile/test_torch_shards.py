@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from threads import run_threads
 
 from sfcompile.runtime.program.weight_rows import WeightRows, places_of
 from sfcompile.runtime.rank.session import current_session
-from sfcompile.torch_shards import _relaid, _rows_by_torch, is_dtensor
+from sfcompile.torch_shards import _made_whole, _relaid, _rows_by_torch, is_dtensor
 
 
 @pytest.mark.parametrize("rows", [2, 3, 5, 8, 211])
@@ -31,6 +33,26 @@ def test_rows_change_hands(machine_of: tuple[int, ...], rows: int) -> None:
         return all(torch.equal(each, whole[slice(*cut.rows(rank))]) for each in got)
 
     assert all(run_threads(ranks, work, machine_of))
+
+
+@pytest.mark.parametrize("machine_of", [(0, 1, 2), (0, 0, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_ones_are_made_whole_in_one_exchange(machine_of: tuple[int, ...], dtype: torch.dtype) -> None:
+    """To the last bit; ranks may have no row of some."""
+    ranks, shapes = len(machine_of), [(5, 3), (1, 4, 2), (16,), (2,), (3, 0)]
+    wholes = [torch.arange(math.prod(shape)).view(shape).to(dtype) for shape in shapes]
+
+    def work(rank: int) -> tuple[bool, int]:
+        session = current_session()
+        shards = [
+            torch.cat([whole[:0], *(whole[a : a + n] for a, n in _rows_by_torch(len(whole), ranks)[rank])])
+            for whole in wholes
+        ]
+        came = _made_whole(session, shards, shapes)
+        equal = all(torch.equal(one, other) for one, other in zip(came, wholes, strict=True))
+        return equal and not any(one.is_inference() for one in came), len(session.programs)
+
+    assert run_threads(ranks, work, machine_of) == [(True, 1)] * ranks
 
 
 def test_a_plain_tensor_is_no_dtensor() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sfcompile.runtime.program.weight_rows import WeightRows, places_of
+from sfcompile.errors import OptionError
+from sfcompile.runtime.program.weight_rows import WeightRows, held_in_shares, places_of
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,28 @@ def test_every_row_is_one_ranks() -> None:
     assert rows == list(range(7))
     assert [weight.local_shape(rank) for rank in range(4)] == [(2, 3), (2, 3), (2, 3), (1, 3)]
     assert weight.rows(1) == (4, 6) and weight.owned[1] == ((4, 2),)
+
+
+@pytest.mark.parametrize(
+    ("weights", "on_gpu", "machine_of", "places"),
+    [
+        ("whole", True, (0, 0, 1, 1), None),
+        ("sharded", False, (0, 0), None),
+        ("sharded", True, (0, 0), (0, 1)),
+        ("sharded", False, (0, 0, 1, 1), (0, 2, 1, 3)),
+        ("sharded", True, (0,), None),
+        ("sharded-by-machine", False, (0, 0, 1, 1), None),
+        ("sharded-by-machine", True, (0, 0, 1, 1), (0, 1, 0, 1)),
+        ("sharded-by-machine", True, (0, 1), None),
+    ],
+)
+def test_who_keeps_shares(
+    weights: str, on_gpu: bool, machine_of: tuple[int, ...], places: tuple[int, ...] | None
+) -> None:
+    assert held_in_shares(weights, on_gpu, machine_of) == places
+
+
+def test_machines_that_are_not_alike() -> None:
+    with pytest.raises(OptionError, match="machines of unequal numbers of ranks"):
+        held_in_shares("sharded-by-machine", True, (0, 0, 1))
+    assert held_in_shares("sharded-by-machine", False, (0, 0, 1)) is None

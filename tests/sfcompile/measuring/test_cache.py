@@ -58,8 +58,19 @@ def test_old_files_and_those_from_the_future_do_not_count(days: int) -> None:
     assert cache.read(setting(), NOW + datetime.timedelta(days=days)) is None
 
 
+def test_what_an_earlier_version_measured_is_measured_anew() -> None:
+    """Its compute rate was the slowest rank's, not the median's: the same names, other numbers."""
+    cache.write(setting(), FOUND)
+    path = cache.place(setting())
+    raw = json.loads(path.read_text())
+    assert raw["format"] == 2
+    path.write_text(json.dumps(raw | {"format": 1}))
+    assert cache.read(setting()) is None
+    assert cache.write(setting(), FOUND) == "" and cache.read(setting()) is not None
+
+
 DAMAGE: dict[str, Any] = {
-    "format": 2,
+    "format": 3,
     "measured": "yesterday",
     "setting": {},
     "constants": {"flops_per_s": -1.0},

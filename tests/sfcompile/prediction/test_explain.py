@@ -107,11 +107,19 @@ def test_who_holds_the_weights() -> None:
         model, x = torch.nn.Linear(256, 768), torch.empty(1, 4096, 256)
     texts = {
         topology: str(explain(model, x, topology=topology, placement="shard", options={"weights": weights}))
-        for topology, weights in (("2x1", "sharded"), ("1x2", "sharded"), ("2x2", "sharded-by-machine"))
-    }
+        for topology, weights in (
+            ("2x1", "sharded"), ("1x2", "sharded"), ("2x2", "sharded-by-machine"),
+            ("1x2:a100-efa", "sharded"), ("2x2:a100-efa", "sharded-by-machine"), ("2x1:a100-efa", "sharded-by-machine"),
+        )
+    }  # fmt: skip
     assert "1 in shares: a rank holds 0.4 of 0.8 MiB; 1 gatherings a step, 0.4 MiB come to a rank" in texts["2x1"]
     assert "the large ones once for the ranks of a machine" in texts["1x2"]
     assert "the large ones once for the ranks of a machine" in texts["2x2"]
+    # GPU ranks keep shares on one machine too, and of each machine if that is asked for.
+    for gpus in ("1x2:a100-efa", "2x2:a100-efa"):
+        assert "1 in shares: a rank holds 0.4 of 0.8 MiB; 1 gatherings a step, 0.4 MiB come to a rank" in texts[gpus]
+        assert "CPU" not in texts[gpus]
+    assert "no other GPU is there to hold a share" in texts["2x1:a100-efa"]
     with torch.device("meta"):
         small = torch.nn.Linear(8, 8)
         assert "none is large enough" in str(
