@@ -5,9 +5,11 @@ along its batch an attention needs no traffic at all, but then somebody must swi
 between a spatial and a temporal block, by an all-to-all. What is tried:
 
 * the token axis with the most attention work for every value, as choose_layouts.py does by itself;
-* each batch axis for every value that has it;
+* each batch axis, with its kin (the rows of a grid at its other sizes), for every value that has it;
 * for every attention its batch axis: a value then goes with the attention that alone it feeds, else with the last one
   before it, so that the hidden states are switched once between two blocks;
+* the same with convolutions beside the attentions, along such a batch axis too: images that are frames of a video are
+  convolved without a halo, and switched where the attention over time begins and ends;
 * where much is computed on grids whose rows ranks cannot share evenly (few frames), another dim of the grid
   (analyse_tokens.py) for every value that has it: attention then runs on tokens of every frame on every rank.
 
@@ -17,13 +19,17 @@ place_min_cut.py), and the cheapest in seconds is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import fx
 
 from sfcompile.passes.analyse_tokens import folded_seeds
 from sfcompile.passes.choose_layouts import along, choose_layouts
+from sfcompile.passes.graph.cost import flops
 from sfcompile.passes.graph.layout import Layout
+from sfcompile.passes.rules.windows import Windowed
 from sfcompile.passes.state import Layouts, Site, State, Tokens
 
 Preference = Mapping[fx.Node, Layout]
@@ -57,16 +63,45 @@ def preferences(graph: fx.Graph, tokens: Tokens, sites: Sequence[Site], layouts:
             axes[site.node] = max(possible, key=lambda axis: (axis in attended, len(having[axis]), axis))
     if not axes:
         return []
-    out: list[Preference] = [having[axis] for axis in dict.fromkeys(axes.values())]
-    region = regions(graph, sites)
-    by_turns = {
-        value: having[axes[site]][value]
-        for value, site in region.items()
-        if site in axes and value in having[axes[site]]
-    }
+    families = _by_axis(tokens, layouts, layouts.kin)
+    out: list[Preference] = [
+        families[family] for family in dict.fromkeys(layouts.kin.get(axis, axis) for axis in axes.values())
+    ]
+    attentions = {site.node for site in sites}
     if len(set(axes.values())) > 1 or len(axes) < len(sites):
-        out.append(by_turns)
+        out.append(_by_turns(graph, attentions, axes, having))
+    convolved = _convolutions(tokens, layouts, axes)
+    if convolved:
+        out.append(_by_turns(graph, attentions | set(convolved), axes | convolved, having))
     return out
+
+
+def _by_turns(
+    graph: fx.Graph, anchors: Collection[fx.Node], axes: Mapping[fx.Node, int], having: Mapping[int, Preference]
+) -> Preference:
+    """Every value along the axis of the anchor that it goes with, where it has that axis."""
+    return {
+        value: having[axes[anchor]][value]
+        for value, anchor in regions(graph, anchors).items()
+        if anchor in axes and value in having[axes[anchor]]
+    }
+
+
+def _convolutions(tokens: Tokens, layouts: Layouts, axes: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Convolutions whose images are along the axis of some attention's batch, each with that axis."""
+    wanted, convolved = Counter(axes.values()), dict[fx.Node, int]()
+    for node, rule in tokens.rules.items():
+        if not isinstance(rule, Windowed) or not flops(tokens.views[node]):
+            continue
+        possible = [
+            axis
+            for layout in tokens.layouts.get(node, {}).values()
+            if layout.dim == 0 and layout.positions >= layouts.owners.num_ranks and layout.grain == 1
+            if (axis := layouts.owners.axis_of(layout.runs)) in wanted
+        ]
+        if possible:
+            convolved[node] = max(possible, key=lambda axis: (wanted[axis], axis))
+    return convolved
 
 
 def _batch_axes(site: Site, tokens: Tokens, layouts: Layouts) -> list[int]:
@@ -89,33 +124,36 @@ def _token_axis(site: Site, tokens: Tokens, layouts: Layouts) -> int | None:
     return layouts.owners.axis_of(layout.runs) if layout is not None and layout.runs else None
 
 
-def _by_axis(tokens: Tokens, layouts: Layouts) -> dict[int, dict[fx.Node, Layout]]:
-    """Per axis the values that have it, each with its finest layout along that axis."""
+def _by_axis(
+    tokens: Tokens, layouts: Layouts, kin: Mapping[int, int] = MappingProxyType({})
+) -> dict[int, dict[fx.Node, Layout]]:
+    """Per axis (or the first of its ``kin``) the values that have it, each with its finest layout along that axis."""
     having: dict[int, dict[fx.Node, Layout]] = {}
     for value, places in tokens.layouts.items():
         for layout in places.values():
             if layout.runs:
-                there = having.setdefault(layouts.owners.axis_of(layout.runs), {})
+                axis = layouts.owners.axis_of(layout.runs)
+                there = having.setdefault(kin.get(axis, axis), {})
                 if value not in there or layout.grain < there[value].grain:
                     there[value] = layout
     return having
 
 
-def regions(graph: fx.Graph, sites: Sequence[Site]) -> dict[fx.Node, fx.Node]:
-    """The attention that each value goes with: the one that alone it feeds, else the last before it (or the first)."""
-    attentions = {site.node for site in sites}
+def regions(graph: fx.Graph, anchors: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The anchor (an attention, say) that each value goes with: the one that alone it feeds, else the last before it
+    (or the first)."""
     feeds: dict[fx.Node, fx.Node | None] = {}
     for node in reversed(graph.nodes):
-        if node in attentions:
+        if node in anchors:
             continue
-        fed = {user if user in attentions else feeds.get(user) for user in node.users}
+        fed = {user if user in anchors else feeds.get(user) for user in node.users}
         feeds[node] = next(iter(fed)) if len(fed) == 1 else None
-    last = sites[0].node if sites else None
+    last = next((node for node in graph.nodes if node in anchors), None)
     region: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node in attentions:
+        if node in anchors:
             last = node
-        goes_with = node if node in attentions else feeds.get(node) or last
+        goes_with = node if node in anchors else feeds.get(node) or last
         if goes_with is not None:
             region[node] = goes_with
     return region

@@ -79,7 +79,7 @@ def choose_layouts(
         (sum(n for (_, n), a in zip(line.segments, line.axes, strict=True) if a == root), line.axes.count(root), work)
         for root, work in sorted(attention.items(), key=lambda item: -item[1])
     )
-    return Layouts(chosen, owners, summary)
+    return Layouts(chosen, owners, summary, kin)
 
 
 def along(tokens: Tokens, value: fx.Node, dim: int) -> dict[fx.Node, Layout]:

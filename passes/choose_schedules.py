@@ -122,6 +122,7 @@ class _Decision:
         parts: into how many parts a rank's tokens are cut.
         part_plans: one per distinct site of that cut; none if tokens stay whole.
         notes: prices of what was not taken.
+        saved_s: what the split saves in attentions.
     """
 
     split: Split
@@ -129,6 +130,7 @@ class _Decision:
     parts: int
     part_plans: list[SitePlan]
     notes: tuple[str, ...]
+    saved_s: float
 
 
 def choose_schedules(
@@ -148,6 +150,7 @@ def choose_schedules(
         other_s=ways.other_s * copies,
         batch=batch,
         copies=copies,
+        saved_s=decision.saved_s,
         notes=decision.notes,
     )
     group_ranks = topology.num_ranks // copies
@@ -185,7 +188,7 @@ def _ways(tokens: Tokens, layouts: Layouts, sites: Sequence[Site], topology: Top
             "leave batch out of the mesh",
         )
     cuts: dict[int, Attentions] = {}
-    if topology.num_machines > 1 and topology.copy_bytes_per_s is not None:  # the executor's; kernels take tokens whole
+    if topology.num_machines > 1 and not topology.of_gpus:  # kernels take tokens whole
         cuts = {parts: sharded_attentions(tokens, layouts, sites, parts, asked.wire) for parts in asked.parts}
         cuts = {parts: cut for parts, cut in cuts.items() if cut}
 
@@ -253,7 +256,8 @@ def _decide(ways: _Ways, topology: Topology, asked: Asked) -> _Decision:
         own = _group_topology(topology, best)
         heaviest = max(zip(_distinct(ways.split(best)).values(), plans[best], strict=True), key=_seconds)
         notes += doubts(heaviest[1], heaviest[0], own, ways.other_s * best[1])
-    return _Decision(best, plans[best], parts, part_plans, (*notes, *ways.refused))
+    saved_s = step_s.get(WHOLE, math.inf) - step_s[best]
+    return _Decision(best, plans[best], parts, part_plans, (*notes, *ways.refused), saved_s)
 
 
 def _ways_words(batch: int) -> str:
@@ -288,7 +292,9 @@ def _batches(attentions: Attentions, topology: Topology, asked: Asked, refused: 
     possible = []
     for batch in range(2, min(samples, ranks) + 1):
         even = ranks % batch == 0 and samples % batch == 0
-        if even and machines % batch and (batch % machines or ranks // machines % (batch // machines)):
+        if batch in asked.not_batch and forced is None:
+            refused.append(f"batch split {batch} ways: what is gathered between its layers takes longer than it saves")
+        elif even and machines % batch and (batch % machines or ranks // machines % (batch // machines)):
             refused.append(f"batch split {batch} ways: groups would share machines unevenly")
         elif even:
             possible.append(batch)

@@ -20,20 +20,24 @@ from sfcompile.passes.analyse_attention import analyse_attention
 from sfcompile.passes.analyse_tokens import analyse_tokens, seeds_of
 from sfcompile.passes.choose_layouts import choose_layouts
 from sfcompile.passes.choose_schedules import groups_of
-from sfcompile.passes.graph.cost import flops
+from sfcompile.passes.graph.cost import flops, gather_seconds
 from sfcompile.passes.graph.labels import LabelSpace
 from sfcompile.passes.graph.layout import Ownership
 from sfcompile.passes.graph.local_graph import LocalGraph
+from sfcompile.passes.graph.op_view import is_getitem, is_tensor
 from sfcompile.passes.place_min_cut import place_min_cut
 from sfcompile.passes.rewrite_local import rewrite_local
 from sfcompile.passes.rules.attention import Attention
 from sfcompile.passes.state import COPIES, Group, Layouts, Placement, State, Tokens
+from sfcompile.runtime.program.topology import Topology
 
 
 def run(state: State) -> bool:
     """The pass: if the plan splits the ranks, fills ``group`` and puts its graph, topology and rank into the state.
 
-    Where it turns out that splitting the batch costs more than that all compute everything, it is planned without.
+    Where it turns out that a split costs more than that all compute everything, or that to gather what is read whole
+    between layers takes longer than attentions save, it is planned without that split. (Frames that are folded into the
+    batch of one attention are tokens of the next, whose batch is pixels.)
 
     Returns:
         Whether the passes above shall run once more, for the group's graph.
@@ -47,7 +51,10 @@ def run(state: State) -> bool:
             state.group, state.asked = group, replace(state.asked, split_batch=False, copies=False)
             state.gm, state.topology, state.rank = group.gm, state.topology.subset(mine), mine.index(state.rank)
             return True
-        state.asked = replace(state.asked, split_batch=False)
+        if state.asked.mesh is not None:
+            state.asked = replace(state.asked, split_batch=False)
+        else:
+            state.asked = replace(state.asked, not_batch=(*state.asked.not_batch, state.choices.batch))
         choose_schedules.run(state)
     return False
 
@@ -73,7 +80,7 @@ def _copy(state: State, groups: list[tuple[int, ...]]) -> Group:
 
 
 def _split(state: State, groups: list[tuple[int, ...]]) -> Group | None:
-    """The part of the batch of this rank's group; None if it costs less that all compute everything."""
+    """The part of the batch of this rank's group; None if it costs less that it is not split."""
     graph, count = state.gm.graph, state.choices.batch
     sites = analyse_attention(graph)
     tokens = analyse_tokens(graph, seeds_of(sites, "batch"))
@@ -87,7 +94,28 @@ def _split(state: State, groups: list[tuple[int, ...]]) -> Group | None:
     placement = place_min_cut(graph, tokens, layouts, heads, forced)
     if not placement.needs or any(_meets(tokens, placement, site.node) for site in sites):
         return None
+    if not forced and _gathering_s(graph, tokens, layouts, placement, heads) > state.choices.saved_s:
+        return None
     return _group(state, groups, tokens, layouts, placement)
+
+
+def _gathering_s(graph: fx.Graph, tokens: Tokens, layouts: Layouts, placement: Placement, heads: Topology) -> float:
+    """Seconds of gathering, between all groups, what is made in parts of the batch and read whole inside the graph."""
+    total = 0.0
+    for value in graph.nodes:
+        if not is_tensor(value) or not placement.sharded(value):
+            continue
+        whole = False
+        for user in value.users:
+            needs = placement.needs.get(user)
+            if needs is not None:
+                reads = zip(tokens.views[user].operands, needs, strict=True)
+                whole |= any(operand.node is value and need is None for operand, need in reads)
+            else:
+                whole |= user.op != "output" and not is_getitem(user)
+        if whole:
+            total += gather_seconds(value, heads, layouts.owners.shares(layouts.chosen[value]))
+    return total
 
 
 def _meets(tokens: Tokens, placement: Placement, attention: fx.Node) -> bool:

@@ -72,6 +72,7 @@ class Asked:
         fuse_puts: puts are kernels too, and may compute what they send.
         late_reads: puts may read what they send after they have returned, as on GPUs (passes/graph/lifetimes.py).
         split_batch: groups of ranks may take whole samples each; not if the batch was split before.
+        not_batch: ways to split the batch that turned out to cost more than they save (rewrite_batch.py).
         copies: groups of machines may compute the same each; not if ranks were split into groups before.
         parts: into how many parts a rank's tokens may be cut; the cheapest is taken, or none.
         wire: how the chunks of attentions are written while they travel.
@@ -89,6 +90,7 @@ class Asked:
     fuse_puts: bool = False
     late_reads: bool = False
     split_batch: bool = True
+    not_batch: tuple[int, ...] = ()
     copies: bool = True
     parts: tuple[int, ...] = (2, 3)
     wire: Wire = AS_IT_IS
@@ -143,11 +145,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Layouts:
-    """The chosen layout per value, the ownership of labels, and the token axes: ``(tokens, segments, flops)``."""
+    """The chosen layout per value, the ownership of labels, and the token axes: ``(tokens, segments, flops)``.
+
+    ``kin``: of an axis that runs along the same direction of a grid as others, at another size of it, the first of
+    them.
+    """
 
     chosen: dict[fx.Node, Layout]
     owners: Ownership
     axes: tuple[tuple[int, int, float], ...]
+    kin: Mapping[int, int] = field(default_factory=dict)
 
     def of(self, op: OpView) -> OpLayouts:
         """The layouts of an op's operands and outputs."""
@@ -171,6 +178,7 @@ class Choices:
         other_s: what a rank computes between two attentions.
         batch: into how many parts the batch is split, each for a group of ranks.
         copies: how many groups of machines compute the same.
+        saved_s: what splitting the batch is predicted to save in attentions.
         notes: prices of other splits of the batch, and why some are not possible.
         parts: into how many parts a rank's tokens are cut, so that one is computed while another travels.
         whole: what to do if this graph cannot be cut into parts.
@@ -184,6 +192,7 @@ class Choices:
     other_s: float = 0.0
     batch: int = 1
     copies: int = 1
+    saved_s: float = 0.0
     notes: tuple[str, ...] = ()
     parts: int = 1
     whole: Choices | None = None
@@ -252,19 +261,29 @@ class Group:
         return replace(build("exchange", site, Mesh(1, count, tuple(range(count)))), groups=peers)
 
 
+@dataclass(frozen=True)
+class Features:
+    """Products ``nodes`` of an input ``source`` that all ranks have whole: each rank computes some features of each."""
+
+    source: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+
 @dataclass
 class Placement:
     """The ops computed on shards, what they need of their operands, and what the cut cost (place_min_cut.py).
 
     An op in ``needs`` whose ``chosen.outs`` are all None sums over tokens: its outputs are all-reduced and whole.
 
-    ``reasons`` says, for every op that touches tokens and is nevertheless replicated, why.
+    ``reasons`` says, for every op that touches tokens and is nevertheless replicated, why. ``features``: what is
+    computed neither whole nor on shards of tokens (place_features.py).
     """
 
     needs: dict[fx.Node, list[Need]] = field(default_factory=dict)
     chosen: dict[fx.Node, OpLayouts] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
     seconds: float = 0.0
+    features: tuple[Features, ...] = ()
 
     def sharded(self, node: fx.Node) -> bool:
         """Whether this value is made as shards."""
@@ -284,11 +303,13 @@ def maker_of(value: fx.Node) -> fx.Node:
 @dataclass
 class Traffic:
     """What rewrite_local.py moved beside attention: values gathered whole, and values that ranks exchange in part; and
-    what it did not: outputs that leave in shards, by their places."""
+    what it did not: outputs that leave in shards, by their places. ``features``: products put together in one exchange
+    each."""
 
     gathers: list[fx.Node] = field(default_factory=list)
     moves: list[tuple[fx.Node, Layout | Window]] = field(default_factory=list)
     crossing: dict[int, ValueRows] = field(default_factory=dict)
+    features: list[Features] = field(default_factory=list)
 
 
 @dataclass

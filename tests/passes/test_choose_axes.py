@@ -84,8 +84,8 @@ def test_an_ordinary_model_has_no_choice() -> None:
 
 def test_a_value_goes_with_the_attention_that_alone_it_feeds() -> None:
     got = captured(ByTurns("st"), torch.zeros(BATCH, FRAMES, SPACE, WIDTH))
-    region = regions(got.gm.graph, analyse_attention(got.gm.graph))
     first, second = (site.node for site in analyse_attention(got.gm.graph))
+    region = regions(got.gm.graph, (first, second))
     norms = [node for node in got.gm.graph.nodes if "layer_norm" in str(node.target)]
     adds = [node for node in got.gm.graph.nodes if str(node.target) == "aten.add.Tensor"]
     assert [region[node] for node in norms] == [first, second]
@@ -122,3 +122,44 @@ def test_a_grid_of_few_frames_is_cut_along_another_dim(frames: int, dim: int) ->
         want = got.gm(*inputs)
     for out in run_compiled(compiled, every[0].topology, inputs):
         torch.testing.assert_close(out[0], want[0], rtol=1e-5, atol=1e-5)
+
+
+class Video(nn.Module):
+    """Images [B F, C, H, W]: each attended to and convolved by itself, then over time at every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.space, self.time = (nn.ModuleList([Mixer(), Mixer()]) for _ in range(2))
+        self.convs = nn.ModuleList([nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[2:]
+        for space, conv, time in zip(self.space, self.convs, self.time, strict=True):
+            x = x + conv(torch.tanh(x))
+            y = x.flatten(2).transpose(1, 2)
+            x = x + (space(y) - y).transpose(1, 2).unflatten(2, (height, width))
+            y = x.unflatten(0, (BATCH, FRAMES)).permute(0, 3, 4, 1, 2).reshape(-1, FRAMES, WIDTH)
+            y = time(y).reshape(BATCH, height, width, FRAMES, WIDTH).permute(0, 3, 4, 1, 2)
+            x = x + y.reshape(x.shape)
+        return x
+
+
+@pytest.mark.parametrize("split_batch", [False, True])
+def test_frames_are_convolved_without_halos_and_switched_around_time(split_batch: bool) -> None:
+    """Also where the batch might be split: pixels and frames in it are not samples, and to gather them costs more than
+    no attention would save. Work is slow, links are fast."""
+    got = captured(Video(), torch.zeros(BATCH * FRAMES, WIDTH, 8, 6))
+    top = Topology.grid(1, 4, flops_per_s=1e7, message_s=1e-6, wait_s=1e-6, local_latency_s=1e-6, launch_s=1e-6)
+    compiled = [
+        run_pipeline(State(got.gm, got.mode, top, rank, Asked(split_batch=split_batch, parts=()))) for rank in range(4)
+    ]
+    report = compiled[0].report
+    assert report.share < 1.01 and len(report.gathered) == 1, str(report)
+    if not split_batch:
+        assert report.sharded_sites == 0 and not any("halo" in row.reason for row in report.moved), str(report)
+    values = placeholder_values(got)
+    with torch.no_grad():
+        want = got.gm(*values)[0]
+    for (out,) in run_compiled(compiled, top, values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
