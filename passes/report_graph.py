@@ -18,7 +18,7 @@ from sfcompile.passes.graph.op_view import OpView, is_getitem
 from sfcompile.passes.graph.stages import stages_of, without
 from sfcompile.passes.report.report import GraphReport, Left, short_source
 from sfcompile.passes.rules.per_head import PerHead
-from sfcompile.passes.state import COPIES, State
+from sfcompile.passes.state import COPIES, Move, State
 from sfcompile.runtime.program.formats import words
 from sfcompile.runtime.program.sites import AttentionSite
 
@@ -175,7 +175,7 @@ def _list_traffic(state: State, report: GraphReport) -> None:
             if schedule.site.name != COPIES
         ]
     report.moved = [
-        _moved(value, need, state.layouts.owners, state.layouts.chosen[value]) for value, need in state.traffic.moves
+        _moved(move, state.layouts.owners, state.layouts.chosen[move.value]) for move in state.traffic.moves
     ]
 
 
@@ -189,10 +189,12 @@ def _list_whole_ops(state: State, report: GraphReport) -> None:
     report.replicated = sorted(left, key=lambda row: (-row.flops, -row.nbytes))
 
 
-def _moved(value: fx.Node, need: Layout | Window, owners: Ownership, layout: Layout) -> Left:
+def _moved(move: Move, owners: Ownership, layout: Layout) -> Left:
+    value, need = move.value, move.need
     kind = "halo" if isinstance(need, Window) else "another cut" if need.dim == layout.dim else "another dim"
     row = _left(value, f"{kind}, read by {', '.join(user.name for user in list(value.users)[:3])}", 0.0)
-    return replace(row, nbytes=round(value_bytes(value) * float(exchanged(owners, layout, need)[0].sum())))
+    whole = value.meta["val"].numel() * move.dtype.itemsize
+    return replace(row, nbytes=round(whole * float(exchanged(owners, layout, need)[0].sum())))
 
 
 def _reader(value: fx.Node, reasons: dict[fx.Node, str]) -> str:

@@ -23,9 +23,9 @@ from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView, is_getitem, is_tensor, shape_of
 from sfcompile.passes.rules.attention import Attention
 from sfcompile.passes.rules.linked import Linked
-from sfcompile.passes.rules.norm import GroupNorm
+from sfcompile.passes.rules.norm import GroupNorm, computed_in
 from sfcompile.passes.rules.rule import statistics_bytes
-from sfcompile.passes.state import Layouts, Placement, State, Tokens, Traffic
+from sfcompile.passes.state import Layouts, Move, Placement, State, Tokens, Traffic
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.program.value_rows import ValueRows
 from sfcompile.torch_private import OpOverload
@@ -118,7 +118,7 @@ class _Rewriter:
                     raise CannotSplit(f"{value.name} changes hands, or neighbours' rows of it are needed")
             if value in self._shards and value not in self._whole:
                 assert own is not None
-                self.traffic.moves.append((value, need))
+                self.traffic.moves.append(Move(value, need, value.meta["val"].dtype))
                 self._cuts[key] = self._local.exchange(self._shards[value][0], own, need, shape_of(value))
             elif isinstance(need, Window):
                 self._cuts[key] = self._local.window(self.whole(value), need)
@@ -145,8 +145,9 @@ class _Rewriter:
                     several if is_tensor(several) else view.getitem(several, node.args[1])
                     for view, several in zip(self._views, self._shards[node.args[0]], strict=True)
                 ]
-                if 0 in shape_of(node):  # no tokens: the same empty value on every rank
-                    self._whole[node] = outputs[0]
+                if 0 in shape_of(node):  # nothing to gather: empty on every rank, in the shape of the whole
+                    shape = list(shape_of(node))
+                    self._whole[node] = self._local.call(torch.ops.aten.new_empty.default, [outputs[0], shape], {})
                 else:
                     self._shards[node] = outputs
                     self._check(node)
@@ -199,7 +200,7 @@ class _Rewriter:
         if not any(chosen.outs):
             if len(self._views) > 1:
                 raise CannotSplit(f"{node.name} is a sum over all tokens")
-            self._whole[node] = self._local.all_reduce(shards[0])
+            self._whole[node] = self._local.all_reduce(shards[0], node.meta["val"].dtype)
             return
         self._shards[node] = shards
         if is_tensor(node):
@@ -218,7 +219,8 @@ class _Rewriter:
         halo = Halo(out.dim, tuple(self._owners.dim_runs(out, rank) for rank in ranks), window.wanted)
         own, rows = rule.emit_with_rows(op, asked, operands, self._local, halo)
         self._rows[op.node] = halo, rows
-        self.traffic.moves.append((op.operands[0].node, window))
+        x = op.operands[0].node
+        self.traffic.moves.append(Move(x, window, computed_in(x.meta["val"].dtype)))
         return own
 
     def _window_behind(self, norm: fx.Node, op: OpView, asked: OpLayouts) -> Window | None:

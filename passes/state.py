@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from sfcompile.codegen.plan.choose_plan import SitePlan
@@ -300,6 +301,14 @@ def maker_of(value: fx.Node) -> fx.Node:
     return value
 
 
+class Move(NamedTuple):
+    """A value of which ranks get other rows than they own, and the dtype in which these travel."""
+
+    value: fx.Node
+    need: Layout | Window
+    dtype: torch.dtype
+
+
 @dataclass
 class Traffic:
     """What rewrite_local.py moved beside attention: values gathered whole, and values that ranks exchange in part; and
@@ -307,7 +316,7 @@ class Traffic:
     each."""
 
     gathers: list[fx.Node] = field(default_factory=list)
-    moves: list[tuple[fx.Node, Layout | Window]] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
     crossing: dict[int, ValueRows] = field(default_factory=dict)
     features: list[Features] = field(default_factory=list)
 

@@ -312,14 +312,20 @@ class LocalGraph:
             args = [start, self.program, site, [count, 1], torch.float32]
             self.call(ops.exchange_finish.default, args, {})
 
-    def all_reduce(self, node: fx.Node) -> fx.Node:
-        """The sum over ranks of a partial value, added in rank order, in fp32 or wider: the same bits everywhere."""
+    def all_reduce(self, node: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
+        """The sum over ranks of a partial value, added in rank order, in fp32 or wider: the same bits everywhere.
+
+        Args:
+            dtype: of the sum; None: that of the partial value.
+        """
         value = node.meta["val"]
         parts = self.of_all(node)
         narrow = value.dtype in (torch.float16, torch.bfloat16)
         wide = {"dtype": torch.float32 if narrow else value.dtype}  # a sum of int32 would be int64
         total = self.call(torch.ops.aten.sum.dim_IntList, [parts, [0]], wide)
-        return self.call(torch.ops.aten._to_copy.default, [total], {"dtype": value.dtype}) if narrow else total
+        dtype = dtype or value.dtype
+        same = total.meta["val"].dtype == dtype
+        return total if same else self.call(torch.ops.aten._to_copy.default, [total], {"dtype": dtype})
 
     def _exchange(self, node: fx.Node, site: int, shape: Shape, dtype: torch.dtype) -> fx.Node:
         ops = torch.ops.streamfusion

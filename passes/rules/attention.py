@@ -97,6 +97,9 @@ class Attention:
             return [out, chosen.ins[K], chosen.ins[V], *([None] * (len(op.operands) - 3))]
         if name == "q" and not out.plain and op.args.get("is_causal"):
             return None
+        fewer = [n for n in (operand.shape[-3:-2] for operand in op.operands[K : V + 1]) if n not in ((), (1,))]
+        if name == len(self.out) - 3 and any(n != op.out_shapes[0][-3:-2] for n in fewer):
+            return None  # heads of q, of which each head of k and v serves several
         size = out.size
         needs: list[Need] = []
         for operand in op.operands:

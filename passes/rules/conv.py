@@ -42,7 +42,8 @@ class _Axis:
     @property
     def patches(self) -> bool:
         """Whether every input row is read by exactly one output row."""
-        return self.taps == self.stride and self.before == self.after == 0 and self.size % self.stride == 0
+        apart = self.reach + 1 == self.taps  # no row between taps
+        return apart and self.taps == self.stride and self.before == self.after == 0 and self.size % self.stride == 0
 
     @property
     def reach(self) -> int:

@@ -187,6 +187,8 @@ def _split(op: OpView) -> Rule | None:
         return None
     dim = op.dim("dim", x.ndim)
     sizes = [shape[dim] for shape in op.out_shapes]
+    if sum(sizes) != x.shape[dim]:  # at places that do not ascend
+        return None
     cuts: dict[Side, Cut] = {("in", 0): identity}
     at = 0
     for j, size in enumerate(sizes):

@@ -215,7 +215,7 @@ class LayerNorm(Norm):
         local = shares.local
         if op.name == "rms_norm":
             eps = op.args.get("eps")
-            eps = torch.finfo(op.node.meta["val"].dtype).eps if eps is None else float(eps)
+            eps = torch.finfo(x.meta["val"].dtype).eps if eps is None else float(eps)  # of the dtype it computes in
             scale = shares.inverse_root(shares.mean_square(x, self.over), eps)
         else:
             mean, var = shares.moments(x, self.over)
@@ -227,9 +227,15 @@ class LayerNorm(Norm):
         return local.call(aten.add.Tensor, [x, _wide(named["bias"], local)], {}) if "bias" in named else x
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a norm's arithmetic and of its statistics, and so of rows that travel with them."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def _wide(x: fx.Node, local: LocalGraph) -> fx.Node:
-    narrow = x.meta["val"].dtype in (torch.float16, torch.bfloat16)
-    return local.call(aten._to_copy.default, [x], {"dtype": torch.float32}) if narrow else x
+    own = x.meta["val"].dtype
+    wide = computed_in(own)
+    return x if wide == own else local.call(aten._to_copy.default, [x], {"dtype": wide})
 
 
 def _narrow(op: OpView, x: fx.Node, local: LocalGraph) -> fx.Node:

@@ -33,7 +33,19 @@ def _linear(op: OpView) -> Rule:
     return Linked(ins, [out])
 
 
-@register_rule("matmul", "bmm", "mm", "mv", "dot", "linalg_vecdot")
+@register_rule("linalg_vecdot")
+def _vecdot(op: OpView) -> Rule | None:
+    """A product of two values of one shape, summed over a dim."""
+    a, b = op.operands[:2]
+    if a.shape != b.shape:
+        return None
+    dim = op.dim("dim", a.ndim)
+    kept: Names = [None if d == dim else d for d in range(a.ndim)]
+    summed: Names = ["c" if d == dim else None for d in range(a.ndim)]
+    return Linked([kept, kept], [[d for d in range(a.ndim) if d != dim]], None, [summed, summed])
+
+
+@register_rule("matmul", "bmm", "mm", "mv", "dot")
 def _matmul(op: OpView) -> Rule | None:
     out = op.out_shapes[0]
     a, b = op.operands[:2]
@@ -128,20 +140,29 @@ def _reduce(op: OpView) -> Rule | None:
     rule = _keep_dims(op, reduced, bool(op.args.get("keepdim")))
     if op.name in ("sum", "mean"):
         summed: list[Names] = [[d if d in reduced else None for d in range(op.operands[0].ndim)]]
-        return (_Mean if op.name == "mean" else Linked)(rule.ins, rule.outs, None, summed)
+        return _Total(rule.ins, rule.outs, None, summed)
     return rule
 
 
-class _Mean(Linked):
-    """A mean over tokens adds up only after each rank's mean is weighed by its share of the tokens."""
+class _Total(Linked):
+    """A sum or a mean over tokens: ranks add up their own, a mean's by its share of all.
+
+    Partial sums are fp32 or wider, as what torch adds up in: a sum of many fp16 numbers may be too large for fp16 where
+    their mean, or the sum of all ranks, is not.
+    """
 
     def emit(self, op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         if any(chosen.outs):
             return super().emit(op, chosen, operands, local)
-        args, kwargs = op.rebuild(operands)
+        (x,), dtype = operands, op.node.meta["val"].dtype
+        if dtype.is_floating_point and x.meta["val"].dtype != dtype:
+            x = local.call(torch.ops.aten._to_copy.default, [x], {"dtype": dtype})
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         reduced = op.dims("dim", op.operands[0].ndim)
-        names = {"keepdim": bool(op.args.get("keepdim")), "dtype": kwargs.get("dtype")}
-        total = local.call(torch.ops.aten.sum.dim_IntList, [args[0], list(reduced)], names)
+        names = {"keepdim": bool(op.args.get("keepdim")), "dtype": wide}
+        total = local.call(torch.ops.aten.sum.dim_IntList, [x, list(reduced)], names)
+        if op.name == "sum":
+            return total
         count = math.prod(op.operands[0].shape[d] for d in reduced)
         return local.call(torch.ops.aten.div.Tensor, [total, count], {})
 

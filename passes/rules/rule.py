@@ -80,7 +80,8 @@ def find_rule(op: OpView) -> Rule | None:
     if factory is None:
         import torch
 
-        if torch.Tag.pointwise not in op.node.target.tags:  # type: ignore[union-attr]
-            return None
+        tags = op.node.target.tags  # type: ignore[union-attr]
+        if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
+            return None  # a rank that draws for its own rows alone draws other numbers
         factory = RULES["__pointwise__"]
     return factory(op)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from helpers import captured
 from models import build
@@ -8,6 +11,7 @@ from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.runner import run_pipeline
 from sfcompile.passes.state import Asked, State
+from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.topology import Topology
 
 
@@ -70,6 +74,22 @@ def test_halos_are_listed_with_their_bytes() -> None:
     (halo,) = plan.moved
     assert "halo" in halo.reason and halo.nbytes == 6 * 6 * 4 * 4, "six rows of six positions of four floats"
     assert "exchanged in part" in str(plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_halo_that_goes_with_statistics_is_listed_in_the_dtype_in_which_it_travels(dtype: torch.dtype) -> None:
+    def block(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.scaled_dot_product_attention(x, x, x)[:, 0]
+        x = torch.nn.functional.group_norm(x.transpose(1, 2).unflatten(2, (8, 6)), 2)
+        return torch.nn.functional.conv2d(x, w, padding=1)
+
+    got = captured(block, torch.zeros(1, 1, 48, 4, dtype=dtype), torch.zeros(4, 4, 3, 3, dtype=dtype))
+    state = State(got.gm, got.mode, Topology.grid(1, 4), 0, Asked(shard_everything=True))
+    (halo,) = run_pipeline(state).report.moved
+    assert halo.nbytes == 6 * 6 * 4 * 4, "six rows of six positions of four floats, whatever the model computes in"
+    sites = [site for site in state.local.sites if isinstance(site, ExchangeSite) and site.dtype == torch.float32]
+    statistics = 4 * 2 * 2 * 4  # of four ranks: mean and variance of two groups
+    assert math.prod(sites[0].shape) * 4 == statistics + halo.nbytes
 
 
 def test_an_op_that_looks_like_attention_and_is_left_whole_is_named_with_the_cure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -93,3 +94,13 @@ def test_one_head_of_keys_or_of_values_is_broadcast(lone: str) -> None:
         return sdpa(x * 2, one, x) if lone == "k" else sdpa(x * 2, x, one)
 
     check_sharded(attend, [rand(2, 4, 8, 4), rand(2, 1, 8, 4)], (0, 2), (1, 2), ranks=2)
+
+
+@pytest.mark.parametrize(("heads", "whole"), [(8, ()), (4, ["scaled_dot_product_attention"]), (1, ())])
+def test_tokens_that_are_heads_stay_beside_the_keys_that_serve_them(heads: int, whole: Sequence[str]) -> None:
+    """A rank's two of eight heads of queries would share four of keys in another way than all eight do."""
+
+    def attend(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return sdpa(x * 2, k, k + 1, enable_gqa=True) * 2
+
+    check_sharded(attend, [rand(2, 8, 5, 4), rand(2, heads, 5, 4)], (0, 1), ranks=4, whole=whole)

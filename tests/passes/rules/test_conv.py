@@ -109,6 +109,16 @@ def test_rows_of_padding_alone_are_nobodys() -> None:
 
 
 @few
+@given(st.integers(2, 4), ranks, st.integers(2, 3))
+def test_as_many_taps_as_the_stride_with_rows_between_them(rows: int, p: int, taps: int) -> None:
+    """Every input row is read once only where no row lies between the taps."""
+    weight = rand(3, 4, taps)
+    for beyond in range(taps):
+        n = taps * rows * 2 + beyond
+        check_sharded(lambda x: F.conv1d(x * 2, weight, stride=taps, dilation=2) + 1, [rand(1, 4, n)], (0, 2), ranks=p)
+
+
+@few
 @given(st.integers(5, 9), st.integers(1, 4), ranks)
 def test_a_convolution_along_several_segments(n: int, m: int, p: int) -> None:
     """Text padded to the length of the sound cuts the tokens in two stretches: each has its own halo."""

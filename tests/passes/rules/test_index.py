@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_sharded
+from helpers import ANY, check_sharded
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from random_ops import examples
@@ -51,6 +51,22 @@ def test_splits(n: int, data: st.DataObject, p: int) -> None:
     check_sharded(split, [rand(2, n, 3)], (0, 1), ranks=p, exact=True)
     check_sharded(lambda x: x.split([cut, n - cut], dim=1)[1] * 1, [rand(2, n, 3)], (0, 1), ranks=p, exact=True)
     check_sharded(lambda x: x.chunk(3, dim=-1)[1] * 1, [rand(2, n, 6)], (0, 1), ranks=p, exact=True)
+
+
+@few
+@given(tokens, ranks)
+def test_parts_without_elements_have_the_shape_of_the_whole(n: int, p: int) -> None:
+    """Beside the tokens: a rotation of all channels leaves none of them."""
+
+    def split(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        turned, rest = (x * 2).split([4, 0], dim=-1)
+        return turned + 1, rest, rest.sum(-1), torch.cat([turned, rest], -1), (x + 1)[..., 4:]
+
+    check_sharded(split, [rand(2, n, 4)], (0, 1), ranks=p, exact=True)
+
+
+def test_splits_at_places_that_do_not_ascend_are_whole() -> None:
+    check_sharded(lambda x: (x * 2).tensor_split([3, 1], dim=1)[2] + 1, [rand(2, 6, 3)], (0, 1), ranks=2, whole=ANY)
 
 
 @few

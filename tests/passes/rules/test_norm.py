@@ -40,6 +40,13 @@ def test_layer_norm_over_tokens(n: int, p: int, affine: bool) -> None:
     check_sharded(norm, [rand(2, n, 3), rand(n, 3), rand(n, 3)], (0, 1), ranks=p)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_an_rms_norm_over_tokens_takes_torchs_own_epsilon(dtype: torch.dtype) -> None:
+    """Of squares as small as that: torch adds the epsilon of the dtype that it computes in."""
+    x = rand(2, 7, 4).to(dtype) * 3e-3
+    check_sharded(lambda x: F.rms_norm(x * 1.0, (7, 4)).to(torch.float32), [x], (0, 1), ranks=3, whole=ANY)
+
+
 @few
 @given(tokens, ranks, st.integers(3, 4))
 def test_a_mean_far_from_zero_cancels_nothing(n: int, p: int, magnitude: int) -> None:

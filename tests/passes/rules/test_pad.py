@@ -48,4 +48,4 @@ def test_padding_belongs_to_the_edge(n: int, mode: str, p: int) -> None:
     inputs = [rand(1, 3, n, 5), rand(3, 3, 3, 3)]
     check_sharded(conv, inputs, (0, 2), ranks=p)
     _, traffic, _ = rewritten(captured(conv, *inputs), [(0, 2)], p)
-    assert all([value.name for value, _ in mine.moves] == ["pad"] for mine in traffic), "the padded value's halo"
+    assert all([move.value.name for move in mine.moves] == ["pad"] for mine in traffic), "the padded value's halo"

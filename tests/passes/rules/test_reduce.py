@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import check_sharded
+from helpers import captured, check_sharded, rewritten, run_lockstep
 from hypothesis import given
 from hypothesis import strategies as st
 from random_ops import Fn, few, rand, ranks, tokens
+from torch import fx
 from torch.nn import functional as F
 
 CONTRACTIONS: dict[str, tuple[Fn, list[tuple[int, ...]]]] = {
@@ -79,6 +80,37 @@ def test_sums_over_tokens_become_partial_sums(n: int, p: int) -> None:
 
     inputs = [rand(2, n, 4), rand(2, n, 4) + 1, rand(2, n, 4) + 2]
     check_sharded(linear_attention, inputs, (0, 1), (1, 1), ranks=p)
+
+
+SUMS: dict[str, Fn] = {
+    "mean": lambda x: (x * 1.0).abs().mean(1),
+    "sum": lambda x: (x * 1.0).sum(1),
+    "cast": lambda x: (x * 1.0).float().sum(1, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_partial_sums_of_narrow_types_are_fp32(dtype: torch.dtype, name: str) -> None:
+    """What is too large for fp16 is only added up; and nothing is rounded before all ranks' parts are together."""
+    x = (rand(1, 9, 4).abs() * 8000 + 20000).to(dtype)
+    x[:, ::2] *= -1
+    got = captured(SUMS[name], x)
+    _, _, locals_ = rewritten(got, [(0, 1)], 3)
+    graphs = [(fx.GraphModule(local.root, local.graph), local.sites) for local in locals_]
+    (want,) = got.gm(x)
+    for (out,) in run_lockstep(lambda rank: graphs[rank], 3, [x]):
+        assert out.dtype == want.dtype == dtype
+        torch.testing.assert_close(out, want, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@few
+@given(st.integers(2, 5), ranks, st.sampled_from([(-1, 0), (1, 0), (1, 1), (-1, 1)]))
+def test_a_product_summed_over_one_dim(n: int, p: int, dims: tuple[int, int]) -> None:
+    """All dims of one size: which is which shows in names alone."""
+    over, tokens = dims
+    inputs = [rand(n, n, n), rand(n, n, n)]
+    check_sharded(lambda x, y: torch.linalg.vecdot(x * 2, y, dim=over) + 1, inputs, (0, tokens), ranks=p)
 
 
 NORMS: dict[str, Fn] = {

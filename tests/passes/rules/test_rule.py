@@ -22,6 +22,12 @@ def test_any_pointwise_op_has_a_rule_by_its_tag() -> None:
     assert find_rule(only_op(lambda x: torch.erfc(x), torch.zeros(3))) is not None
 
 
+def test_what_draws_random_numbers_for_each_element_has_none() -> None:
+    assert torch.Tag.pointwise in torch.ops.aten.rrelu.default.tags
+    op = only_op(lambda x: torch.nn.functional.rrelu(x, training=True), torch.zeros(3))
+    assert op.name == "rrelu" and find_rule(op) is None
+
+
 def test_registering_again_replaces_a_rule(monkeypatch: object) -> None:
     op = only_op(lambda x: x.permute(1, 0), torch.zeros(2, 3))
     before = op_rules.RULES["permute"]
