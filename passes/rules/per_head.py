@@ -257,8 +257,8 @@ def flops_of(op: OpView) -> float | None:
 
 def _flash(args: Mapping[str, Any]) -> Dims | None:
     """FlashAttention: [B, L, H, D], or packed [tokens, H, D] with lengths; slopes [H] or [B, H]; no cache, no pages,
-    and no tensor whose dims are not known here."""
-    if args.get("dropout_p") or args.get("return_softmax"):
+    and no tensor whose dims are not known here. As xFormers calls it too, which has other names."""
+    if args.get("dropout_p") or args.get("p") or args.get("return_softmax"):
         return None
     packed = args.get("cu_seqlens_q") is not None
     if packed != (args.get("cu_seqlens_k") is not None):
@@ -269,7 +269,7 @@ def _flash(args: Mapping[str, Any]) -> Dims | None:
     rest |= {name: "BH" for name in ("q_descale", "k_descale", "v_descale") if args.get(name) is not None}
     rest |= {name: "B" for name in ("seqused_q", "seqused_k") if args.get(name) is not None}
     rest |= {name: "-" for name in ("cu_seqlens_q", "cu_seqlens_k") if packed}
-    known = {"q": text, "k": text, "v": text} | rest
+    known = dict.fromkeys(("query", "key", "value") if "query" in args else ("q", "k", "v"), text) | rest
     return (
         Dims(known, text) if all(name in known for name, value in args.items() if isinstance(value, Operand)) else None
     )
@@ -282,5 +282,7 @@ for _op in (
     "flash_attn_3::fwd",
     "flash_attn_3::_flash_attn_forward",
     "_diffusers_flash_attn_3::_flash_attn_forward",
+    "xformers_flash::flash_fwd",
+    "xformers_flash3::flash_fwd",
 ):
     register_per_head(_op, _flash)

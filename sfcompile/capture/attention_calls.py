@@ -99,18 +99,17 @@ def _plain(args: Mapping[str, Any], **wanted: Any) -> bool:
     return all(args[name] in values for name, values in wanted.items() if name in args)
 
 
+def _tensors(args: Mapping[str, Any]) -> set[str]:
+    """The names of the tensors that a call was given: lengths, slopes, a cache and whatever a later version has."""
+    return {name for name, value in args.items() if isinstance(value, torch.Tensor)}
+
+
 def flash(args: Mapping[str, Any]) -> AttentionCall | None:
     """FlashAttention's forward ops, versions 2 and 3: [B, L, H, D], no window, no packed lengths, no cache."""
     q, k, v = args["q"], args["k"], args["v"]
-    none = [None]
-    special = {name: none for name in args if name.startswith(("cu_seqlens", "seqused", "page_table", "kv_batch_idx"))}
-    special |= {
-        name: none for name in ("k_new", "v_new", "qv", "out", "out_", "rotary_cos", "alibi_slopes", "block_table")
-    }
-    special |= {name: none for name in ("q_descale", "k_descale", "v_descale")}
-    if not _plain(
+    if _tensors(args) != {"q", "k", "v"} or not _plain(
         args, dropout_p=[0.0], window_size_left=[-1], window_size_right=[-1, 0] if args.get("causal") else [-1],
-        softcap=[0.0], attention_chunk=[0], return_softmax=[False], **special,
+        softcap=[0.0], attention_chunk=[0], return_softmax=[False],
     ):  # fmt: skip
         return None
     causal = bool(args.get("causal", args.get("is_causal", False)))
@@ -122,10 +121,8 @@ def flash(args: Mapping[str, Any]) -> AttentionCall | None:
 def cutlass(args: Mapping[str, Any]) -> AttentionCall | None:
     """xFormers' memory-efficient forward op: [B, L, H, D], a dense bias [B, H, Lq, Lk] or none."""
     q, k, v = args["query"], args["key"], args["value"]
-    none = [None]
-    if q.dim() != 4 or not _plain(
-        args, seqstart_q=none, seqstart_k=none, seqlen_k=none, window_size=none, dropout_p=[0.0],
-        custom_mask_type=[0, 1],
+    if q.dim() != 4 or not _tensors(args) <= {"query", "key", "value", "attn_bias"} or not _plain(
+        args, window_size=[None], dropout_p=[0.0], custom_mask_type=[0, 1]
     ):  # fmt: skip
         return None
     causal, bias = args.get("custom_mask_type") == 1, args.get("attn_bias")
@@ -134,10 +131,19 @@ def cutlass(args: Mapping[str, Any]) -> AttentionCall | None:
     return AttentionCall(q, k, v, bias, args.get("scale"), causal, heads_last=True)
 
 
+def xformers_flash(args: Mapping[str, Any]) -> AttentionCall | None:
+    """The ops by which xFormers calls FlashAttention, versions 2 and 3: as :func:`flash`, under names of their own."""
+    names = {"query": "q", "key": "k", "value": "v", "p": "dropout_p", "is_causal": "causal",
+             "window_left": "window_size_left", "window_right": "window_size_right"}  # fmt: skip
+    return flash({names.get(name, name): value for name, value in args.items()})
+
+
 READERS |= {
     "flash_attn::_flash_attn_forward": flash,
     "flash_attn_3::fwd": flash,
     "flash_attn_3::_flash_attn_forward": flash,
     "_diffusers_flash_attn_3::_flash_attn_forward": flash,
     "xformers::efficient_attention_forward_cutlass": cutlass,
+    "xformers_flash::flash_fwd": xformers_flash,
+    "xformers_flash3::flash_fwd": xformers_flash,
 }

@@ -22,6 +22,11 @@ VARLEN = (
     "bool return_softmax=False, Tensor? block_table=None, Tensor? leftpad_k=None, Tensor? seqused_k=None, "
     "bool zero_tensors=False) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+XFORMERS = (
+    "flash_fwd(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float p, float softmax_scale, bool is_causal, SymInt window_left, "
+    "SymInt window_right, bool return_softmax, Tensor? block_tables) -> (Tensor, Tensor, Tensor)"
+)
 SPARSE = "sparse(Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor? factor=None) -> Tensor"
 
 
@@ -47,6 +52,10 @@ def varlen_meta(q: Any, k: Any, v: Any, *rest: Any) -> Any:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0]), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
 
 
+def xformers(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, used: Any, mq: int, mk: int, p: float, *rest: Any) -> Any:
+    return varlen(q, k, v, cu_q, cu_k, mq, mk, p, *rest)[:3]
+
+
 def sparse(q: Any, k: Any, v: Any, blocks: Any, factor: Any = None) -> torch.Tensor:
     """[B, H, L, D] under a mask of blocks that all heads share, with a factor for each head."""
     factor = torch.ones(q.shape[1]) if factor is None else factor
@@ -64,6 +73,7 @@ def libraries() -> Iterator[None]:
     made = []
     for name, schema, run, meta in (
         ("flash_attn", VARLEN, varlen, varlen_meta),
+        ("xformers_flash", XFORMERS, xformers, lambda *args: varlen_meta(*args)[:3]),
         ("sf_sparse", SPARSE, sparse, lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format)),
     ):
         library = torch.library.Library(name, "FRAGMENT")
@@ -96,6 +106,9 @@ class Packed(nn.Module):
             if self.kind == "varlen":
                 run = torch.ops.flash_attn._flash_attn_varlen_forward
                 h = run(q, k, v, facts, facts, 20, 20, 0.0, 0.3, False)[0]
+            elif self.kind == "xformers":
+                flash = torch.ops.xformers_flash.flash_fwd
+                h = flash(q, k, v, facts, facts, None, 20, 20, 0.0, 0.3, False, -1, -1, False, None)[0]
             else:
                 h = torch.ops.sf_sparse.sparse(*(t.transpose(1, 2) for t in (q, k, v)), facts, self.factor).transpose(
                     1, 2
@@ -113,7 +126,7 @@ def sparse_dims(args: Any) -> extend.Dims:
 
 def case(kind: str, kv_heads: int = 4) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     torch.manual_seed(1)
-    if kind == "varlen":
+    if kind in ("varlen", "xformers"):
         return Packed(kind, kv_heads), (torch.randn(38, 32), LENGTHS)
     return Packed(kind, kv_heads), (torch.randn(2, 22, 32), torch.rand(6, 6) > 0.3)
 
@@ -128,7 +141,7 @@ def compiled(model: nn.Module, inputs: Any, topology: Topology, **asked: Any) ->
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("kind", ["varlen", "sparse"])
+@pytest.mark.parametrize("kind", ["varlen", "sparse", "xformers"])
 def test_a_librarys_kernel_runs_on_its_heads(kind: str, ranks: int, kv_heads: int) -> None:
     """Heads that do not divide, more ranks than heads of k and v; the op sees all tokens, and no gather is left."""
     extend.register_per_head_attention("sf_sparse::sparse", sparse_dims)

@@ -21,12 +21,18 @@ FLASH_2 = (
 )
 FLASH_3 = (
     "fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? cu_seqlens_q=None, float? softmax_scale=None, "
-    "bool is_causal=False, int window_size_left=-1, int window_size_right=-1, float softcap=0.0) -> (Tensor, Tensor)"
+    "bool is_causal=False, int window_size_left=-1, int window_size_right=-1, float softcap=0.0, Tensor? q_v=None, "
+    "Tensor? leftpad_k=None, Tensor? s_aux=None) -> (Tensor, Tensor)"
 )
 CUTLASS = (
     "efficient_attention_forward_cutlass(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, "
     "Tensor? seqstart_q, Tensor? seqstart_k, float dropout_p, bool compute_logsumexp, int custom_mask_type, "
     "float? scale, Tensor? seqlen_k, int? window_size) -> (Tensor, Tensor, int, int)"
+)
+XFORMERS_FLASH = (
+    "flash_fwd(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float p, float softmax_scale, bool is_causal, SymInt window_left, "
+    "SymInt window_right, bool return_softmax, Tensor? block_tables) -> (Tensor, Tensor, Tensor)"
 )
 OWN = "attend(Tensor x, Tensor y, float factor) -> Tensor"
 
@@ -43,13 +49,20 @@ def flash_2(q: Any, k: Any, v: Any, p: float, scale: float, causal: bool, left: 
 
 
 def flash_3(q: Any, k: Any, v: Any, k_new: Any = None, lengths: Any = None, scale: Any = None, *rest: Any) -> Any:
-    return heads_last(q, k, v, None, bool(rest and rest[0]), scale), q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
+    changed = sum(1.0 for value in rest if isinstance(value, torch.Tensor))  # as what they mean does
+    out = heads_last(q, k, v, None, bool(rest and rest[0]), scale) + changed
+    return out, q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
 
 
 def cutlass(
     q: Any, k: Any, v: Any, bias: Any, a: Any, b: Any, p: float, lse: bool, kind: int, scale: Any, *_: Any
 ) -> Any:
     return heads_last(q, k, v, bias, kind == 1, scale), q.new_zeros(0), 0, 0
+
+
+def xformers_flash(q: Any, k: Any, v: Any, a: Any, b: Any, c: Any, mq: int, mk: int, p: float, *rest: Any) -> Any:
+    scale, causal, left = rest[:3]
+    return heads_last(q, k, v, None, causal, scale) + (left != -1), q.new_zeros(0), q.new_zeros(0)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +73,7 @@ def libraries() -> Iterator[None]:
         ("flash_attn", FLASH_2, flash_2),
         ("flash_attn_3", FLASH_3, flash_3),
         ("xformers", CUTLASS, cutlass),
+        ("xformers_flash", XFORMERS_FLASH, xformers_flash),
         ("sfcompile_test", OWN, lambda x, y, factor: F.scaled_dot_product_attention(x * factor, y, y)),
     ):
         library = torch.library.Library(name, "FRAGMENT")
@@ -76,7 +90,14 @@ def qkv(kv_heads: int = 4) -> list[torch.Tensor]:
     return [torch.randn(1, 6, heads, 8, generator=gen) for heads in (4, kv_heads, kv_heads)]
 
 
+def flash_of_xformers(q: Any, k: Any, v: Any, causal: bool = False, left: int = -1) -> torch.Tensor:
+    run = torch.ops.xformers_flash.flash_fwd
+    return run(q, k, v, None, None, None, 6, 6, 0.0, 0.3, causal, left, -1, False, None)[0]
+
+
 CALLS: dict[str, Any] = {
+    "xformers' flash": flash_of_xformers,
+    "xformers' flash, causal": lambda q, k, v: flash_of_xformers(q, k, v, True),
     "flash 2": lambda q, k, v: torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.3, False)[0],
     "flash 2, causal": lambda q, k, v: torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.3, True, -1, 0)[0],
     "flash 3": lambda q, k, v: torch.ops.flash_attn_3.fwd(q, k, v)[0],
@@ -85,7 +106,11 @@ CALLS: dict[str, Any] = {
     )[0],
 }
 LEFT: dict[str, Any] = {
+    "xformers' flash, a window": lambda q, k, v: flash_of_xformers(q, k, v, False, 3),
     "a window": lambda q, k, v: torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.3, False, 3, 3)[0],
+    "keys that are padding": lambda q, k, v: torch.ops.flash_attn_3.fwd(q, k, v, leftpad_k=q.new_ones(1).int())[0],
+    "values of queries": lambda q, k, v: torch.ops.flash_attn_3.fwd(q, k, v, q_v=q)[0],
+    "sinks": lambda q, k, v: torch.ops.flash_attn_3.fwd(q, k, v, s_aux=q.new_ones(4))[0],
     "log-sum-exp used": lambda q, k, v: torch.ops.flash_attn_3.fwd(q, k, v)[1],
     "causal, other lengths": lambda q, k, v: torch.ops.flash_attn._flash_attn_forward(q[:, :4], k, v, 0.0, 0.3, True)[
         0
