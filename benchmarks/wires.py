@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers_zoo import ZOO
+from torch.overrides import TorchFunctionMode
 from zoo import tensors
 
 from sfcompile.backend import reports
@@ -37,6 +38,34 @@ WIRES: dict[str, str | Mapping[str, str]] = {
     "fp8": "fp8",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class InDouble(TorchFunctionMode):
+    """Where a model asks for fp32 by name, for its angles or its norms, it gets fp64: else its reference would be no
+    better than fp32, or meet weights of another dtype and fail."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(leaf: Any) -> Any:
+            return torch.float64 if leaf in NARROW else leaf
+
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            return args[0].double()
+        if func is torch.Tensor.dtype.__get__:  # type: ignore[attr-defined]
+            return func(*args)
+        args, kwargs = torch.utils._pytree.tree_map_only(torch.dtype, wide, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def in_double(model: torch.nn.Module, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """What a model gives in fp64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with InDouble():
+            return tensors(copy.deepcopy(model).double()(**cast(kwargs, torch.float64)))
+    finally:
+        torch.set_default_dtype(before)
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -61,7 +90,7 @@ def row(name: str, dtype: torch.dtype, mesh: dict[str, int]) -> str:
         RuntimeError: ranks got different outputs, or nothing was shared out.
     """
     model, kwargs = ZOO[name]()
-    want = tensors(copy.deepcopy(model).double()(**cast(kwargs, torch.float64)))
+    want = in_double(model, kwargs)
     model = model.to(dtype)
     cells = [error(tensors(model(**cast(kwargs, dtype))), want)]
     for wire in WIRES.values():
