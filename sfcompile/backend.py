@@ -212,7 +212,7 @@ def _compile_rank(
         local = compile_once(
             local_gm, mode, asked, session.rank, machine_of, session.exchange, tell,
             functools.partial(_say_progress, report.graph, time.perf_counter()),
-            functools.partial(_heed, session),
+            functools.partial(_heed, session), cache_folder() / "plans",
         )  # fmt: skip
     blocks = f", {report.blocks}" if report.blocks else ""
     all_s = time.perf_counter() - began

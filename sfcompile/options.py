@@ -82,8 +82,8 @@ class Options:
         wire: what travels between ranks for an attention: "same" as it is computed | "bf16" | "fp8", for all of it or
             by tensor: {"kv": "fp8", "qo": "bf16"}; tensors that are not named travel as they are.
         inner: what runs the local graph: "auto" | "inductor" | "eager".
-        compile_blocks: "auto" (Inductor compiles repeated blocks of the local graph once, where that spares much) |
-            "off" (it gets the graph in one piece).
+        compile_blocks: "auto" (Inductor compiles repeated blocks of the local graph once, where that spares much; where
+            none repeats, ranks compile a stretch each) | "off" (it gets the graph in one piece).
         placement: "auto" (by cost) | "shard" (all that has a rule, whatever it costs).
         inputs: "checked" (ranks compare samples of weights at the compile, and of inputs at every call) | "trusted"
             (nothing is compared) | "rank0" (rank 0's inputs are sent to all before every step, whatever the others

@@ -65,7 +65,8 @@ class GraphReport:
         steps: how long calls of the graph took on this rank; None: nobody looks.
         boundary: which inputs come and which outputs leave in shards, in words; "": all are whole.
         wire: how the chunks of attentions travel if not as they are, with the error bound.
-        blocks: how many repeated blocks the graph was compiled in, and how many are distinct; "": in one piece.
+        blocks: the pieces that the graph was compiled in: repeated blocks, of which so many are distinct, or stretches;
+            why no blocks are alike; "": in one piece.
         fused_puts: puts whose kernels compute what they send, and all puts of q, k and v; None: puts are no kernels.
     """
 

@@ -10,6 +10,10 @@ whole. Left whole is also what is only right in one piece: a graph that draws ra
 once a graph, so ranks that cut differently would draw differently), one that writes in place (who reads the memory is
 seen in a whole graph only); and no cut lies between a put that may read its source late and the node that holds it
 (passes/graph/lifetimes.py): a compiler may hand on a copy of what the put reads.
+
+A graph without repeated blocks is cut too where several ranks of a machine compile it for all of them: into a few
+stretches of about as many calls, so that each rank compiles one meanwhile. It is done only where next to nothing
+crosses.
 """
 
 from __future__ import annotations
@@ -35,6 +39,10 @@ Turns = Callable[[Sequence[int]], Iterable[int]]
 when the one before is compiled."""
 NAMED = 3
 """So many differences between blocks are named."""
+STRETCH = 100
+"""Calls of the shortest stretch that is cut off only so that another rank can compile it meanwhile."""
+CROSSES = 0.02
+"""What crosses such a cut is at most this part of the bytes that all calls write."""
 
 
 def in_a_row(sizes: Sequence[int]) -> Iterable[int]:
@@ -43,7 +51,7 @@ def in_a_row(sizes: Sequence[int]) -> Iterable[int]:
 
 
 class Blocks(NamedTuple):
-    """A graph as regions in order, some of which are equal."""
+    """A graph as regions in order, some of which may be equal."""
 
     gm: fx.GraphModule
     regions: tuple[Region, ...]
@@ -54,8 +62,15 @@ class Blocks(NamedTuple):
         kept = {region.key: len(region.nodes) for region in self.regions}
         return sum(len(region.nodes) for region in self.regions) - sum(kept.values())
 
+    @property
+    def repeats(self) -> bool:
+        """Whether some are equal."""
+        return len({region.key for region in self.regions}) < len(self.regions)
+
     def __str__(self) -> str:
         counts = Counter(region.key for region in self.regions)
+        if not self.repeats:
+            return f"{len(counts)} stretches, which ranks compile side by side"
         kinds = [count for count in counts.values() if count > 1]
         others = len(counts) - len(kinds)
         between = f"; {others} stretch{'es' * (others > 1)} around them" if others else ""
@@ -88,6 +103,31 @@ def blocks_of(gm: fx.GraphModule) -> Blocks | None:
     return blocks
 
 
+def stretches_of(gm: fx.GraphModule, most: int) -> Blocks | None:
+    """A local graph in up to ``most`` stretches of about as many calls, for as many ranks that compile at a time; None:
+    it is too short, is only right in one piece, or too much crosses wherever it is cut."""
+    calls = _in_order(gm.graph)
+    count = min(most, len(calls) // STRETCH)
+    if count < 2 or not all(map(_can_leave, gm.graph.nodes)):
+        return None
+    costs, nbytes = _costs(calls), sum(_size(node) for node in calls)
+    reach = len(calls) // (4 * count)  # a cut lies so near to where stretches would be equally long
+    places = []
+    for i in range(1, count):
+        middle = i * len(calls) // count
+        place = min(range(middle - reach, middle + reach + 1), key=lambda at: (costs[at], abs(at - middle)))
+        if costs[place] <= CROSSES * nbytes:
+            places.append(place)
+    pieces = [calls[first:stop] for first, stop in zip([0, *places], [*places, len(calls)], strict=True)]
+    regions = tuple(map(region_of, pieces))
+    return Blocks(gm, regions) if places and all(region.outputs for region in regions) else None
+
+
+def _size(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return math.prod(value.shape) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
 def why_distinct(gm: fx.GraphModule) -> str:
     """Where a graph's blocks call the same operators and are yet no two alike: how many, and what differs. Else ""."""
     calls = _in_order(gm.graph)
@@ -105,10 +145,7 @@ def why_distinct(gm: fx.GraphModule) -> str:
     more = f", and {len(different) - NAMED} more" if len(different) > NAMED else ""
     if not named:
         return ""
-    return (
-        f"compiled in one piece: {count} blocks call the same operators, {distinct} of them are distinct, "
-        f"by {'; '.join(named)}{more}"
-    )
+    return f"{count} blocks call the same operators, {distinct} of them are distinct, by {'; '.join(named)}{more}"
 
 
 def _difference(row: Sequence[fx.Node]) -> str:
@@ -170,9 +207,8 @@ def _costs(calls: Sequence[fx.Node]) -> list[float]:
         value = node.meta["val"]
         # A conjugated or negated view is its memory and a mark: what a region takes and gives is memory alone.
         if isinstance(value, torch.Tensor) and not value.is_conj() and not value.is_neg():
-            nbytes = math.prod(value.shape) * value.element_size()
-            steps[i] += nbytes
-            steps[last] -= nbytes
+            steps[i] += _size(node)
+            steps[last] -= _size(node)
         else:
             barred[i] += 1
             barred[last] -= 1

@@ -1,9 +1,9 @@
 """Ranks whose graphs are equal share one compile: on a machine each compiles some of the pieces, the others find them.
 
-A graph's pieces are its distinct blocks, or the whole of it. They are dealt out to the ranks of a machine whose graphs
-are equal, the largest first, each to who has least so far. All ranks of the job meet when theirs are compiled, and then
-each takes from the disk what it did not compile. A rank that fails fails all of them, in its own words, there or before
-the next piece that they would compile.
+A graph's pieces are its distinct blocks, or a stretch of it for each core, or the whole of it. They are dealt out to
+the ranks of a machine whose graphs are equal, the largest first, each to who has least so far. All ranks of the job
+meet when theirs are compiled, and then each takes from the disk what it did not compile. A rank that fails fails all of
+them, in its own words, there or before the next piece that they would compile.
 
 Inductor keeps what it makes on disk under a key of all that it depends on. That key decides alone what is taken from
 there: where ranks are wrong about their graphs being equal, one of them compiles for itself, and nothing else happens.
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
 from sfcompile.lowering.inner import run_inner, runs_eagerly
+from sfcompile.lowering.kept_start import keep_start, take_start
 from sfcompile.lowering.own_rows import OwnRows, can_take_out, differing, slices_of, take_out, with_rows
 from sfcompile.options import Options
 from sfcompile.torch_private import FakeTensorMode, inductor_keeps
@@ -37,6 +39,7 @@ def compile_once(
     tell: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int, int], None] = lambda done, own, every: None,
     heed: Callable[[], None] = lambda: None,
+    folder: Path | None = None,
 ) -> Callable[..., Any]:
     """What runs a rank's graph, compiled once on each machine for all ranks whose graphs are equal. Collective.
 
@@ -46,6 +49,7 @@ def compile_once(
         tell: is told of repeated blocks that are compiled once, in words, or why none are.
         progress: is told how many pieces this rank has compiled, of how many that are its own, and of how many in all.
         heed: raises what another rank has told of its failure, if one has; called before each piece.
+        folder: where what Inductor finds out at a start is kept (kept_start.py); None: nowhere.
     """
     inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     text, bounds = slices_of(gm)
@@ -72,14 +76,19 @@ def compile_once(
 
     def turns(sizes: Sequence[int]) -> Iterator[int]:
         own = dealt(sizes, len(mates))[mates.index(rank)]
+        take_start(folder)
         for done, piece in enumerate(own, 1):
             heed()
             yield piece
             progress(done, len(own), len(sizes))
+        if own:
+            keep_start(folder)
         meet()
+        if not own:
+            take_start(folder)
         yield from (piece for piece in range(len(sizes)) if piece not in own)
 
-    run = run_inner(gm, inputs, mode, asked, tell, turns)
+    run = run_inner(gm, inputs, mode, asked, tell, len(mates), turns)
     meet()
     return with_rows(run, rows, _device(inputs))
 

@@ -12,11 +12,14 @@ import torch
 from torch import fx
 
 from sfcompile.capture.graph import compile_with_inductor
-from sfcompile.lowering.blocks import Blocks, Turns, blocks_of, in_a_row, why_distinct
+from sfcompile.lowering.blocks import Blocks, Turns, blocks_of, in_a_row, stretches_of, why_distinct
 from sfcompile.options import Options
 from sfcompile.torch_private import FakeTensorMode, inductor_mode_options
 
 log = logging.getLogger("sfcompile")
+
+MOST_STRETCHES = 4
+"""Ranks for which a graph without repeated blocks is cut: each piece costs a call of its own at every step."""
 
 
 def run_inner(
@@ -25,13 +28,15 @@ def run_inner(
     mode: FakeTensorMode | None,
     asked: Options,
     tell: Callable[[str], None] = lambda _: None,
+    ranks: int = 1,
     turns: Turns = in_a_row,
 ) -> Callable[..., Any]:
     """What runs a graph: Inductor, or eager where asked for or no compiler is installed.
 
     Args:
         inputs: fake tensors of ``mode``; with ``mode`` None, those of a graph of Dynamo's, which is compiled whole.
-        tell: is told of repeated blocks that are compiled once, in words, or why none are.
+        tell: is told of the pieces that a graph is cut into, in words, or why no repeated block is compiled once.
+        ranks: how many share this compile, each some of its pieces.
         turns: in which order its pieces are compiled.
     """
     if runs_eagerly(inputs, asked):
@@ -39,20 +44,24 @@ def run_inner(
     config: dict[str, Any] = {}
     if asked.mode and asked.mode != "default":
         config.update(inductor_mode_options(asked.mode))
-    blocks = _blocks(gm, config, asked) if mode is not None else None
+    blocks = _blocks(gm, config, asked, ranks) if mode is not None else None
     if mode is None or blocks is None:
         if mode is not None and asked.compile_blocks != "off" and (why := why_distinct(gm)):
-            tell(why)
+            tell(f"compiled in one piece: {why}")
         (run,) = [compile_with_inductor(gm, inputs, mode, config) for _ in turns([len(gm.graph.nodes)])]
         return run
-    tell(str(blocks))
+    why = "" if blocks.repeats else why_distinct(gm)
+    tell(f"{blocks}{why and ': '}{why}")
     return blocks.compiled(mode, lambda region, values: compile_with_inductor(region, values, mode, config), turns)
 
 
-def _blocks(gm: fx.GraphModule, config: dict[str, Any], asked: Options) -> Blocks | None:
-    """The graph's repeated blocks, if they are to be compiled once: a CUDA graph is recorded of a whole call."""
-    recorded = bool(config.get("triton.cudagraphs"))
-    return None if asked.compile_blocks == "off" or recorded else blocks_of(gm)
+def _blocks(gm: fx.GraphModule, config: dict[str, Any], asked: Options, ranks: int) -> Blocks | None:
+    """The graph's repeated blocks, or else a stretch for each rank, if it is to be cut: a CUDA graph is recorded of a
+    whole call."""
+    if asked.compile_blocks == "off" or config.get("triton.cudagraphs"):
+        return None
+    # All cores of the machine, not those that this process may use: ranks that share a compile cut their graphs alike.
+    return blocks_of(gm) or stretches_of(gm, min(ranks, os.cpu_count() or 1, MOST_STRETCHES))
 
 
 def runs_eagerly(inputs: Sequence[Any], asked: Options) -> bool:

@@ -134,38 +134,47 @@ class KeptPlans:
         return self._folder / f"{kind}-{hashlib.sha256(f'{self._text}|{decided_by}'.encode()).hexdigest()[:40]}.json"
 
     def _load(self, kind: str, decided_by: str, read: Callable[[str], T]) -> T | None:
-        path = self._place(kind, decided_by)
-        try:
-            digest, _, text = path.read_text(encoding="utf-8").partition("\n")
-            if digest != _digest(path, text):
-                raise ValueError("its digest is another one")
-            value = read(text)
-        except OSError:
-            return None
-        except _DAMAGES as error:
-            log.info("%s is damaged, or not ours, and is made anew: %s: %s", path, type(error).__name__, error)
-            return None
-        with suppress(OSError):
-            os.utime(path)  # it was used
-        return value
+        return read_kept(self._place(kind, decided_by), read)
 
     def _save(self, kind: str, decided_by: str, write: Callable[[], str]) -> None:
-        path, new = self._place(kind, decided_by), ""
-        try:
-            text = write()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, new = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".new")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(f"{_digest(path, text)}\n{text}")
-            os.replace(new, path)
-            _drop_oldest(path.parent)
-        except (NoText, InternalError) as why:
-            log.debug("what is planned of this graph is not kept on disk: %s", why)
-        except OSError as error:
-            log.info("what was planned is not kept for the next start: %s", error)
-            if new:
-                with suppress(OSError):
-                    os.unlink(new)
+        write_kept(self._place(kind, decided_by), write)
+
+
+def read_kept(path: Path, read: Callable[[str], T]) -> T | None:
+    """What ``read`` makes of the text of a file that :func:`write_kept` wrote; None: it is not there, or damaged."""
+    try:
+        digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+        if digest != _digest(path, text):
+            raise ValueError("its digest is another one")
+        value = read(text)
+    except OSError:
+        return None
+    except _DAMAGES as error:
+        log.info("%s is damaged, or not ours, and is made anew: %s: %s", path, type(error).__name__, error)
+        return None
+    with suppress(OSError):
+        os.utime(path)  # it was used
+    return value
+
+
+def write_kept(path: Path, write: Callable[[], str]) -> None:
+    """Keep a text; what cannot be written is not kept."""
+    new = ""
+    try:
+        text = write()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, new = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".new")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"{_digest(path, text)}\n{text}")
+        os.replace(new, path)
+        _drop_oldest(path.parent)
+    except (NoText, InternalError) as why:
+        log.debug("what is planned of this graph is not kept on disk: %s", why)
+    except OSError as error:
+        log.info("what was planned is not kept for the next start: %s", error)
+        if new:
+            with suppress(OSError):
+                os.unlink(new)
 
 
 def new_mark() -> str:

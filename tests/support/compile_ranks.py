@@ -1,4 +1,4 @@
-"""Ranks that compile: the first of them fails, or dies, while the others wait for it; blocks that repeat."""
+"""Ranks that compile: the first of them fails, or dies, while the others wait for it; blocks that repeat, or do not."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ def first_is_lost(rank: int, how: str) -> None:
 
 
 class Deep(nn.Module):
-    """Pre-norm blocks of self-attention and an MLP over [B, S, 32] tokens."""
+    """Pre-norm blocks of self-attention and an MLP over [B, S, 32] tokens; with a ``step`` no two of them are alike."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, step: float = 0.0) -> None:
         super().__init__()
+        self.step = step
         torch.manual_seed(0)
         self.layers = nn.ModuleList(
             nn.ModuleDict(
@@ -59,13 +60,42 @@ class Deep(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in layer["qkv"](layer["norm"](x)).chunk(3, dim=-1))
             q, k = (nn.functional.normalize(t, dim=-1) for t in (q, k))
             v = nn.functional.scaled_dot_product_attention(q, k, v)
             x = x + layer["out"](v.transpose(1, 2).flatten(2))
-            x = x + layer["down"](nn.functional.gelu(layer["up"](x)))
+            x = x + layer["down"](nn.functional.gelu(layer["up"](x))) * (1.0 + i * self.step)
         return x
+
+
+def stretches(rank: int, compiler: str) -> None:
+    """Two ranks, eight blocks of which no two are alike: each compiles a stretch of them for both."""
+    inner.os.cpu_count = lambda: 2  # type: ignore[assignment]
+    compiled: list[int] = []
+    compile = inner.compile_with_inductor
+
+    def counted(gm: Any, *args: Any) -> Any:
+        compiled.append(len(gm.graph.nodes))
+        return compile(gm, *args) if compiler == "inductor" else gm
+
+    inner.compile_with_inductor = counted
+    options = {"placement": "shard", "timeout_s": 120.0, "inner": "inductor", "topology": "auto:assumed"}
+    options["mesh"] = {"ulysses": 2}
+    model, x = Deep(8, step=0.1).eval(), tokens()
+    with torch.no_grad():
+        run = torch.compile(model, backend="streamfusion", options=options)
+        first = run(x)
+        close(first, model(x))
+        assert torch.equal(run(x), first), "the same bits at every call"
+        report = last_report()
+        assert len(compiled) == 2 and max(compiled) <= 1.5 * min(compiled), compiled
+        assert report.sharded_sites == 8 and len(report.gathered) == 1
+        assert report.blocks.startswith("2 stretches, which ranks compile side by side: "), report.blocks
+        whole = torch.compile(model, backend="streamfusion", options=options | {"compile_blocks": "off"})
+        if compiler == "eager":
+            assert torch.equal(whole(x), first), "the same calls"
+            assert len(compiled) == 3 and last_report().blocks == ""
 
 
 def repeated_blocks(rank: int, compiler: str) -> None:

@@ -18,7 +18,7 @@ from threads import run_threads
 from torch import fx
 
 from sfcompile.capture.graph import Captured, capture
-from sfcompile.lowering.blocks import Blocks, blocks_of, why_distinct
+from sfcompile.lowering.blocks import STRETCH, Blocks, blocks_of, stretches_of, why_distinct
 from sfcompile.passes import choose_schedules
 from sfcompile.passes.runner import Compiled, run_pipeline
 from sfcompile.passes.state import Asked, State
@@ -229,6 +229,51 @@ def test_a_value_is_gone_after_its_last_reader() -> None:
     run = blocks.compiled(graph.mode, compile)
     assert torch.equal(run(X)[0], graph.gm(X)[0])
     assert len(handed) == 5
+
+
+# ------------------------------------------------------------------ stretches that ranks compile side by side
+
+
+DISTINCT = [block(1.0 + 0.5 * i) for i in range(8)]
+"""240 calls, no two blocks alike."""
+
+
+@pytest.mark.parametrize(("most", "pieces"), [(2, 2), (4, 2), (1, 0)])
+def test_without_repeats_each_rank_gets_a_stretch(most: int, pieces: int) -> None:
+    graph = in_a_row(DISTINCT)
+    assert blocks_of(graph.gm) is None
+    cut = stretches_of(graph.gm, most)
+    assert (cut is None) == (pieces == 0)
+    if cut is None:
+        return
+    assert len(cut.regions) == pieces and str(cut).startswith(f"{pieces} stretches")
+    lengths = [len(region.nodes) for region in cut.regions]
+    assert max(lengths) <= 1.5 * min(lengths), lengths
+    assert all(len(region.outputs) == 1 for region in cut.regions), "it is cut where one value crosses"
+    run, compiled = eagerly(cut, graph.mode)
+    assert compiled == pieces and all(map(torch.equal, run(X), graph.gm(X)))
+
+
+def test_where_much_crosses_a_graph_stays_whole() -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        values = [x]
+        for one in DISTINCT:
+            values.append(one(values[-1], w).relu())
+            values += [values[-1] * i for i in range(10)]
+        return torch.cat(values)
+
+    graph = graph_of(model, X, torch.eye(8))
+    assert len(graph.gm.graph.nodes) > 2 * STRETCH and blocks_of(graph.gm) is None
+    assert stretches_of(graph.gm, 2) is None
+
+
+def test_what_is_short_or_right_in_one_piece_only_stays_whole() -> None:
+    assert stretches_of(in_a_row(DISTINCT[:6]).gm, 2) is None
+    assert stretches_of(in_a_row([*DISTINCT, block(last=lambda x: x + torch.rand_like(x))]).gm, 2) is None
+    graph = in_a_row(DISTINCT)
+    add = next(node for node in graph.gm.graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    add.target = torch.ops.aten.add_.Tensor
+    assert stretches_of(graph.gm, 2) is None
 
 
 # ------------------------------------------------------------------ with ranks

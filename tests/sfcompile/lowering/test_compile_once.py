@@ -9,7 +9,7 @@ from typing import Any
 import compile_ranks
 import pytest
 import torch
-from processes import run_outcomes
+from processes import run_outcomes, run_processes
 from threads import run_threads
 from torch import fx
 
@@ -139,3 +139,9 @@ def test_a_rank_that_is_lost_while_it_compiles_for_others_is_an_error_on_them(ho
     assert "the compiler's own mistake" in str(lost.error) if how == "raises" else lost.exit_code == -9
     assert waits.value is None and waits.exit_code is not None, waits
     assert "rank 0" in str(waits.error), waits.error
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.thorough)])
+def test_two_ranks_compile_a_stretch_each_where_no_block_repeats(compiler: str) -> None:
+    run_processes(2, compile_ranks.stretches, (compiler,), timeout_s=300.0)
