@@ -19,7 +19,7 @@ from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
 from sfcompile.codegen.toolchain.nvshmem_bitcode import refuse_other_host, require_library
-from sfcompile.errors import OptionError, UnsupportedError
+from sfcompile.errors import OptionError, StreamFusionError, UnsupportedError
 from sfcompile.measuring.attention import attention_work, decide_attention
 from sfcompile.measuring.auto import resolved
 from sfcompile.options import ASSUMED, Options
@@ -116,9 +116,20 @@ def carriers_for(
             target = KernelTarget.of(device, domains)
             return ReleaseKernel(rank, topology.num_ranks, target, domains), WaitKernel(rank, target)
 
-        return NvshmemSide(
+        def linked() -> None:
+            refuse_other_host(nvshmem.version())
+            KernelTarget.of(device, side.domains)
+
+        side = NvshmemSide(
             nvshmem, topology, share, make_kernels, timeout_s, trouble=session.trouble, leave=leave_device_state
         )
+        if len(set(side.domains)) > 1:  # of one machine too, if its GPUs do not map each other's memory
+            try:
+                together(share, "link NVSHMEM's device code", linked)
+            except StreamFusionError:
+                side.close(failed=False)
+                raise
+        return side
 
     def messages(members: Sequence[int], status: DeviceStatus) -> PairedTransport:
         group = connect(rank, members, device, timeout_s, share)

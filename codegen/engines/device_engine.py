@@ -53,19 +53,8 @@ class KernelEngine:
             assert isinstance(schedule, ExchangeSchedule)
             self._transfer = TransferKernels(schedule, self._rank, target, self._domains)
             self._bank_bytes = self._transfer.bank_bytes
-        receivers = sorted({self.members[dst] for dst in self._receivers()})
+        receivers = receivers_of(schedule, job_rank, domains)
         self._receivers_table = torch.tensor(receivers, dtype=torch.int64, device=target.device)
-
-    def _receivers(self) -> set[int]:
-        """Every rank of the mesh that this one writes to."""
-        receivers = set()
-        for steps in self._schedule.program(self._rank).phases.values():
-            for step in steps:
-                if isinstance(step, Put | Forward):
-                    receivers.add(step.dst)
-                elif isinstance(step, Push):
-                    receivers.add(step.q.src)
-        return receivers
 
     @property
     def bank_bytes(self) -> int:
@@ -115,3 +104,23 @@ class KernelEngine:
     def _any(self) -> AttendKernel:
         """Puts and collects are the same whatever the mask."""
         return next(iter(self._attention.values()))
+
+
+def receivers_of(schedule: Schedule, job_rank: int, domains: Sequence[int]) -> list[int]:
+    """The ranks of the job that must have ended a bank's last epoch before kernels of this one write into it.
+
+    Those that it writes to; with several domains, all. What a rank has staged, or passes on, by NVSHMEM is read from
+    its memory after its kernels have ended, and after its own credit: only who gets it knows when, and tells all. So a
+    bank is free everywhere once every rank has got all that was sent to it in the bank's epoch.
+    """
+    if len(set(domains)) > 1:
+        return [rank for rank in range(len(domains)) if rank != job_rank]
+    rank, members = schedule.members(job_rank)
+    receivers = set()
+    for steps in schedule.program(rank).phases.values():
+        for step in steps:
+            if isinstance(step, Put | Forward):
+                receivers.add(members[step.dst])
+            elif isinstance(step, Push):
+                receivers.add(members[step.q.src])
+    return sorted(receivers)

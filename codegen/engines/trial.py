@@ -7,11 +7,13 @@ the start, chunks hold random numbers, and what the rank sends goes to memory of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView
 from sfcompile.codegen.engines.target import KernelTarget
+from sfcompile.codegen.kernels.spec import spec_of
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.errors import RuntimeTimeoutError
 from sfcompile.runtime.program.instructions import Arrival
@@ -29,18 +31,24 @@ _EPOCH = 1
 
 
 def fused(
-    schedule: AttentionSchedule, rank: int, target: KernelTarget, mask: tuple[str, bool]
+    schedule: AttentionSchedule,
+    rank: int,
+    target: KernelTarget,
+    mask: tuple[str, bool],
+    machine_of: Sequence[int] = (),
 ) -> tuple[Step, Step, Step]:
     """The generated kernel of a rank's attend phase: what comes before it, itself, and a look whether it was right.
 
     Args:
         rank: of the mesh.
         mask: kind of mask (launch.py's mask_kind).
+        machine_of: machine of each rank of the mesh in the job; (): all on one.
 
     Raises:
         RuntimeTimeoutError: by the look: it waited in vain for what was there.
     """
-    kernel, device = AttendKernel(schedule, rank, target, None, mask), target.device
+    as_in_job = tile_in_job(schedule, target, mask, machine_of)
+    kernel, device = AttendKernel(schedule, rank, target, None, mask, **as_in_job), target.device
     size = HeapSize(max(len(schedule.slots), 1), kernel.tables.bank_bytes, schedule.mesh.num_ranks)
     memory = _random_bank(size, schedule.site.dtype, device)
     for slot in range(len(schedule.slots)):
@@ -74,6 +82,17 @@ def fused(
         kernel.run(out, view, mask=masks)
 
     return put, run, look
+
+
+def tile_in_job(
+    schedule: AttentionSchedule, target: KernelTarget, mask: tuple[str, bool], machine_of: Sequence[int]
+) -> dict[str, Any]:
+    """Tile, warps, and the way of fetching of the kernel that ranks on several machines run: it also sends between
+    them, which leaves it fewer registers. {}: it is the one that a rank alone runs."""
+    if len(set(machine_of)) < 2:
+        return {}
+    spec = spec_of(schedule, target.architecture, tuple(machine_of), mask)
+    return {name: getattr(spec, name) for name in ("block_m", "block_n", "warps", "stages", "tails", "fetch")}
 
 
 def library(

@@ -23,9 +23,9 @@ attend: one of as many as the GPU has multiprocessors.
 Each add releases what its thread has seen, not only what its warpgroup stored, so all rows happen before the last one
 and before the put. No tensor copy reads the staged rows, so no proxy fence belongs here. Data before its signal is
 NVSHMEM's promise of a put with signal. The staging area is used again in the epoch after next, whose put kernels have
-waited for the credits of all who got something out of it: a put that has not read its source cannot have raised the
-signal behind which they read. The sender sets the counter back: nobody adds to it again in this launch, and the next
-one follows on the stream.
+waited for the credits of all ranks, so of all who got something out of it: a put that has not read its source cannot
+have raised the signal behind which they read. A chunk without rows is not put: nobody would wait for its signal. The
+sender sets the counter back: nobody adds to it again in this launch, and the next one follows on the stream.
 
 **No wait without end.** The sender waits for programs of its own launch, which the GPU holds together (the launch is
 cooperative), and they wait for peers only, not for it. One whose wait gave up goes on and counts too; but one that

@@ -108,7 +108,7 @@ def note_stranger(address: tl.tensor, signal: tl.tensor, status: tl.tensor) -> N
     """If the chunk of this epoch came with another call's tag, write its signal to ``status``, which the host reads.
 
     The word does not change any more: a later epoch's chunk waits for this rank's credit. One that has not come (the
-    schedule did not make this rank wait for it) says nothing.
+    wait for it gave up) says nothing.
     """
     seen = tl.atomic_add(word(address), 0, sem="relaxed", scope="sys")
     if (seen >> TAG_BITS == signal >> TAG_BITS) & (seen != signal):

@@ -50,10 +50,11 @@ class MoveSpec:
 def put_source(spec: MoveSpec, rows: RowProgram | None = None) -> str:
     """The module of ``put``: cut a tensor [B, H, L, W] into what each rank needs, copy, raise the signals.
 
-    First it waits until every rank that this one writes to in the epoch has read the epoch that used the bank before.
+    First it waits until every rank that this one writes to in the epoch has read the epoch that used the bank before;
+    where some are reached by NVSHMEM only, until every rank has (receivers_of in codegen/engines/device_engine.py).
     Then, by load and store, rows go straight into the peers' slots. For NVSHMEM they are gathered in the staging area
-    first, and the last program to finish sends the chunk as a whole. (The staging area of a bank is free by then too:
-    a receiver that has read a chunk has received it.) What stays here is copied into the bank as well.
+    first, and the last program to finish sends the chunk as a whole. (The staging area of a bank is free by then too: a
+    rank that has ended an epoch has received all that was sent to it.) What stays here is copied into the bank as well.
 
     Args:
         rows: compute the tensor's rows from these sources instead of reading them (codegen/rows/rows.py).

@@ -126,11 +126,17 @@ class KernelText(Lines):
         self.wait_word(f"signals + {line_of(slot)}", f"(epoch << {TAG_BITS})", slot)
 
     def check_tags(self) -> None:
-        """After the waits of a site's last kernel: are all chunks that came to ``slots_ptr`` of this call?"""
+        """In a site's last kernel: everything that comes to ``slots_ptr`` is there, and is of this call.
+
+        Not all of it has been waited for: a kernel does not wait for what no query of this rank sees, or attends to
+        when it has none. Such a chunk may be late, and this rank's credit follows: it would fall upon what comes next.
+        """
         with self.block("if program == 0:"):
             self(f"status = tl.load(place_ptr + {PLACE.index('status')})", "s = 0")
             with self.block("while s < num_slots:"):
-                self(f"note_stranger(signals + {line_of('tl.load(slots_ptr + s)')}, signal, status)", "s += 1")
+                self("arrived = tl.load(slots_ptr + s)")
+                self.wait("arrived")
+                self(f"note_stranger(signals + {line_of('arrived')}, signal, status)", "s += 1")
 
     def wait_for_credits(self) -> None:
         """Wait until the bank is free on every rank of ``receivers_ptr`` (numbers of the job); else put nothing."""

@@ -239,14 +239,15 @@ class _Maker:
         row = {"slot": self._wait(slot), "at": at, "rows": stop - start, "pitch": pitch, "position": position}
         row |= {"first_tile": tile, "dst": -1, "out_at": start, "out_slot": -1, "net": 0, "staging": 0, "nbytes": 0}
         row |= {"came": int(slot is not None)}
-        if push is not None:
+        staging = 0 if push is None else self._stage(push[0])  # on every rank, so also for what has no rows here
+        if push is not None and stop > start:
             heads = int(self.schedule.head_counts("q")[self.rank])
             row |= {
                 "dst": chunk.src,
                 "out_at": self.schedule.slots[push[0]].offset,
                 "out_slot": push[0],
                 "net": int(self._net(chunk.src)),
-                "staging": self._stage(push[0]),
+                "staging": staging,
                 "nbytes": self._travel_bytes("o", (self.site.batch, heads, stop - start, self.site.v_head_dim)),
             }
         return [row[name] for name in QUERY]

@@ -4,12 +4,14 @@ Everything is enqueued on the current stream; the host never waits. The orders t
 hold on the stream:
 
 * put: the chunk is packed into this rank's staging area; ``putmem_signal`` sends it and raises the signal after it.
-  The staging area of a bank is used anew two epochs later, after credit from every receiver: a receiver that has read
-  a chunk has received it, so its bytes have left the staging area.
+  The staging area of a bank is used anew two epochs later, after credit from every rank: one that has ended an epoch
+  has received all that was sent to it, so those bytes have left their staging areas.
 * wait: a kernel of one program on the stream; kernels launched later see the chunk. It ends as waits inside of kernels
   do (codegen/kernels/device.py), NVSHMEM's own would not. If it gave up, an assertion behind it stops the stream: what
   follows would send what never came.
-* finish: a signal to every rank, after the kernels that read the epoch. A put waits for the receiver's on the stream.
+* open: the stream waits for the credit of all ranks for the epoch that had the bank before.
+* finish: a signal to every rank, after the kernels that read the epoch.
+* Chunks without elements are neither sent nor awaited: their signals might come late, and take back later ones.
 
 Epochs are numbers that the host bakes into the calls, so a captured graph of them cannot be replayed.
 """
@@ -46,6 +48,7 @@ class NvshmemTransport:
         self._nvshmem, self._heap, self._staging_at, self._status = nvshmem, heap, staging_at, status
         self._waits, self._stranger = waits, status.words[:1]
         self._tags = [0] * NUM_BANKS
+        self._empty: list[frozenset[int]] = [frozenset()] * NUM_BANKS
         self._senders: dict[int, int] = {}  # by slot: whom the last wait for it was for
         row = heap.size.place(0, 0, status.watched, status.number_of(self))
         self._place = torch.tensor(row, dtype=torch.int64, device=nvshmem.device)
@@ -56,9 +59,10 @@ class NvshmemTransport:
         self._place[at : at + 1].fill_(self._status.watched.limit_ns)
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
-        """Only the tag is kept: senders store when they like.
+        """Wait until the bank is free on all ranks; senders store when they like.
 
         Raises:
+            RuntimeTimeoutError, PeerFailedError: the host knows that a wait gave up.
             UnsupportedError: a CUDA graph is being captured.
         """
         if is_capturing(self._nvshmem.device):
@@ -68,16 +72,21 @@ class NvshmemTransport:
                 "use attention='triton', or a mode of torch.compile without CUDA graphs",
                 rank=self._nvshmem.rank,
             )
-
         self._tags[bank_of(epoch)] = tag
+        self._empty[bank_of(epoch)] = frozenset(arrival.slot for arrival, view in arrivals if not view.numel())
+        if epoch > NUM_BANKS:
+            for rank in range(self._nvshmem.num_ranks):
+                self._await(self._heap.size.credit_at(rank), epoch - NUM_BANKS, 0, -1 - rank)
+            self._status.check_waits()
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
         """Pack, send, signal; see the head of the file."""
+        if not chunk.numel():
+            return
         b, size, base = self._nvshmem.bindings, self._heap.size, self._heap.address
         bank = bank_of(epoch)
-        self._await(size.credit_at(dst), max(epoch - NUM_BANKS, 0), 0, -1 - dst)
         # Chunks of one slot go to one receiver per epoch: the slot's place in the staging area is this put's own.
         packed = self._heap.chunk(bank, self._staging_at + offset, chunk.shape, chunk.dtype)
         packed.copy_(chunk)
@@ -89,8 +98,11 @@ class NvshmemTransport:
     def wait(self, src: int, slot: int, epoch: int) -> None:
         """The stream waits for the chunk and notes if it is of another call (before credit its word stays)."""
         bank = bank_of(epoch)
+        if slot in self._empty[bank]:
+            return
         self._senders[slot] = src
         self._await(self._heap.size.signal_at(bank, slot), epoch, TAG_BITS, slot)
+        self._status.check_waits()
         seen = self._heap.words(self._heap.size.signal_at(bank, slot), 1)
         self._stranger.copy_(torch.where(seen == word_of(epoch, self._tags[bank]), self._stranger, seen))
 
@@ -120,7 +132,6 @@ class NvshmemTransport:
 
     def _await(self, word_at: int, epoch: int, tag_bits: int, slot: int) -> None:
         self._waits.run(self._heap.table, self._place, word_at, epoch, tag_bits, slot)
-        self._status.check_waits()
 
     def _stream(self) -> int:
         device = self._nvshmem.device

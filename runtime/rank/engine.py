@@ -75,14 +75,6 @@ class KernelAccess:
         for dst, slot in sends:
             self._transport.wake(self._members[dst], slot, epoch)
 
-    def check_tag(self, src: int, slot: int, epoch: int) -> None:
-        """Whether a chunk that a kernel waited for is of this rank's call: the kernel looks at the epoch only.
-
-        Raises:
-            RankMismatchError: it is of another.
-        """
-        self._transport.check_tag(self._members[src], slot, epoch)
-
     def watch(self) -> Callable[[], None]:
         """What a kernel's waits call: gives the core away; raises when a rank failed, or nothing came for too long."""
         return self._transport.watch()

@@ -94,12 +94,13 @@ class SiteRun:
         for send in self._tables.sends(phase, part):
             dst, slot, offset, cut = send
             if written == SAME:
-                source = Source.CALL if lasting else Source.REUSED
-                self._transport.put(dst, slot, offset, self._outgoing(name, tensor, send), self.epoch, source)
-                continue
-            if cut not in encoded:
-                encoded[cut] = encode(self._outgoing(name, tensor, send), written)
-            self._transport.put(dst, slot, offset, encoded[cut], self.epoch, Source.KEPT)
+                chunk, source = self._outgoing(name, tensor, send), Source.CALL if lasting else Source.REUSED
+            else:
+                if cut not in encoded:
+                    encoded[cut] = encode(self._outgoing(name, tensor, send), written)
+                chunk, source = encoded[cut], Source.KEPT
+            if self._kernel is None or chunk.numel():  # no kernel waits for what has no rows
+                self._transport.put(dst, slot, offset, chunk, self.epoch, source)
         if name != "x":
             stays = cut_out(tensor, self._tables.stays(name))
         else:
@@ -143,8 +144,10 @@ class SiteRun:
         access.await_banks(engine.sends, self.epoch)
         engine.run(self._own, access, self.epoch, mask)
         for slot, arrival in self._arrivals.items():
+            # The kernel waits for what some query here sees: the rest may be late, and this bank's next epoch too early
+            # for it; and of all it looks at the epoch only.
             if arrival.tensor != "o" and self._views[slot].numel():
-                access.check_tag(arrival.src, slot, self.epoch)
+                self._wait(Wait(slot, arrival.src))
         access.wake(engine.sends, self.epoch)
 
     def collect(self, out: torch.Tensor, part: int = -1) -> bool:

@@ -139,14 +139,17 @@ def decide_attention(
         why = "nothing is measured where the topology is assumed"
         told: list[Any] = session.exchange(from_results(gpu, work, why, arch), "agree on the attention")
         return told[0][0], told[0][1]
-    first, setting = session.rank == 0, _setting(gpu, work)
+    domains = tuple(session.side.domains)
+    first, setting = session.rank == 0, _setting(gpu, work, domains)
     known: list[Comparison | None]
     known = session.exchange(_read(setting) if first else None, "ask which attention is faster")
     comparison = known[0]
     how = "cached, "
     if comparison is None:
         how = ""
-        mine = _measured(device, work, clock, ways, setting) if first else None
+        mine = (
+            _measured(work, ways or ways_on(device, domains), clock or DeviceClock(device), setting) if first else None
+        )
         known = session.exchange(mine, "time which attention is faster")
         comparison = known[0]
     assert comparison is not None
@@ -170,24 +173,26 @@ def attention_work(kinds: Mapping[Schedule, Sequence[tuple[str, bool]]]) -> list
     return [Work(schedule, mask, times) for (schedule, mask), times in calls.items()]
 
 
-def _measured(
-    device: torch.device, work: Sequence[Work], clock: Clock | None, ways: dict[str, Make] | None,
-    setting: dict[str, Any],
-) -> Comparison:  # fmt: skip
+def _measured(work: Sequence[Work], ways: dict[str, Make], clock: Clock, setting: dict[str, Any]) -> Comparison:
     with torch.no_grad(), autocast_off():
-        comparison = compare(work, ways or ways_on(device), clock or DeviceClock(device))
+        comparison = compare(work, ways, clock)
     if len(comparison.seconds) == len(TITLES):  # one that failed may do better the next time
         with suppress(OSError):
             _write(setting, comparison)
     return comparison
 
 
-def ways_on(device: torch.device) -> dict[str, Make]:
-    """Both ways, for rank 0 of the job, on its device."""
+def ways_on(device: torch.device, domains: Sequence[int] = ()) -> dict[str, Make]:
+    """Both ways, for rank 0 of the job, on its device.
+
+    Args:
+        domains: by rank of the job; those of equal number reach each other's memory. (): all do.
+    """
     target = KernelTarget(device)
 
     def fused(schedule: AttentionSchedule, mask: tuple[str, bool]) -> tuple[trial.Step, trial.Step, trial.Step]:
-        return trial.fused(schedule, schedule.members(0)[0], target, mask)
+        rank, members = schedule.members(0)
+        return trial.fused(schedule, rank, target, mask, [domains[member] for member in members] if domains else ())
 
     def library(schedule: AttentionSchedule, mask: tuple[str, bool]) -> tuple[trial.Step, trial.Step, trial.Step]:
         return trial.library(schedule, schedule.members(0)[0], device, mask)
@@ -269,13 +274,14 @@ def from_results(gpu: str, work: Sequence[Work], why_not_timed: str, arch: int =
 # ---------------------------------------------------------------------- comparisons as files
 
 
-def _setting(gpu: str, work: Sequence[Work]) -> dict[str, Any]:
+def _setting(gpu: str, work: Sequence[Work], domains: tuple[int, ...]) -> dict[str, Any]:
     """All that two compiles must have in common to share a comparison."""
     described = sorted(repr((_geometry(entry.schedule), entry.mask, entry.calls)) for entry in work)
     return {
         "format": _FORMAT,
         "attentions": hashlib.sha256("\n".join(described).encode()).hexdigest(),
         "gpu": gpu,
+        "domains": list(domains),
         "versions": {"sfcompile": __version__, "torch": str(torch.__version__), "triton": _version("triton")},
     }
 

@@ -19,7 +19,7 @@ from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.device import device_of, engines_for, start, topology_for
-from sfcompile.errors import OptionError, UnsupportedError
+from sfcompile.errors import CodegenError, OptionError, UnsupportedError
 from sfcompile.options import Options
 from sfcompile.runtime.gpu.message_side import MessageSide
 from sfcompile.runtime.gpu.status import DeviceStatus
@@ -106,6 +106,34 @@ def test_a_carrier_is_started_and_its_reason_kept(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(device, "carriers_for", lambda *args: {"nccl": lambda: side})
     start(cuda, session, Options())
     assert used == [side] and side.carried_by == "nccl: messages between all ranks"
+
+
+def test_gpus_that_do_not_map_each_others_memory_need_the_device_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one machine too: NVSHMEM is left before any program is loaded, so that another carrier can be tried."""
+    closed, asked = list[bool](), list[str]()
+
+    def refuse(host: str) -> None:
+        asked.append(host)
+        raise CodegenError("the host library is another", "", "")
+
+    for domains, refused in (((0, 1), True), ((0, 0), False)):
+        side = SimpleNamespace(domains=domains, close=lambda failed: closed.append(failed))
+        bindings = SimpleNamespace(cumodule_init=None, cumodule_finalize=None)
+        library = SimpleNamespace(version=lambda: "3.3.9", bindings=bindings)
+        monkeypatch.setattr(device, "Nvshmem", lambda *args, library=library, **kwargs: library)
+        monkeypatch.setattr(device, "NvshmemSide", lambda *args, side=side, **kwargs: side)
+        monkeypatch.setattr(device, "fill_device_state", lambda *args: None)
+        monkeypatch.setattr(device, "refuse_other_host", refuse)
+        session: Any = SimpleNamespace(
+            rank=0, global_rank=0, topology=Topology((0, 0)), exchange=lambda value, doing: [value] * 2, trouble=None
+        )
+        nvshmem = device.carriers_for(torch.device("cuda", 0), session, 5.0)["nvshmem"]
+        if refused:
+            with pytest.raises(CodegenError, match="the host library is another"):
+                nvshmem()
+        else:
+            assert nvshmem() is side  # type: ignore[comparison-overlap]
+    assert closed == [False] and asked == ["3.3.9"]
 
 
 def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:

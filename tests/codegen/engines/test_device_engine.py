@@ -8,7 +8,7 @@ import torch
 from kernel_ranks import Job, make_site
 from random_sites import gather_site
 
-from sfcompile.codegen.engines.device_engine import KernelEngine
+from sfcompile.codegen.engines.device_engine import KernelEngine, receivers_of
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
@@ -26,12 +26,19 @@ def test_every_rank_that_is_written_to_gives_credit() -> None:
         assert set(view.receivers.tolist()) == senders and rank not in senders
 
 
+def test_with_several_domains_every_rank_gives_credit() -> None:
+    """A ring between machines: who gets what this rank passes on is not who writes into this rank's bank."""
+    ring = Job("ring", 3, 1, 1, 3, make_site(8, 3), True, "ring").schedule()
+    assert receivers_of(ring, 1, (0, 0, 0)) == [2]
+    assert receivers_of(ring, 1, (0, 1, 2)) == receivers_of(ring, 1, (0, 0, 2)) == [0, 2]
+
+
 def test_a_group_knows_its_ranks_of_the_job() -> None:
     gather = replace(build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 2, 1)), groups=((0, 2), (1, 3)))
     engine = KernelEngine(gather, 3, KernelTarget(CPU, calls={}), (0, 0, 2, 2))
     assert engine.members == (1, 3)
     view = engine.view(torch.arange(6).view(2, 3), torch.zeros(12, dtype=torch.int64))
-    assert view.receivers.tolist() == [1]
+    assert view.receivers.tolist() == [0, 1, 2]
     error = engine.gave_up(gather.program(1).arrivals[0].slot, 5 << 24, 3 << 24, 2.0)
     assert (error.epoch, error.seen_epoch, error.peer) == (5, 3, 0)
 

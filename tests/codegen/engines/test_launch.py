@@ -6,7 +6,7 @@ import pytest
 import torch
 from deadline import Deadline
 from kernel_ranks import Job, make_site
-from watched import UNWATCHED
+from watched import UNWATCHED, Watch
 
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView, gave_up, mask_arguments, mask_kind
 from sfcompile.codegen.engines.target import KernelTarget
@@ -56,6 +56,26 @@ def test_one_rank_with_its_log_sum_exp() -> None:
     assert torch.allclose(out, torch.softmax(scores, -1) @ v, atol=1e-5)
     assert torch.allclose(lse, torch.logsumexp(scores, -1), atol=1e-5)
     assert kernel.copiers == 0 and kernel.options == {}
+
+
+@pytest.mark.parametrize(("tokens", "causal"), [([0, 8], False), ([9, 8], True)], ids=["no queries", "causal"])
+def test_a_site_ends_when_all_has_come_that_comes_to_it(tokens: list[int], causal: bool) -> None:
+    """Rank 0 needs nothing of rank 1's keys, and gets them: a late one would lie in what its credit gives away."""
+    schedule = Job("ring", 1, 2, 1, 2, make_site(tokens, 2, causal=causal)).schedule()
+    kernel, watch = AttendKernel(schedule, 0, KernelTarget(torch.device("cpu"))), Watch(0.1)
+    size = HeapSize(len(schedule.slots), kernel.tables.bank_bytes, 2)
+    segments = [local_segment(size) for _ in range(2)]
+    heaps = torch.tensor([(segment.address, i, segments[0].address) for i, segment in enumerate(segments)])
+    place = torch.tensor(size.place(1, word_of(1, 0), watch.watched))
+    view, x = HeapView(heaps, place, torch.zeros(0, dtype=torch.int64)), torch.randn(1, 4, tokens[0], 32)
+    out = torch.zeros_like(x)
+    with interpreting(lambda: None):
+        for name in ("q", "k", "v"):
+            kernel.put(name, x, view)
+        kernel.run(out, view)
+        assert not watch.status["gave_up"]
+        kernel.collect(out, view)
+    assert watch.status["gave_up"] and watch.status["slot"] in kernel.fixed["slots"].tolist()
 
 
 def test_a_wait_that_gave_up_in_words() -> None:

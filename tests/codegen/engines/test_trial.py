@@ -9,6 +9,7 @@ from kernel_ranks import Job, make_site
 
 from sfcompile.codegen.engines import trial
 from sfcompile.codegen.engines.target import KernelTarget
+from sfcompile.codegen.kernels.spec import has_tensor_copies, spec_of
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.toolchain.interpreter import interpreting
 from sfcompile.errors import RuntimeTimeoutError
@@ -36,6 +37,26 @@ def test_both_ways_run_time_and_again(kind: str, mask: tuple[str, bool]) -> None
                 put()
                 run()
                 look()
+
+
+def test_what_is_timed_is_what_the_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between machines causal order at head size 128 is not Hopper's kernel, and A100's tile is a smaller one."""
+    site = make_site([64, 64], 2, heads=2, head_dim=128, dtype=torch.bfloat16, causal=True)
+    schedule, target, plain = Job("torus", 2, 1, 2, 1, site).schedule(), KernelTarget(CPU), ("none", True)
+    for arch, alone, apart in ((90, "tma", "threads"), (80, "threads", "threads")):
+        monkeypatch.setattr(KernelTarget, "architecture", arch)
+        assert (
+            trial.tile_in_job(schedule, target, plain, (0, 0)) == trial.tile_in_job(schedule, target, plain, ()) == {}
+        )
+        tile = trial.tile_in_job(schedule, target, plain, (0, 1))
+        assert tile["fetch"] == apart and spec_of(schedule, arch).fetch == (alone if has_tensor_copies() else "threads")
+        timed, runs = spec_of(schedule, arch, None, plain, **tile), spec_of(schedule, arch, (0, 1), plain)
+        assert timed.with_(reach=runs.reach) == runs
+    with interpreting(Deadline(20.0)):
+        put, run, look = trial.fused(schedule_of("torus"), 0, KernelTarget(CPU), plain, (0, 1))
+        put()
+        run()
+        look()
 
 
 def test_a_kernel_that_waited_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

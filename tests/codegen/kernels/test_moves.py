@@ -52,7 +52,7 @@ def test_what_is_put_comes_home(width: int, dtype: torch.dtype) -> None:
         assert segments[1].signals[1].tolist() == [0, word_of(1, 5)] and counters.tolist() == [0, 0]
         for tag, noted in ((5, 0), (6, word_of(1, 5))):  # a chunk of call 5, seen by ranks in call 5 and in call 6
             place[1] = word_of(1, tag)
-            collect[(3,)](out, *out.stride()[:3], heaps, place, home, torch.tensor([0, 1]), 1, 1, 2, 2)
+            collect[(3,)](out, *out.stride()[:3], heaps, place, home, torch.tensor([1]), 1, 1, 1, 2)
             assert watch.status["stranger"] == noted
     assert torch.equal(out[:, 1:3, 2:7], x[:, 1:3, 2:7])
     assert not out[:, 0].any() and not out[:, :, :2].any()

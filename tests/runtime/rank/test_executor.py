@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,15 +16,23 @@ from rank_workers import attend_and_gather, schedules_of
 from threads import run_threads
 from wire_bounds import attention_off
 
+from sfcompile.codegen.schedule.builders import build
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.errors import PeerDiedError, RuntimeTimeoutError
 from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.runtime.program.instructions import Forward, Push, Put, RankProgram
-from sfcompile.runtime.program.sites import ExchangeSite
+from sfcompile.runtime.program.intervals import Runs
+from sfcompile.runtime.program.sites import AttentionSite, ExchangeSite
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.engine import KernelAccess
+from sfcompile.runtime.rank.executor import SiteRun
 from sfcompile.runtime.rank.session import current_session
+from sfcompile.runtime.rank.site_call import SiteCall
+from sfcompile.runtime.wires.direct import DirectTransport
+from sfcompile.runtime.wires.symmetric_heap import HeapSize, local_segment
+from sfcompile.runtime.wires.transport import word_of
 
 sf = torch.ops.streamfusion
 CALLS = 3
@@ -162,6 +171,35 @@ def test_a_gather_of_a_folded_dim() -> None:
         return sf.exchange_finish(ticket, "g", 0, list(site.shape), torch.float32)[0]
 
     assert all(torch.equal(out, whole) for out in run_threads(3, work, delay=jitter(1)))
+
+
+class Hurried:
+    """A kernel that waits for nothing: no query of its rank sees what comes."""
+
+    bank_bytes, own_at, sends = 1 << 16, dict.fromkeys("qkv", 1 << 15), ()
+
+    def run(self, out: torch.Tensor, access: KernelAccess, epoch: int, mask: torch.Tensor | None) -> None:
+        """Has attended."""
+
+
+def test_a_chunk_that_a_kernel_did_not_wait_for_is_waited_for() -> None:
+    """It is late, and no chunk of another call; this rank's bank is not given away before it has come."""
+    runs: tuple[Runs, ...] = (((0, 3),), ((3, 2),))
+    site = AttentionSite("site", 1, 2, 2, 4, 4, torch.float32, runs, runs, 1.0, causal=True)
+    schedule = build("ring", site, Mesh.of(Topology.grid(1, 2), 1, 2))
+    size = HeapSize(len(schedule.slots), Hurried.bank_bytes)
+    segments = [local_segment(size) for _ in range(2)]
+    wires = [DirectTransport(rank, segments, 10.0) for rank in range(2)]
+    calls = [
+        SiteRun(SiteCall(rank, 0, 0, schedule, 1), segments[rank], wires[rank],
+                (Hurried(), KernelAccess((0, 1), segments, wires[rank])))
+        for rank in range(2)
+    ]  # fmt: skip
+    late = threading.Timer(0.2, lambda: [calls[1].put(f"put_{name}", torch.ones(1, 2, 2, 4)) for name in "qkv"])
+    late.start()
+    calls[0].attend(None)
+    assert segments[0].signals[1].tolist() == [word_of(1, 0)] * len(schedule.slots)
+    late.join()
 
 
 def test_two_sites_at_once() -> None:

@@ -103,8 +103,9 @@ def test_a_way_that_fails_is_left_out_with_a_word() -> None:
 class Ranks:
     """Ranks that decide one after the other, each told what rank 0 said at the same place."""
 
-    def __init__(self) -> None:
+    def __init__(self, domains: tuple[int, ...] = (0, 0)) -> None:
         self.said: list[Any] = []
+        self.domains = domains
 
     def decide(self, rank: int, **given: Any) -> tuple[str, str]:
         place = iter(range(99))
@@ -115,7 +116,7 @@ class Ranks:
                 self.said.append(value)
             return [self.said[at], value]
 
-        session: Any = SimpleNamespace(rank=rank, exchange=exchange)
+        session: Any = SimpleNamespace(rank=rank, exchange=exchange, side=SimpleNamespace(domains=self.domains))
         return decide_attention(session, CPU, WORK, **given)
 
 

@@ -183,6 +183,7 @@ _WAIT_SCORES = r"wgmma\.wait_group\.sync\.aligned\s+1"
 
 _ANNOUNCED, _WORD = r"mbarrier\.arrive\(k_full", r"masked\.index\(stage\)\.load"
 _LATER, _OTHER_WORD = "left <= partial", "masked.index((n + 1) % STAGES).load"
+_OTHER_BANK = "named + bank_at + (1 - epoch % 2 * 2) * tl.load(place_ptr + 3) + out_at"
 _CAUSAL, _KEYS = ((entry, ("tokens", [150, 72])) for entry in (("causal", True), ("mask", "key")))
 
 
@@ -234,6 +235,9 @@ MUTANTS = (
     _net("the sender's poll relaxed", source=edited("attend", r'0, sem="acquire"', '0, sem="relaxed"')),
     _net("a warpgroup counted before its barrier", ptx=between("attend", r"st\.global", _COUNT, _GROUP_BAR, "")),
     _net("outputs put for all threads of a program", source=edited("attend", "signal_nbi_warp", "signal_nbi_block")),
+    _net("arrival counter of outputs not set back", source=edited("attend", r"^ +gl\.atomic_xchg\(counter.*$", "")),
+    _net("an output put into the other bank", source=edited("attend", r"named \+ bank_at \+ out_at", _OTHER_BANK)),
+    _net("the program that puts outputs attends too", source=edited("attend", r"^ +num_units = 0  # nor.*$", "")),
     _net("no proxy fence before a copy of what came by NVSHMEM", ptx=edited("attend", _FENCE, "")),
     _net("acquire relaxed of what came by NVSHMEM", ptx=edited("attend", _ACQUIRE, _RELAXED)),
 )  # fmt: skip

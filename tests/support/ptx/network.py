@@ -56,6 +56,8 @@ class Network:
         to, source, nbytes, signal, value, operation, pe = arguments
         if operation != _SET:
             raise PtxError(f"signal operation {operation} is not NVSHMEM_SIGNAL_SET")
+        if nbytes <= 0:  # nobody waits for what has no bytes, so it may be late and take back a later signal
+            raise PtxError(f"{nbytes} bytes are put with a signal")
         clocks, gpu = self._world.clocks, gang.launch.gpu
         clock = clocks.snapshot(int(gang.warp[place]), gang._alone(place))
         clocks.step(gang.warp[place : place + 1])

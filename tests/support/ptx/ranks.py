@@ -17,9 +17,11 @@ from watched import Watch
 from ptx.driver import MachineDriver, MachineTarget
 from ptx.network import Network
 from ptx.world import Stream, World
+from sfcompile.codegen.engines.device_engine import receivers_of
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView
 from sfcompile.codegen.engines.transfers import ReleaseKernel, TransferKernels, WaitKernel
 from sfcompile.codegen.schedule.exchange import ExchangeSchedule
+from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, bank_of
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 
@@ -34,7 +36,7 @@ class Heaps:
     """
 
     def __init__(self, world: World, size: HeapSize, machine_of: tuple[int, ...]) -> None:
-        self.size, ranks = size, range(len(machine_of))
+        self.size, self._machine_of, ranks = size, machine_of, range(len(machine_of))
         pitch = -(-size.segment_bytes // 1024) * 1024
         self._memory = torch.zeros(pitch * (len(machine_of) + 1), dtype=torch.uint8)
         first = -(-self._memory.data_ptr() // 1024) * 1024
@@ -58,11 +60,16 @@ class Heaps:
         start = self.at[rank] - self._memory.data_ptr() + self.size.bank_at(bank_of(epoch))
         return self._memory[start : start + self.size.bank_bytes].view(dtype)
 
-    def view(self, rank: int, epoch: int) -> HeapView:
-        """A rank's view in an epoch; it waits for credits of all others."""
-        others = torch.tensor([other for other in range(len(self.at)) if other != rank])
+    def word(self, rank: int, offset: int) -> int:
+        """A word of a rank's segment."""
+        start = self.at[rank] - self._memory.data_ptr() + offset
+        return int(self._memory[start : start + 8].view(torch.int64))
+
+    def view(self, rank: int, epoch: int, schedule: Schedule) -> HeapView:
+        """A rank's view of a site in an epoch."""
+        receivers = torch.tensor(receivers_of(schedule, rank, self._machine_of), dtype=torch.int64)
         place = self.size.place(epoch, word_of(epoch, 0), self.watches[rank].watched)
-        return HeapView(self.tables[rank], torch.tensor(place), others)
+        return HeapView(self.tables[rank], torch.tensor(place), receivers)
 
 
 class AttentionRanks:
@@ -105,7 +112,7 @@ class AttentionRanks:
             want = whole[:, :, rows_of(self.job.site.q_positions[rank])]
             for epoch, out in enumerate(of_rank, start=1):
                 if want.numel():
-                    error = float((out.double() * _sign(epoch) - want).norm() / want.norm())
+                    error = float((out.double() / factor_of(epoch) - want).norm() / want.norm())
                     worst = max(worst, error if error == error else float("inf"))
         return worst
 
@@ -115,9 +122,10 @@ class AttentionRanks:
         main, side = self.streams[rank]
         q, k, v, mask = inputs_of(job)
         mine = rows_of(site.q_positions[rank]), rows_of(site.kv_positions[rank])
-        local = {"q": q[:, :, mine[0]], "k": k[:, :, mine[1]], "v": v[:, :, mine[1]] * _sign(epoch)}
+        factor = factor_of(epoch)  # products of queries and keys stay what they are
+        local = {"q": q[:, :, mine[0]] / factor, "k": k[:, :, mine[1]] * factor, "v": v[:, :, mine[1]] * factor}
         out = torch.zeros(site.batch, site.heads, len(mine[0]), site.v_head_dim, dtype=site.dtype)
-        heap = self.heaps.view(rank, epoch)
+        heap = self.heaps.view(rank, epoch, kernel.schedule)
         self._keep += [out, heap, local, mask]
 
         def put() -> None:
@@ -165,13 +173,14 @@ class ExchangeRanks:
         self.streams = [self.world.stream(rank) for rank in ranks]
 
     def run(self, shards: list[torch.Tensor], outs: list[torch.Tensor], epochs: int) -> list[list[torch.Tensor]]:
-        """Every epoch's outputs, divided by its sign; ``outs`` are like them."""
+        """Every epoch's outputs, divided by its factor; ``outs`` are like them."""
         results = []
         for epoch in range(1, epochs + 1):
-            views, own = [self.heaps.view(rank, epoch) for rank in range(len(shards))], []
+            schedule = self.kernels[0].schedule
+            views, own = [self.heaps.view(rank, epoch, schedule) for rank in range(len(shards))], []
             for rank, shard in enumerate(shards):
                 with self.driver.on(self.streams[rank]):
-                    own.append(self.kernels[rank].put(shard * _sign(epoch), views[rank]))
+                    own.append(self.kernels[rank].put(shard * factor_of(epoch), views[rank]))
             for rank, like in enumerate(outs):
                 with self.driver.on(self.streams[rank]):
                     self.driver.after = self._finish
@@ -182,15 +191,17 @@ class ExchangeRanks:
                     self.kernels[rank].receive(out, own[rank], views[rank])
                     self.driver.after = lambda stream: None
                     self.releases[rank].run(views[rank].heaps, views[rank].place)
-                results.append(out * _sign(epoch))
+                results.append(out)
         self.world.run()
-        return [results[at : at + len(outs)] for at in range(0, len(results), len(outs))]
+        every = [results[at : at + len(outs)] for at in range(0, len(results), len(outs))]
+        return [[out / factor_of(epoch) for out in of_epoch] for epoch, of_epoch in enumerate(every, start=1)]
 
     def _finish(self, stream: Stream) -> None:
         """What the host does next comes after the launch: torch's own kernels are on this stream too."""
         self.world.run(lambda: stream.idle)
 
 
-def _sign(epoch: int) -> int:
-    """Of an epoch's values."""
-    return 1 if epoch % 2 else -1
+def factor_of(epoch: int) -> float:
+    """Of an epoch's values: a power of two, another one than in the epoch before, and in the one before that, whose
+    bank it has."""
+    return (-1) ** epoch * 2.0 ** -(epoch % 4 // 2)

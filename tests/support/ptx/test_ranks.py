@@ -104,6 +104,10 @@ def test_a_chunk_that_never_comes_ends_every_warp_and_nothing_leaves(net: bool, 
     ranks.run()
     assert ranks.world.launches == len(ranks.driver.launched)
     assert all(watch.status["gave_up"] for watch in watches)
+    schedule, size = ranks.kernels[0].schedule, ranks.heaps.size
+    for rank in range(job.ranks):
+        homes = [entry.slot for entry in schedule.program(rank).arrivals if entry.tensor == "o"]
+        assert homes and not any(ranks.heaps.word(rank, size.signal_at(1, slot)) for slot in homes)
 
 
 CASES = {
@@ -184,9 +188,10 @@ COPIED = {
     "outputs home to two machines, state kept, causal": copied(
         "torus", (2, 2, 2, 2), [33, 64, 133, 40], net=True, causal=True, merge=False
     ),
+    "outputs home, to a rank without tokens too": copied("torus", (2, 1, 2, 1), [150, 0], net=True, epochs=4),
     "outputs home in parts by NVSHMEM": copied("torus", (2, 1, 2, 1), [66, 72], net=True, parts=(2, 2)),
     "outputs home by NVSHMEM, mask of keys": copied("torus", (2, 1, 2, 1), [40, 150], net=True, mask="key"),
-    "passed on between machines": copied("ring", (3, 1, 1, 3), [40, 32, 75], net=True, across="ring"),
+    "passed on between machines": copied("ring", (3, 1, 1, 3), [40, 32, 75], net=True, across="ring", epochs=4),
     "passed on between machines of two": copied("usp", (2, 2, 2, 2), [40, 32, 75, 64], net=True, across="ring"),
     "causal": copied("usp", (1, 2, 2, 1), [150, 203], causal=True),
     "causal, state kept, grouped heads": copied(
@@ -267,7 +272,7 @@ def test_puts_that_compute(name: str) -> None:
     banks = []
     for fused in (True, False):
         ranks = AttentionRanks(Job("usp", 1, 2, 2, 1, site, options=SMALL), 80)
-        views = [ranks.heaps.view(rank, 1) for rank in range(2)]
+        views = [ranks.heaps.view(rank, 1, ranks.kernels[rank].schedule) for rank in range(2)]
         for rank, (main, _) in enumerate(ranks.streams):
             with ranks.driver.on(main):
                 if fused:
