@@ -1,15 +1,16 @@
 """What Inductor finds out at every start before it can use its cache, kept on disk: it changes with files only.
 
 Before it takes a compiled graph from the disk, Inductor loads test libraries in processes of their own, to see which
-vector instructions work here, and reads all sources of torch and Triton, Triton's library too, for its keys: about 1.6
+vector instructions work here, and reads all sources of torch and Triton, Triton's library too, for its keys: about 1.7
 CPU seconds in every rank at every start, more than all that follows. Here the first rank to know writes it down, and
-the others, and later starts, take it.
+the others, and later starts, take it. At the first start of all, Inductor compiles those libraries for all vector
+instructions and takes the first; here it tries until some work.
 
 It is kept under the digest of all that decides it: of every file that is read or loaded for it the path, size, inode
 and both times (that of the last change of a file cannot be set by hand, so no file is another one and looks the same),
-the versions, what the processor can do, and the compiler. Where that cannot be told (a folder that is a link, say),
-nothing is taken or kept. So who copies an environment, or edits a file of torch, finds nothing, and Inductor looks for
-itself. What Inductor knows already in this process stays.
+the versions and our sources, what the processor can do, and the compiler. Where that cannot be told (a folder that is a
+link, say), nothing is taken or kept. So who copies an environment, or edits a file of torch, finds nothing, and
+Inductor looks for itself. What Inductor knows already in this process stays.
 """
 
 from __future__ import annotations
@@ -24,10 +25,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sfcompile.lowering.kept_plans import VARIABLE, read_kept, write_kept
-from sfcompile.torch_start import StartFacts, decides_start, know_at_start, known_at_start
+from sfcompile.lowering.kept_plans import VARIABLE, read_kept, versions, write_kept
+from sfcompile.torch_start import StartFacts, decides_start, know_at_start, known_at_start, try_first_only
 
 _LIBRARIES = ("torch", "triton")
 _NOT_READ = frozenset({"include", "__pycache__"})
@@ -36,16 +35,22 @@ _SEARCHED = ("LD_LIBRARY_PATH", "LD_PRELOAD", "CXX")
 
 
 def take_start(folder: Path | None) -> None:
-    """Tell Inductor what is kept of an earlier start, if it does not know it yet."""
+    """Tell Inductor what is kept of an earlier start, if it does not know it yet; if nothing is kept, to try no more
+    than it needs."""
     path = _place(folder)
-    if path is not None and (facts := read_kept(path, _read)) is not None:
+    if path is None:
+        return
+    facts = read_kept(path, _read)
+    if facts is None:
+        try_first_only()
+    else:
         know_at_start(facts)
 
 
 def keep_start(folder: Path | None) -> None:
     """Keep what Inductor has found out in this process, if nothing is kept yet."""
     path = _place(folder)
-    if path is None or path.exists():
+    if path is None or read_kept(path, _read) is not None:
         return
     facts = known_at_start()
     if facts is not None:
@@ -71,8 +76,8 @@ def _decided_by() -> str | None:
     except OSError:
         return None
     environment = [os.environ.get(name) for name in _SEARCHED]
-    versions = torch.__version__, torch.version.git_version, platform.python_version(), platform.libc_ver()
-    return hashlib.sha256(repr((versions, tools, environment, files)).encode()).hexdigest()
+    facts = versions(), platform.libc_ver(), tools, environment, files
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _files_of(library: str) -> Iterator[str]:
@@ -101,6 +106,7 @@ def _read(text: str) -> StartFacts:
     plain: Mapping[str, Any] = json.loads(text)
     facts = StartFacts(**plain)
     bytes.fromhex(facts.torch_key)
-    if not all(type(name) is str for name in facts.vector_isas) or type(facts.triton_key) not in (str, type(None)):
-        raise ValueError("a name is no text")
+    values = [value for known in facts.vector_isas.values() for value in known.values()]
+    if not all(type(value) in (bool, int, str) for value in values) or type(facts.triton_key) not in (str, type(None)):
+        raise ValueError("it holds other kinds of values")
     return facts

@@ -13,7 +13,7 @@ from sfcompile.lowering import kept_start
 from sfcompile.lowering.kept_plans import VARIABLE, write_kept
 from sfcompile.torch_start import StartFacts
 
-FACTS = StartFacts(["avx2"], "ab" * 32, None)
+FACTS = StartFacts({"avx2": {"_is_fast": True}}, "ab" * 32, None)
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Start
     monkeypatch.setattr(kept_start, "decides_start", lambda: ("g++ 12", ["avx2"]))
     monkeypatch.setattr(kept_start, "known_at_start", lambda: FACTS)
     monkeypatch.setattr(kept_start, "know_at_start", heard.append)
+    monkeypatch.setattr(kept_start, "try_first_only", lambda: None)
     kept_start._decided_by.cache_clear()
     yield heard
     kept_start._decided_by.cache_clear()
@@ -50,6 +51,10 @@ def test_what_one_process_found_out_the_next_one_takes(tmp_path: Path, told: lis
     before = file.stat().st_ino
     kept_start.keep_start(folder)
     assert file.stat().st_ino == before, "it is written once"
+    file.write_text("damaged")
+    assert not taken(folder, told)
+    kept_start.keep_start(folder)
+    assert taken(folder, told) and told == [FACTS]
 
 
 @pytest.mark.parametrize(
@@ -105,10 +110,11 @@ def test_where_it_cannot_be_told_nothing_is_kept(
 @pytest.mark.parametrize(
     "damage",
     [
-        {"vector_isas": ["avx2"], "torch_key": "no digits", "triton_key": None},
-        {"vector_isas": [2], "torch_key": "ab", "triton_key": None},
-        {"vector_isas": ["avx2"], "torch_key": "ab", "triton_key": 3},
-        {"vector_isas": ["avx2"], "torch_key": "ab"},
+        {"vector_isas": {"avx2": {}}, "torch_key": "no digits", "triton_key": None},
+        {"vector_isas": {"avx2": {"a": []}}, "torch_key": "ab", "triton_key": None},
+        {"vector_isas": {"avx2": {}}, "torch_key": "ab", "triton_key": 3},
+        {"vector_isas": {"avx2": {}}, "torch_key": "ab"},
+        {"vector_isas": ["avx2"], "torch_key": "ab", "triton_key": None},
         ["avx2"],
     ],
 )
