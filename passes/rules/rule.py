@@ -75,7 +75,9 @@ def register_rule(*names: str) -> Callable[[Callable[[OpView], Rule | None]], Ca
 
 
 def find_rule(op: OpView) -> Rule | None:
-    """The rule for a call, or None."""
+    """The rule for a call, or None; of numbers to a number there is none, for neither has a dim that holds tokens."""
+    if not any(operand.shape for operand in op.operands) and not any(op.out_shapes):
+        return None
     factory = RULES.get(op.name if op.namespace == "aten" else f"{op.namespace}::{op.name}")
     if factory is None:
         import torch

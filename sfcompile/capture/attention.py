@@ -21,7 +21,9 @@ _MATMUL = (_aten.matmul.default, _aten.bmm.default)
 _CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.clone.default, _aten.contiguous.default, _aten.alias.default)
 _FILLS = (_aten.masked_fill.Scalar, _aten.where.ScalarOther)
 _NEVER = -1e9
-"""A score filled in with this or less is not attended to; beside it in fp32 ordinary scores vanish, as if added."""
+"""A score filled in with this or less is not attended to, unless all of a query's are: then all count the same."""
+_INSTEAD = -1e30
+"""What is added in its place: beside it a score vanishes, in fp64 too, and several of them are still a number."""
 
 _Operand = tuple[fx.Node, tuple[int, ...]]
 """A value and the order of its dims."""
@@ -55,10 +57,10 @@ def recognise_attention(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if node.target not in _SOFTMAX or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        _drop_largest(node)
         ndim = node.meta["val"].dim()
         if ndim not in (3, 4) or int(node.args[1]) % ndim != ndim - 1:
             continue
+        _drop_largest(node)
         scores, product = _walk_back(node.args[0]), _walk_forward(node)
         if scores is None or product is None:
             continue
@@ -71,7 +73,7 @@ def recognise_attention(graph: fx.Graph) -> int:
 
 
 def _drop_largest(softmax: fx.Node) -> None:
-    """softmax(s - max(s)) is softmax(s)."""
+    """softmax(s - max(s)) is softmax(s), both along the last dim."""
     node: Any = softmax.args[0]
     if node.target is not _aten.sub.Tensor or len(node.users) != 1 or node.kwargs:
         return
@@ -242,9 +244,11 @@ def _replace(graph: fx.Graph, scores: _Scores, product: _Product, ndim: int, one
             else:
                 places = term if factor > 0 else call(_aten.logical_not.default, term)
                 zeros = call(_aten.zeros_like.default, places, dtype=dtype)
-                added = call(_aten.masked_fill.Scalar, zeros, places, max(number, torch.finfo(dtype).min))
+                added = call(_aten.masked_fill.Scalar, zeros, places, max(_INSTEAD, torch.finfo(dtype).min))
             mask = added if mask is None else call(_aten.add.Tensor, mask, added)
         tensors = [ordered(operand) for operand in (scores.q, scores.k, product.v)]
+        while mask is not None and mask.meta["val"].dim() < 2:  # one number for each key, or one for all
+            mask = call(_aten.unsqueeze.default, mask, 0)
         bias = None if mask is None else cast(mask)
         if ndim == 3:  # [batch * heads, tokens, dim]: every row of the batch is a head of its own
             tensors = [call(_aten.unsqueeze.default, tensor, 0) for tensor in tensors]

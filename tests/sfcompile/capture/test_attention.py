@@ -47,7 +47,20 @@ def one_head_of_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return (q @ k.mT / 2).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("fn", [plain, masked, folded, by_einsum, filled, one_head_of_keys])
+def a_number_for_each_key(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = heads(q) @ heads(k).mT * 0.5 + torch.arange(k.shape[1]).to(q.dtype) * 0.1 + torch.tensor(0.5)
+    return scores.softmax(-1) @ heads(v)
+
+
+def rows_filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Of queries that are padding: all of their keys count the same."""
+    padding, scores = torch.arange(q.shape[1])[:, None] >= 4, heads(q) @ heads(k).mT * 50
+    return scores.masked_fill(padding, -1e9).masked_fill(padding, -1e9).softmax(-1) @ heads(v)
+
+
+@pytest.mark.parametrize(
+    "fn", [plain, masked, folded, by_einsum, filled, one_head_of_keys, a_number_for_each_key, rows_filled]
+)
 def test_hand_written_attention_becomes_one_node(fn: Fn) -> None:
     args = torch.randn(2, 6, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
     got = captured(fn, *args)
@@ -66,6 +79,11 @@ def softmax_over_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
     return torch.softmax(heads(q) @ heads(k).transpose(-1, -2), dim=-2) @ heads(v)
 
 
+def softmax_over_queries_less_the_largest_of_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = heads(q) @ heads(k).transpose(-1, -2)
+    return torch.softmax(scores - scores.amax(-1, keepdim=True), dim=-2) @ heads(v)
+
+
 def squashed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.softmax((heads(q) @ heads(k).transpose(-1, -2)).tanh(), dim=-1) @ heads(v)
 
@@ -75,7 +93,16 @@ def faintly_filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
     return torch.softmax(scores.masked_fill(torch.arange(k.shape[1]) < 3, -5.0), -1) @ heads(v)
 
 
-@pytest.mark.parametrize("fn", [scores_read_twice, softmax_over_queries, squashed, faintly_filled])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        scores_read_twice,
+        softmax_over_queries,
+        softmax_over_queries_less_the_largest_of_keys,
+        squashed,
+        faintly_filled,
+    ],
+)
 def test_what_only_looks_like_attention_is_left_alone(fn: Fn) -> None:
     args = torch.randn(2, 6, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
     got = captured(fn, *args)
