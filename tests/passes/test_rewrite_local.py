@@ -6,7 +6,11 @@ import time
 import pytest
 import torch
 from graph_text import parse, same
-from helpers import captured, check_sharded, placeholder_values, rewritten, run_compiled, run_lockstep
+from helpers import captured, check_sharded, placeholder_values, rewritten, run_compiled, run_lockstep, run_sharded
+from hypothesis import given, note
+from hypothesis import strategies as st
+from random_networks import RandomNetwork
+from random_ops import examples
 from torch import fx
 from torch.nn.functional import conv2d, gelu, group_norm, linear, scaled_dot_product_attention, silu
 
@@ -250,3 +254,12 @@ def test_behind_a_norm_of_rows_a_window_of_columns_is_no_halo(grid: tuple[int, i
     values = placeholder_values(got)
     for (out,) in run_lockstep(lambda rank: gms[rank], 2, values):
         torch.testing.assert_close(out, got.gm(*values)[0], rtol=1e-5, atol=1e-5)
+
+
+@examples(20)
+@given(st.integers(0, 2**20), st.integers(2, 4))
+def test_random_networks_on_shards(seed: int, ranks: int) -> None:
+    """In fp64, where a wrong row is no rounding."""
+    network = RandomNetwork(seed)
+    note("\n".join([str(network.size), *network.steps]))
+    run_sharded(network, network.inputs(), ranks, tolerance=1e-9)

@@ -233,8 +233,14 @@ def check_sharded(
                 torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5, equal_nan=True)
 
 
-def run_sharded(model: torch.nn.Module, inputs: Sequence[torch.Tensor], ranks: int) -> list[GraphReport]:
-    """Run every graph of a model on emulated ranks that shard whatever they can; every rank must get what one gets."""
+def run_sharded(
+    model: torch.nn.Module, inputs: Sequence[torch.Tensor], ranks: int, tolerance: float = 1e-5
+) -> list[GraphReport]:
+    """Run every graph of a model on emulated ranks that shard whatever they can; every rank must get what one gets.
+
+    Args:
+        tolerance: of a value's largest element.
+    """
     reports: list[GraphReport] = []
 
     def backend(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
@@ -255,7 +261,7 @@ def run_sharded(model: torch.nn.Module, inputs: Sequence[torch.Tensor], ranks: i
                 for mine, whole in zip(out, want, strict=True):
                     assert (mine.shape, mine.dtype) == (whole.shape, whole.dtype), f"rank {rank}"
                     scale = float(whole.abs().max().clamp(min=1e-6))
-                    torch.testing.assert_close(mine, whole, rtol=0, atol=1e-5 * scale)
+                    torch.testing.assert_close(mine, whole, rtol=0, atol=tolerance * scale)
             return want
 
         return call
