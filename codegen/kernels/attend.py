@@ -19,7 +19,7 @@ the inner loop would be overtaken by the prefetched loads of later iterations.
 from __future__ import annotations
 
 from sfcompile.codegen.kernels.attend_tma import attend_tma_source
-from sfcompile.codegen.kernels.attend_tma_masks import seen_columns
+from sfcompile.codegen.kernels.attend_tma_masks import least, seen_columns
 from sfcompile.codegen.kernels.codecs import loaded, pointers, stored
 from sfcompile.codegen.kernels.reach import KernelText
 from sfcompile.codegen.kernels.spec import INTEGERS, LN2, LOG2E, VIRTUAL_ROW, KernelSpec, attend_arguments
@@ -27,6 +27,9 @@ from sfcompile.codegen.kernels.tables import FORWARD, KEY, QUERY, UNIT
 from sfcompile.codegen.kernels.text import columns, entry_name, heap_of, line_of, module, prologue, wrapped
 from sfcompile.codegen.rows.elements import block_of, is_padded
 from sfcompile.runtime.program.formats import SAME
+
+_LEAST = -3e38
+"""Of what is added to scores in powers of two; fp32 ends at -3.4e38."""
 
 
 def attend_source(spec: KernelSpec) -> str:
@@ -278,7 +281,7 @@ def _block(out: KernelText, spec: KernelSpec, tail: bool, came: bool) -> None:
     visible = _visible(out, spec, tail)
     # A bias is added in powers of two; else scores are scaled when they are subtracted, which saves a product.
     biased = spec.mask != "none" and not spec.mask_is_bool
-    out(f"s = tl.dot(q, k{precision}){f' * QK_SCALE + bias * {LOG2E!r}' if biased else ''}")
+    out(f"s = tl.dot(q, k{precision}){' * QK_SCALE + bias' if biased else ''}")
     for condition in visible:
         out(f's = tl.where({condition}, s, float("-inf"))')
     out(f"m_new = tl.maximum(m, tl.max(s, 1){'' if biased else ' * QK_SCALE'})")
@@ -320,7 +323,7 @@ def _visible(out: KernelText, spec: KernelSpec, tail: bool) -> list[str]:
     if spec.mask_is_bool:
         conditions.append(f"(bias != 0){stays}")
     else:
-        out(f"bias = bias.to(tl.float32){stays}")
+        out("bias = bias.to(tl.float32)", f"bias = ({least('bias', repr(LOG2E), _LEAST, _LEAST)}){stays}")
     return conditions
 
 

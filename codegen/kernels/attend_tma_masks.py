@@ -30,9 +30,22 @@ _MASKER = (
     "k_full", "k_empty", "units_ptr", "queries_ptr", "keys_ptr", "num_units", "batch", "heads", "me", "workers",
     "mask_ptr", "mask_sb", "mask_sc", "k_positions_ptr",
 )  # fmt: skip
+_SMALL, _LEAST = -(2.0**24), -(2.0**60)
+"""Numbers added that are smaller are the least one: a power of two, whose product with the factor of scores is exact.
+The exponent's multiply-add sees by how much a row's maximum was rounded, and of larger numbers that is too much."""
 _SPAN = f"spans_ptr + (span_at + tile % blocks * (last_key - first_key) + j - first_key) * {len(SPAN)}"
 _AGAIN = columns("unit", UNIT, {"span_at": "span_at"}, small=True)
 """What is read again where it is seldom needed: kept through the loop over blocks it would be a register."""
+
+
+def least(bias: str, factor: str, small: float, least: float) -> str:
+    """What a mask adds (fp32), times a factor, so that it stays finite: below ``small`` it is ``least``, if not -inf.
+
+    Torch adds first, in the scores' own unit, and there the least number of a format is one like others: a row in which
+    it is added to all keys has equal weights. A row of -inf alone has none.
+    """
+    scaled = f"{bias} * {factor}"
+    return f"tl.where(({scaled} < {small!r}) & ({bias} > float('-inf')), {least!r}, {scaled})"
 
 
 def masker_arguments(spec: KernelSpec) -> list[str]:
@@ -92,7 +105,7 @@ def mask_block(out: KernelText, spec: KernelSpec) -> None:
         "bias = gl.load(mask_row + place.to(gl.int64) * mask_sc)",
         'bias = gl.where(bias != 0, 0.0, float("-inf"))'
         if spec.mask_is_bool
-        else "bias = bias.to(gl.float32) * MASK_SCALE",
+        else f"bias = {least('bias.to(gl.float32)', 'MASK_SCALE', _SMALL, _LEAST)}",
         *(['bias = gl.where(row + col < at, float("-inf"), bias)'] if spec.tails != "none" else []),
         "some = gl.max((bias != 0.0).to(gl.int32), 0)",
         "mbarrier.wait(k_empty.index(stage), parity)",

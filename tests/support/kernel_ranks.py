@@ -39,7 +39,8 @@ class Job:
     """One attention site on several ranks.
 
     ``net``: machines reach each other by emulated NVSHMEM only; else everybody by load and store. ``machines`` x ranks
-    inside; ``late`` is a rank that sleeps about ``late_s`` before every put; ``drop`` names a mutant (:func:`mutated`).
+    inside; ``least``: an added mask hides all keys from some queries, by fp32's least number; ``late`` is a rank that
+    sleeps about ``late_s`` before every put; ``drop`` names a mutant (:func:`mutated`).
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Job:
     parts: tuple[int, int] = (1, 1)
     mask: str = "none"
     mask_is_bool: bool = True
+    least: bool = False
     late: int | None = None
     late_s: float = 0.1
     epochs: int = 3
@@ -139,6 +141,9 @@ def inputs_of(job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
         return q, k, v, mask
     mask = torch.randn(shape)
     mask[..., open_keys] = 0.0
+    if job.least:
+        hidden = mask[-1] if job.mask == "key" else mask[..., ::3, :]
+        hidden.fill_(torch.finfo(torch.float32).min)
     return q, k, v, mask
 
 

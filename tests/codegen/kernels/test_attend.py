@@ -84,6 +84,10 @@ SITES = {
     "added key mask": (make_site([40, 70], 2, 2, torch.float32, mask="full"), {"mask": "key", "mask_is_bool": False}),
     "full mask": (make_site([40, 70], 2, 2, torch.float32, batch=2, mask="full"), {"mask": "full"}),
     "bias": (make_site([40, 70], 2, 4, torch.float32, mask="full"), {"mask": "full", "mask_is_bool": False}),
+    "least numbers": (
+        make_site([40, 70], 2, 2, torch.float32, batch=2, mask="full"),
+        {"mask": "key", "mask_is_bool": False, "least": True},
+    ),
 }
 
 

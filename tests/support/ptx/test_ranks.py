@@ -202,6 +202,9 @@ COPIED = {
     "mask of keys, added, head size 128": copied(
         "usp", (1, 2, 2, 1), [150, 64], mask="key", mask_is_bool=False, head_dim=128, dtype=BF16, tile={"block_n": 64}
     ),
+    "mask of keys, least numbers": copied(
+        "usp", (1, 2, 2, 1), [40, 150], mask="key", mask_is_bool=False, least=True, batch=2
+    ),
     "causal mask of keys": copied("usp", (1, 2, 2, 1), [96, 203], causal=True, mask="key"),
 }
 
