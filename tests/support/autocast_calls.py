@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional as F
 
 from sfcompile.capture.graph import capture
 from sfcompile.errors import UnsupportedError
-from sfcompile.torch_private import autocast_off, enter_autocast, exit_autocast, tree_leaves
+from sfcompile.torch_private import FakeTensorMode, autocast_off, enter_autocast, exit_autocast, tree_leaves
 
 aten, fft, linalg = torch.ops.aten, torch.fft, torch.linalg
 N = 6
@@ -180,6 +181,9 @@ UNREACHED = {
     "ctc_loss.Tensor": "its sizes depend on data: Dynamo breaks the graph",
     "linalg_lstsq": "its sizes depend on data: Dynamo breaks the graph",
     "mkldnn_rnn_layer": "called by lstm, which has a case of its own",
+    **dict.fromkeys(
+        ("index_copy.dimname", "prod.dim_Dimname"), "in torch 2.11; dims have names: Dynamo breaks the graph"
+    ),
 }
 
 HOLDING: dict[str, Case] = {
@@ -240,6 +244,19 @@ def differs(case: Case, given: torch.dtype, low: torch.dtype) -> str:
         if mine.dtype != want.dtype or not torch.equal(mine.nan_to_num(), want.nan_to_num()):
             return f"{mine.dtype} for {want.dtype}, off by {(mine.double() - want.double()).abs().max():.1e}"
     return ""
+
+
+def reads_values(case: Case) -> bool:
+    """Whether this torch looks at values before it computes, as 2.11 does for quantiles: Dynamo breaks the graph."""
+    run, shapes = case
+    try:
+        with FakeTensorMode():
+            run(*(torch.empty(shape) for shape in shapes))
+    except DataDependentOutputException:
+        return True
+    except (RuntimeError, NotImplementedError):
+        return False
+    return False
 
 
 def refused(case: Case, low: torch.dtype) -> bool:

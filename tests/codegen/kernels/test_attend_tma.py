@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 import pytest
-from hopper_text import called, check_code, functions, loops, size_of, spec_of_size
+from hopper_text import called, check_code, functions, loops, needs_tensor_copies, size_of, spec_of_size
 
 from sfcompile.codegen.kernels.attend import attend_source
 from sfcompile.codegen.kernels.spec import attend_arguments
@@ -40,6 +40,7 @@ def test_what_a_spec_does_not_need_is_not_in_the_text() -> None:
     assert functions(full)["attend"].args.args[0].arg == attend_arguments(spec_of_size(64))[0]
 
 
+@needs_tensor_copies
 @pytest.mark.thorough
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("keys", [64, 128])

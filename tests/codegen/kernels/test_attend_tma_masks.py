@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 import pytest
-from hopper_text import called, check_code, functions, loops, spec_of_size
+from hopper_text import called, check_code, functions, loops, needs_tensor_copies, spec_of_size
 
 from sfcompile.codegen.kernels.attend import attend_source
 from sfcompile.codegen.kernels.attend_tma_masks import MASK_RING, masker_arguments
@@ -56,6 +56,7 @@ def test_what_a_spec_does_not_need_is_not_in_the_text(changes: dict[str, bool]) 
         assert name not in source, name
 
 
+@needs_tensor_copies
 @pytest.mark.thorough
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("changes", [{"causal": True}, {"mask": "key"}, {"mask": "key", "mask_is_bool": False}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 import pytest
-from hopper_text import called, check_code, functions, loops, spec_of_size
+from hopper_text import called, check_code, functions, loops, needs_tensor_copies, spec_of_size
 
 from sfcompile.codegen.kernels.attend import attend_source
 from sfcompile.codegen.toolchain.compiler import compile_attend
@@ -56,6 +56,7 @@ CASES = [(head_dim, reach, changes) for head_dim in (64, 128) for reach in ("nvs
 ) if head_dim == 64 or "causal" not in changes]  # fmt: skip
 
 
+@needs_tensor_copies
 @pytest.mark.parametrize(
     ("head_dim", "reach", "changes"),
     [

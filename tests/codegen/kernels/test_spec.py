@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -76,6 +77,13 @@ def attention(tokens: int = 128, **changes: object) -> AttentionSchedule:
     return job(site=site).schedule()  # type: ignore[return-value]
 
 
+@pytest.fixture
+def tensor_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Specs are chosen as with a Triton that has them."""
+    monkeypatch.setattr(spec_module, "has_tensor_copies", lambda: True)
+
+
+@pytest.mark.usefixtures("tensor_copies")
 def test_hopper_fetches_by_tensor_copies_where_it_can() -> None:
     spec = spec_of(attention(), 90)
     assert (spec.fetch, spec.block_m, spec.block_n, spec.warps, spec.tails) == ("tma", 128, 128, 4, "none")
@@ -101,11 +109,15 @@ def test_hopper_fetches_by_tensor_copies_where_it_can() -> None:
     )
 
 
+def triton_release() -> tuple[int, ...]:
+    return tuple(int(number) for number in version("triton").split(".")[:2])
+
+
 def test_an_older_triton_keeps_the_kernel_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spec_module, "has_tensor_copies", lambda: False)
     assert spec_of(attention(), 90) == spec_of(attention(), 90, **tiles_for(90, "bf16", 64, 64)).with_(tails="none")
     monkeypatch.undo()
-    assert has_tensor_copies()
+    assert has_tensor_copies() == (triton_release() >= (3, 9))
 
 
 def test_a_state_has_room_for_what_each_way_keeps() -> None:
@@ -113,6 +125,7 @@ def test_a_state_has_room_for_what_each_way_keeps() -> None:
     assert KernelSpec("bf16", 128, 128, 1.0, fetch="tma").state_words * 64 == 128 * (64 + 2 + 2)
 
 
+@pytest.mark.usefixtures("tensor_copies")
 def test_the_reach_of_an_attention_is_that_of_what_it_sends() -> None:
     """Keys and values that come from another machine lie in the rank's own heap: to read them takes no NVSHMEM."""
     two = (0, 0, 1, 1)

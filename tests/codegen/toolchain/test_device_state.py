@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,8 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     added: dict[str, Any] = {}
     monkeypatch.setattr(knobs.runtime.kernel_load_end_hook, "add", lambda hook: added.setdefault("load", hook))
-    monkeypatch.setattr(knobs.runtime.kernel_unload_hook, "add", lambda hook: added.setdefault("unload", hook))
+    unload = SimpleNamespace(add=lambda hook: added.setdefault("unload", hook))
+    monkeypatch.setattr(knobs.runtime, "kernel_unload_hook", unload, raising=False)  # Triton 3.6 and 3.7 have none
     for name, empty in (("_library", []), ("_hooked", []), ("_filled", {}), ("_empty", {})):
         monkeypatch.setattr(device_state, name, empty)
     monkeypatch.setattr(device_state, "NVSHMEM_KERNELS", {"put_nvshmem"})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from autocast_calls import HOLDING, REGISTERED, UNREACHED, differs, refused
+from autocast_calls import HOLDING, REGISTERED, UNREACHED, differs, reads_values, refused
 from helpers import run_sharded
 from torch import nn
 from torch.nn import functional as F
@@ -218,4 +218,5 @@ def test_captured_as_eager_computes_it(low: torch.dtype) -> None:
             if (difference := differs(case, given, low))
         }
         assert not odd, odd
-        assert {name for name, case in cases.items() if refused(case, low)} == {"pinv"}
+        refusals = {name for name, case in cases.items() if refused(case, low) and not reads_values(case)}
+        assert refusals == {"pinv"}

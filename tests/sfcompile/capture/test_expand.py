@@ -12,6 +12,7 @@ from helpers import captured
 from torch import nn
 
 from sfcompile.capture.graph import Captured
+from sfcompile.torch_private import GraphBreak
 
 
 def counts(got: Captured, name: str) -> int:
@@ -100,6 +101,16 @@ def test_checkpoints_within_checkpoints_are_opened_up_and_keep_their_lines() -> 
     torch.testing.assert_close(got.gm(x)[0], call(x))
 
 
+def traced(call: Callable[..., Any], x: torch.Tensor) -> bool:
+    """Whether torch's own Dynamo sees a function as one graph."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(call, backend="eager", fullgraph=True)(x)
+    except GraphBreak:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padded_sequences_are_padded_and_stacked(batch_first: bool, side: str) -> None:
@@ -108,6 +119,10 @@ def test_padded_sequences_are_padded_and_stacked(batch_first: bool, side: str) -
         return nn.utils.rnn.pad_sequence(rows, batch_first=batch_first, padding_value=2.0, padding_side=side)
 
     x = torch.randn(7, 4)
+    if not traced(call, x):  # Dynamo of torch 2.11 breaks the graph at other sides, under any backend
+        with pytest.raises(GraphBreak, match="pad_sequence"):
+            captured(call, x)
+        return
     got = captured(call, x)
     assert counts(got, "pad_sequence") == 0 and counts(got, "stack") == 1
     assert torch.equal(through(got, call, x), call(x))

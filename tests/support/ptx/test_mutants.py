@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hopper_text import needs_tensor_copies
 
 from ptx.mutants import MUTANTS, Mutant, caught
 
@@ -10,9 +11,12 @@ from ptx.mutants import MUTANTS, Mutant, caught
 QUICK = {"acquire of an output to relaxed", "release of a put's signal to relaxed"}
 
 
-@pytest.mark.parametrize(
-    "mutant", [pytest.param(m, id=m.name, marks=[] if m.name in QUICK else pytest.mark.thorough) for m in MUTANTS]
-)
+def marks(mutant: Mutant) -> list[pytest.MarkDecorator]:
+    thorough = [] if mutant.name in QUICK else [pytest.mark.thorough]
+    return [*thorough, *([needs_tensor_copies] if mutant.fetch == "tma" else [])]
+
+
+@pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name, marks=marks(m)) for m in MUTANTS])
 def test_caught(mutant: Mutant) -> None:
     said, _ = caught(mutant, seeds=4)
     assert said, mutant.name

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_text import needs_tensor_copies
 from kernel_ranks import Job, make_site
 from random_sites import even, rows
 from row_forms import forms, traced
@@ -60,6 +61,7 @@ def test_hopper(dtype: torch.dtype) -> None:
     check(job_of(90, dtype=dtype), 90)
 
 
+@needs_tensor_copies
 def test_hopper_by_tensor_copies() -> None:
     """Chunks that a block does not fill and one of two tiles; both warpgroups, and the ring around several times."""
     ranks = check(job_of(90, fetch="tma"), 90)
@@ -68,6 +70,7 @@ def test_hopper_by_tensor_copies() -> None:
     assert "cp.async.bulk.tensor" in ptx and "setmaxnreg" in ptx
 
 
+@needs_tensor_copies
 def test_hopper_sends_outputs_home_by_nvshmem() -> None:
     """One warp puts what the last warpgroup of all programs has found complete."""
     ranks = check(job_of(90, net=True, fetch="tma", epochs=2), 90)
@@ -77,6 +80,7 @@ def test_hopper_sends_outputs_home_by_nvshmem() -> None:
     assert "putmem_signal_nbi_warp" in ptx and "putmem_signal_nbi_block" not in ptx
 
 
+@needs_tensor_copies
 @pytest.mark.thorough
 @pytest.mark.parametrize(("net", "late"), [(False, False), (True, False), (True, True)])
 def test_a_chunk_that_never_comes_ends_every_warp_and_nothing_leaves(net: bool, late: bool) -> None:
@@ -209,6 +213,7 @@ COPIED = {
 }
 
 
+@needs_tensor_copies
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", list(COPIED))
 def test_by_tensor_copies(name: str) -> None:
