@@ -70,7 +70,12 @@ def known_at_start() -> StartFacts | None:
     codecache, isas = _inductor("codecache"), _inductor("cpu_vec_isa")
     if not isas.valid_vec_isa_list.cache_info().currsize or _others_are_asked(isas):
         return None
-    first = {str(isa): dict(vars(isa)) for isa in isas.valid_vec_isa_list()[:1]}
+    first = {
+        str(isa): {
+            name: value for name, value in vars(isa).items() if not name.startswith("__")
+        }  # methods of its class
+        for isa in isas.valid_vec_isa_list()[:1]
+    }
     plain = all(type(value) in (bool, int, str) for facts in first.values() for value in facts.values())
     # Linux lets a process use AMX's tiles once it has asked for them, which the trial does.
     if not plain or any("amx" in name for name in first):

@@ -12,6 +12,8 @@ there: where ranks are wrong about their graphs being equal, one of them compile
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,12 @@ def compile_once(
     text, bounds = slices_of(gm)
     kept = not runs_eagerly(inputs, asked) and inductor_keeps() and bool(inputs)
     mark = hashlib.sha256(text.encode()).hexdigest() if kept else f"rank {rank}"
-    everyone = exchange([mark, bounds], "compare their graphs before they are compiled")
-    alike = [other for other, (its_mark, _) in enumerate(everyone) if its_mark == mark]
+    everyone = exchange([mark, bounds, os.cpu_count() or 1], "compare their graphs before they are compiled")
+    alike = [other for other, (its_mark, *_) in enumerate(everyone) if its_mark == mark]
+    # One number for all ranks, whatever their graphs: what each of them computes whole is to have the same bits on all,
+    # and in a lower precision a cut rounds what crosses it.
+    most_alike = max(Counter((its_mark, machine_of[other]) for other, (its_mark, *_) in enumerate(everyone)).values())
+    stretches = min(most_alike, *(cores for *_, cores in everyone))
     names = differing([everyone[other][1] for other in alike])
     rows: list[OwnRows] = []
     if names and can_take_out(gm, names):
@@ -88,7 +94,7 @@ def compile_once(
             take_start(folder)
         yield from (piece for piece in range(len(sizes)) if piece not in own)
 
-    run = run_inner(gm, inputs, mode, asked, tell, len(mates), turns)
+    run = run_inner(gm, inputs, mode, asked, tell, stretches, turns)
     meet()
     return with_rows(run, rows, _device(inputs))
 

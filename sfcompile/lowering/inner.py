@@ -19,7 +19,7 @@ from sfcompile.torch_private import FakeTensorMode, inductor_mode_options
 log = logging.getLogger("sfcompile")
 
 MOST_STRETCHES = 4
-"""Ranks for which a graph without repeated blocks is cut: each piece costs a call of its own at every step."""
+"""A graph without repeated blocks is cut into no more: each costs a call of its own at every step."""
 
 
 def run_inner(
@@ -28,7 +28,7 @@ def run_inner(
     mode: FakeTensorMode | None,
     asked: Options,
     tell: Callable[[str], None] = lambda _: None,
-    ranks: int = 1,
+    stretches: int = 1,
     turns: Turns = in_a_row,
 ) -> Callable[..., Any]:
     """What runs a graph: Inductor, or eager where asked for or no compiler is installed.
@@ -36,7 +36,7 @@ def run_inner(
     Args:
         inputs: fake tensors of ``mode``; with ``mode`` None, those of a graph of Dynamo's, which is compiled whole.
         tell: is told of the pieces that a graph is cut into, in words, or why no repeated block is compiled once.
-        ranks: how many share this compile, each some of its pieces.
+        stretches: into so many a graph without repeated blocks is cut, for as many ranks that share its compile.
         turns: in which order its pieces are compiled.
     """
     if runs_eagerly(inputs, asked):
@@ -44,7 +44,7 @@ def run_inner(
     config: dict[str, Any] = {}
     if asked.mode and asked.mode != "default":
         config.update(inductor_mode_options(asked.mode))
-    blocks = _blocks(gm, config, asked, ranks) if mode is not None else None
+    blocks = _blocks(gm, config, asked, stretches) if mode is not None else None
     if mode is None or blocks is None:
         if mode is not None and asked.compile_blocks != "off" and (why := why_distinct(gm)):
             tell(f"compiled in one piece: {why}")
@@ -55,13 +55,11 @@ def run_inner(
     return blocks.compiled(mode, lambda region, values: compile_with_inductor(region, values, mode, config), turns)
 
 
-def _blocks(gm: fx.GraphModule, config: dict[str, Any], asked: Options, ranks: int) -> Blocks | None:
-    """The graph's repeated blocks, or else a stretch for each rank, if it is to be cut: a CUDA graph is recorded of a
-    whole call."""
+def _blocks(gm: fx.GraphModule, config: dict[str, Any], asked: Options, stretches: int) -> Blocks | None:
+    """The graph's repeated blocks, or else stretches, if it is to be cut: a CUDA graph is recorded of a whole call."""
     if asked.compile_blocks == "off" or config.get("triton.cudagraphs"):
         return None
-    # All cores of the machine, not those that this process may use: ranks that share a compile cut their graphs alike.
-    return blocks_of(gm) or stretches_of(gm, min(ranks, os.cpu_count() or 1, MOST_STRETCHES))
+    return blocks_of(gm) or stretches_of(gm, min(stretches, MOST_STRETCHES))
 
 
 def runs_eagerly(inputs: Sequence[Any], asked: Options) -> bool:

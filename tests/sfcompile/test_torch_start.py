@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from typing import Any
 
 import pytest
@@ -110,6 +111,26 @@ def test_the_first_is_what_torch_itself_takes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(isas, "valid_vec_isa_list", functools.cache(lambda: pytest.fail("all were tried")))
     try_first_only()
     assert isas.pick_vec_isa() is want
+
+
+def test_what_a_trial_leaves_behind_is_kept_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags of a compile hang on it, and with them Inductor's keys: another start is to come to the same ones."""
+    isas = inductor("cpu_vec_isa")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(isas, "valid_vec_isa_list", isas.valid_vec_isa_list)  # put back when the test ends
+    isa, facts = isas.pick_vec_isa(), known_at_start()
+    if "amx" in str(isa) or not isa:
+        assert facts is None or not facts.vector_isas
+        return
+    assert facts is not None and list(facts.vector_isas) == [str(isa)]
+    flags, before = isa.build_arch_flags(), dict(vars(isa))
+    for name, value in facts.vector_isas[str(isa)].items():
+        assert type(value) in (bool, int, str)
+        monkeypatch.setitem(vars(isa), name, not value if isinstance(value, bool) else "other")
+    assert isa.build_arch_flags() != flags
+    monkeypatch.setattr(isas, "valid_vec_isa_list", functools.cache(lambda: pytest.fail("it looked for itself")))
+    know_at_start(StartFacts(*json.loads(json.dumps(facts))))
+    assert isas.pick_vec_isa() is isa and isa.build_arch_flags() == flags and vars(isa) == before
 
 
 def test_what_decides_it_is_told_unless_it_was_told_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

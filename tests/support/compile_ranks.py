@@ -71,7 +71,7 @@ class Deep(nn.Module):
 
 def stretches(rank: int, compiler: str) -> None:
     """Two ranks, eight blocks of which no two are alike: each compiles a stretch of them for both."""
-    inner.os.cpu_count = lambda: 2  # type: ignore[assignment]
+    os.cpu_count = lambda: 2  # as on two cores
     compiled: list[int] = []
     compile = inner.compile_with_inductor
 

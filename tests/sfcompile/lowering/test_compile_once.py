@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -121,6 +122,39 @@ def test_every_piece_is_compiled_by_one_rank_before_the_others_take_it(monkeypat
     assert set(seen[:4]) == {(rank, piece) for rank in range(3) for piece in own[rank]}
     assert len(seen) == 12 and len(set(seen)) == 12, "each rank has every piece in the end"
     assert sorted(told) == [(rank, done + 1, len(own[rank]), 4) for rank in range(3) for done in range(len(own[rank]))]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "machine_of", "cores", "stretches"),
+    [
+        ((5, 4, 4, 4), (0, 0, 0, 0), 8, 3),
+        ((5, 4, 4, 4), (0, 0, 0, 0), 2, 2),
+        ((4, 4, 4, 4), (0, 0, 1, 1), 8, 2),
+        ((4, 5), (0, 0), 8, 1),
+    ],
+)
+def test_ranks_of_other_graphs_are_cut_into_as_many_stretches(
+    lengths: tuple[int, ...], machine_of: tuple[int, ...], cores: int, stretches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What every rank computes whole has the same bits on all then, also where a cut rounds."""
+    graphs = [captured(8 * rank, length) for rank, length in enumerate(lengths)]
+    told: list[int] = []
+
+    def run_inner(gm: fx.GraphModule, *args: Any) -> Callable[..., Any]:
+        told.append(args[-2])
+        list(args[-1]([7]))
+        return gm
+
+    monkeypatch.setattr(module, "run_inner", run_inner)
+    monkeypatch.setattr(module, "inductor_keeps", lambda: True)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+
+    def work(rank: int) -> None:
+        exchange = current_session().exchange
+        compile_once(graphs[rank].gm, graphs[rank].mode, Options(), rank, machine_of, exchange)
+
+    run_threads(len(lengths), work, machine_of)
+    assert told == [stretches] * len(lengths)
 
 
 @pytest.mark.ranks
