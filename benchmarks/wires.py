@@ -1,6 +1,6 @@
 """What each wire costs in accuracy: models on several ranks against the same models in fp64, in one process.
 
-    python benchmarks/wires.py [--ranks 4] [--mesh ULYSSES RING] [--dtype float32 bfloat16] [names ...]
+    python benchmarks/wires.py [names ...] [--ranks 4] [--mesh ULYSSES RING] [--dtype float32 bfloat16]
 
 A model of ``benchmarks/diffusers_zoo`` (tiny, random weights) is compiled with ``placement="shard"``, so that whatever
 can be shared out travels, once for every wire, and called. An error is the root mean square of what the output is off,

@@ -202,6 +202,13 @@ class _Rewriter:
                 raise CannotSplit(f"{node.name} is a sum over all tokens")
             self._whole[node] = self._local.all_reduce(shards[0], node.meta["val"].dtype)
             return
+        # Of this op's own, also where a rank has nothing to do (its rows lie in the slice, away from the padding):
+        # what is put or read goes by where nodes stand (order_puts.py), which must be the same on every rank.
+        alias = torch.ops.aten.alias.default
+        shards = [
+            view.call(alias, [shard], {}) if shard in mine else shard
+            for shard, mine, view in zip(shards, operands, self._views, strict=True)
+        ]
         self._shards[node] = shards
         if is_tensor(node):
             self._check(node)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from graph_text import parse, same
-from helpers import captured, placeholder_values, run_compiled
+from helpers import captured, placeholder_values, run_compiled, run_sharded
 from models import build
 from torch import fx
 
@@ -179,3 +179,19 @@ def test_tokens_that_do_not_suffice_for_parts_stay_whole(monkeypatch: pytest.Mon
     state = State(got.gm, got.mode, Topology.grid(2, 1), 0, asked)
     run_pipeline(state)
     assert state.choices.parts == 1
+
+
+def test_tiles_whose_rows_all_lie_on_some_ranks_are_exchanged_in_one_order() -> None:
+    """A rank whose rows all lie in a slice, or none, has nothing to cut, and yet puts it when the others do."""
+
+    class Tiles(torch.nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            h = torch.nn.functional.conv1d(torch.nn.functional.pad(x, [0, 1]), w, stride=2)
+            tiles = [(0, 4, 0), (2, 7, 1), (5, 9, 1)]
+            outs = [torch.nn.functional.conv1d(h[:, :, a:b], w, padding=1)[:, :, at : at + 3] for a, b, at in tiles]
+            return torch.nn.functional.group_norm(torch.cat(outs, 2), 2)
+
+    gen = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 4, 18, generator=gen), torch.randn(4, 4, 3, generator=gen)]
+    for ranks in (2, 3, 4, 5):
+        run_sharded(Tiles(), inputs, ranks)
