@@ -19,6 +19,12 @@ def inductor(name: str) -> Any:
     return importlib.import_module(f"torch._inductor.{name}")
 
 
+told = pytest.mark.skipif(
+    not all(hasattr(getattr(inductor("codecache"), name, None), "set") for name in ("torch_key", "triton_key")),
+    reason="this torch cannot be told what it would find out: nothing is kept",
+)
+
+
 class Isa:
     """Vector instructions that work or not."""
 
@@ -51,6 +57,7 @@ def unknowing(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     return codecache, isas
 
 
+@told
 def test_who_knows_nothing_takes_what_it_is_told(unknowing: tuple[Any, Any]) -> None:
     codecache, isas = unknowing
     assert known_at_start() is None
@@ -62,6 +69,7 @@ def test_who_knows_nothing_takes_what_it_is_told(unknowing: tuple[Any, Any]) -> 
     assert codecache.torch_key() == bytes.fromhex(FACTS.torch_key) and codecache.triton_key() == FACTS.triton_key
 
 
+@told
 def test_what_is_known_stays(unknowing: tuple[Any, Any]) -> None:
     know_at_start(FACTS)
     know_at_start(StartFacts({"avx512": {}}, "00" * 32, None))
@@ -69,6 +77,7 @@ def test_what_is_known_stays(unknowing: tuple[Any, Any]) -> None:
     assert known is not None and list(known.vector_isas) == ["avx2"] and known[1:] == FACTS[1:]
 
 
+@told
 def test_no_more_is_tried_than_the_first_that_works(unknowing: tuple[Any, Any]) -> None:
     _, isas = unknowing
     try_first_only()
@@ -76,6 +85,7 @@ def test_no_more_is_tried_than_the_first_that_works(unknowing: tuple[Any, Any]) 
     assert [isa.tried for isa in isas.supported_vec_isa_list] == [1, 1, 0]
 
 
+@told
 @pytest.mark.parametrize("how", ["by name", "by width"])
 def test_where_others_are_asked_for_all_are_looked_at(
     how: str, unknowing: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
@@ -91,6 +101,7 @@ def test_where_others_are_asked_for_all_are_looked_at(
         assert known_at_start() is None and decides_start() is None
 
 
+@told
 def test_what_has_to_be_asked_for_in_every_process_is_not_kept(
     unknowing: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +114,7 @@ def test_what_has_to_be_asked_for_in_every_process_is_not_kept(
     assert known_at_start() is None
 
 
+@told
 def test_the_first_is_what_torch_itself_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     isas = inductor("cpu_vec_isa")
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
@@ -113,6 +125,7 @@ def test_the_first_is_what_torch_itself_takes(monkeypatch: pytest.MonkeyPatch) -
     assert isas.pick_vec_isa() is want
 
 
+@told
 def test_what_a_trial_leaves_behind_is_kept_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The flags of a compile hang on it, and with them Inductor's keys: another start is to come to the same ones."""
     isas = inductor("cpu_vec_isa")
@@ -133,6 +146,7 @@ def test_what_a_trial_leaves_behind_is_kept_with_it(monkeypatch: pytest.MonkeyPa
     assert isas.pick_vec_isa() is isa and isa.build_arch_flags() == flags and vars(isa) == before
 
 
+@told
 def test_what_decides_it_is_told_unless_it_was_told_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     decides = decides_start()
     assert decides is not None
@@ -145,6 +159,7 @@ def test_what_decides_it_is_told_unless_it_was_told_by_hand(monkeypatch: pytest.
     assert decides_start() is None
 
 
+@told
 def test_without_a_compiler_nothing_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> str:
         raise RuntimeError("no C++ compiler")
