@@ -1,8 +1,7 @@
 """The compiler: the list of passes in the order in which they run.
 
-An entry names a pass, the fields of the state (state.py) that it needs and that it makes, and why it stands there.
-What loops or searches says so in its entry: ``Restart`` runs all above it once more, ``cheapest`` tries every way.
-runner.py runs the list for a rank, lowering/rank_graph.py for all; sfcompile/extend.py is the door for passes of yours.
+An entry names a pass, the fields of the state (state.py) that it needs and makes, and why it stands there. ``Restart``
+runs all above it once more, ``cheapest`` tries every way. runner.py runs the list; sfcompile/extend.py is your door.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 # isort: off
 from sfcompile.passes import analyse_attention, analyse_tokens, choose_axes, choose_layouts, choose_schedules
-from sfcompile.passes import place_min_cut, rewrite_batch, rewrite_local, rewrite_weights, order_puts
+from sfcompile.passes import place_features, place_min_cut, rewrite_batch, rewrite_local, rewrite_weights, order_puts
 from sfcompile.passes import fuse_puts, build_schedules, report_graph
 
 # isort: on
@@ -62,6 +61,7 @@ PIPELINE: list[Pass] = [
             "if the plan splits the batch: the passes above once more, for one group's part"),
     Pass("place_min_cut", place_min_cut.run, "tokens layouts choices", "placement",
          "needs layouts, to know which ops have a local form, and prices of traffic"),
+    Pass("place_features", place_features.run, "tokens choices placement", "", "products left whole, by features"),
     Pass("rewrite_local", rewrite_local.run, "tokens layouts choices placement", "local traffic choices",
          "every decision is made: write this rank's graph, in parts if planned; once more, whole, if an op forbids it"),
     Pass("rewrite_weights", rewrite_weights.run, "local", "weights", "weights in shares: gathered before readers"),

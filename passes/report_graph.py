@@ -139,12 +139,17 @@ def _count_work(state: State, report: GraphReport) -> None:
     owners, placement = state.layouts.owners, state.placement
     per_rank = np.zeros(state.topology.num_ranks)
     shares: dict[Layout, NDArray[np.float64]] = {}
+    by_features = {node for group in placement.features for node in group.nodes}
     for node, op in state.tokens.views.items():
         cost = flops(op)
         report.total_flops += cost
         if unpriced(op):
             report.unpriced.append(f"{op.namespace}.{op.name}")
         layout = None
+        if node in by_features:
+            report.sharded_ops += 1
+            per_rank += cost / len(per_rank)
+            continue
         if node in placement.needs:
             cuts = (*placement.chosen[node].outs, *placement.needs[node])
             layout = next(cut for cut in cuts if isinstance(cut, Layout))
@@ -167,6 +172,13 @@ def _list_traffic(state: State, report: GraphReport) -> None:
     report.gathered = [
         _left(value, "model output" if value in outputs else _reader(value, state.placement.reasons), 0.0)
         for value in state.traffic.gathers
+    ]
+    report.gathered += [
+        replace(
+            _left(group.nodes[0], f"{len(group.nodes)} products of {group.source.name}, by features", 0.0),
+            nbytes=sum(map(value_bytes, group.nodes)),
+        )
+        for group in state.traffic.features
     ]
     if state.group is not None and state.group.sites:
         report.gathered += [

@@ -17,6 +17,7 @@ from torch import fx
 
 from sfcompile.errors import InternalError
 from sfcompile.passes.graph.cost import exchange_seconds
+from sfcompile.passes.graph.features import compute_by_features
 from sfcompile.passes.graph.halo import Halo, beside
 from sfcompile.passes.graph.layout import Key, Layout, OpLayouts, Owners, Window
 from sfcompile.passes.graph.local_graph import LocalGraph
@@ -25,7 +26,7 @@ from sfcompile.passes.rules.attention import Attention
 from sfcompile.passes.rules.linked import Linked
 from sfcompile.passes.rules.norm import GroupNorm, computed_in
 from sfcompile.passes.rules.rule import statistics_bytes
-from sfcompile.passes.state import Layouts, Move, Placement, State, Tokens, Traffic
+from sfcompile.passes.state import Features, Layouts, Move, Placement, State, Tokens, Traffic
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.program.value_rows import ValueRows
 from sfcompile.torch_private import OpOverload
@@ -131,10 +132,20 @@ class _Rewriter:
         for node in self._placement.needs if len(self._views) > 1 else ():
             if any(layout and not self._owners.fits(layout) for layout in self._placement.chosen[node].outs):
                 raise CannotSplit(f"{node.name} holds rows of a grid that do not divide")
+        by_source: dict[fx.Node, list[Features]] = {}
+        for group in self._placement.features:
+            by_source.setdefault(group.source, []).append(group)
+        due: list[Features] = []  # as early as can be, behind the inputs, among which the weights are
         for node in graph.nodes:
+            if node.op != "placeholder":
+                self._by_features(due)
+                due = []
+            due += by_source.get(node, [])
             self._local.origin = node
             for view in self._views:
                 view.origin = node
+            if node in self._whole:
+                continue  # computed by features
             if node.op == "output":
                 self._local.graph.output(self._results(node.args[0]))
             elif node in self._placement.needs:
@@ -153,6 +164,15 @@ class _Rewriter:
                     self._check(node)
             else:
                 self._copy(node)
+
+    def _by_features(self, groups: Sequence[Features]) -> None:
+        """Products of one input, each rank some features of each, put together."""
+        for group in groups:
+            ops = [self._tokens.views[node] for node in group.nodes]
+            weights = [[self.whole(operand.node) for operand in op.operands[1:]] for op in ops]
+            outs = compute_by_features(self._local, ops, self.whole(group.source), weights)
+            self._whole.update(zip(group.nodes, outs, strict=True))
+            self.traffic.features.append(group)
 
     def _results(self, results: Any) -> Any:
         """What the graph returns: whole values, but for those that may leave in shards."""

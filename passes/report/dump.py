@@ -3,7 +3,7 @@
     DIR/graph-1f0c9a2b/00_captured.txt
                        01_analyse_attention.txt    what it found; "graph as in 00_captured.txt"
                        ...
-                       08_rewrite_local.txt        op counts before -> after, and the new graph
+                       09_rewrite_local.txt        op counts before -> after, and the new graph
                        plan.txt  schedules.txt  kernels/
                        index.html                  from which all of it is read
 

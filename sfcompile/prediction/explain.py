@@ -131,7 +131,8 @@ def _graph(state: State, compiled: Compiled, names: list[str], step: Step) -> Ex
     reasons = {node.name: reason for node, reason in state.placement.reasons.items()}
     if state.group is not None:
         reasons |= {node.name: f"batch: {why}" for node, (_, why) in state.group.left.items()}
-    sharded = frozenset(node.name for node in state.placement.needs)
+    by_features = [node for group in state.placement.features for node in group.nodes]
+    sharded = frozenset(node.name for node in (*state.placement.needs, *by_features))
     blocks = blocks_of(state.local.graph, Facts(state.topology, names, sharded, reasons, step))
     report = compiled.report
     return ExplainedGraph(

@@ -45,7 +45,7 @@ def test_report_and_dump(tmp_path: Path) -> None:
     numbered = [f"{i:02d}_{name}.txt" for i, name in enumerate(NAMES, 1)]
     assert names == ["00_captured.txt", *numbered, "index.html", "plan.txt", "schedules.txt"]
     assert "graph as in 00_captured.txt" in (folder / "02_analyse_tokens.txt").read_text()
-    assert "aten.scaled_dot_product_attention.default: 2 -> 0 (-2)" in (folder / "08_rewrite_local.txt").read_text()
+    assert "aten.scaled_dot_product_attention.default: 2 -> 0 (-2)" in (folder / "09_rewrite_local.txt").read_text()
 
 
 @pytest.mark.parametrize("late", [True, False])
