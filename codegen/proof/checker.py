@@ -19,7 +19,10 @@ and why it is enough:
                not split: only the rank's own queries. An output is pushed, or stays, after its last pair.
     reuse      No slot is put twice in an epoch, so within an epoch nothing is overwritten. Across epochs: a writer of
                epoch e + 2 first sees ``done >= e`` of the receiver (runtime/wires/transport.py), which sets it after
-               collect, that is after all its reads of epoch e. All reads stand in the phases of their epoch.
+               collect, that is after all its reads of epoch e. All reads stand in the phases of their epoch, but for
+               those of a network card, which ends them with the receiver's wait: where NVSHMEM carries, a writer sees
+               ``done >= e`` of all ranks (codegen/engines/device_engine.py). And since every arrival is waited for
+               before ``done``, whether it is read or not, nothing of epoch e comes later.
     wanted     What a rank wants of an exchange is covered once, by its own shard and by arrivals.
     sizes      Slots do not overlap; each holds the largest chunk that any rank receives in it.
 
