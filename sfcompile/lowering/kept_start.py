@@ -1,7 +1,7 @@
 """What Inductor finds out at every start before it can use its cache, kept on disk: it changes with files only.
 
 Before it takes a compiled graph from the disk, Inductor loads test libraries in processes of their own, to see which
-vector instructions work here, and reads all sources of torch and Triton, Triton's library too, for its keys: about 1.7
+vector instructions work here, and reads all sources of torch and Triton, Triton's library too, for its keys: about 1.5
 CPU seconds in every rank at every start, more than all that follows. Here the first rank to know writes it down, and
 the others, and later starts, take it. At the first start of all, Inductor compiles those libraries for all vector
 instructions and takes the first; here it tries until some work.
