@@ -9,21 +9,19 @@ from sfcompile.errors import UnsupportedError
 __version__ = "0.1.0"
 TORCH = ((2, 11), (2, 16))
 """The first release of torch that is supported, and the first that is not: as in pyproject.toml."""
-UNTRIED = (2, 14)
-"""One in between that is refused: not every test has run with it (docs/status.md)."""
 
 
 def torch_range() -> str:
     """As pip writes it."""
     least, below = (f"{major}.{minor}" for major, minor in TORCH)
-    return f"torch>={least},!={UNTRIED[0]}.{UNTRIED[1]}.*,<{below}"
+    return f"torch>={least},<{below}"
 
 
 def is_supported(installed: str) -> bool:
     """Whether a release of torch is one of the range."""
     numbers = re.match(r"(\d+)\.(\d+)", installed)
     release = (int(numbers[1]), int(numbers[2])) if numbers is not None else (0, 0)
-    return TORCH[0] <= release < TORCH[1] and release != UNTRIED
+    return TORCH[0] <= release < TORCH[1]
 
 
 def refuse_other_torch(installed: str) -> None:

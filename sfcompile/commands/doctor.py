@@ -25,7 +25,7 @@ from sfcompile.commands.launch import check_places, launch, num_cores
 from sfcompile.commands.models import positive
 from sfcompile.commands.screen import show
 from sfcompile.errors import StreamFusionError
-from sfcompile.version import TORCH, UNTRIED, __version__, is_supported, torch_range
+from sfcompile.version import TORCH, __version__, torch_range
 
 SHM = Path("/dev/shm")
 ROOM_BYTES = 1 << 30
@@ -142,8 +142,6 @@ def versions() -> list[Finding]:
         numbers = _numbers(installed)
         outside = least is not None and below is not None and not least <= numbers < below
         span = f", supported: {_dots(least)} to below {_dots(below)}" if least and below else ""
-        if name == "torch":
-            outside, span = not is_supported(installed), f"{span}, but {_dots(UNTRIED)}"
         findings.append(Finding(area, name, installed + (span if outside else ""), cure if outside else ""))
     return findings
 
