@@ -196,7 +196,8 @@ def engines_for(
         measure = resolved(asked.topology) != ASSUMED
         return decide_attention(session, device, attention_work(kinds), measure)
 
-    chosen, why = choose_attention(asked.attention, sites, device.type, session.side.no_kernels, faster)
+    arch = KernelTarget(device).architecture
+    chosen, why = choose_attention(asked.attention, sites, device.type, session.side.no_kernels, faster, arch)
     line = f"{chosen} ({why})"
 
     def engine(schedule: Schedule) -> Engine | DeviceEngine | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from sfcompile.codegen.kernels.spec import MAX_HEAD_DIM, cannot_generate
@@ -17,6 +18,7 @@ def choose_attention(
     device_type: str,
     hindrance: str = "",
     faster: Callable[[], tuple[str, str]] = lambda: ("triton", "puts, waits and attention in one kernel"),
+    arch: int = 0,
 ) -> tuple[str, str]:
     """``("triton" or "aten", reason)`` for all attentions of a graph.
 
@@ -28,9 +30,10 @@ def choose_attention(
         device_type: "cuda" or "cpu".
         hindrance: why kernels of these ranks cannot put; "": they can.
         faster: asked where both can run them and neither was asked for (sfcompile/measuring/attention.py).
+        arch: 80, 90, ... of the GPU; 0: none, or not known.
 
     Raises:
-        CodegenError: generated kernels were asked for and Triton is not installed.
+        CodegenError: generated kernels were asked for and Triton is not installed, or one that compiles them wrongly.
         UnsupportedError: generated kernels were asked for and cannot run some site.
     """
     if asked == "aten":
@@ -43,6 +46,7 @@ def choose_attention(
         )
     if hindrance:
         return "aten", hindrance
+    reordered = reorders_waits(arch)
     hindrances = [f"attention {site.name}: {cannot_generate(site)}" for site in sites if cannot_generate(site)]
     installed = find_spec("triton") is not None
     if asked == "triton":
@@ -51,6 +55,12 @@ def choose_attention(
                 "attention='triton' needs Triton, which is not installed",
                 "CPU builds of torch do not bring it",
                 "pip install 'triton>=3.6', or use attention='aten'",
+            )
+        if reordered:
+            raise CodegenError(
+                f"attention='triton', and {reordered}",
+                "results could be wrong without a sign",
+                "use torch 2.14 or later, which brings Triton 3.8, or attention='auto' or 'aten'",
             )
         if hindrances:
             raise UnsupportedError(
@@ -63,6 +73,21 @@ def choose_attention(
         return "aten", "on CPU ranks generated kernels run in Triton's interpreter, which is for checking them"
     if not installed:
         return "aten", "Triton is not installed"
-    if hindrances:
-        return "aten", hindrances[0]
+    if reordered or hindrances:
+        return "aten", reordered or hindrances[0]
     return faster()
+
+
+def reorders_waits(arch: int) -> str:
+    """Why kernels that the Triton at hand compiles for an architecture are not to be trusted; "" if they are.
+
+    The PTX machine (tests/support/ptx) saw what 3.6 and 3.7 make of the attention kernel for sm_90 read chunks that no
+    wait had shown to be there; what they make for sm_80, and 3.8 and later for both, does not.
+    """
+    try:
+        release = version("triton")
+    except PackageNotFoundError:
+        return ""
+    if arch < 90 or tuple(int(number) for number in release.split(".")[:2]) >= (3, 8):
+        return ""
+    return f"Triton {release} compiles kernels for sm_{arch} that read chunks before they have come (3.8 does not)"

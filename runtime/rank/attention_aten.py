@@ -4,9 +4,16 @@ Two partials (o1, l1), (o2, l2) over disjoint keys, l the natural log-sum-exp of
     l = logaddexp(l1, l2),   o = o1 exp(l1 - l) + o2 exp(l2 - l) = o1 + (o2 - o1) sigmoid(l2 - l1)
 in fp32 (fp64 for fp64 inputs). The last form rounds less: its two weights add up to one. A row that sees no key has
 l = -inf, o = 0 and adds nothing.
+
+A row that an additive mask hides as a whole by a large number (-1e4, -1e9, a format's least) has weights all the same,
+of its scores as they are rounded beside that number. There l is that number plus the logarithm of about as many keys as
+there are, which fp32 does not keep beside it: chunks of several sizes would count alike. On CPUs such l are computed
+once more, in fp64.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -14,18 +21,30 @@ from sfcompile.runtime.rank import attention_library
 
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
+_HIDDEN = -1e3
+"""A row whose log-sum-exp is below this is hidden by its mask."""
+_LEAST = -1e10
+"""Masks below this are as good as this: fp64 keeps the logarithm of a count beside it to 1e-6."""
+_ROWS = 64
+
 Partial = tuple[torch.Tensor, torch.Tensor]
-"""``(o [B, H, Lq, E], lse [B, H, Lq])``, fp32 or wider."""
+"""``(o [B, H, Lq, E], lse [B, H, Lq])``, fp32 or wider; lse may be wider than o."""
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    whole: Callable[[], torch.Tensor] | None = None,
 ) -> Partial | None:
     """Attention of q [B, H, Lq, D] with k, v [B, H, Lk, D or E]; None if there is no query or no key.
 
     ``bias`` is boolean (True: may attend) or additive, broadcastable to [B, H, Lq, Lk]. On CPUs bf16 and fp16 are
     computed in fp32: a partial rounded to half precision before the merge would cost up to 1.8 times the error of
-    one-device attention, and fp32 is as fast. GPUs' library kernels (attention_library.py) do round.
+    one-device attention, and fp32 is as fast. GPUs' library kernels (attention_library.py) do round. ``whole`` gives
+    the bias of these queries to all keys, if these are some of them.
     """
     if q.numel() == 0 or k.shape[2] == 0:
         return None
@@ -50,6 +69,8 @@ def attend(
         dead = dead.expand(lse.shape)
         lse = lse.masked_fill(dead, float("-inf"))
         o = o.masked_fill(dead.unsqueeze(-1), 0.0)
+    if bias is not None and on_cpu:
+        lse = _lse_of_hidden(q, k, bias, scale, lse, whole or (lambda: bias))
     return o, lse
 
 
@@ -67,9 +88,38 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     scores = (q * scale) @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
-    return weights @ v, lse
+    most = scores.amax(dim=-1, keepdim=True)
+    weights = torch.exp(scores - most.masked_fill(most == float("-inf"), 0.0))
+    total = weights.sum(dim=-1, keepdim=True)
+    # A row without keys has a total of 0; its output is made 0 by the caller.
+    return (weights @ v) / total.clamp(min=1.0), (most + total.log()).squeeze(-1)
+
+
+def _lse_of_hidden(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float,
+    lse: torch.Tensor,
+    whole: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """``lse``; in fp64 if a finite mask hides some rows from all keys, with those computed once more."""
+    hidden = (lse < _HIDDEN) & (lse != float("-inf"))
+    if not hidden.any():
+        return lse
+    hidden &= whole().amax(dim=-1) < _HIDDEN  # keys of padding are hidden from rows that see others
+    rows = hidden.any(dim=0).any(dim=0).nonzero().flatten()
+    if not len(rows):
+        return lse
+    lse, keys = lse.double(), k.transpose(-1, -2)
+    bias = bias.expand(*lse.shape, k.shape[2])
+    for part in rows.split(_ROWS):
+        scores = (q[:, :, part] * scale) @ keys + bias[:, :, part]
+        most = scores.amax(dim=-1)
+        total = torch.exp(scores - most.masked_fill(most == float("-inf"), 0.0).unsqueeze(-1)).sum(dim=-1)
+        exact = most.double().clamp(min=_LEAST) + total.double().log()
+        lse[:, :, part] = torch.where(hidden[:, :, part], exact, lse[:, :, part])
+    return lse
 
 
 def merge(a: Partial | None, b: Partial | None, into_first: bool = False) -> Partial | None:
@@ -81,5 +131,5 @@ def merge(a: Partial | None, b: Partial | None, into_first: bool = False) -> Par
     if a is None or b is None:
         return a if b is None else b
     (o1, l1), (o2, l2) = a, b
-    share = (l2 - l1).sigmoid_().nan_to_num_(0.0).unsqueeze(-1)  # nan: neither saw a key
+    share = (l2 - l1).sigmoid_().nan_to_num_(0.0).to(o1.dtype).unsqueeze(-1)  # nan: neither saw a key
     return (o1.lerp_(o2, share) if into_first else o1.lerp(o2, share)), torch.logaddexp(l1, l2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import compress
 from typing import Any
 
@@ -211,8 +212,9 @@ class SiteRun:
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
         self._partials.begin(step.q)
-        site, bias = self.schedule.site, None
+        site, bias, heads = self.schedule.site, None, self._attention.heads(self._rank)
         keys, k_slots, v_slots = step.kv, step.k_slots, step.v_slots
+        whole: Callable[[], torch.Tensor] | None = None
         if mask is not None or site.causal:
             rows = [run for chunk in step.q for run in self._attention.positions("q", chunk)]
             if site.causal:  # leave out keys that lie after every query
@@ -223,11 +225,12 @@ class SiteRun:
             if not rows or not columns:
                 return
             if mask is not None:
-                bias = _cut_mask(mask, self._attention.heads(self._rank), rows, columns)
+                bias, every = _cut_mask(mask, heads, rows, columns), [(0, mask.shape[-1])]
+                whole = functools.partial(_cut_mask, mask, heads, rows, every)
             if site.causal and _last(columns) > _first(rows):
                 bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None]
         q, k, v = self._join("q", step.q_slots, step.q), self._join("k", k_slots, keys), self._join("v", v_slots, keys)
-        partial = attend(q, k, v, None if bias is None else bias.to(q.device), site.scale)
+        partial = attend(q, k, v, None if bias is None else bias.to(q.device), site.scale, whole)
         if partial is None:
             return
         lengths = [stop - start for start, stop in (self._attention.rows("q", chunk) for chunk in step.q)]

@@ -310,18 +310,22 @@ def _address() -> str:
 
 def choices() -> list[Finding]:
     """What ``"auto"`` becomes on this machine, and why the other values do not."""
+    import torch
+
     from sfcompile.codegen.engines.choice import choose_attention
+    from sfcompile.codegen.engines.target import KernelTarget
     from sfcompile.commands.gpu_transport import gpu_transport
 
     area, device = "what ranks will use", "cuda" if _has_gpus() else "cpu"
-    hindrance = ""
+    hindrance, arch = "", 0
     if device == "cuda":
         transport, hindrance = gpu_transport()
+        arch = KernelTarget(torch.device(device)).architecture
     elif platform.machine().lower() in ("x86_64", "amd64"):
         transport = "shm inside a machine, TCP between machines\nnot nvshmem: it moves data between GPUs, none here"
     else:
         transport = "c10d (gloo)\nnot shm: it needs an x86-64 processor; not nvshmem: it needs GPUs"
-    attention, why = choose_attention("auto", [], device, hindrance, _faster_attention)
+    attention, why = choose_attention("auto", [], device, hindrance, _faster_attention, arch)
     compiler = device == "cuda" or any(shutil.which(name) for name in _compilers())
     inner = "inductor" if compiler else "eager\nnot inductor: there is no C++ compiler"
     return [

@@ -45,3 +45,19 @@ def test_kernels_that_cannot_put() -> None:
     assert choose_attention("aten", [SITE], "cuda", "no way to them") == ("aten", "asked for")
     with pytest.raises(UnsupportedError, match="attention='triton', and no way to them"):
         choose_attention("triton", [SITE], "cuda", "no way to them")
+
+
+@pytest.mark.parametrize(
+    ("release", "arch", "trusted"),
+    [("3.7.1", 90, False), ("3.6.0", 100, False), ("3.7.1", 86, True), ("3.8.0", 90, True), ("3.10.0+git", 90, True)],
+)
+def test_a_triton_that_reorders_waits_is_not_trusted(
+    release: str, arch: int, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_choice, "version", lambda name: release)
+    chosen, why = choose_attention("auto", [SITE], "cuda", arch=arch)
+    assert chosen == ("triton" if trusted else "aten")
+    if not trusted:
+        assert release in why and f"sm_{arch}" in why
+        with pytest.raises(CodegenError, match="Triton 3.8"):
+            choose_attention("triton", [SITE], "cuda", arch=arch)

@@ -7,6 +7,7 @@ import re
 import pytest
 from hopper_text import needs_tensor_copies
 
+from sfcompile.codegen.engines.choice import reorders_waits
 from sfcompile.codegen.kernels.spec import KernelSpec, tiles_for, tma_tiles
 from sfcompile.codegen.toolchain import machine_code
 from sfcompile.codegen.toolchain.compiler import CompiledKernel, compile_attend
@@ -21,16 +22,15 @@ def spec_for(reach: str) -> KernelSpec:
 
 
 def test_order_of_waits_puts_and_matrix_products_is_the_schedules() -> None:
-    """Without NVSHMEM's code its calls stay visible: wait for K and V, copy, multiply; then put the output.
-
-    Chunks are passed on when they have come: where that stands in the text is the compiler's, but after a wait.
-    """
+    """Without NVSHMEM's code its calls stay visible: wait for K and V, copy, multiply; then put the output."""
     kernel = compile_attend(spec_for("nvshmem"), 90)
     assert not kernel.linked
     names = [name for name, _ in order(kernel)]
     multiplied = names.index("mma")
     before, after = names[:multiplied], names[multiplied:]
-    assert before[-1] == "copy" and before[0] == "wait" and "mma" not in before
+    assert before[-1] == "copy" and before[0] == "wait"
+    if not reorders_waits(90):
+        assert "put" not in before
     assert "put" in after
 
 

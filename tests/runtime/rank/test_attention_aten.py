@@ -101,6 +101,32 @@ def test_merge_survives_scores_far_apart() -> None:
         assert merged is not None and merged[0].tolist() == [[[[5.0, 5.0]]]] and merged[1].item() == 0.0
 
 
+LEAST = float(torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("v_head_dim", [16, 24])
+@pytest.mark.parametrize(("hides", "tolerance"), [(-1e4, 1e-4), (-1e9, 2e-6), (LEAST, 2e-6)])
+@pytest.mark.parametrize("shape", [(9, 23), (2, 1, 9, 23), (1, 1, 9, 1)])
+def test_rows_that_a_number_hides_as_a_whole(
+    hides: float, tolerance: float, v_head_dim: int, shape: tuple[int, ...]
+) -> None:
+    """What is between chunks of several sizes is as in one softmax: scores are rounded beside the number."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 9, 16), torch.randn(2, 3, 23, 16), torch.randn(2, 3, 23, v_head_dim)
+    bias = torch.where(torch.rand(shape) < 0.5, 0.0, hides)
+    bias[..., 4:7, :] = hides
+    bias[..., 7, :] = -INF
+    scores = (q @ k.transpose(-1, -2)) * 0.3 + bias
+    want = torch.softmax(scores.double(), -1).nan_to_num(0.0) @ v.double()
+    parts = [slice(0, 2), slice(2, 3), slice(3, 15), slice(15, 23)]
+    whole = None
+    for part in parts:
+        piece = bias[..., part] if bias.shape[-1] > 1 else bias
+        whole = merge(whole, attend(q, k[:, :, part], v[:, :, part], piece, 0.3, lambda: bias))
+    assert whole is not None and whole[0].dtype == torch.float32
+    torch.testing.assert_close(whole[0].double(), want, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_one_device(dtype: torch.dtype) -> None:
     """Contract D10: error against fp64 at most 1.2 times that of one-device attention, here cut in four."""

@@ -53,7 +53,7 @@ def test_a_model_of_ones_own_by_file_and_function(tmp_path: Path, capsys: pytest
     assert main(["explain", own, *flags]) == 0
     assert "Own on 1x4:h100-ib" in (out := capsys.readouterr().out) and "4096 tokens, 4 heads x 64" in out
     assert main(["explain", own, *flags, "--weights", "sharded"]) == 0
-    assert "once for the ranks of a machine" in capsys.readouterr().out
+    assert "none is large enough to be cut" in capsys.readouterr().out
     assert main(["simulate", own, *flags, "--out", str(tmp_path)]) == 0
     assert (tmp_path / "Own-1x4-h100-ib.png").is_file()
     assert main(["explain", own, "--config", "a=1"]) == EXIT_USAGE

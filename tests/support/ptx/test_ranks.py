@@ -19,6 +19,7 @@ from watched import Watch
 
 from ptx.mutants import job_of
 from ptx.ranks import AttentionRanks, ExchangeRanks
+from sfcompile.codegen.engines.choice import reorders_waits
 from sfcompile.codegen.rows.row_ops import compile_rows
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
@@ -56,6 +57,7 @@ def test_launches_are_the_real_ones() -> None:
     assert len(ranks.driver.launched) == ranks.world.launches == 2 * 3 * 6
 
 
+@pytest.mark.skipif(bool(reorders_waits(90)), reason="ranks on Hopper get no generated kernel with this Triton")
 @pytest.mark.parametrize("dtype", [FP16, pytest.param(BF16, marks=pytest.mark.thorough)])
 def test_hopper(dtype: torch.dtype) -> None:
     check(job_of(90, dtype=dtype), 90)
