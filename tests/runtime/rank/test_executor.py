@@ -157,6 +157,21 @@ def test_what_does_not_travel_is_exact() -> None:
     assert not torch.equal(run(everywhere, schedules_of(everywhere))[0], plain)
 
 
+@pytest.mark.parametrize("hides", [-1e9, torch.finfo(torch.float32).min])
+def test_rows_that_a_mask_hides_as_a_whole_weigh_keys_alike(hides: float) -> None:
+    """Whatever chunks their keys come in; as a softmax of rounded scores does."""
+    for case in every_case(3):
+        shape = case.q.shape[2], case.k.shape[2]
+        mask = torch.where(torch.rand(shape) < 0.6, 0.0, hides)
+        mask[2:15] = hides
+        case = replace(case, mask=mask[None, None], site=replace(case.site, causal=False))
+        want = torch.nn.functional.scaled_dot_product_attention(
+            case.q, case.k, case.v, mask, scale=case.site.scale, enable_gqa=True
+        )
+        out = run(case, schedules_of(case))[0]
+        assert float((out - want).abs().max()) <= 1e-5 * max(1.0, float(want.abs().max())), case.kind
+
+
 def test_a_gather_of_a_folded_dim() -> None:
     """Tokens inside a dim that is outer x tokens x inner, owned in runs, one rank without any."""
     owners = (((0, 2), (5, 1)), (), ((2, 3),))
