@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from sfcompile.codegen.kernels.spec import MAX_HEAD_DIM, cannot_generate
 from sfcompile.codegen.rows.elements import DTYPES
+from sfcompile.codegen.toolchain.nvshmem_bitcode import release_of
 from sfcompile.errors import CodegenError, UnsupportedError
 from sfcompile.runtime.program.sites import AttentionSite
 
@@ -88,6 +89,6 @@ def reorders_waits(arch: int) -> str:
         release = version("triton")
     except PackageNotFoundError:
         return ""
-    if arch < 90 or tuple(int(number) for number in release.split(".")[:2]) >= (3, 8):
+    if arch < 90 or release_of(release) >= (3, 8):
         return ""
     return f"Triton {release} compiles kernels for sm_{arch} that read chunks before they have come (3.8 does not)"

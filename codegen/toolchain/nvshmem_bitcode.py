@@ -105,13 +105,13 @@ def refuse_pair(triton_version: str, nvshmem_version: str) -> None:
     Raises:
         CodegenError: says what to install.
     """
-    if _numbers(nvshmem_version) > _NEWEST_OLD_READABLE and _numbers(triton_version) < (3, 9):
+    if release_of(nvshmem_version) > _NEWEST_OLD_READABLE and release_of(triton_version) < (3, 9):
         raise CodegenError(
             f"Triton {triton_version} cannot read the device code of NVSHMEM {nvshmem_version}",
             "it was written by a newer LLVM than the one inside Triton",
             "pip install nvidia-nvshmem-cu13==3.4.5, or a Triton of 3.9 or later",
         )
-    if _numbers(nvshmem_version) < (3, 4):
+    if release_of(nvshmem_version) < (3, 4):
         raise CodegenError(
             f"NVSHMEM {nvshmem_version} is older than 3.4",
             "its device library lacks functions that generated kernels call",
@@ -219,6 +219,7 @@ def _digest(library: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _numbers(version: str) -> tuple[int, int]:
+def release_of(version: str) -> tuple[int, int]:
+    """The first two numbers of a version, as (3, 9) of "3.9.0+git"; (0, 0) if it has none."""
     first_two = re.match(r"(\d+)\.(\d+)", version)
     return (int(first_two[1]), int(first_two[2])) if first_two else (0, 0)

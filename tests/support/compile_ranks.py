@@ -69,9 +69,8 @@ class Deep(nn.Module):
         return x
 
 
-def stretches(rank: int, compiler: str) -> None:
-    """Two ranks, eight blocks of which no two are alike: each compiles a stretch of them for both."""
-    os.cpu_count = lambda: 2  # as on two cores
+def _counting(compiler: str) -> list[int]:
+    """Inductor, or eager in its place; the list gets the number of nodes of each graph that is compiled from now on."""
     compiled: list[int] = []
     compile = inner.compile_with_inductor
 
@@ -80,6 +79,13 @@ def stretches(rank: int, compiler: str) -> None:
         return compile(gm, *args) if compiler == "inductor" else gm
 
     inner.compile_with_inductor = counted
+    return compiled
+
+
+def stretches(rank: int, compiler: str) -> None:
+    """Two ranks, eight blocks of which no two are alike: each compiles a stretch of them for both."""
+    os.cpu_count = lambda: 2  # as on two cores
+    compiled = _counting(compiler)
     options = {"placement": "shard", "timeout_s": 120.0, "inner": "inductor", "topology": "auto:assumed"}
     options["mesh"] = {"ulysses": 2}
     model, x = Deep(8, step=0.1).eval(), tokens()
@@ -105,14 +111,7 @@ def repeated_blocks(rank: int, compiler: str) -> None:
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("sfcompile").addHandler(handler)
     logging.getLogger("sfcompile").setLevel(logging.INFO)
-    compiled: list[int] = []
-    compile = inner.compile_with_inductor
-
-    def counted(gm: Any, *args: Any) -> Any:
-        compiled.append(len(gm.graph.nodes))
-        return compile(gm, *args) if compiler == "inductor" else gm
-
-    inner.compile_with_inductor = counted
+    compiled = _counting(compiler)
     asked = {"placement": "shard", "timeout_s": 60.0, "inner": "inductor", "topology": "auto:assumed"}
     options = asked | {"mesh": {"ulysses": 2}}
     model, x = Deep(6).eval(), tokens()
