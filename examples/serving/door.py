@@ -91,18 +91,19 @@ class Door(BaseHTTPRequestHandler):
             return self._answer(400, {"error": 'send {"seed": 1, "steps": 4}'})
         if self.path == "/jobs":
             return self._answer(202, {"id": job.id})
-        for event in job.events(every_s=0.05):
-            if event is None and not job.cancelled and self._hung_up():
+        last = None
+        for last in job.events(every_s=0.05):  # noqa: B007  # steps may come faster than that, so every event asks
+            if not job.cancelled and self._hung_up():
                 job.cancel()
-        _, name, data = event or (0, "error", {})
+        _, name, data = last or (0, "error", {})
         self._answer({"done": 200, "cancelled": 409}.get(name, 500), {"id": job.id} | data)
 
     def _hung_up(self) -> bool:
-        self.connection.settimeout(0.02)
+        self.connection.settimeout(0.0)
         try:
             return self.connection.recv(1) == b""
         except OSError as error:
-            return not isinstance(error, TimeoutError)
+            return not isinstance(error, BlockingIOError)
         finally:
             self.connection.settimeout(self.timeout)
 

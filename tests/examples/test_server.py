@@ -44,7 +44,7 @@ class Running:
     def __init__(self, ranks: int, folder: Path) -> None:
         self.port, self.folder, self.outcomes = free_port(), folder, list[Outcome]()
         options = json.dumps({"placement": "shard", "inner": "eager"})
-        args = (str(FOLDER / "server.py"), (str(self.port), "--options", options), str(folder))
+        args = (str(FOLDER / "server.py"), (str(self.port), "--options", options, "--stop-within", "0.5"), str(folder))
         self._thread = threading.Thread(
             target=lambda: self.outcomes.extend(run_outcomes(ranks, rank_workers.program, args, timeout_s=LIMIT_S))
         )

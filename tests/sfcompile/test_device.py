@@ -71,6 +71,13 @@ def test_transports_that_do_not_reach_are_refused() -> None:
             start(torch.device("cuda"), session, Options(transport=transport))
 
 
+@pytest.fixture
+def a100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of a GPU where there is none, and in a build of torch that knows none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (8, 0))
+
+
+@pytest.mark.usefixtures("a100")
 def test_engines_by_device_and_option() -> None:
     programs = {"p": [TORUS, GATHER, replace(TORUS)]}
     session: Any = SimpleNamespace(rank=1, side=SimpleNamespace(domains=(0, 0), no_kernels=""))
@@ -82,6 +89,7 @@ def test_engines_by_device_and_option() -> None:
     assert engines == {"p": [None, None, None]}
 
 
+@pytest.mark.usefixtures("a100")
 def test_without_nvshmem_the_library_attends() -> None:
     side = MessageSide(0, Topology((0, 0)), CPU, DeviceStatus(0, CPU, 1.0), None, lambda: None)
     session: Any = SimpleNamespace(rank=0, side=side)
@@ -136,6 +144,7 @@ def test_gpus_that_do_not_map_each_others_memory_need_the_device_code(monkeypatc
     assert closed == [False] and asked == ["3.3.9"]
 
 
+@pytest.mark.usefixtures("a100")
 def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
 
