@@ -68,6 +68,16 @@ class Quick:
     seconds: float
     busy: float = 0.0
 
+    def better_with(self, other: Quick) -> Quick:
+        """Of two measurements of the same ranks the better of each number: other work only takes away."""
+        ours, theirs = self.constants, other.constants
+        constants = ours | theirs
+        for name in ours.keys() & theirs.keys():
+            constants[name] = (max if name.endswith("_per_s") else min)(ours[name], theirs[name])
+        first, then = (quick.constants.get("network_bytes_per_s", 0.0) for quick in (self, other))
+        spread = other.spread if then > first else self.spread
+        return Quick(constants, spread, self.seconds + other.seconds, min(self.busy, other.busy))
+
 
 @dataclass(frozen=True)
 class _Own:

@@ -86,6 +86,29 @@ def test_what_busy_machines_measured_is_not_kept(measured: list[int], monkeypatc
         assert "not kept (other work had the cores for 70% of the time, links may carry more)" in first[0].source
 
 
+def test_crowded_ranks_measure_again_and_the_better_numbers_count(
+    measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until they have cores, three times at most."""
+    cases = (((1.0, 0.6, 0.4, 0.0), 3e8, 3), ((1.0, 0.1), 2e8, 2), ((0.5,), 1e8, 1), ((0.9,) * 9, 3e8, 3))
+    for case, (busy, want, times) in enumerate(cases):
+        monkeypatch.setenv("SFCOMPILE_CACHE", str(tmp_path / str(case)))
+
+        def measure(session: Any, *args: Any, busy: tuple[float, ...] = busy) -> Quick:
+            tried = measured.count(session.rank)
+            measured.append(session.rank)
+            link = 1e8 * (tried + 1)
+            return Quick({"network_bytes_per_s": link, "network_latency_s": 1 / link}, 0.3 / link, 0.4, busy[tried])
+
+        monkeypatch.setattr(auto, "measure_quickly", measure)
+        measured.clear()
+        first, second = ask()
+        links = first[0].topology
+        assert first == second and measured.count(0) == times
+        assert (links.network_bytes_per_s, links.network_latency_s) == (want, 1 / want)
+        assert f" in {0.4 * times:.2f} s" in first[0].source
+
+
 def test_a_cache_that_cannot_be_written_is_said(
     measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
