@@ -23,6 +23,7 @@ from torch import fx
 
 from sfcompile.codegen.plan.choose_plan import SitePlan, plan_site
 from sfcompile.codegen.plan.doubts import doubts
+from sfcompile.codegen.plan.step import price
 from sfcompile.errors import MeshError
 from sfcompile.options import AS_IT_IS, Wire
 from sfcompile.passes.choose_layouts import choose_layouts
@@ -37,6 +38,11 @@ _WORTH = 0.97
 """Tokens are cut into parts if that is predicted to take at most so much of the time."""
 _WORTH_MORE = 0.99
 """And into more parts, if that is predicted to take at most so much of the time with fewer."""
+_EVEN = 1.005
+"""Where parts take at most so much of the time, but not so little, ranks that compute ``_FASTER`` times as fast decide:
+what is measured of compute errs low, by up to 1.7 on crowded cores, since other work only takes away. The faster ranks
+compute, the more traffic is left to hide; if they are as slow as measured, little is lost."""
+_FASTER = 1.5
 
 Attentions = Mapping[fx.Node, AttentionSite]
 """The attentions of a graph that are sharded over tokens, as sites for all ranks (of one group)."""
@@ -217,7 +223,7 @@ def _decide(ways: _Ways, topology: Topology, asked: Asked) -> _Decision:
     plans: dict[Split, list[SitePlan]] = {}
     step_s: dict[Split, float] = {}
 
-    def price(split: Split) -> None:
+    def add(split: Split) -> None:
         own, other_s = _group_topology(topology, split), ways.other_s * split[1]
         sites = _distinct(ways.split(split)).values()
         plans[split] = [plan_site(site, own, other_s, asked.mesh, asked.schedule) for site in sites]
@@ -225,11 +231,12 @@ def _decide(ways: _Ways, topology: Topology, asked: Asked) -> _Decision:
 
     for batch in (1, *ways.batches):
         if forced is None or batch == forced:
-            price((batch, 1))
+            add((batch, 1))
     best = min(step_s, key=lambda split: (step_s[split], split))
     notes = [f"batch split {batch} ways: {cost * 1e3:.3f} ms a step" for (batch, _), cost in step_s.items()]
     notes = notes if len(notes) > 1 else []
     parts, part_plans, least = 1, [], step_s[best]
+    taken: tuple[Attentions, Sequence[SitePlan]] = ways.split(best), plans[best]
     for count, cut in ways.cuts.items() if best == WHOLE else ():
         times = Counter(site.geometry() for site in cut.values())
         tried = [
@@ -238,15 +245,20 @@ def _decide(ways: _Ways, topology: Topology, asked: Asked) -> _Decision:
         ]
         cost = _step(cut, tried)
         notes.append(f"tokens in {count} parts: {cost * 1e3:.3f} ms a step, whole {step_s[WHOLE] * 1e3:.3f} ms")
-        if cost <= (_WORTH if parts == 1 else _WORTH_MORE) * least:
-            parts, part_plans, least = count, tried, cost
+        worth = _WORTH if parts == 1 else _WORTH_MORE
+        if cost <= worth * least or (
+            cost <= _EVEN * least
+            and _step_if_faster(cut, tried, topology, ways.other_s)
+            <= worth * _step_if_faster(*taken, topology, ways.other_s)
+        ):
+            parts, part_plans, least, taken = count, tried, cost, (cut, tried)
     # So many copies take so many times the compute: where a step is nearer to its compute alone, none can win.
     for copies in ways.copies:
         for batch in (1, *ways.batches) if copies * ways.compute_s < _WORTH * least else ():
             if topology.num_ranks % (batch * copies) or topology.num_ranks == batch * copies:
                 continue
             split = batch, copies
-            price(split)
+            add(split)
             notes.append(
                 f"computed by {copies} groups of machines{_ways_words(batch)}: {step_s[split] * 1e3:.3f} ms a step"
             )
@@ -317,3 +329,15 @@ def _step(attentions: Attentions, plans: Sequence[SitePlan]) -> float:
     return sum(
         counts[key] * (plan.price.seconds or 0.0) for key, plan in zip(_distinct(attentions), plans, strict=True)
     )
+
+
+def _step_if_faster(attentions: Attentions, plans: Sequence[SitePlan], topology: Topology, other_s: float) -> float:
+    """As :func:`_step`, of the same plans on ranks that compute ``_FASTER`` times as fast."""
+    rates = {name: getattr(topology, name) for name in ("flops_per_s", "attention_flops_per_s", "memory_bytes_per_s")}
+    faster = topology.with_constants({name: _FASTER * rate for name, rate in rates.items() if rate})
+    counts, seconds = Counter(site.geometry() for site in attentions.values()), 0.0
+    for (key, site), plan in zip(_distinct(attentions).items(), plans, strict=True):
+        layers = counts[key] if site.parts > 1 else 1
+        schedule = plan.best.schedule(site, topology)
+        seconds += counts[key] * price(schedule, faster, other_s / _FASTER, layers).seconds
+    return seconds

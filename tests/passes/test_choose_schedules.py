@@ -60,6 +60,21 @@ def test_a_wire_is_part_of_a_site_and_of_its_price() -> None:
     assert 0.25 < seconds["fp8"] / seconds["same"] < 0.32
 
 
+def test_what_is_nearly_even_is_decided_as_if_ranks_computed_faster() -> None:
+    """Parts hide more than ranks so slow have to hide; ahead by 1 and 2.5 % at two speeds, behind at a third."""
+    parts = {}
+    for gflops in (20, 27, 28):
+        rates = {
+            "flops_per_s": gflops * 1e9,
+            "attention_flops_per_s": gflops * 1e9,
+            "memory_bytes_per_s": gflops * 1e9 / 8,
+        }
+        link = {"network_bytes_per_s": 25e6, "network_latency_s": 1e-4, "launch_s": 3e-5}
+        planned = choices((1, 8, 2048, 64), ranks=2, topology=Topology.grid(2, 1, **rates, **link))
+        parts[gflops] = planned.parts, [note for note in planned.notes if "3 parts" in note]
+    assert {gflops: count for gflops, (count, _) in parts.items()} == {20: 1, 27: 3, 28: 3}, parts
+
+
 def test_exchanges_need_no_plan() -> None:
     planned = choices((1, 4, 64, 8))
     site = ExchangeSite.gather("g", (4, 8), torch.float32, 0, tuple(((r, 1),) for r in range(4)))
