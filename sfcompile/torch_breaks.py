@@ -49,7 +49,9 @@ def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame) 
 
     @functools.wraps(convert)
     def convert_frame(self: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
-        tell = _traced_with_fewer_breaks.get(_innermost(self._torchdynamo_orig_backend))
+        backend = _innermost(self._torchdynamo_orig_backend)
+        # By identity: not every backend can be hashed, Inductor's own cannot.
+        tell = next((tell for marked, tell in list(_traced_with_fewer_breaks.items()) if marked is backend), None)
         if tell is None:
             return convert(self, frame, *args, **kwargs)
         try:

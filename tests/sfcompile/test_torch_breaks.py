@@ -49,6 +49,25 @@ def test_settings_are_put_back(marked: bool) -> None:
         assert len(seen) > 1 and set(seen) == {(limit, True)}, "a break at tolist"
 
 
+class Unhashable:
+    """A backend that compares by what it is set to, as Inductor's does: it has no hash, and no weak references here."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unhashable)
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        return gm.forward
+
+
+def test_other_backends_go_on_whatever_they_are() -> None:
+    backend(Seen(), True)
+    torch._dynamo.reset()
+    out = torch.compile(lambda x: x * 2, backend=Unhashable())(torch.ones(3))
+    assert out.tolist() == [2.0] * 3
+
+
 @torch.no_grad()
 def test_tensors_of_the_same_sizes_get_other_memory() -> None:
     """As hooks do that bring weights and take them away: each has the sizes of what it was given."""
