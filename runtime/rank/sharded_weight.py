@@ -144,12 +144,12 @@ class ShardedWeight(torch.Tensor):
                 return ShardedWeight(first.shard, first.cut, first.rank, first.history)
             if func in _ROW_BY_ROW and _stays(first, kwargs):
                 kwargs = {**kwargs, "memory_format": torch.contiguous_format}
-                how = [(name, value) for name, value in kwargs.items() if name != "device"]  # each rank has its own
-                history = History(first.history.gather, _mark(first.history.mark, func, [], how))
+                mark = zlib.crc32(_words(func, args[1:], kwargs).encode(), first.history.mark)
+                history = History(first.history.gather, mark)
                 return ShardedWeight(func(first.shard, **kwargs), first.cut, first.rank, history)
-            if _writes_to_first(func):
-                return _write(func, first, args, kwargs)
-        return _read(func, args, kwargs)
+            if func in _WRITES and not isinstance(first.shard, FakeTensor) and _alike(first, args, kwargs):
+                return _write_rows(func, first, args, kwargs)
+        return _on_wholes(func, args, kwargs)
 
 
 def _without_memory(name: str) -> Callable[..., NoReturn]:
@@ -197,9 +197,7 @@ class WeightView(torch.Tensor):
     @not_traced
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Reads see a plain tensor."""
-        if args and isinstance(args[0], ShardedWeight) and _writes_to_first(func):
-            return ShardedWeight.__torch_dispatch__(func, types, args, kwargs)
-        return _read(func, args, kwargs or {})
+        return ShardedWeight.__torch_dispatch__(func, types, args, kwargs)
 
 
 _OURS = (ShardedWeight, WeightView)
@@ -213,19 +211,19 @@ for _name in _OF_MEMORY:
     setattr(WeightView, _name, _of_value(_name))
 
 
-def _writes_to_first(func: Any) -> bool:
-    return bool(func._schema.arguments and _is_written(func._schema.arguments[0]))
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """Of the tensors of these classes those that an op writes to: its first argument, ``out=``, or some in a list."""
+    named = {argument.name: argument for argument in func._schema.arguments}
+    passed = [*zip(func._schema.arguments, args, strict=False), *((named[key], kwargs[key]) for key in kwargs)]
+    writes = [value for argument, value in passed if argument.alias_info is not None and argument.alias_info.is_write]
+    return [value for value in tree_leaves(writes) if isinstance(value, _OURS)]
 
 
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
-
-
-def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An op on whole values. Views of them are WeightViews.
+def _on_wholes(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An op on whole values. Views of them are WeightViews; of a weight that it writes to, this rank takes its rows.
 
     Raises:
-        UnsupportedError: it writes to one of them.
+        UnsupportedError: it writes to a view, or gives a weight another shape.
     """
     whole: dict[int, torch.Tensor] = {}
     tracing = False
@@ -243,21 +241,43 @@ def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             whole[id(value.shard)] = value.whole()
         return whole[id(value.shard)]
 
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if isinstance(value, ShardedWeight | WeightView) and _is_written(argument):
-            raise UnsupportedError(
-                f"{func} writes to {'a view' if isinstance(value, WeightView) else 'an output'} of a sharded weight",
-                "this rank holds some rows of the weight, and what it reads is a copy: the write would be lost",
-                "write to the weight itself: weight.copy_(values), weight.add_(values) or weight.data = values",
-            )
+    written = _written(func, args, kwargs)
+    if any(isinstance(value, WeightView) for value in written):
+        raise UnsupportedError(
+            f"{func} writes to a view of a sharded weight",
+            "this rank holds some rows of the weight, and what it reads is a copy: the write would be lost",
+            "write to the weight itself: weight.copy_(values), weight.add_(values) or weight.data = values",
+        )
+    words = _words(func, args, kwargs) if written else ""
     result = func(*tree_map(as_whole, args), **tree_map(as_whole, kwargs))
-    aliases = any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns)
-    if aliases and not tracing:
+    if tracing:
+        return written[0] if written and isinstance(result, torch.Tensor) else result
+    for weight in written:
+        _take_rows(weight, whole[id(weight.shard)], words, func)
+    weights = {id(whole[id(weight.shard)]): weight for weight in written}
+    result = tree_map(lambda value: weights.get(id(value), value), result)
+    if any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns):
         # In inference mode, too, a view of a tensor from outside of it is one from outside of it: torch insists.
         inside = any(value.is_inference() for value in tree_leaves((args, kwargs)) if isinstance(value, _OURS))
         with torch.inference_mode(inside and torch.is_inference_mode_enabled()):
             return tree_map(lambda value: WeightView(value) if isinstance(value, torch.Tensor) else value, result)
     return result
+
+
+def _take_rows(weight: ShardedWeight, value: torch.Tensor, words: str, func: Any) -> None:
+    """Give a weight this rank's rows of what an op made of all of it.
+
+    Raises:
+        UnsupportedError: that has another shape.
+    """
+    if tuple(value.shape) != tuple(weight.shape):
+        raise UnsupportedError(
+            f"{func} gives a sharded weight {list(weight.shape)} the shape {list(value.shape)}",
+            "each rank holds some of its rows, and other ranks expect them where they were",
+            "put a new parameter in its place, or change the model before its weights are sharded",
+        )
+    weight.shard.copy_(weight.rows_of(value))
+    weight.history.mark = zlib.crc32(f"{words}|{fingerprint([value])}".encode(), weight.history.mark)
 
 
 def why_whole(weight: torch.Tensor, ranks: int) -> str:
@@ -291,41 +311,38 @@ def _stays(weight: ShardedWeight, kwargs: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
-def _write(func: Any, weight: ShardedWeight, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Write to a weight: to this rank's rows, from what each row needs, or from all of it."""
-    if isinstance(weight.shard, FakeTensor):
-        return weight
+def _alike(weight: ShardedWeight, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the other weights among some operands are cut as this one is."""
+    return all(not isinstance(x, ShardedWeight) or x.cut == weight.cut for x in tree_leaves((args[1:], kwargs)))
+
+
+def _write_rows(func: Any, weight: ShardedWeight, args: Any, kwargs: dict[str, Any]) -> ShardedWeight:
+    """Write to this rank's rows of a weight, from what each row needs."""
     args, kwargs = tree_map(lambda value: value.value if isinstance(value, WeightView) else value, (args, kwargs))
-    others = [value for value in [*args[1:], *kwargs.values()] if isinstance(value, torch.Tensor)]
-    mark = _mark(weight.history.mark, func, others, [*args[1:], *kwargs.items()])
-    alike = all(not isinstance(other, ShardedWeight) or other.cut == weight.cut for other in others)
-    if func in _WRITES and alike:
 
-        def rows(value: Any) -> Any:
-            if isinstance(value, ShardedWeight):
-                return value.shard
-            return weight.rows_of(value) if isinstance(value, torch.Tensor) else value
+    def rows(value: Any) -> Any:
+        if isinstance(value, ShardedWeight):
+            return value.shard
+        return weight.rows_of(value) if isinstance(value, torch.Tensor) else value
 
-        func(weight.shard, *tree_map(rows, list(args[1:])), **tree_map(rows, kwargs))
-    else:
-
-        def as_whole(value: Any) -> Any:
-            return value.whole() if isinstance(value, ShardedWeight) else value
-
-        value = weight.whole()
-        func(value, *tree_map(as_whole, list(args[1:])), **tree_map(as_whole, kwargs))
-        weight.shard.copy_(weight.rows_of(value))
-        mark = _mark(mark, func, [value], [])
-    weight.history.mark = mark
+    words = _words(func, args[1:], kwargs)
+    func(weight.shard, *tree_map(rows, list(args[1:])), **tree_map(rows, kwargs))
+    weight.history.mark = zlib.crc32(words.encode(), weight.history.mark)
     return weight
 
 
-def _mark(mark: int, func: Any, tensors: Sequence[torch.Tensor], rest: Any) -> int:
-    """The mark after a write with these operands."""
-    words = [str(func), *(repr(value) for value in rest if not isinstance(value, torch.Tensor))]
-    for tensor in tensors:
-        if isinstance(tensor, ShardedWeight):
-            words.append(str(tensor.history.mark))
-        elif tensor.device.type != "meta":
-            words.append(str(fingerprint([tensor])))
-    return zlib.crc32("|".join(words).encode(), mark)
+_SAID = (bool, int, float, complex, str, torch.dtype, torch.memory_format, torch.layout)
+
+
+def _words(func: Any, args: Any, kwargs: dict[str, Any]) -> str:
+    """An op and its operands, the same words on all ranks that do the same: of tensors their marks, numbers as they
+    are. A generator or a device is another one on every rank."""
+    words = [str(func), *sorted(kwargs)]
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, ShardedWeight):
+            words.append(str(value.history.mark))
+        elif isinstance(value, torch.Tensor) and value.device.type != "meta":
+            words.append(str(fingerprint([value.value if isinstance(value, WeightView) else value])))
+        elif value is None or isinstance(value, _SAID):
+            words.append(repr(value))
+    return "|".join(words)

@@ -72,6 +72,9 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "fused data": lambda w: setattr(w, "data", w.data + torch.ones(7, 5)),
     "of a view of another": lambda w: w.copy_((w.clone() * 2).data),
     "cast": lambda w: w.copy_(torch.ones(7, 5, dtype=torch.float64) / 3),
+    "in a list": lambda w: torch._foreach_mul_([w, torch.ones(3)], 2.0),
+    "as an output": lambda w: torch.add(torch.full((7, 5), 0.5), w, out=w),
+    "drawn": lambda w: w.normal_(generator=torch.Generator().manual_seed(3)),  # each rank has another generator
 }
 
 
@@ -101,9 +104,18 @@ def test_ranks_that_write_other_values_have_other_marks() -> None:
 
 def test_a_write_that_would_be_lost_is_refused() -> None:
     weight = shares(WHOLE)[0]
-    for write in (lambda: weight[0].zero_(), lambda: weight.t().mul_(2), lambda: weight.view(-1)[3:].fill_(1.0)):
+    lost: list[Callable[[], Any]] = [
+        lambda: weight[0].zero_(),
+        lambda: weight.t().mul_(2),
+        lambda: weight.view(-1)[3:].fill_(1.0),
+        lambda: torch._foreach_zero_([torch.ones(2), weight.t()]),
+        lambda: torch.mul(WHOLE.t(), 2, out=weight.t()),
+    ]
+    for write in lost:
         with pytest.raises(UnsupportedError, match="a view of a sharded weight"):
             write()
+    with pytest.raises(UnsupportedError, match=r"the shape \[5, 7\]"):
+        weight.t_()
     with pytest.raises(UnsupportedError, match="is given data"):
         weight.data = torch.ones(7, 5, dtype=torch.float64)
     with pytest.raises(UnsupportedError, match="is given data"):
