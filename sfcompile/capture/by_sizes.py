@@ -50,6 +50,11 @@ def _moves(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat))
 
 
+def _exactly(number: Any) -> Any:
+    """What a number is looked up by: 0.0 and -0.0 differ, and NaN is equal to itself."""
+    return number if isinstance(number, int) else repr(number)
+
+
 KEPT = 64
 """How many programs of one graph are kept: those that were called last."""
 
@@ -98,7 +103,8 @@ class BySizes:
         """The numbers that a program does not take; ``known``: those whose example inputs cannot be read."""
         asked = [i for i in self._numbers if i not in takes]
         return tuple(
-            known[i] if i in known else inputs[i].item() if i in self._dressed else present(inputs[i]) for i in asked
+            _exactly(known[i] if i in known else inputs[i].item() if i in self._dressed else present(inputs[i]))
+            for i in asked
         )
 
     def _find(self, inputs: Sequence[Any]) -> Callable[..., Any] | None:

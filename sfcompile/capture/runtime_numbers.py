@@ -9,6 +9,7 @@ of a clamp) raises :class:`NumberNeeded`, and the number is then part of the pro
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Sequence
@@ -118,13 +119,16 @@ def _binary(compute: Callable[[Any, Any], Any], division: bool = False) -> Calla
 
 
 def _with_tensor(compute: Callable[[Any, Any], Any], a: Any, b: Any, division: bool) -> Any:
-    """A tensor and a number. PyTorch itself wraps a scalar in a 0-dim tensor, which only differs in type promotion."""
+    """A tensor and a number. PyTorch itself wraps a scalar in a 0-dim tensor, which only differs in type promotion
+    among tensors without dims: such a tensor gets one meanwhile."""
     tensor = a if isinstance(a, torch.Tensor) else b
     number = b if tensor is a else a
     if not isinstance(number, Number) or tensor.is_complex():
         return NotImplemented
-    result = torch.result_type(tensor, number.as_scalar)
-    scalar = number.tensor if tensor.dim() else number.tensor.to(result)
+    if not tensor.dim():
+        row = tensor[None]
+        return _with_tensor(compute, row if tensor is a else a, row if tensor is b else b, division)[0]
+    result, scalar = torch.result_type(tensor, number.as_scalar), number.tensor
     if result.is_floating_point and not tensor.is_floating_point():
         tensor = tensor.to(result)
     if division and number is a:  # as Tensor.__rtruediv__ has it
@@ -147,6 +151,30 @@ def _into(rule: Callable[..., Any]) -> Callable[..., Any]:
         return a.copy_(result) if isinstance(a, torch.Tensor) and result is not NotImplemented else result
 
     return written
+
+
+def _comparison(compute: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Of a tensor with a number; of two numbers the program itself would depend on it."""
+
+    def rule(a: Any, b: Any) -> Any:
+        tensors = [value for value in (a, b) if isinstance(value, torch.Tensor)]
+        # Of other whole numbers PyTorch refuses what does not fit.
+        if not all(value.is_floating_point() or value.dtype == torch.int64 for value in tensors) or not tensors:
+            return NotImplemented
+        return _with_tensor(compute, a, b, False)
+
+    return rule
+
+
+def _whole(compute: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """A whole number by a known one that is not zero."""
+
+    def rule(a: Any, b: Any) -> Any:
+        if not isinstance(a, Number) or not a.is_int or type(b) is not int or not b:
+            return NotImplemented
+        return Number(compute(a.tensor, b), a.sources)
+
+    return rule
 
 
 def _negative(a: Any) -> Any:
@@ -217,6 +245,15 @@ def _masked_fill(a: Any, mask: Any, value: Any) -> Any:
     return a.masked_fill(mask, value.tensor.to(a.dtype)) if isinstance(value, Number) else NotImplemented
 
 
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    if numbers_in(condition):
+        return NotImplemented
+    result = torch.result_type(*(value.as_scalar if isinstance(value, Number) else value for value in (a, b)))
+    return torch.where(
+        condition, *(value.tensor.to(result) if isinstance(value, Number) else value for value in (a, b))
+    )
+
+
 _ADD, _SUB, _MUL = _binary(operator.add), _binary(operator.sub), _binary(operator.mul)
 _DIV = _binary(operator.truediv, division=True)
 _RULES: dict[str, Callable[..., Any]] = {
@@ -237,6 +274,10 @@ _RULES: dict[str, Callable[..., Any]] = {
     "fill_": _fill,
     "tensor": _tensor,
     "masked_fill": _masked_fill,
+    "torch.where": _where,  # the method has its operands in another order
+    "floordiv": _whole(functools.partial(torch.div, rounding_mode="floor")),
+    "mod": _whole(torch.remainder),
+    **{name: _comparison(getattr(operator, name)) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
 }
 _RULES |= {
     alias: _RULES[name]
@@ -259,6 +300,10 @@ _NAMES: dict[Any, str] = {
     operator.imul: "mul_",
     operator.itruediv: "div_",
     operator.neg: "neg",
+    operator.floordiv: "floordiv",
+    operator.mod: "mod",
+    **{getattr(place, name): name for place in (operator, torch) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+    torch.where: "torch.where",
     torch.add: "add",
     torch.sub: "sub",
     torch.subtract: "sub",

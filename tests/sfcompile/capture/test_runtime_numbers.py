@@ -43,6 +43,9 @@ STEPS: dict[str, Step] = {
     "tensor of one": lambda x, s: x * torch.tensor(s),
     "filled": lambda x, s: x.masked_fill(x > 0, s),
     "in place": in_place,
+    "compared": lambda x, s: (x * 100 > s) + (s <= x.bfloat16()) * 2 + ((x * 100).to(torch.int64) == s) * 4,
+    "chosen": lambda x, s: torch.where(x > 0, x, s) + torch.where(x.half() > 0, s, 0.5),
+    "without dims": lambda x, s: x * (x.bfloat16().sum() * s - s),
     "unused": lambda x, s: x + 1,
 }
 # The value decides what is computed.
