@@ -26,6 +26,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -56,6 +57,8 @@ VARIABLE = "SFCOMPILE_PLANS"
 """Set to "off", nothing is kept and nothing is read."""
 MOST_FILES, MOST_BYTES = 512, 1 << 30
 """So many files are kept, of so many bytes in all; of more, those not used for longest go."""
+_LEFT_S = 3600.0
+"""A file that is not whole after so long never will be: the process that wrote it was killed."""
 _ROOMS = ("sfcompile", "passes", "codegen", "runtime")
 _DAMAGES = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ScheduleError)
 """What reading a text of another kind than ours can raise."""
@@ -220,6 +223,10 @@ def _drop_oldest(folder: Path) -> None:
             facts = path.stat()
             files.append((facts.st_mtime, facts.st_size, path))
     count, size = len(files), sum(nbytes for _, nbytes, _ in files)
+    for left in folder.glob("*.new"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFT_S:
+                left.unlink()
     for _, nbytes, path in sorted(files):
         if count <= MOST_FILES and size <= MOST_BYTES:
             break

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,9 +135,13 @@ def test_a_full_disk_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_files_not_used_for_longest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_plans, "MOST_FILES", 2)
     book = kept(tmp_path)
+    for name, age in (("killed.new", 7200), ("written.new", 0)):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
     for name in "abcd":
         book._save("capture", name, lambda: "1")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert [path.name for path in tmp_path.glob("*.new")] == ["written.new"]
     assert book._load("capture", "d", lambda text: text) == "1"
     monkeypatch.setattr(kept_plans, "MOST_BYTES", 100)  # a digest and a line end are 65
     book._save("capture", "e", lambda: "1")
