@@ -118,7 +118,7 @@ def _take_from_torch(
         if each.cut is None:
             whole = nn.Parameter(each.value, requires_grad=old.requires_grad)
             for module, name in stands:
-                module._parameters[name] = whole
+                setattr(module, name, whole)
             continue
         history = History(gather, zlib.crc32(repr(marks).encode()))
         put_weight(stands, each.value, each.cut, session.rank, history, old.requires_grad)
@@ -158,11 +158,14 @@ def bring(model: nn.Module, home: torch.device) -> None:
                 continue
             moved = nn.Parameter(weight.detach().to(home), requires_grad=weight.requires_grad)
             for module, name in places:
-                module._parameters[name] = moved
+                setattr(module, name, moved)
+        buffers = dict[int, tuple[torch.Tensor, torch.Tensor]]()  # one that stands in two places stays one
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != home and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(home)
+                    if id(buffer) not in buffers:
+                        buffers[id(buffer)] = buffer, buffer.to(home)
+                    module._buffers[name] = buffers[id(buffer)][1]
 
 
 def give_back(home: torch.device) -> None:
@@ -192,7 +195,7 @@ def put_weight(
     """Stand a sharded weight in its places: one parameter, as it was."""
     weight = nn.Parameter(ShardedWeight(shard, cut, rank, history), requires_grad=requires_grad)
     for module, name in places:
-        module._parameters[name] = weight
+        setattr(module, name, weight)  # not past its class: an LSTM keeps a list of its weights
 
 
 def refuse_shares(model: nn.Module) -> None:

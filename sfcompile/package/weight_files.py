@@ -40,6 +40,8 @@ from sfcompile.torch_logs import speak
 log = logging.getLogger("sfcompile")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+_SAMPLES, _SAMPLED_BYTES = 5, 64
+"""Of a tensor in a file so many stretches of so many bytes are compared: every rank reads a part of the files."""
 _FIX = "give the files of this model, by the names of its state_dict()"
 
 
@@ -58,7 +60,7 @@ def load_sharded(
         model: on the meta device, in whole or in part. Its parameters and buffers are replaced; each has the dtype that
             it has there.
         files: a file, several, or a folder of ``*.safetensors``, which together hold every entry of the model's
-            ``state_dict()`` by its name, and nothing else. Of tied weights one name is enough.
+            ``state_dict()`` by its name, and nothing else. Of tied weights one name is enough; several hold the same.
         options: as the model will be compiled with: ``mesh``, ``transport``, ``timeout_s`` and ``weights`` count.
         device: where this rank computes: all of the model goes there.
 
@@ -119,8 +121,7 @@ class _Slot(NamedTuple):
         if isinstance(self.old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=self.old.requires_grad)
         for module, attribute in self.places:
-            table = module._parameters if isinstance(self.old, nn.Parameter) else module._buffers
-            table[attribute] = value  # type: ignore[assignment]
+            setattr(module, attribute, value)  # not past its class: an LSTM keeps a list of its weights
         return value
 
 
@@ -137,7 +138,10 @@ def _load(model: nn.Module, files: Paths, session: Session, asked: Options, home
             slots = _matched(model, held.enter_context(_opened(files)))
         except WeightsError as error:
             problem = f"{error.what}. {error.why}"
-        facts = [(slot.name, str(slot.old.dtype), tuple(slot.old.shape), slot.source.entry) for slot in slots]
+        # What one rank reads of its file stands beside what others read of theirs: it has to be one file's.
+        facts = [
+            (slot.name, str(slot.old.dtype), tuple(slot.old.shape), slot.source.entry, _sample(slot)) for slot in slots
+        ]
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()
         everyone = session.exchange((problem, digest), "load weights")
         failed = failures([text for text, _ in everyone])
@@ -211,6 +215,18 @@ def _view(slot: _Slot, rows: tuple[int, int] | None = None) -> torch.Tensor:
     return (raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()).view(dtype).view(shape)
 
 
+def _sample(slot: _Slot) -> int:
+    """A mark of a tensor in a file: of a few stretches of a large one, as each costs a page of the file."""
+    start, nbytes = slot.source.entry.start, slot.source.entry.nbytes
+    if nbytes <= _SAMPLES * _SAMPLED_BYTES:
+        return zlib.crc32(slot.source.memory[start : start + nbytes])
+    mark = 0
+    for i in range(_SAMPLES):
+        at = start + i * (nbytes - _SAMPLED_BYTES) // (_SAMPLES - 1)
+        mark = zlib.crc32(slot.source.memory[at : at + _SAMPLED_BYTES], mark)
+    return mark
+
+
 def _read(slot: _Slot, home: torch.device) -> torch.Tensor:
     """A tensor of this rank's own."""
     return torch.empty(slot.old.shape, dtype=slot.old.dtype, device=home).copy_(_view(slot))
@@ -264,16 +280,21 @@ def _matched(model: nn.Module, sources: Mapping[str, _Source]) -> list[_Slot]:
     slots, problems, known = list[_Slot](), list[str](), set[str]()
     for names, old, places in _standing(model):
         known.update(names)
-        name = next((name for name in names if name in sources), None)
-        if name is None:
+        held = [name for name in names if name in sources]
+        if not held:
             problems.append(f"{names[0]} is in none of the files")
             continue
-        entry = sources[name].entry
+        name, entry = held[0], sources[held[0]].entry
+        problems += [
+            f"{name} and {other} are one weight in the model and two in the files, which differ"
+            for other in held[1:]
+            if not _same(sources[name], sources[other])
+        ]
         if type(old) not in (torch.Tensor, nn.Parameter):
             problems.append(f"{name} is a {type(old).__name__}")
         elif list(old.shape) != entry.shape:
             problems.append(f"{name} is {list(old.shape)} in the model and {entry.shape} in {sources[name].path.name}")
-        elif old.dtype.is_floating_point != entry.dtype.is_floating_point:
+        elif _kind(old.dtype) != _kind(entry.dtype):
             problems.append(f"{name} is {old.dtype} in the model and {entry.dtype} in {sources[name].path.name}")
         else:
             slots.append(_Slot(name, old, places, sources[name]))
@@ -288,6 +309,20 @@ def _matched(model: nn.Module, sources: Mapping[str, _Source]) -> list[_Slot]:
             "the meta device",
         )
     return slots
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    """What a cast keeps: whole numbers, broken ones or complex ones."""
+    return dtype.is_floating_point, dtype.is_complex
+
+
+def _same(one: _Source, other: _Source) -> bool:
+    """Whether two tensors of files hold the same, byte by byte."""
+    (first, at), (second, its) = ((source.memory, source.entry.start) for source in (one, other))
+    if one.entry._replace(start=0) != other.entry._replace(start=0):
+        return False
+    size = one.entry.nbytes
+    return bool(memoryview(first)[at : at + size] == memoryview(second)[its : its + size])
 
 
 def _standing(model: nn.Module) -> list[tuple[list[str], torch.Tensor, list[tuple[nn.Module, str]]]]:

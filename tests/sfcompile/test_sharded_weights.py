@@ -89,6 +89,13 @@ def test_tied_weights_stay_one() -> None:
         refuse_shares(model)
 
 
+def test_a_module_that_keeps_a_list_of_its_weights_hears_of_it() -> None:
+    model = nn.LSTM(8, 8, bias=False)
+    for old, places in standing_weights(model):
+        put_weight(places, old.detach()[:16].clone(), WeightRows((32, 8), (0, 1)), 0, History(nobody, 0), False)
+    assert all(isinstance(weight, ShardedWeight) for weight in model._flat_weights)
+
+
 def test_one_rank_keeps_all() -> None:
     model = nn.Linear(512, 512)
     weight = model.weight
@@ -138,6 +145,11 @@ def test_all_of_a_model_goes_where_it_computes() -> None:
     assert model[0].weight is before
     bring(model, torch.device("meta"))
     assert all(value.is_meta for value in (*model.parameters(), *model.buffers()))
+    twins = nn.ModuleList([nn.Module(), nn.Module()])
+    for twin, table in zip(twins, [torch.ones(3)] * 2, strict=True):
+        twin.register_buffer("table", table)
+    bring(twins, torch.device("meta"))
+    assert twins[0].table is twins[1].table
 
 
 def test_ranks_with_other_weights_hear_of_it() -> None:

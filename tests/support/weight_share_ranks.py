@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from sharded_weight_ranks import EAGER, WIDTH, Block, inputs_of, model_of
+from sharded_weight_ranks import EAGER, WIDTH, Block, inputs_of, model_of, write_files
 from torch import distributed as dist
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -183,6 +184,11 @@ def faults(rank: int) -> list[StreamFusionError]:
     with torch.no_grad():
         attempt(lambda: torch.compile(model_of(0), backend="streamfusion", options=SHARES)(x))
         attempt(lambda: sfcompile.shard_weights(model_of(rank), options=SHARES))
+        with tempfile.TemporaryDirectory() as folder:  # files that look alike, of another model on every rank
+            write_files(Path(folder), rank)
+            for weights in ("sharded", "sharded-by-machine"):
+                options = {**EAGER, "weights": weights}
+                attempt(lambda: sfcompile.load_sharded(model_of(0, "meta"), folder, options=options))  # noqa: B023
         model = sfcompile.shard_weights(model_of(0), options=SHARES)
         run = torch.compile(model, backend="streamfusion", options=SHARES)
         want = model_of(0)(x)

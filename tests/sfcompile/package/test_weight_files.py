@@ -69,6 +69,20 @@ def test_what_does_not_fit_is_said_by_name(tmp_path: Path, tensors: dict[str, to
     assert model.weight.is_meta and model.bias.is_meta  # nothing was put
 
 
+def test_names_of_one_weight_hold_the_same(tmp_path: Path) -> None:
+    """Which of two would count is nobody's guess; complex numbers would lose a half."""
+    with torch.device("meta"):
+        model = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)])
+        model.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+    model[1].weight = model[0].weight
+    held = {"0.weight": torch.ones(3, 3), "1.weight": torch.ones(3, 3), "count": torch.arange(2)}
+    sfcompile.load_sharded(model, write(tmp_path / "x.safetensors", held))
+    assert model[0].weight is model[1].weight and not model[0].weight.is_meta
+    odd = held | {"1.weight": torch.ones(3, 3).index_fill(0, torch.tensor([2]), 3.0), "count": torch.ones(2) + 0j}
+    with pytest.raises(WeightsError, match=r"0.weight and 1.weight are one weight.*count is torch.int64 in the model"):
+        sfcompile.load_sharded(model, write(tmp_path / "x.safetensors", odd))
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     model = nn.Linear(3, 3, device="meta")
     with pytest.raises(WeightsError, match="no safetensors files in"):
