@@ -179,13 +179,16 @@ def _folder(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; through a link, and into a pipe or a device (/dev/stdout), as it comes.
 
     Raises:
         OptionError: the folder does not exist, or the file cannot be written.
     """
     folder = _folder(path)
     try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # a new file would take its place
+            path.write_text(text, encoding="utf-8")
+            return
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             half = Path(scratch) / "half"
             half.write_text(text, encoding="utf-8")

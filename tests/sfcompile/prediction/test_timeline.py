@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from sfcompile.errors import OptionError
-from sfcompile.prediction.timeline import LANES, write_perfetto, write_png
+from sfcompile.prediction.timeline import LANES, write_perfetto, write_png, write_text
 from sfcompile.runtime.program.spans import Span
 
 SPANS = [
@@ -56,6 +57,21 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
         write_png(tmp_path / "line.png", [], (0, 1), "")
     write_perfetto(tmp_path / "empty.json", [], (0,), "")
     assert json.loads((tmp_path / "empty.json").read_text())["traceEvents"]
+
+
+def test_a_pipe_or_a_link_stays_what_it_is(tmp_path: Path) -> None:
+    """As /dev/stdout and /dev/null, which a new file would take away from everybody."""
+    pipe, link, target = (tmp_path / name for name in ("pipe", "link", "target"))
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "into the pipe")
+        assert os.read(reader, 100) == b"into the pipe" and pipe.is_fifo()
+    finally:
+        os.close(reader)
+    write_text(link, "through the link")
+    assert link.is_symlink() and target.read_text() == "through the link"
 
 
 def test_without_matplotlib_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
