@@ -26,6 +26,7 @@ KILL_AFTER_S = 5.0
 GRACE_S = 5.0
 TAIL_LINES = 30
 EXIT_TIMEOUT = 124
+MOST_RANKS = 1024
 
 
 def launch(
@@ -58,7 +59,14 @@ def launch(
     """
     check_places(ranks, machines)
     logs = Path(tempfile.mkdtemp(prefix="sfcompile-")) if log_dir is None else log_dir
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f"The folder {logs} for the logs of ranks cannot be made: {error.strerror}",
+            "No rank was started",
+            "Name another one, or none",
+        ) from error
     port = _free_port()
     keep = log_dir is not None
     try:
@@ -86,13 +94,19 @@ def check_places(ranks: int, machines: int) -> None:
     """That every machine gets as many ranks.
 
     Raises:
-        LaunchError: it does not.
+        LaunchError: it does not, or there are too many for any machine.
     """
     if ranks < 1 or machines < 1 or ranks % machines:
         raise LaunchError(
             f"Cannot place {ranks} ranks on {machines} machines",
             "Each machine gets the same number of ranks, at least 1",
             "Use a number of ranks that is a multiple of the number of machines",
+        )
+    if ranks > MOST_RANKS:
+        raise LaunchError(
+            f"{ranks} ranks are to be started on this machine, which has {num_cores()} cores",
+            f"each is a process of its own; more than {MOST_RANKS} are taken for a slip",
+            "Name fewer; plans for more are predicted by sfcompile simulate",
         )
 
 
@@ -170,9 +184,15 @@ def _ended_by_signals() -> Iterator[list[subprocess.Popen[bytes]]]:
     try:
         yield processes
     finally:
-        _end(processes)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        try:
+            _end(processes)
+        finally:  # a second Ctrl-C waits no longer
+            for process in processes:
+                if process.poll() is None:
+                    _signal_group(process, signal.SIGKILL)
+                    process.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -113,6 +113,24 @@ def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, number: signal.
     assert not any(alive(int(path.name)) for path in tmp_path.iterdir())
 
 
+def test_a_second_ctrl_c_leaves_nobody_behind(tmp_path: Path) -> None:
+    stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP_FOREVER}"
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from sfcompile.commands import launch\nend = launch._end\n"
+    code += f"launch._end = lambda ranks: (open({str(tmp_path / 'ending')!r}, 'w').close(), end(ranks))\n"
+    code += f"launch.launch(['-c', {stubborn!r}, {str(tmp_path)!r}], 2)"
+    launcher = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    for files in (2, 3):  # both ranks are there; then they are being ended
+        while len(list(tmp_path.iterdir())) < files:
+            assert time.monotonic() < deadline, "the ranks did not start"
+            time.sleep(0.02)
+        time.sleep(0.1)
+        launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(30) != 0
+    assert not any(alive(int(path.name)) for path in tmp_path.iterdir() if path.name.isdecimal())
+
+
 @pytest.mark.parametrize(("ranks", "machines"), [(0, 1), (4, 3), (2, 4), (2, 0)])
 def test_numbers_that_do_not_fit_are_refused(ranks: int, machines: int) -> None:
     with pytest.raises(LaunchError, match=f"Cannot place {ranks} ranks on {machines} machines"):
