@@ -50,6 +50,10 @@ __all__ = [
     "trace",
 ]
 
+# Who walks all our packages, as torch does for TORCH_LOGS="+sfcompile", meets this one again in a checkout's root.
+if __name__ != "sfcompile":
+    raise ImportError(f"{__name__} is sfcompile itself")
+
 # In a checkout passes/, codegen/ and runtime/ lie beside this folder; in a wheel they lie inside it.
 _root = Path(__file__).resolve().parents[1]
 if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():

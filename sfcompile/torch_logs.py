@@ -1,8 +1,10 @@
 """``TORCH_LOGS="+streamfusion"``: what a compile says, asked for as users of torch ask, and in torch's format.
 
 torch calls :func:`register` while it is imported (the entry point in pyproject.toml), just before it reads TORCH_LOGS:
-a name that nobody registered by then is an error of torch's. So this file is loaded by every program that imports torch
-where we are installed: it imports the standard library and our options only, and never raises.
+a name that nobody registered by then is an error of torch's. (torch 2.11 and 2.12 read it before they call anybody:
+there ``+sfcompile`` does what ``+streamfusion`` does, as names of modules need nobody.) So this file is loaded by every
+program that imports torch where we are installed: it imports the standard library and our options only, and never
+raises.
 
 ``+streamfusion`` and ``streamfusion`` set the level of what rank 0 says; the artifacts are texts of their own, each on
 only when it is named.
@@ -54,7 +56,9 @@ def follow_torch_logs(log: logging.Logger, rank: int) -> bool:
     """
     asked = logging.getLogger(_QUALIFIED)
     if asked.level == logging.NOTSET or not asked.handlers:
-        return False
+        asked = log  # TORCH_LOGS="+sfcompile", by the name of the module: every torch knows those
+        if not any(type(handler.formatter).__name__ == "TorchLogsFormatter" for handler in log.handlers):
+            return False
     log.handlers[:] = asked.handlers
     log.propagate = False
     log.setLevel(asked.level if rank == 0 else logging.ERROR)

@@ -62,6 +62,23 @@ def test_torch_learns_the_names_while_it_is_imported(tmp_path: Path) -> None:
     assert err.count("a schedule") == 1 and "[__streamfusion_schedules]" in err and "a kernel" not in err
 
 
+def test_the_name_of_the_module_needs_nobody_who_registers_it(tmp_path: Path) -> None:
+    """As torch 2.11 and 2.12 have it: they read TORCH_LOGS before they call an entry point."""
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "TORCH_LOGS": "+sfcompile",
+        "PATH": "",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
+    code = SAYS + "print(torch_logs.follow_torch_logs(log, 1), log.level)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "10", "True", "40"]
+    assert done.stderr.count("] a sentence of ours") == 1
+
+
 def test_registering_can_be_repeated_and_never_stops_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
     text = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["torch.backends"]
     entry = EntryPoint("streamfusion", text["streamfusion"], "torch.backends")
