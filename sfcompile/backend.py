@@ -122,10 +122,22 @@ def streamfusion_backend(
             raise
         refuse(error, options, _describe(gm, example_inputs, asked))
     if ranks == 1:
+        if asked.group is None:
+            _say_alone()
         return run_inner(gm, example_inputs, None, asked)
     gm, example_inputs, flat = without_wrappers(gm, example_inputs)
     run = _on_ranks(gm, example_inputs, asked)
     return run if flat is None else lambda *inputs: run(*flat(inputs))
+
+
+@functools.cache
+def _say_alone() -> None:
+    """Once in a process: it may well be a rank that was started without its launcher."""
+    speak(0)
+    log.info(
+        "one rank runs here: the model is compiled as by plain torch.compile, and nothing is sharded. Several are "
+        "started by sfcompile run --ranks 4 script.py, or torchrun --nproc-per-node 4 script.py"
+    )
 
 
 def _on_ranks(gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options) -> Callable[..., Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import nn
 
+from sfcompile import backend
 from sfcompile.backend import last_report, streamfusion_backend
 
 
@@ -22,6 +25,15 @@ def test_one_rank_runs_the_model_as_it_is(model: nn.Module) -> None:
         run = torch.compile(model, backend="streamfusion", options={"inner": "eager"})
         assert torch.equal(run(x), model(x))
     assert last_report() is None
+
+
+def test_one_rank_says_once_that_nothing_is_sharded(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    backend._say_alone.cache_clear()
+    with torch.no_grad(), caplog.at_level(logging.INFO, "sfcompile"):
+        for size in (3, 4):
+            torch._dynamo.reset()
+            torch.compile(model, backend="streamfusion", options={"inner": "eager"})(torch.randn(size, 8))
+    assert ["sfcompile run --ranks 4" in record.message for record in caplog.records] == [True]
 
 
 def test_one_rank_goes_through_inductor_with_its_mode(model: nn.Module) -> None:
