@@ -8,13 +8,15 @@
     POST   /                  as /jobs, but answers at the end of the job; hanging up cancels it
     GET    /health            200 while jobs can be computed, 503 before the compile and at the end
 
-It knows nobody's name and no password: leave it on 127.0.0.1, or put a proxy that does in front of it.
+It knows nobody's name and no password: leave it on 127.0.0.1, or put a proxy that does in front of it. HEAD is answered
+as GET is, without a body.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,24 +27,37 @@ from serving.jobs import Jobs, Refused
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_BYTES = 1024
+END_S = 1.0  # at the end, for clients that have not taken their answer
 
 
 class Server(ThreadingHTTPServer):
     """Listens on ``host:port`` from here on, and says so."""
 
-    daemon_threads, request_queue_size = False, 128
+    request_queue_size = 128
 
     def __init__(self, host: str, port: int, jobs: Jobs) -> None:
-        super().__init__((host, port), Door)
-        self.jobs = jobs
+        try:
+            super().__init__((host, port), Door)
+        except (OSError, OverflowError) as error:
+            raise SystemExit(f"nobody can ask on port {port} of {host} ({error}): name another one, or 0") from None
+        self.jobs, self.clients = jobs, list[threading.Thread]()
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
         print(f"listening on port {self.server_port}", flush=True)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for each client, for which the program does not wait for ever."""
+        client = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
+        self.clients = [*(other for other in self.clients if other.is_alive()), client]
+        client.start()
+
     def end(self, why: str) -> None:
-        """Tell ``why`` to those who still wait, and return when every client has its answer."""
+        """Tell ``why`` to those who still wait, and return when clients have their answers, or take none."""
         self.jobs.close(why)
         self.shutdown()
         self.server_close()
+        until = time.monotonic() + END_S
+        for client in self.clients:
+            client.join(max(0.0, until - time.monotonic()))
 
 
 class Door(BaseHTTPRequestHandler):
@@ -55,8 +70,13 @@ class Door(BaseHTTPRequestHandler):
         with suppress(ConnectionError, TimeoutError):  # it has gone
             super().handle()
 
+    @property
+    def place(self) -> list[str]:
+        """The path by its parts, without what stands behind a question mark."""
+        return self.path.partition("?")[0].strip("/").split("/")
+
     def do_GET(self) -> None:
-        match self.path.strip("/").split("/"):
+        match self.place:
             case [""]:
                 self._send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
             case ["health"]:
@@ -68,8 +88,10 @@ class Door(BaseHTTPRequestHandler):
             case _:
                 self._answer(404, {"error": f"nothing at {self.path}, or not yet, or no more"})
 
+    do_HEAD = do_GET
+
     def do_DELETE(self) -> None:
-        match self.path.strip("/").split("/"):
+        match self.place:
             case ["jobs", job_id] if job := self.server.jobs.get(job_id):
                 job.cancel()
                 self._answer(202, {"id": job.id})
@@ -82,14 +104,14 @@ class Door(BaseHTTPRequestHandler):
             if not 0 < length <= BODY_BYTES:
                 raise ValueError(f"{length} bytes")
             job = Job(json.loads(self.rfile.read(length)))
-            if self.path not in ("/", "/jobs"):
+            if self.place not in ([""], ["jobs"]):
                 return self._answer(404, {"error": f"nothing at {self.path}"})
             self.server.jobs.put(job)
         except Refused as why:
             return self._answer(503, {"error": f"not taken: {why}"})
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             return self._answer(400, {"error": 'send {"seed": 1, "steps": 4}'})
-        if self.path == "/jobs":
+        if self.place == ["jobs"]:
             return self._answer(202, {"id": job.id})
         last = None
         for last in job.events(every_s=0.05):  # noqa: B007  # steps may come faster than that, so every event asks
@@ -114,7 +136,8 @@ class Door(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        for event in job.events(int(last) + 1 if last.isascii() and last.isdigit() else 0):
+        first = int(last) + 1 if last.isascii() and last.isdigit() else 0
+        for event in job.events(first) if self.command != "HEAD" else ():
             if event is None:
                 self.wfile.write(b": nothing new\n\n")
             else:
@@ -129,7 +152,7 @@ class Door(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body if self.command != "HEAD" else b"")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Jobs are logged, requests are not."""

@@ -59,4 +59,4 @@ def test_every_example_is_listed_and_short() -> None:
     paths = sorted(FOLDER.glob("*.py"))
     assert [path.stem for path in paths] == sorted(EXAMPLES)
     for path in FOLDER.rglob("*.py"):  # an example is one short file; what the server consists of may be longer
-        assert len(path.read_text().splitlines()) <= (120 if path.parent == FOLDER else 150), path
+        assert len(path.read_text().splitlines()) <= (120 if path.parent == FOLDER else 160), path

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,15 @@ def until(port: int, job_id: str, event: bytes) -> None:
             assert any(line.startswith(b"event: " + event) for line in lines)
 
 
+def trickle(port: int) -> None:
+    """A client that is never done with what it sends, until it is cut off."""
+    with socket.create_connection(("127.0.0.1", port)) as client, suppress(OSError):
+        client.sendall(b"GET / HTTP/1.1\r\nX: ")
+        while True:
+            client.sendall(b"x")
+            time.sleep(0.2)
+
+
 @torch.no_grad()
 def one_process(seed: int, steps: int) -> torch.Tensor:
     """What a request should get."""
@@ -177,14 +186,17 @@ def test_who_hangs_up_cancels_nonsense_is_refused_and_a_signal_ends_all(tmp_path
             time.sleep(0.2)
         status, told = post(port, "/", seed=3, steps=1)
         assert status == 200, told
-        for nonsense in ("{}", "[1]", "seed", json.dumps({"seed": "x", "steps": 1}), "x" * 5000):
+        for nonsense in ("{}", "[1]", "seed", json.dumps({"seed": "x", "steps": 1}), "x" * 5000, "[" * 1000):
             assert ask(port, "POST", "/", nonsense)[0] == 400
         for method, path in (("GET", "/jobs/0/events"), ("GET", "/jobs"), ("DELETE", "/"), ("GET", "/jobs/0/picture")):
             assert ask(port, method, path)[0] == 404
+        for method, body in (("GET", b'{"ready": true}'), ("HEAD", b"")):
+            assert ask(port, method, "/health?who=probe") == (200, body)
         status, resumed = ask(port, "GET", f"/jobs/{told['id']}/events")
         assert status == 200 and resumed.count(b"event: ") == 3
-        with ThreadPoolExecutor(2) as clients:
+        with ThreadPoolExecutor(3) as clients:
             endless = [clients.submit(post, port, "/", seed=seed, steps=1000) for seed in (7, 8)]
+            clients.submit(trickle, port)  # the end waits for no such client
             time.sleep(0.2)
             for rank in (1, 0):
                 running.send(rank, signal.SIGTERM)
