@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from sfcompile.errors import OptionError
@@ -15,7 +18,7 @@ def check_readable(path: Path, argument: str) -> None:
         OptionError: it is not there, or is a folder.
     """
     if not path.is_file():
-        state = "is a folder" if path.is_dir() else "is not there"
+        state = "is a folder" if path.is_dir() else "is no file" if path.exists() else "is not there"
         raise OptionError(f"{argument} {path} {state}", "It names a file that will be read", f"Look at {path.parent}")
 
 
@@ -27,7 +30,8 @@ def check_writable(path: Path, argument: str) -> None:
     """
     if path.is_dir():
         raise OptionError(f"{argument} {path} is a folder", "It names a file that will be written", "Add a file's name")
-    check_folder(path.parent, argument)
+    if not path.exists() or path.is_file():  # not a device, which is there and stays
+        check_folder(path.parent, argument)
 
 
 def check_folder(folder: Path, argument: str, create: bool = False) -> None:
@@ -50,3 +54,63 @@ def check_folder(folder: Path, argument: str, create: bool = False) -> None:
             "Results would be lost after all the work",
             "Name another one",
         )
+
+
+def check_function(text: str) -> None:
+    """A function that makes a model, as ``file.py:function``; names of modules are looked up when they are imported.
+
+    Raises:
+        OptionError: no function is named, or the file is not there, is no Python, or has no such name.
+    """
+    source, colon, name = text.rpartition(":")
+    if not colon or not source or not name.isidentifier():
+        file = Path(text.removesuffix(":"))
+        functions = _names_of(file)[0] if file.suffix == ".py" and file.is_file() else []
+        raise OptionError(
+            f"MODEL {text!r} names no function" + (f"; {file} has {', '.join(functions)}" if functions else ""),
+            "A function makes the model and says how it is called: it returns (model, args) or (model, args, kwargs)",
+            f"Write for example {file if file.suffix == '.py' else 'file.py'}:{functions[0] if functions else 'make'}",
+        )
+    if not source.endswith(".py"):
+        return
+    check_readable(Path(source), "MODEL")
+    functions, names = _names_of(Path(source))
+    if name in names or "*" in names:
+        return
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    raise OptionError(
+        f"{source} has no {name!r}",
+        f"Did you mean {close[0]!r}?" if close else f"Its functions: {', '.join(functions) or 'none'}",
+        "Name a function that returns (model, args) or (model, args, kwargs)",
+    )
+
+
+def _names_of(file: Path) -> tuple[list[str], set[str]]:
+    """The functions that stand at a Python file's top, and every name there; "*" among them where it cannot be known.
+
+    Raises:
+        OptionError: Python cannot read it.
+    """
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError) as error:
+        where = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise OptionError(
+            f"MODEL {file} is no Python: {where}{said}", "It is run to make the model", "Mend it"
+        ) from error
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return functions, {name for node in tree.body for name in _bound(node)}
+
+
+def _bound(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node.name
+    else:  # assignments, also under an ``if``
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                yield inner.id
+            elif isinstance(inner, ast.stmt) and inner is not node:
+                yield from _bound(inner)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sfcompile.commands import export as export_command
 from sfcompile.commands import kernels as kernels_command
+from sfcompile.commands.checks import check_folder
 from sfcompile.commands.completion import completion_script
 from sfcompile.commands.demo import DemoConfig, run_demo
 from sfcompile.commands.doctor import add_doctor, run_doctor
@@ -28,13 +32,16 @@ from sfcompile.errors import OptionError, StreamFusionError
 from sfcompile.options import INNERS
 from sfcompile.version import __version__
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_NO_READER = 130, 141
+"""128 and the number of the signal that would have ended a program which knows no better: Ctrl-C, a closed pipe."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of ours are printed without a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
+    if words[:1] == ["help"]:  # as git and docker have it
+        words = [*words[1:2], "--help"]
     if not words:
         parser.print_help()
         return 0
@@ -44,12 +51,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "name" in args:
             args.model = model_name(args)
-        return _COMMANDS[args.command](args)
+        code = _COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return code
     except StreamFusionError as error:
         show_error(str(error))
         return EXIT_USAGE
+    except OSError as error:
+        return _nobody_reads(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _nobody_reads(error: OSError) -> int:
+    """The exit code where nothing more can be written: the reader of a pipe has had enough, or a disk is full.
+
+    Raises:
+        OSError: something else.
+    """
+    if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's end would say it once more
+    if error.errno == errno.EPIPE:
+        return EXIT_NO_READER
+    show_error(
+        f"The disk has no room left for {error.filename or 'what there is to say'}. Make some, or write elsewhere."
+    )
+    return 1
 
 
 class CommandLine(Parser):
@@ -120,7 +148,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "share of the cores (OMP_NUM_THREADS, if it is not set). Exit code: 0, or that of the rank that failed first "
         "(128 + the signal's number if a signal ended it). Several machines: torchrun --nnodes."
     )
-    parser.add_argument("--ranks", type=positive, required=True, help="processes to start, over all machines")
+    # Not required for argparse, whose sentence would not say where it belongs.
+    parser.add_argument("--ranks", type=positive, help="processes to start, over all machines")
     parser.add_argument(
         "--machines", type=positive, default=1, help="machines that the ranks believe they sit on (default 1)"
     )
@@ -139,18 +168,40 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not args.argv:
-        print("sfcompile run: name a script to run, e.g. sfcompile run --ranks 4 script.py", file=sys.stderr)
-        return EXIT_USAGE
-    check_places(args.ranks, args.machines)
-    if not args.module and not Path(args.argv[0]).exists():
+    words = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
+    if args.ranks is None:
+        behind = any(word.partition("=")[0] == "--ranks" for word in words)
         raise OptionError(
-            f"The script {args.argv[0]} is not there",
-            "No rank was started",
-            "Name a file, or a module with -m; options of sfcompile run stand before it",
+            "--ranks stands behind the script" if behind else "--ranks is not said",
+            "what follows the script is the script's own" if behind else "it is the number of processes to start",
+            "Write sfcompile run --ranks 4 script.py",
         )
-    argv = ["-m", *args.argv] if args.module else args.argv
-    return launch(argv, args.ranks, args.machines, log_dir=args.logs)
+    if not words:
+        raise OptionError("No script is named", "It runs once on every rank", "Write sfcompile run --ranks 4 script.py")
+    check_places(args.ranks, args.machines)
+    if not args.module:
+        _check_script(Path(words[0]))
+    if args.logs is not None:
+        check_folder(args.logs, "--logs", create=True)
+    return launch(["-m", *words] if args.module else words, args.ranks, args.machines, log_dir=args.logs)
+
+
+def _check_script(script: Path) -> None:
+    """That Python can run it: a file, or what holds a ``__main__.py``.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    if (script.exists() and not script.is_dir()) or (script / "__main__.py").is_file():
+        return
+    python = re.fullmatch(r"python[\d.]*", script.name)
+    raise OptionError(
+        f"The script {script} is {'a folder without __main__.py' if script.is_dir() else 'not there'}",
+        "No rank was started",
+        "Leave python out: it runs the script on every rank"
+        if python
+        else "Name a file, or a module with -m; options of sfcompile run stand before it",
+    )
 
 
 def _completion(args: argparse.Namespace) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sfcompile.commands.checks import check_readable, check_writable
+from sfcompile.commands.checks import check_function, check_readable, check_writable
+from sfcompile.commands.own_code import own_code
 from sfcompile.commands.parsing import add_model_name
 from sfcompile.errors import OptionError
 from sfcompile.options import WIRES
@@ -56,14 +59,15 @@ def run(args: argparse.Namespace) -> int:
     if args.topology != "auto":  # export itself says what is wrong with that
         Topology.parse(args.topology)
     check_writable(args.out, "--out")
+    check_function(args.model)
     from sfcompile.package.export import export
 
     model, inputs, kwargs = made_by(args.model)
-    path = export(
-        model, inputs, kwargs, args.out, topology=args.topology, weights=args.weights, inner=args.inner,
-        placement=args.placement,
-        wire=args.wire,
-    )  # fmt: skip
+    with own_code(f"{args.model} is traced, and", alone=False):
+        path = export(
+            model, inputs, kwargs, args.out, topology=args.topology, weights=args.weights, inner=args.inner,
+            placement=args.placement, wire=args.wire,
+        )  # fmt: skip
     print(f"wrote {path}, {path.stat().st_size / 2**20:.1f} MiB")
     return show(path)
 
@@ -74,7 +78,15 @@ def made_by(text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     Raises:
         OptionError: there is no such function, or it returns something else.
     """
-    returned = find(text)()
+    factory = find(text)
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as error:  # or it is nothing that can be called
+        raise OptionError(
+            f"{text} is no function without arguments: {error}", "It is called to make the model", "Give them defaults"
+        ) from error
+    with own_code(f"{text} is called without arguments to make a model, and"):
+        returned = factory()
     if not isinstance(returned, tuple) or len(returned) not in (2, 3):
         raise OptionError(
             f"{text} returned a {type(returned).__name__}",
@@ -82,6 +94,21 @@ def made_by(text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
             "return (model, args) or (model, args, kwargs)",
         )
     model, inputs, kwargs = (*returned, {})[:3]
+    odd = [
+        f"{type(value).__name__} in place of {what}"
+        for value, what, kind in (
+            (model, "the model", Callable),
+            (inputs, "the tuple of its inputs", tuple | list),
+            (kwargs, "a dict", Mapping),
+        )
+        if not isinstance(value, kind)
+    ]
+    if odd:
+        raise OptionError(
+            f"{text} returned {' and '.join(odd)}",
+            "(model, args) or (model, args, kwargs) is what it should return",
+            "for one input x write return model, (x,)",
+        )
     return model, inputs, kwargs
 
 
@@ -98,17 +125,27 @@ def find(text: str) -> Callable[[], Any]:
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.path.insert(0, str(Path(source).resolve().parent))  # as python does for a script
-            spec.loader.exec_module(module)
+            with own_code(f"{source} is loaded to find {name!r}, and"):
+                spec.loader.exec_module(module)
+        elif not _is_there(source):
+            raise AttributeError(f"there is no module {source!r}")
         else:
-            module = importlib.import_module(source)
+            with own_code(f"{source} is imported to find {name!r}, and"):
+                module = importlib.import_module(source)
         factory: Callable[[], Any] = getattr(module, name)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
+    except AttributeError as error:
         raise OptionError(
             f"model {text!r} cannot be found: {error}",
             "it names a function",
             "write file.py:function or module:function",
         ) from error
     return factory
+
+
+def _is_there(module: str) -> bool:
+    with suppress(ImportError, ValueError):  # of a package that it would be in
+        return importlib.util.find_spec(module) is not None
+    return False
 
 
 def show(path: Path) -> int:

@@ -92,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
     topology = Topology.parse(args.topology)
     if not args.model:
         raise OptionError("No model and no shape is named", "", "say for example sfcompile kernels 1x24x4096x128")
-    if shape(args.model) is None:
-        check_model(args)
+    _check_kind(args)
     check_folder(args.out, "--out", create=True)
     from sfcompile.codegen.toolchain.listing import HEAD, line, write_kernels
 
@@ -105,6 +104,25 @@ def run(args: argparse.Namespace) -> int:
             print(line(row), flush=True)
         print(f"wrote {args.out / folder}")
     return 0
+
+
+def _check_kind(args: argparse.Namespace) -> None:
+    """That a model or a shape is named, and nothing is said that would be left unread.
+
+    Raises:
+        OptionError: no such model, or an argument of the other kind.
+    """
+    if shape(args.model) is None:
+        check_model(args)
+        unread = "--causal" if args.causal else ""
+    else:
+        unread = "--config" if args.config else ""
+    if unread:
+        raise OptionError(
+            f"{unread} is said of {args.model}",
+            "--causal is for a shape: a model says it by itself; --config is for a model",
+            "Leave it out",
+        )
 
 
 def sites_of(args: argparse.Namespace, topology: Topology) -> list[tuple[str, AttentionSite, Any, Topology]]:

@@ -7,6 +7,7 @@ that leaves a choice (is the noisy input [B, L, C] or [B, C, H, W]?), the first 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import math
@@ -126,6 +127,7 @@ def build_meta_model(
     if min(tokens, batch, text_tokens) < 1:
         raise OptionError(f"A size below one: {tokens=}, {batch=}, {text_tokens=}", "", "Give at least 1 for each")
     cls = find_class(name)
+    _check_fields(cls, config or {})
     tried: list[str] = []
     for fields in _configs(cls, tokens, dict(config or {})):
         try:
@@ -143,6 +145,20 @@ def build_meta_model(
         f"They are guessed from the signature of forward() and the config, which was not enough here:{listed}\n ",
         "Give the sizes that its default config leaves open in `config`, or choose another model",
     )
+
+
+def _check_fields(cls: type[torch.nn.Module], config: Mapping[str, Any]) -> None:
+    known = inspect.signature(cls.__init__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for key in config:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise OptionError(
+                f"The config of {cls.__name__} has no field {key!r}",
+                f"Did you mean {close[0]!r}?" if close else "",
+                f"Its fields: {', '.join(name for name in known if name != 'self')}",
+            )
 
 
 def _classes() -> dict[str, type[torch.nn.Module]]:

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfcompile.commands.checks import check_folder, check_readable, check_writable
+from sfcompile.commands.checks import check_folder, check_function, check_writable
 from sfcompile.commands.export import made_by
 from sfcompile.commands.model_names import check_model_name
+from sfcompile.commands.own_code import own_code
 from sfcompile.commands.parsing import add_model_name
 from sfcompile.commands.screen import show
 from sfcompile.errors import OptionError
@@ -92,6 +93,8 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
 
 def run_simulate(args: argparse.Namespace) -> int:
     """``sfcompile simulate``: the exit code."""
+    if args.paper and args.model:
+        raise OptionError(f"--paper and the model {args.model!r}", "The paper's table has models of its own", "Say one")
     if args.paper:
         from sfcompile.commands.paper import format_table, predict_table
 
@@ -123,9 +126,8 @@ def predicted(args: argparse.Namespace) -> Prediction:
     from sfcompile.prediction.predict import simulate
 
     name, model, inputs, kwargs = _built(args)
-    asked = {"schedule": args.schedule, "placement": args.placement, "wire": args.wire}
-    options = {"weights": args.weights}
-    return simulate(model, *inputs, topology=topology, name=name, options=options, **asked, **kwargs)
+    with own_code(f"{args.model} is traced, and", alone=False):
+        return simulate(model, args=inputs, kwargs=kwargs, topology=topology, options=_options(args), name=name)
 
 
 def run_explain(args: argparse.Namespace) -> int:
@@ -148,24 +150,21 @@ def run_explain(args: argparse.Namespace) -> int:
     from sfcompile.prediction.explain import explain
 
     name, model, inputs, kwargs = _built(args)
-    explanation = explain(
-        model,
-        *inputs,
-        topology=args.topology,
-        schedule=args.schedule,
-        placement=args.placement,
-        wire=args.wire,
-        options={"weights": args.weights},
-        rank=args.rank,
-        name=name,
-        **kwargs,
-    )
+    with own_code(f"{args.model} is traced, and", alone=False):
+        explanation = explain(
+            model, args=inputs, kwargs=kwargs, topology=args.topology, options=_options(args), rank=args.rank, name=name
+        )
     show(explanation.full() if args.full else str(explanation))
     for path, write in ((args.html, explanation.to_html), (args.json, explanation.to_json)):
         if path is not None:
             write(path)
             print(f"wrote {path}")
     return 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The backend's, of those that a command takes."""
+    return {key: getattr(args, key) for key in ("schedule", "placement", "wire", "weights")}
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -175,7 +174,7 @@ def check_model(args: argparse.Namespace) -> None:
         OptionError: no such class or file, a bad field, or fields for a model that a function makes.
     """
     fields_of(args.config)
-    if ":" not in args.model:
+    if ":" not in args.model and not args.model.endswith(".py"):
         check_model_name(args.model)
         return
     if args.config:
@@ -184,9 +183,7 @@ def check_model(args: argparse.Namespace) -> None:
             "It makes its model by itself",
             "Leave --config out",
         )
-    file = args.model.rpartition(":")[0]
-    if file.endswith(".py"):
-        check_readable(Path(file), "MODEL")
+    check_function(args.model)
 
 
 def _built(args: argparse.Namespace) -> tuple[str, torch.nn.Module, tuple[Any, ...], dict[str, Any]]:

@@ -11,6 +11,8 @@ from sfcompile.errors import OptionError
 
 _CHOICE = re.compile(r"invalid choice: '(?P<typed>[^']*)' \(choose from (?P<known>.*)\)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+_TORCHRUNS = {"--nproc-per-node": "--ranks", "--nproc_per_node": "--ranks", "--nnodes": "--machines"}
+"""What users of torchrun type, and what it is here."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +30,8 @@ class Parser(argparse.ArgumentParser):
         if not message.startswith("unrecognized arguments"):
             return []
         known = _OPTION.findall(self.format_help())
-        matches = (difflib.get_close_matches(word, known, n=1) for word in _OPTION.findall(message))
+        typed = (_TORCHRUNS.get(word, word) for word in _OPTION.findall(message))
+        matches = (difflib.get_close_matches(word, known, n=1) for word in typed)
         return list(dict.fromkeys(match for close in matches for match in close))
 
 

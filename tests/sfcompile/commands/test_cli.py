@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sfcompile.commands import cli
-from sfcompile.commands.cli import EXIT_USAGE, main
+from sfcompile.commands.cli import EXIT_NO_READER, EXIT_USAGE, main
 from sfcompile.commands.demo import DemoConfig
 
 
@@ -58,6 +58,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "flux", "--tokns", "4096"], "--tokens"),
         (["simulate", "flux", "--schedule", "tours"], "torus"),
         (["run", "--rank", "2", "--machins", "2", "x.py"], "--machines"),
+        (["run", "--nproc-per-node", "2", "x.py"], "--ranks"),
     ],
 )
 def test_what_was_meant_is_said(argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,15 +79,20 @@ def test_help_of_run_says_everything(capsys: pytest.CaptureFixture[str]) -> None
 def test_slips_are_told_before_torch_is_imported(tmp_path: Path) -> None:
     """Each with the sentence that is about it; a process of its own, since tests have torch."""
     (tmp_path / "file").touch()
+    (tmp_path / "own.py").write_text("def make():\n    pass\n")
+    (tmp_path / "broken.py").write_text("def make(:\n")
     slips = [
         ("kernels 1x24x4096", "'1x24x4096' has 3 sizes"),
         ("kernels 1x24x4096x128 --topology 4x8:b300", "preset 'b300' is unknown"),
         ("kernels 1x24x4096x128 --out file", "is a file"),
         ("kernels", "No model and no shape"),
+        ("kernels 1x24x4096x128 --config a=1", "--config is said of 1x24x4096x128"),
+        ("kernels flux --causal", "--causal is said of flux"),
         ("kernels flx", "Did you mean"),
         ("simulate no-such-model", "'no-such-model'"),
         ("simulate flux --out gone", "gone is not there"),
         ("simulate flux --model wan", "Two models are named"),
+        ("simulate flux --paper", "has models of its own"),
         ("explain flux --topology gone.toml", "gone.toml"),
         ("explain flux --rank 99", "There is no rank 99"),
         ("explain flux --html gone/page.html", "gone is not there"),
@@ -94,8 +100,17 @@ def test_slips_are_told_before_torch_is_imported(tmp_path: Path) -> None:
         ("export x.py:f --topology 1y2 --out p.sf", "1y2"),
         ("export --show gone.sf", "gone.sf is not there"),
         ("run --ranks 2 gone.py", "gone.py is not there"),
+        ("run --ranks 2 .", "is a folder without __main__.py"),
+        ("run --ranks 2 python own.py", "Leave python out"),
+        ("run --ranks 2 --logs file own.py", "is a file"),
+        ("run own.py --ranks 2", "--ranks stands behind the script"),
+        ("run own.py", "--ranks is not said"),
+        ("explain own.py", "names no function; own.py has make"),
+        ("simulate own.py:mke", "Did you mean 'make'?"),
+        ("export broken.py:make --topology 1x2 --out p.sf", "is no Python: line 1"),
         ("demo --head-dim 12", "no multiple of 8"),
         ("demo --ranks 3 --machines 2", "Cannot place 3 ranks"),
+        ("demo --ranks 40000", "40000 ranks are to be started"),
         ("doctor --measure --out gone/cluster.toml", "gone is not there"),
     ]
     code = (
@@ -112,9 +127,10 @@ def test_slips_are_told_before_torch_is_imported(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", [["--help"], ["help"]])
+def test_help_lists_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(words)
     out = capsys.readouterr().out
     assert all(name in out for name in ("demo", "run", "simulate", "explain", "kernels", "export", "doctor"))
 
@@ -144,7 +160,19 @@ def test_errors_of_ours_come_without_traceback(capsys: pytest.CaptureFixture[str
 
 def test_run_needs_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--ranks", "2"]) == EXIT_USAGE
-    assert "name a script" in capsys.readouterr().err
+    assert "No script is named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("full", "code", "said"), [(False, EXIT_NO_READER, ""), (True, 1, "no room left")])
+def test_a_reader_who_has_had_enough_and_a_full_disk_are_no_tracebacks(full: bool, code: int, said: str) -> None:
+    with open("/dev/full", "wb") as disk:
+        command = [sys.executable, "-m", "sfcompile", "completion"]
+        with subprocess.Popen(command, stdout=disk if full else subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            if process.stdout is not None:
+                process.stdout.close()
+            assert process.stderr is not None
+            err = process.stderr.read().decode()
+    assert process.returncode == code and said in err and err.count("\n") <= 1, err
 
 
 def test_simulate_prints_the_papers_table(capsys: pytest.CaptureFixture[str]) -> None:

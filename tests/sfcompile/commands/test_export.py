@@ -17,6 +17,12 @@ def make():
     return Tiny(), (torch.randn(1, 2, 8, 4),), {"scale": 3.0}
 def wrong():
     return Tiny()
+def one():
+    return Tiny(), torch.randn(1, 2, 8, 4)
+def fails():
+    raise KeyError("weights")
+def leaves():
+    raise SystemExit(3)
 """
 
 
@@ -44,7 +50,13 @@ def test_a_package_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["x.py:f"], "needs MODEL, --topology and --out"),
         (["no.such:f", "--topology", "1x2", "--out", "p"], "'no.such:f' cannot be found"),
-        (["{}/tiny.py:gone", "--topology", "1x2", "--out", "p"], "cannot be found"),
+        (["{}/tiny.py:gone", "--topology", "1x2", "--out", "p"], "has no 'gone'"),
+        (
+            ["{}/tiny.py:one", "--topology", "1x2", "--out", "p"],
+            "returned Tensor in place of the tuple",
+        ),
+        (["{}/tiny.py:fails", "--topology", "1x2", "--out", "p"], "raises KeyError: 'weights'. Mend that.\n  in "),
+        (["{}/tiny.py:leaves", "--topology", "1x2", "--out", "p"], "left the process with exit code 3"),
         (["{}/tiny.py:wrong", "--topology", "1x2", "--out", "p"], "returned a Tiny"),
         (["--show", "{}/tiny.py"], "damaged or no package"),
     ],

@@ -105,8 +105,10 @@ def test_an_unknown_name_lists_classes(typed: str) -> None:
 def test_errors_say_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="tokens=0"):
         build_meta_model("flux", 0)
-    with pytest.raises(OptionError, match="config .*no_such_field"):
-        build_meta_model("flux", 256, config={"no_such_field": 1})
+    with pytest.raises(OptionError, match="config .*'num_layers': 'x'"):
+        build_meta_model("flux", 256, config={"num_layers": "x"})
+    with pytest.raises(OptionError, match="has no field 'num_layrs'. Did you mean 'num_layers'"):
+        build_meta_model("flux", 256, config={"num_layrs": 1})
     monkeypatch.setitem(sys.modules, "diffusers.models", None)
     with pytest.raises(OptionError, match=r'pip install "sfcompile\[diffusers\]"'):
         find_class("flux")
