@@ -21,10 +21,12 @@ Made by `python benchmarks/zoo.py --page docs/models.md` from the files in `benc
 
 Every model is tiny and has random weights, and was run on four CPU ranks with `placement="shard"` (all that has a rule
 is cut) against one process, on the day that stands beside it; nothing here is newer. *Difference* is the largest, of
-the output's scale. *Busiest rank* is its FLOPs in all graphs over an even share: matrix products, convolutions and
-attention. *Graphs*: more than one means that Dynamo broke the model. *Attention* is how the heaviest one ran, if one
-was cut. That a model is listed says nothing about its speed. Classes are those of diffusers; a model that is none, or
-is a part of one, has only the name that it has in `benchmarks/diffusers_zoo` or in a zoo beside it.
+the output's scale. *Exact* is a difference of at most 1e-5; a model whose own code computes in bf16 or fp16 somewhere
+may flip the last bit there, and is held to 1e-3 or 2e-4 (the rows above 1e-5). *Busiest rank* is its FLOPs in all
+graphs over an even share: matrix products, convolutions and attention. *Graphs*: more than one means that Dynamo broke
+the model. *Attention* is how the heaviest one ran, if one was cut. That a model is listed says nothing about its speed.
+Classes are those of diffusers; a model that is none, or is a part of one, has only the name that it has in
+`benchmarks/diffusers_zoo` or in a zoo beside it.
 """
 
 

@@ -120,7 +120,7 @@ def run_sfcompile(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cli, "run_demo", lambda config: started.append(([], config.ranks, config.machines)) or 0)
     words = [str(ROOT / word) if word.startswith(("examples/", "benchmarks/")) else word for word in words]
     for word in words:
-        if word in ("script.py", "count.py"):  # what the reader has saved
+        if word in ("script.py", "count.py", "mine.py"):  # what the reader has saved
             (folder / word).touch()
     if words[0] in ("simulate", "explain") and "--paper" not in words:
         # Traced and planned at full size in tests/sfcompile/commands/test_cli.py.
@@ -157,8 +157,8 @@ def make_package(path: Path) -> None:
 
 
 def known_script(text: str) -> None:
-    if text in ("count.py", "rule.py"):
-        return  # of docs/first-pass.md, run by test_first_pass.py
+    if text in ("count.py", "rule.py", "mine.py"):
+        return  # of docs/first-pass.md and docs/getting-started.md, run by test_first_pass.py
     assert text == "script.py" or Path(text).stem in EXAMPLES, f"{text} is run by no test"
 
 
@@ -277,6 +277,11 @@ def test_the_readme_is_one_screen_and_points_at_nothing_below() -> None:
     assert len(text.split()) <= 900
     assert not re.search(r"\bsee (below|above)\b", text)
     assert "make demo" in text and "make test" in text and "Nothing was run on a GPU" in text
+
+
+def test_pages_that_begin_with_make_say_how_its_commands_come_on_the_path() -> None:
+    for page in ("README.md", "docs/getting-started.md", "docs/first-pass.md"):
+        assert "`. .venv/bin/activate`" in (ROOT / page).read_text(encoding="utf-8"), page
 
 
 def test_pictures_of_pages_are_pictures() -> None:

@@ -1,4 +1,4 @@
-"""docs/first-pass.md, done as it says: its two files saved, its commands run."""
+"""docs/first-pass.md, and the first model of docs/getting-started.md, done as they say: files saved, commands run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "first-pass.md").read_text(encoding="utf-8")
+PAGE = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("first-pass.md", "getting-started.md"))
 FILES = dict(re.findall(r"Save this as `(\w+\.py)`:\n\n```python\n(.*?)```", PAGE, re.DOTALL))
 
 
@@ -36,6 +36,15 @@ def test_the_pass_that_counts(tmp_path: Path) -> None:
     assert float(done.stdout.split("largest difference: ")[1].split()[0]) < 1e-5
     (folder,) = (tmp_path / "plan").glob("graph-*")
     assert len(list(folder.glob("*_count.txt"))) == 1
+
+
+@pytest.mark.thorough  # as examples/hello.py
+@pytest.mark.ranks
+def test_a_first_model_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FILES["mine.py"])
+    done = run("sfcompile run --ranks 2 mine.py", tmp_path)
+    assert done.returncode == 0 and "3 sharded and 0 local attentions" in done.stderr, done.stdout + done.stderr
+    assert float(done.stdout.split("largest difference from one process: ")[1].split()[0]) < 1e-5
 
 
 def test_the_rule_and_the_wrong_one(tmp_path: Path) -> None:
