@@ -29,8 +29,9 @@ def out_of_step(
     return RankMismatchError(
         f"{_OUT_OF_STEP}{what}",
         "every rank must make the same calls in the same order with equal inputs, or chunks of different calls meet",
-        "seed the inputs alike on all ranks and let no rank skip a call; ranks that work on other inputs need a group "
-        "of their own: options={'mesh': a DeviceMesh or ProcessGroup of the ranks that share them}",
+        "seed the inputs, and what the model draws (dropout without model.eval()), alike on all ranks, and let no rank "
+        "skip a call; ranks that work on other inputs need a group of their own: options={'mesh': a DeviceMesh or "
+        "ProcessGroup of the ranks that share them}",
         rank=rank, peer=peer, slot=slot, epoch=epoch,
     )  # fmt: skip
 
