@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import torch
 
+from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.wires.transport import TAG_BITS
 
 _LIKE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -93,24 +94,39 @@ class Calls:
 
     Attributes:
         current: the call under way, from its first op to its last; None between calls.
-        turn: held while a call is under way.
     """
 
     def __init__(self) -> None:
         self.current: Call | None = None
         self._count = 0
-        self.turn = threading.Lock()
+        self._turn = threading.Lock()
+        self._caller = 0  # the thread whose call is under way; no thread has this number
+
+    @property
+    def turn(self) -> threading.Lock:
+        """Held while a call is under way.
+
+        Raises:
+            UnsupportedError: by this thread, which would wait for itself for ever.
+        """
+        if self._caller == threading.get_ident():
+            raise UnsupportedError(
+                "a compiled model is called, or compiled, inside a call of a compiled model on the same ranks",
+                "an operator or a hook that runs inside a graph does it, and ranks run one call at a time",
+                "call it before or after, write both as one model, or leave the inner one uncompiled",
+            )
+        return self._turn
 
     @contextmanager
     def under_way(self, program: str, inputs: int) -> Iterator[Call]:
         """One call; waits for the call of another thread to end."""
         with self.turn:
             self._count += 1
-            self.current = Call(program, self._count, inputs)
+            self.current, self._caller = Call(program, self._count, inputs), threading.get_ident()
             try:
                 yield self.current
             finally:
-                self.current = None
+                self.current, self._caller = None, 0
 
     @property
     def count(self) -> int:

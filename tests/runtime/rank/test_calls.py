@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.rank.calls import SAMPLES, Call, Calls, fingerprint
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
 
@@ -81,3 +82,17 @@ def test_calls_of_threads_queue_and_are_counted() -> None:
     with pytest.raises(ValueError), calls.under_way("p", 0) as call:
         raise ValueError(call.number)
     assert calls.count == 10 and calls.current is None
+
+
+def test_a_call_inside_a_call_is_refused() -> None:
+    """Of an operator that calls a compiled model, say: the thread would wait for itself, without a limit."""
+    calls = Calls()
+    with calls.under_way("p", 0) as call:
+        for again in (lambda: calls.under_way("q", 0).__enter__(), lambda: calls.turn):
+            with pytest.raises(UnsupportedError, match="inside a call of a compiled model"):
+                again()
+        assert calls.current is call and calls.count == 1
+    with calls.turn, pytest.raises(ValueError):
+        raise ValueError
+    with calls.under_way("q", 0) as call:
+        assert call.number == 2
