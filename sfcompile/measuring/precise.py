@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from sfcompile.codegen.proof.checker import check
-from sfcompile.codegen.schedule.exchange import build_exchange
+from sfcompile.codegen.schedule.exchange import ExchangeSchedule, build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
 from sfcompile.measuring.estimate import line
 from sfcompile.measuring.shifts import shift
@@ -166,7 +167,7 @@ class _Bench:
         # Its rate is what the largest messages see; the burst that a shaped link lets through at first is a hundredth.
         slope = max((totals[-1] - totals[0]) / (4.0 * (SIZES[-1] - SIZES[0])), 1e-12)
         start = totals[0]
-        sharing = self.topology.num_ranks / self.topology.num_machines
+        sharing = messages_of_a_machine(shift(self.topology, True, SIZES[-1]), self.topology)
         wire = max(slope - 4.0 / known["copy_bytes_per_s"], 0.1 * slope)
         constants = {
             "network_bytes_per_s": sharing / wire,
@@ -203,3 +204,18 @@ class _Bench:
             self.session.receive(name, 0, out)
         lost = self.slowest(statistics.median(both) - statistics.median(alone))
         return 2.0 * 4 * floats / lost if lost > 0.03 * statistics.median(alone) else 0.0
+
+
+def messages_of_a_machine(schedule: ExchangeSchedule, topology: Topology) -> int:
+    """So many messages of a shift between machines leave one machine, or come to one: the most of any.
+
+    They share its link. Where machines have unequal numbers of ranks, some ranks have no peer and send nothing.
+    """
+    leave: Counter[int] = Counter()
+    come: Counter[int] = Counter()
+    for dst, runs in enumerate(schedule.site.wanted):
+        for src in (row for first, length in runs for row in range(first, first + length)):
+            if not topology.same_machine(src, dst):
+                leave[topology.machine_of[src]] += 1
+                come[topology.machine_of[dst]] += 1
+    return max((*leave.values(), *come.values()), default=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from threads import run_threads
 
 from sfcompile.measuring import precise
+from sfcompile.measuring.shifts import shift
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
 
@@ -32,3 +34,13 @@ def test_two_machines_of_two_ranks() -> None:
 
 def test_messages_double_to_four_megabytes() -> None:
     assert precise.SIZES[-1] * 4 == 4 << 20 and list(precise.SIZES) == sorted(precise.SIZES)
+
+
+@pytest.mark.parametrize(
+    ("machine_of", "messages"),
+    [((0, 0, 1, 1), 2), ((0, 1), 1), ((0, 0, 0, 1), 1), ((0, 0, 1), 1), ((0, 0, 0, 1, 1), 2)],
+)
+def test_the_messages_that_share_a_link(machine_of: tuple[int, ...], messages: int) -> None:
+    """On machines of unequal numbers of ranks some send nothing: a link carries less than ranks a machine."""
+    topology = Topology(machine_of)
+    assert precise.messages_of_a_machine(shift(topology, True, 16), topology) == messages
