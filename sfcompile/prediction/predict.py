@@ -226,6 +226,12 @@ def asked_of(options: Mapping[str, Any] | None, spelled: Mapping[str, Any]) -> t
             "the plan is priced for attention that computes chunk by chunk, not for kernels that hold the waits",
             "leave attention out; sfcompile kernels shows what would be generated",
         )
+    if asked.boundaries == "shards":
+        raise OptionError(
+            "boundaries='shards' cannot be predicted",
+            "which values cross between graphs in shards is seen when the graphs run; here all of them are gathered",
+            "leave boundaries out for the plan with whole values; the report of a compile says what crosses",
+        )
     shard = asked.placement == "shard"
     wish = Asked(asked.mesh, asked.schedule, shard_everything=shard, order=asked.passes, wire=asked.wire)
     return wish, asked.weights

@@ -104,6 +104,7 @@ def test_options_are_those_of_the_backend_and_nothing_is_said_twice() -> None:
         ({"args": inputs}, "inputs stand behind the model, and args= holds"),
         ({"options": {"topology": "1x2"}}, "topology is an argument of its own"),
         ({"options": {"attention": "triton"}}, "attention='triton' cannot be predicted"),
+        ({"options": {"boundaries": "shards"}}, "boundaries='shards' cannot be predicted"),
         ({"options": {"schedul": "ring"}}, "Did you mean 'schedule'"),
         ({"schedule": "usp", "options": options}, "schedule is given twice"),
     ):
