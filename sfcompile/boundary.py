@@ -40,16 +40,24 @@ class Boundary:
         inputs: which inputs are; the graph takes the shard of those in ``taken``, the others are made whole before it.
         outputs: which outputs are, by place.
         gather: how an output becomes whole when somebody reads it.
+        compares: whether ranks compare what they are called with.
     """
 
     inputs: tuple[int, ...] = ()
     taken: frozenset[int] = frozenset()
     outputs: Mapping[int, ValueRows] = field(default_factory=dict)
     gather: Gather | None = None
+    compares: bool = True
 
     def mark(self, args: Sequence[Any]) -> int:
         """Which values came, the same on all ranks that were given shards of the same ones."""
         return marks_of([args[i] for i in self.inputs])
+
+    def read(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """The inputs in shards that somebody has read, whole: Python may have written to them, on each rank what it
+        likes, so they are compared as inputs that come whole are. All ranks have read the same ones."""
+        values = [args[i].held.whole for i in self.inputs] if self.compares else []
+        return [value for value in values if value is not None]
 
     def arrived(self, args: Sequence[Any]) -> dict[int, torch.Tensor]:
         """The inputs in shards as the graph takes them. Collective where one has to be made whole."""
@@ -130,7 +138,7 @@ def across(
         if taken:
             gm = take_shards(gm, mode, {places[i]: arrivals[i] for i in taken}, session.rank)
     gather = gather_of(session, asked) if compiled.crossing else None
-    return gm, Boundary(tuple(arrivals), taken, compiled.crossing, gather)
+    return gm, Boundary(tuple(arrivals), taken, compiled.crossing, gather, asked.inputs != "trusted")
 
 
 def gather_of(session: Session, asked: Options) -> Gather:

@@ -96,7 +96,7 @@ def as_called(local: Callable[..., Any], call: CallFacts) -> Callable[..., Any]:
         wholes = {} if verifier is None else {i: args[i].whole() for i in (*call.shares, *boundary.inputs)}
         arrived = boundary.arrived(args)
         around = {} if verifier is None else autocast_state()
-        looked_at = [*mine, *([state_mark(device)] if call.draws else [])] if looks else []
+        looked_at = [*mine, *boundary.read(args), *([state_mark(device)] if call.draws else [])] if looks else []
         # The graph writes to no weight in shares (shares_of refuses it), and its caller to none before it returns.
         shards = [args[i].shard for i in call.shares]
         with session.call(called, looked_at, call.talks, shards), autocast_off():

@@ -20,7 +20,14 @@ preload("boundary_cases", "model_cases", "sfcompile.backend")
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("case", "homes"), [("split", [0, 0]), ("read", [0, 1]), ("one_memory", [0, 1]), ("uneven", [0, 0, 1])]
+    ("case", "homes"),
+    [
+        ("split", [0, 0]),
+        ("read", [0, 1]),
+        ("another_write", [0, 0]),
+        ("one_memory", [0, 1]),
+        ("uneven", [0, 0, 1]),
+    ],
 )
 def test_values_cross_a_break(case: str, homes: list[int]) -> None:
     run_processes(len(homes), boundary_cases.run, (case,), homes, timeout_s=120.0)

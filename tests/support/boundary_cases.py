@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from model_cases import close, compiled, tokens
+from model_cases import close, compiled, rank, tokens
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from sfcompile.backend import reports
+from sfcompile.errors import RankMismatchError
 from sfcompile.passes.report.report import GraphReport
 
 
@@ -70,6 +71,29 @@ def case_read() -> None:
             v.add_(1.0)
 
     both(Reads(), tokens(), verify=1)
+
+
+def case_another_write() -> None:
+    """Ranks that write other things to a value between the graphs are told, in shards as whole; not those that trust
+    each other. The next call is exact again."""
+
+    class Writes(Broken):
+        more = 1.0
+
+        def between(self, x: torch.Tensor, *values: torch.Tensor) -> None:
+            x.add_(1.0 + self.more * rank())
+
+    for options in ({}, {"boundaries": "whole"}, {"inputs": "trusted"}):
+        torch._dynamo.reset()
+        model = Writes()
+        call = compiled(model, **({"placement": "shard", "boundaries": "shards"} | options))
+        try:
+            call(tokens())
+            assert "inputs" in options, "ranks that wrote other values were not told"
+        except RankMismatchError:
+            assert "inputs" not in options
+            model.more = 0.0
+            close(call(tokens()), model(tokens()))
 
 
 def case_one_memory() -> None:
