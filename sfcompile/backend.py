@@ -244,7 +244,7 @@ def _compile_rank(
     facts = CallFacts(session, name, names, captured, *places, shared, talks, draw, kept, shares, verifier, boundary)
     run = as_called(local, facts)
     if device.type == "cpu":
-        run = watched(run, compiled, session, topology)
+        run = watched(run, compiled, session, topology, shared, verifier)
     return SizedProgram(_second_call_speaks(run), captured.numbers), False
 
 

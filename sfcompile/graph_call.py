@@ -156,22 +156,37 @@ def _can_look(device: torch.device, call: int) -> bool:
     return call <= GPU_LOOKS and not torch.cuda.is_current_stream_capturing()
 
 
-def watched(run: Callable[..., Any], compiled: Compiled, session: Session, topology: Topology) -> Callable[..., Any]:
-    """``run``, whose times the graph's report compares with the predicted step. On GPUs a call ends before its work."""
+def watched(
+    run: Callable[..., Any],
+    compiled: Compiled,
+    session: Session,
+    topology: Topology,
+    shared: SharedInputs | None = None,
+    verifier: Verifier | None = None,
+) -> Callable[..., Any]:
+    """``run``, whose times the graph's report compares with the predicted step. On GPUs a call ends before its work.
+
+    Args:
+        shared: what gives all ranks rank 0's inputs before the step: a call takes that too.
+        verifier: compares first calls with one process, which takes a whole step more: they do not count.
+    """
     stages, programs = compiled.report.stages, compiled.programs
     if stages is None:
         return run
 
     def predict() -> PredictedStep:
         step = Step(stages, programs, session.rank, topology)
-        return PredictedStep(step.seconds, step.exposed_s)
+        inputs_s = 0.0 if shared is None else shared.seconds(topology)
+        return PredictedStep(inputs_s + step.seconds, inputs_s + step.exposed_s)
 
     watch = compiled.report.steps = StepWatch(session.rank, topology, predict)
 
     def timed(*args: Any) -> Any:
+        compares = verifier is not None and verifier.calls
         start = time.perf_counter()
         out = run(*args)
-        watch.note(time.perf_counter() - start, session.waited_s)
+        if not compares:
+            watch.note(time.perf_counter() - start, session.waited_s)
         return out
 
     return timed

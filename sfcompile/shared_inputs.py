@@ -66,14 +66,17 @@ class SharedInputs:
         """Bytes of the inputs."""
         return sum(nbytes(shape, dtype) for shape, dtype in self.facts)
 
-    def line(self, topology: Topology) -> str:
-        """What is sent at every call and what it is predicted to take, for the report."""
+    def seconds(self, topology: Topology) -> float:
+        """What the sending is predicted to take, once a call."""
         from sfcompile.codegen.plan.step import price  # loaded packages need no prices
 
-        seconds = sum(price(schedule, topology, 0.0).seconds for schedule in self.schedules)
+        return sum(price(schedule, topology, 0.0).seconds for schedule in self.schedules)
+
+    def line(self, topology: Topology) -> str:
+        """What is sent at every call and what it is predicted to take, for the report."""
         return (
             f"rank 0's, sent to all before the step: {len(self.facts)} tensors, {self.nbytes / 2**20:.2f} MiB, "
-            f"{seconds * 1e3:.3f} ms predicted"
+            f"{self.seconds(topology) * 1e3:.3f} ms predicted"
         )
 
     def share(self, session: Session, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

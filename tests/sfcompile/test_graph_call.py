@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from threads import run_threads
@@ -17,10 +19,16 @@ from sfcompile.graph_call import (
     not_shared,
     refuse_sharded,
     share_weights,
+    watched,
 )
 from sfcompile.options import Options
+from sfcompile.passes.report.report import GraphReport
+from sfcompile.passes.report.steps import FIRST_CALLS, LEAST_CALLS
+from sfcompile.passes.runner import Compiled
+from sfcompile.runtime.program.stages import GraphStages
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
+from sfcompile.shared_inputs import SharedInputs
 from sfcompile.torch_private import FakeTensorMode
 
 INPUTS = [torch.ones(2), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), 3, torch.ones(2).to_sparse()]
@@ -102,3 +110,24 @@ def test_weights_that_the_graph_writes_to_stay_each_ranks() -> None:
 
     for line in run_threads(2, work):
         assert line == "156.2 KiB of 156.2 KiB lie once for the 2 ranks of a machine"
+
+
+def test_steps_are_compared_with_all_that_a_call_takes() -> None:
+    """Rank 0's inputs are sent within the call, so the prediction holds them; a call that one process's is compared
+    with takes two steps, and does not count."""
+    topology = Topology.grid(2, 1, network_bytes_per_s=1e6)
+    shared = SharedInputs("g", [((1 << 20,), torch.uint8)], 2, torch.device("cpu"))
+    report = GraphReport(2, 2, 1, 2, stages=GraphStages((), 0.25))
+    compiled = Compiled(graph().gm, {}, report)
+    verifier = SimpleNamespace(calls=2)
+    session = SimpleNamespace(rank=0, waited_s={})
+
+    def run() -> None:
+        verifier.calls = max(0, verifier.calls - 1)
+
+    timed = watched(run, compiled, session, topology, shared, verifier)  # type: ignore[arg-type]
+    for _ in range(2 + FIRST_CALLS + LEAST_CALLS):
+        assert report.steps is not None and report.steps.summary == ""
+        timed()
+    assert report.steps.summary != "" and shared.seconds(topology) > 1.0
+    assert f"predicted {0.25 + shared.seconds(topology):.3g} s" in report.steps.summary
