@@ -159,6 +159,10 @@ class DeviceRuns:
         place[:2].copy_(self._counter)
         return DeviceRun(self, engine, epoch, engine.view(table, place))
 
+    def opened(self) -> int:
+        """Epochs that were opened, those of replays among them; waits for the stream."""
+        return int(self._counter[0])
+
     def host_bank(self, epoch: int) -> OwnHeap:
         """Begin a call whose epoch the host bakes in (transport.py): both counts go on together."""
         self._counter[:1].fill_(epoch)

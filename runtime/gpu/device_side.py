@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 
-from sfcompile.errors import UnsupportedError
+from sfcompile.errors import HeapError, StreamFusionError, UnsupportedError
 from sfcompile.runtime.gpu.device_run import DeviceEngine, DeviceRuns, Release, WordWait
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
 from sfcompile.runtime.gpu.status import DeviceStatus, Watchdog
-from sfcompile.runtime.gpu.streams import synchronize
+from sfcompile.runtime.gpu.streams import is_capturing, synchronize
 from sfcompile.runtime.gpu.together import Share
 from sfcompile.runtime.gpu.transport import NvshmemTransport
 from sfcompile.runtime.program.topology import Topology
@@ -18,6 +19,7 @@ from sfcompile.runtime.rank.sides import RunningSite, aligned, bank_room, run_on
 from sfcompile.runtime.rank.site_call import SiteCall, SiteSchedule
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
+_log = logging.getLogger("sfcompile")
 MakeKernels = Callable[[Sequence[int]], tuple[Release, WordWait]]
 """The kernels of credits and of the stream's waits, for ranks of some domains (codegen makes them)."""
 
@@ -60,10 +62,10 @@ class NvshmemSide:
         self._transport: NvshmemTransport | None = None
         self._kept: list[tuple[NvshmemHeap, DeviceRuns]] = []  # outgrown, and read by graphs that were captured
         self._status = DeviceStatus(nvshmem.rank, nvshmem.device, timeout_s)
-        self._watchdog = Watchdog(self._status, trouble)
         probe = NvshmemHeap(nvshmem, HeapSize(1, 64), topology.machine_of, share)
         self.domains: Sequence[int] = probe.domains
         probe.close()
+        self._watchdog = Watchdog(self._status, trouble)  # last: of a side that does not start no thread is left
 
     @property
     def device(self) -> torch.device:
@@ -86,18 +88,32 @@ class NvshmemSide:
 
         Where some rank has captured calls in a CUDA graph, the old heap stays beside the new one, for all ranks:
         replays count epochs of their own there, and give each other credit for them.
+
+        Raises:
+            HeapError, UnsupportedError: no room on this rank or on another; there is a heap of the old size.
         """
-        if self._heap is not None and self._runs is not None:
-            synchronize(self.device)
-            if any(self._share(self._runs.captured, "leave the old heap")):
-                self._kept.append((self._heap, self._runs))
-            else:
-                self._heap.close()
-        self._heap = NvshmemHeap(self._nvshmem, size, self._topology.machine_of, self._share)
-        self._credit(self._heap, epoch)
+        old, captured = None if self._heap is None or self._runs is None else (self._heap, self._runs), False
+        if old is not None:
+            self._status.settle()
+            captured = any(self._share(old[1].captured, "leave the old heap"))
+            if not captured:
+                self._heap = self._runs = self._transport = None  # nothing may run on memory that is given back
+                old[0].close()
+        try:
+            self._take_heap(size, epoch)
+        except StreamFusionError as error:
+            if old is not None and not captured and error.on_every_rank:
+                self._take_heap(old[0].size, epoch)
+            raise
+        if old is not None and captured:
+            self._kept.append(old)
+
+    def _take_heap(self, size: HeapSize, epoch: int) -> None:
+        heap = NvshmemHeap(self._nvshmem, size, self._topology.machine_of, self._share)
+        self._credit(heap, epoch)
         release, wait = self._make_kernels(self.domains)
-        self._runs = DeviceRuns(self._heap, release, self.device, self._status, epoch)
-        self._transport = NvshmemTransport(self._nvshmem, self._heap, size.bank_bytes // 2, self._status, wait)
+        self._heap, self._runs = heap, DeviceRuns(heap, release, self.device, self._status, epoch)
+        self._transport = NvshmemTransport(self._nvshmem, heap, size.bank_bytes // 2, self._status, wait)
 
     def prepare(self, engines: Sequence[DeviceEngine | None]) -> None:
         """Calls of these sites will find all that they need on the device."""
@@ -118,6 +134,11 @@ class NvshmemSide:
         if engine is not None:
             return self._runs.open(engine, call.epoch)
         return run_on_host(call, self._topology, self._runs.host_bank(call.epoch), self._transport)
+
+    def epochs_opened(self, counted: int) -> int:
+        """Replays of captured calls raise the count on the device alone: to read it the host waits for the stream."""
+        runs = self._runs
+        return counted if runs is None or not runs.captured or is_capturing(self.device) else runs.opened()
 
     def begin(self, tag: int) -> None:
         """Signals hold it from now on."""
@@ -141,7 +162,7 @@ class NvshmemSide:
             UnsupportedError: always.
         """
         raise UnsupportedError(
-            "a call failed before on some rank, and GPU ranks cannot start afresh",
+            f"a call failed before ({self.notice() or 'on some rank'}), and GPU ranks cannot start afresh",
             "kernels that still wait for each other cannot be called back",
             "end the job and start it again",
             rank=self._nvshmem.rank,
@@ -164,15 +185,21 @@ class NvshmemSide:
         self._status.stop(notice)
 
     def close(self, failed: bool) -> None:
-        """Leave NVSHMEM. After a failure nothing collective is tried: kernels may wait for ranks that are gone."""
+        """Leave NVSHMEM. After a failure, of this rank or one that was heard of, nothing collective is tried: kernels
+        may wait for ranks that are gone."""
         self._watchdog.close()
+        failed = failed or self.notice() is not None
         self._runs = self._transport = None
         self._leave(failed)
         if failed:
             return
-        while self._kept:
-            self._kept.pop()[0].close()
-        if self._heap is not None:
-            self._heap.close()
-            self._heap = None
+        heaps = [*(heap for heap, _ in self._kept), *([] if self._heap is None else [self._heap])]
+        self._kept.clear()
+        self._heap = None
+        try:
+            for heap in heaps:
+                heap.close()
+        except HeapError as error:  # a rank has gone without a word: it would not come to leave either
+            _log.warning("rank %d leaves NVSHMEM alone: %s", self._nvshmem.rank, error.what)
+            return
         self._nvshmem.close()

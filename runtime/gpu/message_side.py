@@ -62,12 +62,12 @@ class MessageSide:
     ) -> None:
         self._rank, self._topology, self._device = rank, topology, device
         self._status, self._messages, self._trouble = status, messages, trouble
-        self._watchdog = Watchdog(status, self._look)
         self._banks: OwnHeap | None = None
         self._wires: Transport | None = messages
         self._size: HeapSize | None = None
         self.domains: Sequence[int] = tuple(range(topology.num_ranks))
         self.carried_by = ""
+        self._watchdog = Watchdog(status, self._look)
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +112,10 @@ class MessageSide:
     def prepare(self, engines: Sequence[SiteEngine | None]) -> None:
         """The executor needs nothing beside the heap."""
 
+    def epochs_opened(self, counted: int) -> int:
+        """The host opens every site."""
+        return counted
+
     def begin(self, tag: int) -> None:
         """Every site is told when it is opened."""
 
@@ -152,7 +156,7 @@ class MessageSide:
             UnsupportedError: always.
         """
         raise UnsupportedError(
-            "a call failed before on some rank, and GPU ranks cannot start afresh",
+            f"a call failed before ({self.notice() or 'on some rank'}), and GPU ranks cannot start afresh",
             "messages that still wait on the GPU's stream for each other cannot be called back one by one",
             "end the job and start it again",
             rank=self._rank,

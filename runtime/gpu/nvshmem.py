@@ -94,7 +94,8 @@ class Nvshmem:
             return modules or load()
 
         self.core, self.bindings = together(share, "load NVSHMEM", loaded)
-        self._refuse_several(share(self.version(), "compare releases of NVSHMEM"))
+        release = together(share, "ask for NVSHMEM's release", self.version)
+        self._refuse_several(share(release, "compare releases of NVSHMEM"))
         uid = together(share, "make NVSHMEM's unique id", self._unique_id)
         raw = np.asarray(uid._data).view(np.uint8).reshape(-1)
         raw[:] = np.frombuffer(share(raw.tobytes(), "exchange NVSHMEM's unique id")[0], np.uint8)
@@ -152,8 +153,15 @@ class Nvshmem:
         return device
 
     def version(self) -> str:
-        """Release of the host library, as "3.4.5"."""
-        return str(self.core.get_version().libnvshmem_version)
+        """Release of the host library, as "3.4.5".
+
+        Raises:
+            HeapError: the library does not say.
+        """
+        try:
+            return str(self.core.get_version().libnvshmem_version)
+        except Exception as error:
+            raise self._not_started(error) from error
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Collective: zeroed symmetric memory, uint8 [nbytes]; give it back with :meth:`free`.
@@ -185,13 +193,38 @@ class Nvshmem:
         return memory
 
     def free(self, memory: torch.Tensor) -> None:
-        """Collective: the end of what :meth:`allocate` gave."""
-        self.core.free_tensor(memory)
+        """Collective: the end of what :meth:`allocate` gave.
+
+        Raises:
+            HeapError: NVSHMEM refuses, or a rank does not come; it stays as it is.
+        """
+
+        def give_back() -> None:
+            self._current_device()  # of this thread
+            self.core.free_tensor(memory)
+
+        try:
+            within(self._limit_s, give_back)
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise HeapError(
+                f"a symmetric heap of {memory.nbytes / 2**20:.1f} MiB per rank is not given back ({said})",
+                "all ranks give it back together: one has not come, or has failed",
+                "look at the logs of the other ranks",
+                rank=self.rank,
+            ) from error
 
     def addresses(self, memory: torch.Tensor) -> list[int]:
-        """Where loads and stores of this rank reach every rank's copy of a symmetric tensor; 0: nowhere."""
+        """Where loads and stores of this rank reach every rank's copy of a symmetric tensor; 0: nowhere.
+
+        Raises:
+            HeapError: the library does not say.
+        """
         base = memory.data_ptr()
-        return [base if pe == self.rank else int(self.bindings.ptr(base, pe)) for pe in range(self.num_ranks)]
+        try:
+            return [base if pe == self.rank else int(self.bindings.ptr(base, pe)) for pe in range(self.num_ranks)]
+        except Exception as error:
+            raise self._not_started(error) from error
 
     def close(self) -> None:
         """Collective: leave NVSHMEM. If a rank does not come to leave with this one, this one leaves alone."""
@@ -219,7 +252,7 @@ class NvshmemHeap:
         self._nvshmem = nvshmem
         self._memory = nvshmem.allocate(size.segment_bytes)
         base = self._memory.data_ptr()
-        reached = nvshmem.addresses(self._memory)
+        reached = together(share, "find each other's memory", lambda: nvshmem.addresses(self._memory))
         self.domains = domains_of(share([bool(address) for address in reached], "map the heap"), machine_of)
         mine = self.domains[nvshmem.rank]
         rows = [(address if self.domains[rank] == mine else 0, rank, base) for rank, address in enumerate(reached)]

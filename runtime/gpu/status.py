@@ -21,7 +21,8 @@ from typing import Protocol
 
 import torch
 
-from sfcompile.errors import StreamFusionError
+from sfcompile.errors import HeapError, StreamFusionError
+from sfcompile.runtime.gpu.streams import synchronize
 from sfcompile.runtime.wires.symmetric_heap import STATUS, Watched
 from sfcompile.runtime.wires.transport import TAG_BITS, notice_of, out_of_step, peer_failed
 from sfcompile.torch_private import assert_on_device
@@ -95,6 +96,23 @@ class DeviceStatus:
         error = self.error()
         if error is not None:
             raise error
+
+    def settle(self) -> None:
+        """Until the device has done what was asked of it.
+
+        Raises:
+            HeapError: it has stopped, and the host does not know of a wait in vain; where it does, that is raised.
+        """
+        try:
+            synchronize(self.words.device)
+        except RuntimeError as error:  # CUDA's own
+            said = str(error).splitlines()[0]
+            raise self.error() or HeapError(
+                f"the GPU of rank {self._rank} has stopped before its heap could grow ({said})",
+                "a kernel of an earlier call failed, and CUDA runs nothing more in this process",
+                "look at the logs of all ranks for the first error, and start the job again",
+                rank=self._rank,
+            ) from error
 
     def _demand(self, zeros: torch.Tensor, message: str) -> None:
         """Copy the status to the host; on a GPU, stop the stream with a message unless these words of it are 0."""

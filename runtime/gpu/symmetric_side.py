@@ -10,7 +10,7 @@ from sfcompile.errors import HeapError
 from sfcompile.runtime.gpu.message_side import Banks, MessageSide
 from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.gpu.stores import StoresAndMessages, StoreTransport, num_channels
-from sfcompile.runtime.gpu.streams import SideStream, synchronize
+from sfcompile.runtime.gpu.streams import SideStream
 from sfcompile.runtime.gpu.symmetric import SharedMemory
 from sfcompile.runtime.gpu.together import Share, together
 from sfcompile.runtime.program.topology import Topology
@@ -44,7 +44,11 @@ class SymmetricSide(MessageSide):
         super().__init__(rank, topology, device, status, messages, trouble)
         self._pairs, self._make_memory, self._stream, self._share = messages, make_memory, stream, share
         self._memory: SharedMemory | None = None
-        together(share, "map each other's memory", lambda: make_memory(HeapSize(1, 64).segment_bytes))
+        try:
+            together(share, "map each other's memory", lambda: make_memory(HeapSize(1, 64).segment_bytes))
+        except BaseException:
+            self._watchdog.close()  # of a side that does not start no thread is left
+            raise
 
     def make_heap(self, size: HeapSize, epoch: int) -> None:
         """Collective: a new heap in place of the old one, whose calls have ended on every rank's stream.
@@ -53,7 +57,7 @@ class SymmetricSide(MessageSide):
             HeapError: no room, or more slots than torch has signals.
         """
         if self._memory is not None:
-            synchronize(self._device)
+            self._status.settle()
             self._share(None, "leave the old heap")
 
         def make() -> SharedMemory:

@@ -80,6 +80,10 @@ class CpuSide:
     def prepare(self, engines: Sequence[Engine | None]) -> None:
         """Engines make what they need when they are called."""
 
+    def epochs_opened(self, counted: int) -> int:
+        """The host opens every site."""
+        return counted
+
     def begin(self, tag: int) -> None:
         """Every site is told when it is opened."""
 

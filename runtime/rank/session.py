@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
-from sfcompile.runtime.rank.calls import Calls, fingerprint
+from sfcompile.runtime.rank.calls import Calls, Guard, fingerprint
 from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.fit import check_end, check_fused, check_held, check_put
 from sfcompile.runtime.rank.forks import Forked
@@ -93,9 +93,8 @@ class Session:
             UnsupportedError: some rank failed before, and this side cannot start afresh.
         """
         digest = hashlib.sha256(text.encode()).hexdigest()
-        everyone = self._world.exchange(
-            (digest, description, self._failed, self._place()), "compile a graph", afresh=True
-        )
+        failed = self._failed or (self._side.on_gpu and self._side.notice() is not None)  # kernels fail behind the host
+        everyone = self._world.exchange((digest, description, failed, self._place()), "compile a graph", afresh=True)
         if any(failed for _, _, failed, _ in everyone):
             self._restart([place for *_, place in everyone])
         compare(self.rank, [(digest, words) for digest, words, *_ in everyone])
@@ -156,6 +155,7 @@ class Session:
         """
         self._world.exchange(None, "run the compiled graph", _COMPILE_PATIENCE)
 
+    @torch.inference_mode(False)  # what is made in it could be written in it only
     def load(
         self,
         program: str,
@@ -173,15 +173,18 @@ class Session:
         known = self._programs.get(program)
         number = len(self._programs) if known is None else known.number
         loaded = _Loaded(number, list(schedules), engines or [None] * len(schedules))
-        self._programs[program] = loaded
         size, need = self._side.size, self._side.room(loaded.schedules, loaded.engines)
         if schedules and (size is None or not size.holds(need)):
             if self._runs:
                 raise InternalError("the heap must grow while a call is under way", "a graph left a site unfinished")
-            self._side.make_heap(need if size is None else size.grown(need), self._finished)
-            for other in self._programs.values():
-                self._side.prepare(other.engines)
-        elif schedules:
+            self._catch_up()
+            try:
+                self._side.make_heap(need if size is None else size.grown(need), self._finished)
+            finally:  # where there is no room, too: a heap like the old one may be another one
+                for other in self._programs.values() if self._side.size is not None else ():
+                    self._side.prepare(other.engines)
+        self._programs[program] = loaded
+        if schedules:
             self._side.prepare(loaded.engines)
 
     def forget(self, program: str) -> None:
@@ -330,6 +333,8 @@ class Session:
 
     def _open(self, program: str, site: int) -> RunningSite:
         loaded = self._loaded(program)
+        if loaded.engines[site] is None and not self._runs:  # the host gives the call its number
+            self._catch_up()
         epoch = self._opened + 1
         if epoch - NUM_BANKS > self._finished:
             raise InternalError(
@@ -343,6 +348,10 @@ class Session:
         call = SiteCall(self.rank, loaded.number, site, loaded.schedules[site], epoch, tag, self._lasting)
         run = self._runs[program, site] = self._side.open(call, loaded.engines[site])
         return run
+
+    def _catch_up(self) -> None:
+        """Go on from where replays of CUDA graphs have got to; no site is open."""
+        self._opened = self._finished = self._side.epochs_opened(self._opened)
 
     def _finish(self, program: str, site: int) -> None:
         run = self._runs.pop((program, site))
@@ -363,7 +372,7 @@ class Session:
 
     def guard(self) -> AbstractContextManager[None]:
         """Tell the other ranks if the body fails, so that none of them waits in vain."""
-        return _Guard(self)
+        return Guard(self.fail)
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks of an error of this rank's own; raises it by another name, if it has one."""
@@ -402,22 +411,6 @@ class Session:
         self._programs.clear()
         self._side.close(self._failed)
         self._world.close()
-
-
-class _Guard:
-    """Every node of a graph that talks to other ranks runs in one: a generator's context would cost more than it."""
-
-    __slots__ = ("_session",)
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self._session.fail(error)
 
 
 Members = tuple[int, ...]

@@ -169,6 +169,10 @@ class Side(Protocol[EngineT]):
     def prepare(self, engines: Sequence[EngineT | None]) -> None:
         """Make what calls of a program's sites need beside the heap: after it was loaded, and in every new heap."""
 
+    def epochs_opened(self, counted: int) -> int:
+        """How many epochs were opened, of which the host has ``counted`` some: it takes no part in a replay of what it
+        has captured. No site is open."""
+
     def begin(self, tag: int) -> None:
         """A call of a program begins, whose sites will be opened; ``tag`` (calls.py) tells it from others."""
 

@@ -119,6 +119,81 @@ def over_messages(rank: int, seed: int, calls: int) -> dict[str, Any]:
     return {"error": max(errors), "same": all(torch.equal(outs[0], out) for out in outs)}
 
 
+def beside_replays(rank: int) -> dict[str, Any]:
+    """A model by kernels, whose calls after the first are replayed, and one that the host runs, in turns on one heap;
+    at the end the heap grows.
+
+    What a host knows of a replay: nothing. Its counts are set back, as the device goes on.
+    """
+    session, errors, behind = session_of(), list[float](), list[int]()
+    side, target = _side_of(session, rank)
+    cases = {str(seed): random_case(seed, ranks=session.topology.num_ranks) for seed in (5, 6, 7)}
+
+    def call(name: str) -> None:
+        with session.call(name, []):
+            out, _ = attend_and_gather(cases[name], rank, torch.zeros(1, dtype=torch.int64), name)
+        want = cases[name].expected
+        errors.append(float((out.double() - want).abs().max() / want.abs().max()))
+
+    with interpreting(Deadline(20.0)):
+        schedules = {name: schedules_of(case) for name, case in cases.items()}
+        with torch.inference_mode():  # as a model is compiled at its first call; later ones may come outside of it
+            session.load("5", schedules["5"], _engines(cases["5"], schedules["5"], rank, target, side))
+            session.load("6", schedules["6"])
+        for replayed in (False, True, True, True):
+            assert side._runs is not None
+            counted = session._opened
+            call("5")
+            side._runs.captured = True
+            if replayed:
+                session._opened = session._finished = counted
+            behind.append(side._runs.opened() - session._opened)
+            if len(behind) != 2:  # also two replays in a row
+                call("6")
+        counted = session._opened
+        call("5")
+        session._opened = session._finished = counted
+        before = session.heap_bytes
+        session.load("7", schedules["7"])
+        for name in ("7", "5", "7"):
+            call(name)
+    return {"error": max(errors), "behind": max(behind), "grown": session.heap_bytes > before}
+
+
+def without_room(rank: int, kernels: bool) -> tuple[list[str], float]:
+    """A program that runs, one that the symmetric heap has no room for, the first one again: twice. What was said."""
+    session, said, errors = session_of(), list[str](), list[float]()
+    side, target = _side_of(session, rank)
+    cases = [random_case(seed, ranks=session.topology.num_ranks) for seed in (5, 6)]
+    small, large = (schedules_of(case) for case in cases)
+    library: Any = side._nvshmem.core
+    make = library.tensor
+
+    def tensor(shape: tuple[int], dtype: torch.dtype) -> torch.Tensor:
+        if shape[0] > most:
+            raise RuntimeError("Status code 3")
+        made: torch.Tensor = make(shape, dtype)
+        return made
+
+    def call() -> None:
+        with session.call("model", []):
+            out, _ = attend_and_gather(cases[0], rank, torch.zeros(1, dtype=torch.int64), "small")
+        errors.append(float((out.double() - cases[0].expected).abs().max() / cases[0].expected.abs().max()))
+
+    with interpreting(Deadline(20.0)):
+        session.load("small", small, _engines(cases[0], small, rank, target, side) if kernels else None)
+        call()
+        most, library.tensor = session.heap_bytes, tensor
+        for _ in range(2):
+            try:
+                with session.guard():
+                    session.load("large", large, _engines(cases[1], large, rank, target, side) if kernels else None)
+            except StreamFusionError as error:
+                said.append(str(error))
+            call()
+    return said, max(errors)
+
+
 def in_other_calls(rank: int, kernels: bool) -> tuple[float, str, str]:
     """A call that is the same on all ranks, one that is another on every rank, and one more.
 

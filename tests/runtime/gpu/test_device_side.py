@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import device_workers
 import pytest
@@ -13,6 +15,7 @@ from processes import run_outcomes, run_processes
 
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
+from sfcompile.errors import HeapError
 from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
 from sfcompile.runtime.program.topology import Topology
@@ -103,20 +106,69 @@ def test_sites_that_end_in_the_other_order_and_gathers_side_by_side() -> None:
         assert result["other order"] and result["two gathers"]  # what this is about does happen
 
 
+def test_replays_that_no_host_counts_and_calls_that_the_host_numbers() -> None:
+    """Two models on one heap: the second one's calls go on from where the first one's CUDA graph has got to."""
+    for result in run_processes(2, device_workers.beside_replays, (), (0, 0)):
+        assert result["error"] < 1e-5 and result["behind"] > 2 and result["grown"]
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "host calls"])
+def test_without_room_for_a_larger_heap_the_old_programs_go_on(kernels: bool) -> None:
+    """The old heap was given back to make room: what ran on it runs on another one like it."""
+    for said, error in run_processes(2, device_workers.without_room, (kernels,), (0, 0)):
+        assert len(said) == 2 and all("NVSHMEM_SYMMETRIC_SIZE" in text for text in said), said
+        assert error < 1e-5
+
+
+def test_a_side_that_does_not_start_leaves_no_thread() -> None:
+    library, told = Library(0, lambda: None, lambda pe: True), list[bool]()
+    nvshmem = Nvshmem(0, 1, torch.device("cpu"), lambda value, doing: [value], (library, library))
+
+    def refuses(address: int, pe: int) -> int:
+        raise RuntimeError("Status code 7")
+
+    nvshmem.num_ranks, library.ptr = 2, refuses  # type: ignore[method-assign]
+    topology, kernels = Topology.grid(1, 1), cast(Any, None)
+    before = threading.active_count()
+    with pytest.raises(HeapError, match="NVSHMEM does not start on rank 0: Status code 7"):
+        NvshmemSide(nvshmem, topology, lambda value, doing: [value], kernels, 5.0, lambda: None, told.append)
+    assert threading.active_count() == before
+
+
+def _kernels(domains: Sequence[int]) -> tuple[ReleaseKernel, WaitKernel]:
+    target = KernelTarget(torch.device("cpu"))
+    return ReleaseKernel(0, 1, target, domains), WaitKernel(0, target)
+
+
+def test_the_end_waits_for_no_rank_that_has_gone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was heard of: nothing is tried. One that went without a word: the limit ends it, once."""
+    for notice in (None, "rank 1: its process has ended"):
+        library = Library(0, lambda: None, lambda pe: True)
+        nvshmem = Nvshmem(0, 1, torch.device("cpu"), lambda value, doing: [value], (library, library), limit_s=0.1)
+        told, ended = list[bool](), threading.Event()
+        side = NvshmemSide(
+            nvshmem, Topology.grid(1, 1), lambda value, doing: [value], _kernels, 5.0, lambda: None, told.append
+        )
+        side.make_heap(HeapSize(1, 4096, 1), 0)
+        monkeypatch.setattr(library, "free_tensor", lambda tensor, ended=ended: ended.wait(5.0))
+        if notice is not None:
+            side.abort(notice)
+        side.close(False)
+        ended.set()
+        assert told == [notice is not None] and not library.finalized
+    assert caplog.text.count("leaves NVSHMEM alone") == 1
+
+
 def test_a_heap_that_captured_graphs_read_is_kept() -> None:
     """Replays go on in the old one; else the memory is given back when the heap grows."""
     for captured in (False, True):
         library = Library(0, lambda: None, lambda pe: True)
         nvshmem = Nvshmem(0, 1, torch.device("cpu"), lambda value, doing: [value], (library, library))
 
-        def make_kernels(domains: Sequence[int]) -> tuple[ReleaseKernel, WaitKernel]:
-            target = KernelTarget(torch.device("cpu"))
-            return ReleaseKernel(0, 1, target, domains), WaitKernel(0, target)
-
         topology, told = Topology.grid(1, 1), list[bool]()
-        side = NvshmemSide(
-            nvshmem, topology, lambda value, doing: [value], make_kernels, 5.0, lambda: None, told.append
-        )
+        side = NvshmemSide(nvshmem, topology, lambda value, doing: [value], _kernels, 5.0, lambda: None, told.append)
         side.make_heap(HeapSize(1, 4096, 1), 0)
         assert side._runs is not None
         side._runs.captured = captured

@@ -45,6 +45,26 @@ def test_attention_and_gather_over_messages(
     assert run(monkeypatch, machine_of, policy) < 1e-5
 
 
+@pytest.mark.parametrize("stores", [False, True])
+def test_what_was_made_in_inference_mode_serves_calls_outside_of_it(
+    monkeypatch: pytest.MonkeyPatch, stores: bool
+) -> None:
+    """A model is compiled at its first call; the next one may come in torch.no_grad()."""
+    case = random_case(5, ranks=2)
+
+    def work(rank: int, gpu: Gpu) -> float:
+        session, outs = current_session(), []
+        with torch.inference_mode():
+            session.load("p", schedules_of(case))
+        for _ in range(CALLS):
+            with torch.no_grad(), session.call("model", []):
+                outs.append(attend_and_gather(case, rank, torch.zeros(1, dtype=torch.int64))[0])
+        gpu.synchronize()
+        return largest(float((out.double() - case.expected).abs().max() / case.expected.abs().max()) for out in outs)
+
+    assert on_fake_gpus(monkeypatch, (0, 0), work, 5, stores=stores) < 1e-5
+
+
 class EarlyReader(PairedTransport):
     """Does not wait for what it reads."""
 

@@ -126,6 +126,10 @@ def test_a_library_that_does_not_start_or_has_no_room(monkeypatch: pytest.Monkey
     monkeypatch.setattr(library, "get_unique_id", fails)
     with pytest.raises(HeapError, match="does not start on rank 0: Status code 7"):
         Nvshmem(0, 1, CPU, alone, (library, library))
+    silent = Library(0, lambda: None, lambda pe: True)
+    monkeypatch.setattr(silent, "get_version", fails)
+    with pytest.raises(HeapError, match="does not start on rank 0: Status code 7"):
+        Nvshmem(0, 1, CPU, alone, (silent, silent))
     pe, library = started()
     monkeypatch.setattr(library, "tensor", fails)
     with pytest.raises(HeapError, match="NVSHMEM_SYMMETRIC_SIZE"):
@@ -133,9 +137,13 @@ def test_a_library_that_does_not_start_or_has_no_room(monkeypatch: pytest.Monkey
 
 
 def test_a_rank_that_does_not_come_holds_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    """To make memory, or to leave."""
+    """To make memory, to give it back, or to leave."""
     library = Library(0, lambda: None, lambda pe: True)
     pe = Nvshmem(0, 1, CPU, alone, (library, library), limit_s=0.1)
+    memory = pe.allocate(64)
+    library.free_tensor = lambda tensor: time.sleep(1.0)  # type: ignore[method-assign]
+    with pytest.raises(HeapError, match=r"is not given back \(no answer within 0.1 s\)"):
+        pe.free(memory)
     library.tensor = lambda *args, **kwargs: time.sleep(1.0)  # type: ignore[method-assign]
     with pytest.raises(HeapError, match=r"cannot be had from NVSHMEM \(no answer within 0.1 s\)"):
         pe.allocate(64)

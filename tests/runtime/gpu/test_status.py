@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from sfcompile.errors import PeerFailedError, RankMismatchError, RuntimeTimeoutError, StreamFusionError
+from sfcompile.errors import HeapError, PeerFailedError, RankMismatchError, RuntimeTimeoutError, StreamFusionError
 from sfcompile.runtime.gpu.status import LOOK_S, DeviceStatus, Watchdog
 from sfcompile.runtime.wires.transport import word_of
 
@@ -83,3 +83,20 @@ def test_the_watchdog_asks_until_it_hears_of_trouble_or_is_closed() -> None:
     watchdog.close()
     time.sleep(2 * LOOK_S)
     assert quiet.notice() is None
+
+
+def test_a_device_that_has_stopped_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's own error says nothing of what was waited for; the host's copy does, if a kernel gave up."""
+
+    def stopped(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered\nmore")
+
+    monkeypatch.setattr("sfcompile.runtime.gpu.status.synchronize", stopped)
+    status, site = DeviceStatus(1, torch.device("cpu"), 2.0), Site()
+    with pytest.raises(HeapError, match=r"GPU of rank 1 has stopped .*\(CUDA error: device-side assert triggered\)"):
+        status.settle()
+    broken(status, site)
+    with pytest.raises(RuntimeTimeoutError):
+        status.end_call()  # which copies what the kernel noted
+    with pytest.raises(RuntimeTimeoutError, match="slot 5: 7 not 6 in 2 s"):
+        status.settle()

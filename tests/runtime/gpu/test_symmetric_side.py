@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from fake_device import POLICIES, RANK_0_LATE, FakeMemory, Gpu
-from fake_ranks import largest, on_fake_gpus
+from fake_ranks import CPU, largest, on_fake_gpus
 from random_sites import random_case, rows
 from rank_workers import attend_and_gather, schedules_of
 
-from sfcompile.errors import HeapError, RankMismatchError
+from sfcompile.errors import HeapError, RankMismatchError, UnsupportedError
 from sfcompile.runtime.gpu import symmetric_side
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.gpu.stores import StoreTransport
+from sfcompile.runtime.gpu.streams import CudaSideStream
+from sfcompile.runtime.gpu.symmetric_side import SymmetricSide
+from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
 
 sf = torch.ops.streamfusion
@@ -165,3 +170,19 @@ def test_more_slots_than_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeMemory, "channels", 3)
     with pytest.raises(HeapError, match="signals and torch's pad has room for 3"):
         run(monkeypatch, (0, 0), (5,), "any order")
+
+
+def test_a_machine_that_cannot_leaves_no_thread() -> None:
+    def refuses(nbytes: int) -> Any:
+        raise UnsupportedError("no peer access", "", "")
+
+    before, status = set(threading.enumerate()), DeviceStatus(0, CPU, 1.0)
+    with pytest.raises(UnsupportedError, match="no peer access"):
+        SymmetricSide(
+            0, Topology((0,)), CPU, status, None, refuses, CudaSideStream(CPU), lambda value, doing: [value],
+            lambda: None,
+        )  # fmt: skip
+    left = set(threading.enumerate()) - before
+    for thread in left:
+        thread.join(5.0)
+    assert not any(thread.is_alive() for thread in left)

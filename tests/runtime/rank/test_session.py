@@ -119,6 +119,16 @@ def test_a_call_without_sites_needs_no_other_rank(monkeypatch: pytest.MonkeyPatc
     run_threads(1, work)
 
 
+def test_a_compile_after_kernels_have_failed_is_told_by_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fail behind the host: it learns of it at the next call, or here, before anything is made for new kernels."""
+    afresh: list[int] = []
+    monkeypatch.setattr(CpuSide, "on_gpu", True)
+    monkeypatch.setattr(CpuSide, "notice", lambda self: "rank 1: waited 2 s" if self._world.rank else None)
+    monkeypatch.setattr(CpuSide, "restart", lambda self, epoch, life: afresh.append(self._world.rank))
+    run_threads(2, lambda rank: current_session().agree("same", {"graph": "3 nodes"}))
+    assert sorted(afresh) == [0, 1]
+
+
 def test_sites_may_end_in_another_order() -> None:
     schedule = build_exchange(gather_site(2), Mesh.of(Topology.grid(1, 2), 1, 2))
     whole = torch.randn(2, 10, 3)
