@@ -8,7 +8,8 @@ l = -inf, o = 0 and adds nothing.
 A row that an additive mask hides as a whole by a large number (-1e4, -1e9, a format's least) has weights all the same,
 of its scores as they are rounded beside that number. There l is that number plus the logarithm of about as many keys as
 there are, which fp32 does not keep beside it: chunks of several sizes would count alike. On CPUs such l are computed
-once more, in fp64.
+once more, in fp64. On GPUs that would make the host wait: there the number is taken off such a row's mask before, for
+all of its keys, and where it is so large that scores vanish beside it, its query is made zero.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _HIDDEN = -1e3
 _LEAST = -1e10
 """Masks below this are as good as this: fp64 keeps the logarithm of a count beside it to 1e-6."""
 _ROWS = 64
+_ALONE = -8.0
+"""Times the numbers that a format of scores keeps apart: beside a mask below this scores are nothing."""
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 """``(o [B, H, Lq, E], lse [B, H, Lq])``, fp32 or wider; lse may be wider than o."""
@@ -48,8 +51,10 @@ def attend(
     """
     if q.numel() == 0 or k.shape[2] == 0:
         return None
-    on_cpu = q.is_cpu
-    if not on_cpu and attention_library.fits(q):
+    on_cpu, by_library = q.is_cpu, attention_library.fits(q)
+    if bias is not None and bias.is_floating_point() and (by_library or not on_cpu):
+        q, bias = _uncovered(q, bias, bias if whole is None else whole().to(q.device))
+    if by_library:
         return attention_library.attend(q, k, v, bias, scale)
     wide = q.dtype
     if wide not in (torch.float32, torch.float64):
@@ -93,6 +98,20 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     total = weights.sum(dim=-1, keepdim=True)
     # A row without keys has a total of 0; its output is made 0 by the caller.
     return (weights @ v) / total.clamp(min=1.0), (most + total.log()).squeeze(-1)
+
+
+def _uncovered(q: torch.Tensor, bias: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and their bias, of which rows that it hides as a whole by a finite number no longer hold that number; see
+    the head of the file. Nothing here makes the host wait.
+
+    Args:
+        whole: the bias of these queries to all keys.
+    """
+    most = whole.amax(dim=-1, keepdim=True)
+    hidden = (most < _HIDDEN) & (most != float("-inf"))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    alone = most.to(wide) < _ALONE / torch.finfo(wide).eps
+    return q.masked_fill(hidden & alone, 0.0), torch.where(hidden, bias - most, bias)
 
 
 def _lse_of_hidden(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from sfcompile.runtime.rank import attention_library
 from sfcompile.runtime.rank.attention_aten import attend, merge
 
 INF = float("inf")
+ATEN: Any = torch.ops.aten
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -124,6 +128,42 @@ def test_rows_that_a_number_hides_as_a_whole(
         piece = bias[..., part] if bias.shape[-1] > 1 else bias
         whole = merge(whole, attend(q, k[:, :, part], v[:, :, part], piece, 0.3, lambda: bias))
     assert whole is not None and whole[0].dtype == torch.float32
+    torch.testing.assert_close(whole[0].double(), want, atol=tolerance, rtol=tolerance)
+
+
+def library_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, *more: Any, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the memory-efficient kernel computes, a log-sum-exp in fp32 too, which keeps no logarithm beside 1e9."""
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale + bias.float()
+    most = scores.amax(-1)
+    weights = torch.exp(scores - most.masked_fill(most == -INF, 0.0).unsqueeze(-1))
+    total = weights.sum(-1)
+    return ((weights @ v.float()) / total.unsqueeze(-1)).to(q.dtype), most + total.log()
+
+
+@pytest.mark.parametrize(("hides", "tolerance"), [(-1e4, 2e-3), (-3e8, 2e-6), (-1e9, 2e-6), (LEAST, 2e-6)])
+@pytest.mark.parametrize("shape", [(9, 23), (2, 1, 9, 23), (1, 1, 9, 1)])
+def test_rows_that_a_number_hides_on_gpus(
+    hides: float, tolerance: float, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CPUs, and the host reads nothing: a query that its scores are nothing to is zero, the number taken off."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 9, 16), torch.randn(2, 3, 23, 16), torch.randn(2, 3, 23, 16)
+    bias = torch.where(torch.rand(shape) < 0.5, 0.0, hides)
+    bias[..., 4:7, :] = hides
+    bias[..., 7, :] = -INF
+    scores = (q @ k.transpose(-1, -2)) * 0.3 + bias
+    want = torch.softmax(scores.double(), -1).nan_to_num(0.0) @ v.double()
+    monkeypatch.setattr(attention_library, "fits", lambda q: True)
+    monkeypatch.setattr(ATEN, "_scaled_dot_product_efficient_attention", library_kernel)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("the host waits"))
+    whole = None
+    for part in [slice(0, 2), slice(2, 3), slice(3, 15), slice(15, 23)]:
+        piece = bias[..., part] if bias.shape[-1] > 1 else bias
+        whole = merge(whole, attend(q, k[:, :, part], v[:, :, part], piece, 0.3, lambda: bias))
+    assert whole is not None
+    monkeypatch.undo()
     torch.testing.assert_close(whole[0].double(), want, atol=tolerance, rtol=tolerance)
 
 
