@@ -336,7 +336,10 @@ def _links(asked: Options, named: Topology | None, session: Session, inputs: Seq
     """What the graph is planned on. Collective: the first time they are wanted, links are measured."""
     if named is not None:
         return given_links(named)
-    base = topology_for(device_of(inputs), session.topology)
+    device = device_of(inputs)
+    base = topology_for(device, session.topology)
+    if device.type == "cuda":  # of several kinds are planned for as rank 0's: all have to plan alike
+        base = session.exchange(base, "agree on constants of their GPUs")[0]
     if asked.topology == ASSUMED:
         return assumed_links(base)
     return measured_links(session, base, asked.transport, dtype_of(inputs))

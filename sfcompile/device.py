@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -34,6 +35,7 @@ from sfcompile.runtime.gpu.streams import CudaSideStream
 from sfcompile.runtime.gpu.symmetric import memory_maker
 from sfcompile.runtime.gpu.symmetric_side import SymmetricSide
 from sfcompile.runtime.gpu.together import together
+from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.engine import Engine
 from sfcompile.runtime.rank.session import Session, sessions
@@ -94,7 +96,8 @@ def start(device: torch.device, session: Session, asked: Options) -> None:
             f"use transport='auto', or one of {', '.join(map(repr, CARRIERS))}",
         )
     if not session.side.on_gpu:
-        chosen = choose_carrier(asked.transport, carriers_for(device, session, asked.timeout_s))
+        with torch.inference_mode(False):  # words that were made in it could be written in it only
+            chosen = choose_carrier(asked.transport, carriers_for(device, session, asked.timeout_s))
         chosen.side.carried_by = chosen.line
         session.use_side(chosen.side)
 
@@ -154,7 +157,7 @@ def _refuse_nvshmem(session: Session, topology: Topology) -> None:
     """What is known to be in the way before NVSHMEM is started.
 
     Raises:
-        UnsupportedError: another group of ranks has started it.
+        UnsupportedError: another group of ranks has started it, or there is no Triton.
         CodegenError: kernels that put between machines cannot be linked with its device code.
     """
     if any(other.side.on_gpu for other in sessions()):
@@ -162,6 +165,13 @@ def _refuse_nvshmem(session: Session, topology: Topology) -> None:
             "a process in two groups of GPU ranks",
             "NVSHMEM joins a process to one job and cannot be started twice",
             "use one mesh for every model of a process on GPUs, or transport='nccl'",
+            rank=session.rank,
+        )
+    if find_spec("triton") is None:
+        raise UnsupportedError(
+            "transport='nvshmem' needs Triton, which is not installed",
+            "waits and credits are generated kernels, whatever attends",
+            "pip install 'triton>=3.6'",
             rank=session.rank,
         )
     if topology.num_machines > 1:
@@ -196,8 +206,7 @@ def engines_for(
         measure = resolved(asked.topology) != ASSUMED
         return decide_attention(session, device, attention_work(kinds), measure)
 
-    arch = KernelTarget(device).architecture
-    chosen, why = choose_attention(asked.attention, sites, device.type, session.side.no_kernels, faster, arch)
+    chosen, why = _agreed_attention(asked.attention, sites, device, session, faster)
     line = f"{chosen} ({why})"
 
     def engine(schedule: Schedule) -> Engine | DeviceEngine | None:
@@ -214,6 +223,35 @@ def engines_for(
         return shared[schedule]
 
     return {program: [engine(schedule) for schedule in schedules] for program, schedules in programs.items()}, line
+
+
+def _agreed_attention(
+    asked: str,
+    sites: Sequence[AttentionSite],
+    device: torch.device,
+    session: Session,
+    faster: Callable[[], tuple[str, str]],
+) -> tuple[str, str]:
+    """Collective on GPUs: what choose_attention says, the same on every rank: GPUs of several kinds, or machines with
+    other releases of Triton, may run different things.
+
+    Raises:
+        CodegenError, UnsupportedError: generated kernels were asked for, and some rank cannot have them.
+    """
+    hindrance, arch = session.side.no_kernels, KernelTarget(device).architecture
+
+    def own() -> tuple[str, str]:
+        return choose_attention(asked, sites, device.type, hindrance, lambda: ("triton", ""), arch)
+
+    if device.type == "cpu" or hindrance or asked == "aten":
+        return own()
+    doing = "choose what runs the attentions"
+    if asked != "auto":
+        return together(session.exchange, doing, own)
+    for rank, (chosen, why) in enumerate(session.exchange(own(), doing)):
+        if chosen == "aten":
+            return "aten", f"rank {rank}: {why}"
+    return faster()
 
 
 def topology_for(device: torch.device, job: Topology) -> Topology:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 
 from sfcompile import backend
 from sfcompile.backend import last_report, streamfusion_backend
+from sfcompile.options import Options
+from sfcompile.runtime.program.topology import Topology
 
 
 @pytest.fixture
@@ -50,3 +54,12 @@ def test_torch_finds_the_backend_by_name() -> None:
 def test_options_are_checked_before_anything_runs(model: nn.Module) -> None:
     with torch.no_grad(), pytest.raises(Exception, match="Did you mean 'mesh'"):
         torch.compile(model, backend="streamfusion", options={"meshh": 1})(torch.randn(3, 8))
+
+
+def test_gpus_of_several_kinds_are_planned_for_as_rank_0s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that planned on constants of their own GPU would plan differently."""
+    first, own = (Topology.parse(f"1x1:{name}").on((0, 1)) for name in ("a100-efa", "h100-ib"))
+    monkeypatch.setattr(backend, "device_of", lambda inputs: torch.device("cuda"))
+    monkeypatch.setattr(backend, "topology_for", lambda device, job: own)
+    session: Any = SimpleNamespace(topology=Topology((0, 1)), exchange=lambda value, doing: [first, value])
+    assert backend._links(Options(topology="auto:assumed"), None, session, []).topology == first != own

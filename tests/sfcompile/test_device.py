@@ -110,10 +110,12 @@ def test_a_carrier_is_started_and_its_reason_kept(monkeypatch: pytest.MonkeyPatc
     cuda = torch.device("cuda", 0)
     with pytest.raises(UnsupportedError, match="needs nvshmem4py"):
         start(cuda, session, Options(transport="nvshmem"))
-    side = SimpleNamespace(carried_by="")
-    monkeypatch.setattr(device, "carriers_for", lambda *args: {"nccl": lambda: side})
-    start(cuda, session, Options())
-    assert used == [side] and side.carried_by == "nccl: messages between all ranks"
+    side, outside = SimpleNamespace(carried_by=""), list[bool]()
+    made = {"nccl": lambda: outside.append(not torch.is_inference_mode_enabled()) or side}
+    monkeypatch.setattr(device, "carriers_for", lambda *args: made)
+    with torch.inference_mode():  # of a first call: what is made for all later ones is written to outside of it too
+        start(cuda, session, Options())
+    assert outside == [True] and used == [side] and side.carried_by == "nccl: messages between all ranks"
 
 
 def test_gpus_that_do_not_map_each_others_memory_need_the_device_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +163,9 @@ def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(device, "KernelEngine", engine)
     monkeypatch.setattr(device, "decide_attention", decide)
     monkeypatch.delenv("SFCOMPILE_LINKS", raising=False)  # tests assume links
-    session: Any = SimpleNamespace(rank=0, side=SimpleNamespace(domains=(0, 0), no_kernels=""))
+    session: Any = SimpleNamespace(
+        rank=0, side=SimpleNamespace(domains=(0, 0), no_kernels=""), exchange=lambda value, doing: [value] * 2
+    )
     engines, line = engines_for({"p": [TORUS, GATHER, replace(TORUS)]}, torch.device("cuda"), session, Options())
     assert engines["p"][0] is engines["p"][2] and len(built) == 2 and line.startswith("triton (puts, waits")
     kinds = {("p", 0): ("key", True)}
@@ -170,6 +174,34 @@ def test_sites_of_one_geometry_share_an_engine(monkeypatch: pytest.MonkeyPatch) 
     none, key = ("none", True), ("key", True)
     assert asked == [([(none, 2)], True), ([(key, 1), (none, 1)], True), ([(none, 1)], False)]
     assert [list(args[-1]) for args, _ in built[2:4]] == [[("key", True), ("none", True)], [("none", True)]]
+
+
+def test_gpus_of_several_kinds_run_one_thing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one rank may not run, none runs, and none times it: timing is a step of all ranks."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (8, 0))
+    timed: list[Any] = []
+    monkeypatch.setattr(device, "decide_attention", lambda *given: timed.append(given) or ("triton", "timed"))
+    monkeypatch.setattr(device, "KernelEngine", lambda *given: given)
+    session: Any = SimpleNamespace(rank=0, side=SimpleNamespace(domains=(0, 0), no_kernels=""))
+    told: list[Any] = [("triton", ""), ("aten", "Triton 3.7.0 compiles kernels for sm_90 that read chunks too early")]
+
+    def run(attention: str, other: Any) -> tuple[Any, str]:
+        session.exchange = lambda value, doing: [value, other]
+        return engines_for({"p": [TORUS]}, torch.device("cuda"), session, Options(attention=attention))
+
+    engines, line = run("auto", told[1])
+    assert engines == {"p": [None]} and line.startswith("aten (rank 1: Triton 3.7.0 compiles") and not timed
+    assert run("auto", told[0])[1] == "triton (timed)" and len(timed) == 1
+    assert run("triton", None)[1] == "triton (asked for)"
+    with pytest.raises(UnsupportedError, match="rank 1: attention='triton', and Triton 3.7.0"):
+        run("triton", ("attention='triton', and Triton 3.7.0 compiles kernels that read too early", "", ""))
+
+
+def test_nvshmem_needs_triton_whatever_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    session: Any = SimpleNamespace(rank=0, topology=Topology((0, 0)), exchange=lambda value, doing: [value] * 2)
+    with pytest.raises(UnsupportedError, match="transport='nvshmem' needs Triton"):
+        device.carriers_for(torch.device("cuda", 0), session, 5.0)["nvshmem"]()
 
 
 def test_constants_follow_the_gpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
