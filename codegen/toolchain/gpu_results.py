@@ -1,12 +1,15 @@
 """What gpu-check (benchmarks/gpu_check.py) found on a GPU, as a file that defaults are read from.
 
 Files lie in the cache folder of the machine that was checked and, where this is a checkout, among the results that were
-committed; of several for one GPU the newest counts. A file that cannot be read counts as none.
+committed; of several for one GPU the newest counts. A file that cannot be read, or that holds what gpu-check never
+wrote, counts as none.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import os
 import re
 import tempfile
@@ -19,6 +22,11 @@ from typing import Any
 from sfcompile.codegen.toolchain.loader import cache_folder
 
 _FORMAT = 1
+_WAYS = ("fused", "library")
+_TAILS = ("apart", "inside", "none")
+_FETCHES = ("threads", "tma")
+_SIZES = {"block_m": (16, 256), "block_n": (16, 256), "warps": (1, 16), "stages": (1, 8)}
+"""Entries of a tile that are numbers, and between which. All but stages are powers of two."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,27 @@ def _read(path: Path) -> GpuResult | None:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["format"] != _FORMAT:
             return None
+        datetime.date.fromisoformat(raw["measured"])
         rates = {int(size): {str(k): float(v) for k, v in of.items()} for size, of in raw["rates"].items()}
         tiles = {int(size): dict(tile) for size, tile in raw["tiles"].items()}
-        return GpuResult(str(raw["gpu"]), str(raw["measured"]), rates, tiles)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sound = all(name in _WAYS and 0.0 < rate < math.inf for of in rates.values() for name, rate in of.items())
+        sound &= all(map(_is_tile, tiles.values()))
+        return GpuResult(str(raw["gpu"]), raw["measured"], rates, tiles) if sound else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def _is_tile(tile: Mapping[str, Any]) -> bool:
+    """Whether a kernel may have such entries: what a compile would end at, or spill by, is no tile of gpu-check's."""
+    for name, value in tile.items():
+        if name in _SIZES:
+            least, most = _SIZES[name]
+            whole = type(value) is int and least <= value <= most
+            if not whole or (name != "stages" and value & (value - 1)):
+                return False
+        elif value not in {"tails": _TAILS, "fetch": _FETCHES}.get(name, ()):
+            return False
+    return True
 
 
 def write_result(result: GpuResult, folder: Path) -> Path:

@@ -8,8 +8,10 @@ gpu-check decide, with their date.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -310,9 +312,12 @@ def _read(setting: dict[str, Any]) -> Comparison | None:
     try:
         raw = json.loads(_place(setting).read_text(encoding="utf-8"))
         comparison = Comparison(**raw["found"])
-        sound = raw["setting"] == setting and set(comparison.seconds) == set(TITLES)
-        return comparison if sound and all(float(value) > 0.0 for value in comparison.seconds.values()) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        datetime.date.fromisoformat(comparison.date)
+        sound = raw["setting"] == setting and set(comparison.seconds) == set(TITLES) and not comparison.problems
+        sound &= all(type(value) is float and 0.0 < value < math.inf for value in comparison.seconds.values())
+        sound &= type(comparison.timed) is int and type(comparison.geometries) is int
+        return comparison if sound else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

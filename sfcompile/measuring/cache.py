@@ -96,7 +96,7 @@ def read(setting: dict[str, Any], now: datetime.datetime | None = None) -> Kept 
             return None
         spread = None if raw["spread"] is None else float(raw["spread"])
         return Kept(Quick(constants, spread, float(raw["seconds"])), measured.date().isoformat())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, TopologyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, TopologyError):
         return None
 
 

@@ -82,7 +82,7 @@ def test_a_section_that_does_not_end_well_is_a_failure_and_keeps_its_results(
     gpu_check._together([made], 1, False, made.began + 60)
     assert made.process is not None and made.process.poll() is not None
     result = {"section": "speed", "kind": "ok", "text": "a first result"}
-    made.lines.write_text(json.dumps(result) + "\n")
+    made.lines.write_text(json.dumps(result) + "\n" + '{"section": "speed", "ki')  # it was killed as it wrote
     found = Found(Section("speed", "", "speed", 1.0), [made], gpu_check._read(made.lines))
     text, failed = gpu_check.report([found], "", 1.0, True)
     assert failed and "a first result" in text and said in text

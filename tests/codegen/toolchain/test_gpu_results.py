@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,9 +31,43 @@ def test_the_newest_of_a_gpu_counts(folder: Path) -> None:
     assert result_of("NVIDIA A100") is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 0}', '{"format": 1, "gpu": "x", "measured": "y"}', '{"format"'])
+DAMAGED = ["", "[]", '{"format": 0}', '{"format": 1, "gpu": "x", "measured": "y"}', '{"format"', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_file_counts_as_none(folder: Path, text: str) -> None:
     write_result(GpuResult(GPU, "2026-12-01"), folder).write_text(text, encoding="utf-8")
+    assert result_of(GPU) is None
+
+
+def whole(**changes: Any) -> str:
+    """The text of a file, with some entries changed."""
+    tile = {"block_m": 128, "block_n": 64, "warps": 8, "stages": 3, "tails": "apart"}
+    raw = {"format": 1, "gpu": GPU, "measured": "2026-12-01", "rates": {"64": {"fused": 2.0}}, "tiles": {"64": tile}}
+    return json.dumps(raw | changes)
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "a rate of 0": {"rates": {"64": {"fused": 0.0, "library": 1.0}}},
+    "a rate that is no number": {"rates": {"64": {"fused": float("nan")}}},
+    "a rate without end": {"rates": {"64": {"fused": float("inf")}}},
+    "a way that nobody times": {"rates": {"64": {"unknown": 1.0}}},
+    "a day that never was": {"measured": "yesterday"},
+    "a tile of half a block": {"tiles": {"64": {"block_m": 100}}},
+    "a tile without end": {"tiles": {"64": {"block_n": 1 << 20}}},
+    "a tile of words": {"tiles": {"64": {"warps": "8"}}},
+    "an entry that no kernel has": {"tiles": {"64": {"clusters": 2}}},
+    "another last block": {"tiles": {"64": {"tails": "somewhere"}}},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_gpu_check_never_wrote_counts_as_none(folder: Path, name: str) -> None:
+    """A compile would end at it, or divide by it."""
+    path = write_result(GpuResult(GPU, "2026-12-01"), folder)
+    path.write_text(whole(), encoding="utf-8")
+    assert result_of(GPU) is not None
+    path.write_text(whole(**FOREIGN[name]), encoding="utf-8")
     assert result_of(GPU) is None
 
 

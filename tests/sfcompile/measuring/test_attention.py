@@ -139,8 +139,15 @@ def test_rank_0_decides_for_all_and_the_next_job_knows(tmp_path: Path) -> None:
     raw["setting"]["versions"]["torch"] = "another"
     path.write_text(json.dumps(raw), encoding="utf-8")
     assert Ranks().decide(0, clock=clock, ways=ways)[1].startswith("timed")
-    path.write_text("{", encoding="utf-8")
-    assert Ranks().decide(0, clock=clock, ways=ways)[1].startswith("timed")
+    good = json.loads(path.read_text(encoding="utf-8"))
+    damaged = [
+        {"seconds": {"triton": 1.0, "aten": float("inf")}}, {"seconds": {"triton": 1.0, "aten": "2.0"}},
+        {"problems": ["what"]}, {"timed": "two"}, {"date": "yesterday"}, {"more": 1},
+    ]  # fmt: skip
+    for text in ("{", "[" * 100_000, *(json.dumps(good | {"found": good["found"] | entry}) for entry in damaged)):
+        path.write_text(text, encoding="utf-8")
+        assert Ranks().decide(0, clock=clock, ways=ways)[1].startswith("timed"), text[:200]
+    assert Ranks().decide(0, clock=clock, ways=never)[1].startswith("cached")
 
 
 def test_a_failure_is_not_kept(tmp_path: Path) -> None:
