@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -181,7 +182,7 @@ def gpus() -> list[Finding]:
             facts = torch.cuda.get_device_properties(index)
             text = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}"
             findings.append(Finding(area, f"GPU {index}", text))
-        return findings + _peers(torch)
+        return findings + _kinds(torch) + _peers(torch)
     there = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
     if not there:
         return [Finding(area, "GPUs", "none: ranks run on the CPU")]
@@ -189,7 +190,25 @@ def gpus() -> list[Finding]:
         cure = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
         return [Finding(area, "GPUs", f"{len(there)} are there, but this torch is a CPU build", cure)]
     cure = "nvidia-smi    (it must list the GPUs; if not, install or reload the driver, or start with --gpus all)"
-    return [Finding(area, "GPUs", f"{len(there)} are there, but CUDA {torch.version.cuda} does not start", cure)]
+    text = f"{len(there)} are there, but CUDA {torch.version.cuda} does not start{_why_not_started(torch)}"
+    return [Finding(area, "GPUs", text, cure)]
+
+
+def _why_not_started(torch: Any) -> str:
+    """What torch says of it: an old driver, say."""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # what a broken driver makes of it
+        return f": {' '.join(str(error).split())}"[:300]
+    return ""
+
+
+def _kinds(torch: Any) -> list[Finding]:
+    names = Counter(torch.cuda.get_device_properties(index).name for index in range(torch.cuda.device_count()))
+    if len(names) < 2:
+        return []
+    listed = ", ".join(f"{count} x {name}" for name, count in names.items())
+    return [Finding("GPUs", "kinds", f"{listed}: ranks share the work evenly, so all go at the pace of the slowest")]
 
 
 def _peers(torch: Any) -> list[Finding]:
@@ -277,9 +296,12 @@ def nvshmem() -> list[Finding]:
     try:
         import nvshmem.core  # noqa: F401
     except Exception as error:
-        missing = isinstance(error, ImportError)
-        text = "nvshmem4py is not installed" if missing else f"nvshmem4py does not load: {error}"[:160]
-        findings.append(Finding(area, "host library", text, "pip install nvshmem4py-cu13" if has_gpus else ""))
+        missing = isinstance(error, ModuleNotFoundError) and error.name in ("nvshmem", "nvshmem.core")
+        said = f"nvshmem4py does not load: {' '.join(str(error).split())}"[:160]
+        cure = "pip install nvshmem4py-cu13" if missing else "pip install nvshmem4py-cu13 nvidia-nvshmem-cu13==3.4.5"
+        findings.append(
+            Finding(area, "host library", "nvshmem4py is not installed" if missing else said, cure if has_gpus else "")
+        )
     else:
         findings.append(Finding(area, "host library", f"nvshmem4py {_version('nvshmem4py-cu13') or ''} loads"))
     return findings
@@ -320,7 +342,8 @@ def choices() -> list[Finding]:
     hindrance, arch = "", 0
     if device == "cuda":
         transport, hindrance = gpu_transport()
-        arch = KernelTarget(torch.device(device)).architecture
+        kinds = [KernelTarget(torch.device(device, index)) for index in range(torch.cuda.device_count())]
+        arch = max(target.architecture for target in kinds)  # one rank that may not run kernels decides for all
     elif platform.machine().lower() in ("x86_64", "amd64"):
         transport = "shm inside a machine, TCP between machines\nnot nvshmem: it moves data between GPUs, none here"
     else:

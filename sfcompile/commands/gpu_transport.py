@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.distributed as dist
 
@@ -24,8 +26,8 @@ def _no_nvshmem() -> str:
     try:
         import nvshmem.core  # noqa: F401
     except Exception as error:  # a broken library raises whatever it likes
-        return f"nvshmem4py does not load ({error})"[:160]
-    return ""
+        return f"nvshmem4py does not load ({' '.join(str(error).split())})"[:160]
+    return "" if find_spec("triton") else "Triton, in which its waits are written, is not installed"
 
 
 def _no_peer_access() -> str:

@@ -7,11 +7,13 @@ import socket
 import sys
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from sfcompile.codegen.engines import choice
 from sfcompile.commands import doctor
 from sfcompile.commands.cli import main
 from sfcompile.commands.doctor import Finding, examine, report
@@ -102,7 +104,14 @@ def test_gpus_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     (cpu_build,) = doctor.gpus()
     assert "CPU build" in cpu_build.value and "pip install" in cpu_build.cure
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "nvidia-smi" in doctor.gpus()[0].cure
+
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\n Please update it")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    (old,) = doctor.gpus()
+    assert "nvidia-smi" in old.cure and "does not start: The NVIDIA driver on your system is too old" in old.value
+    assert "\n" not in old.value
 
 
 def test_gpus_and_their_peers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +129,46 @@ def test_gpus_and_their_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = by_name(doctor.choices())
     assert "not nvshmem: nvshmem4py does not load" in choices["transport"].value
     assert choices["attention"].value == "aten: no NVSHMEM carries what kernels put"
+
+
+def test_gpus_of_several_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one of them may not run, none of the ranks does; Hopper's kernels are wrong with this Triton."""
+    kinds = [
+        SimpleNamespace(name=name, total_memory=1 << 36, major=x, minor=0) for name, x in (("A100", 8), ("H100", 9))
+    ]
+
+    def properties(device: Any) -> SimpleNamespace:
+        return kinds[device if isinstance(device, int) else device.index]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setattr(choice, "version", lambda package: "3.7.0")
+    for name in ("nvshmem", "nvshmem.core"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert by_name(doctor.gpus())["kinds"].value.startswith("1 x A100, 1 x H100: ")
+    assert by_name(doctor.choices())["attention"].value.startswith("aten: Triton 3.7.0 compiles kernels for sm_90")
+
+
+def test_a_library_of_nvshmem_that_is_missing_is_not_a_missing_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvshmem4py is installed, and what it loads is not: the cure names that too."""
+    monkeypatch.setattr(doctor, "_has_gpus", lambda: True)
+    (tmp_path / "nvshmem").mkdir()
+    for body, said in (
+        ("raise ImportError('libnvshmem_host.so.3: cannot open shared object file')", "does not load: libnvshmem_host"),
+        ("import cuda_core_is_missing", "does not load: No module named 'cuda_core_is_missing'"),
+    ):
+        (tmp_path / "nvshmem" / "__init__.py").write_text(body)
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "nvshmem"]:
+            monkeypatch.delitem(sys.modules, name)
+        library = by_name(doctor.nvshmem())["host library"]
+        assert said in library.value and "nvidia-nvshmem-cu13" in library.cure
+    monkeypatch.setitem(sys.modules, "nvshmem", None)
+    assert by_name(doctor.nvshmem())["host library"].value == "nvshmem4py is not installed"
 
 
 def test_versions_of_nvshmem_and_triton_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

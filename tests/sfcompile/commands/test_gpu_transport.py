@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from sfcompile.commands import gpu_transport as commands
 from sfcompile.commands.gpu_transport import gpu_transport
 
 
@@ -29,3 +30,5 @@ def test_layers_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nvshmem", "nvshmem.core"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     assert gpu_transport()[0].startswith("nvshmem: one-sided") and gpu_transport()[1] == ""
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    assert "not nvshmem: Triton, in which" in gpu_transport()[0] and gpu_transport()[1]
