@@ -226,16 +226,13 @@ def _on_wholes(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         UnsupportedError: it writes to a view, or gives a weight another shape.
     """
     whole: dict[int, torch.Tensor] = {}
-    tracing = False
 
     def as_whole(value: Any) -> Any:
-        nonlocal tracing
         if isinstance(value, WeightView):
             return value.value
         if not isinstance(value, ShardedWeight):
             return value
         if isinstance(value.shard, FakeTensor):  # what it would be
-            tracing = True
             return value.shard.new_empty(value.cut.shape)
         if id(value.shard) not in whole:
             whole[id(value.shard)] = value.whole()
@@ -248,14 +245,16 @@ def _on_wholes(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             "this rank holds some rows of the weight, and what it reads is a copy: the write would be lost",
             "write to the weight itself: weight.copy_(values), weight.add_(values) or weight.data = values",
         )
-    words = _words(func, args, kwargs) if written else ""
+    weights = [value for value in tree_leaves((args, kwargs)) if isinstance(value, ShardedWeight)]
+    tracing = any(isinstance(weight.shard, FakeTensor) for weight in weights)
+    words = "" if tracing or not written else _words(func, args, kwargs)
     result = func(*tree_map(as_whole, args), **tree_map(as_whole, kwargs))
     if tracing:
         return written[0] if written and isinstance(result, torch.Tensor) else result
     for weight in written:
         _take_rows(weight, whole[id(weight.shard)], words, func)
-    weights = {id(whole[id(weight.shard)]): weight for weight in written}
-    result = tree_map(lambda value: weights.get(id(value), value), result)
+    again = {id(whole[id(weight.shard)]): weight for weight in written}
+    result = tree_map(lambda value: again.get(id(value), value), result)
     if any(output.alias_info is not None and not output.alias_info.is_write for output in func._schema.returns):
         # In inference mode, too, a view of a tensor from outside of it is one from outside of it: torch insists.
         inside = any(value.is_inference() for value in tree_leaves((args, kwargs)) if isinstance(value, _OURS))

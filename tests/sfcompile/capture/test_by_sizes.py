@@ -85,6 +85,21 @@ def test_python_floats_are_inputs_or_part_of_what_a_program_is_looked_up_by(
     assert sum(map(len, traced)) in programs
 
 
+def test_zero_has_two_signs() -> None:
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def make(given: Sequence[Any]) -> SizedProgram:
+            got = capture(gm, given, True)
+            return SizedProgram(
+                lambda *args: got.gm(*(got.as_tensors(args)[i] for i in got.tensor_inputs)), got.numbers
+            )
+
+        return BySizes(gm, make(inputs), inputs, moving_inputs(gm, inputs), make, cast(Session, Guarded()))
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda x, sign: torch.copysign(x, sign), backend=backend, dynamic=True)
+    assert [run(torch.ones(()), sign).item() for sign in (0.5, 0.0, -0.0, 0.0)] == [1.0, 1.0, -1.0, 1.0]
+
+
 def test_programs_not_called_for_longest_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
     compiled: list[int] = []
     traced: list[BySizes] = []
