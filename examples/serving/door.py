@@ -136,7 +136,7 @@ class Door(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        first = int(last) + 1 if last.isascii() and last.isdigit() else 0
+        first = int(last) + 1 if last.isascii() and last.isdigit() and len(last) < 10 else 0
         for event in job.events(first) if self.command != "HEAD" else ():
             if event is None:
                 self.wfile.write(b": nothing new\n\n")

@@ -25,7 +25,7 @@ class Job:
     def tell(self, event: str, **data: Any) -> None:
         """Add an event, unless the job has ended."""
         with self._told:
-            if not (self._events and self._events[-1][1] in ENDS):
+            if not self._has_ended():
                 self._events.append((len(self._events), event, data))
                 self._told.notify_all()
 
@@ -52,10 +52,13 @@ class Job:
         """The events from number ``first`` on, each as it comes, to the last; None where none came for ``every_s``."""
         while True:
             with self._told:
-                if len(self._events) <= first:
+                if len(self._events) <= first and not self._has_ended():
                     self._told.wait(every_s)
-                fresh = self._events[first:]
-            yield from fresh or [None]
+                fresh, ended = self._events[first:], self._has_ended()
+            yield from fresh or ([] if ended else [None])
             first += len(fresh)
-            if fresh and fresh[-1][1] in ENDS:
+            if ended:  # also for who has had the last event, or asks for later ones
                 return
+
+    def _has_ended(self) -> bool:
+        return bool(self._events) and self._events[-1][1] in ENDS

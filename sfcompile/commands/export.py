@@ -96,12 +96,12 @@ def made_by(text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     model, inputs, kwargs = (*returned, {})[:3]
     odd = [
         f"{type(value).__name__} in place of {what}"
-        for value, what, kind in (
-            (model, "the model", Callable),
-            (inputs, "the tuple of its inputs", tuple | list),
-            (kwargs, "a dict", Mapping),
+        for value, what, fits in (
+            (model, "the model", callable(model)),
+            (inputs, "the tuple of its inputs", isinstance(inputs, tuple | list)),
+            (kwargs, "a dict", isinstance(kwargs, Mapping)),
         )
-        if not isinstance(value, kind)
+        if not fits
     ]
     if odd:
         raise OptionError(

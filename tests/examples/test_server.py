@@ -15,11 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,11 @@ def serving(ranks: int, folder: Path) -> Iterator[Running]:
         running.end()
 
 
-def ask(port: int, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
+def ask(
+    port: int, method: str, path: str, body: str | None = None, headers: Mapping[str, str] = MappingProxyType({})
+) -> tuple[int, bytes]:
     client = HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
-    client.request(method, path, body)
+    client.request(method, path, body, dict(headers))
     response = client.getresponse()
     return response.status, response.read()
 
@@ -194,6 +197,14 @@ def test_who_hangs_up_cancels_nonsense_is_refused_and_a_signal_ends_all(tmp_path
             assert ask(port, method, "/health?who=probe") == (200, body)
         status, resumed = ask(port, "GET", f"/jobs/{told['id']}/events")
         assert status == 200 and resumed.count(b"event: ") == 3
+        for last, events in (
+            ("0", 2),
+            ("2", 0),
+            ("999", 0),
+            ("9" * 5000, 3),
+        ):  # who has had the last one waits for none
+            status, resumed = ask(port, "GET", f"/jobs/{told['id']}/events", headers={"Last-Event-ID": last})
+            assert status == 200 and resumed.count(b"event: ") == events
         with ThreadPoolExecutor(3) as clients:
             endless = [clients.submit(post, port, "/", seed=seed, steps=1000) for seed in (7, 8)]
             clients.submit(trickle, port)  # the end waits for no such client
