@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -246,3 +249,50 @@ def test_limits_reach_places_that_were_made_before() -> None:
     for epoch in range(1, NUM_BANKS + 1):
         runs.open(told, epoch)
         assert int(runs._places[epoch % NUM_BANKS][PLACE.index("limit_ns")]) == 5 * 10**9  # type: ignore[index]
+
+
+class Side:
+    """A side stream that writes down what is asked of it, between what the engine does."""
+
+    def __init__(self, said: list[tuple[str, int]]) -> None:
+        self.said = said
+
+    @contextmanager
+    def after_current(self) -> Iterator[None]:
+        self.said.append(("to the side", 0))
+        yield
+        self.said.append(("back", 0))
+
+    def event(self) -> int:
+        return len(self.said)
+
+    def hold_current(self, event: int) -> None:
+        assert event == len(self.said)  # of all that the side stream holds by now
+        self.said.append(("join", 0))
+
+
+def test_puts_go_beside_and_what_reads_waits_for_them() -> None:
+    told = Told()
+    runs = runs_of(told)
+    runs._side = Side(told.seen)  # type: ignore[assignment]
+    attention, exchange = runs.open(told, 1), runs.open(told, 2)
+    attention.put("put_q", torch.zeros(1))
+    attention.put_fused("put_k", [torch.zeros(1)], "rope")
+    exchange.put("exchange_start", torch.zeros(1))
+    attention.attend(None)
+    exchange.receive(torch.zeros(1))
+    aside = [[("to the side", 0), put, ("back", 0)] for put in (("q", 1), ("k as rope of 1", 1), ("x", 2))]
+    assert told.seen == [*chain(*aside), ("join", 0), ("attend", 1), ("join", 0), ("receive", 2)]
+
+
+def test_a_capture_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replays read this heap for ever."""
+    told = Told()
+    runs = runs_of(told)
+    runs.open(told, 1)
+    assert not runs.captured
+    monkeypatch.setattr("sfcompile.runtime.gpu.device_run.is_capturing", lambda device: True)
+    runs.open(told, 2)
+    monkeypatch.undo()
+    runs.open(told, 3)
+    assert runs.captured and runs.opened() == 3

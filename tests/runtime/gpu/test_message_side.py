@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from fake_device import POLICIES, Gpu, Nccl
-from fake_ranks import largest, on_fake_gpus
+from fake_ranks import CPU, largest, on_fake_gpus
 from random_sites import random_case
 from rank_workers import attend_and_gather, schedules_of
 
 from sfcompile.errors import RankMismatchError
+from sfcompile.runtime.gpu.message_side import MessageSide
+from sfcompile.runtime.gpu.status import DeviceStatus
+from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
 from sfcompile.runtime.wires.c10d import PairedTransport
 
@@ -113,3 +117,27 @@ def test_a_wait_or_a_memory_too_little_is_seen(monkeypatch: pytest.MonkeyPatch, 
             return
         assert error < 1e-5, "a wrong value, and nobody said so"
     raise AssertionError("no order of the streams showed it")
+
+
+def test_messages_are_ended_when_another_rank_has_gone() -> None:
+    """Nothing on the stream would: and who finds them ended finds the reason too."""
+    ended: list[tuple[str, str | None]] = []
+    status, done = DeviceStatus(0, CPU, 2.0), threading.Event()
+
+    class Messages:
+        timeout_s = 2.0
+
+        def abort(self, notice: str) -> None:
+            ended.append((notice, status.notice()))
+            done.set()
+
+        def close(self) -> None:
+            """Nothing."""
+
+    messages: Any = Messages()
+    side = MessageSide(0, Topology((0, 1)), CPU, status, messages, lambda: "rank 1: gone")
+    assert done.wait(20.0)
+    assert ended[0] == ("rank 1: gone", "rank 1: gone") == (ended[0][0], side.notice())
+    side.rewire(5.0)
+    assert messages.timeout_s == status.limit_s == 5.0
+    side.close(True)

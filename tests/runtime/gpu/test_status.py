@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -100,3 +101,23 @@ def test_a_device_that_has_stopped_is_told_in_words(monkeypatch: pytest.MonkeyPa
         status.end_call()  # which copies what the kernel noted
     with pytest.raises(RuntimeTimeoutError, match="slot 5: 7 not 6 in 2 s"):
         status.settle()
+
+
+def test_the_stream_stops_where_something_was_noted_and_the_host_knows_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a wait of the stream only for a wait in vain, at the end of a call for a chunk of another call too."""
+    held: list[tuple[bool, list[int]]] = []
+    status = DeviceStatus(1, torch.device("cpu"), 2.0)
+    status._on_gpu = True
+
+    def assert_on_device(fine: torch.Tensor, message: str) -> None:
+        held.append((bool(fine), status._known[:2].tolist()))
+
+    monkeypatch.setattr("sfcompile.runtime.gpu.status.assert_on_device", assert_on_device)
+    site = status.number_of(Site())
+    for words in ([0, 0], [word_of(7, 5), 0], [0, 1]):
+        status.words[:3] = torch.tensor([*words, site])
+        for look in (status.check_waits, status.end_call):
+            with suppress(StreamFusionError):
+                look()
+        assert [known for _, known in held[-2:]] == [words, words]
+    assert [fine for fine, _ in held] == [True, True, True, False, False, False]
