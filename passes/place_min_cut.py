@@ -57,7 +57,7 @@ from sfcompile.passes.graph.cost import (
 )
 from sfcompile.passes.graph.layout import Layout, Need, OpLayouts
 from sfcompile.passes.graph.op_view import OpView, is_getitem, is_tensor
-from sfcompile.passes.rules.rule import statistics_bytes
+from sfcompile.passes.rules.rule import parts_of, statistics_bytes
 from sfcompile.passes.state import Layouts, Placement, State, Tokens, maker_of
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.program.value_rows import ValueRows
@@ -138,7 +138,8 @@ def place_min_cut(
     net = _Network(candidates, topology, force_s if shard_everything else None, exchange_s or {})
     for node in candidates:
         told = statistics_bytes(tokens.rules[node], tokens.views[node], placement.chosen[node])
-        net.add_op(node, tokens.views[node], placement.chosen[node], told)
+        parts = parts_of(tokens.rules[node], tokens.views[node], placement.chosen[node])
+        net.add_op(node, tokens.views[node], placement.chosen[node], told, None if parts is None else max(parts))
     for value in graph.nodes:
         if is_tensor(value) and maker_of(value) in candidates and any(placement.chosen[maker_of(value)].outs):
             net.add_reads(value, tokens, placement, _crosses(graph, value, crossing))
@@ -212,12 +213,18 @@ class _Network:
         forced = 0.0 if self._force_s is None else self._force_s + _FORCE * flops(op)
         return forced + seconds(op, self._topology)
 
-    def add_op(self, node: fx.Node, op: OpView, chosen: OpLayouts, told: int = 0) -> None:
-        """Edges source -> w and w -> sink; ``told``: bytes of statistics that ranks exchange inside the op."""
+    def add_op(self, node: fx.Node, op: OpView, chosen: OpLayouts, told: int = 0, most: float | None = None) -> None:
+        """Edges source -> w and w -> sink.
+
+        Args:
+            told: bytes of statistics that ranks exchange inside the op.
+            most: the part of it that the busiest rank computes; None: as much as it owns of the tokens.
+        """
         ranks = self._topology.num_ranks
         whole = self.whole_s(op)
         layout = next((cut for cut in (*chosen.outs, *chosen.ins) if cut is not None), None)
         busiest = 1 / ranks if layout is None else chosen.owners.busiest(layout)
+        busiest = busiest if most is None else most
         read_whole = [i for i, need in enumerate(self._candidates[node]) if need is None]
         share = shard_seconds(op, self._topology, busiest, read_whole) + self._exchange_s.get(node, 0.0)
         if self._force_s is not None:  # to give nearly all of the tokens to one rank is not to shard them

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from sfcompile.codegen.plan.step import Step
+from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.errors import source_line
 from sfcompile.options import AS_IT_IS
 from sfcompile.passes.graph.cost import exchanged, flops, is_view, unpriced, value_bytes
@@ -18,9 +19,11 @@ from sfcompile.passes.graph.op_view import OpView, is_getitem
 from sfcompile.passes.graph.stages import stages_of, without
 from sfcompile.passes.report.report import GraphReport, Left, short_source
 from sfcompile.passes.rules.per_head import PerHead
-from sfcompile.passes.state import COPIES, Move, State
+from sfcompile.passes.rules.rule import parts_of
+from sfcompile.passes.state import COPIES, Geometry, Move, State
 from sfcompile.runtime.program.formats import words
 from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.rank.ops import attention_flops
 
 
 def run(state: State) -> None:
@@ -140,6 +143,7 @@ def _count_work(state: State, report: GraphReport) -> None:
     per_rank = np.zeros(state.topology.num_ranks)
     shares: dict[Layout, NDArray[np.float64]] = {}
     by_features = {node for group in placement.features for node in group.nodes}
+    attended = _attended(state)
     for node, op in state.tokens.views.items():
         cost = flops(op)
         report.total_flops += cost
@@ -156,6 +160,13 @@ def _count_work(state: State, report: GraphReport) -> None:
             report.sharded_ops += 1
         else:
             report.replicated_ops += 1
+        if node.name in attended:
+            per_rank += attended[node.name]
+            continue
+        parts = parts_of(state.tokens.rules[node], op, placement.chosen[node]) if node in placement.needs else None
+        if parts is not None:
+            per_rank += cost * np.array(parts)
+            continue
         if layout is None:
             per_rank += cost
             continue
@@ -164,6 +175,22 @@ def _count_work(state: State, report: GraphReport) -> None:
             shares[layout] = np.array(counts) / max(layout.tokens, 1)
         per_rank += cost * shares[layout]
     report.rank_flops = tuple(per_rank.tolist())
+
+
+def _attended(state: State) -> dict[str, NDArray[np.float64]]:
+    """By the name of an attention that ranks compute together, what each of them computes: heads need not divide, nor
+    do they go by tokens."""
+    flops_of: dict[Geometry, NDArray[np.float64]] = {}
+    attended: dict[str, NDArray[np.float64]] = {}
+    for site, schedule in zip(state.local.sites, state.programs[state.local.program], strict=True):
+        if not isinstance(site, AttentionSite) or not isinstance(schedule, AttentionSchedule):
+            continue
+        key = site.geometry()
+        if key not in flops_of:
+            ranks = range(state.topology.num_ranks)
+            flops_of[key] = np.array([float(attention_flops(schedule, rank)) for rank in ranks])
+        attended[site.name] = flops_of[key]
+    return attended
 
 
 def _list_traffic(state: State, report: GraphReport) -> None:

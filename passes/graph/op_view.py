@@ -73,12 +73,14 @@ class OpView:
         if isinstance(value, torch.Tensor):
             outputs: list[fx.Node | None] = [node]
             shapes = [shape_of(node)]
-        elif isinstance(value, (tuple, list)) and value and all(isinstance(v, torch.Tensor) for v in value):
+        elif isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
             outputs = [None] * len(value)
             for user in node.users:
                 if is_getitem(user):
                     outputs[int(user.args[1])] = user  # type: ignore[arg-type]
-            shapes = [tuple(int(size) for size in v.shape) for v in value]
+            if any(output is not None and not is_tensor(output) for output in outputs):
+                return None  # a number among its results is read
+            shapes = [tuple(int(size) for size in v.shape) if isinstance(v, torch.Tensor) else () for v in value]
         else:
             return None
         operands: list[Operand] = []

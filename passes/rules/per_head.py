@@ -7,8 +7,8 @@ on all tokens of its own heads, exactly as one device does for those heads. What
 packed sequences, a block mask without heads) is whole on every rank.
 
 An op is named with a :class:`Reader` (:func:`register_per_head`, open to users in sfcompile/extend.py), which says
-which dims of its tensors are tokens and heads. FlashAttention's packed forms are known here, and those calls of its
-other forms that are more than softmax(q k^T) v (a window, a soft cap): nobody else has to name them.
+which dims of its tensors are tokens and heads. FlashAttention's and xFormers' packed forms are known here, and those
+calls of their other forms that are more than softmax(q k^T) v (a window, a soft cap): nobody else has to name them.
 """
 
 from __future__ import annotations
@@ -131,6 +131,14 @@ class PerHead:
         )
         output = op.outputs[0]
         return -(-(travel + (value_bytes(output) if output is not None else 0)) // chosen.owners.num_ranks**2)
+
+    def parts(self, op: OpView, chosen: OpLayouts) -> list[float] | None:
+        """By rank its part of the heads; None where samples are shared out, which are layouts' own."""
+        if self._letter(chosen) != "L":
+            return None
+        heads, ranks = self.heads(op), chosen.owners.num_ranks
+        cuts = [slice_of(heads, ranks, rank) for rank in range(ranks)]
+        return [(stop - start) / heads for start, stop in cuts]
 
     def emit(self, op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         """Tokens for heads, the op on all tokens of this rank's heads, heads for tokens."""
@@ -286,3 +294,21 @@ for _op in (
     "xformers_flash3::flash_fwd",
 ):
     register_per_head(_op, _flash)
+
+
+def _cutlass(args: Mapping[str, Any]) -> Dims | None:
+    """xFormers' memory-efficient op: [B, L, H, D]; packed sequences have B = 1 and lengths, which all heads share."""
+    if args.get("dropout_p"):
+        return None
+    packed = args.get("seqstart_q") is not None
+    if packed != (args.get("seqstart_k") is not None):
+        return None
+    known = dict.fromkeys(("query", "key", "value"), "BLHD") | {"attn_bias": "BH--", "seqlen_k": "-"}
+    known |= {name: "-" for name in ("seqstart_q", "seqstart_k")}
+    if args.get("seqlen_k") is not None and not packed:
+        return None
+    present = [name for name, value in args.items() if isinstance(value, Operand)]
+    return Dims({name: known[name] for name in present}, "BLHD") if all(name in known for name in present) else None
+
+
+register_per_head("xformers::efficient_attention_forward_cutlass", _cutlass)

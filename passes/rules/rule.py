@@ -56,6 +56,12 @@ def statistics_bytes(rule: Rule, op: OpView, chosen: OpLayouts) -> int:
     return 0 if statistics is None else int(statistics(op, chosen))
 
 
+def parts_of(rule: Rule, op: OpView, chosen: OpLayouts) -> list[float] | None:
+    """By rank, the part of the op's arithmetic that it does; None: as much as it owns of the tokens."""
+    parts = getattr(rule, "parts", None)
+    return None if parts is None else parts(op, chosen)
+
+
 RULES: dict[str, Callable[[OpView], Rule | None]] = {}
 """Rule factories by the name of the op; see :func:`register_rule`."""
 

@@ -253,11 +253,15 @@ torch.library.register_fake("streamfusion::opaque", _fake_opaque, lib=_library)
 
 @register_flop_formula(torch.ops.streamfusion.attend)
 def _attend_flops(ticket: Any, mask: Any, program: str, site: int, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of this rank's pairs: two products of Lq x Lk for every head of its slice."""
+    """FLOPs of this rank's pairs."""
     session = current_session()
     schedule = session.schedule(program, _number(program, site))
     assert is_attention(schedule)
-    rank = schedule.members(session.rank)[0]
+    return attention_flops(schedule, schedule.members(session.rank)[0])
+
+
+def attention_flops(schedule: AttentionSiteSchedule, rank: int) -> int:
+    """FLOPs of a rank of a schedule: two products of Lq x Lk for every head of its slice."""
     facts, mine = schedule.site, schedule.program(rank)
     start, stop = schedule.heads(rank)
     pairs: int = sum(

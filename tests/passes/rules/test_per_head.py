@@ -27,6 +27,11 @@ XFORMERS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float p, float softmax_scale, bool is_causal, SymInt window_left, "
     "SymInt window_right, bool return_softmax, Tensor? block_tables) -> (Tensor, Tensor, Tensor)"
 )
+CUTLASS = (
+    "efficient_attention_forward_cutlass(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, "
+    "Tensor? seqstart_q, Tensor? seqstart_k, int? max_seqlen_q, float dropout_p, bool compute_logsumexp, "
+    "int custom_mask_type, float? scale, Tensor? seqlen_k, int? window_size) -> (Tensor, Tensor, int, int)"
+)
 SPARSE = "sparse(Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor? factor=None) -> Tensor"
 
 
@@ -56,6 +61,11 @@ def xformers(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, used: Any, mq: int, m
     return varlen(q, k, v, cu_q, cu_k, mq, mk, p, *rest)[:3]
 
 
+def cutlass(q: Any, k: Any, v: Any, bias: Any, cu_q: Any, cu_k: Any, *rest: Any) -> Any:
+    out = varlen(q[0], k[0], v[0], cu_q, cu_k, 20, 20, 0.0, 0.3)[0]
+    return out[None].contiguous(), out.new_zeros(0), 0, 0
+
+
 def sparse(q: Any, k: Any, v: Any, blocks: Any, factor: Any = None) -> torch.Tensor:
     """[B, H, L, D] under a mask of blocks that all heads share, with a factor for each head."""
     factor = torch.ones(q.shape[1]) if factor is None else factor
@@ -74,6 +84,7 @@ def libraries() -> Iterator[None]:
     for name, schema, run, meta in (
         ("flash_attn", VARLEN, varlen, varlen_meta),
         ("xformers_flash", XFORMERS, xformers, lambda *args: varlen_meta(*args)[:3]),
+        ("xformers", CUTLASS, cutlass, lambda q, *rest: (q.new_empty(q.shape), q.new_empty(0), 0, 0)),
         ("sf_sparse", SPARSE, sparse, lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format)),
     ):
         library = torch.library.Library(name, "FRAGMENT")
@@ -109,6 +120,10 @@ class Packed(nn.Module):
             elif self.kind == "xformers":
                 flash = torch.ops.xformers_flash.flash_fwd
                 h = flash(q, k, v, facts, facts, None, 20, 20, 0.0, 0.3, False, -1, -1, False, None)[0]
+            elif self.kind == "cutlass":
+                run = torch.ops.xformers.efficient_attention_forward_cutlass
+                q, k, v = (t[None] for t in (q, k, v))
+                h = run(q, k, v, None, facts, facts, 20, 0.0, False, 0, None, None, None)[0][0]
             else:
                 h = torch.ops.sf_sparse.sparse(*(t.transpose(1, 2) for t in (q, k, v)), facts, self.factor).transpose(
                     1, 2
@@ -126,7 +141,7 @@ def sparse_dims(args: Any) -> extend.Dims:
 
 def case(kind: str, kv_heads: int = 4) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     torch.manual_seed(1)
-    if kind in ("varlen", "xformers"):
+    if kind in ("varlen", "xformers", "cutlass"):
         return Packed(kind, kv_heads), (torch.randn(38, 32), LENGTHS)
     return Packed(kind, kv_heads), (torch.randn(2, 22, 32), torch.rand(6, 6) > 0.3)
 
@@ -141,7 +156,7 @@ def compiled(model: nn.Module, inputs: Any, topology: Topology, **asked: Any) ->
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("kind", ["varlen", "sparse", "xformers"])
+@pytest.mark.parametrize("kind", ["varlen", "sparse", "xformers", "cutlass"])
 def test_a_librarys_kernel_runs_on_its_heads(kind: str, ranks: int, kv_heads: int) -> None:
     """Heads that do not divide, more ranks than heads of k and v; the op sees all tokens, and no gather is left."""
     extend.register_per_head_attention("sf_sparse::sparse", sparse_dims)
@@ -151,6 +166,10 @@ def test_a_librarys_kernel_runs_on_its_heads(kind: str, ranks: int, kv_heads: in
     assert report.by_heads == 2 and len(report.gathered) == 1, str(report)
     assert "2 by heads in their library's kernel" in report.headline
     assert report.left_behind == [] and report.unpriced == []
+    attention = 4.0 * 32 * 38 * 38 if kind != "sparse" else 4.0 * 2 * 32 * 22 * 22
+    busiest = -(-kv_heads // ranks) / kv_heads  # heads that do not divide, or are fewer than the ranks
+    linears = (report.total_flops - 2 * attention) / ranks
+    assert max(report.rank_flops) >= 0.9 * linears + 2 * attention * busiest, "what the headline calls its share"
     for (out,) in run_compiled(ones, Topology.grid(1, ranks), values):
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
     assert all(one.order == ones[0].order for one in ones), "ranks without heads wait where the others do"
