@@ -68,7 +68,7 @@ from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.rank.job_store import check_secret
 from sfcompile.runtime.rank.process_group import check_ranks
 from sfcompile.runtime.rank.session import Session, sessions, use_session
-from sfcompile.runtime.rank.sharded_value import ShardedValue
+from sfcompile.runtime.rank.sharded_value import ShardedValue, with_wholes
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
 from sfcompile.runtime.wires.transport import peer_failed
 from sfcompile.sharded_weights import by_machine, cut_of, cuts_weights, shares_of
@@ -87,7 +87,12 @@ def _left_to_python(code: CodeType, reason: str) -> None:
     remember_skipped(Skipped(code.co_qualname, short_source(f"{code.co_filename}:{code.co_firstlineno}"), reason))
 
 
-@functools.partial(fewer_breaks, skipped=_left_to_python)
+def _goes_over(options: Mapping[str, Any]) -> Callable[[Any], Any] | None:
+    """What a compiled function returns is whole, also where a value crossed its graphs in shards."""
+    return with_wholes if options.get("boundaries") == "shards" else None
+
+
+@functools.partial(fewer_breaks, skipped=_left_to_python, returned=_goes_over)
 def streamfusion_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

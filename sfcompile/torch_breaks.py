@@ -10,10 +10,10 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sfcompile.torch_private import other_memory
 
@@ -26,10 +26,25 @@ LOGGER_METHODS = frozenset({"debug", "info", "warning", "error", "critical", "wa
 SkippedFrame = Callable[[CodeType, str], None]
 """Is told of a function that Dynamo leaves to Python, and why."""
 
-_traced_with_fewer_breaks: weakref.WeakKeyDictionary[Callable[..., Any], SkippedFrame] = weakref.WeakKeyDictionary()
+Returned = Callable[[Mapping[str, Any]], Callable[[Any], Any] | None]
+"""From a backend's options: what is done to the result of a function that was compiled with them; None: nothing."""
 
 
-def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame) -> None:
+class _Marked(NamedTuple):
+    """What is done for a marked backend; see :func:`trace_with_fewer_breaks`."""
+
+    skipped: SkippedFrame
+    returned: Returned
+
+
+_traced_with_fewer_breaks: weakref.WeakKeyDictionary[Callable[..., Any], _Marked] = weakref.WeakKeyDictionary()
+
+
+def _nothing(options: Mapping[str, Any]) -> None:
+    """Results stay what they are."""
+
+
+def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame, returned: Returned = _nothing) -> None:
     """From now on, what Dynamo traces for ``backend`` breaks in fewer places (sfcompile/capture/fewer_breaks.py).
 
     Dynamo has no settings of one backend, so its entry is wrapped, once for a process: settings are changed while a
@@ -38,11 +53,12 @@ def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame) 
     Args:
         skipped: is told of functions in which Dynamo finds a break that it cannot continue after: it runs them as
             Python, and what they call is traced by itself.
+        returned: says what goes over the results of compiled functions.
     """
     from torch._dynamo.convert_frame import ConvertFrameAssert
     from torch._dynamo.exc import Unsupported
 
-    _traced_with_fewer_breaks[backend] = skipped
+    _traced_with_fewer_breaks[backend] = _Marked(skipped, returned)
     convert: Any = ConvertFrameAssert.__call__
     if hasattr(convert, "__wrapped__"):
         return
@@ -51,16 +67,17 @@ def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame) 
     def convert_frame(self: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
         backend = _innermost(self._torchdynamo_orig_backend)
         # By identity: not every backend can be hashed, Inductor's own cannot.
-        tell = next((tell for marked, tell in list(_traced_with_fewer_breaks.items()) if marked is backend), None)
-        if tell is None:
+        known = list(_traced_with_fewer_breaks.items())
+        marked = next((marked for other, marked in known if other is backend), None)
+        if marked is None:
             return convert(self, frame, *args, **kwargs)
         try:
-            with _fewer_breaks():
+            with _fewer_breaks(), _going_over(marked.returned(_options(self._torchdynamo_orig_backend))):
                 return convert(self, frame, *args, **kwargs)
         except Unsupported as error:
             stack = getattr(error, "real_stack", None)
             place = f" at {stack[-1].filename}:{stack[-1].lineno}" if stack else ""
-            tell(frame.f_code, f"{str(error).strip().splitlines()[0]}{place}")
+            marked.skipped(frame.f_code, f"{str(error).strip().splitlines()[0]}{place}")
             raise
 
     ConvertFrameAssert.__call__ = convert_frame  # type: ignore[method-assign]
@@ -71,6 +88,65 @@ def _innermost(backend: Any) -> Any:
     for name in ("_torchdynamo_orig_backend", "compiler_fn"):
         backend = getattr(backend, name, backend)
     return backend
+
+
+def _options(backend: Any) -> Mapping[str, Any]:
+    """The options that were given to ``torch.compile`` with a backend."""
+    for name in ("_torchdynamo_orig_backend", "compiler_fn"):
+        kwargs = getattr(backend, "kwargs", {})
+        if isinstance(kwargs, Mapping) and kwargs.get("options"):
+            options: Mapping[str, Any] = kwargs["options"]
+            return options
+        backend = getattr(backend, name, backend)
+    return {}
+
+
+@contextmanager
+def _going_over(result: Callable[[Any], Any] | None) -> Iterator[None]:
+    """While Dynamo compiles a function: what the function returns goes through ``result`` first.
+
+    A value may come from the first of its graphs and be returned by Python behind the last one: no graph returns it.
+    """
+    if result is None:
+        yield
+        return
+    from torch._dynamo.bytecode_transformation import (
+        add_push_null,
+        create_call_function,
+        create_instruction,
+        create_rot_n,
+        overwrite_instruction,
+        transform_code_object,
+    )
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    def through(instructions: list[Any], options: dict[str, Any]) -> None:
+        for place in reversed(range(len(instructions))):
+            if instructions[place].opname == "RETURN_VALUE":
+                function = add_push_null(create_instruction("LOAD_CONST", argval=result))
+                below = [step for _ in function for step in create_rot_n(len(function) + 1)]
+                call = [*function, *below, *create_call_function(1, False), create_instruction("RETURN_VALUE")]
+                instructions[place : place + 1] = overwrite_instruction(instructions[place], call)  # jumps stay good
+
+    def hook(code: CodeType, new_code: CodeType) -> CodeType:
+        # Dynamo keeps instructions by code, and code has no hash where a constant has none (Dynamo's own dicts).
+        constants, held = list(new_code.co_consts), dict[object, Any]()
+        for place, constant in enumerate(constants):
+            try:
+                hash(constant)
+            except TypeError:
+                constants[place] = stands_for = object()
+                held[stands_for] = constant
+        changed: Any = transform_code_object(new_code.replace(co_consts=tuple(constants)), through)
+        changed = changed[0] if isinstance(changed, tuple) else changed
+        through_it: CodeType = changed.replace(co_consts=tuple(held.get(c, c) for c in changed.co_consts))
+        return through_it
+
+    handle = register_bytecode_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -18,7 +18,15 @@ import torch
 
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.value_rows import ValueRows
-from sfcompile.torch_private import FakeTensor, no_torch_function, not_traced, tree_map, wrapper_tensor
+from sfcompile.torch_private import (
+    FakeTensor,
+    no_torch_function,
+    not_traced,
+    same_storage,
+    tree_leaves,
+    tree_map,
+    wrapper_tensor,
+)
 
 _SAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
@@ -70,6 +78,12 @@ class ShardedValue(torch.Tensor):
         if self.held.whole is None:
             self.held.whole = self.held.gather(self)
         return self.held.whole
+
+    def shares_memory(self, other: torch.Tensor) -> bool:
+        """Whether another tensor, in shards too or not, is this value or a view of it."""
+        if isinstance(other, ShardedValue):
+            return other.held is self.held
+        return self.held.whole is not None and same_storage(self.held.whole, other)
 
     def rows(self) -> torch.Tensor:
         """This rank's rows as they are now, contiguous."""
@@ -139,6 +153,14 @@ def _of_whole(name: str) -> Callable[..., Any]:
 
 for _name in ("data_ptr", "numpy", "tolist", "storage", "__dlpack__", "share_memory_"):
     setattr(ShardedValue, _name, _of_whole(_name))  # they read a tensor's memory and pass no dispatch
+
+
+@not_traced
+def with_wholes(result: Any) -> Any:
+    """A result in which values in shards are whole; the same object if there are none. Collective if there are."""
+    if not any(isinstance(leaf, ShardedValue) for leaf in tree_leaves(result)):
+        return result
+    return tree_map(lambda leaf: leaf.whole() if isinstance(leaf, ShardedValue) else leaf, result)
 
 
 def marks_of(values: Sequence[ShardedValue]) -> int:

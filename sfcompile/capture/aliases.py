@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sfcompile.errors import UnsupportedError
+from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.torch_private import same_storage
 
 
@@ -20,7 +21,14 @@ def overlap(inputs: Sequence[Any], written: Iterable[int]) -> tuple[int, int] | 
     for i in written:
         first, last = _extent(inputs[i])
         for j, other in enumerate(inputs):
-            if j == i or not isinstance(other, torch.Tensor) or not same_storage(inputs[i], other):
+            if j == i or not isinstance(other, torch.Tensor):
+                continue
+            in_shards = next((value for value in (inputs[i], other) if isinstance(value, ShardedValue)), None)
+            if in_shards is not None:  # its own memory holds nothing
+                if in_shards.shares_memory(other if in_shards is inputs[i] else inputs[i]):
+                    return i, j
+                continue
+            if not same_storage(inputs[i], other):
                 continue
             start, stop = _extent(other)
             if max(first, start) < min(last, stop):

@@ -19,19 +19,22 @@ from typing import ParamSpec, TypeVar
 
 from torch import fx
 
-from sfcompile.torch_breaks import trace_with_fewer_breaks
+from sfcompile.torch_breaks import Returned, trace_with_fewer_breaks
 
 Rest = ParamSpec("Rest")
 Compiled = TypeVar("Compiled")
 
 
 def fewer_breaks(
-    backend: Callable[Rest, Compiled], skipped: Callable[[CodeType, str], None] | None = None
+    backend: Callable[Rest, Compiled],
+    skipped: Callable[[CodeType, str], None] | None = None,
+    returned: Returned = lambda options: None,
 ) -> Callable[Rest, Compiled]:
     """A backend of ``torch.compile`` for which Dynamo breaks models in fewer places; also as a decorator.
 
     Args:
         skipped: is told of each function that Dynamo leaves to Python, with the break in it.
+        returned: says, of the options, what goes over the results of compiled functions; None: nothing.
     """
 
     @functools.wraps(backend)
@@ -40,7 +43,7 @@ def fewer_breaks(
         _drop_folded_reads(gm)
         return backend(*args, **kwargs)
 
-    trace_with_fewer_breaks(marked, skipped or (lambda code, reason: None))
+    trace_with_fewer_breaks(marked, skipped or (lambda code, reason: None), returned)
     return marked
 
 

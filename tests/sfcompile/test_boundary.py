@@ -27,6 +27,8 @@ preload("boundary_cases", "model_cases", "sfcompile.backend")
         ("another_write", [0, 0]),
         ("one_memory", [0, 1]),
         ("uneven", [0, 0, 1]),
+        ("returned", [0, 0]),
+        ("written_through_a_view", [0, 0]),
     ],
 )
 def test_values_cross_a_break(case: str, homes: list[int]) -> None:

@@ -89,3 +89,38 @@ def test_tensors_of_the_same_sizes_get_other_memory() -> None:
             value *= scale
         assert torch.equal(run(torch.ones(3, 3)), 1 + kept[0] @ kept[0].mT + kept[1] @ kept[1].mT)
         assert [weight.numel() for weight in weights] == [0, 0]
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_results_go_through_a_function_where_the_options_say_so(through: bool) -> None:
+    """Also those that come from the first of several graphs, or that Python returns behind the last."""
+    torch._dynamo.reset()
+    seen: list[Any] = []
+
+    def noted(result: Any) -> Any:
+        seen.append(type(result))
+        return [result]
+
+    def compile(gm: fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
+        return gm.forward
+
+    trace_with_fewer_breaks(
+        compile, lambda code, reason: None, lambda options: noted if options.get("through") else None
+    )
+
+    def step(x: torch.Tensor, early: bool) -> Any:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        if early:
+            return y
+        z = y + 1
+        torch._dynamo.graph_break()
+        return {"y": y, "z": z}
+
+    run, x = torch.compile(step, backend=compile, options={"through": through}), torch.ones(3)
+    for early in (True, False, True):
+        result = run(x, early)
+        while isinstance(result, list):
+            (result,) = result
+        assert torch.equal(result if early else result["y"], x.sin())
+    assert bool(seen) == through

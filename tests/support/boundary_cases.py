@@ -150,3 +150,46 @@ def case_uneven() -> None:
         "2 inputs in shards; 4 outputs in shards",
         "4 inputs in shards; 0 outputs in shards",
     ], crossing
+
+
+def case_returned() -> None:
+    """What crossed a break and is returned behind it is whole, in whatever it is returned, and kept is what it was."""
+
+    class Returns(Broken):
+        kept: torch.Tensor
+
+        def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
+            h = self.out(torch.sin(x))
+            torch._dynamo.graph_break()
+            self.kept = h
+            y = super().forward(h)
+            torch._dynamo.graph_break()
+            return {"y": y, "all": [h, (h, 3)]}
+
+    for model, options in ((Returns(), {"boundaries": "shards"}), (Returns(), {"boundaries": "whole"})):
+        torch._dynamo.reset()
+        call, want = compiled(model, placement="shard", **options), model(tokens())
+        for _ in range(2):
+            got = call(tokens())
+            assert [type(x) for x in (got["y"], got["all"][0], got["all"][1][0])] == [torch.Tensor] * 3
+            close(got["y"], want["y"])
+            close(got["all"][0], want["all"][0])
+            close(model.kept, want["all"][0])
+            assert got["all"][1][1] == 3
+
+
+def case_written_through_a_view() -> None:
+    """A graph writes to a part of a value that it reads in shards: it sees what it wrote, or is refused; never else."""
+
+    class Parts(Broken):
+        def forward(self, x: torch.Tensor, part: Any = None) -> torch.Tensor:  # type: ignore[override]
+            h = self.out(torch.sin(x))
+            row = torch._dynamo.disable(lambda t: t.detach() if part is None else t[0])(h)
+            row.mul_(2.0)
+            return self.out(h) + row.sum()
+
+    for part in (None, 0):
+        torch._dynamo.reset()
+        model, call = Parts(), compiled(Parts(), placement="shard", boundaries="shards")
+        for _ in range(2):
+            close(call(tokens(), part), model(tokens(), part))
