@@ -21,7 +21,8 @@ _MATMUL = (_aten.matmul.default, _aten.bmm.default)
 _CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.clone.default, _aten.contiguous.default, _aten.alias.default)
 _FILLS = (_aten.masked_fill.Scalar, _aten.where.ScalarOther)
 _NEVER = -1e9
-"""A score filled in with this or less is not attended to, unless all of a query's are: then all count the same."""
+"""A score filled in with this or less is not attended to, unless all of a query's are: then all count the same, or,
+if they are -inf, the query's result is no number."""
 _INSTEAD = -1e30
 """What is added in its place: beside it a score vanishes, in fp64 too, and several of them are still a number."""
 
@@ -238,13 +239,18 @@ def _replace(graph: fx.Graph, scores: _Scores, product: _Product, ndim: int, one
 
     with graph.inserting_before(end):
         mask: fx.Node | None = None
+        never: fx.Node | None = None  # where a score is no number but -inf
         for term, factor, number in scores.masks:
             if number is None:
                 added = term if factor == 1.0 else call(_aten.mul.Tensor, term, factor)
             else:
                 places = term if factor > 0 else call(_aten.logical_not.default, term)
                 zeros = call(_aten.zeros_like.default, places, dtype=dtype)
-                added = call(_aten.masked_fill.Scalar, zeros, places, max(_INSTEAD, torch.finfo(dtype).min))
+                if number == float("-inf"):
+                    never = places if never is None else call(_aten.logical_or.default, never, places)
+                    added = call(_aten.masked_fill.Scalar, zeros, places, number)
+                else:
+                    added = call(_aten.masked_fill.Scalar, zeros, places, max(_INSTEAD, torch.finfo(dtype).min))
             mask = added if mask is None else call(_aten.add.Tensor, mask, added)
         tensors = [ordered(operand) for operand in (scores.q, scores.k, product.v)]
         while mask is not None and mask.meta["val"].dim() < 2:  # one number for each key, or one for all
@@ -259,6 +265,9 @@ def _replace(graph: fx.Graph, scores: _Scores, product: _Product, ndim: int, one
         out = call(attention, *tensors, bias, 0.0, False, scale=scores.scale, **grouped)
         if ndim == 3:
             out = call(_aten.squeeze.dim, out, 0)
+        if never is not None and never.meta["val"].dim():  # softmax of nothing but -inf is no number
+            hidden = call(_aten.all.dim, never, -1, True)
+            out = call(_aten.masked_fill.Scalar, out, hidden, float("nan"))
         if product.out != tuple(range(ndim)):
             out = call(_aten.permute.default, out, list(product.out))
     end.replace_all_uses_with(out)

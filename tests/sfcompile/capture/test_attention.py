@@ -58,8 +58,16 @@ def rows_filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
     return scores.masked_fill(padding, -1e9).masked_fill(padding, -1e9).softmax(-1) @ heads(v)
 
 
+def rows_of_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Of queries whose scores are all -inf nothing comes, which a model may notice; those of -1e9 are scores still."""
+    padding, later = torch.arange(q.shape[1])[:, None] >= 4, torch.ones(q.shape[1], k.shape[1]).triu(1).bool()
+    scores = (heads(q) @ heads(k).mT).masked_fill(later, -1e9).masked_fill(padding | later & later.flip(0), -torch.inf)
+    return (scores.softmax(-1) @ heads(v)).nan_to_num(0.25)
+
+
 @pytest.mark.parametrize(
-    "fn", [plain, masked, folded, by_einsum, filled, one_head_of_keys, a_number_for_each_key, rows_filled]
+    "fn",
+    [plain, masked, folded, by_einsum, filled, one_head_of_keys, a_number_for_each_key, rows_filled, rows_of_nothing],
 )
 def test_hand_written_attention_becomes_one_node(fn: Fn) -> None:
     args = torch.randn(2, 6, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
