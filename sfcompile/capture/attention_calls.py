@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from sfcompile.errors import RuleError, StreamFusionError
 from sfcompile.torch_private import OpOverload, OpOverloadPacket
 
 
@@ -59,19 +60,48 @@ READERS: dict[str, Reader] = {}
 
 
 class ReadCall:
-    """In place of a library's op in a Dynamo graph: attention if the reader accepts the call, else the op itself."""
+    """In place of a library's op in a Dynamo graph: attention if the reader accepts the call, else the op itself.
+
+    Args:
+        gives: what Dynamo knows of the op's first result; None: nothing.
+    """
 
     __name__ = "attention_call"
 
-    def __init__(self, op: OpOverload, reader: Reader) -> None:
-        self._op, self._reader = op, reader
+    def __init__(self, op: OpOverload, reader: Reader, gives: torch.Tensor | None = None) -> None:
+        self._op, self._reader, self._gives = op, reader, gives
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._reader(_named(self._op, args, kwargs))
+        call = self._read(args, kwargs)
         if call is None:
             return self._op(*args, **kwargs)
-        returns = len(self._op._schema.returns)
-        return call.compute() if returns == 1 else (call.compute(), *[None] * (returns - 1))
+        try:
+            result = call.compute()
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise self._wrong(f"cannot be computed: {type(error).__name__}: {error}") from error
+        own, returns = self._gives, len(self._op._schema.returns)
+        if own is not None and not _alike(result, own):
+            raise self._wrong(f"gives {result.dtype}{list(result.shape)}, where it gives {own.dtype}{list(own.shape)}")
+        return result if returns == 1 else (result, *[None] * (returns - 1))
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall | None:
+        try:
+            call = self._reader(_named(self._op, args, kwargs))
+        except StreamFusionError:
+            raise
+        except Exception as error:  # the reader is its author's
+            raise self._wrong(f"cannot be read: {type(error).__name__}: {error}") from error
+        if call is not None and not isinstance(call, AttentionCall):
+            raise self._wrong(f"is a {type(call).__name__}, and neither an AttentionCall nor None")
+        return call
+
+    def _wrong(self, what: str) -> RuleError:
+        name = self._op._schema.name
+        return RuleError(
+            f"a call of {name}, as its reader says, {what}",
+            "the attention that the reader describes is computed in the place of the op",
+            f"mend what was given to sfcompile.extend.register_attention({name!r}, ...); it may return None for a call",
+        )
 
 
 def read_call(node: fx.Node) -> ReadCall | None:
@@ -84,7 +114,16 @@ def read_call(node: fx.Node) -> ReadCall | None:
     if len(target._schema.returns) > 1:
         if any(getattr(user.target, "__name__", "") != "getitem" or user.args[1] != 0 for user in node.users):
             return None
-    return ReadCall(target, READERS[target._schema.name])
+    shown = node.meta.get("example_value")
+    gives = shown[0] if isinstance(shown, (tuple, list)) and shown else shown
+    return ReadCall(target, READERS[target._schema.name], gives if isinstance(gives, torch.Tensor) else None)
+
+
+def _alike(result: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a result has the dtype and, where they are no symbols, the sizes of another."""
+    sizes = zip(result.shape, own.shape, strict=False)
+    same = all(a == b for a, b in sizes if type(a) is int and type(b) is int)
+    return result.dtype == own.dtype and result.dim() == own.dim() and same
 
 
 def _named(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from sfcompile import extend
+from sfcompile.capture.attention_calls import AttentionCall
 from sfcompile.errors import NotShardedError, OptionError, RuleError
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.rules.linked import Linked
@@ -94,3 +96,38 @@ def test_what_cannot_be_checked_is_refused() -> None:
         check_op_rule(lambda x: x + 1, rows, {})
     with pytest.raises(OptionError, match="register_row_wise"):
         extend.register_row_wise()
+
+
+READERS: dict[str, Any] = {
+    "another mask": lambda q, k, v, causal: AttentionCall(q, k, v),
+    "another scale": lambda q, k, v, causal: AttentionCall(q, k, v, scale=0.5, causal=causal),
+    "keys for values": lambda q, k, v, causal: AttentionCall(q, v, k, causal=causal),
+    "other dims": lambda q, k, v, causal: AttentionCall(q, k, v, causal=causal, heads_last=True),
+    "no heads": lambda q, k, v, causal: AttentionCall(q[:, 0], k[:, 0], v[:, 0], causal=causal),
+    "no attention": lambda q, k, v, causal: (q, k, v),
+    "an argument too many": lambda q, k, v: AttentionCall(q, k, v),
+}
+
+
+def test_a_reader_that_says_of_an_attention_what_it_is_not_is_found_out(library: torch.library.Library) -> None:
+    """By its values; what cannot be so by its shape is refused when it is compiled, too."""
+    library.define("attend(Tensor q, Tensor k, Tensor v, bool causal) -> Tensor")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    library.impl("attend", lambda q, k, v, causal: attend(q, k, v, is_causal=causal).contiguous(), "CPU")
+    torch.library.register_fake("test_rule_check::attend", lambda q, *rest: torch.empty_like(q), lib=library)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.test_rule_check.attend(x, x * 0.5, x + 1, True)
+
+    def heads(count: int) -> list[torch.Tensor]:
+        return [torch.randn(2, 4, count, 8, generator=torch.Generator().manual_seed(count))]
+
+    with extend.scope():
+        name = "test_rule_check::attend"
+        extend.register_attention(name, lambda args: AttentionCall(**args))
+        assert check_op_rule(step, heads, {0: 2}) == 12
+        for what, reader in READERS.items():
+            extend.register_attention(name, lambda args, reader=reader: reader(**args))
+            with pytest.raises(RuleError, match="differs by|its reader says|gives"):
+                check_op_rule(step, heads, {0: 2})
+                raise AssertionError(what)
