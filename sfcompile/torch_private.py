@@ -88,6 +88,7 @@ __all__ = [
     "no_torch_function",
     "not_traced",
     "other_memory",
+    "pad",
     "pad_sequence",
     "profiler_runs",
     "registered_for_autocast",
@@ -114,6 +115,8 @@ set_grad_enabled: Any = torch._C._set_grad_enabled
 fused_attention: Any = torch._native_multi_head_attention
 fused_encoder_layer: Any = torch._transformer_encoder_layer_fwd
 """What ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call at inference."""
+pad: Any = torch._C._nn.pad
+"""What ``nn.functional.pad`` is in a graph of Dynamo's."""
 pad_sequence: Any = torch._C._nn.pad_sequence
 """What ``nn.utils.rnn.pad_sequence`` is in a graph of Dynamo's."""
 other_memory: tuple[Any, ...] = (torch.Tensor.set_, torch.ops.aten.set_.source_Tensor) + (

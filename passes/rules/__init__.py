@@ -8,6 +8,21 @@ May import: the leaves, runtime/program, runtime/rank (what hidden calls are) an
 
 from __future__ import annotations
 
-from sfcompile.passes.rules import attention, conv, index, linked, lookup, norm, pad, per_head, reduce, resample, view
+from sfcompile.passes.rules import (
+    attention,
+    conv,
+    index,
+    linked,
+    lookup,
+    norm,
+    pad,
+    per_head,
+    reduce,
+    resample,
+    scan,
+    view,
+)
 
-__all__ = ["attention", "conv", "index", "linked", "lookup", "norm", "pad", "per_head", "reduce", "resample", "view"]
+__all__ = [
+    "attention", "conv", "index", "linked", "lookup", "norm", "pad", "per_head", "reduce", "resample", "scan", "view",
+]  # fmt: skip

@@ -9,7 +9,7 @@ these ops keep dims, and ``Linked`` serves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -233,22 +233,53 @@ def _slice_scatter(op: OpView) -> Rule:
 # --------------------------------------------------------------------------- flip, roll, repeat
 
 
-@register_rule("flip")
-def _flip(op: OpView) -> Rule:
+class _AnyDim:
+    """An op that moves positions along several dims, each by itself: tokens may sit in any of them."""
+
+    def __init__(self, by_dim: dict[int, Indexed], others: Linked) -> None:
+        self._by_dim, self._others = by_dim, others
+
+    def _of(self, layout: Layout | None) -> Indexed | Linked:
+        return self._others if layout is None else self._by_dim.get(layout.dim, self._others)
+
+    def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
+        """As along the layout's dim."""
+        return self._of(layout).spread(op, space, side, layout)
+
+    def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
+        """As along the output's dim."""
+        return self._of(chosen.outs[0]).needs(op, chosen)
+
+    def partial(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
+        """Never a sum over tokens."""
+        return None
+
+    def emit(self, op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """As along the output's dim."""
+        return self._of(chosen.outs[0]).emit(op, chosen, operands, local)
+
+
+def _moving(op: OpView, dims: Sequence[int], cut: Callable[[int], Cut], write: Any) -> Rule:
+    """The rule of an op that moves positions along some dims, by what is taken of each dim's labels."""
     x = op.operands[0]
-    dims = op.dims("dims", x.ndim)
     names: Names = [None if d in dims else d for d in range(x.ndim)]
     others = Linked([names], [names])
-    if len(dims) != 1:
-        return others
-    dim = dims[0]
+    by_dim = {
+        dim: Indexed(dim, x.shape[dim], ("in", 0), {("in", 0): identity, ("out", 0): cut(dim)}, write, None)
+        for dim in dims
+    }
+    return _AnyDim(by_dim, others)
+
+
+@register_rule("flip")
+def _flip(op: OpView) -> Rule:
+    dims = op.dims("dims", op.operands[0].ndim)
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
         # The reversed vector is owned by the same ranks: reversing the shard reverses this rank's positions.
-        return local.call(torch.ops.aten.flip.default, [operands[0], [dim]], {})
+        return local.call(torch.ops.aten.flip.default, [operands[0], list(dims)], {})
 
-    cuts: dict[Side, Cut] = {("in", 0): identity, ("out", 0): flip}
-    return Indexed(dim, x.shape[dim], ("in", 0), cuts, write, others)
+    return _moving(op, dims, lambda dim: flip, write)
 
 
 @register_rule("roll")
@@ -259,24 +290,24 @@ def _roll(op: OpView) -> Rule | None:
     dims = [dims] if isinstance(dims, int) else dims
     if not dims:
         return None
-    wrapped = [int(d) % x.ndim for d in dims]
-    names: Names = [None if d in wrapped else d for d in range(x.ndim)]
-    others = Linked([names], [names])
-    if len(wrapped) != 1:
-        return others
-    dim, size = wrapped[0], x.shape[wrapped[0]]
-    shift = int(shifts[0]) % max(size, 1)
+    by: dict[int, int] = {}
+    for dim, shift in zip(dims, shifts, strict=True):
+        by[int(dim) % x.ndim] = by.get(int(dim) % x.ndim, 0) + int(shift)
 
-    def turn(runs: Runs) -> Runs:
-        return join((*stretch(runs, size - shift, size), *stretch(runs, 0, size - shift)))
+    def turn(dim: int) -> Cut:
+        size = x.shape[dim]
+        shift = by[dim] % max(size, 1)
+        return lambda runs: join((*stretch(runs, size - shift, size), *stretch(runs, 0, size - shift)))
 
     def write(op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        layout = chosen.outs[0]
+        assert layout is not None
+        size = x.shape[layout.dim]
         owned = _owned(local, chosen, chosen.ins[0])
-        moved = int((owned >= size - shift).sum())
-        return local.call(torch.ops.aten.roll.default, [operands[0], [moved], [dim]], {})
+        moved = by | {layout.dim: int((owned >= size - by[layout.dim] % max(size, 1)).sum())}
+        return local.call(torch.ops.aten.roll.default, [operands[0], list(moved.values()), list(moved)], {})
 
-    cuts: dict[Side, Cut] = {("in", 0): identity, ("out", 0): turn}
-    return Indexed(dim, size, ("in", 0), cuts, write, others)
+    return _moving(op, list(by), turn, write)
 
 
 @dataclass

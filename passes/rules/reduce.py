@@ -167,7 +167,7 @@ class _Total(Linked):
         return local.call(torch.ops.aten.div.Tensor, [total, count], {})
 
 
-@register_rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk",
+@register_rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumprod", "sort", "argsort", "topk",
                "kthvalue", "logcumsumexp", "glu", "_safe_softmax", "renorm", "cummax", "cummin")  # fmt: skip
 def _along_dim(op: OpView) -> Rule | None:
     x = op.operands[0]
@@ -180,3 +180,16 @@ def _along_dim(op: OpView) -> Rule | None:
 @register_rule("normalize")
 def _normalize(op: OpView) -> Rule:
     return _keep_dims(op, op.dims("dim", op.operands[0].ndim), True)
+
+
+@register_rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft", "fft_fft2", "fft_ifft2",
+               "fft_rfft2", "fft_irfft2", "fft_hfft2", "fft_ihfft2", "fft_fftn", "fft_ifftn", "fft_rfftn",
+               "fft_irfftn", "fft_hfftn", "fft_ihfftn", "_fft_r2c", "_fft_c2r", "_fft_c2c")  # fmt: skip
+def _fourier(op: OpView) -> Rule | None:
+    """Along other dims than those that are transformed."""
+    x, sizes = op.operands[0], op.args.get("s")
+    dims = op.dims("dim", x.ndim)
+    if op.args.get("dim") is None and sizes:  # the last ones
+        dims = tuple(range(x.ndim - len(sizes), x.ndim))
+    names: Names = [None if d in dims else d for d in range(x.ndim)]
+    return Linked([names], [names]) if len(op.operands) == 1 else None

@@ -6,6 +6,8 @@ A local call makes whole multiples of the scale from the rows of a window, of wh
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.rules.linked import Linked, Names
 from sfcompile.passes.rules.rule import Rule, register_rule
+from sfcompile.passes.rules.weighted import MOST_TAPS, Taps, antialiased, cubic, linear, step_of
 from sfcompile.passes.rules.windows import Stretch, Windowed, arguments, kept
 
 aten = torch.ops.aten
@@ -87,10 +90,23 @@ class Nearest(_Interpolation):
 
 
 class Smooth(_Interpolation):
-    """Linear or cubic interpolation by a whole factor up or down, corners not aligned."""
+    """Linear or cubic interpolation. Along a dim in ``taps`` rows are summed up by hand (weighted.py); along others,
+    resized by a whole factor up or down with corners that are not aligned, by the same call."""
+
+    def __init__(
+        self,
+        op: OpView,
+        rows: frozenset[int],
+        scales: list[float | None],
+        taps: Mapping[int, Taps] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(op, rows | frozenset(taps), scales)
+        self._taps = taps
 
     def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
         """The rows under the taps; of a shrinking call whole multiples of the factor."""
+        if dim in self._taps:
+            return self._taps[dim].reads(start, stop)
         size, rows = op.operands[0].shape[dim], op.out_shapes[0][dim]
         margin = 1 if "cubic" in op.name else 0
         at = (start + 0.5) * size / rows - 0.5
@@ -102,9 +118,15 @@ class Smooth(_Interpolation):
         return max(first, 0), min(last, size)
 
     def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
-        """The same call on the window, and of that this rank's rows."""
-        size, rows, dim = op.operands[0].shape[stretch.dim], op.out_shapes[0][stretch.dim], stretch.dim
-        resized = self._resize(op, operands[0], dim, (stretch.high - stretch.low) * rows // size, local)
+        """The same call on the window, and of that this rank's rows; or the other dims by the call, and then rows."""
+        dim, x = stretch.dim, operands[0]
+        if dim in self._taps:
+            sizes = zip(op.operands[0].shape, op.out_shapes[0], strict=True)
+            if any(before != after for d, (before, after) in enumerate(sizes) if d != dim):
+                x = self._resize(op, x, dim, stretch.high - stretch.low, local)
+            return self._taps[dim].combine(local, x, dim, stretch.start, stretch.stop, stretch.low)
+        size, rows = op.operands[0].shape[dim], op.out_shapes[0][dim]
+        resized = self._resize(op, x, dim, (stretch.high - stretch.low) * rows // size, local)
         return local.narrow(resized, dim, stretch.start - stretch.low * rows // size, stretch.stop - stretch.start)
 
 
@@ -132,18 +154,36 @@ def _nearest(op: OpView) -> Rule:
     return Nearest(op, frozenset(rows), scales)
 
 
-@register_rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")
+@register_rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
+               "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")  # fmt: skip
 def _smooth(op: OpView) -> Rule:
-    x, out = op.operands[0], op.out_shapes[0]
-    scales = _scales(op, x.ndim - 2)
-    rows = set()
+    x, out, dtype = op.operands[0], op.out_shapes[0], op.operands[0].node.meta["val"].dtype
+    scales, corners, is_cubic = _scales(op, x.ndim - 2), bool(op.args["align_corners"]), "cubic" in op.name
+    antialias, kind = op.name.endswith("_aa"), np.float64 if dtype == torch.float64 else np.float32
+    rows, taps = set(), dict[int, Taps]()
+    named = [
+        scale is not None and abs(scale * n - m) >= 1e-6
+        for scale, n, m in zip(scales, x.shape[2:], out[2:], strict=True)
+    ]
+    if not corners and any(other and n == m for other, n, m in zip(named, x.shape[2:], out[2:], strict=True)):
+        return Smooth(op, frozenset(), scales)  # some kernels take the named scale then, and some copy, by the sizes
     for dim in range(2, x.ndim):
-        small, large = sorted((x.shape[dim], out[dim]))
-        scale = scales[dim - 2]
-        as_sizes = scale is None or abs(scale * x.shape[dim] - out[dim]) < 1e-6
-        if not op.args["align_corners"] and small and large % small == 0 and as_sizes:
+        size, rows_out, scale = x.shape[dim], out[dim], scales[dim - 2]
+        small, large = sorted((size, rows_out))
+        as_sizes = not named[dim - 2]
+        if not small or not dtype.is_floating_point:
+            continue
+        if not corners and not antialias and large % small == 0 and as_sizes:
             rows.add(dim)
-    return Smooth(op, frozenset(rows), scales)
+            continue
+        step = step_of(size, rows_out, scale, corners, kind)
+        if antialias:
+            summed = antialiased(size, rows_out, step, is_cubic)
+        else:
+            summed = (cubic if is_cubic else linear)(size, rows_out, step, corners)
+        if summed.rows.shape[1] <= MOST_TAPS:
+            taps[dim] = summed
+    return Smooth(op, frozenset(rows), scales, taps)
 
 
 # --------------------------------------------------------------------------- pooling
@@ -164,7 +204,7 @@ class Pool(Windowed):
         return start * stride - padding, (stop - 1) * stride - padding + (size - 1) * dilation + 1
 
     def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
-        """Pad this rank's edges, then pool without padding along that dim."""
+        """Pad this rank's edges, then pool without padding along that dim; of an average, count what counts."""
         named: dict[str, Any] = arguments(op, operands)
         x = operands[0]
         if stretch.before or stretch.after:
@@ -173,7 +213,25 @@ class Pool(Windowed):
             value = 0.0 if op.name.startswith("avg") else float("-inf")
             x = local.call(aten.constant_pad_nd.default, [x, pad, value], {})
         paddings = [0 if d == stretch.dim else step[2] for d, step in enumerate(self._steps, self._first)]
-        return local.call(op.node.target, [], {**named, "self": x, "padding": paddings})
+        pooled = local.call(op.node.target, [], {**named, "self": x, "padding": paddings})
+        size, counts = self._steps[stretch.dim - self._first][0], self._counts(op, stretch)
+        if not op.name.startswith("avg") or op.args.get("divisor_override") or bool((counts == size).all()):
+            return pooled
+        shape = [1] * op.operands[0].ndim
+        shape[stretch.dim] = stretch.stop - stretch.start
+        dtype = pooled.meta["val"].dtype
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        factor = local.constant(torch.from_numpy(size / counts).to(wide).reshape(shape))
+        averages = local.call(aten.mul.Tensor, [pooled, factor], {})
+        return averages if wide == dtype else local.call(aten._to_copy.default, [averages], {"dtype": dtype})
+
+    def _counts(self, op: OpView, stretch: Stretch) -> NDArray[np.int64]:
+        """How many rows an average of each output row is divided by."""
+        size, stride, padding, _ = self._steps[stretch.dim - self._first]
+        rows, padded = op.operands[0].shape[stretch.dim], bool(op.args.get("count_include_pad", True))
+        start = np.arange(stretch.start, stretch.stop) * stride - padding
+        stop = np.minimum(start + size, rows + padding)
+        return stop - start if padded else np.minimum(stop, rows) - np.maximum(start, 0)
 
 
 def _listed(value: Any, length: int) -> list[int]:
@@ -190,14 +248,8 @@ def _pool(op: OpView) -> Rule | None:
     strides = _listed(op.args["stride"], spatial) if op.args["stride"] else sizes
     paddings = _listed(op.args["padding"], spatial)
     dilations = _listed(op.args.get("dilation", 1), spatial)
-    counts_padding = bool(op.args.get("count_include_pad", True)) or op.name.startswith("max")
-    rows = set()
-    for i in range(spatial):
-        if not op.args["ceil_mode"] and (counts_padding or not paddings[i]):
-            rows.add(first + i)
     floating = op.node.meta["val"].dtype.is_floating_point
-    if not floating and any(paddings):
-        rows.clear()
+    rows = range(first, x.ndim) if floating or not (any(paddings) or op.args["ceil_mode"]) else ()
     return Pool(op, frozenset(rows), list(zip(sizes, strides, paddings, dilations, strict=True)))
 
 

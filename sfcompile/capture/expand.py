@@ -5,6 +5,7 @@
 * PyTorch's fused encoder layer and attention, which ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call
   at inference.
 * Sequences of several lengths that are padded and stacked.
+* Padding by the other end of a grid, patches that touch, averages of all of a grid: plain ops under other names.
 * Attention ops of libraries (attention_calls.py).
 """
 
@@ -18,7 +19,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from sfcompile.capture.attention_calls import read_call
-from sfcompile.torch_private import HigherOrderOperator, fused_attention, fused_encoder_layer, pad_sequence
+from sfcompile.torch_private import HigherOrderOperator, fused_attention, fused_encoder_layer, pad, pad_sequence
 
 _BODIES = {"tag_activation_checkpoint": 1, "wrap": 1, "invoke_subgraph": 2}
 """Higher-order ops that run their first argument on what follows, and where that begins."""
@@ -47,6 +48,8 @@ def _replacement(gm: fx.GraphModule, node: fx.Node) -> tuple[Callable[..., Any],
         return None
     if node.target in _FUSED:
         return _FUSED[node.target], 0
+    if node.target in _PLAIN and _PLAIN[node.target][0](*node.args, **node.kwargs):
+        return _PLAIN[node.target][1], 0
     read = read_call(node)
     if read is not None:
         return read, 0
@@ -175,6 +178,87 @@ def padded_sequence(
     return torch.stack(rows, 0 if batch_first else 1)
 
 
+def _is_circular(input: Any, pad: Any, mode: str = "constant", value: Any = None) -> bool:
+    amounts = list(pad) if isinstance(pad, (list, tuple)) else []
+    return mode == "circular" and bool(amounts) and all(isinstance(n, int) and n >= 0 for n in amounts)
+
+
+def circular_pad(input: torch.Tensor, pad: Sequence[int], mode: str = "circular", value: Any = None) -> torch.Tensor:
+    """The last rows before the first, and the first behind the last, dim by dim: rows keep who owns them."""
+    sizes = [input.shape[input.dim() - 1 - i] for i in range(len(pad) // 2)]
+    if len(pad) % 2 or any(max(pad[2 * i : 2 * i + 2]) > size for i, size in enumerate(sizes)):
+        return F.pad(input, list(pad), mode, value)  # it says what is wrong
+    for i, size in enumerate(sizes):
+        dim, (before, after) = input.dim() - 1 - i, pad[2 * i : 2 * i + 2]
+        parts = [input.narrow(dim, size - before, before)] if before else []
+        parts += [input, *([input.narrow(dim, 0, after)] if after else [])]
+        input = torch.cat(parts, dim) if len(parts) > 1 else input
+    return input
+
+
+def _are_patches(input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> bool:
+    sizes = [_pair(value) for value in (kernel_size, dilation, padding, stride)]
+    known = all(isinstance(n, int) for pair in sizes for n in pair)
+    return known and sizes == [sizes[3], (1, 1), (0, 0), sizes[0]]
+
+
+def _are_folded_patches(input: Any, output_size: Any, kernel_size: Any, *rest: Any, **named: Any) -> bool:
+    known = all(isinstance(n, int) for n in _pair(output_size))
+    return known and _are_patches(input, kernel_size, *rest, **named)
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return (value[0], value[-1]) if isinstance(value, (list, tuple)) else (value, value)
+
+
+def patches(input: torch.Tensor, kernel_size: Any, *rest: Any, **named: Any) -> torch.Tensor:
+    """``unfold`` of patches that touch: [B, C h w, patches], of which rows stay rows."""
+    (h, w), (height, width) = _pair(kernel_size), input.shape[-2:]
+    rows, columns = height // h, width // w
+    if input.dim() != 4 or not rows or not columns:
+        return F.unfold(input, kernel_size, *rest, **named)
+    batch, channels = input.shape[:2]
+    input = input[:, :, : rows * h, : columns * w].reshape(batch, channels, rows, h, columns, w)
+    return input.permute(0, 1, 3, 5, 2, 4).reshape(batch, channels * h * w, rows * columns)
+
+
+def from_patches(input: torch.Tensor, output_size: Any, kernel_size: Any, *rest: Any, **named: Any) -> torch.Tensor:
+    """``fold`` of patches that touch: an image of them."""
+    (h, w), (height, width) = _pair(kernel_size), _pair(output_size)
+    rows, columns = height // h, width // w
+    fits = input.dim() == 3 and input.shape[2] == rows * columns > 0 and input.shape[1] % (h * w) == 0
+    if not fits:
+        return F.fold(input, output_size, kernel_size, *rest, **named)
+    batch, channels = input.shape[0], input.shape[1] // (h * w)
+    input = input.reshape(batch, channels, h, w, rows, columns).permute(0, 1, 4, 2, 5, 3)
+    image = input.reshape(batch, channels, rows * h, columns * w)
+    behind = [0, width - columns * w, 0, height - rows * h]
+    return F.pad(image, behind) if any(behind) else image
+
+
+def _is_of_all(input: Any, output_size: Any) -> bool:
+    sizes = output_size if isinstance(output_size, (list, tuple)) else [output_size]
+    return all(isinstance(n, int) and n == 1 for n in sizes)
+
+
+def average_of(space: int) -> Callable[..., torch.Tensor]:
+    """``adaptive_avg_pool`` to one position: a mean, of which each rank adds up its own."""
+
+    def average(input: torch.Tensor, output_size: Any) -> torch.Tensor:
+        return input.mean(list(range(input.dim() - space, input.dim())), keepdim=True)
+
+    return average
+
+
+_PLAIN: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
+    pad: (_is_circular, circular_pad),
+    F.unfold: (_are_patches, patches),
+    F.fold: (_are_folded_patches, from_patches),
+    F.adaptive_avg_pool1d: (_is_of_all, average_of(1)),
+    F.adaptive_avg_pool2d: (_is_of_all, average_of(2)),
+    F.adaptive_avg_pool3d: (_is_of_all, average_of(3)),
+}
+"""Calls that are plain ops for some arguments: which, and what instead."""
 _FUSED: dict[Any, Callable[..., Any]] = {
     fused_attention: multi_head_attention,
     fused_encoder_layer: encoder_layer,

@@ -115,13 +115,13 @@ def test_shard_everything_shards_what_has_a_rule_and_says_why_the_rest_is_not() 
 
 
 def test_ops_are_sharded_where_that_is_worth_their_gathers() -> None:
-    """The sum mixes tokens and needs y whole; the product reads shards of y, and its result is gathered."""
+    """The running product mixes tokens and needs y whole; the product reads shards of y, and its result is gathered."""
     graph = parse(
         """
         x: f32[1,12,64] = input
         w: f32[64,64] = input
         y: f32[1,12,64] = aten.relu(x)
-        c: f32[1,12,64] = aten.cumsum(y, 1)
+        c: f32[1,12,64] = aten.cumprod(y, 1)
         p: f32[1,12,64] = aten.matmul(y, w)
         return c, p
         """

@@ -31,7 +31,7 @@ from sfcompile.runtime.program.topology import Topology
 def test_each_value_is_gathered_at_most_once() -> None:
     def read_whole_thrice(x: torch.Tensor) -> torch.Tensor:
         y = x * 2
-        return y.softmax(1) + y.cumsum(1) + y.flip(1).sort(1).values
+        return y.softmax(1) + y.cumprod(1) + y.flip(1).sort(1).values
 
     got = captured(read_whole_thrice, torch.zeros(2, 9, 4))
     _, traffic, locals_ = rewritten(got, [(0, 1)], 3)
@@ -46,7 +46,7 @@ def test_one_rank_of_three_slices_computes_and_gathers() -> None:
         """
         x: f32[1,9,4] = input
         y: f32[1,9,4] = aten.relu(x)
-        z: f32[1,9,4] = aten.cumsum(y, 1)
+        z: f32[1,9,4] = aten.cumprod(y, 1)
         return z
         """
     )
@@ -61,7 +61,7 @@ def test_one_rank_of_three_slices_computes_and_gathers() -> None:
         exchange_start_default: i64[1] = streamfusion.exchange_start(relu_default, zeros_default, 'test', 0)
         exchange_finish_default: (f32[1,9,4], i64[1]) = streamfusion.exchange_finish(exchange_start_default, 'test', 0, [1, 9, 4], torch.float32)
         getitem_1: f32[1,9,4] = exchange_finish_default[0]
-        z: f32[1,9,4] = aten.cumsum(getitem_1, 1)
+        z: f32[1,9,4] = aten.cumprod(getitem_1, 1)
         return z
         """,  # noqa: E501
     )

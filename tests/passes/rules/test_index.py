@@ -118,3 +118,15 @@ def test_a_shifted_copy_of_the_same_tokens_is_gathered_and_right() -> None:
 @given(ranks)
 def test_fewer_tokens_than_ranks(p: int) -> None:
     check_sharded(lambda x: torch.cat([x * 2, x[:, 1:]], dim=1).flip(1), [rand(2, 2, 3)], (0, 1), ranks=p, exact=True)
+
+
+@few
+@given(st.integers(3, 9), st.integers(-9, 9), ranks)
+def test_several_dims_move_at_once(n: int, shift: int, p: int) -> None:
+    """Windows are shifted along rows and columns: tokens may be either."""
+    for dim in (1, 2):
+        shape = [2, 4, 3]
+        shape[dim] = n
+        check_sharded(lambda x: (x + 0).roll((shift, 1), (1, 2)) * 2, [rand(*shape)], (0, dim), ranks=p, exact=True)
+        check_sharded(lambda x: (x + 0).roll((shift, 1, 2), (1, 2, 1)) * 2, [rand(*shape)], (0, dim), ranks=p)
+        check_sharded(lambda x: (x + 0).flip(2, 1) * 2, [rand(*shape)], (0, dim), ranks=p, exact=True)

@@ -142,7 +142,7 @@ def test_layer_norm_over_two_dims(n: int, p: int) -> None:
     ("fn", "name"),
     [
         (lambda x: x.softmax(dim=1), "softmax"),
-        (lambda x: x.cumsum(dim=1), "cumsum"),
+        (lambda x: x.cumprod(dim=1), "cumprod"),
         (lambda x: x.sort(dim=1).values, "sort"),
         (lambda x: x.amax(dim=1), "amax"),
         (lambda x: x[:, 2], "select"),
@@ -151,3 +151,15 @@ def test_layer_norm_over_two_dims(n: int, p: int) -> None:
 def test_ops_that_mix_tokens_are_computed_whole(fn: Fn, name: str) -> None:
     # The product in front of them runs on shards, so a gather is needed and must be right.
     check_sharded(lambda x: fn(x * 2), [rand(2, 7, 6)], (0, 1), whole=[name])
+
+
+@pytest.mark.parametrize("name", ["fft", "rfft", "fft2", "rfftn"])
+def test_transforms_of_other_dims_keep_tokens(name: str) -> None:
+    dims = {"fft": -1, "rfft": 3, "fft2": (2, 3), "rfftn": None}[name]
+    sizes = {"s": (4, 6)} if name == "rfftn" else {}
+
+    def mix(x: torch.Tensor) -> torch.Tensor:
+        return getattr(torch.fft, name)(x * 2, dim=dims, **sizes).abs()
+
+    check_sharded(mix, [rand(2, 7, 4, 6)], (0, 1))
+    check_sharded(lambda x: torch.fft.fft2(x * 2, dim=(1, 2)).real, [rand(2, 7, 4, 6)], (0, 1), whole=["fft_fft2"])

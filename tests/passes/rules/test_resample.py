@@ -39,7 +39,12 @@ DOWN: dict[str, Fn] = {
     "avg_pool": lambda x: F.avg_pool2d(x * 2, 2),
     "avg_pool_padded": lambda x: F.avg_pool2d(x * 2, 3, 1, 1),
     "avg_pool_strided": lambda x: F.avg_pool2d(x * 2, (3, 2), (2, 1)),
+    "avg_pool_of_what_is_there": lambda x: F.avg_pool2d(x * 2, 3, 2, 1, count_include_pad=False),
+    "avg_pool_over_the_edge": lambda x: F.avg_pool2d(x * 2, (3, 2), (2, 3), (1, 0), ceil_mode=True),
+    "avg_pool_by_a_number": lambda x: F.avg_pool2d(x * 2, 3, 2, 1, ceil_mode=True, divisor_override=5),
+    "avg_pool_over_the_edge_of_what_is_there": lambda x: F.avg_pool2d(x * 2, 3, 2, 1, True, False),
     "max_pool": lambda x: F.max_pool2d(x * 2, 3, 2, 1),
+    "max_pool_over_the_edge": lambda x: F.max_pool2d(x * 2, 2, 3, 1, ceil_mode=True),
     "max_pool_dilated": lambda x: F.max_pool2d(x * 2, 2, 1, 0, 2),
 }
 
@@ -60,10 +65,7 @@ def test_video_is_interpolated_by_rows() -> None:
 @pytest.mark.parametrize(
     ("fn", "name"),
     [
-        (lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True), "upsample_bilinear2d"),
         (lambda x: F.interpolate(x, scale_factor=2.1, mode="nearest"), "upsample_nearest2d"),
-        (lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), "avg_pool2d"),
-        (lambda x: F.avg_pool2d(x, 2, ceil_mode=True), "avg_pool2d"),
         (lambda x: F.adaptive_avg_pool2d(x, 2), "adaptive_avg_pool2d"),
     ],
 )

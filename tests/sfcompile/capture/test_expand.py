@@ -126,3 +126,42 @@ def test_padded_sequences_are_padded_and_stacked(batch_first: bool, side: str) -
     got = captured(call, x)
     assert counts(got, "pad_sequence") == 0 and counts(got, "stack") == 1
     assert torch.equal(through(got, call, x), call(x))
+
+
+@pytest.mark.parametrize("space", [1, 2, 3])
+def test_padding_by_the_other_end_and_averages_of_all_are_plain_ops(space: int) -> None:
+    """Of which each rank has its rows, and adds up its own."""
+    x, pad = torch.randn(2, 3, *(5, 4, 3)[:space]), [1, 2, 0, 3, 1, 0][: 2 * space]
+    average = getattr(nn.functional, f"adaptive_avg_pool{space}d")
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(x, pad, mode="circular") * average(x, 1) + average(x, [1] * space)
+
+    got = captured(call, x)
+    assert not counts(got, "pad") and not counts(got, "adaptive") and counts(got, "mean") == 2
+    torch.testing.assert_close(through(got, call, x), call(x))
+
+
+def test_padding_and_averages_of_another_kind_stay() -> None:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pad(x, [1, 1, 0, 0]) + nn.functional.pad(x, (2, 0, 0, 0), mode="circular")
+        return nn.functional.pad(x, (-1, 2)) + nn.functional.adaptive_avg_pool2d(x, (1, 9))
+
+    x = torch.randn(2, 3, 5, 6)
+    got = captured(call, x)
+    assert counts(got, "pad") == 2 and counts(got, "adaptive") == 1
+    torch.testing.assert_close(through(got, call, x), call(x))
+
+
+@pytest.mark.parametrize("size", [(6, 8), (7, 9)])
+def test_patches_that_touch_are_rows_and_columns(size: tuple[int, int]) -> None:
+    """Also where some rows at the end are in none."""
+    unfold, fold = nn.Unfold((2, 4), stride=(2, 4)), nn.Fold(size, (2, 4), stride=(2, 4))
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return fold(unfold(x) * 2) + nn.functional.fold(nn.functional.unfold(x, 3, padding=1), size, 3, padding=1)
+
+    x = torch.randn(2, 3, *size)
+    got = captured(call, x)
+    assert counts(got, "im2col") == 1 and counts(got, "col2im") == 1, "those that overlap"
+    torch.testing.assert_close(through(got, call, x), call(x))
