@@ -27,7 +27,7 @@ from sfcompile.passes.report.report import GraphReport
 from sfcompile.passes.state import State
 from sfcompile.runtime.program.value_rows import ValueRows
 from sfcompile.runtime.rank.ops import ATTEND, PUT_FUSED
-from sfcompile.torch_private import autocast_off
+from sfcompile.torch_private import autocast_off, module_of
 
 OLD_NAMES = {"schedule_puts": "order_puts", "schedule_fused_puts": "fuse_puts", "schedule_sites": "build_schedules"}
 """What passes were called once: orders may still use these names."""
@@ -146,7 +146,7 @@ def run_pipeline(state: State, strict: bool = False, dump: Path | None = None) -
         check_lifetimes(state.local.graph)
     state.local.graph.lint()
     state.report.pass_seconds = timings
-    gm = fx.GraphModule(state.local.root, state.local.graph, "StreamFusionRank")
+    gm = module_of(state.local.root, state.local.graph, "StreamFusionRank")
     compiled = Compiled(gm, state.programs, state.report, state.asked.kernels, state.traffic.crossing)
     if writer is not None:
         _write_plan(writer, compiled, machines)

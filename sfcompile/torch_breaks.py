@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import inspect
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +22,10 @@ from sfcompile.torch_private import other_memory
 FOLDED_NUMEL = 4096
 """Tensors of at most so many elements are computed while they are traced, where everything they are made of is known.
 They are lengths, sizes of grids, tables of offsets. Dynamo's own bound is one element."""
+COLLECT_EVERY = 100_000
+"""While Dynamo traces for us and the graph is compiled, Python looks for cycles of garbage when so many more objects
+live, and not after its own few hundred: nearly all that is new lives until the end, and is gone through each time for
+nothing."""
 LOGGER_METHODS = frozenset({"debug", "info", "warning", "error", "critical", "warning_once"})
 """Methods of loggers that write a record and give nothing back."""
 
@@ -72,7 +78,8 @@ def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame, 
         if marked is None:
             return convert(self, frame, *args, **kwargs)
         try:
-            with _fewer_breaks(), _going_over(marked.returned(_options(self._torchdynamo_orig_backend))):
+            over = _going_over(marked.returned(_options(self._torchdynamo_orig_backend)))
+            with _fewer_breaks(), _fewer_collections(), over:
                 return convert(self, frame, *args, **kwargs)
         except Unsupported as error:
             stack = getattr(error, "real_stack", None)
@@ -167,6 +174,7 @@ def _fewer_breaks() -> Iterator[None]:
         (NumpyNdarrayVariable, "call_method", _array_item_of(NumpyNdarrayVariable.call_method)),
         (DebuggingVariable, "call_function", _written_later(DebuggingVariable.call_function)),
         (LoggingLoggerVariable, "call_method", _logged_later(LoggingLoggerVariable.call_method)),
+        *_no_names_for_logs(),
     )
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
     with config.patch(reorderable_logging_functions=later):
@@ -177,6 +185,30 @@ def _fewer_breaks() -> Iterator[None]:
         finally:
             for owner, name, value in before:
                 setattr(owner, name, value)
+
+
+@contextmanager
+def _fewer_collections() -> Iterator[None]:
+    """While Dynamo traces: Python's collector of cycles runs as seldom as :data:`COLLECT_EVERY` says, where it runs."""
+    first, *others = before = gc.get_threshold()
+    ours = (max(first, COLLECT_EVERY) if first else 0, *others)
+    gc.set_threshold(*ours)
+    try:
+        yield
+    finally:
+        if gc.get_threshold() == ours:  # else somebody has set it meanwhile
+            gc.set_threshold(*before)
+
+
+def _no_names_for_logs() -> Iterator[tuple[Any, str, Any]]:
+    """For the text of a log Dynamo looks up in which function a line stands, and takes every source file of the model
+    apart for that, whether the log is written or not: not done where it is not written."""
+    from torch._dynamo import output_graph, symbolic_convert
+
+    logs = (getattr(module, name, None) for module, name in ((output_graph, "trace_call_log"),
+                                                             (symbolic_convert, "trace_source_log")))  # fmt: skip
+    if hasattr(symbolic_convert, "get_funcname") and not any(log and log.isEnabledFor(logging.DEBUG) for log in logs):
+        yield symbolic_convert, "get_funcname", lambda filename, lineno: None
 
 
 def _not_from_cache(dispatch: Any) -> Any:

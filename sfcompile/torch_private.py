@@ -65,6 +65,7 @@ __all__ = [
     "dispatch_functionalize",
     "enter_autocast",
     "exit_autocast",
+    "forward_of",
     "fully_shard_asks",
     "fused_attention",
     "fused_encoder_layer",
@@ -84,6 +85,7 @@ __all__ = [
     "leave_fully_shard",
     "mark_static_input",
     "make_fx",
+    "module_of",
     "no_modes",
     "no_torch_function",
     "not_traced",
@@ -325,6 +327,23 @@ def takes_list(compiled: Callable[..., Any]) -> Callable[[list[Any]], Sequence[A
         return outputs
 
     return run
+
+
+def module_of(root: torch.nn.Module, graph: torch.fx.Graph, name: str = "GraphModule") -> torch.fx.GraphModule:
+    """A graph as a module whose Python text is written when it is asked for or called: that of a whole model takes
+    longer than many a pass, and who compiles a graph reads its nodes."""
+    lazy: Any = importlib.import_module("torch.fx._lazy_graph_module")
+    module: torch.fx.GraphModule = lazy._LazyGraphModule(root, graph, name)
+    return module
+
+
+def forward_of(gm: torch.fx.GraphModule) -> Callable[..., Any]:
+    """A graph's own Python function, written by now (:func:`module_of`): calls of it take no detour."""
+    lazy: Any = gm
+    if hasattr(lazy, "real_recompile"):
+        lazy.real_recompile()
+    forward: Callable[..., Any] = gm.forward
+    return forward
 
 
 def default_store(prefix: str) -> tuple[Any, Any]:

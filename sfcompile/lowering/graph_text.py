@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from sfcompile.capture.graph_key import NoText
-from sfcompile.torch_private import FakeTensor, FakeTensorMode, OpOverload, is_plain
+from sfcompile.torch_private import FakeTensor, FakeTensorMode, OpOverload, is_plain, module_of
 
 MOST_BYTES = 1 << 25
 """A graph with more constants has no text."""
@@ -87,7 +87,7 @@ def graph_from_plain(plain: Mapping[str, Any], mode: FakeTensorMode) -> fx.Graph
                 alike[like] = _value(plain["likes"][like], mode)
             node.meta["val"] = alike[like]
     graph.lint()
-    return fx.GraphModule(root, graph, "StreamFusionRank")
+    return module_of(root, graph, "StreamFusionRank")
 
 
 def _constant(gm: fx.GraphModule, name: str, before: int) -> list[Any]:

@@ -14,7 +14,7 @@ from torch import fx
 from sfcompile.capture.graph import compile_with_inductor
 from sfcompile.lowering.blocks import Blocks, Turns, blocks_of, in_a_row, stretches_of, why_distinct
 from sfcompile.options import Options
-from sfcompile.torch_private import FakeTensorMode, inductor_mode_options
+from sfcompile.torch_private import FakeTensorMode, forward_of, inductor_mode_options
 
 log = logging.getLogger("sfcompile")
 
@@ -40,7 +40,7 @@ def run_inner(
         turns: in which order its pieces are compiled.
     """
     if runs_eagerly(inputs, asked):
-        return gm.forward
+        return forward_of(gm)
     config: dict[str, Any] = {}
     if asked.mode and asked.mode != "default":
         config.update(inductor_mode_options(asked.mode))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import fx
 
-from sfcompile.torch_private import FakeTensorMode
+from sfcompile.torch_private import FakeTensorMode, module_of
 
 _SLICE = torch.ops.aten.slice.Tensor
 _COPIED = 0.01
@@ -96,7 +96,7 @@ def take_out(gm: fx.GraphModule, mode: FakeTensorMode, names: Collection[str]) -
         last.meta = {"val": like}
         graph.erase_node(node)
     graph.lint()
-    return fx.GraphModule(gm, graph), rows
+    return module_of(gm, graph), rows
 
 
 def with_rows(run: Callable[..., Any], rows: Sequence[OwnRows], device: torch.device) -> Callable[..., Any]:

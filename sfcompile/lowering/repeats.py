@@ -68,7 +68,10 @@ def longest_repeat(values: NDArray[np.int64], least: int = LEAST) -> Repeat | No
     for period in range(least, len(values) // 2 + 1):
         if best is not None and len(values) - period <= best.spared:
             break  # what a repeat spares is all but one period at most
-        differs = np.flatnonzero(values[period:] != values[:-period])
+        equal = values[period:] == values[:-period]
+        if np.count_nonzero(equal) <= (best.spared if best else 0):
+            continue  # nor more letters than are equal to the one a period before, wherever they lie
+        differs = np.flatnonzero(~equal)
         edges = np.concatenate([[-1], differs, [len(values) - period]])
         lengths = np.diff(edges) - 1
         longest = int((lengths // period).argmax())  # the first of those that spare as much

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
+from torch._dynamo import output_graph, symbolic_convert
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._subclasses import fake_tensor
 
-from sfcompile.torch_breaks import FOLDED_NUMEL, trace_with_fewer_breaks
+from sfcompile.torch_breaks import COLLECT_EVERY, FOLDED_NUMEL, trace_with_fewer_breaks
 
 Seen = list[tuple[int, bool]]
 
@@ -124,3 +127,43 @@ def test_results_go_through_a_function_where_the_options_say_so(through: bool) -
             (result,) = result
         assert torch.equal(result if early else result["y"], x.sin())
     assert bool(seen) == through
+
+
+@pytest.mark.parametrize("before", [(700, 10, 10), (0, 10, 10), (200_000, 10, 10)])
+def test_cycles_are_looked_for_less_often(before: tuple[int, int, int]) -> None:
+    torch._dynamo.reset()
+    seen: list[tuple[int, ...]] = []
+
+    def compile(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(gc.get_threshold())
+        raise ValueError("no compiler")
+
+    trace_with_fewer_breaks(compile, lambda code, reason: None)
+    python = gc.get_threshold()
+    gc.set_threshold(*before)
+    try:
+        with pytest.raises(Exception, match="no compiler"):
+            torch.compile(lambda x: x + 1, backend=compile)(torch.ones(2))
+        assert gc.get_threshold() == before, "as it was, also after an error"
+    finally:
+        gc.set_threshold(*python)
+    first = before[0] and max(before[0], COLLECT_EVERY)
+    assert seen == [(first, *before[1:])], "what is switched off, or asked for less often, stays so"
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_names_for_a_log_are_looked_up_where_it_is_written(written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    log, seen, looked_up = output_graph.trace_call_log, list[bool](), symbolic_convert.get_funcname
+    monkeypatch.setattr(log, "level", logging.DEBUG if written else log.level)
+    monkeypatch.setattr(log, "propagate", False)
+    log.manager._clear_cache()  # type: ignore[attr-defined]
+
+    def compile(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(symbolic_convert.get_funcname is looked_up)
+        return gm.forward
+
+    trace_with_fewer_breaks(compile, lambda code, reason: None)
+    torch.compile(lambda x: x + 1, backend=compile)(torch.ones(2))
+    log.manager._clear_cache()  # type: ignore[attr-defined]
+    assert seen == [written] and symbolic_convert.get_funcname is looked_up

@@ -18,9 +18,11 @@ from sfcompile.torch_private import (
     OpOverload,
     default_store,
     dispatch_functionalize,
+    forward_of,
     inductor_mode_options,
     keep_for_ever,
     make_fx,
+    module_of,
     not_traced,
     static_mode,
     storage_users,
@@ -114,3 +116,15 @@ def test_dynamo_does_not_look_into_what_is_not_traced() -> None:
 
     assert torch.compile(lambda x: doubled(x).sin(), backend=backend)(torch.zeros(3)).shape == (3,)
     assert not any("cos" in name for name in seen)
+
+
+def test_a_graphs_text_is_written_when_it_is_wanted() -> None:
+    graph = torch.fx.Graph()
+    graph.output((graph.call_function(torch.add, (graph.placeholder("x"), 1)),))
+    plain = torch.fx.GraphModule(torch.nn.Module(), graph)
+    module = module_of(torch.nn.Module(), graph)
+    assert "_code" not in vars(module), "not yet"
+    run = forward_of(module)
+    assert run.__code__.co_varnames[:2] == ("self", "x"), "the graph's own function"  # type: ignore[attr-defined]
+    assert module.code == plain.code and run(torch.ones(1))[0] == module(torch.ones(1))[0] == 2
+    assert forward_of(plain)(torch.ones(1))[0] == 2
