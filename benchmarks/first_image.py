@@ -59,14 +59,19 @@ def _cpu_seconds() -> float:
     return spent.user + spent.system + spent.children_user + spent.children_system
 
 
+def environment(cache: Path) -> dict[str, str]:
+    """Of a process of one thread that keeps all that it compiles in ``cache``."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache), "SFCOMPILE_CACHE": str(cache), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path, "SFCOMPILE_LOG": "error",
+    }  # fmt: skip
+
+
 def timed(ranks: int, blocks: int, scale: float, cache: Path, pieces: str = "auto") -> list[Told]:
     """What every process said, by rank."""
     with tempfile.TemporaryDirectory() as told:
-        path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(cache), "SFCOMPILE_CACHE": str(cache), "FIRST_IMAGE": told,
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SFCOMPILE_LOG": "error",
-        }  # fmt: skip
+        env = environment(cache) | {"FIRST_IMAGE": told}
         work = [str(HERE / "first_image.py"), "--work", "--blocks", str(blocks), "--scale", str(scale)]
         launch = ["-m", "sfcompile", "run", "--ranks", str(ranks)] if ranks > 1 else []
         subprocess.run([sys.executable, *launch, *work, "--pieces", pieces], env=env, check=True)

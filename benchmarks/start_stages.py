@@ -129,12 +129,10 @@ def worker(blocks: int, scale: float) -> None:
 
 def start(ranks: int, blocks: int, scale: float, cache: Path) -> dict[str, float]:
     """What rank 0 said."""
+    from first_image import environment  # not above: what a rank imports is timed
+
     with tempfile.TemporaryDirectory() as told:
-        path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(cache), "SFCOMPILE_CACHE": str(cache), "START_STAGES": told,
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SFCOMPILE_LOG": "error",
-        }  # fmt: skip
+        env = environment(cache) | {"START_STAGES": told}
         launch = [sys.executable, "-m", "sfcompile", "run", "--ranks", str(ranks)]
         work = [str(HERE / "start_stages.py"), "--work", "--blocks", str(blocks), "--scale", str(scale)]
         subprocess.run([*launch, *work], env=env, check=True)

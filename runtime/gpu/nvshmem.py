@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from sfcompile.runtime.program.sites import LINE_BYTES
 from sfcompile.runtime.rank.bounded import within
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, view_at
 
+T = TypeVar("T")
 SIGNAL_SET = 9
 _log = logging.getLogger("sfcompile")
 IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
@@ -177,16 +178,12 @@ class Nvshmem:
             return memory
 
         def memory_in_time() -> torch.Tensor:
-            try:
-                return within(self._limit_s, make)
-            except Exception as error:
-                said = " ".join(str(error).split())
-                raise HeapError(
-                    f"a symmetric heap of {nbytes / 2**20:.1f} MiB per rank cannot be had from NVSHMEM ({said})",
-                    "every rank keeps two banks of chunk buffers in symmetric memory, and all make them together",
-                    "if there is no room, set NVSHMEM_SYMMETRIC_SIZE to more, or use fewer tokens per call",
-                    rank=self.rank,
-                ) from error
+            return self._in_time(
+                make,
+                f"a symmetric heap of {nbytes / 2**20:.1f} MiB per rank cannot be had from NVSHMEM",
+                "every rank keeps two banks of chunk buffers in symmetric memory, and all make them together",
+                "if there is no room, set NVSHMEM_SYMMETRIC_SIZE to more, or use fewer tokens per call",
+            )
 
         memory = together(self._share, "make the symmetric heap", memory_in_time)
         memory.zero_()
@@ -203,16 +200,24 @@ class Nvshmem:
             self._current_device()  # of this thread
             self.core.free_tensor(memory)
 
+        self._in_time(
+            give_back,
+            f"a symmetric heap of {memory.nbytes / 2**20:.1f} MiB per rank is not given back",
+            "all ranks give it back together: one has not come, or has failed",
+            "look at the logs of the other ranks",
+        )
+
+    def _in_time(self, work: Callable[[], T], what: str, why: str, cure: str) -> T:
+        """What all ranks do together, if it is done before the limit.
+
+        Raises:
+            HeapError: NVSHMEM refuses, or a rank does not come.
+        """
         try:
-            within(self._limit_s, give_back)
+            return within(self._limit_s, work)
         except Exception as error:
             said = " ".join(str(error).split())
-            raise HeapError(
-                f"a symmetric heap of {memory.nbytes / 2**20:.1f} MiB per rank is not given back ({said})",
-                "all ranks give it back together: one has not come, or has failed",
-                "look at the logs of the other ranks",
-                rank=self.rank,
-            ) from error
+            raise HeapError(f"{what} ({said})", why, cure, rank=self.rank) from error
 
     def addresses(self, memory: torch.Tensor) -> list[int]:
         """Where loads and stores of this rank reach every rank's copy of a symmetric tensor; 0: nowhere.
