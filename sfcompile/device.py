@@ -15,7 +15,7 @@ from sfcompile.codegen.engines.choice import choose_attention
 from sfcompile.codegen.engines.cpu_engine import InterpreterEngine
 from sfcompile.codegen.engines.device_engine import KernelEngine
 from sfcompile.codegen.engines.target import KernelTarget
-from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
+from sfcompile.codegen.engines.transfers import ReleaseKernel, TellKernel, WaitKernel
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.device_state import fill_device_state, leave_device_state
@@ -136,14 +136,20 @@ def carriers_for(
 
     def messages(members: Sequence[int], status: DeviceStatus) -> PairedTransport:
         group = connect(rank, members, device, timeout_s, share)
-        return PairedTransport(rank, group, timeout_s, lambda: None, status.words)
+        return PairedTransport(rank, group, timeout_s, status.notice, status.words)
 
     def symm_mem() -> MessageSide:
         members, status = share(session.global_rank, "name their ranks"), DeviceStatus(rank, device, timeout_s)
         make_memory = memory_maker(rank, topology, members, device, timeout_s)
+
+        def make_words() -> tuple[TellKernel, WaitKernel]:
+            _require_triton("symm_mem", rank)
+            return TellKernel(rank, KernelTarget(device)), WaitKernel(rank, KernelTarget(device))
+
         pairs = messages(members, status) if topology.num_machines > 1 else None
+        stream = CudaSideStream(device)
         return SymmetricSide(
-            rank, topology, device, status, pairs, make_memory, CudaSideStream(device), share, session.trouble
+            rank, topology, device, status, pairs, make_memory, make_words, stream, share, session.trouble
         )
 
     def nccl() -> MessageSide:
@@ -167,15 +173,19 @@ def _refuse_nvshmem(session: Session, topology: Topology) -> None:
             "use one mesh for every model of a process on GPUs, or transport='nccl'",
             rank=session.rank,
         )
-    if find_spec("triton") is None:
-        raise UnsupportedError(
-            "transport='nvshmem' needs Triton, which is not installed",
-            "waits and credits are generated kernels, whatever attends",
-            "pip install 'triton>=3.6'",
-            rank=session.rank,
-        )
+    _require_triton("nvshmem", session.rank)
     if topology.num_machines > 1:
         require_library()
+
+
+def _require_triton(transport: str, rank: int) -> None:
+    if find_spec("triton") is None:
+        raise UnsupportedError(
+            f"transport={transport!r} needs Triton, which is not installed",
+            "waits and credits are generated kernels, whatever attends",
+            "pip install 'triton>=3.6'",
+            rank=rank,
+        )
 
 
 def engines_for(

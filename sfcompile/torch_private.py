@@ -14,7 +14,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -356,13 +356,10 @@ def default_store(prefix: str) -> tuple[Any, Any]:
     return kept, distributed_c10d.PrefixStore(prefix, own)
 
 
-def symmetric_memory(signal_bytes: int) -> Any:
-    """torch's symmetric memory, with pads of so many bytes for signals if nothing has been allocated there before."""
+def symmetric_memory() -> Any:
+    """torch's symmetric memory."""
     from torch.distributed import _symmetric_memory as library
 
-    if hasattr(library, "set_signal_pad_size") and library.get_signal_pad_size() < signal_bytes:
-        with suppress(RuntimeError):  # too late: who needs more looks at the size of the pad
-            library.set_signal_pad_size(signal_bytes)
     return library
 
 

@@ -1,4 +1,4 @@
-"""A rank's generated kernels for exchanges, for credits and for waits of the stream, ready to launch."""
+"""A rank's generated kernels for exchanges, for credits, and for words that a stream waits for or tells."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sfcompile.codegen.kernels.chunks import (
     receive_source,
     release_source,
     send_source,
+    tell_source,
     wait_source,
 )
 from sfcompile.codegen.kernels.reach import reach_of
@@ -147,6 +148,25 @@ class WaitKernel:
             slot: what a report calls the word; below 0: -1 - rank, for a credit.
         """
         values = [heaps, place, self._rank, word_at, epoch, tag_bits, slot]
+        self._kernel[(1,)](*values, **self._target.options("peer"))
+
+
+class TellKernel:
+    """Publishes a word in another rank's segment, on a stream (runtime/gpu/words.py).
+
+    Args:
+        rank: of the job.
+    """
+
+    def __init__(self, rank: int, target: KernelTarget) -> None:
+        self._rank, self._target = rank, target
+        self._kernel = target.load(tell_source(), "tell", "peer")
+
+    def run(
+        self, heaps: torch.Tensor, place: torch.Tensor, dst: int, word_at: int, epoch: int, tag_bits: int, tag: int
+    ) -> None:
+        """The word ``word_at`` bytes into the segment of ``dst``: an epoch and, in the bits below it, a tag."""
+        values = [heaps, place, self._rank, dst, word_at, epoch, tag_bits, tag]
         self._kernel[(1,)](*values, **self._target.options("peer"))
 
 

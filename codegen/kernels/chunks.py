@@ -1,4 +1,4 @@
-"""Writes the kernels that move whole chunks as bytes (send, receive), that give credits (release), or only wait."""
+"""Writes the kernels that move whole chunks as bytes (send, receive), give credits (release), or only wait or tell."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ChunkSpec:
 
 
 def chunk_arguments(name: str) -> tuple[str, ...]:
-    """Arguments of "send", "receive", "release" or "wait", in order."""
+    """Arguments of "send", "receive", "release", "wait" or "tell", in order."""
     return {
         "send": ("x_ptr", "heaps_ptr", "place_ptr", "sends_ptr", "receivers_ptr", "counters_ptr", "rank",
                  "num_puts", "num_receivers"),
@@ -31,6 +31,7 @@ def chunk_arguments(name: str) -> tuple[str, ...]:
                     "num_slots"),
         "release": ("heaps_ptr", "place_ptr", "rank", "num_ranks"),
         "wait": ("heaps_ptr", "place_ptr", "rank", "word_at", "epoch_awaited", "tag_bits", "slot"),
+        "tell": ("heaps_ptr", "place_ptr", "rank", "dst", "word_at", "epoch_told", "tag_bits", "tag"),
     }[name]  # fmt: skip
 
 
@@ -95,3 +96,15 @@ def wait_source() -> str:
     with out.kernel("wait", chunk_arguments("wait")):
         out.wait_word("heap + word_at", "(epoch_awaited.to(tl.int64) << tag_bits)", "slot")
     return module("Waits for a word.", out.text)
+
+
+def tell_source() -> str:
+    """The module of ``tell``: a word of another rank's segment, which is near, is published after all that the stream
+    held before: the launch sees the end of it, and the release passes it on. Nothing if a wait of this rank gave up.
+    """
+    out = KernelText("peer")
+    with out.kernel("tell", chunk_arguments("tell")):
+        with out.block("if going != 0:"):
+            value = "(epoch_told.to(tl.int64) << tag_bits) + tag"
+            out(f"raise_signal({heap_of('dst')} + word_at, {value})")
+    return module("Tells a word.", out.text)

@@ -31,7 +31,7 @@ from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE
 
 _SCALARS = (
     "rank", "num_puts", "num_collects", "num_slots", "num_receivers", "num_ranks", "batch", "nbytes", "word_at",
-    "epoch_awaited", "tag_bits", "slot",
+    "epoch_awaited", "epoch_told", "tag_bits", "tag", "dst", "slot",
 )  # fmt: skip
 """Arguments that no kernel is specialised to: their values change from rank to rank."""
 _COUNTS = ("num_puts", "num_receivers", "num_collects", "num_slots", "num_ranks")

@@ -91,13 +91,6 @@ class Release(Protocol):
         """Every rank may overwrite the bank of the epoch in ``place`` and of those before."""
 
 
-class WordWait(Protocol):
-    """Waits of a stream (codegen/engines/transfers.py WaitKernel)."""
-
-    def run(self, heaps: torch.Tensor, place: torch.Tensor, word_at: int, epoch: int, tag_bits: int, slot: int) -> None:
-        """What is launched next follows a word of this rank's segment, or the wait gave up, as the status says."""
-
-
 class _SitePlaces(NamedTuple):
     """What an engine's calls read on the device: the heaps of its ranks, and by bank a place (PLACE)."""
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sfcompile.errors import HeapError, StreamFusionError, UnsupportedError
-from sfcompile.runtime.gpu.device_run import DeviceEngine, DeviceRuns, Release, WordWait
+from sfcompile.runtime.gpu.device_run import DeviceEngine, DeviceRuns, Release
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap
 from sfcompile.runtime.gpu.status import DeviceStatus, Watchdog
 from sfcompile.runtime.gpu.streams import is_capturing, synchronize
-from sfcompile.runtime.gpu.together import Share
+from sfcompile.runtime.gpu.together import Share, together
 from sfcompile.runtime.gpu.transport import NvshmemTransport
+from sfcompile.runtime.gpu.words import WordWait
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.sides import RunningSite, aligned, bank_room, run_on_host
 from sfcompile.runtime.rank.site_call import SiteCall, SiteSchedule
@@ -64,7 +65,7 @@ class NvshmemSide:
         self._status = DeviceStatus(nvshmem.rank, nvshmem.device, timeout_s)
         probe = NvshmemHeap(nvshmem, HeapSize(1, 64), topology.machine_of, share)
         self.domains: Sequence[int] = probe.domains
-        probe.close()
+        probe.give_back()
         self._watchdog = Watchdog(self._status, trouble)  # last: of a side that does not start no thread is left
 
     @property
@@ -98,11 +99,11 @@ class NvshmemSide:
             captured = any(self._share(old[1].captured, "leave the old heap"))
             if not captured:
                 self._heap = self._runs = self._transport = None  # nothing may run on memory that is given back
-                old[0].close()
+                old[0].give_back()
         try:
             self._take_heap(size, epoch)
         except StreamFusionError as error:
-            if old is not None and not captured and error.on_every_rank:
+            if old is not None and not captured and error.on_every_rank and not self._nvshmem.broken:
                 self._take_heap(old[0].size, epoch)
             raise
         if old is not None and captured:
@@ -111,7 +112,12 @@ class NvshmemSide:
     def _take_heap(self, size: HeapSize, epoch: int) -> None:
         heap = NvshmemHeap(self._nvshmem, size, self._topology.machine_of, self._share)
         self._credit(heap, epoch)
-        release, wait = self._make_kernels(self.domains)
+        try:
+            release, wait = together(self._share, "make kernels of credits", lambda: self._make_kernels(self.domains))
+        except StreamFusionError as error:
+            if error.on_every_rank:
+                heap.give_back()
+            raise
         self._heap, self._runs = heap, DeviceRuns(heap, release, self.device, self._status, epoch)
         self._transport = NvshmemTransport(self._nvshmem, heap, size.bank_bytes // 2, self._status, wait)
 
@@ -180,6 +186,10 @@ class NvshmemSide:
         """What the host has learnt of waits in vain, of chunks of another call, and of ranks that failed."""
         return self._status.notice()
 
+    def explained(self, error: BaseException) -> StreamFusionError | None:
+        """See :class:`DeviceStatus`."""
+        return self._status.explained(error)
+
     def abort(self, notice: str) -> None:
         """This rank's own kernels stop waiting; the job's store tells the other hosts, whose watchdogs look there."""
         self._status.stop(notice)
@@ -188,7 +198,7 @@ class NvshmemSide:
         """Leave NVSHMEM. After a failure, of this rank or one that was heard of, nothing collective is tried: kernels
         may wait for ranks that are gone."""
         self._watchdog.close()
-        failed = failed or self.notice() is not None
+        failed = failed or self.notice() is not None or bool(self._nvshmem.broken)
         self._runs = self._transport = None
         self._leave(failed)
         if failed:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sfcompile.errors import HeapError, InternalError, UnsupportedError
+from sfcompile.errors import HeapError, InternalError, StreamFusionError, UnsupportedError
 from sfcompile.runtime.gpu.status import DeviceStatus, Watchdog
 from sfcompile.runtime.gpu.streams import is_capturing
 from sfcompile.runtime.program.topology import Topology
@@ -171,6 +171,10 @@ class MessageSide:
     def notice(self) -> str | None:
         """What the host has learnt of chunks of another call, and of ranks that failed."""
         return self._status.notice()
+
+    def explained(self, error: BaseException) -> StreamFusionError | None:
+        """See :class:`DeviceStatus`."""
+        return self._status.explained(error)
 
     def abort(self, notice: str) -> None:
         """End what is under way on this GPU; the job's store tells the other hosts."""

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from sfcompile.errors import HeapError, UnsupportedError
-from sfcompile.runtime.gpu.together import Share, together
+from sfcompile.errors import HeapError, StreamFusionError, UnsupportedError
+from sfcompile.runtime.gpu.together import Share, together, waited
 from sfcompile.runtime.program.sites import LINE_BYTES
 from sfcompile.runtime.rank.bounded import within
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, view_at
@@ -72,6 +72,10 @@ class Nvshmem:
             benchmarks/gpu_check.py and in tests: only a job of GPUs could start the real ones.
         limit_s: how long the start may take. What fails on one rank, or lasts longer there, fails on all of them.
 
+    Attributes:
+        broken: what has failed on some ranks and not on others; "": nothing. From then on their memory differs, and
+            offsets into it name other places: none is made or given back any more. The same on every rank.
+
     Raises:
         UnsupportedError: nvshmem4py is missing on some rank, NVSHMEM is set up there for what kernels cannot do, or
             the ranks have several releases of it.
@@ -89,6 +93,8 @@ class Nvshmem:
     ) -> None:
         self.rank, self.num_ranks, self.device = rank, num_ranks, device
         self._share, self._limit_s = share, limit_s
+        self.broken = ""
+        self._stranded: list[torch.Tensor] = []
 
         def loaded() -> tuple[Any, Any]:
             refuse_ibgda()
@@ -168,9 +174,19 @@ class Nvshmem:
         """Collective: zeroed symmetric memory, uint8 [nbytes]; give it back with :meth:`free`.
 
         Raises:
-            HeapError: no room, or a rank does not come.
-            UnsupportedError: another rank has none.
+            HeapError: no room, or a rank does not come, or memory has become :attr:`broken`; on every rank.
+            UnsupportedError: another rank has none; on every rank.
         """
+        if self.broken:
+            failure = HeapError(
+                f"NVSHMEM has no more memory to give: before, on some ranks and not on others, {self.broken}",
+                "symmetric memory lies at the same offset on every rank, and no longer does",
+                "start the job again; NVSHMEM_SYMMETRIC_SIZE, or fewer tokens per call, if there was no room",
+                rank=self.rank,
+            )
+            failure.on_every_rank = True
+            raise failure
+        how = ["made"]
 
         def make() -> torch.Tensor:
             self._current_device()  # of this thread
@@ -178,14 +194,26 @@ class Nvshmem:
             return memory
 
         def memory_in_time() -> torch.Tensor:
-            return self._in_time(
-                make,
-                f"a symmetric heap of {nbytes / 2**20:.1f} MiB per rank cannot be had from NVSHMEM",
-                "every rank keeps two banks of chunk buffers in symmetric memory, and all make them together",
-                "if there is no room, set NVSHMEM_SYMMETRIC_SIZE to more, or use fewer tokens per call",
-            )
+            try:
+                memory = self._in_time(
+                    make,
+                    f"a symmetric heap of {nbytes / 2**20:.1f} MiB per rank cannot be had from NVSHMEM",
+                    "every rank keeps two banks of chunk buffers in symmetric memory, and all make them together",
+                    "if there is no room, set NVSHMEM_SYMMETRIC_SIZE to more, or use fewer tokens per call",
+                )
+            except HeapError as error:
+                how[0] = "late" if waited(error) else "refused"
+                raise
+            self._stranded.append(memory)  # until every rank has some: nothing may give it back alone
+            return memory
 
-        memory = together(self._share, "make the symmetric heap", memory_in_time)
+        try:
+            memory = together(self._share, "make the symmetric heap", memory_in_time)
+        except StreamFusionError as error:
+            if error.on_every_rank and set(self._share(how[0], "compare their symmetric heaps")) != {"refused"}:
+                self.broken = error.what
+            raise
+        self._stranded.clear()
         memory.zero_()
         return memory
 
@@ -193,7 +221,7 @@ class Nvshmem:
         """Collective: the end of what :meth:`allocate` gave.
 
         Raises:
-            HeapError: NVSHMEM refuses, or a rank does not come; it stays as it is.
+            HeapError: NVSHMEM refuses, or a rank does not come; on this rank.
         """
 
         def give_back() -> None:
@@ -206,6 +234,19 @@ class Nvshmem:
             "all ranks give it back together: one has not come, or has failed",
             "look at the logs of the other ranks",
         )
+
+    def give_back(self, memory: torch.Tensor) -> None:
+        """:meth:`free`, on every rank or on none.
+
+        Raises:
+            HeapError: NVSHMEM refuses, or a rank does not come; on every rank, and memory is :attr:`broken`.
+            UnsupportedError: it is so on another rank.
+        """
+        try:
+            together(self._share, "give a symmetric heap back", lambda: self.free(memory))
+        except StreamFusionError as error:
+            self.broken = error.what
+            raise
 
     def _in_time(self, work: Callable[[], T], what: str, why: str, cure: str) -> T:
         """What all ranks do together, if it is done before the limit.
@@ -257,7 +298,12 @@ class NvshmemHeap:
         self._nvshmem = nvshmem
         self._memory = nvshmem.allocate(size.segment_bytes)
         base = self._memory.data_ptr()
-        reached = together(share, "find each other's memory", lambda: nvshmem.addresses(self._memory))
+        try:
+            reached = together(share, "find each other's memory", lambda: nvshmem.addresses(self._memory))
+        except StreamFusionError as error:
+            if error.on_every_rank:
+                nvshmem.give_back(self._memory)
+            raise
         self.domains = domains_of(share([bool(address) for address in reached], "map the heap"), machine_of)
         mine = self.domains[nvshmem.rank]
         rows = [(address if self.domains[rank] == mine else 0, rank, base) for rank, address in enumerate(reached)]
@@ -277,8 +323,12 @@ class NvshmemHeap:
         """Words of this rank's segment that lie on cache lines of their own: int64 [count]."""
         return view_at(self._memory, offset, (count, LINE_BYTES // 8), torch.int64)[:, 0]
 
+    def give_back(self) -> None:
+        """Collective: give the memory back, on every rank or on none."""
+        self._nvshmem.give_back(self._memory)
+
     def close(self) -> None:
-        """Collective: give the memory back."""
+        """Collective, at the end: give the memory back, and tell nobody if that fails."""
         self._nvshmem.free(self._memory)
 
 

@@ -15,13 +15,16 @@ The host speaks to waiting kernels by one word in its own memory, which they loo
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from sfcompile.errors import HeapError, StreamFusionError
+from sfcompile.errors import HeapError, RuntimeTimeoutError, StreamFusionError
 from sfcompile.runtime.gpu.streams import synchronize
 from sfcompile.runtime.wires.symmetric_heap import STATUS, Watched
 from sfcompile.runtime.wires.transport import TAG_BITS, notice_of, out_of_step, peer_failed
@@ -53,7 +56,8 @@ class DeviceStatus:
     def __init__(self, rank: int, device: torch.device, limit_s: float) -> None:
         self._rank, self._on_gpu, self.limit_s = rank, device.type == "cuda", limit_s
         self.words = torch.zeros(len(STATUS), dtype=torch.int64, device=device)
-        self._known = torch.zeros(len(STATUS), dtype=torch.int64, pin_memory=self._on_gpu)
+        self._known = torch.zeros(2, len(STATUS), dtype=torch.int64, pin_memory=self._on_gpu)  # by stream
+        self._seen: NDArray[np.int64] = self._known.numpy()  # reading it asks the device for nothing
         self._abort = torch.zeros(1, dtype=torch.int64, pin_memory=self._on_gpu)
         self._notice: str | None = None
         self._sites: list[Reporting] = []
@@ -74,14 +78,17 @@ class DeviceStatus:
         self._notice = self._notice or notice
         self._abort.fill_(1)
 
-    def check_waits(self) -> None:
+    def check_waits(self, aside: bool = False) -> None:
         """After a wait of the stream: what is launched next runs only if no wait of this rank has given up.
+
+        Args:
+            aside: of the stream beside the main one. Each has a copy of its own: an older one might come later.
 
         Raises:
             RuntimeTimeoutError, PeerFailedError: the host knows that one gave up.
         """
-        self._demand(self.words[1:2], "streamfusion: a wait of the stream ended in vain")
-        error = self.error() if int(self._known[1]) else None
+        self._demand(self.words[1:2], "streamfusion: a wait of the stream ended in vain", aside)
+        error = self.error() if self._seen[:, 1].any() else None
         if error is not None:
             raise error
 
@@ -114,16 +121,18 @@ class DeviceStatus:
                 rank=self._rank,
             ) from error
 
-    def _demand(self, zeros: torch.Tensor, message: str) -> None:
+    def _demand(self, zeros: torch.Tensor, message: str, aside: bool = False) -> None:
         """Copy the status to the host; on a GPU, stop the stream with a message unless these words of it are 0."""
-        self._known.copy_(self.words, non_blocking=True)
+        self._known[int(aside)].copy_(self.words, non_blocking=True)
         if self._on_gpu:
             # After the copy: when the assertion has stopped the stream, the host's copy says why.
             assert_on_device(zeros.any().logical_not(), message)
 
     def error(self) -> StreamFusionError | None:
         """What the host knows by now of what kernels noted."""
-        known = dict(zip(STATUS, map(int, self._known.unbind()), strict=True))
+        known = self._noted()
+        if known["gave_up"] and known["stranger"] < known["wanted"]:
+            known["stranger"] = 0  # what lay there before: on a GPU nobody looks at it any more
         if known["stranger"] and self._notice is not None:
             return peer_failed(self._rank, self._notice)  # messages that were ended hold anything
         if known["stranger"]:
@@ -131,10 +140,33 @@ class DeviceStatus:
             return out_of_step(what, self._rank, epoch=known["stranger"] >> TAG_BITS)
         if not known["gave_up"]:
             return None
-        report = self._sites[known["site"]].gave_up(known["slot"], known["wanted"], known["seen"], self.limit_s)
+        report = self._report(known)
         if self._notice is None:
             return report
-        return peer_failed(self._rank, self._notice, report.peer, known["slot"], report.epoch)
+        slot = known["slot"] if known["wanted"] else None
+        return peer_failed(self._rank, self._notice, report.peer, slot, report.epoch)
+
+    def _noted(self) -> dict[str, int]:
+        """The copy that says more, of the two streams'."""
+        rows = [dict(zip(STATUS, row, strict=True)) for row in self._seen.tolist()]
+        return max(rows, key=lambda row: [bool(row[name]) for name in ("stranger", "gave_up", "wanted")])
+
+    def _report(self, known: dict[str, int]) -> StreamFusionError:
+        if known["wanted"]:
+            return self._sites[known["site"]].gave_up(known["slot"], known["wanted"], known["seen"], self.limit_s)
+        return RuntimeTimeoutError(
+            f"a wait on the GPU of rank {self._rank} gave up, and the GPU stopped before it had told for what",
+            "a peer is late or gone",
+            "look at the logs of the other ranks",
+            rank=self._rank,
+        )
+
+    def explained(self, error: BaseException) -> StreamFusionError | None:
+        """What stopped the device, or NCCL, if an error is theirs: it says only that they did. None: not known here."""
+        if not isinstance(error, RuntimeError) or not re.search("CUDA|NCCL", str(error)):
+            return None
+        known = self.error()
+        return peer_failed(self._rank, self._notice) if known is None and self._notice is not None else known
 
     def notice(self) -> str | None:
         """For other ranks: what this one knows of a failure, its own or another's; None: nothing."""
@@ -155,12 +187,18 @@ class Watchdog:
         threading.Thread(target=self._watch, name="sfcompile-watchdog", daemon=True).start()
 
     def _watch(self) -> None:
-        while not self._ended.wait(LOOK_S):
-            notice = self._trouble()
+        heard = told = False
+        while not (heard and told) and not self._ended.wait(LOOK_S):
+            notice = None if heard else self._trouble()
             if notice is not None and not self._ended.is_set():
                 _log.error("kernels of this rank that wait for others are told to stop: %s", notice)
                 self._status.stop(notice)
-                return
+                heard = True
+            error = self._status.error()
+            if error is not None and not told:
+                # Who reads a result next gets CUDA's word for a stopped stream.
+                _log.error("the stream of this rank has stopped: %s", error)
+                told = True
 
     def close(self) -> None:
         """Look no more."""

@@ -1,46 +1,33 @@
-"""Puts of the executor by stores into the memory of other GPUs of this machine, ordered by torch's signals.
+"""Puts of the executor by stores into the memory of other GPUs of this machine, ordered by words of the heap.
 
-A signal is a word of the receiver's that is 0 or 1 (torch.distributed's symmetric memory): ``raise_`` waits on the
-stream until it is 0 and sets it with release, ``wait`` waits until it is 1 and takes it back to 0 with acquire, both at
-the scope of the system. So no number of an epoch is in it, and a signal that nobody takes holds up the next one.
+Words lie as in every symmetric heap (runtime/wires/symmetric_heap.py) and are told and awaited by kernels of one
+program on a stream (words.py), with release and acquire at the scope of the system.
 
-* put: the chunk is packed on the current stream; the side stream stores it, and the word of its call, into the
-  receiver's slot, then raises the slot's signal. The packed copy is kept until its epoch ends. A chunk whose memory
-  lasts until the call has ended (a share of a weight) is stored as it lies: the current stream waits for the store when
-  the epoch ends, which is in the call, so that who writes to that memory afterwards writes behind it.
-* wait: the current stream takes the slot's signal; what follows sees the chunk. The word that came is compared.
-* finish: on the current stream, so after what read the epoch, its bank's credit is raised at every rank in reach. An
-  epoch that uses the bank again takes one from each of them first, on the side stream, before its puts: exactly as
-  many as were raised.
+* put: the chunk is packed on the current stream; the side stream stores it into the receiver's slot, then tells the
+  slot's signal. The packed copy is kept until its epoch ends. A chunk whose memory lasts until the call has ended (a
+  share of a weight) is stored as it lies: the current stream waits for the store when the epoch ends, which is in the
+  call, so that who writes to that memory afterwards writes behind it.
+* wait: the current stream waits for the slot's signal; what follows sees the chunk. The word that came is compared.
+* finish: on the current stream, so after what read the epoch, every rank in reach is told that the bank is free. An
+  epoch that uses the bank again waits for that of each of them first, on the side stream, before its puts.
+* Chunks without elements are neither sent nor awaited.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
+from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.gpu.streams import SideStream
+from sfcompile.runtime.gpu.words import StreamWords, WordTell, WordWait
 from sfcompile.runtime.program.instructions import Arrival
+from sfcompile.runtime.program.sites import LINE_BYTES
 from sfcompile.runtime.wires.c10d import PairedTransport
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, HeapSize, bank_of, view_at
-from sfcompile.runtime.wires.transport import RoutedTransport, Source, word_of
-
-
-class Signals(Protocol):
-    """Words of 0 or 1 between the ranks of a machine; see the head of the file."""
-
-    def raise_(self, rank: int, channel: int) -> None:
-        """On the current stream: this rank's signal at ``rank`` (of the job)."""
-
-    def wait(self, rank: int, channel: int) -> None:
-        """On the current stream: take the signal of ``rank`` here."""
-
-
-def num_channels(size: HeapSize) -> int:
-    """Signals that a rank has at another: one for every slot of a bank, one for the credit of a bank."""
-    return NUM_BANKS * (size.num_slots + 1)
+from sfcompile.runtime.wires.transport import TAG_BITS, RoutedTransport, Source
 
 
 class _Kept(NamedTuple):
@@ -55,8 +42,9 @@ class StoreTransport:
     """One rank's stores.
 
     Args:
-        segments: by rank of the job: its heap, as this rank's GPU reaches it; None: out of reach.
-        status: on the device, int64; its first word notes that a chunk of another call has come.
+        segments: by rank of the job: its heap, as this rank's GPU reaches it; None: out of reach. They are zeroed.
+        size: with a credit for every rank of the job.
+        status: notes waits that gave up, and chunks of another call.
     """
 
     def __init__(
@@ -64,12 +52,21 @@ class StoreTransport:
         rank: int,
         segments: Sequence[torch.Tensor | None],
         size: HeapSize,
-        signals: Signals,
+        tells: WordTell,
+        waits: WordWait,
         stream: SideStream,
-        status: torch.Tensor,
+        status: DeviceStatus,
     ) -> None:
-        self._rank, self._segments, self._size = rank, segments, size
-        self._signals, self._stream, self._status = signals, stream, status[:1]
+        own = segments[rank]
+        assert own is not None and size.num_credits >= len(segments)
+        self._rank, self._segments, self._size, self._tells, self._stream = rank, segments, size, tells, stream
+
+        def words(at: int, count: int) -> torch.Tensor:
+            return view_at(own, at, (count, LINE_BYTES // 8), torch.int64)[:, 0]
+
+        rows = [(0 if segment is None else segment.data_ptr(), peer, 0) for peer, segment in enumerate(segments)]
+        table = torch.tensor(rows, dtype=torch.int64, device=own.device)
+        self._words = StreamWords(rank, size, table, words, status, waits)
         self._peers = [peer for peer, segment in enumerate(segments) if segment is not None and peer != rank]
         self._tags = [0] * NUM_BANKS
         self._used = [False] * NUM_BANKS
@@ -77,34 +74,29 @@ class StoreTransport:
         self._expected: set[tuple[int, int]] = set()
         self._kept: list[_Kept] = []
 
-    def _channel(self, bank: int, slot: int) -> int:
-        return bank * (self._size.num_slots + 1) + slot
-
-    def _credit(self, bank: int) -> int:
-        return self._channel(bank, self._size.num_slots)
-
-    def _word(self, rank: int, bank: int, slot: int) -> torch.Tensor:
-        """Where the word of a chunk's call lies: int64 [1]."""
-        segment = self._segments[rank]
-        assert segment is not None, f"rank {rank} is out of reach"
-        return view_at(segment, self._size.signal_at(bank, slot), (1,), torch.int64)
+    def limit_waits(self) -> None:
+        """Waits last as long as the status now says."""
+        self._words.limit_waits()
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
-        """Take the credit of the epoch that had the bank before."""
+        """The side stream waits until the bank is free; for the first epoch in it nothing was there before.
+
+        Raises:
+            RuntimeTimeoutError, PeerFailedError: the host knows that a wait gave up.
+        """
         bank = bank_of(epoch)
         self._tags[bank] = tag
         self._open.append(epoch)
         self._expected.update((epoch, arrival.slot) for arrival, view in arrivals if view.numel())
         if self._used[bank]:
             with self._stream.after_current():
-                for peer in self._peers:
-                    self._signals.wait(peer, self._credit(bank))
+                self._words.await_bank(self._peers, epoch, aside=True)
         self._used[bank] = True
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
     ) -> None:
-        """Pack, if need be; store and signal on the side stream."""
+        """Pack, if need be; store and tell on the side stream."""
         if not chunk.numel():
             return
         bank, segment = bank_of(epoch), self._segments[dst]
@@ -115,36 +107,38 @@ class StoreTransport:
             packed.copy_(chunk)
         with self._stream.after_current():
             view_at(segment, self._size.bank_at(bank) + offset, chunk.shape, chunk.dtype).copy_(packed)
-            self._word(dst, bank, slot).fill_(word_of(epoch, self._tags[bank]))
-            self._signals.raise_(dst, self._channel(bank, slot))
+            self._tell(dst, self._size.signal_at(bank, slot), epoch, TAG_BITS, self._tags[bank])
         self._kept.append(_Kept(epoch, packed, self._stream.event()))
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
-        """The stream waits for the chunk and notes if it is of another call."""
-        if (epoch, slot) not in self._expected:
-            return
-        self._expected.remove((epoch, slot))
-        bank = bank_of(epoch)
-        self._signals.wait(src, self._channel(bank, slot))
-        seen = self._word(self._rank, bank, slot)
-        self._status.copy_(torch.where(seen == word_of(epoch, self._tags[bank]), self._status, seen))
+        """The stream waits for the chunk and notes if it is of another call.
+
+        Raises:
+            RuntimeTimeoutError, PeerFailedError: the host knows that a wait gave up.
+        """
+        if (epoch, slot) in self._expected:
+            self._expected.remove((epoch, slot))
+            self._words.await_chunk(src, slot, epoch, self._tags[bank_of(epoch)])
 
     def finish(self, epoch: int) -> None:
-        """Give credit for each epoch that has ended, and let go of what it sent."""
-        for ended in [each for each in self._open if each <= epoch]:
-            self._open.remove(ended)
+        """Give credit for what has ended, and let go of what it sent."""
+        if any(each <= epoch for each in self._open):
+            self._open = [each for each in self._open if each > epoch]
             for peer in self._peers:
-                self._signals.raise_(peer, self._credit(bank_of(ended)))
+                self._tell(peer, self._size.credit_at(self._rank), epoch, 0, 0)
         for kept in [each for each in self._kept if each.epoch <= epoch]:
             self._stream.hold_current(kept.event)
         self._kept = [each for each in self._kept if each.epoch > epoch]
+
+    def _tell(self, dst: int, word_at: int, epoch: int, tag_bits: int, tag: int) -> None:
+        self._tells.run(self._words.table, self._words.place, dst, word_at, epoch, tag_bits, tag)
 
     def notice(self) -> str | None:
         """Nothing is known on this host."""
         return None
 
     def abort(self, text: str) -> None:
-        """Waits on the stream give up by themselves after the session's limit."""
+        """Waits look at the status, which is told by its owner."""
 
     def close(self) -> None:
         """Let go of what was sent; the memory is its owner's."""

@@ -1,7 +1,8 @@
-"""Memory that the GPUs of a machine map from each other, and signals between them: torch's symmetric memory.
+"""Memory that the GPUs of a machine map from each other: torch's symmetric memory.
 
 torch exchanges handles of the memory between the processes (CUDA IPC, or fabric handles over NVLink) and gives each a
-tensor of every other's memory. Its signals lie in a pad behind each allocation: word ``channel * ranks + source``.
+tensor of every other's memory. Its signals are not used: a wait for one that never comes ends in an error of CUDA's,
+which says neither who was waited for nor what to do. Ours are words of the memory itself (words.py).
 """
 
 from __future__ import annotations
@@ -17,27 +18,15 @@ from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.bounded import within
 from sfcompile.torch_private import symmetric_memory
 
-_SIGNAL_BYTES = 4
-CHANNELS = 4096
-"""Signals that each rank gets from each other one, where torch lets us say so."""
-
 
 class SharedMemory(Protocol):
     """One allocation on every rank of a machine.
 
     Attributes:
         segments: by rank of the job: its memory as this rank reaches it, uint8; None: out of reach.
-        channels: signals that each rank has at each other one.
     """
 
     segments: Sequence[torch.Tensor | None]
-    channels: int
-
-    def raise_(self, rank: int, channel: int) -> None:
-        """See Signals in stores.py."""
-
-    def wait(self, rank: int, channel: int) -> None:
-        """See Signals in stores.py."""
 
 
 class TorchMemory:
@@ -48,7 +37,6 @@ class TorchMemory:
         num_ranks: of the job.
         neighbours: the machine's ranks, in the group's order.
         group: their process group.
-        timeout_s: a wait for a signal that lasts longer ends with an error of CUDA's.
 
     Raises:
         UnsupportedError: this torch, or the GPUs, cannot do it.
@@ -63,10 +51,8 @@ class TorchMemory:
         neighbours: Sequence[int],
         group: Any,
         device: torch.device,
-        timeout_s: float,
     ) -> None:
-        self._neighbours, self._timeout_ms = list(neighbours), max(1, round(timeout_s * 1e3))
-        library = symmetric_memory(CHANNELS * len(neighbours) * _SIGNAL_BYTES)
+        library = symmetric_memory()
         try:
             memory = library.empty(nbytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
@@ -84,21 +70,12 @@ class TorchMemory:
             self._handle: Any = library.rendezvous(memory, group.group_name)
         except RuntimeError as error:
             raise _refused(rank, error) from error
-        self.channels = int(self._handle.signal_pad_size) // (_SIGNAL_BYTES * len(neighbours))
         self._memory = memory
         segments: list[torch.Tensor | None] = [None] * num_ranks
         for place, peer in enumerate(neighbours):
             mine = peer == rank
             segments[peer] = memory if mine else self._handle.get_buffer(place, (nbytes,), torch.uint8, 0)
         self.segments: Sequence[torch.Tensor | None] = segments
-
-    def raise_(self, rank: int, channel: int) -> None:
-        """See Signals in stores.py."""
-        self._handle.put_signal(self._neighbours.index(rank), channel, self._timeout_ms)
-
-    def wait(self, rank: int, channel: int) -> None:
-        """See Signals in stores.py."""
-        self._handle.wait_signal(self._neighbours.index(rank), channel, self._timeout_ms)
 
 
 def memory_maker(
@@ -128,7 +105,7 @@ def memory_maker(
         if not groups:
             near = [members[peer] for peer in neighbours]
             groups.append(dist.new_group(near, backend="gloo", use_local_synchronization=True))
-        return TorchMemory(nbytes, rank, topology.num_ranks, neighbours, groups[0], device, timeout_s)
+        return TorchMemory(nbytes, rank, topology.num_ranks, neighbours, groups[0], device)
 
     def bounded(nbytes: int) -> SharedMemory:
         try:

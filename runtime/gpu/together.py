@@ -20,7 +20,7 @@ def together(share: Share, doing: str, step: Callable[[], T]) -> T:
 
     Raises:
         StreamFusionError: this rank's own, which every rank knows of then.
-        UnsupportedError: ``step`` failed on another rank only.
+        UnsupportedError: ``step`` failed on another rank only; or here it only waited in vain for one where it failed.
     """
     problem: StreamFusionError | None = None
     results: list[T] = []
@@ -28,14 +28,20 @@ def together(share: Share, doing: str, step: Callable[[], T]) -> T:
         results.append(step())
     except StreamFusionError as error:
         problem = error
-    everyone = share(None if problem is None else (problem.what, problem.why, problem.fix), doing)
-    if problem is not None:
+    everyone = share(None if problem is None else (problem.what, problem.why, problem.fix, waited(problem)), doing)
+    failed = [rank for rank, told in enumerate(everyone) if told is not None]
+    first = min(failed, key=lambda rank: everyone[rank][3:] == (True,), default=None)
+    if problem is not None and (not waited(problem) or first is None or everyone[first][3:] == (True,)):
         problem.on_every_rank = True
         raise problem
-    for rank, told in enumerate(everyone):
-        if told is not None:
-            what, why, fix = told
-            failure = UnsupportedError(f"rank {rank}: {what}", why, fix)
-            failure.on_every_rank = True
-            raise failure
+    if first is not None:
+        what, why, fix, *_ = everyone[first]
+        failure = UnsupportedError(f"rank {first}: {what}", why, fix)
+        failure.on_every_rank = True
+        raise failure
     return results[0]
+
+
+def waited(error: StreamFusionError) -> bool:
+    """Whether an error says only that time was up (bounded.py): what went wrong is another rank's to tell."""
+    return isinstance(error.__cause__, TimeoutError)

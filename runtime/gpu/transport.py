@@ -6,9 +6,7 @@ hold on the stream:
 * put: the chunk is packed into this rank's staging area; ``putmem_signal`` sends it and raises the signal after it.
   The staging area of a bank is used anew two epochs later, after credit from every rank: one that has ended an epoch
   has received all that was sent to it, so those bytes have left their staging areas.
-* wait: a kernel of one program on the stream; kernels launched later see the chunk. It ends as waits inside of kernels
-  do (codegen/kernels/device.py), NVSHMEM's own would not. If it gave up, an assertion behind it stops the stream: what
-  follows would send what never came.
+* wait: a kernel of one program on the stream (words.py), for NVSHMEM's own would never end.
 * open: the stream waits for the credit of all ranks for the epoch that had the bank before.
 * finish: a signal to every rank, after the kernels that read the epoch.
 * Chunks without elements are neither sent nor awaited: their signals might come late, and take back later ones.
@@ -22,14 +20,14 @@ from collections.abc import Sequence
 
 import torch
 
-from sfcompile.errors import RuntimeTimeoutError, UnsupportedError
-from sfcompile.runtime.gpu.device_run import WordWait
+from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.gpu.nvshmem import SIGNAL_SET, Nvshmem, NvshmemHeap
 from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.gpu.streams import is_capturing
+from sfcompile.runtime.gpu.words import StreamWords, WordWait
 from sfcompile.runtime.program.instructions import Arrival
-from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE, bank_of
-from sfcompile.runtime.wires.transport import TAG_BITS, Source, too_late, word_of
+from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, bank_of
+from sfcompile.runtime.wires.transport import Source, word_of
 
 
 class NvshmemTransport:
@@ -45,18 +43,14 @@ class NvshmemTransport:
     def __init__(
         self, nvshmem: Nvshmem, heap: NvshmemHeap, staging_at: int, status: DeviceStatus, waits: WordWait
     ) -> None:
-        self._nvshmem, self._heap, self._staging_at, self._status = nvshmem, heap, staging_at, status
-        self._waits, self._stranger = waits, status.words[:1]
+        self._nvshmem, self._heap, self._staging_at = nvshmem, heap, staging_at
+        self._words = StreamWords(nvshmem.rank, heap.size, heap.table, heap.words, status, waits)
         self._tags = [0] * NUM_BANKS
         self._empty: list[frozenset[int]] = [frozenset()] * NUM_BANKS
-        self._senders: dict[int, int] = {}  # by slot: whom the last wait for it was for
-        row = heap.size.place(0, 0, status.watched, status.number_of(self))
-        self._place = torch.tensor(row, dtype=torch.int64, device=nvshmem.device)
 
     def limit_waits(self) -> None:
         """Waits last as long as the status now says."""
-        at = PLACE.index("limit_ns")
-        self._place[at : at + 1].fill_(self._status.watched.limit_ns)
+        self._words.limit_waits()
 
     def open(self, epoch: int, arrivals: Sequence[tuple[Arrival, torch.Tensor]], tag: int = 0) -> None:
         """Wait until the bank is free on all ranks; senders store when they like.
@@ -75,9 +69,7 @@ class NvshmemTransport:
         self._tags[bank_of(epoch)] = tag
         self._empty[bank_of(epoch)] = frozenset(arrival.slot for arrival, view in arrivals if not view.numel())
         if epoch > NUM_BANKS:
-            for rank in range(self._nvshmem.num_ranks):
-                self._await(self._heap.size.credit_at(rank), epoch - NUM_BANKS, 0, -1 - rank)
-            self._status.check_waits()
+            self._words.await_bank(list(range(self._nvshmem.num_ranks)), epoch)
 
     def put(
         self, dst: int, slot: int, offset: int, chunk: torch.Tensor, epoch: int, source: Source = Source.REUSED
@@ -96,15 +88,10 @@ class NvshmemTransport:
         )  # fmt: skip
 
     def wait(self, src: int, slot: int, epoch: int) -> None:
-        """The stream waits for the chunk and notes if it is of another call (before credit its word stays)."""
+        """The stream waits for the chunk and notes if it is of another call."""
         bank = bank_of(epoch)
-        if slot in self._empty[bank]:
-            return
-        self._senders[slot] = src
-        self._await(self._heap.size.signal_at(bank, slot), epoch, TAG_BITS, slot)
-        self._status.check_waits()
-        seen = self._heap.words(self._heap.size.signal_at(bank, slot), 1)
-        self._stranger.copy_(torch.where(seen == word_of(epoch, self._tags[bank]), self._stranger, seen))
+        if slot not in self._empty[bank]:
+            self._words.await_chunk(src, slot, epoch, self._tags[bank])
 
     def finish(self, epoch: int) -> None:
         """Credit to every rank."""
@@ -121,17 +108,6 @@ class NvshmemTransport:
 
     def close(self) -> None:
         """The heap is closed by its owner."""
-
-    def gave_up(self, slot: int, wanted: int, seen: int, limit_s: float) -> RuntimeTimeoutError:
-        """The error for a wait of the stream that gave up; see codegen/engines/launch.py."""
-        rank, waited = self._nvshmem.rank, f"rank {self._nvshmem.rank} waited {limit_s:g} s, or was told to stop"
-        if slot < 0:
-            return too_late(f"rank {-1 - slot} has not read epoch {wanted}: {waited}", rank, -1 - slot, slot, wanted)
-        peer, epoch = self._senders[slot], wanted >> TAG_BITS
-        return too_late(f"the chunk of slot {slot} from rank {peer} did not come: {waited}", rank, peer, slot, epoch)
-
-    def _await(self, word_at: int, epoch: int, tag_bits: int, slot: int) -> None:
-        self._waits.run(self._heap.table, self._place, word_at, epoch, tag_bits, slot)
 
     def _stream(self) -> int:
         device = self._nvshmem.device

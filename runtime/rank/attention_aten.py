@@ -40,20 +40,20 @@ def attend(
     v: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
-    whole: Callable[[], torch.Tensor] | None = None,
+    most: Callable[[], torch.Tensor] | None = None,
 ) -> Partial | None:
     """Attention of q [B, H, Lq, D] with k, v [B, H, Lk, D or E]; None if there is no query or no key.
 
     ``bias`` is boolean (True: may attend) or additive, broadcastable to [B, H, Lq, Lk]. On CPUs bf16 and fp16 are
     computed in fp32: a partial rounded to half precision before the merge would cost up to 1.8 times the error of
-    one-device attention, and fp32 is as fast. GPUs' library kernels (attention_library.py) do round. ``whole`` gives
-    the bias of these queries to all keys, if these are some of them.
+    one-device attention, and fp32 is as fast. GPUs' library kernels (attention_library.py) do round. ``most`` gives
+    the largest bias of each of these queries to all keys, [..., Lq, 1], if these are some of the keys.
     """
     if q.numel() == 0 or k.shape[2] == 0:
         return None
     on_cpu, by_library = q.is_cpu, attention_library.fits(q)
     if bias is not None and bias.is_floating_point() and (by_library or not on_cpu):
-        q, bias = _uncovered(q, bias, bias if whole is None else whole().to(q.device))
+        q, bias = _uncovered(q, bias, _most_of(bias) if most is None else most().to(q.device))
     if by_library:
         return attention_library.attend(q, k, v, bias, scale)
     wide = q.dtype
@@ -75,7 +75,7 @@ def attend(
         lse = lse.masked_fill(dead, float("-inf"))
         o = o.masked_fill(dead.unsqueeze(-1), 0.0)
     if bias is not None and on_cpu:
-        lse = _lse_of_hidden(q, k, bias, scale, lse, whole or (lambda: bias))
+        lse = _lse_of_hidden(q, k, bias, scale, lse, most or (lambda: _most_of(bias)))
     return o, lse
 
 
@@ -100,18 +100,21 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     return (weights @ v) / total.clamp(min=1.0), (most + total.log()).squeeze(-1)
 
 
-def _uncovered(q: torch.Tensor, bias: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _most_of(bias: torch.Tensor) -> torch.Tensor:
+    return bias.amax(dim=-1, keepdim=True)
+
+
+def _uncovered(q: torch.Tensor, bias: torch.Tensor, most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and their bias, of which rows that it hides as a whole by a finite number no longer hold that number; see
-    the head of the file. Nothing here makes the host wait.
+    the head of the file. Nothing here makes the host wait, so the bias is gone through whatever it holds.
 
     Args:
-        whole: the bias of these queries to all keys.
+        most: the largest bias of each of these queries to all keys.
     """
-    most = whole.amax(dim=-1, keepdim=True)
     hidden = (most < _HIDDEN) & (most != float("-inf"))
     wide = torch.promote_types(q.dtype, torch.float32)
     alone = most.to(wide) < _ALONE / torch.finfo(wide).eps
-    return q.masked_fill(hidden & alone, 0.0), torch.where(hidden, bias - most, bias)
+    return q.masked_fill(hidden & alone, 0.0), bias - torch.where(hidden, most, 0.0)
 
 
 def _lse_of_hidden(
@@ -120,13 +123,13 @@ def _lse_of_hidden(
     bias: torch.Tensor,
     scale: float,
     lse: torch.Tensor,
-    whole: Callable[[], torch.Tensor],
+    most: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
     """``lse``; in fp64 if a finite mask hides some rows from all keys, with those computed once more."""
     hidden = (lse < _HIDDEN) & (lse != float("-inf"))
     if not hidden.any():
         return lse
-    hidden &= whole().amax(dim=-1) < _HIDDEN  # keys of padding are hidden from rows that see others
+    hidden &= most().squeeze(-1) < _HIDDEN  # keys of padding are hidden from rows that see others
     rows = hidden.any(dim=0).any(dim=0).nonzero().flatten()
     if not len(rows):
         return lse
@@ -134,9 +137,9 @@ def _lse_of_hidden(
     bias = bias.expand(*lse.shape, k.shape[2])
     for part in rows.split(_ROWS):
         scores = (q[:, :, part] * scale) @ keys + bias[:, :, part]
-        most = scores.amax(dim=-1)
-        total = torch.exp(scores - most.masked_fill(most == float("-inf"), 0.0).unsqueeze(-1)).sum(dim=-1)
-        exact = most.double().clamp(min=_LEAST) + total.double().log()
+        top = scores.amax(dim=-1)
+        total = torch.exp(scores - top.masked_fill(top == float("-inf"), 0.0).unsqueeze(-1)).sum(dim=-1)
+        exact = top.double().clamp(min=_LEAST) + total.double().log()
         lse[:, :, part] = torch.where(hidden[:, :, part], exact, lse[:, :, part])
     return lse
 

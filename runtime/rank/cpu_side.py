@@ -137,6 +137,9 @@ class CpuSide:
         """What the segment's notice or a lost connection says."""
         return None if self._wires is None else self._wires.transport.notice()
 
+    def explained(self, error: BaseException) -> None:
+        """A CPU has no errors of its own."""
+
     def abort(self, notice: str) -> None:
         """Write the notice into every segment in reach, close connections to the others."""
         if self._wires is not None:

@@ -69,6 +69,7 @@ class SiteRun:
         self._own: torch.Tensor | None = None
         self._joined: dict[tuple[str, tuple[int | None, ...], tuple[Chunk, ...]], torch.Tensor] = {}
         self._decoded: dict[int, torch.Tensor] = {}
+        self._most: dict[tuple[Chunk, ...], torch.Tensor] = {}
         transport.open(epoch, arrivals, call.tag)
 
     @property
@@ -136,6 +137,7 @@ class SiteRun:
         # Nothing but outputs is read from here on, and with parts the site stays open under the next layer.
         self._joined.clear()
         self._decoded.clear()
+        self._most.clear()
         self._tensors.clear()
 
     def _run_kernel(self, engine: Engine, access: KernelAccess, mask: torch.Tensor | None) -> None:
@@ -214,7 +216,7 @@ class SiteRun:
         self._partials.begin(step.q)
         site, bias, heads = self.schedule.site, None, self._attention.heads(self._rank)
         keys, k_slots, v_slots = step.kv, step.k_slots, step.v_slots
-        whole: Callable[[], torch.Tensor] | None = None
+        most: Callable[[], torch.Tensor] | None = None
         if mask is not None or site.causal:
             rows = [run for chunk in step.q for run in self._attention.positions("q", chunk)]
             if site.causal:  # leave out keys that lie after every query
@@ -225,16 +227,26 @@ class SiteRun:
             if not rows or not columns:
                 return
             if mask is not None:
-                bias, every = _cut_mask(mask, heads, rows, columns), [(0, mask.shape[-1])]
-                whole = functools.partial(_cut_mask, mask, heads, rows, every)
+                bias = _cut_mask(mask, heads, rows, columns)
+                most = functools.partial(self._most_allowed, step.q, mask, rows)
             if site.causal and _last(columns) > _first(rows):
                 bias = (_positions(columns)[None, :] <= _positions(rows)[:, None])[None, None]
         q, k, v = self._join("q", step.q_slots, step.q), self._join("k", k_slots, keys), self._join("v", v_slots, keys)
-        partial = attend(q, k, v, None if bias is None else bias.to(q.device), site.scale, whole)
+        partial = attend(q, k, v, None if bias is None else bias.to(q.device), site.scale, most)
         if partial is None:
             return
         lengths = [stop - start for start, stop in (self._attention.rows("q", chunk) for chunk in step.q)]
         self._partials.add(step.q, lengths, partial)
+
+    def _most_allowed(
+        self, queries: tuple[Chunk, ...], mask: torch.Tensor, rows: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """The largest entry of the mask for each of some queries, over all keys: found once in a call, in which nobody
+        writes to the mask."""
+        if queries not in self._most:
+            whole = _cut_mask(mask, self._attention.heads(self._rank), rows, [(0, mask.shape[-1])])
+            self._most[queries] = whole.amax(dim=-1, keepdim=True)
+        return self._most[queries]
 
     def _join(self, name: str, slots: tuple[int | None, ...], chunks: tuple[Chunk, ...]) -> torch.Tensor:
         """Some chunks of Q, K or V one after the other, with one key head per query head; kept for later calls."""

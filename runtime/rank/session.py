@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
+from sfcompile.errors import HeapError, InternalError, StreamFusionError, UnsupportedError
 from sfcompile.runtime.rank.calls import Calls, Guard, fingerprint
 from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.fit import check_end, check_fused, check_held, check_put
@@ -250,7 +250,8 @@ class Session:
             RuntimeTimeoutError: not every rank came to start afresh.
             UnsupportedError: some rank failed before, and this side cannot start afresh.
         """
-        mark = fingerprint(inputs)
+        with self.guard():  # it may be the first to read what a GPU that has stopped should have computed
+            mark = fingerprint(inputs)
         with self._calls.under_way(name, mark):
             notice = self._side.notice() if talks and not self._failed else None
             if notice is not None:  # this rank was between calls: it learns of the failure here, as the others did
@@ -323,7 +324,13 @@ class Session:
 
     def _loaded(self, program: str) -> _Loaded:
         loaded = self._programs.get(program)
-        if loaded is None or self._side.size is None:
+        if loaded is not None and self._side.size is None:
+            raise HeapError(
+                f"the model of program {program} has lost its heap on rank {self.rank}",
+                "a later one needed a larger heap, for which there was no room, and this one's could not be had again",
+                "start the job again, with less to hold beside it",
+            )
+        if loaded is None:
             raise InternalError(
                 f"program {program} is not loaded on rank {self.rank}",
                 "a compiled graph outlived the session that compiled it",
@@ -376,16 +383,17 @@ class Session:
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks of an error of this rank's own; raises it by another name, if it has one."""
-        if self._failed or (isinstance(error, StreamFusionError) and error.on_every_rank):
-            return  # told already, or everybody's own
-        self._failed = True
-        notice = notice_of(self.rank, error)
-        # The notice first: it must be there when a peer finds its connection closed.
-        self._world.announce(notice)
-        self._side.abort(notice)
-        named = self._named(error)
-        if named is not error:
-            raise named from error
+        own = error if isinstance(error, StreamFusionError) else self._side.explained(error) or error
+        everybodys = isinstance(own, StreamFusionError) and own.on_every_rank
+        if not self._failed and not everybodys:  # else it was told already
+            self._failed = True
+            notice = notice_of(self.rank, own)
+            # The notice first: it must be there when a peer finds its connection closed.
+            self._world.announce(notice)
+            self._side.abort(notice)
+            own = self._named(own)
+        if own is not error:
+            raise own from error
 
     def _named(self, error: BaseException) -> BaseException:
         """An error of ranks out of step, with their calls by name; waits a moment for the others to say theirs."""

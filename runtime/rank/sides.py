@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from sfcompile.errors import StreamFusionError
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import recorder
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
@@ -204,6 +205,10 @@ class Side(Protocol[EngineT]):
 
     def notice(self) -> str | None:
         """What is known here of another rank's failure, without asking anyone; None: nothing."""
+
+    def explained(self, error: BaseException) -> StreamFusionError | None:
+        """The error of ours behind one of the device's own, which says no more than that it has stopped; None: there is
+        none."""
 
     def abort(self, notice: str) -> None:
         """This rank failed: wake whoever waits for it."""

@@ -27,7 +27,7 @@ def _no_nvshmem() -> str:
         import nvshmem.core  # noqa: F401
     except Exception as error:  # a broken library raises whatever it likes
         return f"nvshmem4py does not load ({' '.join(str(error).split())})"[:160]
-    return "" if find_spec("triton") else "Triton, in which its waits are written, is not installed"
+    return _no_triton()
 
 
 def _no_peer_access() -> str:
@@ -36,7 +36,11 @@ def _no_peer_access() -> str:
     apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
     if apart:
         return f"GPUs {apart[0][0]} and {apart[0][1]} do not map each other's memory"
-    return "" if pairs else "there is one GPU"
+    return _no_triton() if pairs else "there is one GPU"
+
+
+def _no_triton() -> str:
+    return "" if find_spec("triton") else "Triton, in which its waits are written, is not installed"
 
 
 def _no_nccl() -> str:

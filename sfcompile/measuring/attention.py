@@ -212,20 +212,21 @@ def compare(work: Sequence[Work], ways: dict[str, Make], clock: Clock, budget_s:
     for entry in sorted(work, key=lambda entry: entry.calls * flops(entry.schedule), reverse=True):
         if timed and clock.now() >= until:
             break
-        steps_of = {}
-        for name, make in ways.items():
-            if name not in problems:
+        steps_of: dict[str, tuple[trial.Step, trial.Step, trial.Step]] = {}
+        turns: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(1 + ROUNDS):
+            for name, make in ways.items():
+                if name in problems:
+                    continue
                 try:
-                    steps_of[name] = make(entry.schedule, entry.mask)
-                    _once(steps_of[name], clock)  # compiled here
-                except Exception as error:  # a way that cannot run here raises whatever it likes
+                    if turn == 0:
+                        steps_of[name] = make(entry.schedule, entry.mask)
+                    turns[name].append(_once(steps_of[name], clock))
+                except Exception as error:  # a way that cannot run here raises whatever it likes, at any time
                     problems[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        turns: dict[str, list[float]] = {name: [] for name in steps_of if name not in problems}
-        for _ in range(ROUNDS):
-            for name in turns:
-                turns[name].append(_once(steps_of[name], clock))
         for name, values in turns.items():
-            seconds[name] += entry.calls * statistics.median(values)
+            if name not in problems:
+                seconds[name] += entry.calls * statistics.median(values[1:])  # it was compiled in the first
         timed += 1
     kept = {name: value for name, value in seconds.items() if name not in problems}
     return Comparison(kept, problems, timed, len(work))

@@ -210,6 +210,39 @@ def test_a_rank_holds_no_more_than_the_weights_that_are_read_next(monkeypatch: p
     assert max(now - then for now, then in zip(most, before, strict=True)) <= banks + 3 * LARGEST + 4096
 
 
+@pytest.mark.parametrize("stores", [False, True])
+def test_a_state_dict_counts_from_the_next_call_on(monkeypatch: pytest.MonkeyPatch, stores: bool) -> None:
+    """Loaded into weights in shares as into whole ones, right behind a call whose puts may still be read."""
+    machine_of = (0, 0)
+    got, values, places, wants = layers(True)
+    ranks = compiled_for(Topology(machine_of), in_shares=True)
+
+    def work(rank: int, gpu: Gpu) -> float:
+        session, args, model = current_session(), list(values), nn.ParameterDict()
+        gather = gather_of(session, Options())
+        for i in places:
+            cut = WeightRows(tuple(values[i].shape), places_of(machine_of, False))
+            shard = values[i][slice(*cut.rows(rank))].clone()
+            model[str(i)] = nn.Parameter(ShardedWeight(shard, cut, rank, History(gather, 1)), requires_grad=False)
+            args[i] = model[str(i)]
+        for program, schedules in ranks[rank].programs.items():
+            session.load(program, schedules)
+        names = [str(i) for i in range(len(args))]
+        facts = CallFacts(session, "model", names, got, (), (), None, True, False, shares=places)
+        run, outs = as_called(ranks[rank].gm, facts), []
+        with torch.no_grad():
+            for call in range(CALLS):
+                outs.append(run(*args)[0])
+                model.load_state_dict({str(i): values[i] / 2 ** (call + 1) for i in places})
+            gpu.synchronize()
+        return largest(
+            float((out - want).abs().max() / want.abs().max()) for out, want in zip(outs, wants, strict=True)
+        )
+
+    for seed, policy in enumerate([*POLICIES, STORES_LATE if stores else RANK_0_LATE]):
+        assert on_fake_gpus(monkeypatch, machine_of, work, seed, policy, stores=stores) <= 1e-5
+
+
 class StoresUnawaited(StoreTransport):
     """Ends an epoch while what it sent is still read; all of that stays in memory."""
 

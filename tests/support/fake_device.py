@@ -15,6 +15,7 @@ stream of their own, begin after what the current stream holds, match by order a
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 import time
@@ -28,6 +29,8 @@ import torch
 import torch._dynamo  # here: two rank threads that import it at their first op at a time make Python's parser fail
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
+
+from sfcompile.runtime.wires.symmetric_heap import PLACE
 
 POLICIES = ("any order", "messages late", "messages early")
 """Which of several items that may run does: any; those of message streams only when nothing else may, or first."""
@@ -169,6 +172,8 @@ class Gpu(TorchDispatchMode):
         self.machine.synchronize(self.current.record())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # what a tensor of another class does comes here piece by piece
         kwargs = kwargs or {}
         if func.namespace == "streamfusion":  # what such an op does inside is the GPU's work, not the op itself
             with self:
@@ -268,34 +273,65 @@ class FakeSide:
 
 
 class FakeMemory:
-    """Memory that ranks of a machine share, with signals (runtime/gpu/symmetric.py), as one of them holds it.
+    """Memory that ranks of a machine share (runtime/gpu/symmetric.py), as one of them holds it.
 
     Args:
         share: all-gather of Python values between all ranks.
     """
 
-    channels = 512
-
     def __init__(
         self, nbytes: int, gpu: Gpu, machine_of: Sequence[int], share: Callable[[Any, str], list[Any]]
     ) -> None:
-        self._gpu = gpu
         with _disable_current_modes():
             own = torch.zeros(nbytes, dtype=torch.uint8)
-        everyone = share((own, dict[tuple[int, int], bool]()), "share memory")
         near = [machine == machine_of[gpu.rank] for machine in machine_of]
-        self.segments = [memory if is_near else None for (memory, _), is_near in zip(everyone, near, strict=True)]
-        self._signals = [signals for _, signals in everyone]
+        everyone = share(own, "share memory")
+        self.segments = [memory if is_near else None for memory, is_near in zip(everyone, near, strict=True)]
 
-    def raise_(self, rank: int, channel: int) -> None:
-        word, key = self._signals[rank], (channel, self._gpu.rank)
-        raised = f"raise signal {channel} of rank {rank}"
-        self._gpu.current.add(raised, lambda: word.update({key: True}), lambda: not word.get(key))
 
-    def wait(self, rank: int, channel: int) -> None:
-        word, key = self._signals[self._gpu.rank], (channel, rank)
-        taken = f"take signal {channel} from rank {rank}"
-        self._gpu.current.add(taken, lambda: word.update({key: False}), lambda: bool(word.get(key)))
+class FakeWords:
+    """What tells and awaits words (runtime/gpu/words.py) on the current stream of a fake GPU, as the kernels do."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+
+    def tell(
+        self, heaps: torch.Tensor, place: torch.Tensor, dst: int, word_at: int, epoch: int, tag_bits: int, tag: int
+    ) -> None:
+        def run() -> None:
+            if not _word_at(_entry(place, "status") + 8).value:  # a wait of this rank gave up: nothing leaves it
+                _word_at(int(heaps[dst, 0]) + word_at).value = (epoch << tag_bits) + tag
+
+        self._gpu.current.add(f"tell rank {dst} epoch {epoch}", run)
+
+    def wait(
+        self, heaps: torch.Tensor, place: torch.Tensor, word_at: int, epoch: int, tag_bits: int, slot: int
+    ) -> None:
+        rank, until = self._gpu.rank, [float("inf")]
+
+        def seen() -> int:
+            return _word_at(int(heaps[rank, 0]) + word_at).value
+
+        def may_run() -> bool:
+            until[0] = min(until[0], time.monotonic() + _entry(place, "limit_ns") * 1e-9)
+            told = _word_at(_entry(place, "abort")).value or _word_at(_entry(place, "status") + 8).value
+            return seen() >= epoch << tag_bits or bool(told) or time.monotonic() > until[0]
+
+        def run() -> None:
+            status = _entry(place, "status")
+            if seen() < epoch << tag_bits and not _word_at(status + 8).value:
+                for i, value in enumerate((2, _entry(place, "site"), slot, epoch << tag_bits, seen()), start=1):
+                    _word_at(status + 8 * i).value = value
+
+        self._gpu.current.add(f"wait for slot {slot} of epoch {epoch}", run, may_run)
+
+
+def _word_at(address: int) -> ctypes.c_int64:
+    return ctypes.c_int64.from_address(address)
+
+
+def _entry(place: torch.Tensor, name: str) -> int:
+    return int(place[PLACE.index(name)])
 
 
 class Work:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fake_device import FakeMemory, FakeSide, Gpu, Machine, Nccl
+from fake_device import FakeMemory, FakeSide, FakeWords, Gpu, Machine, Nccl
 from threads import run_threads
 
 from sfcompile.runtime.gpu.message_side import MessageSide
@@ -31,6 +32,7 @@ def on_fake_gpus(
     nccl: Nccl | None = None,
     side_after_current: bool = True,
     transport: type[PairedTransport] = PairedTransport,
+    timeout_s: float = 20.0,
 ) -> float:
     """What ``work`` returns on every rank: the largest, NaN if any is.
 
@@ -38,6 +40,7 @@ def on_fake_gpus(
         seed, policy: of the order in which work of several streams runs.
         stores: inside machines ranks store into each other's memory; else all is messages.
         nccl, side_after_current, transport: mutants.
+        timeout_s: how long waits for a word of a store last.
     """
     monkeypatch.setattr(c10d, "dist", nccl or Nccl())
     machine = Machine(seed, policy)
@@ -46,14 +49,14 @@ def on_fake_gpus(
 
     def on_rank(rank: int) -> float:
         session, gpu = current_session(), gpus[rank]
-        status = DeviceStatus(rank, CPU, 20.0)
+        status = DeviceStatus(rank, CPU, timeout_s)
         with gpu:
             pairs = transport(rank, groups[rank], 20.0, lambda: None, status.words)
             side = MessageSide(rank, session.topology, CPU, status, pairs, nothing_known)
             if stores:
                 side = SymmetricSide(
                     rank, session.topology, CPU, status, pairs if len(set(machine_of)) > 1 else None,
-                    lambda nbytes: FakeMemory(nbytes, gpu, machine_of, session.exchange),
+                    lambda nbytes: FakeMemory(nbytes, gpu, machine_of, session.exchange), lambda: fake_words(gpu),
                     FakeSide(gpu, side_after_current), session.exchange, nothing_known,
                 )  # fmt: skip
             session.use_side(side)
@@ -65,6 +68,12 @@ def on_fake_gpus(
         return result
 
     return largest(run_threads(len(machine_of), on_rank, machine_of))
+
+
+def fake_words(gpu: Gpu) -> tuple[Any, Any]:
+    """What tells words, and what waits for them."""
+    words = FakeWords(gpu)
+    return SimpleNamespace(run=words.tell), SimpleNamespace(run=words.wait)
 
 
 def nothing_known() -> None:

@@ -12,6 +12,7 @@ from sfcompile.codegen.kernels.chunks import (
     receive_source,
     release_source,
     send_source,
+    tell_source,
     wait_source,
 )
 
@@ -21,11 +22,11 @@ def test_every_text_is_code_with_the_arguments_that_it_names(reach: str) -> None
     spec = ChunkSpec(reach)
     made = {
         "send": send_source(spec), "receive": receive_source(spec), "release": release_source(spec),
-        "wait": wait_source(),
+        "wait": wait_source(), "tell": tell_source(),
     }  # fmt: skip
     for name, source in made.items():
         kernel = ast.parse(source).body[-1]
         assert isinstance(kernel, ast.FunctionDef) and kernel.name.startswith(name)
         assert [entry.arg for entry in kernel.args.args] == list(chunk_arguments(name))
         uses = "putmem_signal_nbi_block(" in source
-        assert uses == (reach != "peer" and name not in ("receive", "wait"))
+        assert uses == (reach != "peer" and name not in ("receive", "wait", "tell"))

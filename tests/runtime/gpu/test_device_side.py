@@ -12,13 +12,15 @@ import pytest
 import torch
 from emulated_nvshmem import Library
 from processes import run_outcomes, run_processes
+from threads import run_threads
 
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.engines.transfers import ReleaseKernel, WaitKernel
-from sfcompile.errors import HeapError
+from sfcompile.errors import HeapError, StreamFusionError
 from sfcompile.runtime.gpu.device_side import NvshmemSide
 from sfcompile.runtime.gpu.nvshmem import Nvshmem
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.rank.session import current_session
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 pytestmark = pytest.mark.ranks
@@ -179,3 +181,34 @@ def test_a_heap_that_captured_graphs_read_is_kept() -> None:
             assert int(runs._counter[1]) & 7 == 7  # signals of replays hold the call's tag too
         side.close(False)
         assert library.finalized and not library._mapped and told == [False]
+
+
+def test_memory_that_one_rank_lacks_is_the_end_of_nvshmems_on_all() -> None:
+    """What the others got lies at an offset that is still free there: a further heap would lie at different places, and
+    puts into it would fall upon something else. So there is none, and nothing is given back alone."""
+    meet = threading.Barrier(2)
+
+    def work(rank: int) -> bool:
+        share, told = current_session().exchange, list[bool]()
+        library = Library(rank, lambda: meet.wait(20.0), lambda pe: True)
+        nvshmem = Nvshmem(rank, 2, torch.device("cpu"), share, (library, library))
+        side = NvshmemSide(nvshmem, Topology.grid(1, 2), share, _kernels, 5.0, lambda: None, told.append)
+        side.make_heap(HeapSize(1, 4096, 2), 0)
+        whole = library.tensor
+
+        def tensor(shape: tuple[int], dtype: torch.dtype) -> torch.Tensor:
+            memory = whole(shape, dtype)
+            if rank == 1:
+                raise RuntimeError("Status code 3")
+            return memory
+
+        library.tensor = tensor  # type: ignore[method-assign]
+        for said in ("Status code 3", "NVSHMEM has no more memory to give: before, on some ranks and not on others"):
+            with pytest.raises(StreamFusionError, match=said) as caught:
+                side.make_heap(HeapSize(1, 8192, 2), 4)
+            assert caught.value.on_every_rank and side.size is None
+            library.tensor = whole  # type: ignore[method-assign]
+        side.close(False)
+        return told == [True] and not library.finalized
+
+    assert run_threads(2, work) == [True, True]

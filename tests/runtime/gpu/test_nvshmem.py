@@ -4,6 +4,7 @@ one, which starts without a GPU and then has no memory."""
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 import torch
 from emulated_nvshmem import Library
 from processes import run_outcomes
+from threads import run_threads
 
 from sfcompile.codegen.toolchain.nvshmem_bitcode import wheel
-from sfcompile.errors import HeapError, UnsupportedError
+from sfcompile.errors import HeapError, StreamFusionError, UnsupportedError
 from sfcompile.runtime.gpu import nvshmem
 from sfcompile.runtime.gpu.nvshmem import Nvshmem, NvshmemHeap, domains_of
+from sfcompile.runtime.rank.session import current_session
 from sfcompile.runtime.wires.symmetric_heap import HeapSize
 
 CPU = torch.device("cpu")
@@ -150,6 +153,54 @@ def test_a_rank_that_does_not_come_holds_nobody(caplog: pytest.LogCaptureFixture
     library.finalize = lambda: time.sleep(1.0)  # type: ignore[method-assign]
     pe.close()
     assert "rank 0 leaves NVSHMEM alone: no answer within 0.1 s" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["before", "after", "everywhere"])
+def test_memory_is_had_on_every_rank_or_on_none(how: str) -> None:
+    """On rank 1, before the others come or behind them: each is told why, and by whom. On all ranks: no harm."""
+    meet = threading.Barrier(2)
+
+    def work(rank: int) -> bool:
+        library = Library(rank, lambda: meet.wait(5.0), lambda pe: True)
+        pe = Nvshmem(rank, 2, CPU, current_session().exchange, (library, library), limit_s=0.5)
+        whole = library.tensor
+
+        def tensor(shape: tuple[int], dtype: torch.dtype) -> torch.Tensor:
+            if how == "everywhere" or (how == "before" and rank == 1):
+                raise RuntimeError("Status code 2")
+            memory = whole(shape, dtype)
+            if rank == 1:
+                raise RuntimeError("Status code 2")
+            return memory
+
+        library.tensor = tensor  # type: ignore[method-assign]
+        with pytest.raises(StreamFusionError, match="Status code 2") as caught:
+            pe.allocate(64)
+        assert caught.value.on_every_rank and (rank == 1 or how == "everywhere" or "rank 1: " in caught.value.what)
+        library.tensor = whole  # type: ignore[method-assign]
+        if how == "everywhere":
+            pe.give_back(pe.allocate(64))
+            return not pe.broken and not library._mapped
+        with pytest.raises(HeapError, match="no more memory to give"):
+            pe.allocate(64)
+        return bool(pe.broken)
+
+    assert run_threads(2, work) == [True, True]
+
+
+def test_what_one_rank_does_not_give_back_is_an_error_on_all() -> None:
+    def work(rank: int) -> bool:
+        library = Library(rank, barrier.wait, lambda pe: True)
+        pe = Nvshmem(rank, 2, CPU, current_session().exchange, (library, library))
+        memory = pe.allocate(64)
+        if rank == 1:
+            library.free_tensor = lambda tensor: 1 // 0  # type: ignore[method-assign,assignment,return-value]
+        with pytest.raises(StreamFusionError, match="is not given back .*by zero"):
+            pe.give_back(memory)
+        return bool(pe.broken)
+
+    barrier = threading.Barrier(2)
+    assert run_threads(2, work) == [True, True]
 
 
 RELEASE = (wheel() or ("", "3.4.5", Path()))[1]

@@ -110,7 +110,7 @@ def test_the_stream_stops_where_something_was_noted_and_the_host_knows_by_then(m
     status._on_gpu = True
 
     def assert_on_device(fine: torch.Tensor, message: str) -> None:
-        held.append((bool(fine), status._known[:2].tolist()))
+        held.append((bool(fine), status._seen[0, :2].tolist()))
 
     monkeypatch.setattr("sfcompile.runtime.gpu.status.assert_on_device", assert_on_device)
     site = status.number_of(Site())
@@ -121,3 +121,40 @@ def test_the_stream_stops_where_something_was_noted_and_the_host_knows_by_then(m
                 look()
         assert [known for _, known in held[-2:]] == [words, words]
     assert [fine for fine, _ in held] == [True, True, True, False, False, False]
+
+
+def test_each_stream_has_a_copy_and_what_was_waited_for_may_come_late() -> None:
+    """A wait ends when another gave up; its stream's copy may be older than what that one notes."""
+    status, site = DeviceStatus(1, torch.device("cpu"), 2.0), Site()
+    status.words[1] = 1
+    with pytest.raises(RuntimeTimeoutError, match="gave up, and the GPU stopped before it had told for what"):
+        status.check_waits(aside=True)
+    broken(status, site)
+    for aside in (False, True, False):
+        with pytest.raises(RuntimeTimeoutError, match="slot 5: 7 not 6 in 2 s"):
+            status.check_waits(aside)
+    status.words.zero_()
+    with pytest.raises(RuntimeTimeoutError, match="slot 5: 7 not 6 in 2 s"):
+        status.check_waits()  # an old copy of this stream does not take the other's word back
+
+
+def test_an_error_of_the_device_is_explained_where_a_wait_gave_up(caplog: pytest.LogCaptureFixture) -> None:
+    """And not where the host knows of none: a model has errors of its own. The log says it before anybody reads."""
+    status, site = DeviceStatus(1, torch.device("cpu"), 2.0), Site()
+    raw = RuntimeError("CUDA error: device-side assert triggered\nmore")
+    assert status.explained(raw) is None
+    watchdog = Watchdog(status, lambda: None)
+    broken(status, site)
+    with suppress(RuntimeTimeoutError):
+        status.end_call()
+    own = status.explained(raw)
+    assert isinstance(own, RuntimeTimeoutError) and own.peer == 2
+    assert status.explained(RuntimeError("shapes do not fit")) is None and status.explained(ValueError("CUDA")) is None
+    ended = DeviceStatus(1, torch.device("cpu"), 2.0)
+    ended.stop("rank 2: gone")  # whose messages the watchdog ends
+    assert isinstance(ended.explained(RuntimeError("NCCL communicator was aborted on rank 1.")), PeerFailedError)
+    deadline = time.monotonic() + 20.0
+    while "slot 5: 7 not 6 in 2 s" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watchdog.close()
+    assert caplog.text.count("the stream of this rank has stopped: [rank 1] slot 5: 7 not 6 in 2 s") == 1

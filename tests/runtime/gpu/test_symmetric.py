@@ -19,10 +19,8 @@ CPU = torch.device("cpu")
 class Library:
     """torch.distributed._symmetric_memory of a machine with ranks 2 and 3."""
 
-    signal_pad_size = 2048
-
     def __init__(self, error: Exception | None = None, at: str = "") -> None:
-        self.error, self.at, self.said = error, at, list[tuple[Any, ...]]()
+        self.error, self.at = error, at
 
     def empty(self, nbytes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         if self.at == "empty" and self.error is not None:
@@ -38,17 +36,11 @@ class Library:
     def get_buffer(self, place: int, sizes: tuple[int], dtype: torch.dtype, offset: int) -> torch.Tensor:
         return torch.full(sizes, place, dtype=dtype)
 
-    def put_signal(self, rank: int, channel: int, timeout_ms: int) -> None:
-        self.said.append(("put", rank, channel, timeout_ms))
-
-    def wait_signal(self, rank: int, channel: int, timeout_ms: int) -> None:
-        self.said.append(("wait", rank, channel, timeout_ms))
-
 
 def memory(monkeypatch: pytest.MonkeyPatch, library: Library) -> TorchMemory:
-    monkeypatch.setattr(symmetric, "symmetric_memory", lambda signal_bytes: library)
+    monkeypatch.setattr(symmetric, "symmetric_memory", lambda: library)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    return TorchMemory(64, 3, 4, [2, 3], SimpleNamespace(group_name="machine 1"), CPU, 1.5)
+    return TorchMemory(64, 3, 4, [2, 3], SimpleNamespace(group_name="machine 1"), CPU)
 
 
 def test_neighbours_are_reached_by_their_rank_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,10 +49,6 @@ def test_neighbours_are_reached_by_their_rank_of_the_job(monkeypatch: pytest.Mon
     near = made.segments[2]
     assert made.segments[:2] == [None, None] and near is not None and near.tolist() == [0] * 64
     assert not made.segments[3].any()  # type: ignore[union-attr]  # its own, zeroed
-    assert made.channels == 2048 // 4 // 2
-    made.raise_(2, 9)
-    made.wait(2, 8)
-    assert library.said == [("put", 0, 9, 1500), ("wait", 0, 8, 1500)]
 
 
 def test_what_torch_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,14 @@ from threads import run_threads
 
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.errors import InternalError, PeerDiedError, PeerFailedError, RankMismatchError, RuntimeTimeoutError
+from sfcompile.errors import (
+    HeapError,
+    InternalError,
+    PeerDiedError,
+    PeerFailedError,
+    RankMismatchError,
+    RuntimeTimeoutError,
+)
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.session import current_session
@@ -172,3 +179,43 @@ def test_every_schedule_is_exact_on_real_processes(ranks: int, transport: str) -
     assert len(results[0]) >= 6
     for result in results:
         assert max(result.values()) <= 1e-5, result
+
+
+def test_an_error_of_a_stopped_device_is_told_as_what_stopped_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an op of a call meets it, or the next call that looks at its inputs; others are told ours, once."""
+    why, raw = RuntimeTimeoutError("slot 3 did not come", "", "", rank=0, peer=1), RuntimeError("CUDA error: assert")
+    told: list[str] = []
+
+    def stopped(tensors: object) -> int:
+        raise raw
+
+    def work(rank: int) -> None:
+        session = current_session()
+        monkeypatch.setattr(CpuSide, "explained", lambda self, error: why if error is raw else None)
+        monkeypatch.setattr(CpuSide, "abort", lambda self, notice: told.append(notice))
+        with pytest.raises(ValueError, match="own mistake"), session.call("p", [], talks=False):
+            raise ValueError("own mistake")
+        for inside in (True, False):
+            session._failed = not inside  # as a call before left it
+            if not inside:
+                monkeypatch.setattr("sfcompile.runtime.rank.session.fingerprint", stopped)
+            with pytest.raises(RuntimeTimeoutError, match="slot 3 did not come") as caught:
+                with session.call("p", [], talks=False):
+                    raise raw
+            assert caught.value.__cause__ is raw
+
+    run_threads(1, work)
+    assert told == ["rank 0: ValueError: own mistake", "rank 0: slot 3 did not come"]
+
+
+def test_a_model_whose_heap_could_not_be_had_again_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = build_exchange(gather_site(1), Mesh.of(Topology.grid(1, 1), 1, 1))
+
+    def work(rank: int) -> None:
+        session = current_session()
+        session.load("p", [schedule])
+        monkeypatch.setattr(CpuSide, "size", None)
+        with pytest.raises(HeapError, match="model of program p has lost its heap on rank 0"):
+            session.put("p", 0, "exchange_start", torch.zeros(2, 10, 3))
+
+    run_threads(1, work)

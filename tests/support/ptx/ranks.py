@@ -19,7 +19,7 @@ from ptx.network import Network
 from ptx.world import Stream, World
 from sfcompile.codegen.engines.device_engine import receivers_of
 from sfcompile.codegen.engines.launch import AttendKernel, HeapView
-from sfcompile.codegen.engines.transfers import ReleaseKernel, TransferKernels, WaitKernel
+from sfcompile.codegen.engines.transfers import ReleaseKernel, TellKernel, TransferKernels, WaitKernel
 from sfcompile.codegen.schedule.exchange import ExchangeSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.runtime.wires.symmetric_heap import HeapSize, bank_of
@@ -155,17 +155,19 @@ class ExchangeRanks:
         machine_of: machine of each rank.
         change, edit: see :class:`AttentionRanks`.
         stream_waits: the stream waits for every chunk before the kernel that receives.
+        stream_tells: the stream tells every signal behind the kernel that sends.
     """
 
     def __init__(
         self, schedule: ExchangeSchedule, machine_of: tuple[int, ...], arch: int = 80, seed: int = 0,
         change: Callable[[str, str], str] | None = None, edit: Callable[[str, str], str] | None = None,
-        stream_waits: bool = False,
+        stream_waits: bool = False, stream_tells: bool = False,
     ) -> None:  # fmt: skip
         self.world, ranks = World(seed), range(len(machine_of))
         self.driver = MachineDriver(self.world, arch, change)
         target = MachineTarget(CPU, driver=self.driver, edit=edit)
         self._waits = [WaitKernel(rank, target) for rank in ranks] if stream_waits else []
+        self._tells = [TellKernel(rank, target) for rank in ranks] if stream_tells else []
         self.kernels = [TransferKernels(schedule, rank, target, machine_of) for rank in ranks]
         self.releases = [ReleaseKernel(rank, len(machine_of), target, machine_of) for rank in ranks]
         size = HeapSize(len(schedule.slots), self.kernels[0].bank_bytes, len(machine_of))
@@ -181,6 +183,10 @@ class ExchangeRanks:
             for rank, shard in enumerate(shards):
                 with self.driver.on(self.streams[rank]):
                     own.append(self.kernels[rank].put(shard * factor_of(epoch), views[rank]))
+                    for dst in range(len(shards)) if self._tells else ():
+                        for slot in [each.slot for each in schedule.program(dst).arrivals if each.src == rank]:
+                            at = self.heaps.size.signal_at(bank_of(epoch), slot)
+                            self._tells[rank].run(views[rank].heaps, views[rank].place, dst, at, epoch, TAG_BITS, 0)
             for rank, like in enumerate(outs):
                 with self.driver.on(self.streams[rank]):
                     self.driver.after = self._finish

@@ -137,6 +137,10 @@ MORE = {
     "causal on hopper": (small("usp", (1, 2, 1, 2), [40, 24], causal=True, options={"block_m": 64}), 90),
     "mask of keys": (small("usp", (1, 2, 2, 1), [40, 24], mask="key"), 80),
     "whole mask, added": (small("usp", (1, 2, 2, 1), [40, 24], mask="full", mask_is_bool=False), 80),
+    "whole mask, added, on hopper": (
+        small("usp", (1, 2, 2, 1), [40, 24], mask="full", mask_is_bool=False, options={"block_m": 64}),
+        90,
+    ),
     "torus in one machine": (small("torus", (2, 2, 2, 2), [24, 17, 33, 8]), 80),
     "torus in parts": (small("torus", (2, 2, 2, 2), [24, 17, 33, 8], parts=(2, 3)), 80),
     "softmax state kept": (small("torus", (2, 2, 2, 2), [24, 17, 33, 8], merge=False), 80),
@@ -265,6 +269,26 @@ def test_a_wait_of_the_stream_orders_the_kernels_behind_it(waits: bool) -> None:
     outs = ranks.run([whole[:, rows(mine)] for mine in owned], [whole] * 2, 4)
     right = all(torch.equal(out, whole) for epoch in outs for out in epoch)
     assert (right and ranks.world.races() == []) == waits
+
+
+@pytest.mark.parametrize("mutant", ["", "relaxed"])
+def test_a_word_told_on_a_stream_is_behind_what_the_stream_held(mutant: str) -> None:
+    """The kernel that sends raises no signal here: kernels behind it do (runtime/gpu/stores.py)."""
+
+    def without_signal(name: str, source: str) -> str:
+        return re.sub(r"^( +)raise_signal\(.*\n", r"\1pass\n", source, flags=re.MULTILINE) if name == "send" else source
+
+    def relaxed(name: str, ptx: str) -> str:
+        return ptx.replace("atom.global.sys.release.exch", "atom.global.sys.relaxed.exch") if name == "tell" else ptx
+
+    whole, owned = torch.randn(2, 6, 5), even(6, 2)
+    mesh = Mesh.of(Topology.grid(2, 1), 2, 1)
+    gather = build_exchange(ExchangeSite.gather("g", (2, 6, 5), torch.float32, 1, owned), mesh)
+    change = relaxed if mutant else None
+    ranks = ExchangeRanks(gather, (0, 0), change=change, edit=without_signal, stream_waits=True, stream_tells=True)
+    outs = ranks.run([whole[:, rows(mine)] for mine in owned], [whole] * 2, 4)
+    right = all(torch.equal(out, whole) for epoch in outs for out in epoch)
+    assert (right and ranks.world.races() == []) == (mutant == "")
 
 
 @pytest.mark.thorough
