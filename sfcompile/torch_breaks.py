@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NamedTuple
 
+from sfcompile.errors import InternalError, StreamFusionError
 from sfcompile.torch_private import other_memory
 
 FOLDED_NUMEL = 4096
@@ -56,13 +57,17 @@ def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame, 
     Dynamo has no settings of one backend, so its entry is wrapped, once for a process: settings are changed while a
     frame is traced for a marked backend and put back after it. Dynamo traces one frame at a time, under a lock.
 
+    An error of ours comes out as it is, and not inside torch's `BackendCompilerFailed`, whose own advice would stand
+    below it. `TORCHDYNAMO_VERBOSE=1` shows that one, with all frames, as do mistakes of ours.
+
     Args:
         skipped: is told of functions in which Dynamo finds a break that it cannot continue after: it runs them as
             Python, and what they call is traced by itself.
         returned: says what goes over the results of compiled functions.
     """
+    from torch._dynamo import config
     from torch._dynamo.convert_frame import ConvertFrameAssert
-    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
     _traced_with_fewer_breaks[backend] = _Marked(skipped, returned)
     convert: Any = ConvertFrameAssert.__call__
@@ -86,6 +91,11 @@ def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame, 
             place = f" at {stack[-1].filename}:{stack[-1].lineno}" if stack else ""
             marked.skipped(frame.f_code, f"{str(error).strip().splitlines()[0]}{place}")
             raise
+        except BackendCompilerFailed as error:
+            ours = error.inner_exception
+            if config.verbose or not isinstance(ours, StreamFusionError) or isinstance(ours, InternalError):
+                raise
+            raise ours.with_traceback(None) from None  # what is wrong is the user's: no frame of ours says more
 
     ConvertFrameAssert.__call__ = convert_frame  # type: ignore[method-assign]
 
@@ -101,8 +111,8 @@ def _options(backend: Any) -> Mapping[str, Any]:
     """The options that were given to ``torch.compile`` with a backend."""
     for name in ("_torchdynamo_orig_backend", "compiler_fn"):
         kwargs = getattr(backend, "kwargs", {})
-        if isinstance(kwargs, Mapping) and kwargs.get("options"):
-            options: Mapping[str, Any] = kwargs["options"]
+        options = kwargs.get("options") if isinstance(kwargs, Mapping) else None
+        if options and isinstance(options, Mapping):
             return options
         backend = getattr(backend, name, backend)
     return {}

@@ -12,6 +12,7 @@ from torch import nn
 
 from sfcompile import backend
 from sfcompile.backend import last_report, streamfusion_backend
+from sfcompile.errors import OptionError
 from sfcompile.options import Options
 from sfcompile.runtime.program.topology import Topology
 
@@ -52,7 +53,7 @@ def test_torch_finds_the_backend_by_name() -> None:
 
 
 def test_options_are_checked_before_anything_runs(model: nn.Module) -> None:
-    with torch.no_grad(), pytest.raises(Exception, match="Did you mean 'mesh'"):
+    with torch.no_grad(), pytest.raises(OptionError, match="Did you mean 'mesh'"):
         torch.compile(model, backend="streamfusion", options={"meshh": 1})(torch.randn(3, 8))
 
 

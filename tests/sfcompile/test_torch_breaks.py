@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import traceback
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch._dynamo import output_graph, symbolic_convert
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._subclasses import fake_tensor
 
+from sfcompile.errors import InternalError, OptionError
 from sfcompile.torch_breaks import COLLECT_EVERY, FOLDED_NUMEL, trace_with_fewer_breaks
 
 Seen = list[tuple[int, bool]]
@@ -167,3 +169,21 @@ def test_names_for_a_log_are_looked_up_where_it_is_written(written: bool, monkey
     torch.compile(lambda x: x + 1, backend=compile)(torch.ones(2))
     log.manager._clear_cache()  # type: ignore[attr-defined]
     assert seen == [written] and symbolic_convert.get_funcname is looked_up
+
+
+@pytest.mark.parametrize("error", [OptionError("no such option"), InternalError("a slip"), ValueError("a slip")])
+@pytest.mark.parametrize("verbose", [False, True])
+def test_an_error_for_the_user_comes_out_as_it_is(error: Exception, verbose: bool) -> None:
+    """Alone and last in what Python prints. Mistakes of ours keep torch's frames, as everything does if asked for."""
+    torch._dynamo.reset()
+
+    def compile(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        raise error
+
+    trace_with_fewer_breaks(compile, lambda code, reason: None)
+    with torch._dynamo.config.patch(verbose=verbose), pytest.raises(Exception, match="no such|slip") as raised:
+        torch.compile(lambda x: x + 1, backend=compile)(torch.ones(2))
+    printed = "".join(traceback.format_exception(raised.value))
+    as_it_is = isinstance(error, OptionError) and not verbose
+    assert as_it_is == (raised.value is error) == printed.endswith("OptionError: no such option.\n")
+    assert as_it_is == ("in compile\n" not in printed)

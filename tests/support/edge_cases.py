@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from model_cases import Plain, close, compiled, rank, tokens
 
+from sfcompile.errors import StreamFusionError
 from sfcompile.runtime.rank.session import close_session
 
 
@@ -86,7 +87,7 @@ def _child_that_exits(run: Any, x: torch.Tensor) -> None:
 def _refused(call: Callable[[], Any]) -> None:
     try:
         call()
-    except Exception as error:  # Dynamo wraps what a compile raises
+    except StreamFusionError as error:
         if f"was forked from process {os.getppid()}, which is rank {rank()}" in str(error):
             close_session()
             os._exit(0)
