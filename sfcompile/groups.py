@@ -45,12 +45,23 @@ def in_group(asked: Options) -> Options:
 
 
 def world_size(asked: Options) -> int:
-    """How many ranks compute a model: the group, or the whole job as a process group or torchrun says."""
+    """How many ranks compute a model: the group, or the whole job as a process group or torchrun says.
+
+    Raises:
+        OptionError: torchrun's variable is no number.
+    """
     if asked.group is not None:
         return len(asked.group)
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal() or int(said) < 1:
+        raise OptionError(
+            f"WORLD_SIZE={said!r} in the environment",
+            "it is the number of ranks, which torchrun sets",
+            "start the ranks with torchrun or sfcompile run, or unset it",
+        )
+    return int(said)
 
 
 def session_for(asked: Options) -> Session:
@@ -107,7 +118,7 @@ def session_of_refused(options: Mapping[str, Any] | None) -> Session | None:
     Raises:
         StreamFusionError: they could not be reached.
     """
-    asked = _readable(options or {})
+    asked = _readable(options) if isinstance(options, Mapping) else Options()
     if asked is None:
         return sessions()[0] if len(sessions()) == 1 else None
     return session_for(asked) if world_size(asked) > 1 else None

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sfcompile.errors import OptionError
+from sfcompile.options import named_options
 
 
 def model_call(
@@ -47,7 +48,7 @@ def merged(options: Mapping[str, Any] | None, spelled: Mapping[str, Any], defaul
     Raises:
         OptionError: an option is given in both ways.
     """
-    asked = dict(options or {})
+    asked = named_options(options)
     for name, value in spelled.items():
         if name in default and (value is default[name] or value == default[name]):
             continue

@@ -128,7 +128,7 @@ class Options:
         Raises:
             OptionError: an unknown key or a bad value; the message lists what is allowed.
         """
-        asked = dict(options or {})
+        asked = named_options(options)
         for key in asked:
             if key not in _VALIDATORS:
                 raise _unknown_key(key)
@@ -174,6 +174,21 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Field name -> value, in the order of the fields; for comparing ranks and for dumps."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+
+def named_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options as a dict of one's own.
+
+    Raises:
+        OptionError: they are no dict.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(
+            f"options={options!r} is a {type(options).__name__}",
+            "options are named",
+            "write a dict, such as options={'schedule': 'torus'}",
+        )
+    return dict(options or {})
 
 
 def _num_ranks(topology: object) -> int | None:
@@ -241,7 +256,8 @@ def _passes(key: str, value: object) -> tuple[str, ...]:
 
 def _topology(key: str, value: object) -> object:
     allowed = '"auto", "auto:assumed", "NxM" (N machines of M ranks each), "NxM:preset", a .toml file or a Topology'
-    if value in ("auto", ASSUMED) or _num_ranks(value) or (isinstance(value, str) and value.endswith(".toml")):
+    named = isinstance(value, str) and (value in ("auto", ASSUMED) or value.endswith(".toml"))
+    if named or _num_ranks(value):
         return value
     raise _bad_value(key, value, allowed)
 
@@ -251,7 +267,7 @@ def _mesh(key: str, value: object) -> object:
         return None
     if hasattr(value, "mesh_dim_names") or type(value).__name__ == "ProcessGroup":
         return value  # of torch.distributed: groups.py reads it
-    if value == _NOT_A_MEMBER:
+    if isinstance(value, int) and value == _NOT_A_MEMBER:
         raise OptionError(
             f"mesh={value!r}",
             "that is what torch.distributed.new_group returns to ranks outside of the group",

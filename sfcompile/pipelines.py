@@ -21,7 +21,7 @@ from torch import nn
 
 from sfcompile.backend import streamfusion_backend
 from sfcompile.errors import OptionError
-from sfcompile.options import Options
+from sfcompile.options import Options, named_options
 
 log = logging.getLogger("sfcompile")
 Pipeline = TypeVar("Pipeline")
@@ -67,7 +67,7 @@ def compile_pipeline(
                 f"name some of {', '.join(networks) or 'its components (it has no network)'}",
             )
     chosen = {
-        name: dict(options or {}) | dict(asked.get(name) or {})
+        name: named_options(options) | named_options(asked.get(name))
         for name in networks
         if (asked[name] is not None if name in asked else name.startswith(KINDS))
     }

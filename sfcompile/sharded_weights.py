@@ -22,7 +22,7 @@ from sfcompile.device import start
 from sfcompile.errors import OptionError, RankMismatchError, UnsupportedError
 from sfcompile.graph_call import refuse_sharded
 from sfcompile.groups import in_group, session_for, world_size
-from sfcompile.options import Options
+from sfcompile.options import Options, named_options
 from sfcompile.runtime.program.phases import EXCHANGE_START
 from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.weight_rows import WeightRows, count_of, held_in_shares, places_of
@@ -62,7 +62,7 @@ def shard_weights(
         OptionError: weights cannot be sharded on these ranks.
         UnsupportedError: torch has cut them in other ways; on every rank.
     """
-    asked = in_group(Options.from_dict({"weights": "sharded", **(options or {})}))
+    asked = in_group(Options.from_dict({"weights": "sharded", **named_options(options)}))
     if world_size(asked) == 1:
         return model
     session = session_for(asked)

@@ -25,7 +25,7 @@ from sfcompile.device import start
 from sfcompile.errors import PackageError, RankMismatchError, WeightsError
 from sfcompile.graph_call import refuse_sharded
 from sfcompile.groups import in_group, session_for, world_size
-from sfcompile.options import Options
+from sfcompile.options import Options, named_options
 from sfcompile.package.disk import open_regular
 from sfcompile.package.tensors import Entry, find_tensors, map_open
 from sfcompile.runtime.program.weight_rows import LARGE_BYTES, WeightRows, can_be_cut, count_of
@@ -74,7 +74,7 @@ def load_sharded(
     """
     home = home_of(device)
     weights = "sharded-by-machine" if home.type == "cpu" else "sharded"
-    asked = in_group(Options.from_dict({"weights": weights, **(options or {})}))
+    asked = in_group(Options.from_dict({"weights": weights, **named_options(options)}))
     if world_size(asked) == 1:
         with _opened(files) as sources:
             for slot in _matched(model, sources):

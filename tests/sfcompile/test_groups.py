@@ -91,3 +91,12 @@ class _Mesh:
         import torch
 
         self.mesh = torch.tensor(ranks)
+
+
+@pytest.mark.parametrize("said", ["two", "0", "-1"])
+def test_a_launcher_that_says_no_number_of_ranks_is_told_so(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", said)
+    with pytest.raises(OptionError, match=f"WORLD_SIZE='{said}' in the environment.*torchrun"):
+        world_size(Options())
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert world_size(Options()) == 1

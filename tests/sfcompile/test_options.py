@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,10 +74,12 @@ def test_good_values(key: str, given_value: object, want: object) -> None:
         ("mesh", {"ulysses": True}),
         ("mesh", {"ulysses": 2.0}),
         ("mesh", 4),
+        ("mesh", np.ones(2)),
         ("topology", "0x4"),
         ("topology", "dgx-h100"),
         ("topology", "cluster.json"),
         ("topology", 4),
+        ("topology", np.ones(2)),
         ("topology", None),
         ("schedule", "torsu"),
         ("transport", None),
@@ -116,6 +119,12 @@ def test_unknown_key_lists_all_and_guesses_the_nearest() -> None:
     with pytest.raises(OptionError, match="Did you mean 'timeout_s'") as caught:
         Options.from_dict({"timeout": 3})
     assert all(key in str(caught.value) for key in _VALIDATORS)
+
+
+@pytest.mark.parametrize("options", [["mesh"], "torus", 3])
+def test_options_are_named(options: Any) -> None:
+    with pytest.raises(OptionError, match="write a dict, such as"):
+        Options.from_dict(options)
 
 
 def test_mode_is_passed_on_and_is_no_option() -> None:
