@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _nobody_reads(error)
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # a bar that is being drawn, and ^C, stand on this line
+        show_error("Interrupted." + " All ranks were ended." * (args.command in ("run", "demo")))
         return EXIT_INTERRUPTED
 
 

@@ -29,6 +29,8 @@ from sfcompile.errors import StreamFusionError
 from sfcompile.version import TORCH, __version__, torch_range
 
 SHM = Path("/dev/shm")
+SECRET = "SFCOMPILE_SECRET"
+"""Of this variable a report, which is pasted into issues, says no more than how long it is."""
 ROOM_BYTES = 1 << 30
 """Less room than this in /dev/shm is a problem: heaps of a few ranks and the loaders of a training job share it."""
 TIMEOUT_S = 5.0
@@ -312,7 +314,10 @@ def environment() -> list[Finding]:
     area = "environment"
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR")
     ours = sorted(name for name in os.environ if name.startswith(("SFCOMPILE_", "NVSHMEM_", "GLOO_", "NCCL_")))
-    findings = [Finding(area, name, os.environ[name]) for name in (*names, *ours) if name in os.environ]
+    said = {name: os.environ[name] for name in (*names, *ours) if name in os.environ}
+    if SECRET in said:
+        said[SECRET] = f"set, {len(said[SECRET].encode())} bytes"
+    findings = [Finding(area, name, value) for name, value in said.items()]
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return findings
     try:

@@ -55,10 +55,17 @@ def _in_terminal(steps: Iterable[T], text: str, total: int | None, out: TextIO) 
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[each]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
+
+    class Uncovered(Console):
+        """Leaves the cursor where it is seen: who ends a rank by a signal could not bring it back."""
+
+        def show_cursor(self, show: bool = True) -> bool:
+            return False
+
     start = time.monotonic()
     # No thread that draws and nothing redirected: a debugger's prompt in the loop stays readable.
     with Progress(
-        *columns, console=Console(file=out), auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        *columns, console=Uncovered(file=out), auto_refresh=False, redirect_stdout=False, redirect_stderr=False
     ) as bar:
         task = bar.add_task(text, total=total, each="")
         for done, step in enumerate(steps, start=1):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sfcompile.commands import cli
-from sfcompile.commands.cli import EXIT_NO_READER, EXIT_USAGE, main
+from sfcompile.commands.cli import EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_USAGE, main
 from sfcompile.commands.demo import DemoConfig
 
 
@@ -156,6 +156,15 @@ def test_errors_of_ours_come_without_traceback(capsys: pytest.CaptureFixture[str
     error = capsys.readouterr().err
     assert error.startswith("sfcompile: Cannot place 3 ranks on 2 machines.")
     assert "Traceback" not in error
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(config: DemoConfig) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_demo", interrupted)
+    assert main(["demo"]) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "sfcompile: Interrupted. All ranks were ended.\n"
 
 
 def test_run_needs_a_script(capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,8 +189,10 @@ def test_a_host_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setattr(socket, "gethostbyname", unknown)
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("SFCOMPILE_SECRET", "a secret of 26 bytes or so")
     found = by_name(doctor.environment())
     assert found["RANK"].value == "3" and "GLOO_SOCKET_IFNAME" in found["host name"].cure
+    assert found["SFCOMPILE_SECRET"].value == "set, 26 bytes", "reports are pasted into issues"
 
 
 def test_helpers_that_are_missing_say_nothing() -> None:

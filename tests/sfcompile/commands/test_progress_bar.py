@@ -39,6 +39,7 @@ def test_a_terminal_gets_one_line_that_fits(monkeypatch: pytest.MonkeyPatch, wid
         line for line in re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n").splitlines() if line
     ]
     assert all(line.startswith("denoise") and len(line) <= width for line in drawn)
+    assert "\x1b[?25l" not in out.getvalue(), "a cursor that was hidden stays so after a rank is killed"
     assert "3/3" in drawn[-1] and "s each" in drawn[-1] and "0:00:00" in drawn[-1]
     out = Terminal()
     assert list(progress((n for n in range(3)), stream=out)) == [0, 1, 2] and "3/?" in out.getvalue()
