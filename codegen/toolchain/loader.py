@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
+import stat
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,25 @@ from sfcompile.errors import CodegenError
 
 
 def cache_folder() -> Path:
-    """Where generated source is kept: ``SFCOMPILE_CACHE``, else ``~/.cache/sfcompile``."""
-    root = os.environ.get("SFCOMPILE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "sfcompile")
-    return Path(root)
+    """Where files are kept between runs: ``SFCOMPILE_CACHE``, else ``~/.cache/sfcompile``."""
+    root = os.environ.get("SFCOMPILE_CACHE")
+    if root:
+        return Path(os.path.expanduser(root))
+    home = os.path.expanduser("~")
+    return Path(home if os.path.isabs(home) else _temporary_home()) / ".cache" / "sfcompile"
+
+
+@functools.cache
+def _temporary_home() -> str:
+    """A folder in place of the home of a user whom nobody has entered and who has no ``HOME``, as in containers: ``~``
+    would be a folder of that name wherever the program started."""
+    folder = os.path.join(tempfile.gettempdir(), f"home-of-{os.getuid()}")
+    with suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    facts = os.lstat(folder)
+    if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o22:
+        return folder
+    return tempfile.mkdtemp(prefix="home-")  # somebody else has made that one
 
 
 NVSHMEM_KERNELS: set[str] = set()

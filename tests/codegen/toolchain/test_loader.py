@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from sfcompile.codegen.toolchain.loader import cache_folder, link_options, load_source, write_source
+from sfcompile.codegen.toolchain.loader import _temporary_home, cache_folder, link_options, load_source, write_source
 from sfcompile.errors import CodegenError
 
 SOURCE = (
@@ -50,3 +52,22 @@ def test_only_kernels_that_call_nvshmem_are_linked() -> None:
     library = Path("lib.bc")
     assert link_options(library, "peer") == {} == link_options(None, "mixed")
     assert link_options(library, "mixed") == {"extern_libs": {"libnvshmem_device": "lib.bc"}}
+
+
+def test_a_user_without_a_home_keeps_files_among_temporary_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in a folder named ~, nor in one that somebody else may write to."""
+    monkeypatch.delenv("SFCOMPILE_CACHE")
+    monkeypatch.setenv("HOME", "~")  # what expanduser gives where the user is not known
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _temporary_home.cache_clear()
+    assert cache_folder() == tmp_path / f"home-of-{os.getuid()}" / ".cache" / "sfcompile"
+    (tmp_path / f"home-of-{os.getuid()}").chmod(0o777)
+    _temporary_home.cache_clear()
+    assert cache_folder() == cache_folder() and cache_folder().parents[1].name.startswith("home-")
+    assert cache_folder().parents[1].stat().st_mode & 0o77 == 0
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_folder() == Path("/home/me/.cache/sfcompile")
+    monkeypatch.setenv("SFCOMPILE_CACHE", "~/mine")
+    assert cache_folder() == Path("/home/me/mine")
