@@ -7,6 +7,7 @@ what is missing; a mistake inside a pass of ours is an InternalError.
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -101,9 +102,11 @@ def passes_of(order: Sequence[str]) -> list[Pass]:
     names = [OLD_NAMES.get(name, name) for name in order]
     unknown = [name for name in names if name not in known]
     if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        meant = f"Did you mean {close[0]!r}? " if close else ""
         raise OptionError(
             f"pass {unknown[0]!r} is unknown",
-            f"there are {', '.join(known)}",
+            f"{meant}There are {', '.join(known)}",
             "register a pass of your own with sfcompile.extend.register_pass before the model is compiled",
         )
     if "report_graph" not in names and "report_graph" in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import tomllib
@@ -173,9 +174,11 @@ def _unreadable(text: str) -> TopologyError:
 
 def _preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        meant = f"Did you mean {close[0]!r}? " if close else ""
         raise TopologyError(
             f"topology preset {name!r} is unknown",
-            f"presets are {', '.join(PRESETS)}",
+            f"{meant}Presets are {', '.join(PRESETS)}",
             "name one of them, or a .toml file (sfcompile doctor --measure writes one)",
         )
     return dict(PRESETS[name])

@@ -363,6 +363,7 @@ def compare(rank: int, everyone: Sequence[tuple[str, dict[str, str]]]) -> None:
     for other in odd[:4]:
         theirs = everyone[other][1]
         keys = [key for key in dict.fromkeys([*reference, *theirs]) if reference.get(key) != theirs.get(key)]
+        keys = ["outcome"] if "outcome" in keys else keys  # the options of who refused are not those that it was given
         for key in keys[:3]:
             mine, its = reference.get(key, "nothing"), theirs.get(key, "nothing")
             differences.append(f"{key} is {mine} on rank 0 and {its} on rank {other}")

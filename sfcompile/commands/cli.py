@@ -140,7 +140,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "sfcompile run --ranks N [--machines M] [--logs DIR] (script.py | -m module) [args ...]"
+    parser.usage = (
+        "sfcompile run --ranks N [--machines M] [--logs DIR]\n                     (script.py | -m module) [args ...]"
+    )
     parser.description = (
         "Start a program once per rank, as torchrun does but faster: the ranks get torchrun's environment. Rank 0 "
         "writes to this terminal and reads from it, so breakpoint() works there; the others wait for it, up to the "

@@ -106,12 +106,13 @@ def examine() -> list[Finding]:
 def report(findings: Sequence[Finding]) -> str:
     """Findings by area, and at the end the problems with their cures."""
     lines: list[str] = []
+    width = max((len(finding.name) for finding in findings), default=0)
     for area in dict.fromkeys(finding.area for finding in findings):
         lines.append(area)
         for finding in (f for f in findings if f.area == area):
             mark = "!" if finding.is_problem else " "
             first, *more = finding.value.splitlines() or [""]
-            lines += [f" {mark} {finding.name:<16} {first}", *(f"   {'':<16} {line}" for line in more)]
+            lines += [f" {mark} {finding.name:<{width}} {first}", *(f"   {'':<{width}} {line}" for line in more)]
     problems = [finding for finding in findings if finding.is_problem]
     lines.append("")
     if not problems:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sfcompile.commands import screen
 from sfcompile.commands.checks import check_function, check_readable, check_writable
 from sfcompile.commands.own_code import own_code
 from sfcompile.commands.parsing import add_model_name
@@ -155,13 +156,16 @@ def show(path: Path) -> int:
     package = Package(path)
     manifest = package.manifest
     weights = manifest["weights"]
-    print(f"{manifest['model']} for {manifest['ranks']} ranks on machines {manifest['machine_of']}, {manifest['mesh']}")
-    print(f"plan: {manifest['plan']}")
-    print(f"runs: {manifest['inner']}; written by {', '.join(f'{k} {v}' for k, v in manifest['versions'].items())}")
-    print(f"weights: {len(weights['tensors'])} tensors {weights['file'] or 'inside'}")
+    lines = [
+        f"{manifest['model']} for {manifest['ranks']} ranks on machines {manifest['machine_of']}, {manifest['mesh']}",
+        f"plan: {manifest['plan']}",
+        f"runs: {manifest['inner']}; written by {', '.join(f'{k} {v}' for k, v in manifest['versions'].items())}",
+        f"weights: {len(weights['tensors'])} tensors {weights['file'] or 'inside'}",
+    ]
     for i, facts in enumerate(manifest["signature"]["tensors"]):
-        print(f"input {i}: {facts['dtype']}{facts['shape']}")
+        lines.append(f"input {i}: {facts['dtype']}{facts['shape']}")
     for name, entry in manifest["members"].items():
         package.read(name)
-        print(f"  {name:<28}{entry['bytes']:>12} bytes  sha256 {entry['sha256'][:12]}")
+        lines.append(f"  {name:<28}{entry['bytes']:>12} bytes  sha256 {entry['sha256'][:12]}")
+    screen.show("\n".join(lines))
     return 0

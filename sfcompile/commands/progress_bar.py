@@ -34,7 +34,7 @@ def progress(
         yield from steps
         return
     out = sys.stderr if stream is None else stream
-    if out.isatty():
+    if out.isatty() and os.environ.get("TERM") != "dumb":
         yield from _in_terminal(steps, text, total, out)
         return
     start, drawn = time.monotonic(), -1

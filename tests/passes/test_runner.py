@@ -78,7 +78,7 @@ def test_a_failing_pass_leaves_the_dump_up_to_it(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("order", "text"),
     [
-        (("analyse_attention", "analyse_toks"), "pass 'analyse_toks' is unknown"),
+        (("analyse_attention", "analyse_toks"), "pass 'analyse_toks' is unknown. Did you mean 'analyse_tokens'?"),
         (("analyse_attention", "choose_axes"), "pass choose_axes needs tokens.*analyse_tokens makes it"),
         (("analyse_attention",), "pass report_graph needs tokens.*analyse_tokens makes it"),
         (tuple(n for n in NAMES if n != "choose_layouts"), "pass choose_axes needs layouts.*choose_layouts makes it"),

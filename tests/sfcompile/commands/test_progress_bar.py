@@ -57,3 +57,10 @@ def test_a_loop_that_is_left_ends_its_line() -> None:
         if step == 4:
             break
     assert out.getvalue().rstrip("\x1b[?25hl").endswith("\n") and "4/9" in out.getvalue()
+
+
+def test_a_terminal_that_cannot_move_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    out = Terminal()
+    assert list(progress([1, 2], stream=out)) == [1, 2] and "\x1b" not in out.getvalue() and "#" in out.getvalue()
