@@ -51,6 +51,7 @@ def test_an_error_says_who_was_waited_for() -> None:
     with pytest.raises(RuntimeTimeoutError, match="rank 2 has not read epoch 5") as got:
         words.await_bank([0, 2], 7, aside=True)
     assert (got.value.peer, got.value.epoch) == (2, 5) and said[-1] == (SIZE.credit_at(2), 5, 0, -3)
+    assert status._seen[:, 1].tolist() == [0, 2]  # the copy of the side stream: the main one may not have got there
 
 
 def test_a_chunk_of_another_call_is_noted() -> None:
