@@ -1,6 +1,6 @@
 """How long the first image takes: one process under torch.compile, and ranks cold, and ranks that start again.
 
-    python benchmarks/first_image.py [--ranks 4] [--blocks 2 8 57] [--scale 0.0625] [--pieces auto off] [--out FILE]
+    python benchmarks/first_image.py [--ranks 4] [--blocks 2 8 57] [--pieces auto off regions] [--out FILE]
 
 The Flux structure of benchmarks/cluster_models.py (a third of the blocks of two streams, the others parallel) with few
 tokens: what is timed is compiling. A sixteenth of them leaves 256 image and 32 text tokens, which four ranks share
@@ -11,7 +11,8 @@ process, all on the same cores, one after the other, in one run. The limit is on
 cores. A rank's own share is tracing (Dynamo's, once a rank) and our passes. Inductor's part is made once on a machine
 for all ranks whose graphs are equal, and once for each distinct block ("of it": the rank's where it took longest).
 
-``--pieces``: values of the option compile_blocks; "off" hands Inductor a rank's graph whole. Under each row of a table
+``--pieces``: values of the option compile_blocks; "off" hands Inductor a rank's graph whole. With "regions" it is
+sfcompile.compile_repeated_blocks, in the one process too: each kind of block is traced once. Under each row of a table
 stand the CPU seconds of all processes and their compilers together, which a busy machine changes least, and the load.
 """
 
@@ -42,11 +43,16 @@ def worker(blocks: int, scale: float, pieces: str) -> None:
     two_streams = max(1, round(blocks / 3))
     model, inputs = flux(scale, two_streams, parallel=max(1, blocks - two_streams))
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
-    asked = {"timeout_s": 3600.0, "compile_blocks": pieces}
+    asked = {"timeout_s": 3600.0} | ({} if pieces == "regions" else {"compile_blocks": pieces})
     options: dict[str, Any] = {"backend": "streamfusion", "options": asked} if ranks > 1 else {}
     before, began = _cpu_seconds(), time.perf_counter()
+    compiled: Any = torch.compile(model, **options) if pieces != "regions" else None
+    if compiled is None:
+        import sfcompile
+
+        compiled = sfcompile.compile_repeated_blocks(model, options=asked)
     with torch.no_grad():
-        torch.compile(model, **options)(**inputs, return_dict=False)
+        compiled(**inputs, return_dict=False)
     told = {"seconds": time.perf_counter() - began, "cpu": _cpu_seconds() - before}
     told["inductor"] = sum(compilation_time_metrics.get("compile_fx.<locals>.fw_compiler_base", []))
     told |= {kind: counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss", "bypass")}
@@ -80,16 +86,17 @@ def timed(ranks: int, blocks: int, scale: float, cache: Path, pieces: str = "aut
 
 def rows(ranks: int, blocks: int, scale: float, pieces: list[str]) -> list[str]:
     """The lines of a table for a number of blocks."""
-    with tempfile.TemporaryDirectory() as alone:
-        (one,) = timed(1, blocks, scale, Path(alone))
-    lines = []
+    lines, one = [], dict[str, float]()
     for how in pieces:
+        if not one or how == "regions":
+            with tempfile.TemporaryDirectory() as alone:
+                (one,) = timed(1, blocks, scale, Path(alone), how)
         with tempfile.TemporaryDirectory() as shared:
             cold = timed(ranks, blocks, scale, Path(shared), how)
             warm = timed(ranks, blocks, scale, Path(shared), how)
         first, again, inductor = (max(_of(job, key)) for job, key in
                                   ((cold, "seconds"), (warm, "seconds"), (cold, "inductor")))  # fmt: skip
-        cells = f"{blocks:>6}  {how:<6}{one['seconds']:>13.1f}{one['inductor']:>7.1f}{first:>10.1f}{inductor:>7.1f}"
+        cells = f"{blocks:>6}  {how:<7}{one['seconds']:>13.1f}{one['inductor']:>7.1f}{first:>10.1f}{inductor:>7.1f}"
         ratios = f"{first / one['seconds']:>8.2f}x{again:>9.1f}{again / one['seconds']:>8.2f}x"
         compiled, taken = int(sum(_of(cold, "miss"))), int(sum(_of(cold, "hit")))
         lines.append(f"{cells}{ratios}{compiled:>10}{taken:>7}")
@@ -108,7 +115,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 8, 57], help="at least two")
     parser.add_argument("--scale", type=float, default=0.0625, help="of the token count")
-    parser.add_argument("--pieces", nargs="+", choices=("auto", "off"), default=["auto"])
+    parser.add_argument("--pieces", nargs="+", choices=("auto", "off", "regions"), default=["auto"])
     parser.add_argument("--out", type=Path, help="write the table here too")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -116,7 +123,7 @@ def main() -> int:
         worker(args.blocks[0], args.scale, args.pieces[0])
         return 0
     lines = [
-        f"{'blocks':>6}  {'pieces':<6}{'one process s':>13}{'of it':>7}{f'{args.ranks} cold s':>10}{'of it':>7}"
+        f"{'blocks':>6}  {'pieces':<7}{'one process s':>13}{'of it':>7}{f'{args.ranks} cold s':>10}{'of it':>7}"
         f"{'over one':>9}{'again s':>9}{'over one':>9}{'compiled':>10}{'taken':>7}"
     ]
     print(lines[0], flush=True)

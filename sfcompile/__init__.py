@@ -5,9 +5,10 @@ light on purpose: importing it loads neither torch nor any of our rooms; its fun
 
 The files beside this one are the door: backend.py (start there), graph_call.py (what a call does around its graph),
 groups.py (which ranks compute together), shared_inputs.py (rank 0's inputs for all), sharded_weights.py (weights in
-shares), torch_shards.py (those that torch has cut), pipelines.py (all networks of a diffusers pipeline), torch_logs.py
-(TORCH_LOGS), device.py, extend.py and rule_check.py (op rules held against their ops); and the leaves, which every room
-may import: errors.py, one_style.py (arguments), options.py, version.py and torch_private.py. The rooms are the folders.
+shares), torch_shards.py (those that torch has cut), pipelines.py (all networks of a diffusers pipeline),
+repeated_blocks.py (each kind of block once), torch_logs.py (TORCH_LOGS), device.py, extend.py and rule_check.py (op
+rules held against their ops); and the leaves, which every room may import: errors.py, one_style.py (arguments),
+options.py, version.py and torch_private.py. The rooms are the folders.
 
 May import: everything; nothing imports this file.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from sfcompile.pipelines import compile_pipeline as compile_pipeline
     from sfcompile.prediction.explain import explain as explain
     from sfcompile.prediction.predict import simulate as simulate
+    from sfcompile.repeated_blocks import compile_repeated_blocks as compile_repeated_blocks
     from sfcompile.sharded_weights import shard_weights as shard_weights
     from sfcompile.tracing.trace import trace as trace
 
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "backend",
     "compile_pipeline",
+    "compile_repeated_blocks",
     "errors",
     "explain",
     "export",
@@ -64,6 +67,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
 # once imported.
 _LAZY = {
     "compile_pipeline": "sfcompile.pipelines",
+    "compile_repeated_blocks": "sfcompile.repeated_blocks",
     "explain": "sfcompile.prediction.explain",
     "export": "sfcompile.package.export",
     "load": "sfcompile.package.load",

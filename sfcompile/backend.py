@@ -203,8 +203,7 @@ def _compile_rank(
     links = _links(asked, named, session, example_inputs)
     topology = links.topology
 
-    crossing = may_cross(gm, captured, asked) if isinstance(captured, Captured) else ()
-    compiled, mode = _planned(gm, example_inputs, captured, shares, topology, asked, session, plans, crossing, arrivals)
+    compiled, mode = _planned(gm, example_inputs, captured, shares, topology, asked, session, plans, arrivals)
     compiled.report.break_reason, compiled.report.links = break_reason(gm), links.source
     compiled.report.pass_seconds = {"capture": capture_s, **compiled.report.pass_seconds}
     engines, compiled.report.attention = engines_for(compiled.programs, device, session, asked, compiled.masks)
@@ -280,7 +279,6 @@ def _planned(
     asked: Options,
     session: Session,
     plans: KeptPlans | None,
-    crossing: Sequence[int] = (),
     arrivals: Mapping[int, ValueRows] = MappingProxyType({}),
 ) -> tuple[Compiled, FakeTensorMode]:
     """Collective: this rank's graph and the mode of its values, from the disk on every rank, or from the passes on
@@ -288,7 +286,7 @@ def _planned(
     began = time.perf_counter()
     on_gpu = device_of(inputs).type == "cuda" and torch.cuda.get_device_name(device_of(inputs))
     decided_by = repr((values.encode(topology), values.encode(session.topology), session.rank, session.group,
-                       tuple(shares), session.side.no_kernels, on_gpu))  # fmt: skip
+                       tuple(shares), session.side.no_kernels, on_gpu, arrivals, bool(break_reason(gm))))  # fmt: skip
     with artifacts(asked, session.rank) as wish:
         kept = plans.graph(decided_by) if plans is not None and wish.dump is None else None
         had = "" if kept is None else kept.mark
@@ -303,6 +301,8 @@ def _planned(
                 "what decides a capture is more than what it is kept under on disk",
                 f"set {VARIABLE}=off, and report this model",
             )
+
+        crossing = may_cross(gm, whole, asked)
 
         def passes(split_batch: bool) -> Compiled:
             return run_passes(

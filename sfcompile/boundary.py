@@ -1,8 +1,10 @@
 """``options={"boundaries": "shards"}``: what crosses from one compiled graph to the next stays cut over the ranks.
 
 Only what a graph hands on at a break may cross so (:func:`may_cross`): what a model returns is the caller's, who may do
-with it on one rank what the others do not. Which outputs do, the passes decide (passes/rewrite_local.py); which inputs
-are taken as they come, is seen of the graph that reads them (sfcompile/lowering/arrivals.py).
+with it on one rank what the others do not. With "regions" what compiled functions return crosses too: they are parts of
+a model whose own results are made whole (sfcompile/repeated_blocks.py). Which outputs do, the passes decide
+(passes/rewrite_local.py); which inputs are taken as they come, is seen of the graph that reads them
+(sfcompile/lowering/arrivals.py).
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ class Boundary:
         values = list(results)
         for place, cut in self.outputs.items():
             held = Held(self.gather, zlib.crc32(f"{called} {place}".encode()))
-            values[place] = ShardedValue(values[place].contiguous(), cut, rank, held)
+            shard = values[place].reshape(-1).view(values[place].shape)  # contiguous, strides of dims of one entry too
+            values[place] = ShardedValue(shard, cut, rank, held)
         return values
 
     def own_rows(self, results: Sequence[Any], rank: int) -> list[Any]:
@@ -98,11 +101,11 @@ NO_BOUNDARY = Boundary()
 
 
 def may_cross(gm: fx.GraphModule, captured: Captured, asked: Options) -> tuple[int, ...]:
-    """The outputs of a Dynamo graph that may leave in shards: values of its own, if it ends at a break.
+    """The outputs of a Dynamo graph that may leave in shards: values of its own, if it ends at a break or is a region.
 
     Views of inputs are the caller's. Outputs that share memory with one another leave whole.
     """
-    if asked.boundaries == "whole" or not break_reason(gm):
+    if asked.boundaries == "whole" or (asked.boundaries == "shards" and not break_reason(gm)):
         return ()
     (results,) = next(node for node in reversed(captured.gm.graph.nodes) if node.op == "output").args
     assert isinstance(results, (tuple, list))

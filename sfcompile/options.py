@@ -29,7 +29,7 @@ WIRES = ("same", "bf16", "fp8")
 COMPILE_BLOCKS = ("auto", "off")
 INPUTS = ("checked", "trusted", "rank0")
 """Whether ranks compare samples of their inputs and weights, trust each other, or take rank 0's inputs."""
-BOUNDARIES = ("whole", "shards")
+BOUNDARIES = ("whole", "shards", "regions")
 """What a graph that ends at a break hands on: whole values on every rank, or shards that the next graph may take."""
 WEIGHTS = ("whole", "sharded", "sharded-by-machine")
 """Whether every rank holds all weights, all ranks together hold them once, or the ranks of each machine do."""
@@ -92,7 +92,8 @@ class Options:
             "sharded-by-machine" (the ranks of each machine do). On GPUs either, over several machines "sharded" needs
             sfcompile.shard_weights or sfcompile.load_sharded.
         boundaries: "whole" (where a graph ends at a break, its results are whole on every rank) | "shards" (each rank
-            keeps its rows of them; what reads one in Python gathers it, which all ranks have to do together).
+            keeps its rows of them; what reads one in Python gathers it, which all ranks have to do together) |
+            "regions" (so does what functions return that were compiled by themselves: compile_repeated_blocks).
         strict: raise when anything is left replicated.
         verify: so many first calls of every graph are computed whole too, by every rank, and compared.
         timeout_s: longest wait on a peer, in seconds: 0.1 to a week.
@@ -135,9 +136,9 @@ class Options:
         if mode is not None and mode not in MODES:
             raise _bad_value("mode", mode, MODES)
         checked = cls(**{key: _VALIDATORS[key](key, value) for key, value in asked.items()}, mode=mode)
-        if checked.boundaries == "shards" and checked.inputs == "rank0":
+        if checked.boundaries != "whole" and checked.inputs == "rank0":
             raise OptionError(
-                "boundaries='shards' together with inputs='rank0'",
+                f"boundaries={checked.boundaries!r} together with inputs='rank0'",
                 "what crosses between graphs in shards is whole on no rank, so rank 0 cannot send it to the others",
                 "leave one of the two out",
             )

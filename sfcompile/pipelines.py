@@ -108,13 +108,13 @@ def _compile_component(module: nn.Module, options: dict[str, Any], mode: str | N
     )
     others = [name for name in METHODS if callable(getattr(module, name, None))]
     for name in others:
-        setattr(module, name, _under_hook(module, compiled(_as_written(getattr(module, name)))))
+        setattr(module, name, _under_hook(module, compiled(as_written(getattr(module, name)))))
     if not others:
-        owner, name = _innermost_forward(module)
-        setattr(owner, name, compiled(_as_written(getattr(owner, name))))
+        owner, name = innermost_forward(module)
+        setattr(owner, name, compiled(as_written(getattr(owner, name))))
 
 
-def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
+def innermost_forward(module: nn.Module) -> tuple[Any, str]:
     """The object and its attribute that hold a component's own ``forward``, under whatever hooks were installed."""
     if "_old_forward" in module.__dict__:  # accelerate's
         return module, "_old_forward"
@@ -124,7 +124,7 @@ def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
     return module, "forward"
 
 
-def _as_written(method: Any) -> Any:
+def as_written(method: Any) -> Any:
     """A method as its author wrote it: not compiled, and without what diffusers puts around it to call a hook."""
     method = getattr(method, "_sfcompile_as_written", method)
     method = getattr(method, "_torchdynamo_orig_callable", method)
@@ -144,5 +144,5 @@ def _under_hook(module: nn.Module, compiled: Callable[..., Any]) -> Callable[...
             hook.pre_forward(module)
         return compiled(*args, **kwargs)
 
-    method._sfcompile_as_written = _as_written(compiled)  # type: ignore[attr-defined]
+    method._sfcompile_as_written = as_written(compiled)  # type: ignore[attr-defined]
     return method

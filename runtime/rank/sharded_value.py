@@ -10,6 +10,7 @@ written to it, or to a view of it, is what any later reader sees.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -157,8 +158,18 @@ for _name in ("data_ptr", "numpy", "tolist", "storage", "__dlpack__", "share_mem
 
 @not_traced
 def with_wholes(result: Any) -> Any:
-    """A result in which values in shards are whole; the same object if there are none. Collective if there are."""
-    if not any(isinstance(leaf, ShardedValue) for leaf in tree_leaves(result)):
+    """A result in which values in shards are whole; the same object if there are none. Collective if there are.
+
+    In objects of dataclasses that torch does not take for containers they are made whole in place.
+    """
+    leaves = tree_leaves(result)
+    for leaf in leaves:
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                value = getattr(leaf, field.name, None)
+                if (whole := with_wholes(value)) is not value:
+                    object.__setattr__(leaf, field.name, whole)
+    if not any(isinstance(leaf, ShardedValue) for leaf in leaves):
         return result
     return tree_map(lambda leaf: leaf.whole() if isinstance(leaf, ShardedValue) else leaf, result)
 

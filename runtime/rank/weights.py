@@ -18,8 +18,8 @@ _WORDS: dict[int, Any] = {
 """By the bytes of an element, what reads it (of sixteen: the first half)."""
 
 
-_KEPT = 4
-"""Of so many models that share a graph what was read is kept."""
+_KEPT = 256
+"""Of so many models, or blocks of one, that share a graph what was read is kept."""
 
 
 class _Known(NamedTuple):
@@ -48,21 +48,27 @@ class Weights:
     """
 
     def __init__(self) -> None:
-        # Replaced whole: threads may ask at once, each of them gets the mark of what it gave.
-        self._known: tuple[_Known, ...] = ()
+        # By the weights' ids, those asked for last at the end. Each step on it is one of a dict's own: threads may ask
+        # at once, each of them gets the mark of what it gave.
+        self._known: dict[tuple[int, ...], _Known] = {}
 
     def mark(self, tensors: Sequence[torch.Tensor]) -> int:
         """The fingerprint of these weights (calls.fingerprint)."""
-        before = self._known
-        known = next((known for known in before if _are(known.tensors, tensors)), None)
+        key = tuple(map(id, tensors))
+        known = self._known.pop(key, None)
+        if known is not None and not _are(known.tensors, tensors):  # an id may be another tensor's by now
+            known = None
         traces = [_trace(tensor) for tensor in tensors]
         # In this order: where a weight has other memory, what the words point to may be gone.
         if known and traces == known.traces and [word.value for word in known.words] == known.values:
+            self._known[key] = known
             return known.mark
         words = [word for tensor in tensors if tensor.is_cpu for word in _words(tensor)]
         references = [weakref.ref(tensor) for tensor in tensors]
         fresh = _Known(references, traces, words, [word.value for word in words], fingerprint(tensors))
-        self._known = (fresh, *(other for other in before if other is not known))[:_KEPT]
+        self._known[key] = fresh
+        for oldest in list(self._known)[:-_KEPT]:
+            self._known.pop(oldest, None)
         return fresh.mark
 
 

@@ -46,7 +46,6 @@ from sfcompile.options import Options
 from sfcompile.passes.build_schedules import prove
 from sfcompile.passes.runner import Compiled
 from sfcompile.runtime.rank import values
-from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.torch_private import FakeTensorMode, static_mode
 from sfcompile.version import __version__
 
@@ -103,8 +102,6 @@ class KeptPlans:
                 raise NoText(f"{VARIABLE}=off")
             if registered or asked.passes:
                 raise NoText(f"passes or rules from outside take part: {registered or asked.passes}")
-            if asked.boundaries != "whole" or any(isinstance(value, ShardedValue) for value in inputs):
-                raise NoText("values cross between graphs in shards")
             if asked.dump is not None or asked.verify:
                 raise NoText("a dump or a comparison with one process is wanted")
             return KeptPlans(folder, f"{text_of_capture(gm, inputs)}\n{asked.as_dict()}")
@@ -247,6 +244,7 @@ def _written(compiled: Compiled, mark: str) -> str:
             "programs": {name: [number[id(each)] for each in each_of] for name, each_of in compiled.programs.items()},
             "report": values.encode(compiled.report),
             "kernel_attention": compiled.kernel_attention,
+            "crossing": values.encode(dict(compiled.crossing)),
         },
         separators=(",", ":"),
     )
@@ -259,5 +257,6 @@ def _read(text: str) -> KeptGraph:
     prove(programs)
     mode = static_mode()
     gm = graph_from_plain(plain["graph"], mode)
-    report = values.decode(plain["report"])
-    return KeptGraph(Compiled(gm, programs, report, bool(plain["kernel_attention"])), mode, str(plain["mark"]))
+    report, crossing = values.decode(plain["report"]), values.decode(plain["crossing"])
+    compiled = Compiled(gm, programs, report, bool(plain["kernel_attention"]), crossing)
+    return KeptGraph(compiled, mode, str(plain["mark"]))

@@ -226,9 +226,9 @@ def asked_of(options: Mapping[str, Any] | None, spelled: Mapping[str, Any]) -> t
             "the plan is priced for attention that computes chunk by chunk, not for kernels that hold the waits",
             "leave attention out; sfcompile kernels shows what would be generated",
         )
-    if asked.boundaries == "shards":
+    if asked.boundaries != "whole":
         raise OptionError(
-            "boundaries='shards' cannot be predicted",
+            f"boundaries={asked.boundaries!r} cannot be predicted",
             "which values cross between graphs in shards is seen when the graphs run; here all of them are gathered",
             "leave boundaries out for the plan with whole values; the report of a compile says what crosses",
         )

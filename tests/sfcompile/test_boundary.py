@@ -56,9 +56,17 @@ def test_gpu_ranks_gather_what_is_read(monkeypatch: pytest.MonkeyPatch, stores: 
         assert on_fake_gpus(monkeypatch, (0, 0), work, seed, policy, stores=stores) == 0.0
 
 
+def test_shards_are_alike_for_dynamo_whatever_they_are_views_of() -> None:
+    """Of one sample the stride between samples says nothing, and a guard on it would compile the next graph twice."""
+    cut = ValueRows((1, 6, 3), 1, (((0, 4),), ((4, 2),)))
+    left = Boundary(outputs={0: cut}, gather=lambda value: value.shard)
+    (value,) = left.leave([torch.zeros(1, 9, 3)[:, 2:6]], 0, "call")
+    assert value.shard.stride() == (12, 3, 1) and value.stride() == (18, 3, 1)
+
+
 def test_the_option_is_checked() -> None:
     assert Options.from_dict({}).boundaries == "whole"
-    with pytest.raises(OptionError, match="'whole', 'shards'"):
+    with pytest.raises(OptionError, match="'whole', 'shards', 'regions'"):
         Options.from_dict({"boundaries": "half"})
     with pytest.raises(OptionError, match="together with inputs='rank0'"):
         Options.from_dict({"boundaries": "shards", "inputs": "rank0"})

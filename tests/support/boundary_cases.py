@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -9,16 +12,18 @@ from model_cases import close, compiled, rank, tokens
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+import sfcompile
 from sfcompile.backend import reports
 from sfcompile.errors import RankMismatchError
+from sfcompile.lowering import kept_plans
 from sfcompile.passes.report.report import GraphReport
 
 
-def run(rank: int, case: str) -> None:
+def run(rank: int, case: str, *arguments: str) -> None:
     """One case on one rank."""
     torch._dynamo.reset()
     with torch.no_grad():
-        globals()[f"case_{case}"]()
+        globals()[f"case_{case}"](*arguments)
 
 
 class Broken(nn.Module):
@@ -193,3 +198,90 @@ def case_written_through_a_view() -> None:
         model, call = Parts(), compiled(Parts(), placement="shard", boundaries="shards")
         for _ in range(2):
             close(call(tokens(), part), model(tokens(), part))
+
+
+class Block(nn.Module):
+    """One of several that are alike, as a model's loop calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1))
+        return x + scale * self.out(sdpa(q, k, v).transpose(1, 2).flatten(2)), scale * 0.5
+
+
+@dataclasses.dataclass
+class Result:
+    """What torch does not know to hold tensors."""
+
+    x: torch.Tensor
+    several: tuple[torch.Tensor, ...]
+
+
+class Deep(nn.Module):
+    """A model of five blocks, which hands out what each of them returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.last = nn.ModuleList([Block() for _ in range(5)]), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> Result:
+        scale, several = x.mean((1, 2), keepdim=True) + 1.0, []
+        for block in self.blocks:
+            x, scale = block(x, scale)
+            several.append(x)
+        return Result(self.last(x), tuple(several))
+
+
+def case_regions() -> None:
+    """Each kind of block is one program, two where the first one's tokens come whole; nothing is gathered between."""
+    model, before = Deep(), len(reports())
+    eager = copy.deepcopy(model)
+    options = {"placement": "shard", "inner": "eager", "timeout_s": 30.0}
+    assert sfcompile.compile_repeated_blocks(model, options=options) is model
+    for factor in (1.0, 0.5):
+        x = tokens() * factor
+        got, want = model(x), eager(x)
+        assert {type(value) for value in (got.x, *got.several)} == {torch.Tensor}
+        for mine, whole in zip((got.x, *got.several), (want.x, *want.several), strict=True):
+            close(mine, whole)
+    plans = reports()[before:]
+    assert [plan.boundary for plan in plans] == [
+        "0 inputs in shards; 1 output in shards", "1 input in shards; 1 output in shards",
+    ], [plan.boundary for plan in plans]  # fmt: skip
+    assert not any(plan.gathered for plan in plans) and all(plan.sharded_sites == 1 for plan in plans)
+    # What a hook reads is whole, and a block that is changed on all ranks is what it is now.
+    seen: list[float] = []
+    handle = model.blocks[2].register_forward_hook(lambda block, args, result: seen.append(float(result[0].sum())))
+    for blocks in (model.blocks, eager.blocks):
+        blocks[3].out.weight.mul_(2.0)
+    got, want = model(tokens()), eager(tokens())
+    handle.remove()
+    close(got.x, want.x)
+    assert abs(seen[0] - float(want.several[2].sum())) < 1e-3
+    # A block whose weights differ on one rank is an error, whichever it is.
+    model.blocks[4].qkv.weight.mul_(1.0 + rank())
+    try:
+        model(tokens())
+        raise AssertionError("other weights on one rank were not told")
+    except RankMismatchError:
+        pass
+
+
+def case_regions_started_again(cache: str) -> None:
+    """A second start finds the plans of regions on disk: those that take shards, and those that give them."""
+    os.environ["SFCOMPILE_CACHE"], os.environ[kept_plans.VARIABLE], counts = cache, "on", []
+    options = {"placement": "shard", "inner": "eager", "timeout_s": 30.0, "topology": "auto:assumed"}
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = Deep()
+        want = copy.deepcopy(model)(tokens())
+        before = len(reports())
+        sfcompile.compile_repeated_blocks(model, options=options)
+        close(model(tokens()).x, want.x)
+        counts.append([sorted(plan.pass_seconds) for plan in reports()[before:]])
+    assert all("read from disk" in seconds for seconds in counts[1]), counts
+    assert not any("read from disk" in seconds for seconds in counts[0]), counts

@@ -60,6 +60,7 @@ def test_values_are_read_only_when_they_may_have_changed(monkeypatch: pytest.Mon
         return 5
 
     monkeypatch.setattr(module, "fingerprint", counting)
+    monkeypatch.setattr(module, "_KEPT", 4)
     with torch.inference_mode():
         made_inside = torch.ones(3)
     weights, tensors = Weights(), [torch.ones(3), made_inside]
@@ -70,10 +71,13 @@ def test_values_are_read_only_when_they_may_have_changed(monkeypatch: pytest.Mon
         weights.mark(second)
         weights.mark(tensors)
     assert len(reads) == 2
-    for _ in range(5):
-        weights.mark([torch.ones(3)])
+    others = [[torch.ones(3)] for _ in range(5)]
+    for other in others:
+        weights.mark(other)
+    weights.mark(others[-1])
+    assert len(reads) == 7
     weights.mark(tensors)
-    assert len(reads) == 8
+    assert len(reads) == 8, "of the four asked for last it is kept"
 
 
 def test_a_change_that_the_two_elements_miss_is_counted_by_torch_all_the_same() -> None:
