@@ -52,6 +52,8 @@ def test_chunks_arrive_before_their_signal_in_the_bank_of_their_epoch() -> None:
         wires.put(0, 1, 64, x.t() * epoch, epoch)  # a view that has to be packed
         wires.wait(0, 1, epoch)
         assert torch.equal(heap.chunk(epoch % 2, 64, (4, 3), torch.float32), x.t() * epoch)
+        packed = heap.chunk(epoch % 2, 256 + 64, (4, 3), torch.float32)  # beside where chunks of others arrive
+        assert torch.equal(packed, x.t() * epoch)
         wires.finish(epoch)
 
 
