@@ -90,6 +90,7 @@ __all__ = [
     "no_torch_function",
     "not_traced",
     "other_memory",
+    "outside_autocast",
     "pad",
     "pad_sequence",
     "profiler_runs",
@@ -181,6 +182,26 @@ def has_autocast_kernel(op: OpOverload, device: str) -> bool:
     schema = op._schema
     name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device.upper()}"))
+
+
+def outside_autocast(device: str, op: OpOverload | None = None) -> bool:
+    """Whether somebody gave an op a kernel of their own for autocast on a type of device; without ``op``, whether one
+    of torch's operators has such a kernel."""
+    keys = (f"/Autocast{device.upper()}", "/Autocast")
+    ours = [name.rpartition("/")[0] for name in torch.library._impls if name.endswith(keys)]
+    if op is None:
+        return any(name.startswith("aten/") for name in ours)
+    if op.namespace not in ("aten", "prims"):
+        return has_autocast_kernel(op, device) or op._name.replace("::", "/") in ours
+    return op._name.replace("::", "/") in ours
+
+
+def calls_no_other(op: OpOverload) -> bool:
+    """Whether no kernel of an operator of torch calls others: what computes element by element, and views."""
+    name = op._name.removesuffix(".default")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd"):
+        return False
+    return op.is_view or torch.Tag.pointwise in op.tags
 
 
 def registered_for_autocast(device: str) -> list[str]:

@@ -95,11 +95,11 @@ def write_source(source: str, path: Path) -> Path:
         CodegenError: no room, no permission.
     """
     try:
-        if path.is_file() and path.read_text(encoding="utf-8") == source:
+        if path.is_file() and path.read_bytes() == source.encode():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(source, encoding="utf-8")
+        temporary.write_bytes(source.encode())
         os.replace(temporary, path)
     except OSError as error:
         raise CodegenError(

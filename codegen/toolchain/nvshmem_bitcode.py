@@ -138,19 +138,20 @@ def slim_library(arch: int, symbols: Sequence[str] | None = None) -> Path:
     made_of = f"{_digest(library)}|{triton.__version__}|{arch}|{sorted(symbols)}|inlined"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     folder = cache_folder() / "bitcode"
-    for old in (folder / f"nvshmem_{key}.bc", folder / f"nvshmem_{key}.ll"):
-        if old.is_file():
+    for old in sorted(folder.glob(f"nvshmem_{key}-*[cl]")):
+        if _is_whole(old):
             return old
     text = _cut(library, symbols, arch)
     from triton._C.libtriton import llvm
 
     # Triton 3.9 writes bitcode; before it only text, which it reads as well.
     binary = getattr(llvm, "to_bitcode", None)
-    path = folder / f"nvshmem_{key}.{'bc' if binary else 'll'}"
+    content = binary(text) if binary else text.encode()
+    path = folder / f"nvshmem_{key}-{_mark(content)}.{'bc' if binary else 'll'}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(binary(text) if binary else text.encode())
+        temporary.write_bytes(content)
         os.replace(temporary, path)  # ranks may race: each sees a whole file
     except OSError as error:
         raise CodegenError(
@@ -159,6 +160,18 @@ def slim_library(arch: int, symbols: Sequence[str] | None = None) -> Path:
             "free some space or set SFCOMPILE_CACHE to a folder with room",
         ) from error
     return path
+
+
+def _mark(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is what its name says: a damaged one would end the process inside LLVM."""
+    try:
+        return path.stem.endswith(f"-{_mark(path.read_bytes())}")
+    except OSError:
+        return False
 
 
 def _cut(library: Path, symbols: Sequence[str], arch: int) -> str:

@@ -6,13 +6,16 @@ looked up in a list: the call is made once on fake values with autocast on, and 
 
 Autocast may know nothing of an op and yet change what is computed inside it: an ``einsum`` calls ``bmm``, an op of the
 user's own may call anything. Where casts of the operands make the same calls inside, those are written; else the call
-becomes an opaque one, which runs under the state of its region.
+becomes an opaque one, which runs under the state of its region. So does one whose autocast kernel is not torch's and
+does more than to cast: registered for one of torch's operators, or for an op of the user's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,10 +31,12 @@ from sfcompile.torch_private import (
     TorchDispatchMode,
     autocast_as,
     autocast_off,
+    calls_no_other,
     enter_autocast,
     exit_autocast,
     has_autocast_kernel,
     is_composite,
+    outside_autocast,
     tree_leaves,
     tree_map,
 )
@@ -102,14 +107,20 @@ def _bake_call(graph: fx.Graph, node: fx.Node, mode: FakeTensorMode, state: Auto
         hide_call(graph, node, state)  # an op of the user's that writes to its operands, made functional
         return
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    if any(has_autocast_kernel(node.target, device) for device in state):
+    if any(outside_autocast(device, node.target) for device in state):
+        dtypes = _casts_of(node.target, args, kwargs, mode, state)
+        if _only_casts(node.target, args, kwargs, mode, state, dtypes):
+            _write_casts(graph, node, mode, dtypes, casts)
+        else:
+            hide_call(graph, node, state)
+    elif any(has_autocast_kernel(node.target, device) for device in state):
         _write_casts(graph, node, mode, _casts_of(node.target, args, kwargs, mode, state), casts)
     elif node.target.namespace not in _OWN and not _is_transparent(node.target, args, kwargs, mode, state):
-        dtypes = _casts_to_lower(node.target, args, kwargs, mode, state)
-        if dtypes is None:
+        lower = _casts_to_lower(node.target, args, kwargs, mode, state)
+        if lower is None:
             hide_call(graph, node, state)
         else:
-            _write_casts(graph, node, mode, dtypes, casts)
+            _write_casts(graph, node, mode, lower, casts)
 
 
 _CASTS_INSIDE = (torch.ops.aten._trilinear.default, torch.ops.aten.linalg_pinv.atol_rtol_tensor)
@@ -208,17 +219,44 @@ def _casts_of(
 
 
 class _Calls(TorchDispatchMode):
-    """Notes the calls that an op makes, and what each returns."""
+    """Notes the calls that an op makes, what each returns, and which values each is given.
 
-    def __init__(self) -> None:
+    Args:
+        operands: of the op, in an order.
+        dtypes: by ``id`` of an operand, a dtype: cast to it, it counts as the operand, and the cast as no call.
+    """
+
+    def __init__(
+        self, operands: Sequence[torch.Tensor], dtypes: Mapping[int, torch.dtype] = MappingProxyType({})
+    ) -> None:
         super().__init__()
+        self._dtypes = dtypes
+        self._names = {id(x): f"{'before ' if id(x) in dtypes else ''}{i}" for i, x in enumerate(operands)}
+        self._held = list(operands)  # so that no other tensor gets an id
         self.calls: list[tuple[OpOverload, Any]] = []
+        self.words: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.namespace != "prim":
-            self.calls.append((func, _facts(out)))
+        if func.namespace == "prim":
+            return out
+        if func is torch.ops.aten._to_copy.default and self._dtypes.get(id(args[0])) == (kwargs or {}).get("dtype", ""):
+            self._name([out], self._names[id(args[0])].removeprefix("before "))
+            return out
+        self.calls.append((func, _facts(out)))
+        self.words.append(f"{func} {self.named((args, kwargs or {}))}")
+        self._name(tree_leaves(out), f"result {len(self.words)}")
         return out
+
+    def _name(self, values: Sequence[Any], name: str) -> None:
+        for i, value in enumerate(values):
+            if isinstance(value, torch.Tensor) and id(value) not in self._names:
+                self._names[id(value)] = f"{name}.{i}" if len(values) > 1 else name
+                self._held.append(value)
+
+    def named(self, values: Any) -> str:
+        """Some values, of which tensors are called by what they are."""
+        return repr(tree_map(lambda x: self._names.get(id(x), "new") if isinstance(x, torch.Tensor) else x, values))
 
     @property
     def casts_unseen(self) -> bool:
@@ -232,11 +270,35 @@ class _Calls(TorchDispatchMode):
         return [(f, [t for t, _ in facts]) for f, facts in self.calls if not f.is_view and f not in moves]
 
 
-def _calls_inside(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState) -> _Calls:
-    calls = _Calls()
+def _calls_inside(
+    target: Any,
+    args: Any,
+    kwargs: Any,
+    mode: FakeTensorMode,
+    state: AutocastState,
+    dtypes: Mapping[int, torch.dtype] = MappingProxyType({}),
+) -> _Calls:
+    calls = _Calls([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)], dtypes)
     with torch.no_grad(), autocast_as(state), mode, calls:
-        target(*args, **kwargs)
+        out = target(*args, **kwargs)
+    calls.words.append(calls.named(out))
     return calls
+
+
+def _only_casts(
+    target: OpOverload,
+    args: Any,
+    kwargs: Any,
+    mode: FakeTensorMode,
+    state: AutocastState,
+    dtypes: Mapping[int, torch.dtype],
+) -> bool:
+    """Whether a kernel does no more than to cast operands and to make the call: with the casts written, and autocast
+    off, the same calls are made of the same values."""
+    want = _calls_inside(target, args, kwargs, mode, state, dtypes)
+    with mode:
+        low = tree_map(lambda leaf: leaf.to(dtypes[id(leaf)]) if id(leaf) in dtypes else leaf, (args, kwargs))
+    return _calls_inside(target, *low, mode, {}).words == want.words
 
 
 def _is_transparent(target: OpOverload, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState) -> bool:
@@ -244,9 +306,9 @@ def _is_transparent(target: OpOverload, args: Any, kwargs: Any, mode: FakeTensor
     if target.namespace not in ("aten", "prims") or target in _CASTS_INSIDE:
         return False
     if not is_composite(target):
-        return True
+        return calls_no_other(target) or not any(map(outside_autocast, state))
     inside = _calls_inside(target, args, kwargs, mode, state)
-    return inside.calls == _calls_inside(target, args, kwargs, mode, {}).calls and not inside.casts_unseen
+    return inside.words == _calls_inside(target, args, kwargs, mode, {}).words and not inside.casts_unseen
 
 
 def _casts_to_lower(
@@ -254,7 +316,7 @@ def _casts_to_lower(
 ) -> dict[int, torch.dtype] | None:
     """As :func:`_casts_of`, for an op that autocast does not know: casts after which the op makes the same calls with
     autocast off; None: casts of its operands cannot say it."""
-    if target.namespace not in ("aten", "prims") or target in _CASTS_INSIDE:
+    if target.namespace not in ("aten", "prims") or target in _CASTS_INSIDE or any(map(outside_autocast, state)):
         return None
     dtypes = {
         id(leaf): state[leaf.device.type][1]

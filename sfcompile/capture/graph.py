@@ -29,7 +29,7 @@ from sfcompile.capture.refused import (
     refuse_other_memory,
     refuse_wrapped_outputs,
 )
-from sfcompile.capture.runtime_numbers import Number, NumberNeeded, call, needed, numbers_in
+from sfcompile.capture.runtime_numbers import PICKS, Copied, Number, NumberNeeded, call, name_of, needed, numbers_in
 from sfcompile.capture.wrappers import PutTogether, op_of_wrapper
 from sfcompile.errors import TrainingGraphError, UnsupportedError
 from sfcompile.runtime.rank.calls import fingerprint
@@ -196,6 +196,7 @@ class _Replay(fx.Interpreter):
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._known = {placeholders[i]: value for i, value in known.items() if i not in running}
         self._running = {placeholders[i]: i for i in running}
+        self.copied = Copied()
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_method" and n.target == "item" and isinstance(source := n.args[0], fx.Node):
@@ -211,8 +212,11 @@ class _Replay(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if n.op == "output" and numbers_in(args):
                 raise needed(args)
-            if numbers_in(args, kwargs):
-                return call(n.op, n.target, args, kwargs)
+            if among := numbers_in(args, kwargs):
+                result = call(n.op, n.target, args, kwargs)
+                if name_of(n.op, n.target) in PICKS:
+                    self.copied.note(args[0], result, among)
+                return result
         if self._wrapped and n.op in ("call_function", "call_method") and not isinstance(n.target, PutTogether):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if (op := op_of_wrapper(n.target, args, kwargs)) is not None:
@@ -281,11 +285,13 @@ def _capture(gm: fx.GraphModule, inputs: Sequence[Any], running: tuple[int, ...]
         for i, arg in zip(tensors, args, strict=True):
             full[i] = arg
         try:
-            out = _Replay(gm, known, running, regions).run(*full)
+            replay = _Replay(gm, known, running, regions)
+            out = replay.run(*full)
         finally:
             regions.close()
         written[:] = [i for i, arg in zip(tensors, args, strict=True) if has_data_mutation(arg)]
         outputs = out if isinstance(out, (tuple, list)) else (out,)
+        replay.copied.check(outputs)
         refuse_wrapped_outputs(gm, outputs)
         views[:] = aliases(outputs, full)
         shared[:] = shared_outputs(outputs, [view.output for view in views])

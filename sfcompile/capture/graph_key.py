@@ -26,6 +26,7 @@ from sfcompile.torch_private import (
     autocast_state,
     is_plain,
     kernels_of_aten,
+    outside_autocast,
 )
 
 MOST_BYTES = 1 << 28
@@ -45,6 +46,8 @@ def text_of_capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
     Raises:
         NoText: it has none.
     """
+    if any(map(outside_autocast, ("cpu", "cuda"))):
+        raise NoText("operators have kernels for autocast from outside of torch")
     place: dict[fx.Node, int] = {}
     lines = [repr(_state()), repr(sorted(numbers(gm, inputs).items())), repr(changing_numbers(gm, inputs))]
     lines += [_input(value) for value in inputs]

@@ -3,8 +3,8 @@
 Dynamo hands a float that changed as a 0-dim tensor that the graph reads with ``item()``, an int as a symbolic number.
 While a graph is replayed for capture, such a number stands for a 0-dim tensor (float64 or int64, as Python computes),
 and what Python or PyTorch would do with the number is done with the tensor, to the same bits and of the type that a
-Python scalar would give. So one program serves every value. What a number cannot do so (a size, an index, the threshold
-of a clamp) raises :class:`NumberNeeded`, and the number is then part of the program, as all of them were.
+Python scalar would give. So one program serves every value. What a number cannot do so (a size, the bounds of a slice,
+the threshold of a clamp) raises :class:`NumberNeeded`, and the number is then part of the program, as all of them were.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sfcompile.torch_private import is_refs_tensor, tree_leaves
+from sfcompile.torch_private import FunctionalTensor, has_data_mutation, is_refs_tensor, same_storage, tree_leaves
 
 
 class NumberNeeded(Exception):
@@ -74,6 +74,15 @@ def needed(*values: Any) -> NumberNeeded:
     return NumberNeeded(_sources(*values))
 
 
+PICKS = ("getitem", "select")
+"""What picks out of a tensor (:class:`Copied`)."""
+
+
+def name_of(op: str, target: Any) -> Any:
+    """What an op of a Dynamo graph is called here; "": nothing."""
+    return target if op == "call_method" else "tensor" if is_refs_tensor(target) else _NAMES.get(target, "")
+
+
 def call(op: str, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What an op of a Dynamo graph gives, where numbers are among its arguments.
 
@@ -83,8 +92,7 @@ def call(op: str, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> A
     Raises:
         NumberNeeded: it can only be computed with the value of a number.
     """
-    name = target if op == "call_method" else "tensor" if is_refs_tensor(target) else _NAMES.get(target, "")
-    rule = _RULES.get(name) if op in ("call_method", "call_function") else None
+    rule = _RULES.get(name_of(op, target)) if op in ("call_method", "call_function") else None
     if rule is None:
         raise needed(args, kwargs)
     try:
@@ -254,6 +262,58 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
     )
 
 
+# ------------------------------------------------------------------ places in tensors
+
+
+def _where_at(a: torch.Tensor, dim: int, place: Number) -> torch.Tensor:
+    """A place along a dim as a row of one, counted from the front."""
+    index = place.tensor.to(a.device)
+    return torch.where(index < 0, index + a.shape[dim], index)[None]
+
+
+def _is_known(a: Any) -> bool:
+    """Whether it shows if a tensor is written to during the replay, or cannot be: a constant."""
+    return isinstance(a, FunctionalTensor) or type(a) is torch.Tensor
+
+
+def _select(a: Any, dim: Any, index: Any) -> Any:
+    if not _is_known(a) or not isinstance(index, Number) or not index.is_int or type(dim) is not int:
+        return NotImplemented
+    return a.index_select(dim, _where_at(a, dim, index)).squeeze(dim)
+
+
+def _entry(a: Any, index: Any) -> Any:
+    """``a[index]``; a number among several makes Dynamo a graph for each of its values."""
+    return _select(a, 0, index)
+
+
+class Copied:
+    """Values that numbers pick out of tensors: they are copies, where PyTorch has views.
+
+    So none of them may be written to, nor what they were picked from, nor may one leave the graph.
+    """
+
+    def __init__(self) -> None:
+        self._picked: list[tuple[torch.Tensor, torch.Tensor, frozenset[int]]] = []
+
+    def note(self, base: Any, result: Any, numbers: Sequence[Number]) -> None:
+        """Some numbers picked a result out of a tensor."""
+        if isinstance(base, torch.Tensor) and isinstance(result, torch.Tensor):
+            self._picked.append((base, result, _sources(numbers)))
+
+    def check(self, outputs: Sequence[Any]) -> None:
+        """Look at all of them when the graph has been replayed.
+
+        Raises:
+            NumberNeeded: with its value known, a view can be made.
+        """
+        leaving = [value for value in tree_leaves(outputs) if isinstance(value, torch.Tensor)]
+        for base, picked, sources in self._picked:
+            written = any(has_data_mutation(x) for x in (base, picked) if isinstance(x, FunctionalTensor))
+            if written or any(same_storage(picked, x) for x in leaving):
+                raise NumberNeeded(sources)
+
+
 _ADD, _SUB, _MUL = _binary(operator.add), _binary(operator.sub), _binary(operator.mul)
 _DIV = _binary(operator.truediv, division=True)
 _RULES: dict[str, Callable[..., Any]] = {
@@ -277,6 +337,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "torch.where": _where,  # the method has its operands in another order
     "floordiv": _whole(functools.partial(torch.div, rounding_mode="floor")),
     "mod": _whole(torch.remainder),
+    "getitem": _entry,
+    "select": _select,
     **{name: _comparison(getattr(operator, name)) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
 }
 _RULES |= {
@@ -302,6 +364,8 @@ _NAMES: dict[Any, str] = {
     operator.neg: "neg",
     operator.floordiv: "floordiv",
     operator.mod: "mod",
+    operator.getitem: "getitem",
+    torch.select: "select",
     **{getattr(place, name): name for place in (operator, torch) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
     torch.where: "torch.where",
     torch.add: "add",

@@ -43,6 +43,8 @@ def test_writing_again_changes_nothing_and_a_full_disk_is_an_error(tmp_path: Pat
     before = path.stat().st_mtime_ns
     assert write_source("x = 1\n", path).stat().st_mtime_ns == before
     assert write_source("x = 2\n", path).read_text() == "x = 2\n"
+    path.write_bytes(b"\xff\x00")  # damaged: no text at all
+    assert write_source("x = 2\n", path).read_text() == "x = 2\n"
     (tmp_path / "file").write_text("")
     with pytest.raises(CodegenError, match="SFCOMPILE_CACHE"):
         write_source("x = 1\n", tmp_path / "file" / "b.py")

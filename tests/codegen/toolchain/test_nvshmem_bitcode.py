@@ -34,6 +34,9 @@ def test_the_cut_library_is_small_whole_and_made_once(tmp_path: Path, monkeypatc
     assert all(symbol.encode() in names for symbol, _, _ in SYMBOLS.values())
     before = path.stat().st_mtime_ns
     assert slim_library(90) == path and path.stat().st_mtime_ns == before
+    for damage in (names[:-100], bytes(len(names)), b""):
+        path.write_bytes(damage)
+        assert slim_library(90).read_bytes() == names
     with pytest.raises(CodegenError, match="lacks nvshmem_no_such_function"):
         slim_library(90, ["nvshmem_no_such_function"])
 

@@ -20,6 +20,7 @@ from sfcompile.torch_private import (
     autocast_state,
     enter_autocast,
     exit_autocast,
+    outside_autocast,
     registered_for_autocast,
 )
 
@@ -189,6 +190,53 @@ def test_an_op_that_returns_another_dtype_than_it_says_is_refused() -> None:
 
     with pytest.raises(UnsupportedError, match="returned .*bfloat16.* captured as returning .*float32"):
         captured(model, torch.randn(4, 4), torch.randn(4, 4))
+
+
+def _brighter(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.mul(x, y) + 100
+
+
+def _of_one(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.mul(y, y)
+
+
+def _casting(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.mul(x.to(LOW), y.to(LOW) if isinstance(y, torch.Tensor) else y)
+
+
+OF_MUL: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "a product": lambda x, w: x * w,
+    "by a number": lambda x, w: x * 3 - w,
+    "inside a call": lambda x, w: F.rms_norm(x, (12,), w[0]) + torch.addcmul(x, x, w),
+    "beside torch's own kernels": lambda x, w: (x @ w) * w + F.softmax(x * w, -1),
+}
+
+
+@pytest.mark.parametrize("name", OF_MUL)
+@pytest.mark.parametrize("kernel", [_brighter, _of_one, _casting])
+@torch.no_grad()
+def test_a_kernel_from_outside_for_one_of_torchs_operators(name: str, kernel: Callable[..., torch.Tensor]) -> None:
+    """Autocast calls it instead of the operator: casts say what it does only if it does nothing else."""
+
+    def called(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return kernel(x, y)
+
+    def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", LOW):
+            return OF_MUL[name](x, w)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mul.Tensor", called, "AutocastCPU")
+    try:
+        assert outside_autocast("cpu") and outside_autocast("cpu", torch.ops.aten.mul.Tensor)
+        graph = captured(model, torch.randn(12, 12), torch.randn(12, 12)).gm.graph
+        targets = [node.target for node in graph.nodes]
+        if name == "a product":
+            assert (torch.ops.streamfusion.opaque.default in targets) == (kernel is not _casting)
+    finally:
+        library._destroy()
+    assert not outside_autocast("cpu")
 
 
 @pytest.mark.parametrize("region", REGIONS)

@@ -119,3 +119,41 @@ def test_lengths_are_no_numbers_though_they_are_inputs_too() -> None:
     run(torch.randn(5, 3), torch.randn(7, 9).t(), 11)
     (graph,) = seen
     assert len(graph.numbers) == 1
+
+
+TABLE = torch.arange(24.0).view(8, 3) / 7
+PICKS: dict[str, Step] = {
+    "an entry": lambda x, i: x * TABLE[i],
+    "its neighbour's distance": lambda x, i: x * (TABLE[i] - TABLE[i - 1]),
+    "from the end": lambda x, i: x * TABLE[-i],
+    "along another dim": lambda x, i: x * TABLE.t().select(1, i) + TABLE.t().select(dim=-1, index=i),
+    "of an input": lambda x, i: x + x[i % 4],
+    "select": lambda x, i: x * TABLE.select(0, i) + torch.select(TABLE, 0, i),
+    "of half precision": lambda x, i: x * TABLE.bfloat16()[i],
+}
+# A view is made, which the graph hands out or writes through: the place is part of the program.
+VIEWS: dict[str, Step] = {
+    "handed out": lambda x, i: x[i],
+    "a view of it handed out": lambda x, i: x[i][None, :2],
+    "written to": lambda x, i: (y := x * 1, y[i].mul_(2), y)[-1],
+    "its tensor is written to": lambda x, i: (y := x * 1, row := y[i], y.add_(1), y * row)[-1],
+    "set": lambda x, i: (y := x * 1, y.__setitem__(i, 0.5), y)[-1],
+    "a slice": lambda x, i: x + TABLE[i : i + 1],
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_a_place_in_a_table_stays_an_input(name: str) -> None:
+    places = [2, 3, 7, 5, 4]
+    seen, results, x = graphs_of(PICKS[name], places)
+    for place, got in zip(places, results, strict=True):
+        torch.testing.assert_close(got, PICKS[name](x, place), rtol=0, atol=0)
+    assert len(seen) == 2 and all(graph.numbers for graph in seen[1:])
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_place_of_which_a_view_is_wanted_is_part_of_the_graph(name: str) -> None:
+    seen, results, x = graphs_of(VIEWS[name], [2, 3])
+    assert all(graph.numbers == () for graph in seen)
+    for place, got in zip([2, 3], results, strict=True):
+        torch.testing.assert_close(got, VIEWS[name](x, place), rtol=0, atol=0)
