@@ -93,7 +93,9 @@ __all__ = [
     "outside_autocast",
     "pad",
     "pad_sequence",
+    "plain_storage",
     "profiler_runs",
+    "refuse_address",
     "registered_for_autocast",
     "same_storage",
     "set_grad_enabled",
@@ -269,8 +271,19 @@ def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrapper_tensor(cls: type[torch.Tensor], shape: Sequence[int], like: torch.Tensor) -> Any:
-    """A tensor of a class with a dispatch of its own: contiguous, with the dtype and device of another, and no data."""
-    return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=like.dtype, device=like.device)
+    """A tensor of a class with a dispatch of its own: contiguous, with the dtype and device of another, and no data: a
+    storage of no bytes, so that what is done to that alone reaches none."""
+    return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=like.dtype, device=like.device, storage_size=0)
+
+
+def plain_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """The storage of a tensor, whatever its class makes of the question."""
+    return torch.Tensor.untyped_storage(tensor)
+
+
+def refuse_address(tensor: torch.Tensor) -> None:
+    """From now on who asks for the address of a tensor's memory, below Python too, gets an error of torch's."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
 def is_static_input(tensor: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.value_rows import ValueRows
+from sfcompile.runtime.rank.no_memory import OF_MEMORY, without_memory
 from sfcompile.torch_private import (
     FakeTensor,
     no_torch_function,
@@ -68,6 +69,7 @@ class ShardedValue(torch.Tensor):
         """``shard`` as the rows of ``rank`` of a value."""
         assert tuple(shard.shape) == cut.local_shape(rank), (shard.shape, cut, rank)
         value: ShardedValue = wrapper_tensor(cls, cut.shape, shard)
+        without_memory(value, _no_memory(cut.shape))
         value.shard, value.cut, value.rank, value.held = shard, cut, rank, held
         return value
 
@@ -131,6 +133,15 @@ class ShardedValue(torch.Tensor):
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs or {}))
 
 
+def _no_memory(shape: Sequence[int]) -> Callable[[str], UnsupportedError]:
+    """Why the memory of a value cannot be had at once."""
+    return lambda name: UnsupportedError(
+        f"{name}() of a value {list(shape)} that crosses between graphs in shards is asked for",
+        "this rank holds some of its rows until somebody reads all of it",
+        "make it whole first, on every rank: value.whole()",
+    )
+
+
 def _stays(value: ShardedValue, what: str) -> UnsupportedError:
     """What gives a tensor another shape or other memory in place would do so to the whole value alone, behind it."""
     return UnsupportedError(
@@ -152,7 +163,7 @@ def _of_whole(name: str) -> Callable[..., Any]:
     return lambda value, *args, **kwargs: getattr(value.whole(), name)(*args, **kwargs)
 
 
-for _name in ("data_ptr", "numpy", "tolist", "storage", "__dlpack__", "share_memory_"):
+for _name in OF_MEMORY:
     setattr(ShardedValue, _name, _of_whole(_name))  # they read a tensor's memory and pass no dispatch
 
 

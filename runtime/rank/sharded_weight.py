@@ -20,6 +20,7 @@ import torch
 from sfcompile.errors import UnsupportedError, WeightsError
 from sfcompile.runtime.program.weight_rows import WeightRows
 from sfcompile.runtime.rank.calls import fingerprint
+from sfcompile.runtime.rank.no_memory import OF_MEMORY, without_memory
 from sfcompile.runtime.rank.shared_weights import obstacle_of
 from sfcompile.torch_private import FakeTensor, no_torch_function, not_traced, tree_leaves, tree_map, wrapper_tensor
 
@@ -69,6 +70,7 @@ class ShardedWeight(torch.Tensor):
         """``shard`` as the rows of ``rank`` of a weight."""
         assert tuple(shard.shape) == cut.local_shape(rank), (shard.shape, cut, rank)
         weight: ShardedWeight = wrapper_tensor(cls, cut.shape, shard)
+        without_memory(weight, _no_memory(cut.shape))
         weight.shard, weight.cut, weight.rank, weight.history = shard, cut, rank, history
         return weight
 
@@ -152,21 +154,33 @@ class ShardedWeight(torch.Tensor):
         return _on_wholes(func, args, kwargs)
 
 
+def _no_memory(shape: Sequence[int]) -> Callable[[str], WeightsError]:
+    """Why a weight's memory cannot be had."""
+    return lambda name: WeightsError(
+        f"{name}() of a sharded weight {list(shape)} is asked for",
+        "it has no memory of its own: this rank holds some of its rows",
+        "make it whole first, on every rank: weight.whole()",
+    )
+
+
 def _without_memory(name: str) -> Callable[..., NoReturn]:
     def refuse(weight: ShardedWeight, *args: Any, **kwargs: Any) -> NoReturn:
-        raise WeightsError(
-            f"{name}() of a sharded weight {list(weight.shape)} is asked for",
-            "it has no memory of its own: this rank holds some of its rows",
-            "make it whole first, on every rank: weight.whole()",
-        )
+        raise _no_memory(weight.shape)(name)
 
     return refuse
 
 
-_OF_MEMORY = ("data_ptr", "numpy", "tolist", "storage", "__dlpack__", "share_memory_")
-"""Methods that read a tensor's memory and pass no dispatch."""
-for _name in _OF_MEMORY:
+for _name in OF_MEMORY:
     setattr(ShardedWeight, _name, _without_memory(_name))
+
+
+def _is_a_copy(shape: Sequence[int]) -> Callable[[str], WeightsError]:
+    """Why the memory of a view cannot be had."""
+    return lambda name: WeightsError(
+        f"{name}() of a view {list(shape)} of a sharded weight is asked for",
+        "the view is a copy of what was gathered, and what is written there would be lost",
+        "to read it, copy it first: view.clone(); to write, write to the weight itself",
+    )
 
 
 class WeightView(torch.Tensor):
@@ -182,6 +196,7 @@ class WeightView(torch.Tensor):
     def __new__(cls: type[WeightView], value: torch.Tensor) -> WeightView:
         """``value``, not to be written to."""
         view: WeightView = wrapper_tensor(cls, value.shape, value)
+        without_memory(view, _is_a_copy(value.shape))
         view.value = value
         return view
 
@@ -207,8 +222,23 @@ def _of_value(name: str) -> Callable[..., Any]:
     return lambda view, *args, **kwargs: getattr(view.value, name)(*args, **kwargs)
 
 
-for _name in _OF_MEMORY:
-    setattr(WeightView, _name, _of_value(_name))
+def _refused_to_view(name: str) -> Callable[..., NoReturn]:
+    def refuse(view: WeightView, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _is_a_copy(view.shape)(name)
+
+    return refuse
+
+
+def _read_only(view: WeightView, *args: Any, **kwargs: Any) -> Any:
+    array = view.value.numpy(*args, **kwargs)
+    array.flags.writeable = False
+    return array
+
+
+_WRITE = ("apply_", "map_", "map2_", "share_memory_")
+for _name in OF_MEMORY:
+    setattr(WeightView, _name, _refused_to_view(_name) if _name in _WRITE else _of_value(_name))
+WeightView.numpy = _read_only  # type: ignore[assignment, method-assign]
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:

@@ -55,6 +55,8 @@ def test_rows_are_those_that_were_written(rank: int) -> None:
 
 def test_it_keeps_its_shape_and_its_memory() -> None:
     x, gathered = value()
+    with pytest.raises(UnsupportedError, match=r"fill_\(\) of a value \[2, 5, 3\].*value.whole\(\)"):
+        x.untyped_storage().fill_(0)
     with pytest.raises(UnsupportedError, match=r"\.data = gives a value"):
         x.data = WHOLE * 2
     for change in (lambda: x.transpose_(1, 2), lambda: x.unsqueeze_(0), lambda: x.set_(WHOLE.clone())):

@@ -156,6 +156,24 @@ def test_it_has_no_memory_of_its_own(name: str) -> None:
     assert weight.t().numpy().tolist() == weight.t().tolist() == WHOLE.t().tolist()
 
 
+def test_who_reaches_past_it_gets_words_too() -> None:
+    weight = nn.Parameter(shares(WHOLE)[2], requires_grad=False)
+    for reach in (
+        lambda: weight.untyped_storage().copy_(torch.UntypedStorage(140)),
+        lambda: weight.detach().untyped_storage().resize_(8),
+        lambda: torch.Tensor.untyped_storage(weight)[0],
+        lambda: weight.share_memory_(),
+    ):
+        with pytest.raises(WeightsError, match=r"of a sharded weight \[7, 5\].*weight.whole\(\)"):
+            reach()
+    view = weight.t()
+    with pytest.raises(WeightsError, match=r"of a view \[5, 7\] of a sharded weight.*view.clone\(\)"):
+        view.untyped_storage().fill_(0)
+    with pytest.raises(ValueError, match="read-only"):
+        view.numpy()[0] = 1.0
+    assert torch.equal(weight.whole(), WHOLE)
+
+
 @pytest.mark.parametrize(
     ("weight", "text"),
     [
