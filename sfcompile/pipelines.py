@@ -11,6 +11,7 @@ Python, and the graph between them sees weights where they are.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -80,7 +81,7 @@ def compile_pipeline(
     for own in chosen.values():
         Options.from_dict(own, mode)  # a mistake is told here, before any component has changed
     for name, own in chosen.items():
-        _compile_component(networks[name], own, mode, dynamic)
+        _compile_component(name, networks[name], own, mode, dynamic)
     left = [name for name in networks if name not in chosen]
     log.info("compiled when called: %s%s", ", ".join(chosen), f"; left as they are: {', '.join(left)}" if left else "")
     return pipe
@@ -98,7 +99,9 @@ def _networks(pipe: object) -> dict[str, nn.Module]:
     return {name: component for name, component in components.items() if isinstance(component, nn.Module)}
 
 
-def _compile_component(module: nn.Module, options: dict[str, Any], mode: str | None, dynamic: bool | None) -> None:
+def _compile_component(
+    name: str, module: nn.Module, options: dict[str, Any], mode: str | None, dynamic: bool | None
+) -> None:
     """Compile what pipelines call of a component.
 
     It becomes an attribute of the object: Python finds it before the class's, hooks find it as any ``forward``.
@@ -106,12 +109,50 @@ def _compile_component(module: nn.Module, options: dict[str, Any], mode: str | N
     compiled = functools.partial(
         torch.compile, backend=streamfusion_backend, options=options or None, mode=mode, dynamic=dynamic
     )
-    others = [name for name in METHODS if callable(getattr(module, name, None))]
-    for name in others:
-        setattr(module, name, _under_hook(module, compiled(as_written(getattr(module, name)))))
-    if not others:
-        owner, name = innermost_forward(module)
-        setattr(owner, name, compiled(as_written(getattr(owner, name))))
+    others = [method for method in METHODS if callable(getattr(module, method, None))]
+    for method in others:
+        setattr(module, method, CompiledMethod(module, as_written(getattr(module, method)), compiled, hooked=True))
+    if not others or not name.startswith("vae"):
+        owner, attribute = innermost_forward(module)
+        setattr(owner, attribute, CompiledMethod(module, as_written(getattr(owner, attribute)), compiled))
+
+
+class CompiledMethod:
+    """A method of a component, compiled, as an attribute of the component.
+
+    A copy of the component has one of its own, which reads the copy's weights; what is pickled is the method as its
+    author wrote it.
+
+    Args:
+        method: bound to the module.
+        compile: what makes the compiled function of it.
+        hooked: it is not ``forward``: a hook that accelerate installed goes first, as diffusers has it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        method: Callable[..., Any],
+        compile: Callable[[Callable[..., Any]], Callable[..., Any]],
+        hooked: bool = False,
+    ) -> None:
+        functools.update_wrapper(self, method)
+        self._sfcompile_as_written = method
+        self._module, self._compile, self._hooked = module, compile, hooked
+        self._compiled = compile(method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self._module, "_hf_hook", None) if self._hooked else None
+        if hook is not None and hasattr(hook, "pre_forward"):
+            hook.pre_forward(self._module)
+        return self._compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledMethod:
+        module, method = copy.deepcopy((self._module, self._sfcompile_as_written), memo)
+        return CompiledMethod(module, method, self._compile, self._hooked)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._module, self._sfcompile_as_written.__name__)
 
 
 def innermost_forward(module: nn.Module) -> tuple[Any, str]:
@@ -131,18 +172,4 @@ def as_written(method: Any) -> Any:
     function = getattr(method, "__func__", None)
     if function is not None and function.__code__.co_freevars == ("method",):  # diffusers' apply_forward_hook
         method = function.__wrapped__.__get__(getattr(method, "__self__", None))
-    return method
-
-
-def _under_hook(module: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that is not ``forward``: a hook that accelerate installed goes first, as diffusers has it."""
-
-    @functools.wraps(compiled)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None and hasattr(hook, "pre_forward"):
-            hook.pre_forward(module)
-        return compiled(*args, **kwargs)
-
-    method._sfcompile_as_written = as_written(compiled)  # type: ignore[attr-defined]
     return method

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 import sfcompile
 from sfcompile.errors import OptionError
+from sfcompile.pipelines import CompiledMethod
 
 OPTIONS = {"inner": "eager"}
 
@@ -55,8 +58,7 @@ class Pipe:
 
 
 def is_compiled(method: Any) -> bool:
-    method = getattr(method, "__wrapped__", method) if not hasattr(method, "_torchdynamo_orig_callable") else method
-    return hasattr(method, "_torchdynamo_orig_callable")
+    return isinstance(method, CompiledMethod)
 
 
 @pytest.fixture(autouse=True)
@@ -163,9 +165,36 @@ def test_compiled_again_it_has_the_new_options_only() -> None:
     for options in ({"inner": "eager"}, {"inner": "eager", "placement": "shard"}):
         sfcompile.compile_pipeline(pipe, options=options)
         assert torch.equal(pipe(x), want)
-    forward = pipe.components["transformer"].forward
-    assert not hasattr(forward._torchdynamo_orig_callable, "_torchdynamo_orig_callable")
+    written = pipe.components["transformer"].forward._sfcompile_as_written
+    assert written.__func__ is nn.Linear.forward
     assert pipe.components["vae"].decode._sfcompile_as_written.__func__ is Coder._decode
+
+
+def test_copies_have_their_own_weights() -> None:
+    """A copy's method was the first one's, and drew with its weights; a pickled one is as it was written."""
+    pipe, x = Pipe(), torch.randn(3, 8)
+    sfcompile.compile_pipeline(pipe, options=OPTIONS)
+    want = pipe(x)
+    copied = copy.deepcopy(pipe)
+    for name in ("transformer", "vae"):
+        for parameter in copied.components[name].parameters():
+            parameter.mul_(0.5)
+    plain = Pipe()
+    for name in ("transformer", "vae"):
+        for parameter in plain.components[name].parameters():
+            parameter.mul_(0.5)
+    assert is_compiled(copied.components["vae"].decode)
+    assert torch.equal(copied(x), plain(x)) and torch.equal(pipe(x), want)
+    network = pickle.loads(pickle.dumps(pipe.components["transformer"]))
+    assert not is_compiled(network.forward) and torch.equal(network(x), Pipe().components["transformer"](x))
+
+
+def test_a_network_that_has_a_decoder_beside_its_forward_is_compiled_too() -> None:
+    network = Coder()
+    network.forward = nn.Linear(8, 8).forward  # type: ignore[method-assign]
+    pipe = Pipe(text_encoder=network)
+    sfcompile.compile_pipeline(pipe, options=OPTIONS)
+    assert is_compiled(network.forward) and is_compiled(network.decode)
 
 
 @pytest.mark.parametrize(
