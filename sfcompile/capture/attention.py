@@ -63,7 +63,7 @@ def recognise_attention(graph: fx.Graph) -> int:
             continue
         _drop_largest(node)
         scores, product = _walk_back(node.args[0]), _walk_forward(node)
-        if scores is None or product is None:
+        if scores is None or product is None or not _is_kept(scores.masks, product.node.meta["val"].dtype):
             continue
         batches = [_shape(operand)[:-2] for operand in (scores.q, scores.k, product.v)]
         single = ndim == 4 and batches[1] == batches[2] == (batches[0][0], 1)
@@ -71,6 +71,25 @@ def recognise_attention(graph: fx.Graph) -> int:
             _replace(graph, scores, product, ndim, batches[0] != batches[1])
             count += 1
     return count
+
+
+def _is_kept(masks: list[tuple[fx.Node, float, float | None]], dtype: torch.dtype) -> bool:
+    """Whether one mask to add means the same as these, the last first, also to queries that may see no key at all.
+
+    Such a query weighs alike the keys that were filled in with the same number; of several numbers, and of what is
+    added to them later, one mask would lose the differences. So it would beside numbers that fp16 has.
+    """
+    numbers = [number for _, _, number in masks]
+    finite = [i for i, number in enumerate(numbers) if number is not None and number != float("-inf")]
+    if len({numbers[i] for i in finite}) > 1 or (finite and None in numbers[: finite[-1]]):
+        return False
+    return dtype != torch.float16 or not (finite or any(_is_wider(term, dtype) for term, _, n in masks if n is None))
+
+
+def _is_wider(mask: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether a mask has finite numbers that are infinite in a dtype, or may have."""
+    own: torch.dtype = mask.meta["val"].dtype
+    return own.is_floating_point and torch.finfo(own).min < torch.finfo(dtype).min
 
 
 def _drop_largest(softmax: fx.Node) -> None:
@@ -183,7 +202,7 @@ def _walk_back(node: Any) -> _Scores | None:
             node = wide[0]
         elif target in _FILLS:
             number = args[2]
-            if not isinstance(number, (int, float)) or number * scale > _NEVER:
+            if not isinstance(number, (int, float)) or not number * scale <= _NEVER:
                 return None
             mask, inner = (args[1], args[0]) if target is _FILLS[0] else (args[0], args[1])
             # where() fills in the places that are False
@@ -229,6 +248,14 @@ def _replace(graph: fx.Graph, scores: _Scores, product: _Product, ndim: int, one
     def cast(node: fx.Node) -> fx.Node:
         return node if node.meta["val"].dtype == dtype else call(_aten._to_copy.default, node, dtype=dtype)
 
+    def narrowed(mask: fx.Node) -> fx.Node:
+        """A mask in the dtype of the product, in which no number of it becomes infinite."""
+        if not _is_wider(mask, dtype):
+            return cast(mask)
+        never = call(_aten.eq.Scalar, mask, float("-inf"))
+        numbers = cast(call(_aten.clamp.default, mask, torch.finfo(dtype).min))
+        return call(_aten.masked_fill.Scalar, numbers, never, float("-inf"))
+
     def ordered(operand: _Operand) -> fx.Node:
         node, order = operand
         if order == tuple(range(len(order))):
@@ -239,23 +266,20 @@ def _replace(graph: fx.Graph, scores: _Scores, product: _Product, ndim: int, one
 
     with graph.inserting_before(end):
         mask: fx.Node | None = None
-        never: fx.Node | None = None  # where a score is no number but -inf
-        for term, factor, number in scores.masks:
+        for term, factor, number in reversed(scores.masks):  # in the order in which they come to the scores
             if number is None:
                 added = term if factor == 1.0 else call(_aten.mul.Tensor, term, factor)
-            else:
-                places = term if factor > 0 else call(_aten.logical_not.default, term)
-                zeros = call(_aten.zeros_like.default, places, dtype=dtype)
-                if number == float("-inf"):
-                    never = places if never is None else call(_aten.logical_or.default, never, places)
-                    added = call(_aten.masked_fill.Scalar, zeros, places, number)
-                else:
-                    added = call(_aten.masked_fill.Scalar, zeros, places, max(_INSTEAD, torch.finfo(dtype).min))
-            mask = added if mask is None else call(_aten.add.Tensor, mask, added)
+                mask = added if mask is None else call(_aten.add.Tensor, mask, added)
+                continue
+            places = term if factor > 0 else call(_aten.logical_not.default, term)
+            before = call(_aten.zeros_like.default, places, dtype=dtype) if mask is None else narrowed(mask)
+            instead = number if number == float("-inf") else max(_INSTEAD, torch.finfo(dtype).min)
+            mask = call(_aten.masked_fill.Scalar, before, places, instead)
         tensors = [ordered(operand) for operand in (scores.q, scores.k, product.v)]
         while mask is not None and mask.meta["val"].dim() < 2:  # one number for each key, or one for all
             mask = call(_aten.unsqueeze.default, mask, 0)
-        bias = None if mask is None else cast(mask)
+        bias = None if mask is None else narrowed(mask)
+        never = None if bias is None else call(_aten.eq.Scalar, bias, float("-inf"))
         if ndim == 3:  # [batch * heads, tokens, dim]: every row of the batch is a head of its own
             tensors = [call(_aten.unsqueeze.default, tensor, 0) for tensor in tensors]
             if bias is not None:
@@ -265,7 +289,7 @@ def _replace(graph: fx.Graph, scores: _Scores, product: _Product, ndim: int, one
         out = call(attention, *tensors, bias, 0.0, False, scale=scores.scale, **grouped)
         if ndim == 3:
             out = call(_aten.squeeze.dim, out, 0)
-        if never is not None and never.meta["val"].dim():  # softmax of nothing but -inf is no number
+        if never is not None:  # softmax of nothing but -inf is no number
             hidden = call(_aten.all.dim, never, -1, True)
             out = call(_aten.masked_fill.Scalar, out, hidden, float("nan"))
         if product.out != tuple(range(ndim)):
