@@ -31,6 +31,9 @@ from sfcompile.runtime.program.intervals import Runs, slice_of
 from sfcompile.runtime.rank.ops import OPAQUE, narrowed
 
 aten = torch.ops.aten
+_AS_THEY_ARE = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten._to_copy.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_MOST_STRETCHES = 64
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,10 @@ class PerHead:
     def seeds(self, op: OpView) -> list[tuple[fx.Node, int]]:
         """Where tokens are: of q, and of the first other tensor that has some."""
         others = [i for i, names in self.names.items() if "L" in names and i != self.query]
-        return [(op.operands[i].node, self.names[i].index("L")) for i in (self.query, *others[:1])]
+        lengths = [op.operands[i].shape for i, names in self.names.items() if names == "-"]
+        samples = {shape[0] - 1 for shape in lengths if len(shape) == 1}
+        places = [(op.operands[i].node, self.names[i].index("L")) for i in (self.query, *others[:1])]
+        return [_one_sample(node, dim, samples) for node, dim in places]
 
     def _side(self, side: Side) -> str:
         return self.out if side[0] == "out" else self.names.get(side[1], "")
@@ -102,7 +108,7 @@ class PerHead:
     def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
         """Shards of tokens as they come, or of samples; what is read whole only gives this rank's heads."""
         out, letter = chosen.outs[0], self._letter(chosen)
-        if out is None or letter not in ("L", "B") or any(op.outputs[1:]) or out.outer != 1 or out.inner != 1:
+        if out is None or letter not in ("L", "B") or any(op.outputs[1:]) or not _is_few(chosen, out):
             return None
         needs: list[Need] = [None] * len(op.operands)
         for i, names in self.names.items():
@@ -114,8 +120,7 @@ class PerHead:
                 needs[i] = out.at(names.index("L"))
             elif "L" in names:
                 own = chosen.ins[i]
-                token = own is not None and own.dim == names.index("L") and own.outer == own.inner == 1
-                needs[i] = own if token else None
+                needs[i] = own if own is not None and own.dim == names.index("L") and _is_few(chosen, own) else None
         return needs
 
     def partial(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
@@ -187,6 +192,39 @@ class PerHead:
             args, kwargs = op.rebuild(operands)
             node = local.call(op.node.target, args, kwargs)
         return node if isinstance(node.meta["val"], torch.Tensor) else local.getitem(node, 0)
+
+
+def _one_sample(node: fx.Node, dim: int, samples: set[int]) -> tuple[fx.Node, int]:
+    """The tokens of a value, or where ``samples`` of one length were laid end to end just before, the dim that holds
+    those of one.
+
+    Each rank has some tokens of every sample then, here as in the rest of the model; labels of all samples' tokens
+    would have each sample on ranks of its own.
+    """
+    value, at = node, dim
+    while value.target in (*_AS_THEY_ARE, aten.unsqueeze.default):
+        inner: fx.Node = value.args[0]  # type: ignore[assignment]
+        if value.target is aten.unsqueeze.default:
+            at -= int(value.args[1]) % value.meta["val"].dim() < at  # type: ignore[call-overload]
+        value = inner
+    if value.target not in _VIEWS:
+        return node, dim
+    source: fx.Node = value.args[0]  # type: ignore[assignment]
+    shape, before = value.meta["val"].shape, source.meta["val"].shape
+    wide = [d for d, size in enumerate(before) if size > 1]
+    for first, second in zip(wide, wide[1:], strict=False):
+        merged = before[first] * before[second] == shape[at] and math.prod(before[:first]) == math.prod(shape[:at])
+        if merged and int(before[first]) in samples:
+            return source, second
+    return node, dim
+
+
+def _is_few(chosen: OpLayouts, layout: Layout) -> bool:
+    """Whether ranks have a dim in few enough stretches to send each by itself; of samples end to end, some of each."""
+    if layout.outer == layout.inner == 1:
+        return True
+    ranks = range(chosen.owners.num_ranks)
+    return max(len(chosen.owners.dim_runs(layout, rank)) for rank in ranks) <= _MOST_STRETCHES
 
 
 def _owned(heads: int, each: int, ranks: int) -> tuple[Runs, ...]:
@@ -294,6 +332,16 @@ for _op in (
     "xformers_flash3::flash_fwd",
 ):
     register_per_head(_op, _flash)
+
+
+def _torch_varlen(args: Mapping[str, Any]) -> Dims | None:
+    """``torch.nn.attention.varlen``: packed [tokens, H, D] with lengths that all heads share; no pages."""
+    known = dict.fromkeys(("query", "key", "value"), "LHD") | dict.fromkeys(("cu_seq_q", "cu_seq_k", "seqused_k"), "-")
+    present = [name for name, value in args.items() if isinstance(value, Operand)]
+    return Dims({name: known[name] for name in present}, "LHD") if all(name in known for name in present) else None
+
+
+register_per_head("torch_attn::_varlen_attn", _torch_varlen)
 
 
 def _cutlass(args: Mapping[str, Any]) -> Dims | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import captured, placeholder_values, run_compiled
 from torch import nn
+from torch.nn import functional as F
 
 from sfcompile import extend
 from sfcompile.passes.runner import Compiled, run_pipeline
@@ -173,6 +174,62 @@ def test_a_librarys_kernel_runs_on_its_heads(kind: str, ranks: int, kv_heads: in
     for (out,) in run_compiled(ones, Topology.grid(1, ranks), values):
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
     assert all(one.order == ones[0].order for one in ones), "ranks without heads wait where the others do"
+
+
+class Flattened(Packed):
+    """The model has [B, L, C]; samples are laid end to end for the kernel alone."""
+
+    def forward(self, x: torch.Tensor, facts: torch.Tensor) -> torch.Tensor:
+        batch, length = x.shape[:2]
+        for qkv, out in zip(self.qkv, self.out, strict=True):
+            q, k, v = qkv(F.layer_norm(x, (32,))).split([32, 8 * self.kv_heads, 8 * self.kv_heads], -1)
+            q, k, v = (t.unflatten(-1, (-1, 8)) for t in (q, k, v))
+            if self.kind == "varlen":
+                q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+                run = torch.ops.flash_attn._flash_attn_varlen_forward
+                h = run(q, k, v, facts, facts, length, length, 0.0, 0.3, False)[0]
+            else:
+                q, k, v = (t.reshape(-1, *t.shape[2:])[None] for t in (q, k, v))
+                run = torch.ops.xformers.efficient_attention_forward_cutlass
+                h = run(q, k, v, None, facts, facts, length, 0.0, False, 0, None, None, None)[0][0]
+            x = x + out(h.view(batch, length, -1))
+        return x
+
+
+@pytest.mark.parametrize(("batch", "ranks"), [(2, 4), (3, 2)])
+@pytest.mark.parametrize("kind", ["varlen", "cutlass"])
+def test_samples_laid_end_to_end_for_the_kernel_are_cut_as_in_the_model(kind: str, batch: int, ranks: int) -> None:
+    torch.manual_seed(1)
+    lengths = torch.arange(0, 13 * batch + 1, 13, dtype=torch.int32)
+    model, topology = Flattened(kind), Topology.grid(1, ranks)
+    ones, values, want = compiled(
+        model, (torch.randn(batch, 13, 32), lengths), topology, shard_everything=True, split_batch=False
+    )
+    assert ones[0].report.by_heads == 2 and len(ones[0].report.gathered) == 1, str(ones[0].report)
+    for (out,) in run_compiled(ones, topology, values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def torch_varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, mq: int, mk: int, *rest: Any) -> Any:
+    out, lse, _, state = varlen(q, k, v, cu_q, cu_k, mq, mk, 0.0, 0.3)
+    return out, lse, state.to(torch.uint64)
+
+
+def test_torchs_own_packed_attention_runs_on_its_heads() -> None:
+    """On CPUs it has no kernel: one stands in."""
+    from torch.nn.attention.varlen import _varlen_attn, varlen_attn
+
+    _varlen_attn.register_kernel("cpu")(torch_varlen)
+
+    def step(x: torch.Tensor, cu: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        q, k, v = ((x @ w).unflatten(-1, (4, 8)) * n for n in (1, 2, 3))
+        return varlen_attn(q, k, v, cu, cu, 20, 20).flatten(1) @ w
+
+    inputs, topology = (torch.randn(38, 32), LENGTHS, torch.randn(32, 32)), Topology.grid(1, 3)
+    ones, values, want = compiled(step, inputs, topology, shard_everything=True)  # type: ignore[arg-type]
+    assert ones[0].report.by_heads == 1 and len(ones[0].report.gathered) == 1, str(ones[0].report)
+    for (out,) in run_compiled(ones, topology, values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
 
 
 def test_groups_take_samples_and_share_out_heads_inside() -> None:
