@@ -208,6 +208,10 @@ class _Rewriter:
         ins = [need if isinstance(need, Layout) else None for need in self._placement.needs[node]]
         asked = OpLayouts(ins, chosen.outs, self._owners)
         rule = self._tokens.rules[node]
+        combine = getattr(rule, "combine", None)
+        if len(self._views) > 1 and combine is not None and not any(chosen.outs):
+            self._copy(node)  # of what is gathered part by part: all parts may go on
+            return
         if len(self._views) > 1 and statistics_bytes(rule, op, asked):
             raise CannotSplit(f"{node.name} meets other ranks inside")
         window = self._window_behind(node, op, asked)
@@ -220,7 +224,8 @@ class _Rewriter:
         if not any(chosen.outs):
             if len(self._views) > 1:
                 raise CannotSplit(f"{node.name} is a sum over all tokens")
-            self._whole[node] = self._local.all_reduce(shards[0], node.meta["val"].dtype)
+            total = self._local.all_reduce(shards[0], node.meta["val"].dtype) if combine is None else None
+            self._whole[node] = total or combine(op, asked, shards[0], self._local)
             return
         # Of this op's own, also where a rank has nothing to do (its rows lie in the slice, away from the padding):
         # what is put or read goes by where nodes stand (order_puts.py), which must be the same on every rank.

@@ -20,9 +20,11 @@ from sfcompile.passes.rules import (
     reduce,
     resample,
     scan,
+    unfold,
     view,
 )
 
 __all__ = [
-    "attention", "conv", "index", "linked", "lookup", "norm", "pad", "per_head", "reduce", "resample", "scan", "view",
+    "attention", "conv", "index", "linked", "lookup", "norm", "pad", "per_head", "reduce", "resample", "scan",
+    "unfold", "view",
 ]  # fmt: skip

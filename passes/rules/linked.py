@@ -221,7 +221,38 @@ def _select(op: OpView) -> Rule:
     picked = op.dim("dim", ndim)
     out = [d for d in range(ndim) if d != picked]
     names[picked] = None
-    return Linked([names], [out])
+    return _Select([names], [out], None, [[d if d == picked else None for d in range(ndim)]])
+
+
+class _Select(Linked):
+    """One token, which its owner tells."""
+
+    def partial(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
+        """Of a dim that holds the tokens and nothing else."""
+        layout = chosen.ins[0]
+        return super().partial(op, chosen) if layout is not None and layout.plain else None
+
+    def emit(self, op: OpView, chosen: OpLayouts, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """The same call; of the picked dim this rank's own row, or zeros."""
+        if any(chosen.outs):
+            return super().emit(op, chosen, operands, local)
+        layout, (x,), (dim, picked) = chosen.ins[0], operands, self._picked(op)
+        assert layout is not None
+        mine = [int(at) for at in local.owners.positions(layout.runs, local.rank)]
+        if picked in mine:
+            return local.call(torch.ops.aten.select.int, [x, dim, mine.index(picked)], {})
+        return local.call(torch.ops.aten.new_zeros.default, [x, list(op.out_shapes[0])], {})
+
+    def combine(self, op: OpView, chosen: OpLayouts, own: fx.Node, local: LocalGraph) -> fx.Node:
+        """What the row's owner has told."""
+        layout = chosen.ins[0]
+        assert layout is not None
+        owner = int(local.owners.vector(layout.runs)[self._picked(op)[1]])
+        return local.call(torch.ops.aten.select.int, [local.of_all(own), 0, owner], {})
+
+    def _picked(self, op: OpView) -> tuple[int, int]:
+        dim = op.dim("dim", op.operands[0].ndim)
+        return dim, int(op.args["index"]) % op.operands[0].shape[dim]
 
 
 @register_rule("unbind")

@@ -15,14 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from sfcompile.passes.graph.layout import Need, OpLayouts
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.rules.linked import Linked, Names
 from sfcompile.passes.rules.rule import Rule, register_rule
 from sfcompile.passes.rules.weighted import MOST_TAPS, Taps, antialiased, cubic, linear, step_of
 from sfcompile.passes.rules.windows import Stretch, Windowed, arguments, kept
+from sfcompile.runtime.program.intervals import count
 
 aten = torch.ops.aten
+MOST_ROWS = 16
+"""Rows of a rank that are averages of stretches of their own: each is a call."""
 
 
 # --------------------------------------------------------------------------- interpolation
@@ -253,13 +257,48 @@ def _pool(op: OpView) -> Rule | None:
     return Pool(op, frozenset(rows), list(zip(sizes, strides, paddings, dilations, strict=True)))
 
 
+class Adaptive(Windowed):
+    """Averages to a given size: each output row is that of a stretch of rows which lies where it lies in the whole."""
+
+    def __init__(self, op: OpView, first: int) -> None:
+        spatial = frozenset(range(first, op.operands[0].ndim))
+        super().__init__(spatial, kept(op, spatial, spatial))
+        self._first = first
+
+    def reads(self, op: OpView, dim: int, start: int, stop: int) -> tuple[int, int]:
+        """The stretches of rows that torch averages; neighbours may overlap."""
+        size, rows = op.operands[0].shape[dim], op.out_shapes[0][dim]
+        return start * size // rows, -(-stop * size // rows)
+
+    def needs(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
+        """Few rows: each is a call of its own."""
+        out = chosen.outs[0]
+        if out is not None and out.dim in self.rows:
+            ranks = range(chosen.owners.num_ranks)
+            if max(count(chosen.owners.dim_runs(out, rank)) for rank in ranks) > MOST_ROWS:
+                return None
+        return super().needs(op, chosen)
+
+    def local(self, op: OpView, stretch: Stretch, operands: list[fx.Node], local: LocalGraph) -> fx.Node:
+        """Row by row, the stretch of each to one row."""
+        sizes = [1 if d == stretch.dim else n for d, n in enumerate(op.out_shapes[0])][self._first :]
+        rows = []
+        for row in range(stretch.start, stretch.stop):
+            low, high = self.reads(op, stretch.dim, row, row + 1)
+            part = local.narrow(operands[0], stretch.dim, low - stretch.low, high - low)
+            rows.append(local.call(op.node.target, [part, sizes], {}))
+        return rows[0] if len(rows) == 1 else local.call(aten.cat.default, [rows, stretch.dim], {})
+
+
 @register_rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d",
-               "adaptive_max_pool2d")  # fmt: skip
+               "_adaptive_avg_pool3d", "adaptive_max_pool2d")  # fmt: skip
 def _adaptive(op: OpView) -> Rule:
     x = op.operands[0]
     match = re.search(r"(\d)d$", op.name)
     assert match is not None
     first = x.ndim - int(match.group(1))
+    if "avg" in op.name and 0 not in (*x.shape, *op.out_shapes[0]):
+        return Adaptive(op, first)
     names: Names = [*range(first), *[None] * (x.ndim - first)]
     return Linked([names], [names for _ in op.out_shapes])
 

@@ -10,7 +10,8 @@ the rewrite:
 * ``emit``:   write the local op.
 
 A rule may also offer ``partial``: the output holds no tokens, but it is a sum over tokens, so every rank can add up its
-own and the partial sums are all-reduced (linear attention, means over tokens).
+own and the partial sums are all-reduced (linear attention, means over tokens). Where what ranks tell is put together
+otherwise, the rule has a ``combine`` for it (extremes.py).
 
 A rule does not move tokens: an operand that is needed in another way than it was made is moved by the rewrite. Two
 families meet other ranks inside an op: attention (attention.py), and norms over tokens, which exchange statistics of a

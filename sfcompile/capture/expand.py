@@ -222,6 +222,27 @@ def patches(input: torch.Tensor, kernel_size: Any, *rest: Any, **named: Any) -> 
     return input.permute(0, 1, 3, 5, 2, 4).reshape(batch, channels * h * w, rows * columns)
 
 
+def _overlap(input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> bool:
+    sizes = [_pair(value) for value in (kernel_size, dilation, padding, stride)]
+    return all(isinstance(n, int) for pair in sizes for n in pair)
+
+
+def overlapping_patches(
+    input: torch.Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> torch.Tensor:
+    """``unfold``: [B, C h w, patches], as windows along one dim and then along the other."""
+    sizes, apart, around, steps = (_pair(value) for value in (kernel_size, dilation, padding, stride))
+    if input.dim() != 4 or min(*sizes, *apart, *steps) < 1 or min(around) < 0:
+        return F.unfold(input, kernel_size, dilation, padding, stride)
+    x = F.pad(input, [around[1], around[1], around[0], around[0]]) if any(around) else input
+    reach = [(size - 1) * each + 1 for size, each in zip(sizes, apart, strict=True)]
+    if any(n < most for n, most in zip(x.shape[2:], reach, strict=True)):
+        return F.unfold(input, kernel_size, dilation, padding, stride)  # it says what is wrong
+    for dim in (0, 1):
+        x = x.unfold(2 + dim, reach[dim], steps[dim])[..., :: apart[dim]]
+    return x.permute(0, 1, 4, 5, 2, 3).reshape(x.shape[0], x.shape[1] * sizes[0] * sizes[1], -1)
+
+
 def from_patches(input: torch.Tensor, output_size: Any, kernel_size: Any, *rest: Any, **named: Any) -> torch.Tensor:
     """``fold`` of patches that touch: an image of them."""
     (h, w), (height, width) = _pair(kernel_size), _pair(output_size)
@@ -234,6 +255,11 @@ def from_patches(input: torch.Tensor, output_size: Any, kernel_size: Any, *rest:
     image = input.reshape(batch, channels, rows * h, columns * w)
     behind = [0, width - columns * w, 0, height - rows * h]
     return F.pad(image, behind) if any(behind) else image
+
+
+def unfolded(input: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+    """``unfold`` of patches that touch, or overlap."""
+    return (patches if _are_patches(input, *args, **named) else overlapping_patches)(input, *args, **named)
 
 
 def _is_of_all(input: Any, output_size: Any) -> bool:
@@ -252,7 +278,7 @@ def average_of(space: int) -> Callable[..., torch.Tensor]:
 
 _PLAIN: dict[Any, tuple[Callable[..., bool], Callable[..., Any]]] = {
     pad: (_is_circular, circular_pad),
-    F.unfold: (_are_patches, patches),
+    F.unfold: (_overlap, unfolded),
     F.fold: (_are_folded_patches, from_patches),
     F.adaptive_avg_pool1d: (_is_of_all, average_of(1)),
     F.adaptive_avg_pool2d: (_is_of_all, average_of(2)),

@@ -43,6 +43,8 @@ DOWN: dict[str, Fn] = {
     "avg_pool_over_the_edge": lambda x: F.avg_pool2d(x * 2, (3, 2), (2, 3), (1, 0), ceil_mode=True),
     "avg_pool_by_a_number": lambda x: F.avg_pool2d(x * 2, 3, 2, 1, ceil_mode=True, divisor_override=5),
     "avg_pool_over_the_edge_of_what_is_there": lambda x: F.avg_pool2d(x * 2, 3, 2, 1, True, False),
+    "adaptive_avg_pool": lambda x: F.adaptive_avg_pool2d(x * 2, (3, 2)),
+    "adaptive_avg_pool_to_more": lambda x: F.adaptive_avg_pool2d(x * 2, (x.shape[2] + 3, 3)),
     "max_pool": lambda x: F.max_pool2d(x * 2, 3, 2, 1),
     "max_pool_over_the_edge": lambda x: F.max_pool2d(x * 2, 2, 3, 1, ceil_mode=True),
     "max_pool_dilated": lambda x: F.max_pool2d(x * 2, 2, 1, 0, 2),
@@ -66,7 +68,7 @@ def test_video_is_interpolated_by_rows() -> None:
     ("fn", "name"),
     [
         (lambda x: F.interpolate(x, scale_factor=2.1, mode="nearest"), "upsample_nearest2d"),
-        (lambda x: F.adaptive_avg_pool2d(x, 2), "adaptive_avg_pool2d"),
+        (lambda x: F.adaptive_max_pool2d(x, 2), "adaptive_max_pool2d"),
     ],
 )
 def test_what_depends_on_the_whole_size_is_computed_whole(fn: Fn, name: str) -> None:
