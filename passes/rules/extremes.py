@@ -53,7 +53,7 @@ class Extreme(Linked):
         return local.call(target[op.name], [local.of_all(own), dims], {})
 
 
-class Place(Linked):
+class ExtremePlace(Linked):
     """``argmax`` and ``argmin`` along the dim of tokens: ranks tell the number and the place where it stands."""
 
     def __init__(self, rule: Linked, op: OpView) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from sfcompile.passes.graph.layout import OpLayouts
 from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import OpView
-from sfcompile.passes.rules.extremes import Extreme, Place
+from sfcompile.passes.rules.extremes import Extreme, ExtremePlace
 from sfcompile.passes.rules.linked import Linked, Names, aligned
 from sfcompile.passes.rules.rule import Rule, register_rule
 
@@ -145,7 +145,7 @@ def _reduce(op: OpView) -> Rule | None:
     if op.name in ("amax", "amin", "any", "all"):
         return Extreme(rule, op)
     if op.name in ("argmax", "argmin") and op.args["dim"] is not None:
-        return Place(rule, op)
+        return ExtremePlace(rule, op)
     return rule
 
 
