@@ -224,8 +224,10 @@ class _Rewriter:
         if not any(chosen.outs):
             if len(self._views) > 1:
                 raise CannotSplit(f"{node.name} is a sum over all tokens")
-            total = self._local.all_reduce(shards[0], node.meta["val"].dtype) if combine is None else None
-            self._whole[node] = total or combine(op, asked, shards[0], self._local)
+            if combine is None:
+                self._whole[node] = self._local.all_reduce(shards[0], node.meta["val"].dtype)
+            else:
+                self._whole[node] = combine(op, asked, shards[0], self._local)
             return
         # Of this op's own, also where a rank has nothing to do (its rows lie in the slice, away from the padding):
         # what is put or read goes by where nodes stand (order_puts.py), which must be the same on every rank.

@@ -205,7 +205,7 @@ def _one_sample(node: fx.Node, dim: int, samples: set[int]) -> tuple[fx.Node, in
     while value.target in (*_AS_THEY_ARE, aten.unsqueeze.default):
         inner: fx.Node = value.args[0]  # type: ignore[assignment]
         if value.target is aten.unsqueeze.default:
-            at -= int(value.args[1]) % value.meta["val"].dim() < at  # type: ignore[call-overload]
+            at -= int(value.args[1]) % value.meta["val"].dim() < at  # type: ignore[arg-type]
         value = inner
     if value.target not in _VIEWS:
         return node, dim

@@ -259,7 +259,9 @@ def from_patches(input: torch.Tensor, output_size: Any, kernel_size: Any, *rest:
 
 def unfolded(input: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
     """``unfold`` of patches that touch, or overlap."""
-    return (patches if _are_patches(input, *args, **named) else overlapping_patches)(input, *args, **named)
+    if _are_patches(input, *args, **named):
+        return patches(input, *args, **named)
+    return overlapping_patches(input, *args, **named)
 
 
 def _is_of_all(input: Any, output_size: Any) -> bool:
