@@ -12,6 +12,9 @@ the model: FSDP2 gathers one block ahead of the one that computes.
 The limit of each of ours is the larger of compute alone (the same step with communication replaced by nothing, all
 ranks at once) and its bytes over the payload rate of an uplink. A limit for FSDP2 is not stated: it is the same bytes
 of weights, and diffusers' of attention.
+
+"CPU" is what a rank's process computes in a step, all of its threads, in the mean of the ranks: where ranks share a
+core it adds up to the step; other work on the machine hardly changes it.
 """
 
 from __future__ import annotations
@@ -42,10 +45,9 @@ _SAME = 1e-5
 
 
 class Ours:
-    """One of our two: its compiled model, and the programs that its compile loaded."""
+    """One of our two: its compiled model, and the programs that it runs."""
 
     def __init__(self, session: Session, model: nn.Module, weights: str, inputs: dict[str, Any]) -> None:
-        before = set(session.programs)
         options = {"inner": "eager", "weights": weights, "timeout_s": TIMEOUT_S}
         if weights == "sharded":
             sfcompile.shard_weights(model)
@@ -54,7 +56,7 @@ class Ours:
         report = last_report()
         assert report is not None
         self.links, self.plan = report.links, report.schedule
-        self.programs = set(session.programs) - before
+        self.programs = list(report.programs)
 
     def across_bytes(self, session: Session) -> int:
         """Between machines, all ranks, a step."""
@@ -75,14 +77,15 @@ def under_fsdp2(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def slowest(run: Callable[[], Any]) -> float:
-    """Seconds of the slowest rank."""
+def slowest(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of the slowest rank, and CPU seconds of the mean rank."""
     dist.barrier()
-    start = time.perf_counter()
+    start, computed = time.perf_counter(), time.process_time()
     run()
-    seconds = torch.tensor(time.perf_counter() - start)
+    seconds, cpu_s = torch.tensor(time.perf_counter() - start), torch.tensor(time.process_time() - computed)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return float(seconds)
+    dist.all_reduce(cpu_s)
+    return float(seconds), float(cpu_s) / dist.get_world_size()
 
 
 @torch.no_grad()
@@ -113,6 +116,7 @@ def main() -> None:
     runs |= {USP: peer, FSDP: in_fsdp}
 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    cpu_s: dict[str, list[float]] = {name: [] for name in runs}
     alone: dict[str, list[float]] = {name: [] for name in ours}
     for name, run in runs.items():
         error = (run(**inputs)[0] - want).abs().max() / want.abs().max()
@@ -121,10 +125,12 @@ def main() -> None:
             raise SystemExit(f"{name} is off by {float(error):.1e} of the largest value; {_SAME:.0e} is allowed")
     for _ in range(args.rounds):
         for name, run in runs.items():
-            seconds[name].append(slowest(lambda run=run: run(**inputs)))
+            took, computed = slowest(lambda run=run: run(**inputs))
+            seconds[name].append(took)
+            cpu_s[name].append(computed)
         for name, one in ours.items():
             with silenced(session):
-                alone[name].append(slowest(lambda one=one: one.compiled(**inputs)))
+                alone[name].append(slowest(lambda one=one: one.compiled(**inputs))[0])
     if session.rank:
         return
     print(
@@ -132,11 +138,15 @@ def main() -> None:
         f"{ranks} ranks, weights {weights / 2**20:.0f} MiB, {args.rounds} rounds, load {os.getloadavg()[0]:.1f} on "
         f"{os.cpu_count()} cores\nlinks: {ours[WHOLE].links}"
     )
-    print(f"{'':<22}{'s a step':>9}{'range':>16}{'over ours':>10}{'limit':>8}{'compute':>9}{'MiB across':>12}  plan")
+    print(
+        f"{'':<22}{'s a step':>9}{'range':>16}{'over ours':>10}{'CPU':>7}{'limit':>8}{'compute':>9}{'MiB across':>12}"
+        "  plan"
+    )
     base = seconds[WHOLE]
-    for name, took in seconds.items():
-        ratio = statistics.median(mine / whole for mine, whole in zip(took, base, strict=True))
-        row = f"{name:<22}{statistics.median(took):>9.3f}{f'{min(took):.3f}..{max(took):.3f}':>16}{ratio:>9.3f}x"
+    for name, each in seconds.items():
+        ratio = statistics.median(mine / whole for mine, whole in zip(each, base, strict=True))
+        row = f"{name:<22}{statistics.median(each):>9.3f}{f'{min(each):.3f}..{max(each):.3f}':>16}{ratio:>9.3f}x"
+        row += f"{statistics.median(cpu_s[name]):>7.3f}"
         if name in ours:
             across = ours[name].across_bytes(session)
             wire_s = across / machines / (args.payload_mbit * 1e6 / 8)
