@@ -403,4 +403,6 @@ class State:
         shapes = [tuple(n.meta["val"].shape) for n in self.gm.graph.nodes if n.op == "placeholder"]
         if self.asked.crossing or self.asked.arrivals:
             text += f"|{self.asked.crossing}|{self.asked.arrivals}"
+        if self.asked.weights is not None:  # other sites (place_features.py)
+            text += f"|{self.asked.weights.places}|{self.asked.weights.cut}"
         return hashlib.sha256(f"{text}|{shapes}".encode()).hexdigest()[:16]

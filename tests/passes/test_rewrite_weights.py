@@ -162,3 +162,13 @@ def test_an_order_without_it_is_refused() -> None:
     state = states(got, Topology((0, 1)), matrices(got, 12), Asked(shard_everything=True, order=order))[0]
     with pytest.raises(OptionError, match="rewrite_weights makes it"):
         run_pipeline(state)
+
+
+def test_a_graph_with_weights_in_shares_has_a_key_of_its_own() -> None:
+    """Its sites are others, and a process may compile one model both ways: the second would take the first's place."""
+    model, inputs = build("self")
+    got, topology = captured(model, *inputs), Topology((0, 1))
+    shares = states(got, topology, matrices(got, 12), Asked(split_batch=False))[0]
+    whole = State(got.gm, got.mode, topology, 0, Asked(split_batch=False, parts=()))
+    keys = [set(run_pipeline(state).programs) for state in (shares, whole)]
+    assert not keys[0] & keys[1]
