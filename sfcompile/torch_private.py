@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -61,6 +62,7 @@ __all__ = [
     "autocast_as",
     "autocast_off",
     "autocast_state",
+    "block_lists_of_gradients",
     "compile_fx",
     "dispatch_functionalize",
     "enter_autocast",
@@ -448,6 +450,16 @@ def _fully_sharded(model: torch.nn.Module) -> dict[Any, Any]:
 def _groups_of(state: Any) -> list[Any]:
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     return [group for group in groups if group is not None]
+
+
+def block_lists_of_gradients() -> frozenset[int]:
+    """The places, in the tuple that flex attention takes as its block mask, of what its gradient alone reads."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    names = SimpleNamespace(**{name: (name, name) for name in BlockMask.__annotations__})
+    entries: Any = BlockMask.as_tuple(names)  # type: ignore[arg-type]
+    read_backward = ("q_", "full_q_", "dq_")
+    return frozenset(i for i, entry in enumerate(entries) if str(entry[0]).startswith(read_backward))
 
 
 def profiler_runs() -> bool:

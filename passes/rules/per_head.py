@@ -4,7 +4,8 @@ kernels, called as an op of their own.
 Such an op needs all tokens, but only some of the heads. So ranks trade tokens for heads before it and heads for tokens
 after it (the all-to-all of DeepSpeed-Ulysses, arXiv 2309.14509), and the op itself stays as it is: every rank runs it
 on all tokens of its own heads, exactly as one device does for those heads. What is known only as a number (lengths of
-packed sequences, a block mask without heads) is whole on every rank.
+packed sequences, a block mask without heads) is whole on every rank; a block mask for each head, and what makes it of
+queries and keys, is computed by heads too.
 
 An op is named with a :class:`Reader` (:func:`register_per_head`, open to users in sfcompile/extend.py), which says
 which dims of its tensors are tokens and heads. FlashAttention's and xFormers' packed forms are known here, and those
@@ -75,20 +76,30 @@ class PerHead:
         return min(op.operands[i].shape[names.index("H")] for i, names in self.names.items() if "H" in names)
 
     def seeds(self, op: OpView) -> list[tuple[fx.Node, int]]:
-        """Where tokens are: of q, and of the first other tensor that has some."""
+        """Where tokens are: of q, and of the first other tensor that has some; and where heads are in the first of
+        those tensors that have heads and blocks of tokens: what makes these can be computed by heads as well."""
         others = [i for i, names in self.names.items() if "L" in names and i != self.query]
         lengths = [op.operands[i].shape for i, names in self.names.items() if names == "-"]
         samples = {shape[0] - 1 for shape in lengths if len(shape) == 1}
         places = [(op.operands[i].node, self.names[i].index("L")) for i in (self.query, *others[:1])]
-        return [_one_sample(node, dim, samples) for node, dim in places]
+        heads = [(op.operands[i].node, self.names[i].index("H")) for i in self._by_heads()[:1]]
+        return [_one_sample(node, dim, samples) for node, dim in places] + heads
+
+    def _by_heads(self) -> list[int]:
+        """The tensors that have heads and blocks of tokens: lists of the blocks that a head looks at, say."""
+        return [i for i, names in self.names.items() if "H" in names and "L" not in names and len(names) > 2]
 
     def _side(self, side: Side) -> str:
         return self.out if side[0] == "out" else self.names.get(side[1], "")
 
     def spread(self, op: OpView, space: LabelSpace, side: Side, layout: Layout) -> Spread:
-        """Tokens of q are those of the output; those of k and v belong together; samples belong together."""
+        """Tokens of q are those of the output; those of k and v belong together; samples belong together, and heads of
+        lists of blocks."""
         names = self._side(side)
         letter = names[layout.dim : layout.dim + 1]
+        if letter == "H" and side[0] == "in" and side[1] in self._by_heads():
+            alike = [(i, self.names[i].index("H")) for i in self._by_heads() if i != side[1]]
+            return [(("in", i), layout.at(dim)) for i, dim in alike if op.operands[i].shape[dim] == layout.size]
         if letter not in ("L", "B") or (side[0] == "out" and side[1] != 0):
             return []
         ins = [i for i in self.names if letter in self.names[i]]
@@ -121,7 +132,18 @@ class PerHead:
             elif "L" in names:
                 own = chosen.ins[i]
                 needs[i] = own if own is not None and own.dim == names.index("L") and _is_few(chosen, own) else None
+            elif i in self._by_heads():
+                needs[i] = self._held(op, chosen, i)
         return needs
+
+    def _held(self, op: OpView, chosen: OpLayouts, i: int) -> Layout | None:
+        """The layout of a tensor of which every rank holds just its heads; None: it is needed whole, and cut."""
+        own, at, ranks = chosen.ins[i], self.names[i].index("H"), chosen.owners.num_ranks
+        if own is None or own.dim != at:
+            return None
+        heads = self.heads(op)
+        owned = _owned(heads, op.operands[i].shape[at] // heads, ranks)
+        return own if all(chosen.owners.dim_runs(own, rank) == owned[rank] for rank in range(ranks)) else None
 
     def partial(self, op: OpView, chosen: OpLayouts) -> list[Need] | None:
         """Never a sum over tokens."""
@@ -164,8 +186,10 @@ class PerHead:
                 continue
             at = names.index("H")
             owned = _owned(heads, operand.shape[at] // heads, len(ranks))
-            layout = chosen.ins[operand.index] if "L" in names else None
-            if layout is None:
+            layout = chosen.ins[operand.index]
+            if "L" not in names and layout is not None:  # its heads are what this rank has of it
+                mine.append(node)
+            elif layout is None:
                 start, length = owned[local.rank][0] if owned[local.rank] else (0, 0)
                 mine.append(local.narrow(node, at, start, length))
             else:
@@ -260,15 +284,16 @@ def rule_of(op: OpView) -> Rule | None:
 
 @register_rule("streamfusion::opaque")
 def _flex(op: OpView) -> Rule | None:
-    """Flex attention whose mask and score function ask for no head (sfcompile/capture/opaque.py). Samples are not cut:
-    masks may have them."""
-    places = OPAQUE[str(op.args["key"])].per_head
-    if places is None or any(op.operands[i].ndim != 4 for i in places):
+    """Flex attention whose mask and score function ask for no head (sfcompile/capture/opaque.py); its lists of blocks
+    may have heads. Samples are cut if neither function asks for the sample."""
+    names = OPAQUE[str(op.args["key"])].per_head
+    if names is None or any(op.operands[i].ndim != len(text) for i, text in names.items()):
         return None
-    q, k, v = (op.operands[i].shape[1] for i in places)
-    if not k or q % k or k != v:
+    tokens = [i for i, text in names.items() if "L" in text]
+    query, counts = tokens[0], [op.operands[i].shape[1] for i in tokens]
+    if not counts[-1] or counts[0] % counts[-1] or len(set(counts[1:])) > 1:
         return None
-    return PerHead(dict.fromkeys(places, "-HLD"), places[0], "-HLD")
+    return PerHead(names, query, names[query])
 
 
 def fits(op: OpView, dims: Dims) -> bool:

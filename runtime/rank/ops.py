@@ -11,9 +11,10 @@ of the model, a repeated block's, ``site`` counts from where :func:`sites_from` 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -204,14 +205,14 @@ for _name in _OPS:
 class Opaque:
     """A function that a graph calls as it is, the shapes and dtypes that it returns, and its FLOPs.
 
-    ``per_head`` are the places of q, k and v [B, H, L, D] if it is an attention whose heads may be computed apart, with
-    one result like q.
+    ``per_head``, if it is an attention whose heads may be computed apart, with one result like q: by the places of q,
+    k, v and of what else has heads or samples the letters of their dims (passes/rules/per_head.py), q's first.
     """
 
     run: Callable[..., list[torch.Tensor]]
     outputs: list[tuple[list[int], torch.dtype]]
     flops: float
-    per_head: tuple[int, int, int] | None = None
+    per_head: Mapping[int, str] | None = None
 
 
 OPAQUE: dict[str, Opaque] = {}
@@ -219,11 +220,13 @@ OPAQUE: dict[str, Opaque] = {}
 
 
 def narrowed(key: str, sizes: list[int]) -> str:
-    """The key of the same function where it is called with fewer heads; ``sizes`` are B, H and L of its result."""
+    """The key of the same function where it is called with fewer samples or heads; ``sizes`` are B, H and L of its
+    result."""
     whole = OPAQUE[key]
     ((old, dtype),) = whole.outputs
-    fewer = f"{key} of {sizes[1]} heads"
-    OPAQUE[fewer] = Opaque(whole.run, [([*sizes, old[-1]], dtype)], whole.flops * sizes[1] / old[1])
+    fewer = f"{key} of {sizes[0]} x {sizes[1]} heads"
+    part = math.prod(sizes) / max(1, math.prod(old[:-1]))
+    OPAQUE[fewer] = replace(whole, outputs=[([*sizes, old[-1]], dtype)], flops=whole.flops * part)
     return fewer
 
 

@@ -26,6 +26,7 @@ from sfcompile.torch_private import (
     HigherOrderOperator,
     autocast_as,
     autocast_state,
+    block_lists_of_gradients,
     no_modes,
     tree_leaves,
 )
@@ -80,7 +81,7 @@ def _stretches(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
 def _region(gm: fx.GraphModule, nodes: list[fx.Node]) -> tuple[Callable[..., Any], list[fx.Node], list[fx.Node]]:
     """The stretch as a function, the nodes it reads and the nodes it makes for others."""
     own = set(nodes)
-    read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own)
+    read = dict.fromkeys(n for node in nodes for n in _read_by(node) if n not in own)
     inputs = [n for n in read if n.op != "get_attr" or isinstance(_attribute(gm, n), torch.Tensor)]
     outputs = [node for node in nodes if any(user not in own for user in node.users)]
     graph = fx.Graph()
@@ -89,7 +90,7 @@ def _region(gm: fx.GraphModule, nodes: list[fx.Node]) -> tuple[Callable[..., Any
         if n not in values:  # a submodule: the mask or score function of a higher-order op
             values[n] = graph.node_copy(n)
     for node in nodes:
-        values[node] = graph.node_copy(node, lambda n: values[n])
+        values[node] = _copied(graph, node, values)
     graph.output(tuple(values[n] for n in outputs))
     return _Region(fx.GraphModule(gm, graph)), inputs, outputs
 
@@ -158,15 +159,16 @@ class _Region:
                 total += 2.0 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
         return total
 
-    def _per_head(self, values: Sequence[Any], tensors: Sequence[int]) -> tuple[int, int, int] | None:
-        """The places of q, k and v among the tensors, if this is one flex attention that asks for no head.
+    def _per_head(self, values: Sequence[Any], tensors: Sequence[int]) -> dict[int, str] | None:
+        """The letters of the dims (passes/rules/per_head.py) of q, k, v and the lists of blocks, by their places among
+        the tensors, if this is one flex attention that asks for no head.
 
         Its score function is called with (score, sample, head, query, key), its mask with (sample, head, query, key);
-        tensors of a block mask are [B, H, ...].
+        tensors of a block mask are [B or 1, H or 1, ...].
         """
         nodes = [node for node in self._body.graph.nodes if isinstance(node.target, HigherOrderOperator)]
         (results,) = (node.args[0] for node in self._body.graph.nodes if node.op == "output")
-        if len(nodes) != 1 or getattr(nodes[0].target, "__name__", "") != "flex_attention":
+        if len(nodes) != 1 or not _is_flex(nodes[0]):
             return None
         flex = nodes[0]
         first = [(user.target, user.args[1:]) for user in flex.users] == [(operator.getitem, (0,))]
@@ -177,20 +179,66 @@ class _Region:
         score, mask = flex.args[3], flex.args[4]
         if not isinstance(mask, tuple) or not all(node in places for node in flex.args[:3]):
             return None
-        for function, place in ((score, 2), (mask[-1], 1)):
+        q, k, v = (tuple(values[places[node]].shape) for node in flex.args[:3])
+        asked = {"B": len({q[0], k[0], v[0]}) > 1, "H": False}
+        for function, sample in ((score, 1), (mask[-1], 0)):
             if not isinstance(function, fx.Node) or function.op != "get_attr":
                 return None
             arguments = getattr(self._body, str(function.target)).graph.find_nodes(op="placeholder")
-            if arguments[place].users:
-                return None
+            asked["B"] |= _is_asked(arguments[sample])
+            asked["H"] |= _is_asked(arguments[sample + 1])
+        if asked["H"]:
+            return None
+        names = {tensors.index(places[node]): "-HLD" if asked["B"] else "BHLD" for node in flex.args[:3]}
         for entry in mask[:-1]:
             value = values[places[entry]] if entry in places else None
             if isinstance(entry, fx.Node) and not (isinstance(value, torch.Tensor) and value.dim() > 1):
                 return None
-            if isinstance(value, torch.Tensor) and value.shape[1] != 1:
-                return None
-        q, k, v = (tensors.index(places[node]) for node in flex.args[:3])
-        return q, k, v
+            if isinstance(value, torch.Tensor):
+                samples, heads, *blocks = value.shape
+                if samples not in (1, q[0]) or heads not in (1, q[1]):
+                    return None
+                text = ("B" if samples > 1 and not asked["B"] else "-") + ("H" if heads > 1 else "-")
+                if text != "--":
+                    names[tensors.index(places[entry])] = text + "-" * len(blocks)
+        return names
+
+
+def _is_asked(argument: fx.Node) -> bool:
+    """Whether a function reads a number that it is given, and not only what kind of tensor that is (as torch's own mask
+    does that masks nothing)."""
+    kinds = ("new_ones", "new_zeros", "new_full", "new_empty")
+    for user in argument.users:
+        if user.op != "call_method" or user.target not in kinds or user.args[0] is not argument:
+            return True
+        if argument in tree_leaves((user.args[1:], dict(user.kwargs))):
+            return True
+    return False
+
+
+def _is_flex(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator) and getattr(node.target, "__name__", "") == "flex_attention"
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """What a node reads: of flex attention's lists of blocks, not those that only its gradient reads."""
+    if not _is_flex(node) or len(node.args) < 5 or not isinstance(node.args[4], tuple):
+        return list(node.all_input_nodes)
+    gradients = block_lists_of_gradients()
+    mask = tuple(entry for place, entry in enumerate(node.args[4]) if place not in gradients)
+    read: dict[fx.Node, None] = {}
+    fx.map_arg((*node.args[:4], mask, *node.args[5:], dict(node.kwargs)), lambda n: read.setdefault(n))
+    return list(read)
+
+
+def _copied(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The node in another graph; what it does not read is None there."""
+    reads = frozenset(_read_by(node))
+
+    def value_of(n: fx.Node) -> Any:
+        return values[n] if n in reads else None
+
+    return graph.node_copy(node, value_of)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ CUTLASS = (
     "Tensor? seqstart_q, Tensor? seqstart_k, int? max_seqlen_q, float dropout_p, bool compute_logsumexp, "
     "int custom_mask_type, float? scale, Tensor? seqlen_k, int? window_size) -> (Tensor, Tensor, int, int)"
 )
+LISTED = "listed(Tensor q, Tensor k, Tensor v, Tensor counts, Tensor lists) -> Tensor"
 SPARSE = "sparse(Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor? factor=None) -> Tensor"
 
 
@@ -78,6 +79,17 @@ def sparse(q: Any, k: Any, v: Any, blocks: Any, factor: Any = None) -> torch.Ten
     return torch.stack(outs).transpose(1, 2).contiguous()
 
 
+def listed(q: Any, k: Any, v: Any, counts: Any, lists: Any) -> torch.Tensor:
+    """[B, H, L, D] where each block of 4 queries of a head looks at the first so many blocks of its list."""
+    first = torch.arange(lists.shape[-1]) < counts[..., None]
+    seen = torch.zeros_like(lists, dtype=torch.bool).scatter(-1, lists.long(), first)
+    seen = seen.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    each = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(each, 1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(~seen, -1e9)
+    return (scores.softmax(-1) @ v).contiguous()
+
+
 @pytest.fixture(autouse=True)
 def libraries() -> Iterator[None]:
     """The stand-ins, as long as a test runs."""
@@ -86,6 +98,7 @@ def libraries() -> Iterator[None]:
         ("flash_attn", VARLEN, varlen, varlen_meta),
         ("xformers_flash", XFORMERS, xformers, lambda *args: varlen_meta(*args)[:3]),
         ("xformers", CUTLASS, cutlass, lambda q, *rest: (q.new_empty(q.shape), q.new_empty(0), 0, 0)),
+        ("sf_listed", LISTED, listed, lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format)),
         ("sf_sparse", SPARSE, sparse, lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format)),
     ):
         library = torch.library.Library(name, "FRAGMENT")
@@ -291,6 +304,40 @@ def test_a_call_whose_other_results_are_used_is_computed_whole() -> None:
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
 
 
+def listed_dims(args: Any) -> extend.Dims:
+    return extend.Dims({name: "BHLD" for name in "qkv"} | {"counts": "BH-", "lists": "BH--"}, "BHLD")
+
+
+class Listed(nn.Module):
+    """A block whose heads each choose, by the means of blocks of 4 queries and keys, which blocks they look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).split([32, 32, 32], -1))
+        means = [t.unflatten(2, (-1, 4)).mean(3) for t in (q, k)]
+        values, order = torch.softmax(means[0] @ means[1].mT, -1).sort(-1)
+        seen = (values.cumsum(-1) >= 0.7).int().gather(-1, order.argsort(-1))
+        counts, lists = seen.sum(-1).int(), seen.argsort(dim=-1, descending=True, stable=True).int()
+        h = torch.ops.sf_listed.listed(q, k, v, counts, lists)
+        return x + self.out(h.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
+def test_lists_of_blocks_that_each_head_makes_are_made_by_heads(ranks: int) -> None:
+    """Nobody gathers queries and keys for them: ranks trade tokens for heads, where heads divide."""
+    extend.register_per_head_attention("sf_listed::listed", listed_dims)
+    ones, values, want = compiled(Listed(), (torch.randn(2, 40, 32),), Topology.grid(1, ranks), shard_everything=True)
+    report = ones[0].report
+    assert report.by_heads == 1 and report.left_behind == [] and len(report.gathered) <= 3, str(report)
+    assert ranks in (3, 5) or len(report.gathered) == 1, str(report)
+    for (out,) in run_compiled(ones, Topology.grid(1, ranks), values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
 def test_names_have_a_namespace() -> None:
     with pytest.raises(extend.OptionError, match="write 'library::op'"):
         extend.register_per_head_attention("sparse", sparse_dims)
@@ -301,6 +348,8 @@ def flex(asks: str) -> nn.Module:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        if asks == "sample":
+            return q >= k + b
         return q >= k + h if asks == "mask" else q >= k
 
     def score(s: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -315,7 +364,8 @@ def flex(asks: str) -> nn.Module:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             length = x.shape[1]
             heads = 4 if asks in ("mask", "blocks") else None
-            blocks = create_block_mask(mask, None, heads, length, length, device="cpu")
+            samples = x.shape[0] if asks in ("sample", "blocks") else None
+            blocks = create_block_mask(mask, samples, heads, length, length, device="cpu")
             q, k, v = self.qkv(x).split([32, 16, 16], -1)
             q, k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
             h = flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=True)
@@ -324,7 +374,31 @@ def flex(asks: str) -> nn.Module:
     return Flex()
 
 
-@pytest.mark.parametrize(("asks", "by_heads"), [("nothing", 1), ("mask", 0), ("score", 0), ("blocks", 0)])
+@pytest.mark.parametrize("asks", ["nothing", "blocks", "sample"])
+def test_groups_run_flex_attention_on_their_samples_unless_it_asks_which_they_are(asks: str) -> None:
+    """Beside an attention for which the batch is split."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flex = flex(asks)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+            for _ in range(3):
+                q = nn.functional.scaled_dot_product_attention(q, q, q)
+            return self.flex(q.transpose(1, 2).flatten(2))
+
+    topology = Topology.grid(2, 2)
+    mesh = {"batch": 2, "ulysses": 1, "ring": 2}
+    ones, values, want = compiled(Both(), (torch.randn(2, 128, 32),), topology, shard_everything=True, mesh=mesh)
+    assert ones[0].report.batch == 2
+    assert (ones[0].report.share < 1.1) == (asks != "sample")
+    for (out,) in run_compiled(ones, topology, values):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("asks", "by_heads"), [("nothing", 1), ("mask", 0), ("score", 0), ("blocks", 1)])
 def test_flex_attention_runs_on_its_heads_unless_it_asks_which_they_are(asks: str, by_heads: int) -> None:
     model, topology = flex(asks), Topology.grid(1, 2)
     ones, values, want = compiled(model, (torch.randn(1, 128, 32),), topology, shard_everything=True)

@@ -42,6 +42,15 @@ def test_flex_attention_is_one_call_and_its_result_the_same() -> None:
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
 
 
+def test_lists_that_only_gradients_read_are_not_made() -> None:
+    """Lists of the blocks of queries that look at a block of keys: each would be one vmapped call more."""
+    opaque = [n for n in captured(blockwise, *inputs()).gm.graph.nodes if "opaque" in str(n.target)]
+    attention = opaque[-1]
+    (tensors, _) = attention.args
+    assert len(opaque) == 2, "the mask and the attention"
+    assert [tuple(t.meta["val"].shape) for t in tensors][1:] == [(1, 1, 2), (1, 1, 2, 2)] * 2
+
+
 def test_its_work_is_counted_and_reported_as_replicated() -> None:
     got = captured(blockwise, *inputs())
     views = [view for view in map(OpView.of, got.gm.graph.nodes) if view is not None and view.name == "opaque"]
