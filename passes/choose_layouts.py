@@ -14,7 +14,9 @@ from torch import fx
 
 from sfcompile.passes.graph.cost import flops
 from sfcompile.passes.graph.layout import Layout, Ownership
-from sfcompile.passes.state import Layouts, Site, State, Tokens
+from sfcompile.passes.rules.pad import Padding
+from sfcompile.passes.rules.per_head import PerHead
+from sfcompile.passes.state import Layouts, Site, State, Tokens, maker_of
 from sfcompile.runtime.program.intervals import Runs
 
 
@@ -44,6 +46,12 @@ def choose_layouts(
         if layout is not None and layout.runs:
             attention[line.axis(layout)] = attention.get(line.axis(layout), 0.0) + site.flops
     weight = dict(attention)
+    for node, rule in tokens.rules.items():
+        if axis == "tokens" and isinstance(rule, PerHead):
+            for value, dim in rule.seeds(tokens.views[node])[:1]:  # tokens of its queries
+                layout = tokens.layouts.get(value, {}).get((dim, 1, 1, 1))
+                if layout is not None and layout.runs:
+                    weight[line.axis(layout)] = weight.get(line.axis(layout), 0.0) + flops(tokens.views[node])
     for value, dim, cost in tokens.rows:
         layout = tokens.layouts[value].get((dim, 1, 1, 1))
         if layout is not None and layout.runs:
@@ -67,7 +75,8 @@ def choose_layouts(
         elif usable:
             chosen[value] = max(usable, key=rank_of)
     grains = _grains(tokens, chosen, line, num_ranks)
-    owners = Ownership(tokens.space, line.segments, line.axes, num_ranks, grains, tokens.held)
+    loose = _tokens_beside_padding(tokens, line) - grains.keys()
+    owners = Ownership(tokens.space, line.segments, line.axes, num_ranks, grains, tokens.held, loose)
     for value, layout in list(chosen.items()):
         if not owners.fits(layout):  # rows with several owners: the next best place, or none
             fitting = [place for place in tokens.layouts[value].values() if place.runs and owners.fits(place)]
@@ -213,6 +222,31 @@ def _grains(tokens: Tokens, chosen: Mapping[fx.Node, Layout], line: _LabelLine, 
             for i in line.within(tokens.space.roots(runs)):
                 grains.setdefault(line.segments[i][0], 1)
     return grains
+
+
+def _tokens_beside_padding(tokens: Tokens, line: _LabelLine) -> set[int]:
+    """The first labels of segments that are glued as padding and yet tokens of a value that nobody padded.
+
+    A mask or a table of positions is padded because more tokens are joined to those that it has (a time token, say):
+    what pads it stands for tokens on which as much is computed as on all others.
+    """
+    glued = {i for first, n, _, _ in tokens.space.glued for i in line.within(tokens.space.roots(((first, n),)))}
+    if not glued:
+        return set()
+    among = {runs: glued.intersection(line.within(roots)) for runs, roots in line.vectors.items()}
+    holding = {
+        value: {i for layout in places.values() if layout.runs for i in among[layout.runs]}
+        for value, places in tokens.layouts.items()
+    }
+    own: set[int] = set()
+    for value, held in holding.items():
+        maker = maker_of(value)
+        op = tokens.views.get(maker)
+        if op is None:
+            own |= held  # an input
+        elif op.operands and not isinstance(tokens.rules.get(maker), Padding):
+            own |= held.difference(*(holding.get(operand.node, ()) for operand in op.operands))
+    return {line.segments[i][0] for i in own}
 
 
 def _segments(edges: Sequence[int], covered: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

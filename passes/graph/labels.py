@@ -20,7 +20,8 @@ class LabelSpace:
         kin: pairs of vectors that count the same thing in other steps (the rows of a grid, and those of the grid at
             half the size): values hold the one or the other, and should be sharded along all of them or none.
         glued: stretches ``(first, length, label, grain)`` of rows of ``grain`` labels that are no tokens of anything,
-            and go to the owner of that label (rows of padding beside the edge of a grid).
+            and go to the owner of that label (rows of padding beside the edge of a grid). Where they turn out to be
+            tokens of something else (choose_layouts.py), they are not.
     """
 
     def __init__(self) -> None:

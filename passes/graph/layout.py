@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -130,9 +130,10 @@ class Ownership:
     stretches that differ by at most one token; the longer ones are rotated from segment to segment so that uneven
     segments do not all burden rank 0. ``grains``, by first label of a segment: cut it at multiples of that only, and
     in proportion: rank ``r`` begins at row ``floor(r n / ranks)``. The rows of a grid and those of the same grid in
-    half as many steps are then cut at the same places, give or take a row. Segments that are glued to a label
-    (``LabelSpace.glued``) and shorter than the ranks are many go to its owner. ``held``: labels (the first, how many)
-    that have an owner already, who keeps them.
+    half as many steps are then cut at the same places, give or take a row. Rows of one axis that follow one another are
+    cut together where some are in pieces of fewer rows than ranks. Segments that are glued to a label
+    (``LabelSpace.glued``) and shorter than the ranks are many go to its owner, but for those that ``loose`` names by
+    their first label. ``held``: labels (the first, how many) that have an owner already, who keeps them.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Ownership:
         num_ranks: int,
         grains: Mapping[int, int] | None = None,
         held: Sequence[tuple[int, int, int]] = (),
+        loose: Collection[int] = (),
     ) -> None:
         self._space = space
         self.num_ranks = num_ranks
@@ -153,10 +155,10 @@ class Ownership:
         self._ends: list[tuple[int, int]] = []  # (end label, rank)
         turn = 0
         kept = {root: (count, rank) for first, length, rank in held for root, count in space.roots(((first, length),))}
-        glued = self._glued()
-        for first, length in self.segments:
-            if first in glued or self._keep(first, length, kept):
-                continue
+        glued = self._glued(loose)
+        axis_of = {first: axis for (first, _), axis in zip(segments, axes, strict=True)}
+        free = [(first, n) for first, n in self.segments if first not in glued and not self._keep(first, n, kept)]
+        for first, length in self._torn_rows(free, axis_of):
             grain = self._grains.get(first, 1)
             num_grains = length // grain
             if first in self._grains:
@@ -174,11 +176,28 @@ class Ownership:
         lengths = dict(self.segments)
         for first, home in glued.items():
             self._own(first, first + lengths[first], self._owner(home))
-        self._axes = {first: axis for (first, _), axis in zip(segments, axes, strict=True)}
+        self._axes = axis_of
         self._owners: dict[Runs, Owners] = {}
         self._vectors: dict[Owners, NDArray[np.int32]] = {}
         self._held: dict[Runs, tuple[Runs, ...]] = {}
         self._shares: dict[Runs, NDArray[np.float64]] = {}
+
+    def _torn_rows(self, segments: Sequence[tuple[int, int]], axis_of: Mapping[int, int]) -> Runs:
+        """The segments, those of rows that were torn from their neighbours put together again: in proportion, a single
+        row goes to the last rank, and so would all rows of a grid of which each is a segment."""
+        out: list[tuple[int, int]] = []
+        short = False  # whether the last one holds a piece with fewer rows than ranks
+        for first, length in segments:
+            grain = self._grains.get(first)
+            few = grain is not None and length < grain * self.num_ranks
+            before, n = out[-1] if out else (first, 0)
+            together = grain is not None and before + n == first and self._grains.get(before) == grain
+            if n and together and axis_of[before] == axis_of[first] and (short or few):
+                out[-1], short = (before, n + length), True
+            else:
+                out.append((first, length))
+                short = few
+        return tuple(out)
 
     def _keep(self, first: int, length: int, kept: Mapping[int, tuple[int, int]]) -> bool:
         """Leave a segment to those who hold it already, if all of it is held."""
@@ -206,7 +225,7 @@ class Ownership:
         """The first label of the segment that holds a root label."""
         return self._segment_starts[bisect_right(self._segment_starts, label) - 1]
 
-    def _glued(self) -> dict[int, int]:
+    def _glued(self, loose: Collection[int]) -> dict[int, int]:
         """Short segments that are glued to a label of one that is not: first label to that label."""
         near: dict[int, int] = {}
         for first, length, label, grain in self._space.glued:
@@ -216,7 +235,7 @@ class Ownership:
                 while at < len(self.segments) and sum(self.segments[at]) <= root + count:
                     segment, size = self.segments[at]
                     short = size // grain < self.num_ranks
-                    if short and segment != self._segment_of(target):
+                    if short and segment not in loose and segment != self._segment_of(target):
                         near.setdefault(segment, target)
                     at += 1
         glued: dict[int, int] = {}

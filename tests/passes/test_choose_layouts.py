@@ -54,6 +54,22 @@ def test_text_and_image_are_two_segments_of_one_axis() -> None:
     assert totals == [5, 5, 5], "the longer shards are on different ranks"
 
 
+def test_what_a_mask_is_padded_for_is_shared_out_like_other_tokens() -> None:
+    """Single tokens are joined to a text, whose mask and whose positions are padded for them."""
+
+    def joined(text: torch.Tensor, one: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([text, *((one * i)[:, None] for i in range(3))], 1) + torch.nn.functional.pad(
+            places, (0, 0, 0, 3)
+        )
+        y = x.unsqueeze(1)
+        return sdpa(y, y, y, attn_mask=torch.nn.functional.pad(mask, (0, 3))[:, None, None]).squeeze(1)
+
+    layouts, _ = chosen(joined, torch.zeros(1, 9, 8), torch.zeros(1, 8), torch.zeros(1, 9), torch.zeros(1, 9, 8))
+    (attention,) = (node for node in layouts.chosen if "attention" in node.name)
+    owners = layouts.owners
+    assert [owners.count(layouts.chosen[attention].runs, rank) for rank in range(3)] == [4, 4, 4]
+
+
 def test_rows_that_have_several_owners_leave_the_value_to_its_next_axis() -> None:
     def pairs(x: torch.Tensor) -> torch.Tensor:
         y = sdpa(x[:, :, ::2], x[:, :, ::2], x[:, :, ::2])

@@ -101,6 +101,23 @@ def test_padding_goes_to_the_owner_of_the_edge() -> None:
     owners = Ownership(space, segments, [0] * 4, 3)
     assert owners.owners((*before, *rows, *after, *more)) == ((0, 5), (1, 3), (2, 5))
     assert Ownership(space, segments, [0] * 4, 2).owners(before) == ((0, 1), (1, 1)), "enough of it to be shared"
+    loose = Ownership(space, segments, [0] * 4, 3, loose=[11])
+    assert loose.owners((*rows, *after, *more)) == ((0, 3), (1, 3), (2, 3), (0, 2)), "its turn, and its own padding"
+
+
+def test_rows_that_are_torn_apart_are_cut_together() -> None:
+    """In proportion each row by itself would be the last rank's."""
+    space = LabelSpace()
+    (first, _), *_ = space.fresh(7)
+    torn = [(first, 1), (first + 1, 1), (first + 2, 1), (first + 3, 3), (first + 6, 1)]
+    grains = {start: 1 for start, _ in torn}
+    rows = ((first, 4),)
+    assert Ownership(space, torn[:4], [0] * 4, 3, grains).owners(((first, 6),)) == ((0, 2), (1, 2), (2, 2))
+    assert Ownership(space, torn[:4], [0, 1, 0, 0], 2, grains).owners(rows) == ((1, 2), (0, 2)), "of one axis"
+    assert Ownership(space, torn[3:], [0] * 2, 2, grains).owners(((first + 3, 4),)) == ((0, 2), (1, 2))
+    long = [(first, 3), (first + 3, 4)]
+    owners = Ownership(space, long, [0] * 2, 3, {start: 1 for start, _ in long})
+    assert owners.owners(((first, 3), (first + 3, 4))) == ((0, 1), (1, 1), (2, 1), (0, 1), (1, 1), (2, 2))
 
 
 def test_who_holds_labels_keeps_them() -> None:
