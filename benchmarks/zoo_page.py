@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FILES = ("*-zoo-4-ranks.txt", "*-zoo-convolutional.txt")
+FILES = ("*-zoo-4-ranks.txt", "*-zoo-convolutional.txt", "*-zoo-some-models.txt")
 """Result files that count: models on four ranks where the planner chooses. Of several with one ending, the newest."""
 _ROW = re.compile(r"^(\w+) +(exact|WRONG|FAILED) +(?:([\d.e+-]+) +([\d.]+|nan) +(\d+) +[\d.]+ +(\d+) .*  (\S.*)|.*)$")
 

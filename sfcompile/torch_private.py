@@ -456,10 +456,8 @@ def block_lists_of_gradients() -> frozenset[int]:
     """The places, in the tuple that flex attention takes as its block mask, of what its gradient alone reads."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    names = SimpleNamespace(**{name: (name, name) for name in BlockMask.__annotations__})
-    entries: Any = BlockMask.as_tuple(names)  # type: ignore[arg-type]
-    read_backward = ("q_", "full_q_", "dq_")
-    return frozenset(i for i, entry in enumerate(entries) if str(entry[0]).startswith(read_backward))
+    names: Any = SimpleNamespace(**{name: name for name in BlockMask.__annotations__})  # each stands for itself
+    return frozenset(i for i, e in enumerate(BlockMask.as_tuple(names)) if str(e).startswith(("q_", "full_q_", "dq_")))
 
 
 def profiler_runs() -> bool:
