@@ -298,7 +298,8 @@ def _only_casts(
     want = _calls_inside(target, args, kwargs, mode, state, dtypes)
     with mode:
         low = tree_map(lambda leaf: leaf.to(dtypes[id(leaf)]) if id(leaf) in dtypes else leaf, (args, kwargs))
-    return _calls_inside(target, *low, mode, {}).words == want.words
+    args, kwargs = low
+    return _calls_inside(target, args, kwargs, mode, {}).words == want.words
 
 
 def _is_transparent(target: OpOverload, args: Any, kwargs: Any, mode: FakeTensorMode, state: AutocastState) -> bool:
