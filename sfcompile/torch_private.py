@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.distributed import distributed_c10d
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -58,6 +59,7 @@ __all__ = [
     "aoti_compile",
     "aten_op",
     "aoti_load",
+    "as_of_torch",
     "assert_on_device",
     "autocast_as",
     "autocast_off",
@@ -77,6 +79,7 @@ __all__ = [
     "inductor_mode_options",
     "is_comparable",
     "is_composite",
+    "is_of_torch",
     "is_plain",
     "is_wrapper",
     "is_refs_tensor",
@@ -260,10 +263,26 @@ def aten_op(name: str, args: Any, kwargs: Any) -> OpOverload | None:
 
 
 def is_comparable(value: object) -> TypeGuard[torch.Tensor]:
-    """Whether a value is a plain dense tensor with real data, which can be read."""
-    if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+    """Whether a value is a dense tensor with real data, which can be read; its class may be one of its own, if that
+    leaves torch's ops their meaning (:func:`is_plain`)."""
+    if not isinstance(value, torch.Tensor):
         return False
+    if not is_of_torch(value):
+        own = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        if own or isinstance(value, UninitializedTensorMixin):
+            return False
     return value.layout is torch.strided and value.device.type != "meta"
+
+
+def is_of_torch(tensor: torch.Tensor) -> bool:
+    """Whether its class is no other than torch's: a tensor or a parameter."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def as_of_torch(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without the tensor's own class, which is asked nothing."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(torch.Tensor)
 
 
 def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ import torch
 
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.wires.transport import TAG_BITS
+from sfcompile.torch_private import as_of_torch, is_of_torch
 
 _LIKE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 """For torch's dtypes that cannot be indexed, one of the same bytes that can."""
@@ -56,7 +57,8 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
     """
     mark = 0
     for value in tensors:
-        tensor = value.detach().resolve_conj().resolve_neg()  # that may be a copy, which lies otherwise
+        plain = value if is_of_torch(value) else as_of_torch(value)
+        tensor = plain.detach().resolve_conj().resolve_neg()  # that may be a copy, which lies otherwise
         places, span, geometry = _places(tuple(tensor.shape), tensor.stride(), tensor.dtype)
         mark = zlib.crc32(geometry, mark)
         if places.numel():

@@ -28,7 +28,7 @@ from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.program.weight_rows import LARGE_BYTES
 from sfcompile.runtime.rank.calls import fingerprint
 from sfcompile.runtime.wires.shared_files import Place, failures, in_words, no_room, opened, shared_file
-from sfcompile.torch_private import is_comparable, storage_users
+from sfcompile.torch_private import is_comparable, is_of_torch, storage_users
 
 log = logging.getLogger("sfcompile")
 BUNDLE_BYTES = 64 << 20
@@ -169,7 +169,7 @@ def obstacle_of(weight: torch.Tensor) -> str:
     """Why a weight stays each rank's own; "" if it can be shared."""
     if _nbytes(weight) < LARGE_BYTES:
         return _SMALL
-    if not is_comparable(weight):
+    if not is_comparable(weight) or not is_of_torch(weight):
         return _NO_WORDS
     if weight.untyped_storage().nbytes() != _nbytes(weight) or storage_users(weight) > 1:
         return _OTHERS  # they would keep the old memory, and be cut off from the weight

@@ -22,6 +22,10 @@ def test_python_numbers_that_change_are_inputs() -> None:
     run_processes(2, hidden_cases.run, ("numbers",))
 
 
+def test_inputs_of_a_class_of_their_own_are_inputs_like_others() -> None:
+    run_processes(2, hidden_cases.run, ("named_tensors",))
+
+
 def test_so_it_is_with_packages(tmp_path: Path) -> None:
     run_processes(2, hidden_cases.run, ("package", str(tmp_path / "noisy.sf")))
 

@@ -31,6 +31,11 @@ from sfcompile.runtime.rank.session import current_session
 from sfcompile.shared_inputs import SharedInputs
 from sfcompile.torch_private import FakeTensorMode
 
+
+class Named(torch.Tensor):
+    """Its ops are torch's."""
+
+
 INPUTS = [torch.ones(2), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), 3, torch.ones(2).to_sparse()]
 
 
@@ -50,6 +55,12 @@ def test_written_buffers_go_with_the_inputs(inputs: str) -> None:
     assert compared_inputs(INPUTS, asked, graph(written=(2,))) == (0, 2)
     assert compared_inputs(INPUTS, asked, graph(numbers=(3,))) == (0, 3)
     assert compared_weights(INPUTS, asked) == (1, 2)
+
+
+def test_tensors_of_a_class_that_keeps_torchs_meaning_are_compared_too() -> None:
+    inputs = [torch.ones(2).as_subclass(Named), nn.Parameter(torch.ones(2).as_subclass(Named)), *INPUTS[2:]]
+    assert compared_inputs(inputs, Options(), graph()) == (0,)
+    assert compared_weights(inputs, Options()) == (1, 2)
 
 
 def test_ranks_that_trust_each_other_compare_nothing() -> None:

@@ -8,6 +8,7 @@ from model_cases import Plain, close, compiled, rank, ranks, tokens
 from sfcompile.backend import reports
 from sfcompile.errors import RankMismatchError
 from sfcompile.runtime.rank.session import current_session
+from sfcompile.torch_private import no_torch_function
 
 
 def run(rank: int, case: str, *arguments: str) -> None:
@@ -128,3 +129,35 @@ def case_package(path: str) -> None:
                 raise AssertionError("other states of the generator were not noticed")
             except RankMismatchError:
                 pass
+
+
+class Named(torch.Tensor):
+    """A class whose ops are torch's, which Dynamo takes for a plain tensor."""
+
+    __torch_function__ = no_torch_function
+
+
+class NamedWeight(torch.nn.Parameter):
+    """The same of a weight."""
+
+
+def case_named_tensors() -> None:
+    """Inputs and weights of a class of their own are compared, or rank 0's, like others."""
+    model, x = Plain(), tokens()
+    want, mine = model(x), (x + rank()).as_subclass(Named)
+    run = compiled(model, placement="shard")
+    close(run(x.as_subclass(Named)), want)
+    try:
+        run(mine)
+        raise AssertionError("another input was not noticed")
+    except RankMismatchError as error:
+        assert "with inputs" in str(error), error
+    torch._dynamo.reset()
+    close(compiled(model, placement="shard", inputs="rank0")(mine), want)
+    torch._dynamo.reset()
+    model.out[0].bias = NamedWeight(model.out[0].bias + rank(), requires_grad=False)
+    try:
+        compiled(model, placement="shard")(x)
+        raise AssertionError("another weight was not noticed")
+    except Exception as error:
+        assert "weights (are they seeded or loaded alike?)" in str(error), error
