@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,6 +64,23 @@ def link_rate(rates: Matrix, machine_of: Sequence[int], slice_s: float) -> tuple
             best = _best_stretch(rate, min(max(enough, 2), 3 * len(rate) // 4))
             rates_and_spreads.append((best, 1.0 - float(rate.mean()) / best))
     return min(rates_and_spreads, default=(0.0, 1.0))
+
+
+def evened(rates: Matrix, machine_of: Sequence[int], sources: Sequence[int | None]) -> tuple[Matrix, int]:
+    """As if to every machine as many ranks had sent as use the busiest link, which all had to wait for.
+
+    Args:
+        rates: of messages that ranks send in step with each other, [ranks, slices], as they came to each.
+        sources: by rank, who sends to it; None: nobody.
+
+    Returns:
+        The rates, and how many share the busiest link, in one of its directions.
+    """
+    into = Counter(machine_of[rank] for rank, src in enumerate(sources) if src is not None)
+    out = Counter(machine_of[src] for src in sources if src is not None)
+    most = max((*into.values(), *out.values()), default=1)
+    times = np.array([most / max(into[machine], 1) for machine in machine_of])
+    return rates * times[:, None], most
 
 
 def compute_rate(rates: Matrix) -> float:

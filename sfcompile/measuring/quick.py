@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from sfcompile.measuring.compute import OwnCompute, compute_rates
-from sfcompile.measuring.estimate import compute_rate, core_share, line, link_rate, rates_in
-from sfcompile.measuring.shifts import LANES, Shifts
+from sfcompile.measuring.estimate import compute_rate, core_share, evened, line, link_rate, rates_in
+from sfcompile.measuring.shifts import LANES, Shifts, goes_round, sources
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import recorder
 from sfcompile.runtime.rank.session import Session
@@ -114,7 +114,7 @@ def measure_quickly(session: Session, base: Topology, dtype: torch.dtype, budget
         compute = compute_rates(shifts.device, dtype, shifts.synchronize, shifts.meet)
         if compute.launch_s is not None:
             usual["launch_s"] = compute.launch_s
-        if not on_gpu and "copy_bytes_per_s" not in slowest:  # one rank a machine: its own copies only
+        if not on_gpu and "copy_bytes_per_s" not in slowest:  # it puts nothing inside its machine: its own copies only
             slowest["copy_bytes_per_s"] = _copies()
         everyone: list[_Own] = session.exchange(_Own(slowest, usual, compute, rates, slice_s, bench.busy), "measure")
         seconds = float(shifts.meet(bench.elapsed_s).max())
@@ -133,10 +133,11 @@ def _together(everyone: list[_Own], base: Topology, seconds: float, on_gpu: bool
         constants[name] = share * compute_rate(np.array([own.compute.rates[name] for own in everyone]))
     spread: float | None = None
     if base.num_machines > 1:
-        rate, spread = link_rate(np.array([own.rates for own in everyone]), base.machine_of, everyone[0].slice_s)
+        rates, streams = evened(np.array([own.rates for own in everyone]), base.machine_of, sources(base, True))
+        rate, spread = link_rate(rates, base.machine_of, everyone[0].slice_s)
         ranks = max(len(base.ranks_of(machine)) for machine in set(base.machine_of))
         of_card = -(-ranks // base.nics_per_machine)
-        constants["network_bytes_per_s"] = rate / -(-ranks // of_card)
+        constants["network_bytes_per_s"] = rate / -(-streams // of_card)
     if not on_gpu:
         constants["local_bytes_per_s"] = constants["copy_bytes_per_s"]
     sound = {name: value for name, value in constants.items() if np.isfinite(value) and value > 0.0}
@@ -169,20 +170,13 @@ class _QuickBench:
         return time.perf_counter() - self._began
 
     def rounds(self, across: bool, floats: int, count: int) -> tuple[float, float]:
-        """Seconds of the put, and of put and arrival together, of shifts one by one.
+        """Seconds of the put, and of put and arrival together, of shifts one by one."""
+        shifts = self._shifts
+        return _timed(lambda: shifts.put(across, floats), lambda: shifts.receive(across, floats), count)
 
-        A rank that is ahead of its sender waits for longer, and next time its sender does: rounds count by the mean of
-        some in a row. Lower quartiles: noise only adds.
-        """
-        puts, stamps = [], [time.perf_counter()]
-        for _ in range(count):
-            self._shifts.put(across, floats)
-            puts.append(time.perf_counter() - stamps[-1])
-            self._shifts.receive(across, floats)
-            stamps.append(time.perf_counter())
-        row = min(_ROW, count)
-        totals = [(last - first) / row for first, last in zip(stamps, stamps[row:], strict=False)]
-        return float(np.quantile(puts, 0.25)), float(np.quantile(totals, 0.25))
+    def words(self, count: int) -> tuple[float, float]:
+        """The same of messages in which all ranks tell all others something."""
+        return _timed(lambda: self._shifts.put_word(0.0, 0.0), self._shifts.receive_word, count)
 
     # ------------------------------------------------------------------ inside a machine
 
@@ -190,15 +184,18 @@ class _QuickBench:
         """What a put costs its sender and how fast it is (a GPU's: how fast its messages are), how soon it is seen."""
         self._shifts.meet()
         times = [self.rounds(False, floats, 12 if floats == _SMALL else 5) for floats in sizes]
-        if not self._shifts.comes(False, _SMALL):
-            return {}, {}
+        slowest, usual = dict[str, float](), dict[str, float]()
         nbytes = [4.0 * floats for floats in sizes]
-        if on_gpu:
-            start, slope = line(nbytes, [total for _, total in times])
-            return {"local_bytes_per_s": 1.0 / max(slope, 1e-15)}, {"local_latency_s": start}
-        start, slope = line(nbytes, [put for put, _ in times])
-        seen = max(times[0][1] - times[0][0], 1e-6)
-        return {"copy_bytes_per_s": 1.0 / max(slope, 1e-12)}, {"message_s": start, "local_latency_s": seen}
+        comes = self._shifts.comes(False, _SMALL)
+        if on_gpu and comes:
+            usual["local_latency_s"], slope = line(nbytes, [total for _, total in times])
+            slowest["local_bytes_per_s"] = 1.0 / max(slope, 1e-15)
+        if not on_gpu and self._shifts.goes(False):
+            usual["message_s"], slope = line(nbytes, [put for put, _ in times])
+            slowest["copy_bytes_per_s"] = 1.0 / max(slope, 1e-12)
+        if not on_gpu and comes and goes_round(self._base):
+            usual["local_latency_s"] = max(times[0][1] - times[0][0], 1e-6)
+        return slowest, usual
 
     # ------------------------------------------------------------------ between machines
 
@@ -206,9 +203,12 @@ class _QuickBench:
         """Latency and a message's cost; what moving bytes costs; rates by slice of time, and a slice's length."""
         self._shifts.meet()
         put_s, total_s = self.rounds(True, _SMALL, 12)
-        usual = {"network_latency_s": total_s if on_gpu else max(total_s - put_s, 1e-6)}
-        if not on_gpu:
-            usual["message_s"] = put_s
+        usual = {"message_s": put_s} if self._shifts.goes(True) and not on_gpu else {}
+        heard = self._shifts.comes(True, _SMALL)
+        if not goes_round(self._base):
+            put_s, total_s = self.words(12)
+        if heard or not goes_round(self._base):
+            usual["network_latency_s"] = total_s if on_gpu else max(total_s - put_s, 1e-6)
         elapsed_s = float(self._shifts.meet(self.elapsed_s)[:, 0].max())
         with _one_thread():
             ready_s = _without_core_s()
@@ -216,7 +216,7 @@ class _QuickBench:
             self.busy = (_without_core_s() - ready_s) / max(marks[-1][0], 1e-9)
         end_s = float(self._shifts.meet(marks[-1][0])[:, 0].min())
         slice_s = (1.0 - LATER) * end_s / SLICES
-        if not self._shifts.comes(True, _SMALL):
+        if not heard:
             return {}, usual, [0.0] * SLICES, slice_s
         rates = rates_in(marks, LATER * end_s, end_s, SLICES)
         noticed = wires_s > _NOTICED * marks[-1][0] and not self.has_idle_cores
@@ -265,6 +265,23 @@ class _QuickBench:
         rank = self._session.rank
         ranks = len(self._base.ranks_of(self._base.machine_of[rank]))
         return ranks * self._threads < len(os.sched_getaffinity(0))
+
+
+def _timed(put: Callable[[], object], receive: Callable[[], object], count: int) -> tuple[float, float]:
+    """Seconds of the put, and of both together, one time after the other.
+
+    A rank that is ahead of its sender waits for longer, and next time its sender does: rounds count by the mean of some
+    in a row. Lower quartiles: noise only adds.
+    """
+    puts, stamps = [], [time.perf_counter()]
+    for _ in range(count):
+        put()
+        puts.append(time.perf_counter() - stamps[-1])
+        receive()
+        stamps.append(time.perf_counter())
+    row = min(_ROW, count)
+    totals = [(last - first) / row for first, last in zip(stamps, stamps[row:], strict=False)]
+    return float(np.quantile(puts, 0.25)), float(np.quantile(totals, 0.25))
 
 
 def _next_size(floats: int, seconds: float) -> int:

@@ -25,26 +25,68 @@ _PROGRAM = "measure links"
 _VALUES = 2
 
 
+def is_even(topology: Topology) -> bool:
+    """Whether machines have equal numbers of ranks."""
+    return len({len(topology.ranks_of(machine)) for machine in set(topology.machine_of)}) == 1
+
+
+def goes_round(topology: Topology) -> bool:
+    """Whether in shifts every rank that sends a message gets one of a rank that waits for it: rounds then take as long
+    as a message does. Else some ranks run ahead of others."""
+    return is_even(topology) or topology.num_ranks % 2 == 0
+
+
+def _steps(topology: Topology, across: bool) -> tuple[Mesh, int]:
+    """A mesh, and the offset in it from a rank to the one that sends to it."""
+    ranks = topology.num_ranks
+    if is_even(topology):
+        mesh = Mesh.of(topology, topology.num_machines, ranks // topology.num_machines)
+        return mesh, mesh.offset(1, 0) if across else mesh.offset(0, 1)
+    if ranks % 2:
+        mesh = Mesh.of(topology, 1, ranks)
+        return mesh, mesh.offset(0, ranks // 2 if across else 1)
+    pairs = _pairs(topology, across)
+    mesh = Mesh(1, ranks, tuple(first for first, _ in pairs) + tuple(second for _, second in pairs))
+    return mesh, mesh.offset(0, ranks // 2)
+
+
+def _pairs(topology: Topology, across: bool) -> list[tuple[int, int]]:
+    """Every rank with one of its machine, or of another, as far as there are any; the rest as it happens."""
+    left = [list(topology.ranks_of(machine)) for machine in sorted(set(topology.machine_of))]
+    pairs = []
+    while across and sum(map(bool, left)) > 1:
+        left.sort(key=len, reverse=True)
+        pairs.append((left[0].pop(0), left[1].pop(0)))
+    for ranks in left:
+        while len(ranks) > 1:
+            pairs.append((ranks.pop(0), ranks.pop(0)))
+    single = [ranks[0] for ranks in left if ranks]
+    return pairs + list(zip(single[::2], single[1::2], strict=True))
+
+
+def sources(topology: Topology, across: bool) -> tuple[int | None, ...]:
+    """By rank, who sends to it in a shift; None: nobody."""
+    mesh, step = _steps(topology, across)
+    senders = [mesh.rank_after(rank, step) for rank in range(topology.num_ranks)]
+    return tuple(
+        src if src != rank and topology.same_machine(src, rank) != across else None for rank, src in enumerate(senders)
+    )
+
+
 def shift(topology: Topology, across: bool, floats: int, keeps: bool = True) -> ExchangeSchedule:
     """Every rank sends a chunk to the next rank of its machine, or to its peer on the next machine.
 
-    Where machines have unequal numbers of ranks, some have no such peer and send nothing.
+    Where machines have unequal numbers of ranks, pairs of ranks send to each other, and some ranks have no partner. Of
+    an odd number of ranks no such pairs can be made: then some only send, some only receive.
 
     Args:
         keeps: a rank's own chunk is moved to a place of its own, too.
     """
-    sizes = {len(topology.ranks_of(machine)) for machine in set(topology.machine_of)}
     ranks = topology.num_ranks
-    if len(sizes) == 1:
-        mesh = Mesh.of(topology, topology.num_machines, ranks // topology.num_machines)
-        step = mesh.offset(1, 0) if across else mesh.offset(0, 1)
-    else:
-        mesh = Mesh.of(topology, 1, ranks)
-        step = mesh.offset(0, ranks // 2 if across else 1)
+    mesh, step = _steps(topology, across)
     wanted = []
-    for rank in range(ranks):
-        src = mesh.rank_after(rank, step)
-        sent = {src} if src != rank and topology.same_machine(src, rank) != across else set()
+    for rank, src in enumerate(sources(topology, across)):
+        sent = set() if src is None else {src}
         wanted.append(tuple((row, 1) for row in sorted(sent | ({rank} if keeps else set()))))
     owned = tuple(((rank, 1),) for rank in range(ranks))
     site = ExchangeSite("shift", (ranks, floats), torch.float32, 0, 1, 1, owned, 0, tuple(wanted))
@@ -110,6 +152,10 @@ class Shifts:
     def comes(self, across: bool, floats: int) -> bool:
         """Whether this rank gets a message in such a shift."""
         return self._tensors[across, floats][1].numel() > 0
+
+    def goes(self, across: bool) -> bool:
+        """Whether it sends one."""
+        return self._session.rank in sources(self._session.topology, across)
 
     def put_word(self, first: float, second: float) -> None:
         """Begin to tell all ranks two numbers; takes one of the LANES messages that may be open."""

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from sfcompile.measuring.estimate import UNEQUAL, compute_rate, core_share, line, link_rate, rates_in
+from sfcompile.measuring.estimate import UNEQUAL, compute_rate, core_share, evened, line, link_rate, rates_in
 from sfcompile.measuring.quick import LATER, SLICES
 
 Marks = list[tuple[float, float]]
@@ -64,6 +64,14 @@ def test_ranks_of_a_machine_share_its_link_and_the_slowest_machine_counts() -> N
 def test_a_machine_to_which_nothing_was_sent_is_no_slow_one() -> None:
     assert link_rate(np.array([[5.0] * SLICES, [0.0] * SLICES]), [0, 1], 1.0) == (5.0, 0.0)
     assert link_rate(np.zeros((2, SLICES)), [0, 1], 1.0) == (0.0, 1.0)
+
+
+def test_machines_that_share_the_busiest_link_unevenly_count_as_if_they_did_not() -> None:
+    """Two ranks of machine 0 talk with one of machine 1 and one of machine 2, at half of the link each."""
+    rates, streams = evened(np.full((4, SLICES), 5.0), (0, 0, 1, 2), (2, 3, 0, 1))
+    assert streams == 2 and link_rate(rates, (0, 0, 1, 2), 1e7) == (10.0, 0.0)
+    rates, streams = evened(np.zeros((2, SLICES)), (0, 1), (None, None))
+    assert streams == 1 and not rates.any()
 
 
 def test_the_spread_says_that_a_link_was_not_steady() -> None:

@@ -83,9 +83,19 @@ def test_inside_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("network_bytes_per_s" in constants) == (machine_of == HALF) == (found.spread is not None)
 
 
-def test_machines_of_unequal_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = measured(VirtualLinks(1e7), (0, 0, 1), monkeypatch)[0]
-    assert found.constants["network_bytes_per_s"] == pytest.approx(1e7, rel=0.15)
+@pytest.mark.parametrize(
+    "machine_of", [(0, 0, 1), (0, 1, 0, 0, 1, 0), (0, 0, 0, 0, 0, 1), (0, 1, 0, 2), (0, 1, 1, 2, 2)]
+)
+def test_machines_of_unequal_size(machine_of: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where some ranks have nobody to send to, or nobody who sends to them, what others see counts."""
+    links = VirtualLinks(1e7, latency_s=5e-4, message_s=2e-5, copy_bytes_per_s=3e9, local_latency_s=4e-5)
+    constants = measured(links, machine_of, monkeypatch)[0].constants
+    assert constants["network_bytes_per_s"] == pytest.approx(1e7, rel=0.15)
+    assert constants["network_latency_s"] == pytest.approx(5e-4, rel=0.15, abs=len(machine_of) * 256 / 1e7)
+    assert constants["message_s"] == pytest.approx(2e-5, rel=0.15)
+    assert constants["copy_bytes_per_s"] == pytest.approx(3e9, rel=0.15)
+    assert ("local_latency_s" in constants) == (len(machine_of) % 2 == 0)  # of an odd number no two answer each other
+    assert constants.get("local_latency_s", 4e-5) == pytest.approx(4e-5, rel=0.15)
 
 
 def test_what_was_set_before_is_set_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from threads import run_threads
 
 from sfcompile.codegen.proof.checker import check
-from sfcompile.measuring.shifts import LANES, Shifts, shift
+from sfcompile.measuring.shifts import LANES, Shifts, shift, sources
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.session import current_session
 
@@ -38,11 +38,25 @@ def test_machines_of_unequal_size_send_what_they_can(machine_of: tuple[int, ...]
         assert not comes or topology.same_machine(rank, arrival.src) != across
 
 
+@pytest.mark.parametrize(
+    ("machine_of", "inside", "across"),
+    [((0, 1, 0, 0, 1, 0), 6, 4), ((0, 0, 0, 0, 0, 1), 4, 2), ((0, 1, 0, 2), 2, 4), ((0, 1, 1, 1), 2, 2)],
+)
+def test_an_even_number_of_ranks_on_unequal_machines_goes_in_pairs(
+    machine_of: tuple[int, ...], inside: int, across: int
+) -> None:
+    """Whoever sends hears from the same rank; as many as can have a partner."""
+    for is_across, paired in ((False, inside), (True, across)):
+        senders = sources(Topology(machine_of), is_across)
+        assert sum(src is not None for src in senders) == paired
+        assert all(src is None or senders[src] == rank for rank, src in enumerate(senders))
+
+
 def test_messages_and_words_travel_and_leave_no_program_behind() -> None:
     def work(rank: int) -> np.ndarray:
         session = current_session()
         with Shifts(session, inside=(4,), across=(8, 16)) as shifts:
-            assert shifts.comes(False, 4) and shifts.comes(True, 16)
+            assert shifts.comes(False, 4) and shifts.comes(True, 16) and shifts.goes(False) and shifts.goes(True)
             for lane in range(LANES):
                 shifts.put(True, 16, lane)
             for lane in range(LANES):
