@@ -53,10 +53,28 @@ def own_address() -> str:
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         if interface:
-            request = struct.pack("256s", interface.encode()[:15])
-            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+            return _address_of(interface, probe)
         probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))))
         return str(probe.getsockname()[0])
+
+
+def own_interface() -> str:
+    """The name of the interface with that address; the address itself if none has it, "" if there is none."""
+    try:
+        own = own_address()
+    except (OSError, ValueError):
+        return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, interface in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                if _address_of(interface, probe) == own:
+                    return interface
+    return own
+
+
+def _address_of(interface: str, probe: socket.socket) -> str:
+    request = struct.pack("256s", interface.encode()[:15])
+    return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
 
 
 def connect(rank: int, peers: Sequence[int], exchange: Exchange, timeout_s: float) -> dict[int, socket.socket] | str:

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from sfcompile.codegen.toolchain.loader import cache_folder
 from sfcompile.errors import TopologyError
 from sfcompile.measuring.quick import Quick
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.wires.tcp_links import own_interface
 from sfcompile.version import __version__
 
 MAX_AGE = datetime.timedelta(days=30)
@@ -42,14 +44,16 @@ class Kept:
 
 
 def own_identity(device: torch.device) -> dict[str, Any]:
-    """What this rank runs on, as far as it changes what is measured."""
+    """What this rank runs on, as far as it changes what is measured: the network by which other machines reach it, too,
+    and how large the job is, of which other groups of ranks may measure beside this one."""
     return {
         "host": socket.gethostname(),
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
+        "interface": own_interface(),
+        "job_ranks": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
     }
 
 

@@ -185,10 +185,11 @@ def test_what_goes_wrong_on_one_rank_is_said_on_all(monkeypatch: pytest.MonkeyPa
 
 def test_the_address_is_that_of_the_named_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert tcp_links.own_address() == "127.0.0.1"
+    assert tcp_links.own_address() == "127.0.0.1" and tcp_links.own_interface() == "lo"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-0")
+    assert tcp_links.own_interface() == ""
     with pytest.raises(OSError):
         tcp_links.own_address()
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert tcp_links.own_address() == "127.0.0.1"
+    assert tcp_links.own_address() == "127.0.0.1" and tcp_links.own_interface() == "lo"

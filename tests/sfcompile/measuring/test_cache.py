@@ -17,7 +17,7 @@ from sfcompile.runtime.program.topology import Topology
 
 FOUND = Quick({"flops_per_s": 1.0 / 3.0 * 1e11, "network_bytes_per_s": 1.23456789e7}, 0.04, 0.41)
 NOW = datetime.datetime(2026, 11, 28, 12, tzinfo=datetime.UTC)
-IDENTITY = {"host": "a", "processor": "x", "device": "cpu", "cores": 2, "threads": 1, "interface": ""}
+IDENTITY = {"host": "a", "processor": "x", "device": "cpu", "cores": 2, "threads": 1, "interface": "", "job_ranks": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_what_was_written_is_read_to_the_last_bit() -> None:
     "other",
     [
         setting(4), setting(transport="c10d"), setting(dtype=torch.bfloat16), setting(host="b"),
-        setting(processor="y"), setting(cores=4), setting(threads=2), setting(interface="eth1"),
+        setting(processor="y"), setting(cores=4), setting(threads=2), setting(interface="eth1"), setting(job_ranks=4),
     ],
 )  # fmt: skip
 def test_other_machines_measure_for_themselves(other: dict[str, Any]) -> None:
