@@ -154,7 +154,9 @@ class TcpTransport:
         data = _bytes(whole)
         parts = [memoryview(_HEAD.pack(epoch, slot, self._tag(epoch), len(data))), data]
         with self._changed:
-            if not self._queue and dst not in self._lost:  # nothing of ours is before it: no need to wake the thread
+            if dst in self._lost:
+                return  # nobody reads it: what this rank waits for from there says so
+            if not self._queue:  # nothing of ours is before it: no need to wake the thread
                 with contextlib.suppress(OSError):  # what is wrong, the thread finds again
                     _give(self._links[dst].socket, parts)
                 if not parts:
@@ -439,15 +441,15 @@ class TcpTransport:
                 self._changed.notify_all()
 
     def _lose(self, link: _Link, error: OSError) -> None:
-        if self._note_lost(link, error.strerror or str(error)):
-            self._watch(link, 0)
+        self._note_lost(link, error.strerror or str(error))
+        self._watch(link, 0)
 
-    def _note_lost(self, link: _Link, why: str) -> bool:
+    def _note_lost(self, link: _Link, why: str) -> None:
         with self._changed:
-            first = link.peer not in self._lost
             self._lost.setdefault(link.peer, why)
+            if link in self._parked:  # its chunk will not come, and it is not looked at any more
+                self._parked.remove(link)
             self._changed.notify_all()
-        return first
 
 
 def _give(link: socket.socket, parts: list[memoryview]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -195,6 +197,26 @@ def test_who_leaves_says_how_behind_all_that_it_put() -> None:
     assert "killed" not in str(caught.value)
     assert "rank 0 has left the job" in (b.notice() or "")
     b.disconnect("it ended, too")  # nobody hears it
+
+
+def test_a_connection_that_was_reset_while_its_chunk_waited_is_left_alone() -> None:
+    """Nobody looks at it again, or its end would wake the thread for ever; and nothing more is kept for that rank."""
+    a, b = tcp_ranks.transports(2)
+    a.put(1, 0, 0, torch.ones(3), 1)  # waits in the connection: rank 1 has not opened the epoch
+    link = a._links[1].socket
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed, it is reset
+    a.disconnect()
+    while not b.notice():
+        b.put(0, 0, 0, torch.ones(100_000), 1)
+    b.put(0, 1, 0, torch.ones(3), 1, Source.BANK)
+    b.finish(1)
+    b.open(1, [(arrival(0, 0), torch.zeros(3))])
+    with pytest.raises(PeerDiedError):
+        b.wait(0, 0, 1)
+    b._ring()
+    time.sleep(0.05)
+    assert len(b._selector.get_map()) == 1 and not b._queue
+    b.disconnect()
 
 
 @pytest.mark.parametrize("machine_of", [(0, 1), (0, 0, 1, 1), (0, 1, 2)])
