@@ -293,7 +293,7 @@ def groups_of(topology: Topology, count: int) -> list[tuple[int, ...]]:
 
 def _batches(attentions: Attentions, topology: Topology, asked: Asked, refused: list[str]) -> list[int]:
     """Ways to split the batch, beyond not at all; fills ``refused`` with why not for the others."""
-    ranks, machines = topology.num_ranks, topology.num_machines
+    ranks = topology.num_ranks
     samples = math.gcd(*(site.batch for site in attentions.values()))
     forced = asked.batch if asked.mesh is not None else None
     if samples < 2 or (forced is None and asked.schedule != "auto") or forced == 1:
@@ -306,13 +306,23 @@ def _batches(attentions: Attentions, topology: Topology, asked: Asked, refused: 
         even = ranks % batch == 0 and samples % batch == 0
         if batch in asked.not_batch and forced is None:
             refused.append(f"batch split {batch} ways: what is gathered between its layers takes longer than it saves")
-        elif even and machines % batch and (batch % machines or ranks // machines % (batch // machines)):
+        elif even and not _share_evenly(topology, batch, forced is not None):
             refused.append(f"batch split {batch} ways: groups would share machines unevenly")
         elif even:
             possible.append(batch)
         elif forced == batch:
             refused.append(f"a batch of {samples} on {ranks} ranks cannot be split {batch} ways")
     return possible if forced is None else [batch for batch in possible if batch == forced]
+
+
+def _share_evenly(topology: Topology, batch: int, forced: bool) -> bool:
+    """Whether so many groups are whole machines, or equal parts of one, and each like the others: what is planned for
+    the first is what all do. Where machines have unequal numbers of ranks they may be asked for all the same."""
+    ranks, machines = topology.num_ranks, topology.num_machines
+    if machines % batch and (batch % machines or ranks // machines % (batch // machines)):
+        return False
+    shares = [Counter(topology.subset(group).machine_of) for group in groups_of(topology, batch)]
+    return forced or len({tuple(sorted(share.values())) for share in shares}) == 1
 
 
 def _distinct(attentions: Attentions) -> dict[Geometry, AttentionSite]:

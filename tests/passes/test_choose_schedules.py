@@ -75,6 +75,15 @@ def test_what_is_nearly_even_is_decided_as_if_ranks_computed_faster() -> None:
     assert {gflops: count for gflops, (count, _) in parts.items()} == {20: 1, 27: 3, 28: 3}, parts
 
 
+def test_groups_that_lie_otherwise_on_the_machines_are_no_way_to_split_a_batch() -> None:
+    """Four ranks and two: the first half of the ranks shares a machine, the second would use the link unseen."""
+    slow = {"network_bytes_per_s": 1e5, "network_latency_s": 0.1}
+    for machine_of, batch in (((0, 0, 0, 0, 1, 1), 1), ((0, 1, 0, 0, 1, 0), 1), ((0, 0, 0, 1, 1, 1), 2)):
+        planned = choices((2, 4, 512, 64), ranks=6, topology=Topology(machine_of, **slow), parts=(), split_batch=True)
+        uneven = "batch split 2 ways: groups would share machines unevenly" in planned.notes
+        assert (planned.batch, uneven) == (batch, batch == 1), (machine_of, planned.notes)
+
+
 def test_exchanges_need_no_plan() -> None:
     planned = choices((1, 4, 64, 8))
     site = ExchangeSite.gather("g", (4, 8), torch.float32, 0, tuple(((r, 1),) for r in range(4)))
