@@ -10,9 +10,10 @@ Powers of two are multiplied without rounding, so an element x comes back as x' 
     "bf16"   |x' - x| <= 2^-8 |x|
     "fp8"    |x' - x| <= max(2^-4 |x|, 2^-17 largest |x| of the row)
 
-(2^-10 factors where e4m3 has no normal numbers left, and a factor is less than 1/224 of the largest.) What was decoded
-comes back unchanged if it travels again. A row that holds an infinity or a nan comes back as nan, so that it is seen.
-What would be rounded beyond the largest number of the model's dtype becomes that number.
+(2^-10 factors where e4m3 has no normal numbers left, and a factor is less than 1/224 of the largest.) Both hold for
+magnitudes between 2^-126 and 2^127: smaller ones are off by at most 2^-126, larger ones may become infinite. What was
+decoded comes back unchanged if it travels again. A row that holds an infinity or a nan comes back as nan, so that it is
+seen. What would be rounded beyond the largest number of the model's dtype becomes that number.
 
 Generated kernels write the same bytes (codegen/kernels/device.py).
 """
