@@ -13,7 +13,8 @@ for all ranks whose graphs are equal, and once for each distinct block ("of it":
 
 ``--pieces``: values of the option compile_blocks; "off" hands Inductor a rank's graph whole. With "regions" it is
 sfcompile.compile_repeated_blocks, in the one process too: each kind of block is traced once. Under each row of a table
-stand the CPU seconds of all processes and their compilers together, which a busy machine changes least, and the load.
+stand the CPU seconds of all processes and their compilers together, which a busy machine changes least, the median of
+five steps after the first, and the load.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+STEPS = 5
+"""So many calls after the first are timed."""
 Told = dict[str, float]
 
 
@@ -53,7 +57,13 @@ def worker(blocks: int, scale: float, pieces: str) -> None:
         compiled = sfcompile.compile_repeated_blocks(model, options=asked)
     with torch.no_grad():
         compiled(**inputs, return_dict=False)
-    told = {"seconds": time.perf_counter() - began, "cpu": _cpu_seconds() - before}
+        told = {"seconds": time.perf_counter() - began, "cpu": _cpu_seconds() - before}
+        steps = list[float]()
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            compiled(**inputs, return_dict=False)
+            steps.append(time.perf_counter() - began)
+    told["step"] = statistics.median(steps)
     told["inductor"] = sum(compilation_time_metrics.get("compile_fx.<locals>.fw_compiler_base", []))
     told |= {kind: counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss", "bypass")}
     Path(os.environ["FIRST_IMAGE"], rank).write_text(json.dumps(told))
@@ -101,7 +111,9 @@ def rows(ranks: int, blocks: int, scale: float, pieces: list[str]) -> list[str]:
         compiled, taken = int(sum(_of(cold, "miss"))), int(sum(_of(cold, "hit")))
         lines.append(f"{cells}{ratios}{compiled:>10}{taken:>7}")
         spent = ", ".join(f"{sum(_of(job, 'cpu')):.1f}" for job in ([one], cold, warm))
-        lines.append(f"        CPU seconds of one, cold, again: {spent}; load {os.getloadavg()[0]:.1f}")
+        steps = ", ".join(f"{max(_of(job, 'step')):.2f}" for job in ([one], cold, warm))
+        told = f"CPU seconds of one, cold, again: {spent}; a step after it: {steps} s; load {os.getloadavg()[0]:.1f}"
+        lines.append(f"        {told}")
     return lines
 
 
