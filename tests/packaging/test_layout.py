@@ -82,6 +82,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "sfcompile/tracing": ("runtime/program", "runtime/rank", "codegen/plan", "passes/report", "sfcompile/prediction"),
     "sfcompile/measuring": (
         "runtime/program",
+        "runtime/wires",
         "runtime/rank",
         "codegen/schedule",
         "codegen/proof",
