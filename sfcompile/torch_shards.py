@@ -27,7 +27,7 @@ from sfcompile.runtime.program.sites import ExchangeSite
 from sfcompile.runtime.program.weight_rows import LARGE_BYTES, WeightRows, can_be_cut, count_of
 from sfcompile.runtime.rank.session import Session, use_session
 from sfcompile.runtime.rank.shared_weights import on_all
-from sfcompile.torch_private import fully_shard_asks, leave_fully_shard
+from sfcompile.torch_fsdp import fully_shard_asks, leave_fully_shard
 
 
 class Taken(NamedTuple):

@@ -5,6 +5,6 @@ precise.py (sfcompile doctor --measure) in several; both send with shifts.py, ti
 with estimate.py. cache.py keeps what was measured in a file, by the machines of a job; wording.py says it to people.
 attention.py times what may run the attentions of a graph on GPUs.
 
-May import: the leaves, runtime/program, runtime/rank, codegen/schedule, codegen/proof, codegen/toolchain and
-codegen/engines.
+May import: the leaves, runtime/program, runtime/rank, runtime/wires, codegen/schedule, codegen/proof, codegen/toolchain
+and codegen/engines.
 """

@@ -21,7 +21,8 @@ FOLDERS = ("sfcompile", "passes", "codegen", "runtime")
 
 # The leaves: files of the door that every room may import, and that import the standard library only (or torch, for
 # the files that wrap what we need of torch's private modules).
-PRIVATE_TORCH = ("sfcompile/torch_private.py", "sfcompile/torch_breaks.py", "sfcompile/torch_start.py")
+PRIVATE_TORCH = ("sfcompile/torch_private.py", "sfcompile/torch_breaks.py", "sfcompile/torch_start.py",
+                 "sfcompile/torch_fsdp.py")  # fmt: skip
 # Runs while torch is imported, when torch_private.py cannot be: it knows torch's registry of logs itself.
 TORCH_LOGS = "sfcompile/torch_logs.py"
 LEAVES = (

@@ -39,7 +39,7 @@ def test_every_area_is_examined(capsys: pytest.CaptureFixture[str]) -> None:
 def test_problems_come_with_their_cure() -> None:
     text = report([Finding("a", "fine", "1\n2"), Finding("a", "room", "none", "make some")])
     assert text.splitlines() == [
-        "a", "   fine             1", "                    2", " ! room             none", "", "1 problem",
+        "a", "   fine 1", "        2", " ! room none", "", "1 problem",
         " ! room: none", "     make some",
     ]  # fmt: skip
     assert report([Finding("a", "fine", "1")]).endswith("no problems found")
