@@ -33,6 +33,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 STEPS = 5
 """So many calls after the first are timed."""
+REPEATS = 3
+"""With fewer blocks there is one of each kind."""
 Told = dict[str, float]
 
 
@@ -98,6 +100,9 @@ def rows(ranks: int, blocks: int, scale: float, pieces: list[str]) -> list[str]:
     """The lines of a table for a number of blocks."""
     lines, one = [], dict[str, float]()
     for how in pieces:
+        if how == "regions" and blocks < REPEATS:
+            lines += [f"{blocks:>6}  {how:<7}{'n/a':>13}", "        one block of each kind: nothing repeats"]
+            continue
         if not one or how == "regions":
             with tempfile.TemporaryDirectory() as alone:
                 (one,) = timed(1, blocks, scale, Path(alone), how)
