@@ -38,7 +38,9 @@ def expand_calls(gm: fx.GraphModule) -> fx.GraphModule:
             copied.target, first = replacement
             copied.args = copied.args[first:]
             copied.kwargs = {} if first else copied.kwargs
-    graph.eliminate_dead_code()  # the bodies' get_attr nodes
+    for node in graph.find_nodes(op="get_attr"):  # the bodies; a call whose result nobody reads may write in place
+        if not node.users:
+            graph.erase_node(node)
     return fx.GraphModule(gm, graph)
 
 

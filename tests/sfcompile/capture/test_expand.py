@@ -165,3 +165,25 @@ def test_patches_that_touch_are_rows_and_columns(size: tuple[int, int]) -> None:
     got = captured(call, x)
     assert not counts(got, "im2col") and counts(got, "col2im") == 1, "those that overlap"
     torch.testing.assert_close(through(got, call, x), call(x))
+
+
+def _written(x: torch.Tensor) -> torch.Tensor:
+    x.mul_(3)
+    nn.functional.relu_(x[:, :2])
+    torch.add(x, 1, out=x)
+    torch._foreach_mul_([x], 2.0)
+    return x
+
+
+@pytest.mark.parametrize("beside", [_written, torch.func.vmap(lambda row: row * 2)], ids=["writes", "vmap"])
+def test_calls_whose_results_nobody_reads_stay_beside_one_that_is_opened_up(beside: Callable[..., Any]) -> None:
+    """They write in place, or begin and end a vmap: a sweep for dead calls dropped them, and the result was wrong."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = beside(nn.functional.unfold(x, 3, padding=1))
+        return out
+
+    x = torch.randn(1, 2, 4, 4)
+    got = captured(call, x)
+    assert not counts(got, "im2col")
+    torch.testing.assert_close(through(got, call, x), call(x))
