@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +84,7 @@ __all__ = [
     "is_static_input",
     "default_store",
     "keep_for_ever",
+    "kernel_writes",
     "kernels_of_aten",
     "mark_static_input",
     "make_fx",
@@ -421,6 +422,15 @@ def block_lists_of_gradients() -> frozenset[int]:
 
     names: Any = SimpleNamespace(**{name: name for name in BlockMask.__annotations__})  # each stands for itself
     return frozenset(i for i, e in enumerate(BlockMask.as_tuple(names)) if str(e).startswith(("q_", "full_q_", "dq_")))
+
+
+def kernel_writes(call: Mapping[str, Any]) -> list[str]:
+    """Which of the tensors that a graph's call of a Triton kernel is given it writes to, by name; all where torch
+    cannot tell from its code."""
+    from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
+
+    where = call["kernel_idx"], call["constant_args_idx"], call["kwargs"], call["tma_descriptor_metadata"]
+    return list(get_mutated_tensors(*where))
 
 
 def profiler_runs() -> bool:

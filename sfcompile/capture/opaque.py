@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,9 @@ from sfcompile.torch_private import (
     autocast_as,
     autocast_state,
     block_lists_of_gradients,
+    kernel_writes,
     no_modes,
+    same_storage,
     tree_leaves,
 )
 
@@ -115,20 +117,62 @@ class _Region:
         rest = [None if isinstance(value, torch.Tensor) else value for value in values]
         around = autocast_state()  # that of the region which is being replayed; none is on when the graph runs
 
-        def run(*arguments: torch.Tensor) -> list[torch.Tensor]:
+        def body(*arguments: torch.Tensor) -> list[torch.Tensor]:
             full = list(rest)
             for i, tensor in zip(tensors, arguments, strict=True):
                 full[i] = tensor
             with autocast_as(around):
                 return list(self._body(*full))
 
-        key = f"opaque{next(_serial)}"
         inputs = [values[i] for i in tensors]
         with no_modes(), FakeTensorMode(), torch.no_grad():
             fake = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-            outputs = [(list(map(int, out.shape)), out.dtype) for out in self._shapes(run, fake)]
-        OPAQUE[key] = Opaque(run, outputs, self._flops(values), self._per_head(values, tensors))
-        return tuple(torch.ops.streamfusion.opaque(inputs, key))
+            before = [t._version for t in fake]
+            outputs = [(list(map(int, out.shape)), out.dtype) for out in self._shapes(body, fake)]
+            by_kernels = self._written_by_kernels(dict(zip(tensors, fake, strict=True)))
+        changed = [i for i, (t, version) in enumerate(zip(fake, before, strict=True)) if t._version != version]
+        written = sorted({*changed, *(tensors.index(i) for i in by_kernels)})
+        self._refuse_views(inputs, written)
+
+        def run(*arguments: torch.Tensor) -> list[torch.Tensor]:
+            own = [t.clone() if i in written else t for i, t in enumerate(arguments)]
+            return [*body(*own), *(own[i] for i in written)]
+
+        key = f"opaque{next(_serial)}"
+        shapes = outputs + [(list(map(int, inputs[i].shape)), inputs[i].dtype) for i in written]
+        OPAQUE[key] = Opaque(run if written else body, shapes, self._flops(values), self._per_head(values, tensors))
+        results = torch.ops.streamfusion.opaque(inputs, key)
+        for i, value in zip(written, results[len(outputs) :], strict=True):
+            inputs[i].copy_(value)
+        return tuple(results[: len(outputs)])
+
+    def _written_by_kernels(self, fake: Mapping[int, torch.Tensor]) -> set[int]:
+        """The places, among the values, of tensors that Triton kernels of the stretch write to."""
+        places = {node: i for i, node in enumerate(self._body.graph.find_nodes(op="placeholder"))}
+        written: set[int] = set()
+        for node in self._body.graph.nodes:
+            if getattr(node.target, "__name__", "") == "triton_kernel_wrapper_mutation":
+                given: Any = node.kwargs["kwargs"]
+                operands = {name: places[value] for name, value in given.items() if value in places}
+                shown = {name: fake.get(operands[name]) if name in operands else value for name, value in given.items()}
+                written |= {operands[name] for name in kernel_writes({**node.kwargs, "kwargs": shown})}
+        return written
+
+    def _refuse_views(self, inputs: Sequence[torch.Tensor], written: Sequence[int]) -> None:
+        """What is written to is written to in a copy, which no other operand may be a view of.
+
+        Raises:
+            UnsupportedError: one is.
+        """
+        for i in written:
+            others = [at for at, tensor in enumerate(inputs) if at != i and same_storage(inputs[i], tensor)]
+            if others:
+                raise UnsupportedError(
+                    f"a vmapped stretch or a Triton kernel is given operands {i} and {others[0]}, views of one memory, "
+                    "and may write to it",
+                    "a captured graph has values and no memory: it cannot say what the other view holds then",
+                    "give it a clone() of one of them, or let this graph run unsharded",
+                )
 
     def _shapes(self, run: Callable[..., list[torch.Tensor]], fake: list[torch.Tensor]) -> list[torch.Tensor]:
         """What the stretch gives for fake tensors.
@@ -154,7 +198,7 @@ class _Region:
         places = {node: i for i, node in enumerate(n for n in self._body.graph.nodes if n.op == "placeholder")}
         total = 0.0
         for node in self._body.graph.nodes:
-            if isinstance(node.target, HigherOrderOperator) and all(arg in places for arg in node.args[:3]):
+            if _is_attention(node) and all(arg in places for arg in node.args[:3]):
                 q, k, v = (values[places[arg]].shape for arg in node.args[:3])
                 total += 2.0 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
         return total
@@ -218,6 +262,10 @@ def _is_asked(argument: fx.Node) -> bool:
 
 def _is_flex(node: fx.Node) -> bool:
     return isinstance(node.target, HigherOrderOperator) and getattr(node.target, "__name__", "") == "flex_attention"
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator) and len(node.args) >= 3
 
 
 def _read_by(node: fx.Node) -> list[fx.Node]:

@@ -10,6 +10,7 @@ from helpers import captured
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from sfcompile.capture.graph import capture
 from sfcompile.passes.graph.cost import flops
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.runner import run_pipeline
@@ -76,3 +77,52 @@ def test_a_loop_whose_end_depends_on_data_is_not_captured() -> None:
 
     with pytest.raises(BackendCompilerFailed, match="UnsupportedError: .*while_loop gives is not known before it runs"):
         captured(step, torch.randn(2, 5))
+
+
+def _doubled(row: torch.Tensor) -> torch.Tensor:
+    row.mul_(2)
+    return row.sum()
+
+
+def test_what_a_vmapped_function_writes_in_place_is_seen_behind_it() -> None:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        sums = torch.func.vmap(_doubled)(y)
+        return y + sums[:, None]
+
+    x = torch.randn(3, 4)
+    got = captured(call, x)
+    torch.testing.assert_close(got.gm(x)[0], call(x))
+
+    def views(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        torch.func.vmap(lambda row, other: row.mul_(2) + other)(y, y.view(3, 4))
+        return y
+
+    with pytest.raises(BackendCompilerFailed, match="operands 0 and 1, views of one memory"):
+        captured(views, x)
+
+
+def test_what_a_kernel_of_tritons_writes_is_seen_behind_it() -> None:
+    """By hand as Dynamo writes it: it traces such calls where there is a GPU. It has no result, and was a ValueError."""
+    triton = pytest.importorskip("triton")
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+
+    def double(x, y):  # type: ignore[no-untyped-def]
+        pass
+
+    kernel = triton.JITFunction(double)
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    memory = graph.call_function(torch.empty_like, (x,))
+    places = {
+        "kernel_idx": kernel_side_table.add_kernel(kernel),
+        "constant_args_idx": kernel_side_table.add_constant_args({}),
+    }
+    given = {"grid": [(1, 1, 1)], "tma_descriptor_metadata": {}, "kwargs": {"x": x, "y": memory}}
+    graph.call_function(triton_kernel_wrapper_mutation, (), {**places, **given})
+    graph.output((graph.call_function(torch.sin, (memory,)),))
+    got = capture(torch.fx.GraphModule(torch.nn.Module(), graph), [torch.randn(4)])
+    (sine,) = (node for node in got.gm.graph.nodes if "sin" in str(node.target))
+    read = sine.args[0]
+    assert "copy" in str(read.target) and read.args[1].args[0].target is torch.ops.streamfusion.opaque.default
