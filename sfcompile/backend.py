@@ -25,6 +25,7 @@ from sfcompile.capture.aliases import refuse_overlap
 from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.fewer_breaks import fewer_breaks
 from sfcompile.capture.graph import Captured, CaptureFacts, break_reason, capture, present, refuse_training
+from sfcompile.capture.refused import unseen_write
 from sfcompile.capture.wrappers import without_wrappers
 from sfcompile.codegen.toolchain.loader import cache_folder
 from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
@@ -190,6 +191,7 @@ def _compile_rank(
             raise not_shared(error) from error
         log.warning("a graph of %d nodes is not sharded: %s", len(gm.graph.nodes), error)
         eagerly = any(isinstance(value, ShardedWeight | ShardedValue) for value in example_inputs)
+        eagerly = eagerly or unseen_write(gm) is not None  # Inductor would drop that call
         return SizedProgram(gm.forward if eagerly else run_inner(gm, example_inputs, None, asked)), True
     capture_s = time.perf_counter() - began
     samples = captured.samples if asked.inputs != "trusted" else 0

@@ -27,6 +27,7 @@ from sfcompile.capture.refused import (
     refuse_derivatives,
     refuse_odd_tensors,
     refuse_other_memory,
+    refuse_unseen_writes,
     refuse_wrapped_outputs,
 )
 from sfcompile.capture.runtime_numbers import PICKS, Copied, Number, NumberNeeded, call, name_of, needed, numbers_in
@@ -255,6 +256,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any], keep_numbers: bool = Fals
     refuse_odd_tensors(gm, inputs)
     refuse_derivatives(gm)
     refuse_other_memory(gm)
+    refuse_unseen_writes(gm)
     running = changing_numbers(gm, inputs) if keep_numbers else ()
     while True:  # once more at most for every number
         try:

@@ -17,7 +17,7 @@ from sfcompile.capture.wrappers import PutTogether
 from sfcompile.errors import UnsupportedError, source_line
 from sfcompile.runtime.rank.sharded_value import ShardedValue
 from sfcompile.runtime.rank.sharded_weight import ShardedWeight
-from sfcompile.torch_private import is_plain, other_memory, set_grad_enabled
+from sfcompile.torch_private import OpOverload, OpOverloadPacket, is_plain, other_memory, set_grad_enabled
 
 _OURS = (ShardedWeight, ShardedValue)
 _TRANSFORMS = ("_grad_increment_nesting", "_jvp_increment_nesting")
@@ -72,6 +72,46 @@ def refuse_other_memory(gm: fx.GraphModule) -> None:
                 node=node.name,
                 source=source_line(node.stack_trace),
             )
+
+
+_RESERVED = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
+
+
+def unseen_write(gm: fx.GraphModule) -> fx.Node | None:
+    """A call of a library's op that writes, though its schema says that it writes to nothing: it is the first to be
+    given memory that was only reserved, and others read that afterwards. A trace would give them what it held before.
+    """
+    first: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        for value in node.all_input_nodes:
+            first.setdefault(value, node)
+    for value, node in first.items():
+        name = value.target if value.op == "call_method" else getattr(value.target, "__name__", "")
+        shown = value.meta.get("example_value")
+        if name not in _RESERVED or len(value.users) < 2 or isinstance(shown, torch.Tensor) and not shown.numel():
+            continue
+        target = node.target.default if isinstance(node.target, OpOverloadPacket) else node.target
+        if isinstance(target, OpOverload) and target.namespace != "aten" and not target._schema.is_mutable:
+            return node
+    return None
+
+
+def refuse_unseen_writes(gm: fx.GraphModule) -> None:
+    """Refuse a graph with a call that :func:`unseen_write` finds.
+
+    Raises:
+        UnsupportedError: there is one.
+    """
+    node = unseen_write(gm)
+    if node is not None:
+        raise UnsupportedError(
+            f"{node.target} is given memory that nobody has written to, and its schema says that it writes to nothing",
+            "others read that memory afterwards: it does write, and a compiler would give them what was there before",
+            "declare what it writes (mutates_args=...), or wrap it in an op that returns the result; this graph "
+            "runs eagerly and whole on every rank",
+            node=node.name,
+            source=source_line(node.stack_trace),
+        )
 
 
 def refuse_derivatives(gm: fx.GraphModule) -> None:

@@ -104,11 +104,11 @@ def test_what_a_vmapped_function_writes_in_place_is_seen_behind_it() -> None:
 
 
 def test_what_a_kernel_of_tritons_writes_is_seen_behind_it() -> None:
-    """By hand as Dynamo writes it: it traces such calls where there is a GPU. It has no result, and was a ValueError."""
+    """As Dynamo writes it where there is a GPU. Such a call has no result, and was a ValueError."""
     triton = pytest.importorskip("triton")
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
 
-    def double(x, y):  # type: ignore[no-untyped-def]
+    def double(x: Any, y: Any) -> None:
         pass
 
     kernel = triton.JITFunction(double)

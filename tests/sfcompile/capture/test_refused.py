@@ -90,3 +90,22 @@ def test_a_graph_that_gives_a_tensor_other_memory_is_refused() -> None:
         pytest.raises(BackendCompilerFailed, match="UnsupportedError: the graph gives a tensor other"),
     ):
         captured(step, torch.randn(3, 8))
+
+
+def test_an_op_that_writes_in_secret_is_refused() -> None:
+    """As kernels of quantised attention are registered: the output is an argument like others."""
+    with torch.library._scoped_library("secret", "FRAGMENT") as library:
+        library.define("attend(Tensor q, Tensor out) -> Tensor")
+        library.impl("attend", lambda q, out: q.sum(), "CPU")
+        torch.library.register_fake("secret::attend", lambda q, out: q.new_empty(()), lib=library)
+
+        def call(x: torch.Tensor, written: bool) -> torch.Tensor:
+            out = torch.zeros_like(x) if written else torch.empty_like(x)
+            torch.ops.secret.attend(x, out)
+            return out + 1
+
+        with pytest.raises(BackendCompilerFailed, match="UnsupportedError: secret.attend is given memory that nobody"):
+            captured(call, torch.randn(3), False)
+        captured(call, torch.randn(3), True)
+        gone = lambda x: (torch.ops.secret.attend(x, x.new_empty(0)), x.new_empty(3))[0]  # noqa: E731
+        captured(gone, torch.randn(3))
