@@ -13,7 +13,8 @@
   priced, and again before it runs: a wrong one is refused with its reason, it cannot give a wrong answer or hang.
 * An **attention** that a library computes in an op of its own is read by a function that says where q, k, v, scale and
   mask stand among the op's arguments (:func:`register_attention`); one whose kernel shall stay as it is, on some of the
-  heads, by one that says which dims are tokens and heads (:func:`register_per_head_attention`).
+  heads, by one that says which dims are tokens and heads (:func:`register_per_head_attention`; of an attention that is
+  a Python function and no op :func:`register_attention_function`).
 * A **topology** is a set of constants under a name, used as ``"4x8:name"``.
 
 Register on every rank, before the model is compiled: ranks compare the options they compile with.
@@ -26,8 +27,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from sfcompile import options
-from sfcompile.capture import attention_calls
+from sfcompile.capture import attention_calls, library_functions
 from sfcompile.capture.attention_calls import AttentionCall, Reader
+from sfcompile.capture.library_functions import FunctionReader
 from sfcompile.codegen.plan.choose_plan import forget_plans
 from sfcompile.codegen.schedule import builders
 from sfcompile.codegen.schedule.builders import BUILDERS, Builder
@@ -56,6 +58,7 @@ __all__ = [
     "check_op_rule",
     "passes",
     "register_attention",
+    "register_attention_function",
     "register_op_rule",
     "register_pass",
     "register_per_head_attention",
@@ -209,6 +212,27 @@ def register_per_head_attention(op: str, reader: HeadsReader) -> None:
     per_head.register_per_head(_op_name(op), reader)
 
 
+def register_attention_function(function: str, reader: FunctionReader) -> None:
+    """The same for an attention that a library offers as a Python function: Dynamo does not enter it, ranks call it.
+
+    Args:
+        function: ``"library.function"``: the first part of the name of the module that defines it, and its own name.
+        reader: ``(arguments by name, defaults filled in) -> (letters by argument, letters of the result) | None``, as
+            in ``({"q": "BLHD", "k": "BLHD", "v": "BLHD"}, "BLHD")``; None has the call traced as it stands. Every
+            argument must be a tensor or a constant; the result has q's dtype and sizes, with v's last one.
+
+    Raises:
+        OptionError: ``function`` is not of that form.
+    """
+    if function.count(".") != 1 or not all(function.split(".")):
+        raise OptionError(
+            f"a function cannot be named {function!r}",
+            "its library and its own name are needed, nothing between them",
+            "write 'library.function'",
+        )
+    library_functions.FUNCTIONS[function] = reader
+
+
 def _op_name(op: str) -> str:
     if op.count("::") != 1 or not all(op.split("::")):
         raise OptionError(
@@ -237,6 +261,7 @@ _TABLES: tuple[dict[str, Any], ...] = (
     topology_presets.PRESETS,
     op_rules.RULES,
     attention_calls.READERS,
+    library_functions.FUNCTIONS,
     per_head.PER_HEAD,
     cost.FORMULAS,
 )

@@ -51,6 +51,27 @@ def _nothing(options: Mapping[str, Any]) -> None:
     """Results stay what they are."""
 
 
+class KeptWhole(NamedTuple):
+    """Python functions whose calls a trace shall not enter (sfcompile/capture/library_functions.py).
+
+    Attributes:
+        knows: whether a function may be one.
+        as_op: from a function, its arguments and its keyword arguments (tensors and constants) to an op and what that
+            takes in place of the call: tensors of the call's, in a list, and a text; None: the call is traced.
+    """
+
+    knows: Callable[[Any], bool]
+    as_op: Callable[[Any, list[Any], Mapping[str, Any]], tuple[Any, list[Any], str] | None]
+
+
+_kept = [KeptWhole(lambda function: False, lambda function, args, kwargs: None)]
+
+
+def keep_whole(functions: KeptWhole) -> None:
+    """From now on calls of such functions, traced for a marked backend, stand in its graphs as ops."""
+    _kept[0] = functions
+
+
 def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame, returned: Returned = _nothing) -> None:
     """From now on, what Dynamo traces for ``backend`` breaks in fewer places (sfcompile/capture/fewer_breaks.py).
 
@@ -170,6 +191,7 @@ def _going_over(result: Callable[[Any], Any] | None) -> Iterator[None]:
 def _fewer_breaks() -> Iterator[None]:
     """While Dynamo traces: numbers read from tensors of known values are constants; records are written later."""
     from torch._dynamo import config
+    from torch._dynamo.variables.functions import UserFunctionVariable
     from torch._dynamo.variables.misc import DebuggingVariable, LoggingLoggerVariable
     from torch._dynamo.variables.tensor import NumpyNdarrayVariable, TensorVariable
     from torch._subclasses import fake_tensor
@@ -184,6 +206,7 @@ def _fewer_breaks() -> Iterator[None]:
         (NumpyNdarrayVariable, "call_method", _array_item_of(NumpyNdarrayVariable.call_method)),
         (DebuggingVariable, "call_function", _written_later(DebuggingVariable.call_function)),
         (LoggingLoggerVariable, "call_method", _logged_later(LoggingLoggerVariable.call_method)),
+        (UserFunctionVariable, "call_function", _kept_whole(UserFunctionVariable.call_function)),
         *_no_names_for_logs(),
     )
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
@@ -321,3 +344,32 @@ def _logged_later(method: Any) -> Any:
         return DebuggingVariable(write, source=AttrSource(self.source, name)).call_function(tx, args, kwargs)
 
     return call_method
+
+
+def _kept_whole(method: Any) -> Any:
+    """A call of a Python function in a trace, as one op where that is known of the function."""
+
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        kept = _kept[0]
+        if not kept.knows(self.fn):
+            return method(self, tx, args, kwargs)
+        from torch._dynamo.variables.builder import wrap_fx_proxy
+        from torch._dynamo.variables.tensor import TensorVariable
+
+        realized = [arg.realize() for arg in args], {name: arg.realize() for name, arg in kwargs.items()}
+        leaves = [*realized[0], *realized[1].values()]
+        if not all(isinstance(leaf, TensorVariable) or leaf.is_python_constant() for leaf in leaves):
+            return method(self, tx, args, kwargs)
+        shown = {id(v): v.as_proxy().node.meta["example_value"] for v in leaves if isinstance(v, TensorVariable)}
+
+        def value(leaf: Any) -> Any:
+            return shown[id(leaf)] if id(leaf) in shown else leaf.as_python_constant()
+
+        call = kept.as_op(self.fn, [value(v) for v in realized[0]], {name: value(v) for name, v in realized[1].items()})
+        if call is None:
+            return method(self, tx, args, kwargs)
+        op, tensors, text = call
+        proxies = [next(v for v in leaves if shown.get(id(v)) is tensor).as_proxy() for tensor in tensors]
+        return wrap_fx_proxy(tx, tx.output.create_proxy("call_function", op, (proxies, text), {}))
+
+    return call_function

@@ -29,6 +29,7 @@ from sfcompile.passes.graph.local_graph import LocalGraph
 from sfcompile.passes.graph.op_view import Operand, OpView
 from sfcompile.passes.rules.rule import RULES, Rule, Side, Spread, register_rule
 from sfcompile.runtime.program.intervals import Runs, slice_of
+from sfcompile.runtime.rank.library_calls import CALLS
 from sfcompile.runtime.rank.ops import OPAQUE, narrowed
 
 aten = torch.ops.aten
@@ -294,6 +295,28 @@ def _flex(op: OpView) -> Rule | None:
     if not counts[-1] or counts[0] % counts[-1] or len(set(counts[1:])) > 1:
         return None
     return PerHead(names, query, names[query])
+
+
+@register_rule("streamfusion::library_call")
+def _function(op: OpView) -> Rule | None:
+    """A Python function of a library (sfcompile/capture/library_functions.py)."""
+    call = CALLS[str(op.args["key"])]
+    counts = [op.operands[i].shape[text.index("H")] for i, text in call.letters.items() if "H" in text]
+    rest = [operand for operand in op.operands if operand.index not in call.letters]
+    if any(size in counts and size > 1 for operand in rest for size in operand.shape):
+        return None
+    alike = min(counts) > 0 and all(count % min(counts) == 0 for count in counts)
+    return PerHead(call.letters, call.query, call.out) if alike else None
+
+
+def _function_flops(op: OpView) -> float:
+    """As of :func:`flops_of`."""
+    call = CALLS[str(op.args["key"])]
+    tokens = [op.operands[i].shape[text.index("L")] for i, text in call.letters.items() if "L" in text]
+    return 4.0 * math.prod(op.operands[call.query].shape) * tokens[min(1, len(tokens) - 1)]
+
+
+FORMULAS["streamfusion::library_call"] = _function_flops
 
 
 def fits(op: OpView, dims: Dims) -> bool:

@@ -7,6 +7,8 @@ keys stand in two graphs is not seen as one. Two kinds of lines break models for
   the trace, and are folded. Numbers that depend on data break as ever;
 * warnings, prints and records of loggers. They are written when the graph has run, at every call.
 
+A third kind is kept whole, as one op: attention that a library offers as a function (library_functions.py).
+
 What is changed of Dynamo holds while it traces for a marked backend. Other compiled models are traced as ever.
 """
 
@@ -19,7 +21,8 @@ from typing import ParamSpec, TypeVar
 
 from torch import fx
 
-from sfcompile.torch_breaks import Returned, trace_with_fewer_breaks
+from sfcompile.capture.library_functions import KEPT
+from sfcompile.torch_breaks import Returned, keep_whole, trace_with_fewer_breaks
 
 Rest = ParamSpec("Rest")
 Compiled = TypeVar("Compiled")
@@ -43,6 +46,7 @@ def fewer_breaks(
         _drop_folded_reads(gm)
         return backend(*args, **kwargs)
 
+    keep_whole(KEPT)
     trace_with_fewer_breaks(marked, skipped or (lambda code, reason: None), returned)
     return marked
 

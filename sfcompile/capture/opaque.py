@@ -152,9 +152,9 @@ class _Region:
         written: set[int] = set()
         for node in self._body.graph.nodes:
             if getattr(node.target, "__name__", "") == "triton_kernel_wrapper_mutation":
-                given: Any = node.kwargs["kwargs"]
-                operands = {name: places[value] for name, value in given.items() if value in places}
-                shown = {name: fake.get(operands[name]) if name in operands else value for name, value in given.items()}
+                shown: Any = node.kwargs["kwargs"]
+                operands = {name: places[value] for name, value in shown.items() if value in places}
+                shown = {**shown, **{name: fake.get(place) for name, place in operands.items()}}
                 written |= {operands[name] for name in kernel_writes({**node.kwargs, "kwargs": shown})}
         return written
 
