@@ -69,6 +69,7 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "forward_of",
+    "functions_transformed",
     "fused_attention",
     "fused_encoder_layer",
     "has_autocast_kernel",
@@ -431,6 +432,17 @@ def kernel_writes(call: Mapping[str, Any]) -> list[str]:
 
     where = call["kernel_idx"], call["constant_args_idx"], call["kwargs"], call["tma_descriptor_metadata"]
     return list(get_mutated_tensors(*where))
+
+
+def functions_transformed() -> AbstractContextManager[Any]:
+    """``vmap`` and its kin work here. Below a ``TorchDispatchMode``, as at the first call of what AOTAutograd compiled,
+    the dispatcher leaves out the keys by which they see a call, and kernels would get tensors of theirs."""
+    keys, left_out = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.FuncTorchDynamicLayerFrontMode, keys.FuncTorchDynamicLayerBackMode):
+        left_out = left_out - torch._C.DispatchKeySet(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    guard: AbstractContextManager[Any] = torch._C._ForceDispatchKeyGuard(included, left_out)
+    return guard
 
 
 def profiler_runs() -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sfcompile.errors import UnsupportedError
-from sfcompile.torch_private import AutocastState, autocast_as
+from sfcompile.torch_private import AutocastState, autocast_as, functions_transformed
 
 _library = torch.library.Library("streamfusion", "FRAGMENT")
 
@@ -60,7 +60,7 @@ def _run(tensors: list[torch.Tensor], key: str) -> torch.Tensor:
     arguments = dict(call.arguments)
     rest = arguments.pop("**", {})
     arguments |= {name: tensors[value.place] for name, value in arguments.items() if isinstance(value, TensorAt)}
-    with autocast_as(call.around):
+    with autocast_as(call.around), functions_transformed():
         out = call.function(**arguments, **rest)
     want = _shape(tensors, call)
     if not isinstance(out, torch.Tensor) or tuple(out.shape) != want or out.dtype != tensors[call.query].dtype:

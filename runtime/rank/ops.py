@@ -28,6 +28,7 @@ from sfcompile.runtime.program.phases import COLLECT, EXCHANGE_FINISH, EXCHANGE_
 from sfcompile.runtime.rank.profiles import named
 from sfcompile.runtime.rank.session import current_session
 from sfcompile.runtime.rank.site_call import AttentionSiteSchedule, is_attention
+from sfcompile.torch_private import functions_transformed
 
 _library = torch.library.Library("streamfusion", "DEF")
 _OPS = {
@@ -232,7 +233,8 @@ def narrowed(key: str, sizes: list[int]) -> str:
 
 def _opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:
     opaque = OPAQUE[key]
-    outputs = opaque.run(*tensors)
+    with functions_transformed():
+        outputs = opaque.run(*tensors)
     facts = [(list(out.shape), out.dtype) for out in outputs]
     if facts != opaque.outputs:
         raise UnsupportedError(

@@ -9,6 +9,7 @@ import torch
 from helpers import captured
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfcompile.capture.graph import capture
 from sfcompile.passes.graph.cost import flops
@@ -77,6 +78,26 @@ def test_a_loop_whose_end_depends_on_data_is_not_captured() -> None:
 
     with pytest.raises(BackendCompilerFailed, match="UnsupportedError: .*while_loop gives is not known before it runs"):
         captured(step, torch.randn(2, 5))
+
+
+class _Above(TorchDispatchMode):
+    """As AOTAutograd's, which looks at the first call of what it has compiled."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_vmapped_function_runs_below_a_mode() -> None:
+    """With Inductor inside, its first call was a RuntimeError: kernels were given vmap's own tensors."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        rows = torch.func.vmap(torch.func.vmap(lambda i, j: (i + j).remainder(3), (None, 0)), (0, None))
+        return x + rows(torch.arange(4), torch.arange(5))
+
+    x = torch.randn(4, 5)
+    got = captured(call, x)
+    with _Above():
+        torch.testing.assert_close(got.gm(x)[0], call(x))
 
 
 def _doubled(row: torch.Tensor) -> torch.Tensor:
