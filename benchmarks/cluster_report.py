@@ -177,7 +177,7 @@ def draw(path: Path, cells: list[Cell]) -> None:
     models = list(dict.fromkeys(cell.key[2] for cell in cells))
     shown = {name: label for name, label in SHOWN.items() if any(name in cell.medians for cell in cells)}
     figure, axes = plt.subplots(
-        len(layouts), len(models), figsize=(max(6.0, 4.2 * len(models)), 3.2 * len(layouts) + 0.8), squeeze=False,
+        len(layouts), len(models), figsize=(max(6.0, 3.2 * len(models)), 3.0 * len(layouts) + 0.8), squeeze=False,
         layout="constrained", sharey="row",
     )  # fmt: skip
     width = 0.8 / len(shown)
@@ -194,9 +194,11 @@ def draw(path: Path, cells: list[Cell]) -> None:
                 axis.bar([x for x, _ in ran], [height for _, height in ran], width, color=colours[n])
                 for x, cell in zip(at, here, strict=True):
                     if name not in cell.medians:
-                        axis.text(x, 0, " n/a", rotation=90, ha="center", va="bottom", fontsize=6, color=colours[n])
+                        word = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 9, "weight": "bold"}
+                        word["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                        axis.text(x, 0, " n/a", color=colours[n], zorder=3, **word)
             for x, cell in enumerate(here):
-                axis.plot([x, x + 0.8], [cell.limit_s] * 2, "k--", linewidth=1)
+                axis.plot([x, x + 0.8], [cell.limit_s] * 2, "k--", linewidth=1, zorder=2)
             links = ["no uplink" if cell.raw["machines"] == 1 else cell.key[1] for cell in here]
             axis.set_xticks([x + 0.4 for x in range(len(here))], links)
             axis.set_title(f"{model}, {layout}", fontsize=10)

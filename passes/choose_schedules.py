@@ -260,7 +260,8 @@ def _decide(ways: _Ways, topology: Topology, asked: Asked) -> _Decision:
             split = batch, copies
             add(split)
             notes.append(
-                f"computed by {copies} groups of machines{_ways_words(batch)}: {step_s[split] * 1e3:.3f} ms a step"
+                f"{copies} groups of machines, each computing all of it{_ways_words(batch)}: "
+                f"{step_s[split] * 1e3:.3f} ms a step, otherwise {least * 1e3:.3f} ms"
             )
             if step_s[split] <= _WORTH * least:
                 best, least, parts, part_plans = split, step_s[split], 1, []
