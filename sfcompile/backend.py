@@ -28,7 +28,7 @@ from sfcompile.capture.graph import Captured, CaptureFacts, break_reason, captur
 from sfcompile.capture.refused import unseen_write
 from sfcompile.capture.wrappers import without_wrappers
 from sfcompile.codegen.toolchain.loader import cache_folder
-from sfcompile.device import device_of, dtype_of, engines_for, start, topology_for
+from sfcompile.device import device_of, dtype_of, engines_for, refuse_transport, start, topology_for
 from sfcompile.errors import (
     InternalError,
     MeshError,
@@ -153,9 +153,11 @@ def _on_ranks(gm: fx.GraphModule, example_inputs: Sequence[Any], asked: Options)
         try:
             if "SFCOMPILE_TRACE" in os.environ:
                 follow_environment()
+            device = device_of(example_inputs)
+            refuse_transport(device, asked.transport)
             session.reconfigure(asked.transport, asked.timeout_s)
-            start(device_of(example_inputs), session, asked)
-            refuse_sharded(asked, device_of(example_inputs), session.topology)
+            start(device, session, asked)
+            refuse_sharded(asked, device, session.topology)
             named = _named_topology(asked, session)
         except _REFUSALS as error:
             refuse_together(error, session, _describe(gm, example_inputs, asked))

@@ -74,28 +74,33 @@ def dtype_of(inputs: Sequence[Any]) -> torch.dtype:
     return max(elements, key=lambda dtype: elements[dtype], default=torch.float32)
 
 
+def refuse_transport(device: torch.device, transport: str) -> None:
+    """Before a session settles for a transport, which it keeps: that it reaches between ranks on such devices.
+
+    Raises:
+        OptionError: it does not.
+    """
+    if device.type != "cuda" and transport in CARRIERS:
+        raise OptionError(
+            f"transport={transport!r} with CPU ranks",
+            "it moves data between GPUs, and the model's inputs are on the CPU",
+            "use transport='auto', or move the model to GPUs",
+        )
+    if device.type == "cuda" and transport not in ("auto", *CARRIERS):
+        raise OptionError(
+            f"transport={transport!r} with GPU ranks",
+            "shared memory, TCP and gloo serve CPU ranks",
+            f"use transport='auto', or one of {', '.join(map(repr, CARRIERS))}",
+        )
+
+
 def start(device: torch.device, session: Session, asked: Options) -> None:
     """Collective: make the session ready for graphs on a device.
 
     Raises:
-        OptionError: a transport that does not reach between such ranks.
         UnsupportedError, HeapError: nothing that may carry chunks between GPU ranks starts.
     """
-    if device.type != "cuda":
-        if asked.transport in CARRIERS:
-            raise OptionError(
-                f"transport={asked.transport!r} with CPU ranks",
-                "it moves data between GPUs, and the model's inputs are on the CPU",
-                "use transport='auto', or move the model to GPUs",
-            )
-        return
-    if asked.transport not in ("auto", *CARRIERS):
-        raise OptionError(
-            f"transport={asked.transport!r} with GPU ranks",
-            "shared memory, TCP and gloo serve CPU ranks",
-            f"use transport='auto', or one of {', '.join(map(repr, CARRIERS))}",
-        )
-    if not session.side.on_gpu:
+    if device.type == "cuda" and not session.side.on_gpu:
         with torch.inference_mode(False):  # words that were made in it could be written in it only
             chosen = choose_carrier(asked.transport, carriers_for(device, session, asked.timeout_s))
         chosen.side.carried_by = chosen.line

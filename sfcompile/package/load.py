@@ -86,6 +86,10 @@ def load(
         inner = chosen.pop("inner", None)
         _check_open(chosen)
         _check(inner, libraries)
+        if not isinstance(path, str | os.PathLike):
+            raise OptionError(
+                f"load was given a {type(path).__name__}", "A package is a file", 'Write load("model.sf")'
+            )
         asked = in_group(Options.from_dict(chosen))
     except OptionError as error:
         refuse(error, chosen or {name: value for name, value in spelled.items() if name != "inner"}, dict(_BEGIN))
@@ -157,6 +161,10 @@ def _open_with_others(wanted: Wanted, session: Session, asked: Options) -> Part:
     part: Part | None = None
     problem: StreamFusionError | None = None
     try:
+        if asked.transport not in ("auto", "shm", "c10d"):
+            from sfcompile.device import refuse_transport  # loads the generator, which packages do without
+
+            refuse_transport(torch.device("cpu"), asked.transport)
         session.reconfigure(asked.transport, asked.timeout_s)
         part = open_part(wanted, session.rank, session.topology.num_ranks)
     except StreamFusionError as error:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from sfcompile.device import start
+from sfcompile.device import refuse_transport, start
 from sfcompile.errors import PackageError, RankMismatchError, WeightsError
 from sfcompile.graph_call import refuse_sharded
 from sfcompile.groups import in_group, session_for, world_size
@@ -85,6 +85,7 @@ def load_sharded(
     session = session_for(asked)
     with session.turn(), session.guard(), use_session(session):
         session.agree("load weights", {"what follows": "the load of weights"})  # gets over an earlier failure
+        refuse_transport(home, asked.transport)
         session.reconfigure(asked.transport, asked.timeout_s)
         start(home, session, asked)
         refuse_sharded(asked, home, session.topology)

@@ -197,8 +197,13 @@ def case_transport(name: str) -> None:
 
 
 def case_options_of_a_second_model() -> None:
-    """A later compile may change the timeout, not the transport."""
+    """A later compile may change the timeout, not the transport; one that was refused settles nothing."""
     model, x = Plain(), tokens()
+    try:
+        compiled(model, transport="nccl")(x)
+    except Exception as error:
+        assert "with CPU ranks" in str(error), error
+    torch._dynamo.reset()
     compiled(model, placement="shard")(x)
     torch._dynamo.reset()
     close(compiled(model, placement="shard", timeout_s=7.0)(x), model(x))
