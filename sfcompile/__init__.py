@@ -4,11 +4,12 @@ torch finds the backend through the entry point in pyproject.toml, so a user nev
 light on purpose: importing it loads neither torch nor any of our rooms; its functions load theirs on first use.
 
 The files beside this one are the door: backend.py (start there), graph_call.py (what a call does around its graph),
-groups.py (which ranks compute together), shared_inputs.py (rank 0's inputs for all), sharded_weights.py (weights in
-shares), torch_shards.py (those that torch has cut), pipelines.py (all networks of a diffusers pipeline),
-repeated_blocks.py (each kind of block once), torch_logs.py (TORCH_LOGS), device.py, extend.py and rule_check.py (op
-rules held against their ops); and the leaves, which every room may import: errors.py, one_style.py (arguments),
-options.py, version.py and torch_private.py. The rooms are the folders.
+boundary.py (what crosses a graph break in shards), groups.py (which ranks compute together), shared_inputs.py (rank
+0's inputs for all), verify.py (calls held against one process), sharded_weights.py (weights in shares),
+torch_shards.py (those that torch has cut), pipelines.py (all networks of a diffusers pipeline), repeated_blocks.py
+(each kind of block once), torch_logs.py (TORCH_LOGS), device.py, extend.py and rule_check.py (op rules held against
+their ops); and the leaves, which every room may import: errors.py, one_style.py (arguments), options.py, version.py,
+torch_private.py, torch_breaks.py, torch_start.py and torch_fsdp.py. The rooms are the folders.
 
 May import: everything; nothing imports this file.
 """

@@ -10,6 +10,10 @@ import re
 from typing import Any
 
 _FIELDS = ("what", "why", "fix", "node", "source", "rank", "world_size", "peer", "slot", "epoch", "seen_epoch")
+_WORD = re.compile(
+    r"(?!(?:pip|torch|torchrun|sfcompile|gloo|safetensors|diffusers|numpy|triton)\b)(?:a|[a-z]{2,})(?=[ ,;])"
+)
+"""A word that begins a sentence with a small letter, and is no name that is written so."""
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)[^\n]*(?:\n\s+(?P<text>[^\n]+))?')
 
 
@@ -68,7 +72,7 @@ class StreamFusionError(RuntimeError):
         return _rebuild, (type(self), {name: getattr(self, name) for name in _FIELDS})
 
     def _render(self) -> str:
-        text = " ".join(_sentence(part) for part in (self.what, self.why, self.fix) if part)
+        text = " ".join([_sentence(self.what), *(_capital(_sentence(part)) for part in (self.why, self.fix) if part)])
         if self.rank is not None:
             where = f"{self.rank}" if self.world_size is None else f"{self.rank}/{self.world_size}"
             text = f"[rank {where}] {text}"
@@ -186,6 +190,10 @@ def source_line(stack_trace: str | None) -> str | None:
 def _sentence(part: str) -> str:
     part = part.strip()
     return part if part.endswith((".", "!", "?", ":")) else part + "."
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:] if _WORD.match(sentence) else sentence
 
 
 def _rebuild(cls: type[StreamFusionError], fields: dict[str, Any]) -> StreamFusionError:

@@ -107,6 +107,8 @@ def register_pass(
     Raises:
         OptionError: a built-in pass has that name, or the state has no such field.
     """
+    if not callable(run):
+        raise OptionError(f"{run!r} is no pass", "A pass is a function of the state", "Write def my_pass(state): ...")
     name = name or getattr(run, "__name__", "")
     if not name or name in passes():
         raise OptionError(

@@ -21,6 +21,7 @@ from torch import nn
 
 from sfcompile.backend import streamfusion_backend
 from sfcompile.errors import OptionError
+from sfcompile.one_style import check_model
 from sfcompile.options import Options
 from sfcompile.pipelines import as_written, innermost_forward
 from sfcompile.runtime.rank.sharded_value import with_wholes
@@ -57,6 +58,7 @@ def compile_repeated_blocks(
     Raises:
         OptionError: unknown options, or nothing repeats.
     """
+    check_model(model, modules=True)
     asked = {"boundaries": "regions", **(options or {})}
     if asked.get("inputs") == "rank0" and "boundaries" not in (options or {}):
         asked["boundaries"] = "whole"

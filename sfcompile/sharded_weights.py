@@ -18,10 +18,11 @@ from torch import nn
 from sfcompile.codegen.proof.checker import check
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
-from sfcompile.device import start
+from sfcompile.device import refuse_transport, start
 from sfcompile.errors import OptionError, RankMismatchError, UnsupportedError
 from sfcompile.graph_call import refuse_sharded
 from sfcompile.groups import in_group, session_for, world_size
+from sfcompile.one_style import check_model
 from sfcompile.options import Options, named_options
 from sfcompile.runtime.program.phases import EXCHANGE_START
 from sfcompile.runtime.program.sites import ExchangeSite
@@ -62,14 +63,16 @@ def shard_weights(
         OptionError: weights cannot be sharded on these ranks.
         UnsupportedError: torch has cut them in other ways; on every rank.
     """
+    check_model(model, modules=True)
     asked = in_group(Options.from_dict({"weights": "sharded", **named_options(options)}))
     if world_size(asked) == 1:
         return model
     session = session_for(asked)
     with session.turn(), session.guard(), use_session(session):
         session.agree("shard weights", {"what follows": "weights are sharded"})
-        session.reconfigure(asked.transport, asked.timeout_s)
         home = home_of(next((old.device for old in model.parameters()), "cpu") if device is None else device)
+        refuse_transport(home, asked.transport)
+        session.reconfigure(asked.transport, asked.timeout_s)
         start(home, session, asked)
         refuse_sharded(asked, home, session.topology)
         speak(session.global_rank)

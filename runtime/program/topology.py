@@ -136,7 +136,7 @@ class Topology:
                 raise _unreadable(text)
             table = _read(Path(text))
             shape = _shape(table, text)
-            return cls(shape, **_constants(table, text))
+            return cls(shape, **_constants(table, f"topology file {text}"))
         shape = cls.grid(int(match[1]), int(match[2])).machine_of
         source = match[3]
         if source is None:
@@ -144,12 +144,12 @@ class Topology:
         if source.endswith(".toml"):
             table = _read(Path(source))
             _drop_shape(table)
-            return cls(shape, **_constants(table, source))
+            return cls(shape, **_constants(table, f"topology file {source}"))
         return cls(shape, **_preset(source))
 
     @classmethod
     def constants(cls, table: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """Constants by name, checked; ``source`` says in an error where they come from.
+        """Constants by name, checked; ``source`` says in an error where they come from, and begins its sentence.
 
         Raises:
             TopologyError: an unknown name, or a value that is no positive number.
@@ -189,7 +189,7 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise TopologyError(
-            f"topology file {path} cannot be read: {error}",
+            f"topology file {path} cannot be read: {error.strerror if isinstance(error, OSError) else error}",
             "it must be a TOML file with this library's constants",
             "sfcompile doctor --measure writes one",
         ) from error
@@ -220,7 +220,7 @@ def _constants(table: dict[str, Any], source: str) -> dict[str, Any]:
     if software:
         if software not in SOFTWARE:
             raise TopologyError(
-                f"topology file {source} sets software = {software!r}",
+                f"{source} sets software = {software!r}",
                 f"known are the costs of {', '.join(SOFTWARE)}",
                 "name one of them, or leave it out",
             )
@@ -229,14 +229,14 @@ def _constants(table: dict[str, Any], source: str) -> dict[str, Any]:
     for key, value in table.items():
         if key not in known:
             raise TopologyError(
-                f"topology file {source} sets {key!r}, which is no constant of a topology",
+                f"{source} sets {key!r}, which is no constant of a topology",
                 f"constants are {', '.join(known)}",
                 "remove or rename it",
             )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or value < 0 or (value == 0 and key not in _MAY_BE_ZERO | {"attention_rows"}):
             raise TopologyError(
-                f"topology file {source} sets {key} = {value!r}",
+                f"{source} sets {key} = {value!r}",
                 "constants are positive numbers in seconds, bytes or FLOPs per second",
                 "correct it",
             )

@@ -19,7 +19,9 @@ def check_readable(path: Path, argument: str) -> None:
     """
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "is no file" if path.exists() else "is not there"
-        raise OptionError(f"{argument} {path} {state}", "It names a file that will be read", f"Look at {path.parent}")
+        raise OptionError(
+            f"{argument} {path} {state}", "It names a file that will be read", f"Look at {path.absolute().parent}"
+        )
 
 
 def check_writable(path: Path, argument: str) -> None:
@@ -66,10 +68,11 @@ def check_function(text: str) -> None:
     if not colon or not source or not name.isidentifier():
         file = Path(text.removesuffix(":"))
         functions = _names_of(file)[0] if file.suffix == ".py" and file.is_file() else []
+        makers = [name for name in functions if name != "main"]  # which starts something, and returns nothing
         raise OptionError(
             f"MODEL {text!r} names no function" + (f"; {file} has {', '.join(functions)}" if functions else ""),
             "A function makes the model and says how it is called: it returns (model, args) or (model, args, kwargs)",
-            f"Write for example {file if file.suffix == '.py' else 'file.py'}:{functions[0] if functions else 'make'}",
+            f"Write for example {file if file.suffix == '.py' else 'file.py'}:{makers[0] if makers else 'make'}",
         )
     if not source.endswith(".py"):
         return

@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     args, rest = parser.parse_known_args(words)
-    if rest:
-        parser.commands[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest or args.command is None:
+        (parser.commands[args.command] if args.command else parser).error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if "name" in args:
             args.model = model_name(args)
@@ -98,7 +98,7 @@ def build_parser() -> CommandLine:
         "code of the rank that failed first.",
     )
     parser.add_argument("--version", action="version", version=f"sfcompile {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     parser.commands = commands.choices
     _add_demo(commands.add_parser("demo", help="a diffusion transformer on several ranks, checked against one process"))
     _add_run(commands.add_parser("run", help="start the ranks of a script on this machine"))
@@ -115,7 +115,8 @@ def build_parser() -> CommandLine:
     export_command.add_arguments(
         commands.add_parser("export", help="write a model's program for all ranks to one file")
     )
-    commands.add_parser("completion", help='completion for bash and zsh: eval "$(sfcompile completion)"')
+    completion = commands.add_parser("completion", help='completion for bash and zsh: eval "$(sfcompile completion)"')
+    completion.add_argument("shell", nargs="?", choices=("bash", "zsh"), help="one script serves both")
     return parser
 
 

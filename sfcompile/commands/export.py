@@ -90,9 +90,9 @@ def made_by(text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         returned = factory()
     if not isinstance(returned, tuple) or len(returned) not in (2, 3):
         raise OptionError(
-            f"{text} returned a {type(returned).__name__}",
-            "it says which model is meant and how that is called",
-            "return (model, args) or (model, args, kwargs)",
+            f"{text} returned one object, of class {type(returned).__name__}",
+            "It is called to say which model is meant and how that is called",
+            "Return (model, args) or (model, args, kwargs)",
         )
     model, inputs, kwargs = (*returned, {})[:3]
     odd = [

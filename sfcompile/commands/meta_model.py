@@ -143,7 +143,7 @@ def build_meta_model(
     raise OptionError(
         f"No inputs found for {cls.__name__} with {tokens} tokens; {len(tried)} candidates failed",
         f"They are guessed from the signature of forward() and the config, which was not enough here:{listed}\n ",
-        "Give the sizes that its default config leaves open in `config`, or choose another model",
+        "Give the sizes that its default config leaves open (--config KEY=VALUE), or choose another model",
     )
 
 

@@ -36,7 +36,7 @@ def open_regular(path: Path, follow: bool = True) -> IO[bytes]:
     try:
         fd = os.open(path, _READ | (0 if follow else os.O_NOFOLLOW))
     except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
-        reason = str(error)
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         if getattr(error, "errno", 0) == errno.ELOOP:
             reason = "its symbolic links lead round in a circle" if follow else "it is a symbolic link"
         raise PackageError(f"{path} cannot be read: {reason}", "", "check the path") from error

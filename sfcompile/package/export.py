@@ -21,7 +21,7 @@ from torch import fx
 from sfcompile.capture.graph import Captured
 from sfcompile.errors import InternalError, OptionError, PackageError
 from sfcompile.lowering.rank_graph import compile_alike, run_passes
-from sfcompile.one_style import merged
+from sfcompile.one_style import check_model, merged
 from sfcompile.options import WEIGHTS, Options
 from sfcompile.package.disk import file_hash, open_regular, refusing, writing
 from sfcompile.package.file import PackageWriter, processor, to_json
@@ -81,6 +81,7 @@ def export(
         )
     if not os.fspath(path):
         raise OptionError("export is not told where to write", "", 'say path="model.sf"')
+    check_model(model)
     chosen = merged(options, spelled, {})
     inner = chosen.pop("inner", "auto")
     asked, where = _asked(topology, inner, chosen)

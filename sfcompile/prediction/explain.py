@@ -83,7 +83,7 @@ def explain(
         UnsupportedError: torch.compile traces nothing of the model.
     """
     where, asked = _topology(topology, rank)
-    args, kwargs = model_call(inputs, named, args, kwargs)
+    args, kwargs = model_call(model, inputs, named, args, kwargs)
     wish, kind = asked_of(options, {"mesh": mesh, "schedule": schedule, "placement": placement, "wire": wire})
     begun = time.perf_counter()
     graphs: list[ExplainedGraph] = []

@@ -189,7 +189,7 @@ def simulate(
         UnsupportedError: the model's first graph cannot be captured.
     """
     where = topology if isinstance(topology, Topology) else Topology.parse(topology)
-    args, kwargs = model_call(inputs, named, args, kwargs)
+    args, kwargs = model_call(model, inputs, named, args, kwargs)
     wish, weights = asked_of(options, {"mesh": mesh, "schedule": schedule, "placement": placement, "wire": wire})
     begun = time.perf_counter()
     planned: list[Choices] = []

@@ -282,7 +282,9 @@ def _folder(folder: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"the folder {path} cannot be made", str(error), "name one that you may write") from error
+        raise OptionError(
+            f"the folder {path} cannot be made", error.strerror or str(error), "name one that you may write"
+        ) from error
     return path
 
 

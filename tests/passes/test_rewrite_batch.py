@@ -103,7 +103,7 @@ def test_two_machines_take_a_guidance_pair_apart_by_themselves() -> None:
 def test_a_batch_that_cannot_be_split_is_refused() -> None:
     model, inputs = guided(3)
     got = captured(model, *inputs)
-    with pytest.raises(MeshError, match="splits the batch 2 ways.*a batch of 3 on 4 ranks cannot be split 2 ways"):
+    with pytest.raises(MeshError, match="splits the batch 2 ways.*A batch of 3 on 4 ranks cannot be split 2 ways"):
         compile_rank(got, 0, Topology.grid(2, 2), {"batch": 2, "ulysses": 2, "ring": 1})
 
 

@@ -148,7 +148,7 @@ def test_an_assert_inside_a_pass_is_our_mistake(monkeypatch: pytest.MonkeyPatch)
     own = [replace(entry, run=wrong) if entry.name == "place_min_cut" else entry for entry in PIPELINE]
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "PIPELINE", own)
-        with pytest.raises(InternalError, match="pass place_min_cut failed a check.*no such row(?s:.)*report this"):
+        with pytest.raises(InternalError, match="pass place_min_cut failed a check.*no such row(?s:.)*Report this"):
             run_pipeline(state_of(doubled()))
     register(monkeypatch, wrong)
     with pytest.raises(AssertionError, match="no such row"):  # the user's own check

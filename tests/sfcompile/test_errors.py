@@ -36,6 +36,12 @@ def test_sentences_are_closed_and_empty_ones_left_out() -> None:
     )
 
 
+def test_why_and_fix_begin_as_sentences_do_and_names_stay_as_they_are_written() -> None:
+    error = StreamFusionError("x is too long", "it has 3 rows", "pip install more")
+    assert str(error) == "x is too long. It has 3 rows. pip install more." and error.why == "it has 3 rows"
+    assert str(StreamFusionError("x", "mesh=2", "a file; name one")) == "x. mesh=2. A file; name one."
+
+
 def test_graph_error_shows_node_and_innermost_user_line() -> None:
     text = str(StreamFusionError("no rule", node=Node("view_12", TRACE)))
     assert "at node `view_12`" in text

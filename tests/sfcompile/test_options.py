@@ -123,7 +123,7 @@ def test_unknown_key_lists_all_and_guesses_the_nearest() -> None:
 
 @pytest.mark.parametrize("options", [["mesh"], "torus", 3])
 def test_options_are_named(options: Any) -> None:
-    with pytest.raises(OptionError, match="write a dict, such as"):
+    with pytest.raises(OptionError, match="Write a dict, such as"):
         Options.from_dict(options)
 
 

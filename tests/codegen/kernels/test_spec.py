@@ -68,7 +68,7 @@ def test_only_what_travels_is_encoded() -> None:
 def test_what_cannot_be_generated_is_refused() -> None:
     odd = make_site(8, 2, dtype=torch.float64)
     assert "float64" in cannot_generate(odd)
-    with pytest.raises(UnsupportedError, match="use attention='aten'"):
+    with pytest.raises(UnsupportedError, match="Use attention='aten'"):
         spec_of(job(machines=2, inside=1, ring=1, site=odd).schedule(), 90)
 
 

@@ -39,7 +39,7 @@ def test_every_chunk_has_a_slot_of_its_own() -> None:
 
 
 def test_more_ulysses_ranks_than_heads_is_refused() -> None:
-    with pytest.raises(MeshError, match="site has 3 heads for 4 Ulysses ranks.*use ulysses <= 3"):
+    with pytest.raises(MeshError, match="site has 3 heads for 4 Ulysses ranks.*Use ulysses <= 3"):
         ChunkFlow(attention_site(4, heads=3), grid(4, 1))
 
 

@@ -96,7 +96,7 @@ def test_no_module_is_filled_in_a_capture(hooks: dict[str, Any], monkeypatch: py
     fill_device_state(library.init, library.finalize)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(CodegenError, match="call the model once before the capture"):
+    with pytest.raises(CodegenError, match="Call the model once before the capture"):
         load(hooks, 17)
     assert library.calls == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

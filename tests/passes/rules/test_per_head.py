@@ -340,7 +340,7 @@ def test_lists_of_blocks_that_each_head_makes_are_made_by_heads(ranks: int) -> N
 
 
 def test_names_have_a_namespace() -> None:
-    with pytest.raises(extend.OptionError, match="write 'library::op'"):
+    with pytest.raises(extend.OptionError, match="Write 'library::op'"):
         extend.register_per_head_attention("sparse", sparse_dims)
 
 

@@ -97,7 +97,7 @@ def test_a_library_that_is_not_found_is_told_as_a_missing_package(
 def test_network_cards_driven_by_kernels_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """3.4.5's bitcode has no code for it: puts would get lost. On every rank, if one asks for it."""
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", value)
-    with pytest.raises(UnsupportedError, match="unset NVSHMEM_IB_ENABLE_IBGDA"):
+    with pytest.raises(UnsupportedError, match="Unset NVSHMEM_IB_ENABLE_IBGDA"):
         started()
     monkeypatch.delenv("NVSHMEM_IB_ENABLE_IBGDA")
     library = Library(0, lambda: None, lambda pe: True)

@@ -30,7 +30,7 @@ def test_a_failure_is_told_and_everybodys() -> None:
     with pytest.raises(HeapError, match="no room") as own:
         together(lambda value, doing: told.append(value) or [value, None], "take a step", fails)
     assert own.value.on_every_rank and told == [("no room", "two banks are needed", "make room", False)]
-    with pytest.raises(UnsupportedError, match="rank 1: it is missing. all ranks need it. install it") as other:
+    with pytest.raises(UnsupportedError, match="rank 1: it is missing. All ranks need it. Install it") as other:
         together(lambda value, doing: [value, TOLD], "take a step", lambda: 7)
     assert other.value.on_every_rank
 

@@ -108,7 +108,7 @@ def test_a_captured_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     wires.open(1, [])
     monkeypatch.setattr(wires._nvshmem, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(UnsupportedError, match="use attention='triton'"):
+    with pytest.raises(UnsupportedError, match="Use attention='triton'"):
         wires.open(2, [])
 
 

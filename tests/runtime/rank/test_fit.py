@@ -74,7 +74,7 @@ def test_nothing_is_sent_of_a_wrong_tensor(wrong: str) -> None:
             x = x.to(torch.bfloat16)
         elif wrong == "shape":
             x = x.mT.contiguous()
-        with pytest.raises(InternalError, match="the other ranks would read"):
+        with pytest.raises(InternalError, match="The other ranks would read"):
             ticket = sf.exchange_start(x, TICKET, "g", 0)
             sf.exchange_finish(ticket, "g", 0, [1, 1] if wrong == "out" else list(site.shape), torch.float32)
         assert wrong == "out" or not session._runs

@@ -205,7 +205,7 @@ def test_who_waits_in_vain_says_what_it_knows() -> None:
     after = run(2, lambda rank, meetings: work(rank, meetings, True), timeout_s=0.3)[0]
     before = run(2, lambda rank, meetings: work(rank, meetings, False), timeout_s=0.3)[0]
     assert isinstance(after, RuntimeTimeoutError) and isinstance(before, RuntimeTimeoutError)
-    assert "failed before (rank 1: KeyboardInterrupt)" in str(after) and "call again on every rank" in str(after)
+    assert "failed before (rank 1: KeyboardInterrupt)" in str(after) and "Call again on every rank" in str(after)
     assert "failed before" not in str(before) and "inputs of the same shapes" in str(before)
 
 

@@ -148,7 +148,7 @@ def test_only_who_left_no_word_was_killed() -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     _, second, segments = pair(timeout_s=30.0, pids=[child.pid, os.getpid()])
-    with pytest.raises(PeerDiedError, match="without a word .* it was killed"):
+    with pytest.raises(PeerDiedError, match="without a word .* It was killed"):
         second.wait(0, 0, 1)
     segments[0].leave("its script ended")
     with pytest.raises(PeerDiedError, match="has left the job while rank 1 waited for it: its script ended"):

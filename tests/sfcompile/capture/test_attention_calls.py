@@ -151,5 +151,5 @@ def test_a_reader_of_ones_own() -> None:
 
 
 def test_names_have_a_namespace() -> None:
-    with pytest.raises(extend.OptionError, match="write 'library::op'"):
+    with pytest.raises(extend.OptionError, match="Write 'library::op'"):
         extend.register_attention("attend", lambda args: None)

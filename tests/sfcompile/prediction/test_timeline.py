@@ -51,7 +51,7 @@ def test_many_ranks_and_spans_are_drawn_in_part(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="there is no folder"):
+    with pytest.raises(OptionError, match="There is no folder"):
         write_perfetto(tmp_path / "gone" / "trace.json", SPANS, (0, 1), "")
     with pytest.raises(OptionError, match="nothing to draw"):
         write_png(tmp_path / "line.png", [], (0, 1), "")
