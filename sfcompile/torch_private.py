@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import importlib
 import inspect
+import locale
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
-from sfcompile.version import refuse_other_torch
+from sfcompile.version import refuse_ascii, refuse_other_torch
 
 refuse_other_torch(torch.__version__)  # before its private parts are imported, which may be gone
+refuse_ascii(locale.getpreferredencoding(False))
 
 from torch._compile import _disable_dynamo
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
 from sfcompile.errors import UnsupportedError
@@ -37,3 +38,17 @@ def refuse_other_torch(installed: str) -> None:
         "It relies on private parts of torch, which were tested with these releases only",
         f"Run: pip install '{torch_range()}'",
     )
+
+
+def refuse_ascii(encoding: str) -> None:
+    """That text files are read in more than ASCII, which is a choice of its own (LC_ALL=C with PYTHONUTF8=0).
+
+    Raises:
+        UnsupportedError: they are not.
+    """
+    if codecs.lookup(encoding).name == "ascii":
+        raise UnsupportedError(
+            f"Python reads text files as {encoding} here",
+            "torch's Inductor has files with other letters, so that it cannot be imported",
+            "Leave PYTHONUTF8=0 out, or set LC_ALL=C.UTF-8",
+        )

@@ -105,7 +105,7 @@ def write_kernels(
     rows = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "schedule.txt").write_text(f"{schedule}\n")
+        (folder / "schedule.txt").write_text(f"{schedule}\n", encoding="utf-8")
         for arch in archs:
             for name, kernel in compiled_kernels(schedule, arch, machine_of, link=link):
                 early = hoisted_loads(kernel) if kernel.name == "attend" else []
@@ -117,8 +117,8 @@ def write_kernels(
                     )
                 # Linking dissolves NVSHMEM's calls into the code around them: look at them before.
                 rows.append(_write(folder, name, kernel, order(kernel.unlinked())))
-        (folder / "table.txt").write_text("\n".join([HEAD, *map(line, rows)]) + "\n")
-        (folder / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        (folder / "table.txt").write_text("\n".join([HEAD, *map(line, rows)]) + "\n", encoding="utf-8")
+        (folder / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise CodegenError(
             f"kernels cannot be written to {folder}: {error}", "", "name a folder with room that can be written"

@@ -183,7 +183,7 @@ def _cut(library: Path, symbols: Sequence[str], arch: int) -> str:
     nvidia.load_dialects(context)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "keeper.mlir"
-        path.write_text("".join(f"{line}\n" for line in _keeper(symbols)))
+        path.write_text("".join(f"{line}\n" for line in _keeper(symbols)), encoding="utf-8")
         stub = ir.parse_mlir_module(str(path), context)
     stub.context = context
     llvm.init_targets()

@@ -10,7 +10,7 @@ import pytest
 
 import sfcompile
 from sfcompile.errors import UnsupportedError
-from sfcompile.version import __version__, refuse_other_torch, torch_range
+from sfcompile.version import __version__, refuse_ascii, refuse_other_torch, torch_range
 
 
 def test_the_versions_agree() -> None:
@@ -28,3 +28,9 @@ def test_a_torch_in_the_range_passes(installed: str) -> None:
 def test_another_torch_is_refused_with_a_sentence(installed: str) -> None:
     with pytest.raises(UnsupportedError, match=f"torch {re.escape(installed)} is installed.*pip install 'torch>=2.11"):
         refuse_other_torch(installed)
+
+
+def test_ascii_is_refused_with_a_sentence() -> None:
+    refuse_ascii("utf-8")
+    with pytest.raises(UnsupportedError, match="text files as ANSI_X3.4-1968 here.*Leave PYTHONUTF8=0 out"):
+        refuse_ascii("ANSI_X3.4-1968")
