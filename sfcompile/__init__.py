@@ -94,4 +94,4 @@ if not TYPE_CHECKING:  # a checker would take it for every name that is misspelt
 
 def __dir__() -> list[str]:
     """The public names, for completion; nothing is loaded for them."""
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import inspect
 import locale
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -485,3 +486,14 @@ def aoti_load(path: Path) -> Callable[..., list[torch.Tensor]]:
         return outputs
 
     return run
+
+
+@contextmanager
+def no_logged_traces() -> Iterator[None]:
+    """torch logs the frames of what an op raises on tensors without values; whoever catches it says what is wrong."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -32,7 +32,13 @@ def own_code(what: str, alone: bool = True) -> Iterator[None]:
         OptionError: it raised something, or left the process.
     """
     try:
-        yield
+        if alone:
+            yield
+        else:
+            from sfcompile.torch_private import no_logged_traces  # what is traced has imported torch
+
+            with no_logged_traces():
+                yield
     except StreamFusionError:
         raise
     except (Exception, SystemExit) as error:

@@ -59,6 +59,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "flux", "--schedule", "tours"], "torus"),
         (["run", "--rank", "2", "--machins", "2", "x.py"], "--machines"),
         (["run", "--nproc-per-node", "2", "x.py"], "--ranks"),
+        (["--verion"], "--version"),
     ],
 )
 def test_what_was_meant_is_said(argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:

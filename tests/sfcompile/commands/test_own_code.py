@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import CodeType
 
@@ -46,3 +47,11 @@ def test_our_errors_and_our_mistakes_are_let_go() -> None:
     broken = compile("assert False", str(Path(ours.__file__).with_name("models.py")), "exec")
     with pytest.raises(AssertionError), own_code("it is traced, and", alone=False):
         exec(broken, {})
+
+
+def test_torch_logs_no_frames_of_a_model_that_is_traced(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    with pytest.raises(OptionError, match="bad sizes"), own_code("model.py:make is traced, and", alone=False):
+        log.error("frames")
+        exec(compile("raise RuntimeError('bad sizes')", "model.py", "exec"))
+    assert "frames" not in caplog.text and not log.disabled
