@@ -22,7 +22,7 @@ from torch import fx
 
 from sfcompile.boundary import across, may_cross
 from sfcompile.capture.aliases import refuse_overlap
-from sfcompile.capture.by_sizes import BySizes, SizedProgram, moving_inputs
+from sfcompile.capture.by_sizes import KEPT, BySizes, SizedProgram, moving_inputs
 from sfcompile.capture.fewer_breaks import fewer_breaks
 from sfcompile.capture.graph import Captured, CaptureFacts, break_reason, capture, present, refuse_training
 from sfcompile.capture.refused import unseen_write
@@ -93,7 +93,13 @@ def _goes_over(options: Mapping[str, Any]) -> Callable[[Any], Any] | None:
     return with_wholes if options.get("boundaries") == "shards" else None
 
 
-@functools.partial(fewer_breaks, skipped=_left_to_python, returned=_goes_over)
+def _programs(options: Mapping[str, Any]) -> int:
+    """To Dynamo a value in shards of another size is another kind of input, and each size a program; so is each number
+    of a block's own. Past its limit of eight it would run blocks whole on every rank."""
+    return KEPT if options.get("boundaries", "whole") != "whole" else 0
+
+
+@functools.partial(fewer_breaks, skipped=_left_to_python, returned=_goes_over, programs=_programs)
 def streamfusion_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

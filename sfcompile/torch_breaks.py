@@ -36,12 +36,16 @@ SkippedFrame = Callable[[CodeType, str], None]
 Returned = Callable[[Mapping[str, Any]], Callable[[Any], Any] | None]
 """From a backend's options: what is done to the result of a function that was compiled with them; None: nothing."""
 
+Programs = Callable[[Mapping[str, Any]], int]
+"""From a backend's options: so many programs a function may have at least before Dynamo leaves it to Python."""
+
 
 class _Marked(NamedTuple):
     """What is done for a marked backend; see :func:`trace_with_fewer_breaks`."""
 
     skipped: SkippedFrame
     returned: Returned
+    programs: Programs
 
 
 _traced_with_fewer_breaks: weakref.WeakKeyDictionary[Callable[..., Any], _Marked] = weakref.WeakKeyDictionary()
@@ -72,7 +76,14 @@ def keep_whole(functions: KeptWhole) -> None:
     _kept[0] = functions
 
 
-def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame, returned: Returned = _nothing) -> None:
+def _as_set(options: Mapping[str, Any]) -> int:
+    """Programs up to Dynamo's own limit."""
+    return 0
+
+
+def trace_with_fewer_breaks(
+    backend: Callable[..., Any], skipped: SkippedFrame, returned: Returned = _nothing, programs: Programs = _as_set
+) -> None:
     """From now on, what Dynamo traces for ``backend`` breaks in fewer places (sfcompile/capture/fewer_breaks.py).
 
     Dynamo has no settings of one backend, so its entry is wrapped, once for a process: settings are changed while a
@@ -85,12 +96,13 @@ def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame, 
         skipped: is told of functions in which Dynamo finds a break that it cannot continue after: it runs them as
             Python, and what they call is traced by itself.
         returned: says what goes over the results of compiled functions.
+        programs: says how many programs a function may have at least.
     """
     from torch._dynamo import config
     from torch._dynamo.convert_frame import ConvertFrameAssert
     from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
-    _traced_with_fewer_breaks[backend] = _Marked(skipped, returned)
+    _traced_with_fewer_breaks[backend] = _Marked(skipped, returned, programs)
     convert: Any = ConvertFrameAssert.__call__
     if hasattr(convert, "__wrapped__"):
         return
@@ -104,8 +116,9 @@ def trace_with_fewer_breaks(backend: Callable[..., Any], skipped: SkippedFrame, 
         if marked is None:
             return convert(self, frame, *args, **kwargs)
         try:
-            over = _going_over(marked.returned(_options(self._torchdynamo_orig_backend)))
-            with _fewer_breaks(), _fewer_collections(), over:
+            options = _options(self._torchdynamo_orig_backend)
+            more = config.patch(recompile_limit=max(config.recompile_limit, marked.programs(options)))
+            with _fewer_breaks(), _fewer_collections(), _going_over(marked.returned(options)), more:
                 return convert(self, frame, *args, **kwargs)
         except Unsupported as error:
             stack = getattr(error, "real_stack", None)

@@ -22,7 +22,7 @@ from typing import ParamSpec, TypeVar
 from torch import fx
 
 from sfcompile.capture.library_functions import KEPT
-from sfcompile.torch_breaks import Returned, keep_whole, trace_with_fewer_breaks
+from sfcompile.torch_breaks import Programs, Returned, keep_whole, trace_with_fewer_breaks
 
 Rest = ParamSpec("Rest")
 Compiled = TypeVar("Compiled")
@@ -32,12 +32,14 @@ def fewer_breaks(
     backend: Callable[Rest, Compiled],
     skipped: Callable[[CodeType, str], None] | None = None,
     returned: Returned = lambda options: None,
+    programs: Programs = lambda options: 0,
 ) -> Callable[Rest, Compiled]:
     """A backend of ``torch.compile`` for which Dynamo breaks models in fewer places; also as a decorator.
 
     Args:
         skipped: is told of each function that Dynamo leaves to Python, with the break in it.
         returned: says, of the options, what goes over the results of compiled functions; None: nothing.
+        programs: says, of the options, how many programs a function may have before Dynamo leaves it to Python.
     """
 
     @functools.wraps(backend)
@@ -47,7 +49,7 @@ def fewer_breaks(
         return backend(*args, **kwargs)
 
     keep_whole(KEPT)
-    trace_with_fewer_breaks(marked, skipped or (lambda code, reason: None), returned)
+    trace_with_fewer_breaks(marked, skipped or (lambda code, reason: None), returned, programs)
     return marked
 
 
