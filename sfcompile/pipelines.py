@@ -23,6 +23,7 @@ from torch import nn
 from sfcompile.backend import streamfusion_backend
 from sfcompile.errors import OptionError
 from sfcompile.options import Options, named_options
+from sfcompile.runtime.rank.sharded_value import with_wholes
 
 log = logging.getLogger("sfcompile")
 Pipeline = TypeVar("Pipeline")
@@ -50,13 +51,14 @@ def compile_pipeline(
         options: of the backend, as for ``torch.compile``; they hold for every component.
         components: name -> options of that component alone, beside ``options``; or None: it is left as it is. A
             component that is not compiled by default is compiled if it is named here.
-        mode, dynamic: as for ``torch.compile``.
+        mode, dynamic: as for ``torch.compile``, which takes no options beside a mode.
 
     Returns:
         ``pipe``.
 
     Raises:
-        OptionError: unknown options; a name in ``components`` that is no network of the pipeline; nothing to compile.
+        OptionError: unknown options, or a mode beside options; a name in ``components`` that is no network of the
+            pipeline; nothing to compile.
     """
     networks = _networks(pipe)
     asked = dict(components or {})
@@ -79,6 +81,7 @@ def compile_pipeline(
             "name others as components={'name': {}}",
         )
     for own in chosen.values():
+        mode_or_options(mode, own)
         Options.from_dict(own, mode)  # a mistake is told here, before any component has changed
     for name, own in chosen.items():
         _compile_component(name, networks[name], own, mode, dynamic)
@@ -111,10 +114,36 @@ def _compile_component(
     )
     others = [method for method in METHODS if callable(getattr(module, method, None))]
     for method in others:
-        setattr(module, method, CompiledMethod(module, as_written(getattr(module, method)), compiled, hooked=True))
+        _compile_method(module, module, method, compiled, hooked=True)
     if not others or not name.startswith("vae"):
-        owner, attribute = innermost_forward(module)
-        setattr(owner, attribute, CompiledMethod(module, as_written(getattr(owner, attribute)), compiled))
+        _compile_method(module, *innermost_forward(module), compiled)
+
+
+def _compile_method(
+    module: nn.Module,
+    owner: Any,
+    attribute: str,
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]],
+    hooked: bool = False,
+) -> None:
+    """One of them. It returns what is whole also where blocks inside hand on shards (sfcompile/repeated_blocks.py)."""
+    method = getattr(owner, attribute)
+    wholes = isinstance(method, CompiledMethod) and method.wholes
+    setattr(owner, attribute, CompiledMethod(module, as_written(method), compiled, hooked, wholes))
+
+
+def mode_or_options(mode: str | None, options: Mapping[str, Any] | None) -> None:
+    """``torch.compile`` takes one of the two.
+
+    Raises:
+        OptionError: both are wanted.
+    """
+    if mode is not None and options:
+        raise OptionError(
+            f"mode={mode!r} together with options={dict(options)!r}",
+            "torch.compile takes a mode or options, not both",
+            "leave one of the two out",
+        )
 
 
 class CompiledMethod:
@@ -127,6 +156,7 @@ class CompiledMethod:
         method: bound to the module.
         compile: what makes the compiled function of it.
         hooked: it is not ``forward``: a hook that accelerate installed goes first, as diffusers has it.
+        wholes: what it returns is whole, also where values go from block to block in shards.
     """
 
     def __init__(
@@ -135,8 +165,10 @@ class CompiledMethod:
         method: Callable[..., Any],
         compile: Callable[[Callable[..., Any]], Callable[..., Any]],
         hooked: bool = False,
+        wholes: bool = False,
     ) -> None:
         functools.update_wrapper(self, method)
+        self.wholes = wholes
         self._sfcompile_as_written = method
         self._module, self._compile, self._hooked = module, compile, hooked
         self._compiled = compile(method)
@@ -145,11 +177,12 @@ class CompiledMethod:
         hook = getattr(self._module, "_hf_hook", None) if self._hooked else None
         if hook is not None and hasattr(hook, "pre_forward"):
             hook.pre_forward(self._module)
-        return self._compiled(*args, **kwargs)
+        result = self._compiled(*args, **kwargs)
+        return with_wholes(result) if self.wholes else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledMethod:
         module, method = copy.deepcopy((self._module, self._sfcompile_as_written), memo)
-        return CompiledMethod(module, method, self._compile, self._hooked)
+        return CompiledMethod(module, method, self._compile, self._hooked, self.wholes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._module, self._sfcompile_as_written.__name__)

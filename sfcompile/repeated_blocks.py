@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -22,9 +22,8 @@ from torch import nn
 from sfcompile.backend import streamfusion_backend
 from sfcompile.errors import OptionError
 from sfcompile.one_style import check_model
-from sfcompile.options import Options
-from sfcompile.pipelines import as_written, innermost_forward
-from sfcompile.runtime.rank.sharded_value import with_wholes
+from sfcompile.options import Options, named_options
+from sfcompile.pipelines import METHODS, CompiledMethod, as_written, innermost_forward, mode_or_options
 
 log = logging.getLogger("sfcompile")
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,7 +49,8 @@ def compile_repeated_blocks(
         model: blocks are members of a ``ModuleList``, ``ModuleDict`` or ``Sequential``, the outermost, of which there
             are at least two alike: one class, parameters of the same names, shapes and dtypes, modules inside.
         options: of the backend, as for ``torch.compile``. With ``{"boundaries": "whole"}`` blocks hand on whole values.
-        mode, dynamic: as for ``torch.compile``.
+        mode: as for ``torch.compile``, which takes no options beside it: blocks then hand on whole values.
+        dynamic: as for ``torch.compile``.
 
     Returns:
         ``model``.
@@ -59,7 +59,8 @@ def compile_repeated_blocks(
         OptionError: unknown options, or nothing repeats.
     """
     check_model(model, modules=True)
-    asked = {"boundaries": "regions", **(options or {})}
+    mode_or_options(mode, options)
+    asked = {"boundaries": "regions", **named_options(options)}
     if asked.get("inputs") == "rank0" and "boundaries" not in (options or {}):
         asked["boundaries"] = "whole"
     Options.from_dict(asked, mode)  # a mistake is told here, before any block has changed
@@ -71,11 +72,12 @@ def compile_repeated_blocks(
             "that have modules inside, one class, and parameters of the same shapes",
             'compile it whole: torch.compile(model, backend="streamfusion")',
         )
+    compiled = functools.partial(
+        torch.compile, backend=streamfusion_backend, options=None if mode else asked, mode=mode, dynamic=dynamic
+    )
     for block in blocks:
         owner, name = innermost_forward(block)
-        written = as_written(getattr(owner, name))
-        compiled = torch.compile(written, backend=streamfusion_backend, options=asked, mode=mode, dynamic=dynamic)
-        setattr(owner, name, compiled)
+        setattr(owner, name, CompiledMethod(block, as_written(getattr(owner, name)), compiled))
     _return_wholes(model)
     kinds = Counter(type(block).__name__ for block in blocks)
     log.info("compiled when called: %s", ", ".join(f"{count} {name}" for name, count in kinds.items()))
@@ -118,14 +120,14 @@ def _kind(block: nn.Module) -> Hashable:
 def _return_wholes(model: nn.Module) -> None:
     """What a model returns is its caller's, who may do with it on one rank what the others do not."""
     owner, name = innermost_forward(model)
-    written = as_written(getattr(owner, name))
+    setattr(owner, name, CompiledMethod(model, as_written(getattr(owner, name)), _as_it_is, wholes=True))
+    for other in METHODS:
+        if callable(method := getattr(model, other, None)):
+            setattr(model, other, CompiledMethod(model, as_written(method), _as_it_is, hooked=True, wholes=True))
 
-    @functools.wraps(written)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return with_wholes(written(*args, **kwargs))
 
-    forward._sfcompile_as_written = written  # type: ignore[attr-defined]
-    setattr(owner, name, forward)
+def _as_it_is(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
 
 
 __all__ = ["compile_repeated_blocks", "repeated_blocks"]

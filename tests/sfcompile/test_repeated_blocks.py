@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import boundary_cases
@@ -12,6 +14,7 @@ from torch import nn
 
 import sfcompile
 from sfcompile.errors import OptionError
+from sfcompile.pipelines import CompiledMethod
 from sfcompile.repeated_blocks import repeated_blocks
 
 preload("boundary_cases", "model_cases", "sfcompile.backend", "sfcompile.repeated_blocks")
@@ -21,6 +24,12 @@ preload("boundary_cases", "model_cases", "sfcompile.backend", "sfcompile.repeate
 @pytest.mark.parametrize("homes", [[0, 0], [0, 0, 1]])
 def test_blocks_hand_on_shards(homes: list[int]) -> None:
     run_processes(len(homes), boundary_cases.run, ("regions",), homes, timeout_s=120.0)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", ["of_many_kinds", "in_a_pipeline"])
+def test_blocks_of_many_kinds_and_of_a_pipelines_network(case: str) -> None:
+    run_processes(2, boundary_cases.run, (f"regions_{case}",), [0, 0], timeout_s=120.0)
 
 
 @pytest.mark.ranks
@@ -85,3 +94,34 @@ def test_one_process_compiles_blocks_by_themselves_and_twice_is_once() -> None:
         for _ in range(2):
             assert sfcompile.compile_repeated_blocks(deep, options={"inner": "eager"}) is deep
             torch.testing.assert_close(deep(x), want)
+
+
+def test_copies_have_their_own_weights() -> None:
+    """A copy's blocks were the first one's, and drew with its weights; a pickled model is as it was written."""
+    torch._dynamo.reset()
+    deep, x = nn.Sequential(layers(4), layers(4)), torch.randn(3, 4)
+    plain = copy.deepcopy(deep)
+    sfcompile.compile_repeated_blocks(deep, options={"inner": "eager"})
+    copied = copy.deepcopy(deep)
+    with torch.no_grad():
+        for model in (copied, other := copy.deepcopy(plain)):
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        torch.testing.assert_close(copied(x), other(x))
+        torch.testing.assert_close(deep(x), plain(x))
+        assert isinstance(copied[0].forward, CompiledMethod)
+        again = pickle.loads(pickle.dumps(copied))
+        assert not isinstance(again[0].forward, CompiledMethod)
+        torch.testing.assert_close(again(x), other(x))
+
+
+def test_a_mode_goes_without_options_as_torch_has_it() -> None:
+    torch._dynamo.reset()
+    deep, x = nn.Sequential(layers(4), layers(4)), torch.randn(3, 4)
+    with pytest.raises(OptionError, match="not both"):
+        sfcompile.compile_repeated_blocks(deep, mode="reduce-overhead", options={"inner": "eager"})
+    with pytest.raises(OptionError, match="is a list"):
+        sfcompile.compile_repeated_blocks(deep, options=["inner"])  # type: ignore[arg-type]
+    with torch.no_grad():
+        want = deep(x)
+        torch.testing.assert_close(sfcompile.compile_repeated_blocks(deep, mode="default")(x), want)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -269,6 +270,58 @@ def case_regions() -> None:
         raise AssertionError("other weights on one rank were not told")
     except RankMismatchError:
         pass
+
+
+class Numbered(Block):
+    """A block that computes with a number of its own."""
+
+    number = 0
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, scale = super().forward(x, scale)
+        return y * (1.0 + 0.01 * self.number), scale
+
+
+def case_regions_of_many_kinds() -> None:
+    """More kinds than Dynamo's limit of programs: each is sharded; past the limit blocks ran whole on every rank."""
+    model, before = Deep(), len(reports())
+    model.blocks = nn.ModuleList([Numbered() for _ in range(10)])
+    for place, block in enumerate(model.blocks):
+        block.number = place  # type: ignore[assignment]
+    eager = copy.deepcopy(model)
+    sfcompile.compile_repeated_blocks(model, options={"placement": "shard", "inner": "eager", "timeout_s": 30.0})
+    for mine, whole in zip(model(tokens()).several, eager(tokens()).several, strict=True):
+        close(mine, whole)
+    assert len(reports()) - before == 10 and all(plan.sharded_sites == 1 for plan in reports()[before:])
+
+
+def case_regions_in_a_pipeline() -> None:
+    """A network whose blocks are compiled, in a pipeline that is compiled too, returns what is whole, by any method
+    that pipelines call."""
+
+    class Breaks(Deep):
+        def encode(self, x: torch.Tensor) -> Any:
+            return [self.blocks[0](x, x[:1, :1, :1])[0]]
+
+        def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
+            scale, several = x[:1, :1, :1], []
+            for block in self.blocks:
+                x, scale = block(x, scale)
+                torch._dynamo.graph_break()
+                several.append(x)
+            return {"several": several}
+
+    options = {"placement": "shard", "inner": "eager", "timeout_s": 30.0}
+    for again in (False, True):
+        torch._dynamo.reset()
+        model, eager = Breaks(), Breaks()
+        sfcompile.compile_repeated_blocks(model, options=options)
+        if again:
+            sfcompile.compile_pipeline(SimpleNamespace(components={"transformer": model}), options=options)
+        results = [*model(tokens())["several"], *model.encode(tokens())]
+        for mine, whole in zip(results, [*eager(tokens())["several"], *eager.encode(tokens())], strict=True):
+            assert type(mine) is torch.Tensor
+            close(mine, whole)
 
 
 def case_regions_started_again(cache: str) -> None:
