@@ -8,7 +8,15 @@ from deadline import Deadline
 from kernel_ranks import Job, make_site
 from watched import UNWATCHED, Watch
 
-from sfcompile.codegen.engines.launch import AttendKernel, HeapView, gave_up, mask_arguments, mask_kind
+from sfcompile.codegen.engines import launch
+from sfcompile.codegen.engines.launch import (
+    AttendKernel,
+    HeapView,
+    arrived_slots,
+    gave_up,
+    mask_arguments,
+    mask_kind,
+)
 from sfcompile.codegen.engines.target import KernelTarget
 from sfcompile.codegen.schedule.schedule import Schedule
 from sfcompile.codegen.toolchain.interpreter import interpreting
@@ -76,6 +84,29 @@ def test_a_site_ends_when_all_has_come_that_comes_to_it(tokens: list[int], causa
         assert not watch.status["gave_up"]
         kernel.collect(out, view)
     assert watch.status["gave_up"] and watch.status["slot"] in kernel.fixed["slots"].tolist()
+
+
+def test_chunks_without_elements_are_not_waited_for() -> None:
+    """No kernel sends them: a rank that waited for one would wait until its limit."""
+    schedule = Job("ring", 1, 2, 1, 2, make_site([0, 8], 2)).schedule()
+    assert schedule.program(1).arrivals
+    assert not arrived_slots(schedule, 1, torch.device("cpu")).numel()
+    assert arrived_slots(schedule, 0, torch.device("cpu")).numel()
+
+
+def test_own_rows_are_those_of_this_rank() -> None:
+    """The pitch of the log-sum-exp; the table of queries holds those of the other rank too."""
+    kernel = AttendKernel(JOB.schedule(), 0, KernelTarget(torch.device("cpu")))
+    assert len(kernel.tables.queries) == 2 and kernel.scalars["own_rows"] == 8
+
+
+def test_programs_that_copy_are_of_those_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All programs of a launch must be on the GPU together, with those that pass chunks on."""
+    ring = Job("ring", 3, 1, 1, 3, make_site(8, 3), True, "ring")
+    kernel = AttendKernel(ring.schedule(), 0, KernelTarget(torch.device("cpu"), calls={}), ring.machine_of)
+    monkeypatch.setattr(launch, "resident_programs", lambda *launched: 100)
+    kernel._programs = 0
+    assert kernel.copiers > 0 and kernel.programs([]) + kernel.copiers == 100
 
 
 def test_a_wait_that_gave_up_in_words() -> None:
