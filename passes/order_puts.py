@@ -18,7 +18,7 @@ from sfcompile.passes.graph.op_view import is_getitem
 from sfcompile.passes.graph.stages import stages_of
 from sfcompile.passes.graph.tickets import argument_of, by_site, kind_of, tie, untie
 from sfcompile.passes.state import State
-from sfcompile.runtime.program.phases import ENDS, STARTS
+from sfcompile.runtime.program.phases import ENDS, EXCHANGE_LINEAR, STARTS
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
 EARLY = ("when it is read", "while the rank computes", "while it attends, too")
@@ -65,6 +65,8 @@ def order_puts(graph: fx.Graph, weights: str = "", early: str = EARLY[0]) -> int
         tie(graph, nodes, start)
         return len(nodes)
     for i, site in enumerate(sites):
+        if kind_of(site[-1]) == EXCHANGE_LINEAR:
+            continue  # it computes: it stays where its product was
         _sink(site[-1], sites[i + NUM_BANKS][0] if i + NUM_BANKS < len(sites) else None)
     opened: fx.Node = start
     attention: list[fx.Node] = []  # the last one before
@@ -75,7 +77,8 @@ def order_puts(graph: fx.Graph, weights: str = "", early: str = EARLY[0]) -> int
         if weights and site[0].args[argument_of(site[0], "program")] == weights:
             if early != EARLY[0]:
                 first = [_last_pick(node) for node in attention if early == EARLY[1] or kind_of(node) in STARTS]
-                starts = [_hoist(node, max([after, *(other for other in first if other < node)])) for node in starts]
+                for node in starts:  # of the weights of one exchange in their order
+                    after = _hoist(node, max([after, *(other for other in first if other < node)]))
         else:
             starts = [_hoist(node, after) for node in starts]
             attention = site if any(kind_of(node) == "attend" for node in site) else attention

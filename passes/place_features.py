@@ -12,7 +12,8 @@ rank some features (rows of the weight) of each, and put together in one exchang
 A product that the cut shards over its few tokens is one of them too, if all that is made of it is read whole: views of
 it then are whole as well, and need no gather of their own.
 
-It is done where the exchange takes at most half of what the products save. Products go together that read the same
+It is done where the exchange takes at most half of what the products save. Where ranks hold weights in shares, such a
+product reads the rank's own share, and what it saves is the gathering, too. Products go together that read the same
 value; where every layer makes it anew of the same inputs (an activation of the time embedding), it is the first one's.
 """
 
@@ -43,6 +44,7 @@ from sfcompile.passes.graph.op_view import OpView, is_tensor
 from sfcompile.passes.state import Features, Placement, State
 from sfcompile.runtime.program.phases import EXCHANGE
 from sfcompile.runtime.program.topology import Topology
+from sfcompile.runtime.program.weight_rows import count_of
 
 _WORTH = 0.5
 """What an exchange may cost of what it saves."""
@@ -55,13 +57,17 @@ _MOST_BEHIND = 8
 def run(state: State) -> None:
     """The pass: fills ``features`` of ``placement``; what was sharded before and is no more leaves ``needs``.
 
-    Not where weights are in shares, for those are gathered whole; and not where tokens come in parts, for the order of
-    what communicates is that of the parts.
+    Not where tokens come in parts, for the order of what communicates is that of the parts; and not where the ranks of
+    the graph hold other shares of weights than one each: groups that share out the batch, machines that hold all.
     """
-    if state.asked.weights is not None or state.choices.parts > 1 or state.topology.num_ranks == 1:
+    ranks, held = state.topology.num_ranks, state.asked.weights
+    places = tuple(range(ranks)) if held is None else held.cut
+    if state.choices.parts > 1 or ranks == 1 or (len(places), count_of(places)) != (ranks, ranks):
         return
+    inputs = [node for node in state.gm.graph.nodes if node.op == "placeholder"]
+    shares = [inputs[i] for i in held.places] if held is not None else []
     placement, views = state.placement, state.tokens.views
-    chosen = by_features(state.gm.graph, views, placement, state.topology, state.arrivals)
+    chosen = by_features(state.gm.graph, views, placement, state.topology, state.arrivals, shares)
     for group in chosen:
         for product in group:
             for node in product.behind:
@@ -70,7 +76,9 @@ def run(state: State) -> None:
                     placement.reasons[node] = "it is made of what is computed by features"
             placement.needs.pop(product.node, None)
             placement.reasons.pop(product.node, None)
-    placement.features = tuple(Features(group[0].source, tuple(product.node for product in group)) for group in chosen)
+    placement.features = tuple(
+        Features(group[0].source, tuple(product.node for product in group), places) for group in chosen
+    )
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,13 @@ def by_features(
     placement: Placement,
     topology: Topology,
     arrivals: Collection[fx.Node] = (),
+    shares: Collection[fx.Node] = (),
 ) -> list[list[Product]]:
     """The groups of products that are worth an exchange each.
 
     Args:
         arrivals: inputs that come in shards.
+        shares: inputs that are weights in shares.
     """
     alike: dict[tuple[fx.Node, torch.dtype], list[Product]] = {}
     same = _first_of_equals(graph)
@@ -109,6 +119,7 @@ def by_features(
         if behind is None:
             continue
         saved_s = _saved_s(op, behind, views, placement, topology)
+        saved_s += sum(gather_seconds(each.node, topology) for each in op.operands[1:] if each.node in shares)
         if saved_s > _marginal_s(node, topology):
             source = same[op.operands[0].node]
             alike.setdefault((source, node.meta["val"].dtype), []).append(Product(node, source, behind, saved_s))
@@ -217,7 +228,7 @@ def _in_groups(products: Iterable[Product]) -> list[list[Product]]:
 def _pays(group: Sequence[Product], topology: Topology) -> bool:
     """Whether a group is worth its exchange."""
     nodes, ranks = [product.node for product in group], topology.num_ranks
-    schedule = build("exchange", site_of(nodes, ranks), Mesh.of(topology, 1, ranks))
+    schedule = build("exchange", site_of(nodes, range(ranks)), Mesh.of(topology, 1, ranks))
     exchange_s = simulate([Phase(schedule, 1, phase) for phase in EXCHANGE], topology).seconds
     cost_s = exchange_s + _put_together_s(sum(map(value_bytes, nodes)), topology)
     return cost_s <= _WORTH * sum(product.saved_s for product in group)

@@ -170,7 +170,7 @@ class _Rewriter:
         for group in groups:
             ops = [self._tokens.views[node] for node in group.nodes]
             weights = [[self.whole(operand.node) for operand in op.operands[1:]] for op in ops]
-            outs = compute_by_features(self._local, ops, self.whole(group.source), weights)
+            outs = compute_by_features(self._local, ops, self.whole(group.source), weights, group.places)
             self._whole.update(zip(group.nodes, outs, strict=True))
             self.traffic.features.append(group)
 

@@ -264,10 +264,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Features:
-    """Products ``nodes`` of an input ``source`` that all ranks have whole: each rank computes some features of each."""
+    """Products ``nodes`` of an input ``source`` that all ranks have whole: each rank computes some features of each,
+    by its place among them (``places``, by rank)."""
 
     source: fx.Node
     nodes: tuple[fx.Node, ...]
+    places: tuple[int, ...]
 
 
 @dataclass

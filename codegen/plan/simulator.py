@@ -61,7 +61,8 @@ class Phase:
             return True
         if isinstance(step, Put):
             return step.part == self.part
-        chunk = next(a.chunk for a in self.schedule.origin.arrivals if isinstance(step, Wait) and a.slot == step.slot)
+        assert isinstance(step, (Wait, Forward))
+        chunk = next(a.chunk for a in self.schedule.origin.arrivals if a.slot == step.slot)
         return chunk.part == self.part
 
 

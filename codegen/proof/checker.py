@@ -23,7 +23,9 @@ and why it is enough:
                those of a network card, which ends them with the receiver's wait: where NVSHMEM carries, a writer sees
                ``done >= e`` of all ranks (codegen/engines/device_engine.py). And since every arrival is waited for
                before ``done``, whether it is read or not, nothing of epoch e comes later.
-    wanted     What a rank wants of an exchange is covered once, by its own shard and by arrivals.
+    wanted     What a rank wants of an exchange is covered once, by its own shard and by arrivals. Where weights
+               come together in the bank, these lie there on every rank without gaps and apart. The own shard is
+               written when it is put, so after this rank's last read of the epoch that had the bank before.
     sizes      Slots do not overlap; each holds the largest chunk that any rank receives in it.
 
 In tests a run of every rank with vector clocks is held against this (tests/support/symbolic_run.py).
@@ -38,6 +40,7 @@ from dataclasses import dataclass
 from sfcompile.codegen.schedule.attention import AttentionSchedule
 from sfcompile.codegen.schedule.exchange import ExchangeSchedule
 from sfcompile.codegen.schedule.schedule import Schedule
+from sfcompile.codegen.schedule.weight_gather import Assembled
 from sfcompile.errors import ScheduleError
 from sfcompile.runtime.program.instructions import Attend, Chunk, Forward, Instruction, Push, Put, Wait
 from sfcompile.runtime.program.intervals import count
@@ -68,7 +71,9 @@ def check(schedule: Schedule) -> Proof:
     if isinstance(schedule, AttentionSchedule):
         line.check_pairs(schedule)
     line.check_sizes()
-    if isinstance(schedule, ExchangeSchedule):
+    if isinstance(schedule, Assembled):
+        check_places(schedule)
+    elif isinstance(schedule, ExchangeSchedule):
         line.check_wanted(schedule.site)
     ranks = schedule.mesh.num_ranks
     return Proof(ranks, ranks * len(line.puts), ranks * len(line.waits), ranks * line.num_pairs)
@@ -84,6 +89,28 @@ def check_slots(schedule: Schedule) -> None:
     for (_, end, left), (start, _, right) in zip(spans, spans[1:], strict=False):
         if start < end:
             raise wrong(f"slot {right} begins at byte {start}, inside slot {left}, which ends at byte {end}")
+
+
+def check_places(schedule: Assembled) -> None:
+    """On every rank the rows of all ranks, its own too, lie in the bank once, apart, and fill it.
+
+    Raises:
+        ScheduleError: with the rank and the bytes.
+    """
+    size = schedule.site.dtype.itemsize
+    for rank in range(schedule.mesh.num_ranks):
+        spans = [
+            (schedule.place(rank, arrival.slot), schedule.shape(rank, arrival)[0] * size)
+            for arrival in schedule.program(rank).arrivals
+        ]
+        spans += [(first * size, length * size) for first, length in schedule.site.owned[rank]]
+        at = 0
+        for start, nbytes in sorted(spans):
+            if start != at:
+                raise wrong(f"rank {rank}: rows begin at byte {start} of the bank, those before them end at byte {at}")
+            at += nbytes
+        if at != schedule.heap_bytes:
+            raise wrong(f"rank {rank}: {at} bytes of rows in a bank of {schedule.heap_bytes}")
 
 
 def wrong(what: str) -> ScheduleError:
@@ -172,7 +199,7 @@ class _Line:
             case Put(tensor, part, _, _):
                 return tensor, Chunk(0, part)
             case Forward(slot, _, _):
-                return self._read(step, slot, ("k", "v"))
+                return self._read(step, slot, ("k", "v", "x"))
             case Push(q, _):
                 return "o", q
         raise wrong(f"{step}: is no put")

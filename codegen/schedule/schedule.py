@@ -35,7 +35,8 @@ from sfcompile.runtime.program.topology import Topology
 
 @dataclass(frozen=True)
 class SlotSpec:
-    """A place in every rank's heap bank, at the same offset: bytes are the most that any rank may need."""
+    """A place in every rank's heap bank, at the same offset (but see :meth:`Schedule.place`): bytes are the most that
+    any rank may need."""
 
     name: str
     offset: int
@@ -65,6 +66,20 @@ class Schedule(ABC):
     def heap_bytes(self) -> int:
         """Bytes of one bank, up to the end of its last slot; a heap has two."""
         return max((slot.offset + slot.nbytes for slot in self.slots), default=0)
+
+    @property
+    def assembled(self) -> bool:
+        """Whether weights come together in the bank, where this rank's own rows lie too."""
+        return False
+
+    @property
+    def parts(self) -> int:
+        """In how many parts what it moves comes and goes."""
+        return self.site.parts
+
+    def place(self, rank: int, slot: int) -> int:
+        """Where a slot lies at a rank: bytes from the start of the bank."""
+        return self.slots[slot].offset
 
     def program(self, rank: int) -> RankProgram:
         """A rank's instructions."""

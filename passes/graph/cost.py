@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from sfcompile.passes.graph.layout import Layout, Ownership, Window
 from sfcompile.passes.graph.op_view import OpView
 from sfcompile.runtime.program.intervals import count, overlap
+from sfcompile.runtime.program.phases import EXCHANGE_LINEAR
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank.ops import OPAQUE
 
@@ -127,6 +128,9 @@ def shard_seconds(op: OpView, topology: Topology, part: float, whole: Collection
     for operand in op.operands:
         passes = 2 if op.name in _READ_TWICE and operand.index == 0 else 1
         moved += passes * value_bytes(operand.node) * (1.0 if operand.index in whole else part)
+    if op.name == EXCHANGE_LINEAR:  # its weight is no operand
+        x = op.operands[0]
+        moved += x.shape[-1] * int(op.args["features"]) * x.node.meta["val"].element_size()
     attention = op.name == "scaled_dot_product_attention" or f"{op.namespace}::{op.name}" in FORMULAS
     rate = topology.attention_flops_per_s if attention else None
     return max(part * flops(op) / (rate or topology.flops_per_s), moved / topology.memory_bytes_per_s)

@@ -282,13 +282,13 @@ class LocalGraph:
         self.sites.append(site)
         return self._exchange(node, len(self.sites) - 1, site.wanted_shape(self.rank), dtype)
 
-    def of_all(self, node: fx.Node) -> fx.Node:
-        """Every rank's value of one shape, stacked: [ranks, *shape], in rank order."""
+    def of_all(self, node: fx.Node, places: Sequence[int] = ()) -> fx.Node:
+        """Every rank's value of one shape, stacked: [ranks, *shape], in the order of their places (none: of ranks)."""
         value = node.meta["val"]
         ranks = self.owners.num_ranks
         site = len(self.sites)
         name = f"{self.origin.name if self.origin else 'value'}"
-        runs = tuple(((rank, 1),) for rank in range(ranks))
+        runs = tuple(((place, 1),) for place in places or range(ranks))
         shape = (ranks, *(int(size) for size in value.shape))
         self.sites.append(ExchangeSite.gather(name, shape, value.dtype, 0, runs))
         return self._exchange(self.call(torch.ops.aten.unsqueeze.default, [node, 0], {}), site, shape, value.dtype)

@@ -14,6 +14,8 @@ from sfcompile.passes.graph.cost import seconds
 from sfcompile.passes.graph.halo import ASSEMBLED
 from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.graph.op_view import OpView, is_getitem
+from sfcompile.passes.graph.tickets import kind_of
+from sfcompile.runtime.program.phases import EXCHANGE_FINISH, EXCHANGE_LINEAR
 from sfcompile.runtime.program.stages import GraphStages, Stage
 from sfcompile.runtime.program.topology import Topology
 
@@ -31,7 +33,7 @@ def _is_ticket(node: fx.Node) -> bool:
 
 
 def compute_seconds(node: fx.Node, topology: Topology) -> float:
-    """What a node that talks to nobody costs this rank."""
+    """What a node computes on this rank, apart from what it waits for."""
     op = OpView.of(node)
     return 0.0 if op is None or ASSEMBLED in node.meta else seconds(op, topology)
 
@@ -41,6 +43,7 @@ def stage_of(node: fx.Node, before_s: float = 0.0) -> Stage:
     op = OpView.of(node)
     assert op is not None
     phase = op.args["phase"] if op.name == "put_fused" else op.name
+    phase = EXCHANGE_FINISH if op.name == EXCHANGE_LINEAR else phase
     return Stage(str(op.args["program"]), int(op.args["site"]), str(phase), int(op.args.get("part", -1)), before_s)
 
 
@@ -51,7 +54,8 @@ def stages_of(graph: fx.Graph, topology: Topology) -> GraphStages:
     for node in steps_of(graph):
         if node.target in COMMUNICATION:
             stages.append(stage_of(node, before_s))
-            before_s = 0.0
+            # What it computes with the weight, it does when all of that is there.
+            before_s = compute_seconds(node, topology) if kind_of(node) == EXCHANGE_LINEAR else 0.0
         else:
             before_s += compute_seconds(node, topology)
     return GraphStages(tuple(stages), before_s)

@@ -11,9 +11,9 @@ kernels outside of any graph that the compiler captures.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from sfcompile.runtime.program.phases import EXCHANGE_START
 from sfcompile.runtime.rank.site_call import OwnHeap
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS, PLACE, HeapSize, bank_of
 from sfcompile.runtime.wires.transport import TAG_BITS, word_of
+
+T = TypeVar("T")
 
 
 class DeviceHeap(Protocol):
@@ -240,6 +242,10 @@ class DeviceRun:
         self._runs.join()
         self.late_reads = frozenset()
         self._engine.receive(out, self._own, self._view)
+
+    def read(self, part: int, reader: Callable[[torch.Tensor], T]) -> tuple[T, bool]:
+        """No weight comes together in a GPU's bank (codegen/schedule/weight_gather.py)."""
+        raise AssertionError("planned for CPU ranks")
 
     def finish(self, epoch: int) -> None:
         """Everything up to ``epoch`` has been read, as far as the main stream goes."""

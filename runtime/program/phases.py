@@ -10,6 +10,8 @@ ATTEND = "attend"
 COLLECT = "collect"
 EXCHANGE_START = "exchange_start"
 EXCHANGE_FINISH = "exchange_finish"
+EXCHANGE_LINEAR = "exchange_linear"
+"""An op that is ``exchange_finish`` of a weight and a product with it (runtime/rank/ops.py)."""
 
 ATTENTION = (*PUTS.values(), ATTEND, COLLECT)
 """The phases of an attention."""
@@ -20,5 +22,5 @@ STARTS = (*PUTS.values(), EXCHANGE_START)
 """Phases that send this rank's own tensors and wait for nothing."""
 JOINS = (ATTEND, EXCHANGE_FINISH)
 """Phases that wait for the puts of their site to have read what they send."""
-ENDS = (COLLECT, EXCHANGE_FINISH)
-"""Phases that end a site's epoch on this rank."""
+ENDS = (COLLECT, EXCHANGE_FINISH, EXCHANGE_LINEAR)
+"""Phases, or ops, that end a site's epoch on this rank."""

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from sfcompile.runtime.rank.site_call import AttentionSiteSchedule, OwnHeap, Sit
 from sfcompile.runtime.rank.site_tables import Cut, Send, SiteTables, cut_out
 from sfcompile.runtime.wires.symmetric_heap import bank_of
 from sfcompile.runtime.wires.transport import Source, Transport
+
+T = TypeVar("T")
 
 
 class SiteRun:
@@ -59,7 +61,7 @@ class SiteRun:
         self._tables = tables
         self._phases = tables.program.phases
         self._tensors: dict[tuple[str, int], torch.Tensor] = {}
-        self._parts_left = schedule.site.parts
+        self._parts_left = schedule.parts
         self._partials = Partials()
         self._arrivals = tables.arrivals
         self._kernel = kernel
@@ -87,7 +89,9 @@ class SiteRun:
 
         The part that stays here is copied too: once this call has returned, a compiled graph may reuse the tensor's
         memory for something else, although it is read again later. Not so with a lasting one: a graph's input that
-        nobody writes to before the call has ended, so nothing of it is copied here.
+        nobody writes to before the call has ended, so nothing of it is copied here. Of a weight that comes
+        together in the bank the own rows are copied there: only this rank reads its bank, and it has ended the epoch
+        that had the bank before it opened this one.
         """
         lasting = bool(self._lasting) and tensor.data_ptr() in self._lasting
         name = TENSORS.get(phase, "x")
@@ -103,6 +107,9 @@ class SiteRun:
                 chunk, source = encoded[cut], Source.KEPT
             if self._kernel is None or chunk.numel():  # no kernel waits for what has no rows
                 self._transport.put(dst, slot, offset, chunk, self.epoch, source)
+        if self.schedule.assembled:
+            self._tables.own_rows(self._bank, max(part, 0)).copy_(tensor)
+            return
         if name != "x":
             stays = cut_out(tensor, self._tables.stays(name))
         else:
@@ -126,13 +133,12 @@ class SiteRun:
             if isinstance(step, Wait):
                 self._wait(step)
             elif isinstance(step, Forward):
-                offset = self.schedule.slots[step.to_slot].offset
-                self._transport.put(step.dst, step.to_slot, offset, self._views[step.slot], self.epoch, Source.BANK)
+                self._forward(step)
             elif isinstance(step, Attend):
                 self._attend(step, mask)
             elif isinstance(step, Push):
                 out = self._output_leaving(step.q)
-                offset = self.schedule.slots[step.slot].offset
+                offset = self.schedule.place(step.q.src, step.slot)
                 self._transport.put(step.q.src, step.slot, offset, out, self.epoch, Source.KEPT)
         # Nothing but outputs is read from here on, and with parts the site stays open under the next layer.
         self._joined.clear()
@@ -181,17 +187,45 @@ class SiteRun:
 
     def receive(self, out: torch.Tensor) -> None:
         """Fill ``out`` with what this rank wants, from every rank's shard, at its positions."""
+        if self.schedule.assembled:
+            out.copy_(self._assemble(0))
+            return
         place_chunk(self.schedule.site, out, self._tensors["x", -1], self._rank, self._rank)
         for step in self._phases[EXCHANGE_FINISH]:
             assert isinstance(step, Wait)
             self._wait(step)
             place_chunk(self.schedule.site, out, self._views[step.slot], step.src, self._rank)
 
+    def read(self, part: int, reader: Callable[[torch.Tensor], T]) -> tuple[T, bool]:
+        """What a reader makes of a weight where it came together in the bank, and whether all have now been read.
+
+        Who writes to this bank next, waits until this rank is done with the epoch: after it has read all parts.
+        """
+        value = reader(self._assemble(max(part, 0)))
+        self._parts_left -= 1
+        return value, part == -1 or self._parts_left == 0
+
     def finish(self, epoch: int) -> None:
         """This rank has read everything of ``epoch`` and of all epochs before."""
         self._transport.finish(epoch)
 
     # ------------------------------------------------------------------ steps
+
+    def _assemble(self, part: int) -> torch.Tensor:
+        """All of a weight, once it has come: a rank of this machine waits for what it is given on from here."""
+        for step in self._phases[EXCHANGE_FINISH]:
+            assert isinstance(step, (Wait, Forward))
+            if self._arrivals[step.slot].chunk.part != part:
+                continue
+            if isinstance(step, Forward):
+                self._forward(step)
+            else:
+                self._wait(step)
+        return self._tables.whole(self._bank, part)
+
+    def _forward(self, step: Forward) -> None:
+        offset = self.schedule.place(step.dst, step.to_slot)
+        self._transport.put(step.dst, step.to_slot, offset, self._views[step.slot], self.epoch, Source.BANK)
 
     def _wait(self, step: Wait) -> None:
         start = time.perf_counter()
@@ -208,6 +242,8 @@ class SiteRun:
 
     def _outgoing(self, name: str, tensor: torch.Tensor, send: Send) -> torch.Tensor:
         """What a message takes of a local tensor: heads and tokens, or what the receiver wants of an exchange's."""
+        if self.schedule.assembled:
+            return tensor.reshape(-1)
         if name == "x":
             return cut_chunk(self.schedule.site, tensor, self._rank, send.dst)
         return cut_out(tensor, send.cut)

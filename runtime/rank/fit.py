@@ -15,7 +15,7 @@ from sfcompile.errors import InternalError
 from sfcompile.runtime.program.phases import TENSORS
 from sfcompile.runtime.program.sites import AttentionSite
 from sfcompile.runtime.rank.sides import RunningSite
-from sfcompile.runtime.rank.site_call import SiteSchedule
+from sfcompile.runtime.rank.site_call import SiteSchedule, is_assembled
 
 
 def check_put(schedule: SiteSchedule, job_rank: int, phase: str, tensor: torch.Tensor, part: int = -1) -> None:
@@ -48,7 +48,19 @@ def check_end(schedule: SiteSchedule, job_rank: int, out: torch.Tensor, part: in
     site, rank = schedule.site, schedule.members(job_rank)[0]
     attention = isinstance(site, AttentionSite)
     wanted = site.local_shape("o", rank, part) if attention else site.wanted_shape(rank)
+    wanted = schedule.whole(0)[1] if is_assembled(schedule) else wanted
     _compare(schedule, job_rank, "collect" if attention else "exchange_finish", out.shape, out.dtype, wanted)
+
+
+def check_linear(schedule: SiteSchedule, job_rank: int, x: torch.Tensor, features: int, part: int) -> None:
+    """What is multiplied with a weight [features, in] that comes together in the bank.
+
+    Raises:
+        InternalError: as for :func:`check_put`.
+    """
+    assert is_assembled(schedule)
+    wanted = schedule.whole(max(part, 0))[1]
+    _compare(schedule, job_rank, "exchange_linear", (features, *x.shape[-1:]), x.dtype, wanted)
 
 
 def check_held(run: RunningSite, schedule: SiteSchedule, job_rank: int, held: Sequence[torch.Tensor]) -> None:
@@ -73,6 +85,8 @@ def check_held(run: RunningSite, schedule: SiteSchedule, job_rank: int, held: Se
 
 def _expected(schedule: SiteSchedule, job_rank: int, phase: str, part: int) -> Sequence[int]:
     site, rank = schedule.site, schedule.members(job_rank)[0]
+    if is_assembled(schedule):
+        return schedule.share(rank, max(part, 0))
     shape: Sequence[int] = (
         site.local_shape(TENSORS[phase], rank, part) if isinstance(site, AttentionSite) else site.local_shape(rank)
     )

@@ -3,10 +3,15 @@
 Every op takes and returns a *ticket*, a one-element tensor that means nothing but order: the chain of tickets is a data
 dependence through all communication of a graph, so no compiler can reorder it, drop it, merge it, or order it in two
 ways on two ranks. Ops are functional: outputs never alias inputs. ``program`` and ``site`` name the schedule in the
-session; ``part`` says which part of this rank's tokens a tensor holds if they come and go in several, -1: all.
+session; ``part`` says which part of this rank's tokens a tensor holds if they come and go in several, -1: all; or which
+of the weights that one exchange gathers.
 ``held`` are the tensors that puts of the site read after they have returned (passes/graph/lifetimes.py): who waits for
 the puts takes them, so that their memory is nobody else's before. In a graph that is called several times in one call
 of the model, a repeated block's, ``site`` counts from where :func:`sites_from` says.
+
+``exchange_linear`` ends the gather of a weight and multiplies with it where it came together, in the bank. No value of
+a graph could lie there: compilers give a value's memory to the next value, and order readers as they like, while in the
+bank the next weight comes as soon as the site has ended.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ from torch.utils.flop_counter import register_flop_formula
 from sfcompile.errors import UnsupportedError
 from sfcompile.runtime.program.instructions import Attend, Chunk
 from sfcompile.runtime.program.phases import ATTEND as ATTEND_PHASE
-from sfcompile.runtime.program.phases import COLLECT, EXCHANGE_FINISH, EXCHANGE_START
+from sfcompile.runtime.program.phases import COLLECT, EXCHANGE_FINISH, EXCHANGE_LINEAR, EXCHANGE_START
+from sfcompile.runtime.rank.fit import check_linear
 from sfcompile.runtime.rank.profiles import named
 from sfcompile.runtime.rank.session import current_session
 from sfcompile.runtime.rank.site_call import AttentionSiteSchedule, is_attention
@@ -40,10 +46,13 @@ _OPS = {
     "collect": (
         "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype, int part=-1) -> (Tensor, Tensor)"
     ),
-    "exchange_start": "(Tensor x, Tensor ticket, str program, int site) -> Tensor",
+    "exchange_start": "(Tensor x, Tensor ticket, str program, int site, int part=-1) -> Tensor",
     "exchange_finish": (
         "(Tensor ticket, str program, int site, SymInt[] size, ScalarType dtype, *, Tensor[]? held=None) "
         "-> (Tensor, Tensor)"
+    ),
+    "exchange_linear": (
+        "(Tensor x, Tensor? bias, Tensor ticket, str program, int site, int features, int part=-1) -> (Tensor, Tensor)"
     ),
 }
 for _name, _schema in _OPS.items():
@@ -172,6 +181,39 @@ def _exchange_finish(
     return out, torch.empty_like(ticket)
 
 
+def _exchange_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    ticket: torch.Tensor,
+    program: str,
+    site: int,
+    features: int,
+    part: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    session, site = current_session(), _number(program, site)
+
+    def multiply(weight: torch.Tensor) -> torch.Tensor:
+        check_linear(session.schedule(program, site), session.rank, x, features, part)
+        out: torch.Tensor = torch.ops.aten.linear.default(x, weight, bias)
+        return out.contiguous()
+
+    with session.guard(), named("exchange", site, EXCHANGE_FINISH, program):
+        out = session.read(program, site, part, multiply)
+    return out, torch.empty_like(ticket)
+
+
+def _fake_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    ticket: torch.Tensor,
+    program: str,
+    site: int,
+    features: int,
+    part: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty([*x.shape[:-1], features]), torch.empty_like(ticket)
+
+
 def _fake_start(x: torch.Tensor, ticket: torch.Tensor, program: str, site: int, part: int = -1) -> torch.Tensor:
     return torch.empty_like(ticket)
 
@@ -194,6 +236,7 @@ _IMPLEMENTED: dict[str, tuple[Any, Any]] = {
     ATTEND_PHASE: (_attend, _fake_attend),
     COLLECT: (_collect, _fake_end),
     EXCHANGE_FINISH: (_exchange_finish, _fake_end),
+    EXCHANGE_LINEAR: (_exchange_linear, _fake_linear),
 }
 """What an op does, and what it says of its outputs; the others start something."""
 for _name in _OPS:
@@ -254,6 +297,13 @@ def _fake_opaque(tensors: list[torch.Tensor], key: str) -> list[torch.Tensor]:
 _library.define("opaque(Tensor[] tensors, str key) -> Tensor[]")
 _library.impl("opaque", _opaque, "CompositeExplicitAutograd")
 torch.library.register_fake("streamfusion::opaque", _fake_opaque, lib=_library)
+
+
+@register_flop_formula(torch.ops.streamfusion.exchange_linear)
+def _linear_flops(x: Any, bias: Any, ticket: Any, program: str, site: int, features: int, **kwargs: Any) -> int:
+    """FLOPs of the product; of a tensor or, as formulas get them, its shape."""
+    flops: int = 2 * math.prod(getattr(x, "shape", x)) * features
+    return flops
 
 
 @register_flop_formula(torch.ops.streamfusion.attend)

@@ -8,8 +8,8 @@ nothing of it, and without a recorder nothing is slower.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from sfcompile.runtime.rank.executor import SiteRun
 from sfcompile.runtime.rank.site_call import OwnHeap, SiteCall
 from sfcompile.runtime.rank.site_tables import SiteTables
 from sfcompile.runtime.wires.transport import Source, Transport
+
+T = TypeVar("T")
 
 
 class Event(NamedTuple):
@@ -105,6 +107,15 @@ class RecordedRun(SiteRun):
         start = time.perf_counter()
         super().receive(out)
         self.note("stage", "exchange_finish", start)
+
+    def read(self, part: int, reader: Callable[[torch.Tensor], T]) -> tuple[T, bool]:
+        start = time.perf_counter()
+
+        def noted(weight: torch.Tensor) -> T:  # what is computed with it is no part of the stage
+            self.note("stage", "exchange_finish" if part == -1 else f"exchange_finish part {part}", start)
+            return reader(weight)
+
+        return super().read(part, noted)
 
     def _attend(self, step: Attend, mask: torch.Tensor | None) -> None:
         start = time.perf_counter()

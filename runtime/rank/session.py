@@ -318,6 +318,12 @@ class Session:
         run.receive(out)
         self._finish(program, site)
 
+    def read(self, program: str, site: int, part: int, reader: Callable[[torch.Tensor], T]) -> T:
+        """What a reader makes of a weight that came together in the bank; the last of a site's parts ends its epoch."""
+        value, ended = self._run(program, site).read(part, reader)
+        self._finish(program, site) if ended else None
+        return value
+
     def _run(self, program: str, site: int) -> RunningSite:
         run = self._runs.get((program, site))
         return self._open(program, site) if run is None else run

@@ -6,7 +6,7 @@ sides are behind these protocols: cpu_side.py, and runtime/gpu/device_side.py fo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from sfcompile.runtime.wires.symmetric_heap import HeapSize, Segment
 from sfcompile.runtime.wires.transport import GroupTransport, MessageTransport, Transport
 
 _ALIGN = 4096
+T = TypeVar("T")
 
 
 class Wires(NamedTuple):
@@ -129,6 +130,9 @@ class RunningSite(Protocol):
 
     def receive(self, out: torch.Tensor) -> None:
         """The end of an exchange."""
+
+    def read(self, part: int, reader: Callable[[torch.Tensor], T]) -> tuple[T, bool]:
+        """What a reader makes of a weight that came together in the bank of a CPU rank; whether all have been read."""
 
     def finish(self, epoch: int) -> None:
         """Tell all ranks that this one has read everything of ``epoch`` and of all epochs before."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import torch
 
 from sfcompile.runtime.program.instructions import Arrival, Chunk, Heads, RankProgram
-from sfcompile.runtime.program.sites import AttentionSite
+from sfcompile.runtime.program.sites import AttentionSite, ExchangeSite
 
 
 class SlotPlace(Protocol):
@@ -36,6 +36,17 @@ class SiteSchedule(Protocol):
     @property
     def heap_bytes(self) -> int:
         """Bytes of one bank, up to the end of its last slot."""
+
+    @property
+    def assembled(self) -> bool:
+        """Whether weights come together in the bank, where this rank's own rows lie too."""
+
+    @property
+    def parts(self) -> int:
+        """In how many parts what it moves comes and goes."""
+
+    def place(self, rank: int, slot: int) -> int:
+        """Where a slot lies at a rank: bytes from the start of the bank."""
 
     def members(self, rank: int) -> tuple[int, tuple[int, ...]]:
         """Which rank of the schedule a rank of the job is, and the job's ranks of its group."""
@@ -68,6 +79,28 @@ class AttentionSiteSchedule(SiteSchedule, Protocol):
 
     def positions(self, tensor: str, chunk: Chunk) -> tuple[tuple[int, int], ...]:
         """The global token positions of a chunk."""
+
+
+class AssembledSchedule(SiteSchedule, Protocol):
+    """What it reads of the schedule of weights that come together in the bank, each a part of it."""
+
+    @property
+    def site(self) -> ExchangeSite:
+        """All of their elements."""
+
+    def share(self, rank: int, part: int) -> tuple[int, ...]:
+        """Shape of what a rank holds of a weight."""
+
+    def whole(self, part: int) -> tuple[int, tuple[int, ...]]:
+        """Where a weight lies in the bank, in bytes, and its shape."""
+
+    def own_place(self, rank: int, part: int) -> int:
+        """Where a rank's own rows of a weight lie: bytes from the start of the bank."""
+
+
+def is_assembled(schedule: SiteSchedule) -> TypeGuard[AssembledSchedule]:
+    """Whether a schedule is that of weights that come together in the bank."""
+    return schedule.assembled
 
 
 def is_attention(schedule: SiteSchedule) -> TypeGuard[AttentionSiteSchedule]:

@@ -13,7 +13,7 @@ import torch
 
 from sfcompile.runtime.program.instructions import Arrival, Chunk, Put
 from sfcompile.runtime.program.phases import TENSORS
-from sfcompile.runtime.rank.site_call import OwnHeap, SiteSchedule, is_attention
+from sfcompile.runtime.rank.site_call import OwnHeap, SiteSchedule, is_assembled, is_attention
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 
 Cut = tuple[tuple[int, int, int], ...]
@@ -61,14 +61,26 @@ class SiteTables:
         """Where chunks arrive in a bank."""
         bank = self._banks[number]
         if bank is None:
-            slots, rank, heap = self.schedule.slots, self.rank, self._heap
+            schedule, rank, heap = self.schedule, self.rank, self._heap
             views = {
-                slot: heap.chunk(number, slots[slot].offset, *self.schedule.form(rank, arrival))
+                slot: heap.chunk(number, schedule.place(rank, slot), *schedule.form(rank, arrival))
                 for slot, arrival in self.arrivals.items()
             }
             bank = Bank(views, [(arrival, views[slot]) for slot, arrival in self.arrivals.items()])
             self._banks[number] = bank
         return bank
+
+    def own_rows(self, bank: int, part: int) -> torch.Tensor:
+        """Where this rank's own rows belong, of a weight that comes together in a bank."""
+        schedule = self.schedule
+        assert is_assembled(schedule)
+        place, shape = schedule.own_place(self.rank, part), schedule.share(self.rank, part)
+        return self._heap.chunk(bank, place, shape, schedule.site.dtype)
+
+    def whole(self, bank: int, part: int) -> torch.Tensor:
+        """The weight, where it comes together in a bank."""
+        assert is_assembled(self.schedule)
+        return self._heap.chunk(bank, *self.schedule.whole(part), self.schedule.site.dtype)
 
     def sends(self, phase: str, part: int) -> tuple[Send, ...]:
         """The messages of a put phase that is given one part of the tokens or (-1) all of them."""
@@ -89,7 +101,7 @@ class SiteTables:
         for step in self.program.phases[phase]:
             assert isinstance(step, Put) and step.tensor == TENSORS.get(phase, "x")
             if part in (-1, step.part):
-                yield Send(step.dst, step.slot, self.schedule.slots[step.slot].offset, self._cut(step, part))
+                yield Send(step.dst, step.slot, self.schedule.place(step.dst, step.slot), self._cut(step, part))
 
     def _cut(self, step: Put, part: int) -> Cut:
         """The heads that the receiver computes, of the tokens that the message holds."""

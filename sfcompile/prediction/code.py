@@ -24,7 +24,7 @@ from sfcompile.passes.graph.local_graph import COMMUNICATION
 from sfcompile.passes.graph.op_view import OpView, is_getitem
 from sfcompile.passes.graph.stages import compute_seconds, steps_of
 from sfcompile.runtime.program.instructions import Forward, Push, Put
-from sfcompile.runtime.program.phases import ENDS
+from sfcompile.runtime.program.phases import ENDS, EXCHANGE_LINEAR
 from sfcompile.runtime.program.stages import Stage
 from sfcompile.runtime.program.topology import Topology
 
@@ -161,7 +161,8 @@ def blocks_of(graph: fx.Graph, facts: Facts) -> tuple[Block, ...]:
     for node in steps_of(graph):
         before, where = where, _layer(node) if node.meta.get("nn_module_stack") else where
         runs += where != before
-        line = _stage(node, names, next(costs)) if node.target in COMMUNICATION else _line(node, names, facts)
+        talks = node.target in COMMUNICATION
+        line = _stage(node, names, next(costs), facts.topology) if talks else _line(node, names, facts)
         # A layer is one block wherever its lines are; what lies between layers is a block of its own.
         order.setdefault((where, 0 if where else runs), []).append(line)
     kinds: dict[tuple[Any, ...], list[tuple[str, list[Line]]]] = {}
@@ -207,7 +208,7 @@ def _line(node: fx.Node, names: dict[fx.Node, str], facts: Facts) -> Line:
     )
 
 
-def _stage(node: fx.Node, names: dict[fx.Node, str], cost: StageCost) -> Line:
+def _stage(node: fx.Node, names: dict[fx.Node, str], cost: StageCost, topology: Topology) -> Line:
     op, times = OpView.of(node), cost.times
     assert op is not None
     tensor = next((operand.node for operand in op.operands if not _is_ticket(operand.node)), None)
@@ -220,7 +221,9 @@ def _stage(node: fx.Node, names: dict[fx.Node, str], cost: StageCost) -> Line:
     elif tensor is not None and op.name != "attend":
         value = _value(tensor.meta["val"])
     source = source_line(node.stack_trace) or ""
-    return Line(text, value, cost.kind, "wire", times.seconds, times.waits_s, cost.nbytes, cost.across, source=source)
+    reads = op.name == EXCHANGE_LINEAR
+    took_s, product = times.seconds + (compute_seconds(node, topology) if reads else 0.0), flops(op) if reads else 0.0
+    return Line(text, value, cost.kind, "wire", took_s, times.waits_s, cost.nbytes, cost.across, product, source=source)
 
 
 def _is_ticket(node: fx.Node) -> bool:

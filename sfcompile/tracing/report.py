@@ -16,6 +16,7 @@ from typing import Any
 from sfcompile.codegen.plan.step import Drawn, StageTimes, Step, draw, in_order
 from sfcompile.passes.report.report import GraphReport
 from sfcompile.prediction.text import duration
+from sfcompile.runtime.program.phases import EXCHANGE
 from sfcompile.runtime.program.spans import Span
 from sfcompile.runtime.rank.recorder import Event
 from sfcompile.runtime.rank.session import Session
@@ -186,11 +187,13 @@ def report_of(
 
 
 def _ended(stages: Sequence[Event]) -> bool:
-    """Whether a call was recorded to its end: with tokens in parts, to the collect of every part that was sent."""
+    """Whether a call was recorded to its end: with tokens in parts, to the collect of every part that was sent;
+    where an exchange gathers several weights, to the last of them."""
     names = [event.name for event in stages]
     collected = [name.removeprefix("collect") for name in names if name.startswith("collect")]
     sent = [name.removeprefix("put_q") for name in names if name.startswith("put_q")]
-    return "exchange_finish" in names or (bool(collected) and set(collected) >= set(sent))
+    starts, ends = (sum(name.startswith(phase) for name in names) for phase in EXCHANGE)
+    return ends >= max(starts, 1) or (bool(collected) and set(collected) >= set(sent))
 
 
 def _times(events: Sequence[Event], stages: Sequence[Event]) -> Times:

@@ -172,3 +172,60 @@ def test_a_graph_with_weights_in_shares_has_a_key_of_its_own() -> None:
     whole = State(got.gm, got.mode, topology, 0, Asked(split_batch=False, parts=()))
     keys = [set(run_pipeline(state).programs) for state in (shares, whole)]
     assert not keys[0] & keys[1]
+
+
+class Modulated(nn.Module):
+    """A product for one row, which every rank would compute alike, and one for tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation, self.qkv = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.modulation(time).unsqueeze(1).chunk(2, -1)
+        q, k, v = (part.unflatten(2, (4, 8)).transpose(1, 2) for part in self.qkv(x * (1 + scale) + shift).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+WIDTH = 32
+
+
+def test_a_product_by_features_reads_the_share_and_nobody_gathers_it() -> None:
+    """On ranks whose places are not their numbers: 0, 2, 1 and 3 hold the stretches in their order."""
+    got = captured(Modulated(), torch.randn(1, 24, WIDTH), torch.randn(1, WIDTH))
+    topology, places = Topology.grid(2, 2, memory_bytes_per_s=1e6), matrices(got, 2 * WIDTH)
+    asked = Asked(shard_everything=True, split_batch=False, copies=False)
+    cut = states(got, topology, places, asked)
+    compiled = [run_pipeline(state) for state in cut]
+    assert len({tuple(mine.order) for mine in compiled}) == 1
+    weights = cut[1].weights
+    assert weights is not None and (weights.count, weights.gathers) == (2, 1)
+    assert any("by features" in row.reason for row in compiled[0].report.gathered)
+    whole = run_pipeline(State(got.gm, got.mode, topology, 0, replace(asked, parts=())))
+    assert not set(whole.programs) & set(compiled[0].programs), "other sites have other keys"
+    values = placeholder_values(got)
+    with torch.no_grad():
+        want = got.gm(*values)
+    for mine in run_ranks(compiled, topology, places, values):
+        torch.testing.assert_close(mine, list(want), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_reads_the_bank_and_other_readers_a_copy() -> None:
+    """Two readers of one weight, a reader that is no product, and a bias that is gathered, too."""
+
+    def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        y = F.linear(F.linear(F.linear(x, a), b), b)
+        return F.linear(y * c.sum(), c, bias) + F.linear(x, a)
+
+    got = captured(forward, torch.randn(2, 3, 8), *(torch.randn(8, 8) for _ in range(3)), torch.randn(8))
+    topology, places = Topology((0, 0, 1, 1)), (1, 2, 3, 4)
+    cut = states(got, topology, places, Asked())
+    compiled = [run_pipeline(state) for state in cut]
+    for mine in compiled:
+        names = [str(node.target).split(".")[1] for node in mine.gm.graph.nodes if "exchange" in str(node.target)]
+        assert (names.count("exchange_linear"), names.count("exchange_finish")) == (2, 3)
+    values = placeholder_values(got)
+    with torch.no_grad():
+        want = got.gm(*values)
+    for seen in run_ranks(compiled, topology, places, values):
+        assert all(torch.equal(a, b) for a, b in zip(seen, want, strict=True))

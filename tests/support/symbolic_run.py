@@ -374,7 +374,7 @@ class SymbolicRun:
     def _own(self, epoch: int, rank: int, put: Put) -> Content:
         schedule = self.schedules[epoch - 1]
         if not isinstance(schedule, AttentionSchedule):
-            return put.tensor, Chunk(rank), None
+            return put.tensor, Chunk(rank, put.part), None
         heads = schedule.heads(put.dst) if put.tensor == "q" else schedule.kv_heads(put.dst)
         return put.tensor, Chunk(rank, put.part), heads
 

@@ -43,6 +43,7 @@ def products(mode: FakeTensorMode, x: torch.Tensor, weights: list[torch.Tensor])
 def test_every_rank_has_all_features_in_their_order(ranks: int, rows: tuple[int, ...]) -> None:
     x = rand(*rows, 6)
     weights = [rand(8, 6), rand(8), rand(16, 6), rand(4, 6)]  # of the first product a bias, too
+    places = tuple(reversed(range(ranks)))  # of ranks that hold their stretches in another order than their own
     want = [linear(x, weights[0], weights[1]), linear(x, weights[2]), linear(x, weights[3])]
 
     def make(rank: int) -> tuple[fx.GraphModule, list[object]]:
@@ -53,8 +54,8 @@ def test_every_rank_has_all_features_in_their_order(ranks: int, rows: tuple[int,
         with mode:
             for node, value in zip(inputs, (x, *weights), strict=True):
                 node.meta["val"] = torch.empty(value.shape)
-        outs = compute_by_features(local, ops, inputs[0], [inputs[1:3], inputs[3:4], inputs[4:]])
-        assert local.sites == [site_of([op.node for op in ops], ranks)]
+        outs = compute_by_features(local, ops, inputs[0], [inputs[1:3], inputs[3:4], inputs[4:]], places)
+        assert local.sites == [site_of([op.node for op in ops], places)]
         read = [node.meta["val"].shape[0] for node in local.graph.nodes if node.target is aten.slice.Tensor]
         assert {8 // ranks, 16 // ranks, 4 // ranks} <= set(read)
         local.graph.output(tuple(outs))

@@ -55,7 +55,7 @@ def test_a_trace_keeps_every_op_in_its_order() -> None:
     gm.graph.eliminate_dead_code()
     names = [str(node.target).split(".")[1] for node in gm.graph.nodes if str(node.target).startswith("streamfusion.")]
     assert names == ["put_k", "put_q", "put_v", "attend", "collect", "exchange_start", "exchange_finish"]
-    assert len(ops.COMMUNICATION) == 8
+    assert len(ops.COMMUNICATION) == 9
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
