@@ -177,10 +177,10 @@ def _find_products(gathers: Sequence[_Gather]) -> None:
     reads = Counter(reader for gather in gathers for reader in gather.readers)
     for gather in gathers:
         reader, weight = gather.readers[0], gather.weight
-        if len(gather.readers) == 1 == reads[reader] and reader.target is torch.ops.aten.linear.default:
+        product = reader.target is torch.ops.aten.linear.default and not reader.kwargs
+        if len(gather.readers) == 1 == reads[reader] and product:
             x, read, *bias = reader.args
-            shared = weight in (x, *bias) or reader.kwargs
-            gather.product = read is weight and not shared and weight.meta["val"].dim() == 2
+            gather.product = read is weight and weight not in (x, *bias) and weight.meta["val"].dim() == 2
 
 
 def _together(graph: fx.Graph, gathers: Sequence[_Gather]) -> list[list[_Gather]]:

@@ -24,7 +24,7 @@ and why it is enough:
                ``done >= e`` of all ranks (codegen/engines/device_engine.py). And since every arrival is waited for
                before ``done``, whether it is read or not, nothing of epoch e comes later.
     wanted     What a rank wants of an exchange is covered once, by its own shard and by arrivals. Where weights
-               come together in the bank, these lie there on every rank without gaps and apart. The own shard is
+               come together in the bank, these lie there on every rank in their order, without gaps. The own shard is
                written when it is put, so after this rank's last read of the epoch that had the bank before.
     sizes      Slots do not overlap; each holds the largest chunk that any rank receives in it.
 
@@ -33,6 +33,7 @@ In tests a run of every rank with vector clocks is held against this (tests/supp
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -92,10 +93,11 @@ def check_slots(schedule: Schedule) -> None:
 
 
 def check_places(schedule: Assembled) -> None:
-    """On every rank the rows of all ranks, its own too, lie in the bank once, apart, and fill it.
+    """On every rank the rows of all ranks, its own too, lie in the bank once, apart, and fill it: weight after weight,
+    each in the order of its rows.
 
     Raises:
-        ScheduleError: with the rank and the bytes.
+        ScheduleError: with the rank and the bytes or rows.
     """
     size = schedule.site.dtype.itemsize
     for rank in range(schedule.mesh.num_ranks):
@@ -111,6 +113,16 @@ def check_places(schedule: Assembled) -> None:
             at += nbytes
         if at != schedule.heap_bytes:
             raise wrong(f"rank {rank}: {at} bytes of rows in a bank of {schedule.heap_bytes}")
+    before = 0  # elements of the weights before this one
+    for part, weight in enumerate(schedule.weights):
+        width = math.prod(weight.shape[1:])
+        for rank, runs in enumerate(schedule.site.owned):
+            first, stop = weight.rows(rank)
+            if runs[part] != (before + first * width, (stop - first) * width):
+                raise wrong(
+                    f"rank {rank}: rows {first} to {stop} of weight {part}, {width} elements each, lie at {runs[part]}"
+                )
+        before += weight.shape[0] * width
 
 
 def wrong(what: str) -> ScheduleError:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from sfcompile.errors import StreamFusionError
+from sfcompile.errors import InternalError, StreamFusionError
 from sfcompile.runtime.gpu.status import DeviceStatus
 from sfcompile.runtime.gpu.streams import CudaSideStream, is_capturing
 from sfcompile.runtime.program.phases import EXCHANGE_START
@@ -245,7 +245,9 @@ class DeviceRun:
 
     def read(self, part: int, reader: Callable[[torch.Tensor], T]) -> tuple[T, bool]:
         """No weight comes together in a GPU's bank (codegen/schedule/weight_gather.py)."""
-        raise AssertionError("planned for CPU ranks")
+        raise InternalError(
+            "a weight is read in the bank of a GPU rank", "that is planned for CPU ranks only", "report this graph"
+        )
 
     def finish(self, epoch: int) -> None:
         """Everything up to ``epoch`` has been read, as far as the main stream goes."""

@@ -300,7 +300,9 @@ torch.library.register_fake("streamfusion::opaque", _fake_opaque, lib=_library)
 
 
 @register_flop_formula(torch.ops.streamfusion.exchange_linear)
-def _linear_flops(x: Any, bias: Any, ticket: Any, program: str, site: int, features: int, **kwargs: Any) -> int:
+def _linear_flops(
+    x: Any, bias: Any, ticket: Any, program: str, site: int, features: int, part: int = -1, **kwargs: Any
+) -> int:
     """FLOPs of the product; of a tensor or, as formulas get them, its shape."""
     flops: int = 2 * math.prod(getattr(x, "shape", x)) * features
     return flops

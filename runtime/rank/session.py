@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from sfcompile.errors import HeapError, InternalError, StreamFusionError, UnsupportedError
+from sfcompile.errors import InternalError, StreamFusionError, UnsupportedError
 from sfcompile.runtime.rank.calls import Calls, Guard, fingerprint
 from sfcompile.runtime.rank.cpu_side import CpuSide
 from sfcompile.runtime.rank.fit import check_end, check_fused, check_held, check_put
 from sfcompile.runtime.rank.forks import Forked
 from sfcompile.runtime.rank.process_group import compare
-from sfcompile.runtime.rank.sides import RunningSite, Side, SiteEngine, World
+from sfcompile.runtime.rank.sides import RunningSite, Side, SiteEngine, World, lost_heap, not_loaded
 from sfcompile.runtime.rank.site_call import SiteCall, SiteSchedule
 from sfcompile.runtime.wires.symmetric_heap import NUM_BANKS
 from sfcompile.runtime.wires.transport import notice_of, peer_failed, with_calls
@@ -331,17 +331,9 @@ class Session:
     def _loaded(self, program: str) -> _Loaded:
         loaded = self._programs.get(program)
         if loaded is not None and self._side.size is None:
-            raise HeapError(
-                f"the model of program {program} has lost its heap on rank {self.rank}",
-                "a later one needed a larger heap, for which there was no room, and this one's could not be had again",
-                "start the job again, with less to hold beside it",
-            )
+            raise lost_heap(program, self.rank)
         if loaded is None:
-            raise InternalError(
-                f"program {program} is not loaded on rank {self.rank}",
-                "a compiled graph outlived the session that compiled it",
-                "compile the model again in this process",
-            )
+            raise not_loaded(program, self.rank)
         return loaded
 
     def _open(self, program: str, site: int) -> RunningSite:

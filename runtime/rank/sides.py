@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from sfcompile.errors import StreamFusionError
+from sfcompile.errors import HeapError, InternalError, StreamFusionError
 from sfcompile.runtime.program.topology import Topology
 from sfcompile.runtime.rank import recorder
 from sfcompile.runtime.rank.engine import Engine, KernelAccess
@@ -219,6 +219,24 @@ class Side(Protocol[EngineT]):
 
     def close(self, failed: bool) -> None:
         """Release heap and wires; nothing collective if something ``failed``."""
+
+
+def lost_heap(program: str, rank: int) -> HeapError:
+    """The error of a loaded program whose side has no heap any more."""
+    return HeapError(
+        f"the model of program {program} has lost its heap on rank {rank}",
+        "a later one needed a larger heap, for which there was no room, and this one's could not be had again",
+        "start the job again, with less to hold beside it",
+    )
+
+
+def not_loaded(program: str, rank: int) -> InternalError:
+    """The error of a program that this process's session does not know."""
+    return InternalError(
+        f"program {program} is not loaded on rank {rank}",
+        "a compiled graph outlived the session that compiled it",
+        "compile the model again in this process",
+    )
 
 
 def aligned(nbytes: int) -> int:

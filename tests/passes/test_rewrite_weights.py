@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from sfcompile.capture.graph import Captured
 from sfcompile.errors import OptionError
+from sfcompile.passes.graph.cost import flops
+from sfcompile.passes.graph.op_view import OpView
 from sfcompile.passes.order_puts import EARLY
 from sfcompile.passes.rewrite_weights import KEPT
 from sfcompile.passes.runner import Compiled, run_pipeline
@@ -224,6 +226,8 @@ def test_a_product_reads_the_bank_and_other_readers_a_copy() -> None:
     for mine in compiled:
         names = [str(node.target).split(".")[1] for node in mine.gm.graph.nodes if "exchange" in str(node.target)]
         assert (names.count("exchange_linear"), names.count("exchange_finish")) == (2, 3)
+        ends = [OpView.of(node) for node in mine.gm.graph.nodes if "exchange_linear" in str(node.target)]
+        assert [flops(end) for end in ends if end is not None] == [2 * 6 * 8 * 8] * 2, "counted as the products"
     values = placeholder_values(got)
     with torch.no_grad():
         want = got.gm(*values)

@@ -169,3 +169,6 @@ def test_rows_are_given_on_when_they_have_come_and_lie_apart() -> None:
     owned = (*schedule.site.owned[:-1], schedule.site.owned[0])
     with pytest.raises(ScheduleError, match="of the bank"):
         check(replace(schedule, site=replace(schedule.site, owned=owned)))
+    first, second, *others = schedule.site.owned  # apart and without gaps, but the rows of two ranks change places
+    with pytest.raises(ScheduleError, match="of weight 0"):
+        check(replace(schedule, site=replace(schedule.site, owned=(second, first, *others))))

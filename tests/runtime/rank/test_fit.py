@@ -13,9 +13,11 @@ from threads import run_threads
 
 from sfcompile.codegen.schedule.exchange import build_exchange
 from sfcompile.codegen.schedule.mesh import Mesh
+from sfcompile.codegen.schedule.weight_gather import build_assembled
 from sfcompile.errors import InternalError
 from sfcompile.runtime.program.topology import Topology
-from sfcompile.runtime.rank.fit import check_end, check_fused, check_put
+from sfcompile.runtime.program.weight_rows import WeightRows
+from sfcompile.runtime.rank.fit import check_end, check_fused, check_linear, check_put
 from sfcompile.runtime.rank.session import current_session
 
 TICKET = torch.zeros(1, dtype=torch.int64)
@@ -58,6 +60,18 @@ def test_a_row_program_is_looked_at_with_its_sources() -> None:
         check_fused(schedule, 0, "put_q", [torch.zeros(4, 4)], rows)
     with pytest.raises(InternalError, match="planned for"):
         check_fused(schedule, 0, "put_q", [torch.zeros(3, 4)], SimpleNamespace(shapes=((3, 4), (1, 2))))
+
+
+def test_what_is_multiplied_fits_the_weight_that_comes_together() -> None:
+    weights = [WeightRows((6, 4), (0, 1)), WeightRows((5, 3), (0, 1))]
+    schedule = build_assembled("w", weights, torch.float32, (0, 1))
+    check_put(schedule, 1, "exchange_start", torch.zeros(3, 4), 0)
+    check_linear(schedule, 1, torch.zeros(2, 7, 3), 5, 1)
+    for x, features, part in ((torch.zeros(2, 3), 5, 0), (torch.zeros(2, 3), 6, 1), (torch.zeros(2, 3).double(), 5, 1)):
+        with pytest.raises(InternalError, match="exchange_linear of .* is given"):
+            check_linear(schedule, 1, x, features, part)
+    with pytest.raises(InternalError, match="exchange_start of .* is given"):
+        check_put(schedule, 1, "exchange_start", torch.zeros(3, 4), 1)
 
 
 @pytest.mark.parametrize("wrong", ["dtype", "shape", "out"])
