@@ -67,8 +67,8 @@ def test_weights_in_shares_are_part_of_the_step(topology: str) -> None:
         for weights in ("whole", "sharded")
     )
     stages = [len(found.steps[0].stages) for found in (whole, shares)]
-    # By two exchanges each where machines have several ranks; CPU ranks of one machine share memory, GPUs do not.
-    gathered = {"2x1": 2, "2x2": 4, "1x2": 0, "1x2:a100-efa": 2}[topology]
+    # Each weight starts and ends once; CPU ranks of one machine share memory, GPUs do not.
+    gathered = 0 if topology == "1x2" else 2
     assert stages[1] - stages[0] == 2 * gathered
     assert shares.step_s > whole.step_s if gathered else shares.step_s == whole.step_s
 
