@@ -99,7 +99,23 @@ def _programs(options: Mapping[str, Any]) -> int:
     return KEPT if options.get("boundaries", "whole") != "whole" else 0
 
 
-@functools.partial(fewer_breaks, skipped=_left_to_python, returned=_goes_over, programs=_programs)
+def _refused(options: Mapping[str, Any], code: CodeType, reason: str) -> None:
+    """Rank 0's inputs go into graphs, and of a function that runs as Python there are none.
+
+    Raises:
+        UnsupportedError: on every rank, where they were asked for.
+    """
+    if options.get("inputs") == "rank0" and world_size(in_group(Options.from_dict(options))) > 1:
+        error = UnsupportedError(
+            f"{code.co_qualname} ({short_source(f'{code.co_filename}:{code.co_firstlineno}')}) is not compiled "
+            f"({reason.splitlines()[0].rstrip('.')}), and options={{'inputs': 'rank0'}}",
+            "every rank would compute it from inputs of its own",
+            "mend that, or use options={'inputs': 'checked'} and give every rank the same inputs",
+        )
+        refuse(error, options, {"function": code.co_qualname})
+
+
+@functools.partial(fewer_breaks, skipped=_left_to_python, returned=_goes_over, programs=_programs, refused=_refused)
 def streamfusion_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -17,6 +17,9 @@ from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
+from torch.utils._pytree import tree_leaves
+
 from sfcompile.errors import InternalError, StreamFusionError
 from sfcompile.torch_private import other_memory
 
@@ -36,6 +39,10 @@ SkippedFrame = Callable[[CodeType, str], None]
 Returned = Callable[[Mapping[str, Any]], Callable[[Any], Any] | None]
 """From a backend's options: what is done to the result of a function that was compiled with them; None: nothing."""
 
+Refused = Callable[[Mapping[str, Any], CodeType, str], None]
+"""From a backend's options: raises where a function must not run as Python, and all that it calls with it, for a
+reason."""
+
 Programs = Callable[[Mapping[str, Any]], int]
 """From a backend's options: so many programs a function may have at least before Dynamo leaves it to Python."""
 
@@ -46,6 +53,7 @@ class _Marked(NamedTuple):
     skipped: SkippedFrame
     returned: Returned
     programs: Programs
+    refused: Refused
 
 
 _traced_with_fewer_breaks: weakref.WeakKeyDictionary[Callable[..., Any], _Marked] = weakref.WeakKeyDictionary()
@@ -81,8 +89,16 @@ def _as_set(options: Mapping[str, Any]) -> int:
     return 0
 
 
+def _let(options: Mapping[str, Any], code: CodeType, reason: str) -> None:
+    """Python may run it."""
+
+
 def trace_with_fewer_breaks(
-    backend: Callable[..., Any], skipped: SkippedFrame, returned: Returned = _nothing, programs: Programs = _as_set
+    backend: Callable[..., Any],
+    skipped: SkippedFrame,
+    returned: Returned = _nothing,
+    programs: Programs = _as_set,
+    refused: Refused = _let,
 ) -> None:
     """From now on, what Dynamo traces for ``backend`` breaks in fewer places (sfcompile/capture/fewer_breaks.py).
 
@@ -97,22 +113,22 @@ def trace_with_fewer_breaks(
             Python, and what they call is traced by itself.
         returned: says what goes over the results of compiled functions.
         programs: says how many programs a function may have at least.
+        refused: is asked where a function and all that it calls is about to run as Python: its programs are too many,
+            tensors of a class of their own come to it, or a mode stands around it that sees every op.
     """
     from torch._dynamo import config
-    from torch._dynamo.convert_frame import ConvertFrameAssert
+    from torch._dynamo.convert_frame import CatchErrorsWrapper, ConvertFrameAssert
     from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
-    _traced_with_fewer_breaks[backend] = _Marked(skipped, returned, programs)
+    _traced_with_fewer_breaks[backend] = _Marked(skipped, returned, programs, refused)
     convert: Any = ConvertFrameAssert.__call__
+    catch: Any = CatchErrorsWrapper.__call__
     if hasattr(convert, "__wrapped__"):
         return
 
     @functools.wraps(convert)
     def convert_frame(self: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
-        backend = _innermost(self._torchdynamo_orig_backend)
-        # By identity: not every backend can be hashed, Inductor's own cannot.
-        known = list(_traced_with_fewer_breaks.items())
-        marked = next((marked for other, marked in known if other is backend), None)
+        marked = _marked(self._torchdynamo_orig_backend)
         if marked is None:
             return convert(self, frame, *args, **kwargs)
         try:
@@ -123,7 +139,10 @@ def trace_with_fewer_breaks(
         except Unsupported as error:
             stack = getattr(error, "real_stack", None)
             place = f" at {stack[-1].filename}:{stack[-1].lineno}" if stack else ""
-            marked.skipped(frame.f_code, f"{str(error).strip().splitlines()[0]}{place}")
+            reason = f"{str(error).strip().splitlines()[0]}{place}"
+            marked.skipped(frame.f_code, reason)
+            if getattr(error, "frame_exec_strategy", None) is not None or _odd_tensors(frame):
+                marked.refused(options, frame.f_code, reason)
             raise
         except BackendCompilerFailed as error:
             ours = error.inner_exception
@@ -131,7 +150,36 @@ def trace_with_fewer_breaks(
                 raise
             raise ours.with_traceback(None) from None  # what is wrong is the user's: no frame of ours says more
 
+    @functools.wraps(catch)
+    def catch_errors(self: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        result = catch(self, frame, *args, **kwargs)
+        reason = getattr(result, "skip_reason", None) or ""
+        if "dispatch mode" in reason:
+            backend = getattr(self._torchdynamo_orig_backend, "_torchdynamo_orig_backend", None)
+            marked = _marked(backend)
+            if marked is not None:
+                marked.refused(_options(backend), frame.f_code, reason)
+        return result
+
     ConvertFrameAssert.__call__ = convert_frame  # type: ignore[method-assign]
+    CatchErrorsWrapper.__call__ = catch_errors  # type: ignore[method-assign]
+
+
+def _marked(backend: Any) -> _Marked | None:
+    """What is done for a backend, under Dynamo's wrappers. By identity: not every backend can be hashed, Inductor's own
+    cannot."""
+    backend = _innermost(backend)
+    return next((marked for other, marked in list(_traced_with_fewer_breaks.items()) if other is backend), None)
+
+
+def _odd_tensors(frame: Any) -> bool:
+    """Whether tensors of a class of their own come to a function."""
+    code = frame.f_code
+    count = code.co_argcount + code.co_kwonlyargcount
+    count += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    came = [frame.f_locals.get(name) for name in code.co_varnames[:count]]
+    own = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return any(isinstance(value, torch.Tensor) and type(value) not in own for value in tree_leaves(came))
 
 
 def _innermost(backend: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import ParamSpec, TypeVar
 from torch import fx
 
 from sfcompile.capture.library_functions import KEPT
-from sfcompile.torch_breaks import Programs, Returned, keep_whole, trace_with_fewer_breaks
+from sfcompile.torch_breaks import Programs, Refused, Returned, keep_whole, trace_with_fewer_breaks
 
 Rest = ParamSpec("Rest")
 Compiled = TypeVar("Compiled")
@@ -33,6 +33,7 @@ def fewer_breaks(
     skipped: Callable[[CodeType, str], None] | None = None,
     returned: Returned = lambda options: None,
     programs: Programs = lambda options: 0,
+    refused: Refused = lambda options, code, reason: None,
 ) -> Callable[Rest, Compiled]:
     """A backend of ``torch.compile`` for which Dynamo breaks models in fewer places; also as a decorator.
 
@@ -40,6 +41,7 @@ def fewer_breaks(
         skipped: is told of each function that Dynamo leaves to Python, with the break in it.
         returned: says, of the options, what goes over the results of compiled functions; None: nothing.
         programs: says, of the options, how many programs a function may have before Dynamo leaves it to Python.
+        refused: raises, of the options, where Python must not run a function and all that it calls.
     """
 
     @functools.wraps(backend)
@@ -49,7 +51,7 @@ def fewer_breaks(
         return backend(*args, **kwargs)
 
     keep_whole(KEPT)
-    trace_with_fewer_breaks(marked, skipped or (lambda code, reason: None), returned, programs)
+    trace_with_fewer_breaks(marked, skipped or (lambda code, reason: None), returned, programs, refused)
     return marked
 
 

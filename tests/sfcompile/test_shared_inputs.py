@@ -114,3 +114,11 @@ def test_what_must_be_equal_is_an_error_on_every_rank(how: str, dynamic: bool, w
     for outcome in run_outcomes(2, shared_input_ranks.fails, (how, dynamic), timeout_s=200.0):
         assert isinstance(outcome.error, StreamFusionError if how == "shapes" else RankMismatchError), outcome.log
         assert words in str(outcome.error)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["a class", "a mode", "many programs"])
+def test_what_runs_as_python_is_refused(how: str) -> None:
+    """At every call, on every rank: results would be each rank's own."""
+    for seen in run_processes(2, shared_input_ranks.left_to_python, (how,), timeout_s=200.0):
+        assert len(seen) == 2 and all("is not compiled" in str(call) for call in seen), seen

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfcompile.backend import last_report, reports
+from sfcompile.errors import UnsupportedError
 
 HEADS, WIDTH = 4, 16
 
@@ -79,3 +82,51 @@ def fails(rank: int, how: str, dynamic: bool) -> None:
             model.qkv.weight += rank
         run(*inputs_of(rank, 24))
         run(*inputs_of(rank, 24 + 8 * rank))
+
+
+class Named(torch.Tensor):
+    """A class of its own, whose ops mean what they mean."""
+
+
+class Seen(TorchDispatchMode):
+    """Sees every op, and changes none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def left_to_python(rank: int, how: str) -> list[Any]:
+    """What comes of calls that Dynamo would run as Python, with inputs of each rank's own: errors, or how far off from
+    rank 0's results."""
+    model = nn.Sequential(Plain()).eval()
+    run = torch.compile(model, backend="streamfusion", options={"inputs": "rank0", "inner": "eager"}, dynamic=False)
+    seen: list[Any] = []
+    with torch.no_grad(), ExitStack() as around:
+        if how == "a mode":
+            around.enter_context(Seen())
+        if how == "many programs":
+            around.enter_context(torch._dynamo.config.patch(recompile_limit=1))
+            run(torch.ones(1, 8, WIDTH))
+        for _ in range(2):
+            mine, first = (torch.randn(1, 24, WIDTH, generator=torch.Generator().manual_seed(s)) for s in (rank, 0))
+            value = mine.as_subclass(Named) if how == "a class" else mine
+            try:
+                seen.append(float((run(value) - model(first)).abs().max()))
+            except UnsupportedError as error:
+                seen.append(str(error))
+    return seen
+
+
+class Plain(nn.Module):
+    """One attention; what splits its heads is a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+            x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x
