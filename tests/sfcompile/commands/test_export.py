@@ -57,7 +57,7 @@ def test_a_package_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFi
         ),
         (["{}/tiny.py:fails", "--topology", "1x2", "--out", "p"], "raises KeyError: 'weights'. Mend that.\n  in "),
         (["{}/tiny.py:leaves", "--topology", "1x2", "--out", "p"], "left the process with exit code 3"),
-        (["{}/tiny.py:wrong", "--topology", "1x2", "--out", "p"], "returned a Tiny"),
+        (["{}/tiny.py:wrong", "--topology", "1x2", "--out", "p"], "returned one object, of class Tiny"),
         (["--show", "{}/tiny.py"], "damaged or no package"),
     ],
 )
