@@ -96,23 +96,28 @@ def check_places(schedule: Assembled) -> None:
     """On every rank the rows of all ranks, its own too, lie in the bank once, apart, and fill it: weight after weight,
     each in the order of its rows.
 
+    The origin is looked at: it gets the parts of each rank behind it once. So does every other rank, for what an offset
+    leads to from a rank is each rank once; and rows lie alike in every bank, for their place is that of their owner.
+
     Raises:
         ScheduleError: with the rank and the bytes or rows.
     """
-    size = schedule.site.dtype.itemsize
+    size, parts = schedule.site.dtype.itemsize, range(len(schedule.weights))
+    come = Counter((arrival.chunk.src, arrival.chunk.part) for arrival in schedule.program(0).arrivals)
     for rank in range(schedule.mesh.num_ranks):
-        spans = [
-            (schedule.place(rank, arrival.slot), schedule.shape(rank, arrival)[0] * size)
-            for arrival in schedule.program(rank).arrivals
-        ]
-        spans += [(first * size, length * size) for first, length in schedule.site.owned[rank]]
-        at = 0
-        for start, nbytes in sorted(spans):
-            if start != at:
-                raise wrong(f"rank {rank}: rows begin at byte {start} of the bank, those before them end at byte {at}")
-            at += nbytes
-        if at != schedule.heap_bytes:
-            raise wrong(f"rank {rank}: {at} bytes of rows in a bank of {schedule.heap_bytes}")
+        for part in parts:
+            times = come[rank, part] + (rank == 0)
+            if times != 1:
+                raise wrong(f"rank 0: the rows of weight {part} that rank {rank} owns are {times} times in the bank")
+    at = 0
+    for start, nbytes in sorted(
+        (first * size, length * size) for runs in schedule.site.owned for first, length in runs
+    ):
+        if start != at:
+            raise wrong(f"rows begin at byte {start} of the bank, those before them end at byte {at}")
+        at += nbytes
+    if at != schedule.heap_bytes:
+        raise wrong(f"{at} bytes of rows in a bank of {schedule.heap_bytes}")
     before = 0  # elements of the weights before this one
     for part, weight in enumerate(schedule.weights):
         width = math.prod(weight.shape[1:])

@@ -69,7 +69,8 @@ class Assembled(ExchangeSchedule):
 
     def place(self, rank: int, slot: int) -> int:
         """Where the rows lie that come to a rank in a slot."""
-        return self.own_place(*self._come[rank][slot])
+        chunk = self._come[slot]
+        return self.own_place(self.mesh.rank_after(rank, chunk.src), chunk.part)
 
     def shape(self, rank: int, arrival: Arrival) -> tuple[int, ...]:
         """Rows of a weight, as they follow one another."""
@@ -85,10 +86,9 @@ class Assembled(ExchangeSchedule):
         return [runs[part] for runs in self.site.owned]
 
     @cached_property
-    def _come(self) -> list[dict[int, tuple[int, int]]]:
-        """By rank and slot whose rows come there, and of which weight."""
-        programs = map(self.program, range(self.mesh.num_ranks))
-        return [{a.slot: (a.chunk.src, a.chunk.part) for a in program.arrivals} for program in programs]
+    def _come(self) -> dict[int, Chunk]:
+        """By slot what comes to the origin."""
+        return {arrival.slot: arrival.chunk for arrival in self.origin.arrivals}
 
 
 def build_weight_gather(

@@ -172,3 +172,10 @@ def test_rows_are_given_on_when_they_have_come_and_lie_apart() -> None:
     first, second, *others = schedule.site.owned  # apart and without gaps, but the rows of two ranks change places
     with pytest.raises(ScheduleError, match="of weight 0"):
         check(replace(schedule, site=replace(schedule.site, owned=(second, first, *others))))
+
+
+def test_the_proof_reads_one_program_however_many_ranks() -> None:
+    schedule = assembled(tuple(rank // 8 for rank in range(256)), 512)
+    check(schedule)
+    assert set(schedule._programs) == {0}
+    assert schedule.place(255, 0) == schedule.own_place(schedule.program(255).arrivals[0].chunk.src, 0)
